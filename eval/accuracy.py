@@ -1,0 +1,25 @@
+"""Top-k accuracy of class scores, in percent."""
+
+import torch
+from torch import Tensor
+
+
+def top_k_hits(scores_NC: Tensor, labels_N: Tensor, *, k: int) -> Tensor:
+    """Whether each image's label is among its k best scored classes: (N,) bool.
+
+    Equal scores rank by class number, so the answer does not depend on a sort. A row with NaN is a miss:
+    a probe that diverged knows nothing.
+    """
+    label_scores_N1 = scores_NC.gather(1, labels_N[:, None])
+    classes_C = torch.arange(scores_NC.shape[1], device=scores_NC.device)
+    before_NC = (scores_NC > label_scores_N1) | (
+        (scores_NC == label_scores_N1) & (classes_C < labels_N[:, None])
+    )
+    return (before_NC.sum(dim=1) < k) & ~scores_NC.isnan().any(dim=1)
+
+
+def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """`{"top1": percent, "top5": percent}`; with fewer than 5 classes top-5 counts all of them."""
+    return {
+        f"top{k}": 100.0 * top_k_hits(scores_NC, labels_N, k=k).double().mean().item() for k in (1, 5)
+    }

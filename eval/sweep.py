@@ -1,0 +1,113 @@
+"""Linear classifiers on frozen features: many SGD settings trained at once, and L-BFGS for small sets."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Axes: N images, B of one batch, D feature dimensions, S settings of the sweep, C classes.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One combination of the sweep: plain SGD's learning rate (for 256 images) and weight decay."""
+
+    learning_rate: float
+    weight_decay: float
+
+
+def stratified_split(labels_N: Tensor, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Image numbers (kept, held out), ascending: about `fraction` of every class is held out.
+
+    A class with two images or more gives and keeps at least one; a single image is kept.
+    Raises ValueError if nothing can be held out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out_N = torch.zeros(len(labels_N), dtype=torch.bool)
+    for label in labels_N.unique().tolist():
+        members = (labels_N == label).nonzero().flatten()
+        if len(members) > 1:
+            count = min(max(1, round(fraction * len(members))), len(members) - 1)
+            held_out_N[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if not held_out_N.any():
+        raise ValueError(
+            "The linear probe chooses its settings on a part of the training set: some class needs two images "
+            f"or more. Got {len(labels_N)} images of {len(labels_N)} classes."
+        )
+    return (~held_out_N).nonzero().flatten(), held_out_N.nonzero().flatten()
+
+
+def train_linear_heads(
+    features_ND: Tensor,
+    labels_N: Tensor,
+    settings: Sequence[Setting],
+    *,
+    num_classes: int,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights (S, D, C) and biases (S, C) after SGD with momentum 0.9 and a cosine to zero, one head per setting.
+
+    All heads see the same batches, so a step is one product (B, D) x (D, S*C) forward and one backward; the
+    gradient of the mean cross-entropy is written out. Heads start at zero and do not touch one another: a head
+    that diverges turns to NaN alone. The rate in use is learning_rate * batch_size / 256, as the field states it.
+    """
+    device, num_images = features_ND.device, len(features_ND)
+    num_settings, batch_size = len(settings), min(batch_size, num_images)
+    rates_S = features_ND.new_tensor([s.learning_rate * batch_size / 256 for s in settings])
+    decays_S = features_ND.new_tensor([s.weight_decay for s in settings])
+    rates, decays = (x.repeat_interleave(num_classes) for x in (rates_S, decays_S))  # one per column
+    weights = features_ND.new_zeros(features_ND.shape[1], num_settings * num_classes)
+    biases = features_ND.new_zeros(num_settings * num_classes)
+    weight_momenta, bias_momenta = torch.zeros_like(weights), torch.zeros_like(biases)
+
+    generator = torch.Generator().manual_seed(seed)
+    total_steps = epochs * math.ceil(num_images / batch_size)
+    step = 0
+    for _ in range(epochs):
+        order = torch.randperm(num_images, generator=generator).to(device)
+        for rows in order.split(batch_size):
+            features_BD = features_ND[rows]
+            logits = torch.addmm(biases, features_BD, weights).unflatten(1, (num_settings, num_classes))
+            gradients = logits.softmax(dim=2)
+            gradients[torch.arange(len(rows), device=device), :, labels_N[rows]] -= 1.0
+            gradients = gradients.flatten(1).div_(len(rows))
+            cosine = 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
+            weight_gradient = torch.addcmul(features_BD.T @ gradients, weights, decays)
+            weight_momenta.mul_(0.9).add_(weight_gradient)
+            bias_momenta.mul_(0.9).add_(gradients.sum(dim=0))
+            weights.addcmul_(weight_momenta, rates, value=-cosine)
+            biases.addcmul_(bias_momenta, rates, value=-cosine)
+            step += 1
+    return (
+        weights.unflatten(1, (num_settings, num_classes)).movedim(1, 0),
+        biases.unflatten(0, (num_settings, num_classes)),
+    )
+
+
+def logistic_regression(
+    features_ND: Tensor, labels_N: Tensor, test_features_ND: Tensor, *, C: float, num_classes: int
+) -> tuple[Tensor, bool]:
+    """Log-probabilities (N, C) of scikit-learn's L-BFGS logistic regression, and whether it converged.
+
+    Features are standardised with the mean and deviation of `features_ND`. A class without a training image
+    has log-probability -inf.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler()
+    standardised = scaler.fit_transform(features_ND.double().cpu().numpy())
+    classifier = LogisticRegression(C=C, max_iter=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported by the second value
+        classifier.fit(standardised, labels_N.cpu().numpy())
+    log_probabilities = classifier.predict_log_proba(scaler.transform(test_features_ND.double().cpu().numpy()))
+    scores_NC = torch.full((len(test_features_ND), num_classes), -torch.inf)
+    scores_NC[:, torch.from_numpy(classifier.classes_)] = torch.from_numpy(log_probabilities).float()
+    return scores_NC, bool((classifier.n_iter_ < 1000).all())

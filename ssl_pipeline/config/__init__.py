@@ -1,0 +1,99 @@
+"""Settings: pydantic is the schema, YAML the syntax, `key=value` the command line of every command.
+
+The order of reading: the recipe file, the command line on top, then the defaults of the schema. Two rules make partial
+settings safe: a section that is mentioned keeps the defaults of the keys it does not mention, and a bare number given
+to a schedule sets its `value` and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from ssl_pipeline.config.arguments import read_arguments
+from ssl_pipeline.config.base import Config, ConfigError, Location, Tree, nearest
+from ssl_pipeline.config.schema import complete
+from ssl_pipeline.config.sentences import help_page, mistakes
+
+__all__ = ["Config", "ConfigError", "dump", "load", "nearest", "run_command", "validate"]
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+def dump(config: Config) -> str:
+    """The resolved settings as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+
+
+def load(
+    schema: type[ConfigType], argv: Sequence[str], *, command: str = "", recipes: Path | None = None
+) -> ConfigType:
+    """Settings from `key=value` arguments, over the recipe that `recipe=NAME` names.
+
+    Raises ConfigError that lists every mistake at once, each with the nearest known name.
+    """
+    tree, texts = read_arguments(schema, argv, recipes)
+    return validate(schema, tree, texts=texts, command=command)
+
+
+def validate(
+    schema: type[ConfigType], tree: Tree, *, texts: Mapping[Location, str] | None = None, command: str = ""
+) -> ConfigType:
+    """A config from plain YAML values, with the two rules of this module applied."""
+    completed = complete(schema, tree, None, (), texts or {})
+    try:
+        # JSON mode: lists become tuples and text becomes paths, yet `true` stays no number and "1" no integer.
+        return schema.model_validate_json(json.dumps(completed))
+    except ValidationError as error:
+        sentences = mistakes(schema, completed, error)
+    help_line = f"\nSee: {command} --help" if command else ""
+    raise ConfigError("\n".join(sentences) + help_line)
+
+
+def run_command(
+    schema: type[ConfigType],
+    run: Callable[[ConfigType], int | None],
+    *,
+    command: str,
+    argv: Sequence[str] | None = None,
+    recipes: Path | None = None,
+) -> int:
+    """Read the arguments, call `run` with the config and return the exit code.
+
+    0 is success, 2 a mistake in settings or data (one `error:` line on stderr), 130 an interrupt. `--help` lists every
+    key, `--print` shows the resolved settings, `--debug` shows the traceback of an error.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = {flag for flag in ("--help", "-h", "--print", "--debug") if flag in arguments}
+    arguments = [argument for argument in arguments if argument not in flags]
+    try:
+        if flags & {"--help", "-h"}:
+            print(help_page(schema, arguments, command, recipes))
+            return 0
+        config = load(schema, arguments, command=command, recipes=recipes)
+        if "--print" in flags:
+            print(dump(config), end="")
+            return 0
+        return run(config) or 0
+    except (ValueError, OSError) as error:
+        if "--debug" in flags:
+            traceback.print_exc()
+        elif not isinstance(error, ConfigError | OSError):
+            # A plain ValueError may be a bug of ours: name the place, so that a report is useful.
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            error = ConfigError(f"{error} (from {Path(frame.filename).name}:{frame.lineno}; --debug shows more)")
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,34 @@
+"""What every settings class is, and the one kind of error that a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+Tree = dict[str, "Value"]
+Value = None | bool | int | float | str | list["Value"] | Tree
+Location = tuple[str, ...]
+
+
+class ConfigError(ValueError):
+    """A mistake in a setting or an input that the user can mend; commands print it as one line and exit with code 2."""
+
+
+class Config(BaseModel):
+    """Read-only settings of one component; the string under each field is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    shorthand: ClassVar[str | None] = None
+    """The field that a bare value given for the whole section sets (`value` of a schedule)."""
+    positional: ClassVar[str | None] = None
+    """The field that a bare argument of a command sets."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """` Did you mean 'x'?` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

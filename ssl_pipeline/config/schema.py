@@ -1,0 +1,105 @@
+"""Walking a schema beside the values given for it: which section applies where, and which defaults it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from ssl_pipeline.config.arguments import read_yaml
+from ssl_pipeline.config.base import Config, Location, Tree, Value
+
+
+def alternatives(annotation: object) -> list[object]:
+    """The members of a (nested) union, without None."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [part for member in get_args(annotation) for part in alternatives(member)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def sections_in(annotation: object) -> list[type[Config]]:
+    return [part for part in alternatives(annotation) if isinstance(part, type) and issubclass(part, Config)]
+
+
+def section_of(annotation: object, data: Value) -> type[Config] | None:
+    """The section that a value is read with; of several (a union by `name`) the one that the value names."""
+    candidates = sections_in(annotation)
+    if len(candidates) > 1:
+        name = data.get("name") if isinstance(data, dict) else None
+        candidates = [candidate for candidate in candidates if name in tags_of(candidate)]
+    return candidates[0] if candidates else None
+
+
+def tags_of(section: type[Config]) -> tuple[str, ...]:
+    """The values of `name` that select a member of a union."""
+    field = section.model_fields.get("name")
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+
+
+def mapping_value(annotation: object) -> object | None:
+    """The value type of a `dict[str, X]` annotation."""
+    for part in alternatives(annotation):
+        if get_origin(part) is dict:
+            return get_args(part)[1]
+    return None
+
+
+def complete(
+    annotation: object, data: Value, default: object, location: Location, texts: Mapping[Location, str]
+) -> Value:
+    """Expand shorthands, and give every mentioned section the defaults of its unmentioned keys."""
+    section = section_of(annotation, data)
+    if section is None:
+        item_type = mapping_value(annotation)
+        if isinstance(data, dict) and item_type is not None:
+            return {name: complete(item_type, item, None, (*location, name), texts) for name, item in data.items()}
+        return _complete_leaf(annotation, data, location, texts)
+    if section.shorthand and data is not None and not isinstance(data, dict):
+        data = {section.shorthand: data}
+    if not isinstance(data, dict):
+        return data
+    completed: Tree = {}
+    for name, field in section.model_fields.items():
+        inherited = getattr(default, name) if isinstance(default, section) else field.get_default()
+        if name in data:
+            assert field.annotation is not None
+            completed[name] = complete(field.annotation, data[name], inherited, (*location, name), texts)
+        elif isinstance(default, section):
+            completed[name] = default.model_dump(mode="json")[name]
+    return completed | {name: item for name, item in data.items() if name not in completed}
+
+
+def _complete_leaf(annotation: object, data: Value, location: Location, texts: Mapping[Location, str]) -> Value:
+    """What only the command line needs: text that looks like a number stays text, `10,20` is a list."""
+    kinds = alternatives(annotation)
+    text = texts.get(location)
+    if text is None:
+        return data
+    if kinds and all(kind in (str, Path) for kind in kinds) and data is not None:
+        return text
+    if any(get_origin(kind) is tuple for kind in kinds):
+        if isinstance(data, str) and "," in data:
+            return [read_yaml(part, where=".".join(location)) for part in data.split(",")]
+        if isinstance(data, int | float | str) and len(kinds) == 1:
+            return [data]
+    return data
+
+
+def walk(schema: type[Config], data: Value, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf key of the schema with its field; in a union only the member that `data` names."""
+    for name, field in schema.model_fields.items():
+        value = data.get(name) if isinstance(data, dict) else None
+        section = section_of(field.annotation, value)
+        if section is not None and not section.shorthand:
+            yield from walk(section, value, f"{prefix}{name}.")
+            continue
+        item_type = mapping_value(field.annotation)
+        if item_type is not None and (item := section_of(item_type, None)) is not None:
+            yield from walk(item, None, f"{prefix}{name}.NAME.")
+            continue
+        yield f"{prefix}{name}", field

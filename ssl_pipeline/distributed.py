@@ -1,0 +1,71 @@
+"""The few collectives that losses and methods need; without a process group each is the identity."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """The number of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def gather(local: Tensor) -> Tensor:
+    """(B, ...) of each rank -> (world_size * B, ...) in rank order, without gradient; all ranks bring one shape."""
+    if world_size() == 1:
+        return local.detach()
+    local = local.detach().contiguous()
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local)
+    return torch.cat(parts)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """All-gather whose backward sums the gradients that all ranks hold for this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local: Tensor) -> Tensor:
+        ctx.num_rows = local.shape[0]  # type: ignore[attr-defined]
+        return gather(local)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.narrow(0, rank() * ctx.num_rows, ctx.num_rows)  # type: ignore[attr-defined]
+
+
+def gather_with_grad(local: Tensor) -> Tensor:
+    """(B, ...) of each rank -> (world_size * B, ...) in rank order; gradients flow back to every rank.
+
+    The backward pass *sums* over ranks. A loss that is the mean over a rank's own rows therefore has, after DDP's
+    average over ranks, exactly the gradient of the loss over the global batch.
+    """
+    return local if world_size() == 1 else _GatherWithGrad.apply(local)
+
+
+@torch.no_grad()
+def mean_over_ranks(local: Tensor) -> Tensor:
+    """The element-wise mean of a tensor that every rank holds, without gradient."""
+    if world_size() == 1:
+        return local.detach()
+    total = local.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+@torch.no_grad()
+def max_over_ranks(local: Tensor) -> Tensor:
+    """The element-wise maximum of a tensor that every rank holds."""
+    if world_size() > 1:
+        local = local.clone()
+        dist.all_reduce(local, op=dist.ReduceOp.MAX)
+    return local
