@@ -12,14 +12,10 @@ def top_k_hits(scores_NC: Tensor, labels_N: Tensor, *, k: int) -> Tensor:
     """
     label_scores_N1 = scores_NC.gather(1, labels_N[:, None])
     classes_C = torch.arange(scores_NC.shape[1], device=scores_NC.device)
-    before_NC = (scores_NC > label_scores_N1) | (
-        (scores_NC == label_scores_N1) & (classes_C < labels_N[:, None])
-    )
+    before_NC = (scores_NC > label_scores_N1) | ((scores_NC == label_scores_N1) & (classes_C < labels_N[:, None]))
     return (before_NC.sum(dim=1) < k) & ~scores_NC.isnan().any(dim=1)
 
 
 def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     """`{"top1": percent, "top5": percent}`; with fewer than 5 classes top-5 counts all of them."""
-    return {
-        f"top{k}": 100.0 * top_k_hits(scores_NC, labels_N, k=k).double().mean().item() for k in (1, 5)
-    }
+    return {f"top{k}": 100.0 * top_k_hits(scores_NC, labels_N, k=k).double().mean().item() for k in (1, 5)}

@@ -16,7 +16,7 @@ from ssl_pipeline.config import Config
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: `step` of `total_steps` optimizer steps are done, `steps_per_epoch` are one pass over the data."""
+    """Where a run stands: `step` of `total_steps` optimizer steps are done; `steps_per_epoch` make an epoch."""
 
     step: int
     total_steps: int
@@ -77,7 +77,7 @@ class Schedule(Config):
     start: float = 0.0
     """The first value of the warm-up."""
     inclusive: bool = False
-    """Whether the last warm-up step already has `value` (numpy.linspace, as DINO), not first the step after it (MoCo, MAE)."""
+    """Whether the last warm-up step already has `value` (numpy.linspace, DINO), or the step after it (MoCo, MAE)."""
     decay: Literal["cosine", "linear", "cosine_7_16"] = "cosine"
     """The way from `value` to `final`; `cosine_7_16` ends at 0.195 * value and ignores `final`."""
     every: Literal["step", "epoch"] = "step"
@@ -111,5 +111,5 @@ class Schedule(Config):
         return self.final + (self.value - self.final) * (1 + math.cos(math.pi * done)) / 2
 
     def times(self, factor: float) -> Schedule:
-        """The same schedule with `value` multiplied; `start` and `final` stay, as in the official learning-rate rules."""
+        """The same schedule with `value` multiplied; `start` and `final` stay, as the official learning rates do."""
         return self.model_copy(update={"value": self.value * factor})

@@ -18,12 +18,12 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, ConfigError, Location, Tree, nearest
+from ssl_pipeline.config.arguments import read_arguments, read_yaml
+from ssl_pipeline.config.base import Config, ConfigError, Location, RunError, Tree, nearest
 from ssl_pipeline.config.schema import complete
 from ssl_pipeline.config.sentences import help_page, mistakes
 
-__all__ = ["Config", "ConfigError", "dump", "load", "nearest", "run_command", "validate"]
+__all__ = ["Config", "ConfigError", "RunError", "Tree", "dump", "load", "nearest", "read_yaml", "run_command", "validate"]
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 
@@ -68,12 +68,14 @@ def run_command(
 ) -> int:
     """Read the arguments, call `run` with the config and return the exit code.
 
-    0 is success, 2 a mistake in settings or data (one `error:` line on stderr), 130 an interrupt. `--help` lists every
-    key, `--print` shows the resolved settings, `--debug` shows the traceback of an error.
+    0 is success, 1 a failed run, 2 a mistake in settings or data (one `error:` line on stderr for either), 130 an
+    interrupt. `--help` lists every key, `--print` shows the resolved settings, `--debug` the traceback of an error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = {flag for flag in ("--help", "-h", "--print", "--debug") if flag in arguments}
     arguments = [argument for argument in arguments if argument not in flags]
+    rank = os.environ.get("RANK", "0")
+    running = False
     try:
         if flags & {"--help", "-h"}:
             print(help_page(schema, arguments, command, recipes))
@@ -82,18 +84,18 @@ def run_command(
         if "--print" in flags:
             print(dump(config), end="")
             return 0
+        running = True
         return run(config) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunError) as error:
         if "--debug" in flags:
             traceback.print_exc()
-        elif not isinstance(error, ConfigError | OSError):
+        elif not isinstance(error, ConfigError | RunError | OSError):
             # A plain ValueError may be a bug of ours: name the place, so that a report is useful.
             frame = traceback.extract_tb(error.__traceback__)[-1]
             error = ConfigError(f"{error} (from {Path(frame.filename).name}:{frame.lineno}; --debug shows more)")
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, ConfigError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        if rank == "0" or running:  # the arguments are the same on all ranks, what happens later is not
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -68,6 +68,7 @@ def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | No
             raise ConfigError(f"recipe= is given {len(names)} times; one run has one recipe.")
         if names:
             tree = read_recipe(names[0], recipes)
+            tree["recipe"] = names[0]
 
     texts: dict[Location, str] = {}
     for key, text in pairs:

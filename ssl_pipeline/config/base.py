@@ -17,6 +17,10 @@ class ConfigError(ValueError):
     """A mistake in a setting or an input that the user can mend; commands print it as one line and exit with code 2."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on; commands print it as one line and exit with code 1."""
+
+
 class Config(BaseModel):
     """Read-only settings of one component; the string under each field is its help text."""
 

@@ -1,0 +1,20 @@
+"""The losses as functions of plain tensors: no state, no randomness, the dtype of the inputs kept."""
+
+from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nt_xent
+from ssl_pipeline.losses.distillation import byol_loss, centred_softmax, self_distillation, simsiam_loss
+from ssl_pipeline.losses.precision import float32
+from ssl_pipeline.losses.reconstruction import mae_loss
+from ssl_pipeline.losses.semi_supervised import fixmatch_loss
+
+__all__ = [
+    "byol_loss",
+    "centred_softmax",
+    "fixmatch_loss",
+    "float32",
+    "info_nce",
+    "mae_loss",
+    "moco_v3_loss",
+    "nt_xent",
+    "self_distillation",
+    "simsiam_loss",
+]

@@ -1,29 +1,26 @@
 """Linear classifiers on frozen features: many SGD settings trained at once, and L-BFGS for small sets."""
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ssl_pipeline.config import ConfigError
+
+MAX_ITERATIONS = 1000  # of L-BFGS
+logger = logging.getLogger(__name__)
+
 # Axes: N images, B of one batch, D feature dimensions, S settings of the sweep, C classes.
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One combination of the sweep: plain SGD's learning rate (for 256 images) and weight decay."""
-
-    learning_rate: float
-    weight_decay: float
 
 
 def stratified_split(labels_N: Tensor, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Image numbers (kept, held out), ascending: about `fraction` of every class is held out.
 
     A class with two images or more gives and keeps at least one; a single image is kept.
-    Raises ValueError if nothing can be held out.
+    Raises ConfigError if nothing can be held out.
     """
     generator = torch.Generator().manual_seed(seed)
     held_out_N = torch.zeros(len(labels_N), dtype=torch.bool)
@@ -33,9 +30,9 @@ def stratified_split(labels_N: Tensor, *, fraction: float, seed: int) -> tuple[T
             count = min(max(1, round(fraction * len(members))), len(members) - 1)
             held_out_N[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     if not held_out_N.any():
-        raise ValueError(
+        raise ConfigError(
             "The linear probe chooses its settings on a part of the training set: some class needs two images "
-            f"or more. Got {len(labels_N)} images of {len(labels_N)} classes."
+            f"or more. Got {len(labels_N)} images, each of its own class."
         )
     return (~held_out_N).nonzero().flatten(), held_out_N.nonzero().flatten()
 
@@ -43,8 +40,9 @@ def stratified_split(labels_N: Tensor, *, fraction: float, seed: int) -> tuple[T
 def train_linear_heads(
     features_ND: Tensor,
     labels_N: Tensor,
-    settings: Sequence[Setting],
     *,
+    learning_rates: Sequence[float],
+    weight_decays: Sequence[float],
     num_classes: int,
     epochs: int,
     batch_size: int,
@@ -52,15 +50,18 @@ def train_linear_heads(
 ) -> tuple[Tensor, Tensor]:
     """Weights (S, D, C) and biases (S, C) after SGD with momentum 0.9 and a cosine to zero, one head per setting.
 
+    Setting s has `learning_rates[s]` and `weight_decays[s]`.
     All heads see the same batches, so a step is one product (B, D) x (D, S*C) forward and one backward; the
-    gradient of the mean cross-entropy is written out. Heads start at zero and do not touch one another: a head
-    that diverges turns to NaN alone. The rate in use is learning_rate * batch_size / 256, as the field states it.
+    gradient of the mean cross-entropy is written out; only weights decay. Heads start at zero and do not touch
+    one another: a head that diverges turns to NaN alone. The rate in use is learning_rate * batch_size / 256.
     """
     device, num_images = features_ND.device, len(features_ND)
-    num_settings, batch_size = len(settings), min(batch_size, num_images)
-    rates_S = features_ND.new_tensor([s.learning_rate * batch_size / 256 for s in settings])
-    decays_S = features_ND.new_tensor([s.weight_decay for s in settings])
-    rates, decays = (x.repeat_interleave(num_classes) for x in (rates_S, decays_S))  # one per column
+    num_settings, batch_size = len(learning_rates), min(batch_size, num_images)
+    rates, decays = (  # one per column
+        features_ND.new_tensor(list(values)).repeat_interleave(num_classes)
+        for values in (learning_rates, weight_decays)
+    )
+    rates *= batch_size / 256
     weights = features_ND.new_zeros(features_ND.shape[1], num_settings * num_classes)
     biases = features_ND.new_zeros(num_settings * num_classes)
     weight_momenta, bias_momenta = torch.zeros_like(weights), torch.zeros_like(biases)
@@ -90,12 +91,12 @@ def train_linear_heads(
 
 
 def logistic_regression(
-    features_ND: Tensor, labels_N: Tensor, test_features_ND: Tensor, *, C: float, num_classes: int
-) -> tuple[Tensor, bool]:
-    """Log-probabilities (N, C) of scikit-learn's L-BFGS logistic regression, and whether it converged.
+    features_ND: Tensor, labels_N: Tensor, test_features_ND: Tensor, *, inverse_penalty: float, num_classes: int
+) -> Tensor:
+    """Log-probabilities (N, C) of scikit-learn's L-BFGS logistic regression; a warning where it did not converge.
 
-    Features are standardised with the mean and deviation of `features_ND`. A class without a training image
-    has log-probability -inf.
+    `inverse_penalty` is scikit-learn's C. All features are standardised with the mean and deviation of
+    `features_ND`. A class without a training image has log-probability -inf.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -103,11 +104,15 @@ def logistic_regression(
 
     scaler = StandardScaler()
     standardised = scaler.fit_transform(features_ND.double().cpu().numpy())
-    classifier = LogisticRegression(C=C, max_iter=1000)
+    classifier = LogisticRegression(C=inverse_penalty, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # reported by the second value
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said below in one line
         classifier.fit(standardised, labels_N.cpu().numpy())
+    if (classifier.n_iter_ >= MAX_ITERATIONS).any():
+        logger.warning(
+            "logistic regression with C=%g did not converge in %d iterations", inverse_penalty, MAX_ITERATIONS
+        )
     log_probabilities = classifier.predict_log_proba(scaler.transform(test_features_ND.double().cpu().numpy()))
     scores_NC = torch.full((len(test_features_ND), num_classes), -torch.inf)
     scores_NC[:, torch.from_numpy(classifier.classes_)] = torch.from_numpy(log_probabilities).float()
-    return scores_NC, bool((classifier.n_iter_ < 1000).all())
+    return scores_NC

@@ -1,0 +1,40 @@
+# `make quickstart` and `make test` need Linux, Python 3.11+ and make; both install everything into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+DIGITS := data/digits
+RUN := runs/digits_dino
+
+.PHONY: install quickstart test lint format clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (about 6 GB, most of it torch; a few minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+quickstart: .venv/installed
+	@test -d $(DIGITS)/train || $(BIN)/python -m data_tools.make_shards source=digits split=train output=$(DIGITS)/train
+	@test -d $(DIGITS)/test || $(BIN)/python -m data_tools.make_shards source=digits split=test output=$(DIGITS)/test
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		pretrain.py recipe=digits_dino output=$(RUN)
+	$(BIN)/python -m eval.knn run=$(RUN) train=$(DIGITS)/train test=$(DIGITS)/test baselines=true
+	$(BIN)/python -m eval.linear run=$(RUN) train=$(DIGITS)/train test=$(DIGITS)/test baselines=true
+	@$(BIN)/python -m eval.table run=$(RUN)
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,66 @@
+"""Features on disk, one file per (weights, images, preprocessing), shared by all evaluators of a run."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def cached(
+    directory: Path | None, identity: Mapping[str, object], compute: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Features and labels from `directory`, computed and stored there the first time.
+
+    `identity` is everything that the features depend on, as JSON; its hash names the file. A file that is damaged
+    or belongs to something else is computed again. Without a directory nothing is stored.
+    """
+    if directory is None:
+        return compute()
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    path = directory / f"{name}.safetensors"
+    if path.exists():
+        try:
+            return _read(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            logger.warning("%s is damaged (%s): its features are computed again", path, error)
+    features, labels = compute()
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file({"features": features, "labels": labels}, aside, metadata={"checksum": _checksum(features, labels)})
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return features, labels
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != {"features", "labels"}:
+            raise ValueError("it does not hold features and labels")
+        features, labels = file.get_tensor("features"), file.get_tensor("labels")
+        expected = (file.metadata() or {}).get("checksum")
+    if _checksum(features, labels) != expected:
+        raise ValueError("the checksum differs")
+    return features, labels
+
+
+def _checksum(features: Tensor, labels: Tensor) -> str:
+    digest = hashlib.sha256(repr((features.shape, features.dtype, labels.shape, labels.dtype)).encode())
+    for tensor in (features, labels):
+        digest.update(tensor.contiguous().numpy().data.cast("B") if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,195 @@
+"""Pretrain a backbone: `accelerate launch pretrain.py recipe=NAME [key=value ...]`.
+
+The composition root: the one file that knows both ssl_pipeline and eval.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+
+from eval.knn import KnnMonitor, KnnMonitorConfig
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone, save_backbone
+from ssl_pipeline.config import Config, ConfigError, Tree, dump, read_yaml, run_command, validate
+from ssl_pipeline.data.shards import ShardIndex, open_shards
+from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.engine import Run, TrainConfig, start_accelerator, start_clock, train
+from ssl_pipeline.methods import MethodConfig, build_method
+from ssl_pipeline.methods.base import Method
+from ssl_pipeline.optim import OptimConfig
+from ssl_pipeline.run_directory import RunDirectory
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class PretrainConfig(Config):
+    """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
+
+    recipe: str | None = None
+    """The recipe that these settings come from: a name in recipes/, or a path to a YAML file."""
+    output: Path | None = None
+    """The run's directory (default: runs/RECIPE); the same command again resumes there."""
+    seed: int = Field(0, ge=0)
+    """Seed of the weights, the order of the images and the augmentation."""
+    method: MethodConfig
+    """What is learnt."""
+    backbone: BackboneConfig
+    """What is trained."""
+    augment: dict[str, ViewGroup]
+    """Groups of views by name; each method says which it needs."""
+    data: DataConfig
+    """Where the images come from."""
+    optim: OptimConfig
+    """The optimizer and its schedules."""
+    train: TrainConfig
+    """Length, precision, checkpoints."""
+    knn: KnnMonitorConfig | None = None
+    """k-NN accuracy during training; leave out for images without labels."""
+    wandb: bool = False
+    """Whether metrics go to Weights & Biases too (extra `wandb`)."""
+
+    @model_validator(mode="after")
+    def _output_is_known(self) -> PretrainConfig:
+        if self.output is None and self.recipe is None:
+            raise ValueError("output is missing: set output=DIR (with recipe=NAME it is runs/NAME).")
+        return self
+
+    @property
+    def run_directory(self) -> Path:
+        return self.output if self.output is not None else Path("runs") / Path(str(self.recipe)).stem
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Run the settings to the end; returns the exit code, 128 + the signal number if one stopped it."""
+    with ExitStack() as stack:
+        accelerator = start_accelerator(config.train)
+        torch.manual_seed(config.seed)
+        backbone = create_backbone(config.backbone)
+        method = build_method(config.method, backbone)
+        check_view_groups(method, config.augment)
+        output = config.run_directory
+        identity = _identity(config)
+        directory = None
+        if accelerator.is_main_process:
+            directory = stack.enter_context(RunDirectory(output))
+            _refuse_other_run(directory, identity)
+        index = open_shards(config.data.shards)
+        identity["images"] = str(len(index))
+        start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
+        preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
+        monitors = [_knn_monitor(config, preprocessing, accelerator)] if config.knn is not None else []
+        if directory is not None:
+            directory.write_config(dump(config))
+            describe(config, method, index, accelerator.num_processes, output)
+        signal_number = train(
+            Run(
+                method=method,
+                index=index,
+                augment=config.augment,
+                data=config.data,
+                optim=config.optim,
+                config=config.train,
+                accelerator=accelerator,
+                output=output,
+                directory=directory,
+                monitors=monitors,
+                seed=config.seed,
+                identity=identity,
+                wandb=config.wandb,
+            )
+        )
+        if signal_number == 0 and directory is not None:
+            assert isinstance(method.backbone, Backbone)
+            save_backbone(output, method.backbone, config.backbone, preprocessing)
+            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
+        accelerator.end_training()
+    return 128 + signal_number if signal_number else 0
+
+
+def check_view_groups(method: Method, augment: Mapping[str, ViewGroup]) -> None:
+    """Raises ConfigError if a recipe lacks a group of views that the method reads, or has one that it does not."""
+    name = type(method).__name__
+    for needed in (*method.view_groups, *method.labelled_view_groups):
+        if needed not in augment:
+            raise ConfigError(
+                f"{name} needs the view group augment.{needed}. The recipe has {', '.join(augment) or 'none'}."
+            )
+    known = {*method.view_groups, *method.optional_view_groups, *method.labelled_view_groups}
+    for given in augment:
+        if given not in known:
+            raise ConfigError(
+                f"{name} has no use for the view group augment.{given}. It reads {', '.join(sorted(known))}."
+            )
+
+
+def evaluation_size(method: Method, augment: Mapping[str, ViewGroup]) -> int:
+    """Side in pixels of the images that evaluators show the backbone: that of the method's first group of views."""
+    return augment[method.view_groups[0]].size
+
+
+def describe(config: PretrainConfig, method: Method, index: ShardIndex, num_processes: int, output: Path) -> None:
+    """Print what a reader of the log wants to know of a run that begins."""
+    global_batch = config.data.batch_size * num_processes * config.train.accumulate
+    clock = start_clock(index, config.data, config.train)
+    progress = clock.progress(0)
+    trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    print(
+        f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
+        f"{len(index)} images in {config.data.shards}; global batch {global_batch} = {config.data.batch_size} per "
+        f"process * {num_processes} processes * {config.train.accumulate} accumulated\n"
+        f"{progress.total_steps} steps, {progress.steps_per_epoch:.2f} per epoch; effective learning rate "
+        f"{config.optim.effective_lr(global_batch).value:g}\n"
+        f"output: {output} (settings in config.yaml, metrics in metrics.jsonl)",
+        flush=True,
+    )
+
+
+def _refuse_other_run(directory: RunDirectory, identity: Mapping[str, str]) -> None:
+    """A directory in which another method, backbone or seed has trained is left as it is, checkpoints or not."""
+    if not directory.config_path.exists():
+        return
+    there = validate(PretrainConfig, _as_tree(directory.config_path))
+    for name, value in _identity(there).items():
+        if value != identity[name]:
+            raise ConfigError(
+                f"{directory.path} holds a run with {name} {value}; this one has {identity[name]}. "
+                "Choose another output=DIR, or remove that run."
+            )
+
+
+def _as_tree(path: Path) -> Tree:
+    tree = read_yaml(path.read_text(), where=str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no settings. Choose another output=DIR, or remove that run.")
+    return tree
+
+
+def _identity(config: PretrainConfig) -> dict[str, str]:
+    """What runs must share for one to continue the other: everything that shapes tensors or the order of the images."""
+    shape = config.backbone.model_dump(mode="json", include={"name", "arguments", "small_images"})
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
+    return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
+
+
+def _knn_monitor(config: PretrainConfig, preprocessing: Preprocessing, accelerator: Accelerator) -> KnnMonitor:
+    assert config.knn is not None
+    return KnnMonitor(
+        config.knn,
+        preprocessing,
+        batch_size=config.data.batch_size,
+        workers=config.data.workers,
+        device=accelerator.device,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(PretrainConfig, pretrain, command="pretrain.py", recipes=RECIPES))

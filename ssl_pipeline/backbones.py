@@ -1,0 +1,298 @@
+"""The networks that are pretrained: any timm model by name, turned into features, and its weights in files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from pydantic import Field, model_validator
+from timm.layers import DropPath, PatchEmbed
+from timm.models import ResNet, VisionTransformer
+from timm.models.vision_transformer import checkpoint_seq
+from torch import Tensor, nn
+
+from ssl_pipeline.config import Config, ConfigError, nearest
+from ssl_pipeline.positions import Grid, resample_positions, sincos_position_embedding
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Preprocessing",
+    "TokenBackbone",
+    "create_backbone",
+    "load_backbone",
+    "save_backbone",
+    "sincos_position_embedding",
+    "without_drop_path",
+]
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+RESERVED_ARGUMENTS = {
+    "num_classes": "the head is always left out",
+    "pretrained": "set backbone.weights",
+    "checkpoint_path": "set backbone.weights",
+    "drop_path_rate": "set backbone.drop_path",
+    "dynamic_img_size": "it is always on where the model has it",
+}
+
+
+class BackboneConfig(Config):
+    name: str
+    """Name of a timm model, for instance resnet18 or vit_small_patch16_224."""
+    arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further arguments of the timm model, for instance {img_size: 32, patch_size: 4}."""
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Stochastic depth rate of the last block."""
+    small_images: bool = False
+    """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
+    weights: str | None = None
+    """Weights to start from: a file (.safetensors, .pth, .pt) or the tag of a pretrained timm model."""
+
+    @model_validator(mode="after")
+    def _arguments_are_the_models_own(self) -> BackboneConfig:
+        for argument, reason in RESERVED_ARGUMENTS.items():
+            if argument in self.arguments:
+                raise ValueError(f"backbone.arguments must not hold '{argument}': {reason}.")
+        return self
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Backbone(nn.Module):
+    """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+class TokenBackbone(Backbone):
+    """A timm ViT, at any image size, that can also be entered and left at its tokens.
+
+    The position table is learnt for `grid` patches and resampled for images of another size as DINO does it.
+    """
+
+    model: VisionTransformer
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__(model)
+        self.patch_size: int = model.patch_embed.patch_size[0]
+        self.grid: Grid = model.patch_embed.grid_size
+        self.num_prefix_tokens: int = model.num_prefix_tokens
+        # position entries that belong to the class token and the registers
+        self._num_prefix_positions = 0 if model.no_embed_class else model.num_prefix_tokens
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> patch tokens with their positions (N, L, embed_dim), row by row."""
+        height, width = images.shape[-2:]
+        if (height % self.patch_size or width % self.patch_size) and not self.model.patch_embed.dynamic_img_pad:
+            raise ValueError(
+                f"image sides must be multiples of the patch size {self.patch_size}. Got {height}x{width}."
+            )
+        tokens = self.model.patch_embed(images)  # (N, rows, columns, D)
+        rows, columns = tokens.shape[1:3]
+        tokens = tokens.flatten(1, 2)
+        if self.model.pos_embed is None:
+            return tokens
+        positions = self.model.pos_embed[:, self._num_prefix_positions :]
+        return tokens + resample_positions(positions, self.grid, (rows, columns))
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (N, L, D), all or some of them -> encoded and normalised (N, 1 + L, D), class token first.
+
+        A model with registers puts them after the class token, one without class token leaves it out: there are
+        `num_prefix_tokens` before the patches.
+        """
+        model = self.model
+        prefix: list[Tensor] = [token for token in (model.cls_token, model.reg_token) if token is not None]
+        if prefix:
+            prefix_tokens = torch.cat(prefix, dim=1)
+            if self._num_prefix_positions and model.pos_embed is not None:
+                prefix_tokens = prefix_tokens + model.pos_embed[:, : self._num_prefix_positions]
+            tokens = torch.cat([prefix_tokens.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = model.norm_pre(model.patch_drop(model.pos_drop(tokens)))
+        tokens = checkpoint_seq(model.blocks, tokens) if model.grad_checkpointing else model.blocks(tokens)
+        return model.norm(tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_head(self.encode(self.embed(images)), pre_logits=True)
+
+
+def create_backbone(config: BackboneConfig) -> Backbone:
+    """The backbone that `config` describes; TokenBackbone for ViTs. Raises ConfigError for a mistake in it."""
+    if not timm.is_model(config.name):
+        raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
+    weights_file = _is_file_name(config.weights)
+    if config.small_images and config.weights and not weights_file:
+        raise ConfigError(
+            "backbone.small_images replaces the stem that pretrained weights need. Leave one of them out."
+        )
+    model = _create_model(config, tag=None if weights_file else config.weights)
+    if config.small_images:
+        _shrink_stem(model, config.name)
+    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
+        backbone: Backbone = TokenBackbone(model)
+    else:  # subclasses and hybrids have forward passes of their own
+        backbone = Backbone(model)
+    if weights_file:
+        load_weights(backbone, Path(str(config.weights)))
+    return backbone
+
+
+def without_drop_path(module: nn.Module) -> None:
+    """Switch stochastic depth off for good, as a teacher needs it."""
+    for part in module.modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = 0.0
+
+
+def save_backbone(directory: Path, backbone: Backbone, config: BackboneConfig, preprocessing: Preprocessing) -> None:
+    """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    description = {
+        "name": config.name,
+        "arguments": config.arguments,
+        "small_images": config.small_images,
+        "size": preprocessing.size,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
+    _write_whole(directory / "backbone.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    _write_whole(directory / "backbone.json", (json.dumps(description, indent=1) + "\n").encode())
+
+
+def load_backbone(directory: Path) -> tuple[Backbone, BackboneConfig, Preprocessing]:
+    """The backbone that `save_backbone` wrote into a directory, with its description."""
+    path = directory / "backbone.json"
+    try:
+        description = json.loads(path.read_bytes())
+        config = BackboneConfig(**{key: description[key] for key in ("name", "arguments", "small_images")})
+        preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
+    except FileNotFoundError:
+        raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no description of a backbone ({_first_line(error)}).") from error
+    backbone = create_backbone(config)
+    load_weights(backbone, directory / "backbone.safetensors")
+    return backbone, config, preprocessing
+
+
+def load_weights(backbone: Backbone, path: Path) -> None:
+    """Load a file of tensors under timm's names; its classifier is ignored, its position table resampled if need be."""
+    state = _read_tensors(path)
+    own = backbone.model.state_dict()
+    state = {name: value for name, value in state.items() if name in own or not _is_classifier(name)}
+    if isinstance(backbone, TokenBackbone) and "pos_embed" in state and "pos_embed" in own:
+        state["pos_embed"] = _fit_positions(state["pos_embed"], own["pos_embed"], backbone)
+    for kind, names in (("misses", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+        if names:
+            first = ", ".join([name for name in [*own, *state] if name in names][:3])
+            raise ConfigError(f"{path} does not fit the backbone: it {kind} {len(names)} tensors, first {first}.")
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise ConfigError(
+                f"{path} does not fit the backbone: {name} is {tuple(value.shape)}, needed {tuple(own[name].shape)}."
+            )
+    backbone.model.load_state_dict(state)
+
+
+def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
+    name = config.name
+    arguments: dict[str, Any] = dict(config.arguments)
+    if tag is not None:
+        name = f"{config.name.split('.')[0]}.{tag}"
+        known = timm.list_pretrained(f"{config.name.split('.')[0]}.*")
+        if name not in known:
+            raise ConfigError(
+                f"backbone.weights: no file and no pretrained '{name}'. Known: {', '.join(known) or 'none'}"
+            )
+    if config.drop_path:
+        arguments["drop_path_rate"] = config.drop_path
+    try:
+        try:
+            return timm.create_model(name, tag is not None, num_classes=0, dynamic_img_size=True, **arguments)
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+            return timm.create_model(name, tag is not None, num_classes=0, **arguments)
+    except Exception as error:  # whatever timm raises, the cause is in the config or the connection
+        raise ConfigError(f"timm cannot create '{name}': {_first_line(error)}") from error
+
+
+def _shrink_stem(model: nn.Module, name: str) -> None:
+    if not (isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d)):
+        raise ConfigError(
+            f"backbone.small_images needs a ResNet with a single stem convolution. '{name}' is none; try resnet18."
+        )
+    old = model.conv1
+    stem = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm does
+    model.add_module("conv1", stem)
+    model.add_module("maxpool", nn.Identity())
+
+
+def _fit_positions(table: Tensor, own: Tensor, backbone: TokenBackbone) -> Tensor:
+    num_prefix = 0 if backbone.model.no_embed_class else backbone.num_prefix_tokens
+    num_patches = table.shape[1] - num_prefix if table.ndim == 3 else 0
+    side = round(max(num_patches, 0) ** 0.5)
+    if table.shape[1:] == own.shape[1:] or side == 0 or side * side != num_patches:
+        return table
+    patches = resample_positions(table[:, num_prefix:], (side, side), backbone.grid)
+    return torch.cat([table[:, :num_prefix], patches], dim=1)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            content: object = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers have no common error class
+        raise ConfigError(f"cannot read weights from {path}: {_first_line(error)}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ConfigError(f"{path} holds no plain table of tensors by name.")
+    return dict(content)
+
+
+def _is_file_name(weights: str | None) -> bool:
+    return weights is not None and (weights.endswith(WEIGHT_SUFFIXES) or Path(weights).is_file())
+
+
+def _is_classifier(name: str) -> bool:
+    return name.startswith(("head.", "fc.", "classifier.", "head_dist."))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".tmp-{path.name}")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)

@@ -1,0 +1,67 @@
+"""Images as evaluators see them: resized, centre-cropped, in the order of the index."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssl_pipeline.data.decode import DecodeError, decode_image
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards import ShardIndex
+from ssl_pipeline.data.workers import read_batches
+
+LARGEST_UNCUT_SIZE = 96  # small images fill their frame: nothing is cut from the shorter side
+CROP_RATIO = 256 / 224
+
+
+class EvaluationSet(Dataset[tuple[Tensor, int, int]]):
+    """Sample i as (image (3,S,S) uint8, label or -1, i).
+
+    The shorter side is resized to size*256/224 pixels, as the evaluations of DINO and SimCLR do (to `size` itself up to
+    96 pixels), bicubic and antialiased; then the central square is cut out.
+    """
+
+    def __init__(self, index: ShardIndex, size: int) -> None:
+        self.index = index
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, sample: int) -> tuple[Tensor, int, int]:
+        raw = self.index.read(sample)
+        try:
+            image_HWC = torch.from_numpy(decode_image(raw.image))
+        except DecodeError as error:
+            raise DataError(f"Cannot decode {raw.location}: {error}.") from None
+        return central_crop(image_HWC, self.size), -1 if raw.label is None else raw.label, sample
+
+    def read(self, samples: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B,3,S,S), labels (B,) and ids (B,) of several samples."""
+        images, labels, ids = zip(*(self[sample] for sample in samples), strict=True)
+        return torch.stack(images), torch.tensor(labels), torch.tensor(ids)
+
+
+def evaluation_batches(
+    images: EvaluationSet, samples: Sequence[int], *, batch_size: int, workers: int, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of `EvaluationSet.read` over `samples`, in order; the errors of workers are one-line DataErrors."""
+    batches = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
+    return read_batches(images.read, batches, workers=workers, pin_memory=pin_memory)
+
+
+def central_crop(image_HWC: Tensor, size: int) -> Tensor:
+    """The evaluation view (3, size, size) of an 8-bit image (H, W, 3)."""
+    height, width, _ = image_HWC.shape
+    shorter = size if size <= LARGEST_UNCUT_SIZE else round(size * CROP_RATIO)
+    image_1CHW = image_HWC.permute(2, 0, 1)[None]
+    if min(height, width) != shorter:
+        scaled = (
+            (shorter, int(shorter * width / height)) if height <= width else (int(shorter * height / width), shorter)
+        )
+        image_1CHW = F.interpolate(image_1CHW, size=scaled, mode="bicubic", antialias=True)
+    height, width = image_1CHW.shape[-2:]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image_1CHW[0, :, top : top + size, left : left + size].contiguous()

@@ -1,0 +1,204 @@
+"""The index of a set of shards: where each image lies, found once by walking the tar headers and kept as .npy files.
+
+An index directory holds `index.json` (one entry per shard) and `SHARD.npy`, int64 (samples, 4): image offset, image
+size, label or -1, and the byte of the header from which the key can be read again.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ssl_pipeline.atomic import write_json
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.tar import Member, TarBytes, walk
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+LABEL_EXTENSIONS = ("cls", "json")
+LABEL_KEYS = ("label", "cls")  # of a .json member
+NO_LABEL = -1
+COLUMNS = 4
+MAX_LABEL_BYTES = 1 << 24
+INDEX_FILE = "index.json"
+INDEX_FORMAT = 1
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard as it was when it was indexed."""
+
+    name: str
+    bytes: int
+    modified_ns: int
+    sha256: str
+    samples: int
+    labelled: int
+
+
+def index_shard(path: Path) -> tuple[ShardEntry, NDArray[np.int64]]:
+    """Verify one shard from end to end and find its samples; raises DataError naming shard and byte or key."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_size == 0:
+            raise DataError(f"Shard '{path.name}' is empty (0 bytes). Copy it again or make it again.")
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            rows = list(_samples(data, path.name))
+    array = np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)
+    labelled = int((array[:, 2] != NO_LABEL).sum())
+    entry = ShardEntry(path.name, status.st_size, status.st_mtime_ns, sha256, len(array), labelled)
+    return entry, array
+
+
+def build_index(shards: Sequence[Path], place: Path) -> None:
+    """Index every shard into the directory `place`; `index.json` comes last, so a torn index is no index."""
+    place.mkdir(parents=True, exist_ok=True)
+    entries = map_shards(_index_into(place), shards, description="indexing shards")
+    if not any(entry.samples for entry in entries):
+        raise DataError(f"'{shards[0].parent}' holds {len(shards)} shards and no sample.")
+    write_entries(place, entries)
+
+
+def write_entries(place: Path, entries: Sequence[ShardEntry]) -> None:
+    write_json(place / INDEX_FILE, {"format": INDEX_FORMAT, "shards": [asdict(entry) for entry in entries]})
+
+
+def read_entries(place: Path) -> list[ShardEntry]:
+    """The entries of an index directory; raises DataError if they cannot be read."""
+    try:
+        index = json.loads((place / INDEX_FILE).read_text(encoding="utf-8"))
+        if index["format"] != INDEX_FORMAT:
+            raise DataError(f"The index '{place}' has another format. Delete it; it is made again at the next start.")
+        return [ShardEntry(**entry) for entry in index["shards"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise DataError(f"The index '{place}' is damaged. Delete it; it is made again at the next start.") from None
+
+
+def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
+    """The rows of one shard, mapped from the file rather than read."""
+    path = place / f"{entry.name}.npy"
+    try:
+        rows = np.load(path, mmap_mode="r" if entry.samples else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        rows = None
+    if not isinstance(rows, np.ndarray) or rows.shape != (entry.samples, COLUMNS) or rows.dtype != np.int64:
+        raise DataError(f"The index file '{path}' is damaged. Delete '{place}'; it is made again at the next start.")
+    return rows
+
+
+def map_shards(function: Callable[[Path], Result], shards: Sequence[Path], *, description: str) -> list[Result]:
+    """`function` of every shard, several at a time, with a progress bar where there is something to wait for."""
+    total = sum(shard.stat().st_size for shard in shards)
+    threads = min(8, os.cpu_count() or 1)
+    with (
+        tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, delay=1.0) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        futures = [pool.submit(function, shard) for shard in shards]
+        results = []
+        try:
+            for shard, future in zip(shards, futures, strict=True):
+                results.append(future.result())
+                bar.update(shard.stat().st_size)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def _index_into(place: Path) -> Callable[[Path], ShardEntry]:
+    def index_and_write(shard: Path) -> ShardEntry:
+        entry, rows = index_shard(shard)
+        aside = place / f".{shard.name}.{os.getpid()}.tmp"
+        with aside.open("wb") as file:
+            np.save(file, rows, allow_pickle=False)
+        aside.replace(place / f"{shard.name}.npy")
+        return entry
+
+    return index_and_write
+
+
+def _samples(data: TarBytes, shard: str) -> Iterator[tuple[int, int, int, int]]:
+    """One row per sample: adjacent members of one key, in the order of the file."""
+    seen = set()
+    current, members = "", dict[str, Member]()
+    for member in walk(data, shard=shard):
+        key, extension = split_name(member.name)
+        if not key:
+            continue
+        if key != current:
+            if members:
+                yield _row(data, shard, current, members)
+            if key in seen:
+                raise DataError(f"Shard '{shard}' has the key '{key}' twice, again at byte {member.start}.")
+            seen.add(key)
+            current, members = key, {}
+        if extension in members:
+            raise DataError(f"Shard '{shard}' has the member {member.name!r} twice, again at byte {member.start}.")
+        members[extension] = member
+    if members:
+        yield _row(data, shard, current, members)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension by the WebDataset convention: the name is cut at the first dot of its last part.
+
+    ("", "") for what is no part of a sample: no dot, a hidden file, or a `__meta__` member.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not (stem and dot and extension) or any(part.startswith("__") for part in name.split("/")):
+        return "", ""
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _row(data: TarBytes, shard: str, key: str, members: dict[str, Member]) -> tuple[int, int, int, int]:
+    images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
+    if len(images) != 1:
+        start = min(member.start for member in members.values())
+        found = ", ".join(f".{extension}" for extension in members)
+        raise DataError(
+            f"Shard '{shard}', key '{key}', byte {start}: a sample needs one image "
+            f"({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)}). It has {found}."
+        )
+    return images[0].offset, images[0].size, _label(data, shard, key, members), images[0].start
+
+
+def _label(data: TarBytes, shard: str, key: str, members: dict[str, Member]) -> int:
+    """The `.cls` number, or the integer `label` or `cls` of a `.json` object; -1 without either."""
+    for extension in LABEL_EXTENSIONS:
+        member = members.get(extension)
+        if member is None:
+            continue
+        try:
+            if member.size > MAX_LABEL_BYTES:
+                raise ValueError
+            text = data[member.offset : member.offset + member.size].decode("utf-8")
+            value = int(text) if extension == "cls" else _json_label(json.loads(text))
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"Shard '{shard}', key '{key}', byte {member.offset}: the .{extension} member holds no valid "
+                f"{'integer' if extension == 'cls' else 'JSON'}."
+            ) from None
+        if value is not None:
+            return value if 0 <= value < 2**63 else NO_LABEL
+    return NO_LABEL
+
+
+def _json_label(value: object) -> int | None:
+    if isinstance(value, dict):
+        for name in LABEL_KEYS:
+            if isinstance(value.get(name), int) and not isinstance(value[name], bool):
+                return value[name]
+    return None

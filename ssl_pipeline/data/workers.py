@@ -1,0 +1,95 @@
+"""Batches read by worker processes: torch's DataLoader, with one-line errors and workers that outlive a preemption."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_pipeline.data.errors import DataError
+
+BatchType = TypeVar("BatchType")
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def read_batches(
+    read: Callable[[Sequence[int]], BatchType],
+    batches: Iterable[Sequence[int]],
+    *,
+    workers: int,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[BatchType]:
+    """Yield `read(positions)` for each batch of positions, in order, from `workers` processes (0: this one).
+
+    `read` must be picklable. A DataError in a worker is raised here as it was there, one line without the worker's
+    traceback; so is the death of a worker.
+    """
+    loader = DataLoader(
+        _Guarded(read),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else every iterator draws a seed from the global generator
+    )
+    iterator = iter(loader)
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            raise worker_death(error) or error from None
+        if isinstance(item, _Failure):
+            raise DataError(item.sentence)
+        yield item
+
+
+def worker_death(error: Exception) -> DataError | None:
+    """The one-line form of what torch raises when a worker was killed; None for any other error.
+
+    Torch also raises it from a signal handler, wherever the trainer happens to be, so an engine may want to ask.
+    """
+    lines = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, RuntimeError) and not lines[0].startswith("DataLoader worker"):
+        return None
+    return DataError(
+        f"A data worker died: {lines[0].rstrip('. ')}. The machine may have run out of memory or of /dev/shm; "
+        "try fewer data.workers or a smaller data.prefetch."
+    )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A DataError on its way from a worker."""
+
+    sentence: str
+
+
+class _Guarded(Dataset[BatchType | _Failure], Generic[BatchType]):
+    """Errors as values: torch would wrap an exception's text in a traceback."""
+
+    def __init__(self, read: Callable[[Sequence[int]], BatchType]) -> None:
+        self.read = read
+
+    def __getitems__(self, positions: Sequence[int]) -> BatchType | _Failure:
+        try:
+            return self.read(positions)
+        except DataError as error:
+            return _Failure(str(error))
+
+
+def _as_it_is(batch: BatchType) -> BatchType:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """A preemption signal reaches the whole process group; a worker that dies of it would take the save with it."""
+    for number in PREEMPTION_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,388 @@
+"""The training loop: batches in, optimizer steps, metrics and checkpoints out.
+
+The whole state of a run is the method's and the optimizer's tensors and one number, the position in the endless stream
+of samples. The step, the epoch and every schedule follow from it; randomness is seeded anew in each step. So a run that
+is killed at any moment goes on bit for bit from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ssl_pipeline.augment.photometric import apply_photometric
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
+from ssl_pipeline.config import Config, ConfigError, RunError
+from ssl_pipeline.data.sampling import hash64
+from ssl_pipeline.data.shards import ShardIndex
+from ssl_pipeline.data.stream import BadSampleLog, CropBatch, DataConfig, open_stream
+from ssl_pipeline.distributed import gather, max_over_ranks, mean_over_ranks, rank, world_size
+from ssl_pipeline.interruption import Interruption
+from ssl_pipeline.methods.base import Method, StepOutput
+from ssl_pipeline.optim import OptimConfig, build_optimizer, prepare_gradients, write_values
+from ssl_pipeline.run_directory import RunDirectory
+from ssl_pipeline.schedule import Duration, Progress, steps_in
+from ssl_pipeline.sync_batch_norm import synchronize_batch_norm
+from ssl_pipeline.tracking import Tracker
+
+
+class TrainConfig(Config):
+    """How long and how the method is trained."""
+
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; or set steps."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps; or set epochs."""
+    precision: Literal["bf16", "fp16", "no"] = "no"
+    """Mixed precision of forward and backward; weights, losses and averages stay float32."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
+    sync_batch_norm: bool = False
+    """Whether batch norm sees the images of all processes."""
+    compile: bool = False
+    """Whether backbones go through torch.compile."""
+    save_every: Duration = "1ep"
+    """Time between checkpoints; one is written at the end in any case."""
+    keep_checkpoints: int = Field(2, ge=2)
+    """Newest checkpoints that are kept."""
+    log_every: int = Field(50, ge=1)
+    """Steps between logged rows."""
+    hang_timeout: float = Field(1800.0, ge=0)
+    """Seconds without a finished step after which the process prints its stacks and exits; 0 waits for ever."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            got = "both" if self.epochs is not None else "neither"
+            raise ValueError(f"set either epochs or steps. Got {got}; to replace one of a recipe, set it to null.")
+        return self
+
+
+class Monitor(Protocol):
+    """Something measured on the backbone from time to time; all ranks call it, rank 0's result is logged."""
+
+    every: int | str
+
+    def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Translates the position in the stream into progress."""
+
+    num_samples: int
+    global_batch: int
+    end: int
+
+    def progress(self, position: int) -> Progress:
+        return Progress(
+            step=position // self.global_batch,
+            total_steps=math.ceil(self.end / self.global_batch),
+            steps_per_epoch=self.num_samples / self.global_batch,
+        )
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's view of the processes and devices; raises ConfigError if it differs from the launcher's."""
+    has_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=not has_gpu,
+        mixed_precision=config.precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"The launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}. "
+            "On CPUs launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
+        )
+    return accelerator
+
+
+def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clock:
+    """The clock of a run; raises ConfigError if the global batch is larger than the data set."""
+    global_batch = data.batch_size * world_size() * config.accumulate
+    if global_batch > len(index):
+        raise ConfigError(
+            f"The global batch is larger than the data set: {data.batch_size} per process * {world_size()} processes "
+            f"* {config.accumulate} accumulated = {global_batch}, but {data.shards} has {len(index)} images. "
+            "Lower data.batch_size."
+        )
+    if config.steps is not None:
+        end = config.steps * global_batch
+    else:
+        assert config.epochs is not None
+        end = math.ceil(config.epochs * len(index))
+    return Clock(len(index), global_batch, end)
+
+
+@dataclass
+class Run:
+    """Everything a training run consists of; `pretrain.py` puts it together."""
+
+    method: Method
+    index: ShardIndex
+    augment: Mapping[str, ViewGroup]
+    data: DataConfig
+    optim: OptimConfig
+    config: TrainConfig
+    accelerator: Accelerator
+    output: Path
+    directory: RunDirectory | None  # rank 0 alone
+    monitors: Sequence[Monitor] = ()
+    seed: int = 0
+    identity: Mapping[str, str] | None = None  # what a checkpoint must share with this run to be continued
+    wandb: bool = False
+
+
+def train(run: Run) -> int:
+    """Train to the end, from the newest checkpoint if there is one; returns the signal that cut it short, or 0."""
+    clock = start_clock(run.index, run.data, run.config)
+    method, device = run.method, run.accelerator.device
+    if run.config.sync_batch_norm:
+        synchronize_batch_norm(method, device)
+    checkpoints = Checkpoints(run.output / "checkpoints", keep=run.config.keep_checkpoints, report=_say)
+    saved = checkpoints.load_latest()
+    position = 0
+    if saved is not None:
+        _check_identity(run, saved.facts)
+        position = saved.position
+        method.load_state_dict(saved.tensors["method"])
+    method.to(device)
+    optimizer = build_optimizer(method, run.optim)
+    if run.config.compile:
+        for module in method.modules():
+            if isinstance(module, Backbone):
+                module.compile()
+    network, optimizer = run.accelerator.prepare(method, optimizer)
+    if saved is not None:
+        load_optimizer_tensors(optimizer.optimizer, saved.tensors["optimizer"])
+        if run.accelerator.scaler is not None and isinstance(scaler := saved.facts.get("scaler"), dict):
+            run.accelerator.scaler.load_state_dict(scaler)
+    tracker = Tracker(
+        run.output,
+        total_steps=clock.progress(0).total_steps,
+        resumed_position=position,
+        global_batch=clock.global_batch,
+        wandb=run.wandb,
+        enabled=run.directory is not None,
+    )
+    loop = _Loop(run, clock, checkpoints, tracker, network, optimizer)
+    with Interruption(hang_timeout=run.config.hang_timeout) as interruption:
+        try:
+            return loop.go(position, interruption)
+        except (KeyboardInterrupt, Exception) as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            loop.write_status("failed", reason)
+            raise
+        finally:
+            tracker.close()
+
+
+class _Loop:
+    """One pass from a position to the end of the run."""
+
+    def __init__(
+        self,
+        run: Run,
+        clock: Clock,
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.run, self.clock, self.checkpoints, self.tracker = run, clock, checkpoints, tracker
+        self.network, self.optimizer = network, optimizer
+        self.device = run.accelerator.device
+        self.lr = run.optim.effective_lr(clock.global_batch)
+        self.position = 0
+
+    def go(self, position: int, interruption: Interruption) -> int:
+        """Step until the end of the run or until a signal; returns the signal."""
+        self.position = position
+        micro_batches = math.ceil((self.clock.end - position) / self.clock.global_batch) * self.run.config.accumulate
+        stream = open_stream(
+            self.run.index,
+            dict(self.run.augment),
+            self.run.data,
+            seed=self.run.seed,
+            position=position,
+            rank=rank(),
+            world_size=world_size(),
+            batches=micro_batches,
+        )
+        self.bad_samples = BadSampleLog(
+            self.run.output / "bad_samples.jsonl", self.run.data.bad_sample_budget, len(self.run.index)
+        )
+        self.write_status("running")
+        self._start_interval()
+        if position >= self.clock.end:
+            self.tracker.message("The run is complete already; nothing is left to train.")
+        while self.position < self.clock.end:
+            progress = self.clock.progress(self.position)
+            outputs, indices = self._accumulate(stream, progress)
+            signal_number = self._step(outputs, indices, progress, interruption.requested())
+            self.position += self.clock.global_batch
+            self._report(outputs, progress)
+            done = self.clock.progress(self.position)
+            last = self.position >= self.clock.end
+            if last or signal_number or self._due(self.run.config.save_every, done):
+                self._save(done)
+            if signal_number and not last:
+                self.write_status("preempted", f"signal {signal_number}")
+                self.tracker.message(f"Stopped by signal {signal_number} after step {done.step}; run again to go on.")
+                return signal_number
+            interruption.sign_of_life()
+        self.write_status("done")
+        return 0
+
+    def _accumulate(self, stream: Iterator[CropBatch], progress: Progress) -> tuple[list[StepOutput], Tensor]:
+        """Forward and backward over the micro-batches of one step; the gradients are those of their mean loss."""
+        outputs, indices = [], []
+        for micro in range(self.run.config.accumulate):
+            started = time.perf_counter()
+            crops = next(stream)
+            self.waited += time.perf_counter() - started
+            self.bad_samples.add(crops.bad)
+            batch = make_batch(crops.to(self.device, non_blocking=True), self.run.augment, self.run.data)
+            seed_everything(self.run.seed, progress.step, rank(), micro)
+            last = micro == self.run.config.accumulate - 1
+            with nullcontext() if last else self.run.accelerator.no_sync(self.network):
+                output: StepOutput = self.network(batch, progress)
+                self.run.accelerator.backward(output.loss / self.run.config.accumulate)
+            outputs.append(StepOutput(output.loss.detach(), output.metrics, output.carry))
+            indices.append(batch.index)
+        return outputs, torch.cat(indices)
+
+    def _step(self, outputs: list[StepOutput], indices: Tensor, progress: Progress, signal_number: int) -> int:
+        """One optimizer step, unless a loss or gradient is not finite; returns the signal that any rank received."""
+        self.learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
+        if self.run.accelerator.scaler is not None:
+            self.optimizer.scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]
+        loss = torch.stack([output.loss for output in outputs]).mean()
+        self.gradient_norm = prepare_gradients(self.optimizer, self.run.optim, progress)
+        watched = loss if self.run.accelerator.scaler is not None else loss + self.gradient_norm
+        flags = torch.stack([(~watched.isfinite()).float(), watched.new_tensor(float(signal_number))])
+        broken, signal_number = (int(flag) for flag in max_over_ranks(flags).tolist())
+        if broken:
+            self._refuse(loss, indices, progress)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.run.method.after_step([output.carry for output in outputs], progress)
+        return signal_number
+
+    def _refuse(self, loss: Tensor, indices: Tensor, progress: Progress) -> None:
+        """Stop on all ranks, naming the step and the images of the first rank that is concerned."""
+        watched = torch.stack([loss, self.gradient_norm]).float()
+        watched_W2 = gather(watched[None])
+        broken_rank = int((~watched_W2.isfinite()).any(dim=1).nonzero()[0, 0])
+        images = gather(indices[None])[broken_rank].tolist()
+        names = "; ".join(self.run.index.read(image).location for image in images[:4])
+        more = f"; and {len(images) - 4} more" if len(images) > 4 else ""
+        loss_there, norm_there = watched_W2[broken_rank].tolist()
+        raise RunError(
+            f"Step {progress.step + 1}: the loss is {loss_there} and the gradient norm {norm_there} on rank {broken_rank}: "
+            f"the step was not made. Images of its batch: {names}{more}. The newest checkpoint is untouched; "
+            "try a lower optim.lr, a longer warm-up, optim.clip_norm, or train.precision=bf16."
+        )
+
+    def _report(self, outputs: list[StepOutput], progress: Progress) -> None:
+        """Log this step's row if it is due, with the monitors' results."""
+        done = self.clock.progress(self.position)
+        monitors = [monitor for monitor in self.run.monitors if self._due(monitor.every, done) or self._is_last()]
+        step = progress.step + 1
+        self.images += self.clock.global_batch
+        if monitors or self._is_last() or step == 1 or step % self.run.config.log_every == 0:
+            names = ["loss", *outputs[0].metrics]
+            values = [torch.stack([o.loss, *(o.metrics[name].float() for name in names[1:])]) for o in outputs]
+            means = mean_over_ranks(torch.stack(values).mean(dim=0)).tolist()
+            elapsed = time.perf_counter() - self.started
+            row: dict[str, float | int] = {"step": step, "epoch": done.epoch, "position": self.position}
+            row |= dict(zip(names, means, strict=True))
+            row["learning_rate"] = self.learning_rate
+            row["gradient_norm"] = float(self.gradient_norm)
+            row["images_per_second"] = self.images / elapsed
+            row["data_wait"] = self.waited / elapsed
+            for monitor in monitors:
+                row |= monitor(self.run.method.backbone, done)
+            self.tracker.log(row)
+            self._start_interval()
+        self.tracker.advance(step)
+        if self.run.directory is not None:
+            self.run.directory.heartbeat(step=step)
+
+    def _save(self, done: Progress) -> None:
+        if self.run.directory is not None:
+            scaler = self.run.accelerator.scaler
+            facts = {
+                **(self.run.identity or {}),
+                "position": self.position,
+                "global_batch": self.clock.global_batch,
+                "versions": {"torch": torch.__version__},
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            optimizer: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
+            tensors = {"method": self.run.method.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+            self.checkpoints.save(done.step, tensors, facts)
+        self.run.accelerator.wait_for_everyone()
+
+    def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
+        if self.run.directory is not None:
+            self.run.directory.status(state, step=self.position // self.clock.global_batch, reason=reason)
+
+    def _due(self, every: int | str, done: Progress) -> bool:
+        return done.step % max(steps_in(every, done), 1) == 0
+
+    def _is_last(self) -> bool:
+        return self.position >= self.clock.end
+
+    def _start_interval(self) -> None:
+        self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+
+def make_batch(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
+    """The photometric half of augmentation, on the device that the crops are on."""
+    views = {
+        name: apply_photometric(crops.crops[name], crops.parameters[name], group, mean=data.mean, std=data.std)
+        for name, group in augment.items()
+    }
+    return Batch(views, crops.labels, crops.index)
+
+
+def seed_everything(*key: int) -> None:
+    """Seed the model's own randomness (drop path, masks) from the step, so that nothing of it needs saving."""
+    seed = int(hash64(*key)) >> 1
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
+
+
+def _check_identity(run: Run, facts: Mapping[str, object]) -> None:
+    for name, mine in (run.identity or {}).items():
+        if facts.get(name) != mine:
+            raise ConfigError(
+                f"{run.output} holds a run with {name} {facts.get(name)}; this one has {mine}. "
+                "Choose another output=DIR, or remove that run."
+            )
+
+
+def _say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)

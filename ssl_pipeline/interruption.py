@@ -1,0 +1,50 @@
+"""Ending a run in good order: signals, a launcher that died, a step that hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interruption:
+    """Remembers a request to stop, so that the run can finish its step, save and leave.
+
+    A second signal of the same kind acts as usual. With `hang_timeout` seconds and no sign of life in between, the
+    process prints where every thread stands and exits.
+    """
+
+    def __init__(self, *, hang_timeout: float) -> None:
+        self.hang_timeout = hang_timeout
+        self.signal_number = 0
+        self._launcher = os.getppid() if "WORLD_SIZE" in os.environ else None
+
+    def __enter__(self) -> Interruption:
+        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        self.sign_of_life()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        signal.signal(number, self._previous[number])
+
+    def requested(self) -> int:
+        """The number of the signal that asks this process to stop, 0 if none; an orphaned process stops too."""
+        if not self.signal_number and self._launcher is not None and os.getppid() != self._launcher:
+            self.signal_number = signal.SIGTERM
+        return self.signal_number
+
+    def sign_of_life(self) -> None:
+        """Start the time until a hang is assumed anew."""
+        if self.hang_timeout > 0:
+            faulthandler.dump_traceback_later(self.hang_timeout, exit=True)

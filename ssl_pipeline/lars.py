@@ -1,0 +1,83 @@
+"""LARS (You et al., 2017, https://arxiv.org/abs/1708.03888) by the rule of MoCo v3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose step on each weight matrix is scaled to the length of the matrix.
+
+    For a parameter p with gradient g, momentum buffer m:
+
+        d = g + weight_decay * p
+        d = d * trust_coefficient * |p| / |d|      (unscaled where |p| or |d| is 0)
+        m = momentum * m + d
+        p = p - lr * m
+
+    The first two lines are left out for parameters of one dimension or none: biases and norms.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, object]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        if lr < 0 or momentum < 0 or weight_decay < 0 or trust_coefficient <= 0:
+            raise ValueError(
+                "LARS needs lr, momentum and weight_decay of at least 0 and a positive trust_coefficient. "
+                f"Got {lr}, {momentum}, {weight_decay} and {trust_coefficient}."
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            directions = _directions(parameters, group["weight_decay"], group["trust_coefficient"])
+            buffers = [self._momentum_buffer(parameter) for parameter in parameters]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, directions)
+            torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
+        return loss
+
+    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+def _directions(parameters: list[Tensor], weight_decay: float, trust_coefficient: float) -> list[Tensor]:
+    directions = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    adapted = [number for number, parameter in enumerate(parameters) if parameter.ndim > 1]
+    if not adapted:
+        return directions
+    weights = [parameters[number] for number in adapted]
+    decayed = torch._foreach_add([directions[number] for number in adapted], weights, alpha=weight_decay)
+    weight_norms = torch.stack(torch._foreach_norm(weights))
+    norms = torch.stack(torch._foreach_norm(decayed))
+    ratios = torch.where((weight_norms > 0) & (norms > 0), trust_coefficient * weight_norms / norms, 1.0)
+    torch._foreach_mul_(decayed, ratios.unbind())
+    for number, direction in zip(adapted, decayed, strict=True):
+        directions[number] = direction
+    return directions

@@ -1,0 +1,130 @@
+"""Contrastive losses: each view finds its other view among many.
+
+NT-Xent is SimCLR's (Chen et al., 2020, https://arxiv.org/abs/2002.05709), InfoNCE with a queue MoCo's
+(He et al., 2019, https://arxiv.org/abs/1911.05722) and the symmetric, scaled form MoCo v3's (Chen et al., 2021,
+https://arxiv.org/abs/2104.02057).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_pipeline.distributed import gather, gather_with_grad, rank
+from ssl_pipeline.losses.precision import float32
+
+# Axes: A anchors (the rows of this process), K keys (the rows of all processes), D dimensions.
+LOGITS_AT_ONCE = 2**21  # 8 MB of float32: a chunk of NT-Xent's logits that stays near the cache
+
+
+@float32
+def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> Tensor:
+    """Mean cross-entropy of finding, for each of 2N embeddings, the other view of its image among the 2N - 1 others.
+
+    Shapes: z1, z2 (N, D), row i of both from image i, not normalised. With a = the 2N rows, normalised:
+
+        mean over i of  -log( exp(a_i . a_positive(i) / temperature) / sum_{j != i} exp(a_i . a_j / temperature) )
+
+    With several processes the sum runs over the rows of all of them and the mean over the own rows, so the average over
+    processes is the loss of the global batch, gradients included; every process must bring the same N. The logits are
+    computed in chunks of rows and never stored whole. With N = 1 on one process there is nothing to tell apart: 0.
+    """
+    _check_same_shape("nt_xent", z1=z1, z2=z2)
+    anchors_AD = F.normalize(torch.cat([z1, z2]), dim=1)
+    keys_KD = gather_with_grad(anchors_AD).view(-1, z1.shape[1])  # a tensor of its own, else torch.compile refuses
+    return _NTXent.apply(anchors_AD, keys_KD, rank() * anchors_AD.shape[0], temperature)
+
+
+@float32
+def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, *, temperature: float) -> Tensor:
+    """Mean cross-entropy of finding each query's key before all negatives, as MoCo v1 and v2.
+
+    Shapes: queries and keys (N, D), row i of both from image i; negatives (K, D), for instance the queue. All are
+    normalised here, and only the queries receive a gradient:
+
+        mean over i of  -log( e(q_i . k_i) / (e(q_i . k_i) + sum_j e(q_i . n_j)) )  with e(x) = exp(x / temperature)
+    """
+    _check_same_shape("info_nce", queries=queries, keys=keys)
+    if negatives.ndim != 2 or negatives.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"info_nce needs negatives of shape (K, {queries.shape[1]}) like the queries. Got {tuple(negatives.shape)}."
+        )
+    queries = F.normalize(queries, dim=1)
+    keys = F.normalize(keys.detach(), dim=1)
+    negatives = F.normalize(negatives.detach(), dim=1)
+    positive = (queries * keys).sum(dim=1, keepdim=True)
+    logits = torch.cat([positive, queries @ negatives.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+@float32
+def moco_v3_loss(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, *, temperature: float) -> Tensor:
+    """Both directions of MoCo v3: queries of one view against the momentum keys of the other.
+
+    Shapes: all (N, D), row i of each from image i; normalised here. The negatives of a query are the other keys of the
+    global batch; keys are gathered over the processes and receive no gradient. CE is the mean cross-entropy over rows:
+
+        2 * temperature * (CE(q1 . k2 / temperature) + CE(q2 . k1 / temperature))
+    """
+    _check_same_shape("moco_v3_loss", q1=q1, q2=q2, k1=k1, k2=k2)
+    return _one_direction(q1, k2, temperature) + _one_direction(q2, k1, temperature)
+
+
+def _one_direction(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    keys = gather(F.normalize(keys.detach(), dim=1))
+    logits = F.normalize(queries, dim=1) @ keys.T / temperature
+    num_rows = len(queries)
+    own_key = rank() * num_rows + torch.arange(num_rows, device=logits.device)
+    # the factor makes the gradient's size independent of the temperature, and the published learning rates count on it
+    return F.cross_entropy(logits, own_key) * (2 * temperature)
+
+
+class _NTXent(torch.autograd.Function):
+    """NT-Xent of normalised rows, in chunks: forward leaves the two gradients behind instead of the logits.
+
+    Anchor i of this process is row first + i of the keys; anchors i and i + A/2 are the two views of one image.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, anchors_AD: Tensor, keys_KD: Tensor, first: int, temperature: float
+    ) -> Tensor:
+        num_anchors = anchors_AD.shape[0]
+        gradient_AD, gradient_KD = torch.empty_like(anchors_AD), torch.zeros_like(keys_KD)
+        own_A = torch.arange(num_anchors, device=anchors_AD.device)
+        positive_A = first + (own_A + num_anchors // 2) % num_anchors
+        own_A = first + own_A
+        loss = anchors_AD.new_zeros(())
+        num_rows = max(1, LOGITS_AT_ONCE // keys_KD.shape[0])
+        for start in range(0, num_anchors, num_rows):
+            chunk = slice(start, start + num_rows)
+            own, positive = own_A[chunk, None], positive_A[chunk, None]
+            logits = (anchors_AD[chunk] / temperature) @ keys_KD.T
+            logits.scatter_(1, own, -torch.inf)
+            total = logits.logsumexp(dim=1, keepdim=True)
+            loss += (total - logits.gather(1, positive)).sum()
+            # d loss / d logits = softmax - one at the positive
+            slope = logits.sub_(total).exp_()
+            slope.scatter_add_(1, positive, slope.new_full(positive.shape, -1.0))
+            gradient_AD[chunk] = slope @ keys_KD
+            gradient_KD.addmm_(slope.T, anchors_AD[chunk])
+        scale = 1 / (temperature * num_anchors)
+        ctx.save_for_backward(gradient_AD.mul_(scale), gradient_KD.mul_(scale))
+        return loss / num_anchors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        gradient_AD, gradient_KD = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gradient * gradient_AD, gradient * gradient_KD, None, None
+
+
+def _check_same_shape(loss: str, **tensors: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][0] == 0:
+        raise ValueError(
+            f"{loss} needs {', '.join(tensors)} of one shape (N, D) with N >= 1. Got {', '.join(map(str, shapes))}."
+        )

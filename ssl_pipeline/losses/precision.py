@@ -1,0 +1,36 @@
+"""Full precision for losses: autocast is left, half precision is promoted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def float32(loss: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Run a loss outside autocast, with half-precision inputs promoted; float32 and float64 stay as they are.
+
+    Promotion alone is not enough: under bfloat16 autocast `x.float() @ y.float().T` is bfloat16 again.
+    """
+
+    @functools.wraps(loss)
+    def in_full_precision(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        device_type = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        promoted = tuple(_promote(value) for value in args)
+        promoted_by_name = {name: _promote(value) for name, value in kwargs.items()}
+        with torch.autocast(device_type, enabled=False):
+            return loss(*promoted, **promoted_by_name)  # type: ignore[arg-type]
+
+    return in_full_precision
+
+
+def _promote(value: object) -> object:
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value

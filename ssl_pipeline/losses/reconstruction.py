@@ -1,0 +1,31 @@
+"""Reconstruction of removed patches (MAE, He et al., 2021, https://arxiv.org/abs/2111.06377)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssl_pipeline.losses.precision import float32
+from ssl_pipeline.masking import patchify
+
+
+@float32
+def mae_loss(images: Tensor, prediction: Tensor, mask: Tensor, *, patch_size: int, normalize_targets: bool) -> Tensor:
+    """Mean squared error per pixel, averaged over the removed patches of the whole batch.
+
+    Shapes: images (N, C, H, W), prediction (N, L, p * p * C) in the order of `patchify`, mask (N, L) with 1 = removed.
+    With `normalize_targets` each target patch is (patch - mean) / sqrt(variance + 1e-6), the variance unbiased.
+    With nothing removed the loss is 0.
+    """
+    target = patchify(images, patch_size)
+    if prediction.shape != target.shape or mask.shape != target.shape[:2]:
+        raise ValueError(
+            f"mae_loss needs prediction {tuple(target.shape)} and mask {tuple(target.shape[:2])} for these images. "
+            f"Got {tuple(prediction.shape)} and {tuple(mask.shape)}."
+        )
+    if normalize_targets:
+        mean = target.mean(dim=-1, keepdim=True)
+        variance = target.var(dim=-1, keepdim=True, correction=1)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    error = (prediction - target).square().mean(dim=-1)
+    mask = mask.to(error.dtype)
+    return (error * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,25 @@
+"""The methods: the one place that lists them. A new method is one file and one line here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Union
+
+from pydantic import Field
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.config import Config
+from ssl_pipeline.methods.base import Method
+from ssl_pipeline.methods.dino import Dino, DinoConfig
+from ssl_pipeline.methods.simclr import Simclr, SimclrConfig
+
+METHODS: dict[type[Config], type[Method]] = {
+    DinoConfig: Dino,
+    SimclrConfig: Simclr,
+}
+
+MethodConfig = Annotated[Union[tuple(METHODS)], Field(discriminator="name")]  # type: ignore[valid-type]  # noqa: UP007
+
+
+def build_method(config: Config, backbone: Backbone) -> Method:
+    """The method that `config` belongs to, around `backbone`."""
+    return METHODS[type(config)](config, backbone)  # type: ignore[call-arg]

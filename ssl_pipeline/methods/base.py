@@ -1,0 +1,79 @@
+"""The contract between a method and the engine.
+
+A method is a network with its loss. `forward` computes the loss of one micro-batch and changes nothing; what it finds
+on the way (keys, teacher means) travels in `StepOutput.carry` to `after_step`, which updates teachers, queues and
+centres once per optimizer step. So accumulation, activation checkpointing and a second evaluation of a batch are right
+by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.schedule import Progress
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The loss of one micro-batch; metrics (scalars) and carry are detached."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """How the parameters whose name begins with `prefix` are trained; the first rule that fits applies."""
+
+    prefix: str
+    lr_scale: float = 1.0
+    """Factor on the learning rate."""
+    constant_lr: bool = False
+    """Whether the learning rate stays at its base value, without warm-up and decay."""
+    frozen_for: int | str = 0
+    """Duration from the start in which the parameters get no update at all: no decay and no momentum either."""
+
+
+class Method(nn.Module):
+    """A network with its loss: `forward` computes, `after_step` updates what is not trained."""
+
+    view_groups: ClassVar[tuple[str, ...]]
+    """Groups of `batch.views` that forward needs."""
+    optional_view_groups: ClassVar[tuple[str, ...]] = ()
+    """Groups that forward uses where a recipe has them."""
+    labelled_view_groups: ClassVar[tuple[str, ...]] = ()
+    """The same of `batch.labelled.views`."""
+
+    backbone: nn.Module
+    """(B, C, H, W) -> (B, D): what is evaluated and exported; an attribute or a property."""
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        """The loss of one micro-batch; changes no parameter and no buffer, batch-norm statistics aside."""
+        raise NotImplementedError
+
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        """Update teachers, queues and centres after an optimizer step; `carries` has one entry per micro-batch.
+
+        `progress` is that of the step just made. Called under `torch.no_grad`.
+        """
+
+    def param_rules(self) -> tuple[ParamRule, ...]:
+        """Exceptions from the optimizer's settings, by parameter name."""
+        return ()
+
+
+@torch.no_grad()
+def feature_std(features_BD: Tensor) -> Tensor:
+    """How far the features of a batch are spread over the sphere: about 1 if evenly, 0 if all are the same (collapse).
+
+    The standard deviation over the batch of the L2-normalised features, averaged over dimensions, times sqrt(D).
+    """
+    unit = nn.functional.normalize(features_BD.float(), dim=-1)
+    return unit.std(dim=0, correction=0).mean() * features_BD.shape[-1] ** 0.5

@@ -1,0 +1,108 @@
+"""DINO (Caron et al., 2021, https://arxiv.org/abs/2104.14294)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import Config
+from ssl_pipeline.distributed import mean_over_ranks
+from ssl_pipeline.heads import PrototypeHead
+from ssl_pipeline.losses import centred_softmax, self_distillation
+from ssl_pipeline.methods.base import Method, ParamRule, StepOutput, feature_std
+from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.teacher import Teacher
+
+
+class DinoConfig(Config):
+    """DINO: a student sees small and large crops and predicts what its slow-moving teacher says of the large ones."""
+
+    name: Literal["dino"]
+    num_prototypes: int = Field(65536, gt=1)
+    """Width of the output that student and teacher agree on."""
+    head_hidden_dim: int = Field(2048, gt=0)
+    """Width of the head's hidden layers."""
+    head_bottleneck_dim: int = Field(256, gt=0)
+    """Width of the head's normalised bottleneck."""
+    head_layers: int = Field(3, ge=1)
+    """Linear layers before the prototypes."""
+    head_batch_norm: bool = False
+    """Batch norm in the head's hidden layers."""
+    fixed_prototype_scale: bool = True
+    """Whether all prototypes have length 1 (`norm_last_layer` of the official code)."""
+    freeze_prototypes_for: Duration = "1ep"
+    """How long the student's last layer stays as it was initialised."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Temperature of the student's softmax."""
+    teacher_temperature: Schedule = Schedule(value=0.04)
+    """Temperature of the teacher's softmax."""
+    teacher_momentum: Schedule = Schedule(value=0.996, final=1.0)
+    """Share of the teacher that an update keeps."""
+    centre_momentum: float = Field(0.9, ge=0, le=1)
+    """Share of the centre that an update keeps."""
+
+
+class Dino(Method):
+    """Student and teacher, each a backbone with a prototype head; the teacher's mean output is kept as `centre`."""
+
+    view_groups = ("global",)
+    optional_view_groups = ("local",)
+
+    def __init__(self, config: DinoConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        head = PrototypeHead(
+            backbone.embed_dim,
+            config.num_prototypes,
+            hidden_dim=config.head_hidden_dim,
+            bottleneck_dim=config.head_bottleneck_dim,
+            num_layers=config.head_layers,
+            batch_norm=config.head_batch_norm,
+            fixed_scale=config.fixed_prototype_scale,
+        )
+        self.student = nn.Sequential()
+        self.student.add_module("backbone", backbone)
+        self.student.add_module("head", head)
+        self.teacher = Teacher(self.student)
+        self.centre: Tensor
+        self.register_buffer("centre", torch.zeros(config.num_prototypes))
+
+    @property
+    def backbone(self) -> nn.Module:  # type: ignore[override]
+        """The teacher's: what the official evaluation loads."""
+        return self.teacher.network.get_submodule("backbone")
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        global_views = batch.views["global"]
+        teacher_TBK = self.teacher(global_views.flatten(0, 1)).unflatten(0, global_views.shape[:2])
+        temperature = self.config.teacher_temperature(progress)
+        probabilities_TBK = centred_softmax(teacher_TBK, self.centre, temperature=temperature)
+
+        # one pass per resolution
+        student_SBK = torch.cat(
+            [self.student(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in self._student_views(batch)]
+        )
+        loss = self_distillation(student_SBK, probabilities_TBK, temperature=self.config.student_temperature)
+        metrics = {
+            "target_entropy": -torch.special.xlogy(probabilities_TBK, probabilities_TBK).sum(dim=-1).mean(),
+            "feature_std": feature_std(teacher_TBK[0]),
+        }
+        return StepOutput(loss, metrics, {"teacher_mean": teacher_TBK.float().mean(dim=(0, 1))})
+
+    @torch.no_grad()
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        mean = torch.stack([carry["teacher_mean"] for carry in carries]).mean(dim=0)
+        self.centre.lerp_(mean_over_ranks(mean).to(self.centre.dtype), 1 - self.config.centre_momentum)
+        self.teacher.update(self.student, self.config.teacher_momentum(progress))
+
+    def param_rules(self) -> tuple[ParamRule, ...]:
+        return (ParamRule("student.head.last_layer.", frozen_for=self.config.freeze_prototypes_for),)
+
+    def _student_views(self, batch: Batch) -> list[Tensor]:
+        return [batch.views[name] for name in ("global", "local") if name in batch.views]

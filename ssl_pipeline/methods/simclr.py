@@ -1,0 +1,56 @@
+"""SimCLR (Chen et al., 2020, https://arxiv.org/abs/2002.05709)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import Config
+from ssl_pipeline.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.losses import nt_xent
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.schedule import Progress
+
+
+class SimclrConfig(Config):
+    """SimCLR: two views of an image find each other among all images of the global batch."""
+
+    name: Literal["simclr"]
+    temperature: float = Field(0.1, gt=0)
+    """Temperature of NT-Xent (paper: 0.1 for ImageNet, 0.5 for CIFAR-10)."""
+    projector_hidden_dim: int = Field(2048, gt=0)
+    """Width of the projector's hidden layers."""
+    projector_dim: int = Field(128, gt=0)
+    """Width of the embedding that the loss compares."""
+    projector_layers: int = Field(3, ge=1)
+    """Linear layers of the projector (official code: 3, paper: 2)."""
+    projector_last_batch_norm: LastBatchNorm = "no_shift"
+    """Batch norm after the last layer (official code: scaled, not shifted)."""
+
+
+class Simclr(Method):
+    """A backbone and a projector under NT-Xent; the negatives are the other images of the global batch.
+
+    With accumulation the negatives are those of the micro-batch: k micro-batches are not one big batch here.
+    """
+
+    view_groups = ("view",)
+
+    def __init__(self, config: SimclrConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
+        dims = (backbone.embed_dim, *hidden, config.projector_dim)
+        self.projector = MLPHead(dims, last_batch_norm=config.projector_last_batch_norm)
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        views = batch.views["view"]
+        # one pass over both views, so batch norm sees one distribution
+        features = self.backbone(views.flatten(0, 1))
+        z1, z2 = self.projector(features).unflatten(0, views.shape[:2])
+        loss = nt_xent(z1, z2, temperature=self.config.temperature)
+        return StepOutput(loss, {"feature_std": feature_std(features)})

@@ -1,0 +1,52 @@
+"""Position tables of patch tokens: MAE's fixed sines and the resampling of learnt tables to other image sizes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]  # rows, columns of patches
+
+
+def sincos_position_embedding(dim: int, grid: Grid, *, class_token: bool) -> Tensor:
+    """MAE's fixed table (He et al., 2021, https://arxiv.org/abs/2111.06377): (rows * columns, dim), patches row by row.
+
+    The first half of the dimensions encodes the column, the second half the row, each as the sines and then the
+    cosines of position / 10000^(4i / dim) for i = 0 ... dim/4 - 1. With `class_token` a row of zeros comes first.
+    """
+    if dim % 4:
+        raise ValueError(f"a sine-cosine position table needs a dim divisible by 4. Got {dim}.")
+    rows, columns = grid
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [position.reshape(-1, 1) * frequencies for position in (column, row)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    if class_token:
+        table = torch.cat([table.new_zeros(1, dim), table])
+    return table.float()
+
+
+def resample_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """(1, rows * columns, D) of the old grid -> the same of the new grid, bicubic as in DINO; differentiable.
+
+    One product with a constant matrix, whose gradient is deterministic on every device, unlike that of `interpolate`.
+    """
+    if old == new:
+        return table
+    with torch.autocast(table.device.type, enabled=False):
+        return _resampling_matrix(old, new, table.device, table.dtype) @ table
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=64)
+def _resampling_matrix(old: Grid, new: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(new patches, old patches): the bicubic interpolation of each unit table."""
+    num_old = old[0] * old[1]
+    # The official code asks for 0.1 patch more than there are and samples with that scale; nothing is antialiased.
+    scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
+    unit_tables = torch.eye(num_old, dtype=torch.float64).view(num_old, 1, *old)
+    resampled = F.interpolate(unit_tables, scale_factor=scale, mode="bicubic")
+    return resampled.reshape(num_old, new[0] * new[1]).T.to(device, dtype).contiguous()
