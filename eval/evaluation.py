@@ -123,10 +123,13 @@ class Measured(Generic[Result]):
 
 
 def measure_subjects(
-    config: EvaluationConfig, measure: Callable[[LabelledFeatures], Result], *, task: str
+    config: EvaluationConfig,
+    images: LabelledImages,
+    measure: Callable[[LabelledFeatures], Result],
+    *,
+    task: str,
 ) -> Measured[Result]:
     """`measure` on the features of the subject and, if asked for, of its baselines."""
-    images = open_labelled(config.train, config.test, task=task)
     subject = open_subject(config)
     features = subject_features(config, subject, images, task=task)
     baselines = {

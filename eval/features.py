@@ -50,7 +50,7 @@ def extract_features(
     autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")
     done = 0
     with (
-        tqdm(total=len(positions), desc=description, unit="image", leave=False, disable=rank() > 0) as bar,
+        tqdm(total=len(positions), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
         eval_mode(backbone),
         torch.inference_mode(),
         autocast,

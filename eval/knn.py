@@ -58,8 +58,7 @@ def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int) -> tuple[Te
     """
     import faiss
 
-    if not 1 <= k <= len(train_MD):
-        raise ConfigError(f"k-NN needs k between 1 and the number of training images ({len(train_MD)}). Got k={k}.")
+    require_k(k, len(train_MD))
     require_finite(train_MD, test_ND)
     index = faiss.IndexFlatIP(train_MD.shape[1])
     index.add(train_MD.float().contiguous().cpu().numpy())
@@ -68,6 +67,12 @@ def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int) -> tuple[Te
         torch.from_numpy(similarities).to(test_ND.device),
         torch.from_numpy(neighbours).to(test_ND.device),
     )
+
+
+def require_k(k: int, num_train: int) -> None:
+    """Raises ConfigError if there are not k training images."""
+    if not 1 <= k <= num_train:
+        raise ConfigError(f"k-NN needs k between 1 and the number of training images ({num_train}). Got k={k}.")
 
 
 def require_finite(train_MD: Tensor, test_ND: Tensor) -> None:
@@ -146,7 +151,9 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
             num_classes=features.num_classes,
         )
 
-    measured = measure_subjects(config, measure, task="k-NN")
+    images = open_labelled(config.train, config.test, task="k-NN")
+    require_k(max(config.k), len(images.train))
+    measured = measure_subjects(config, images, measure, task="k-NN")
     settings: dict[str, JSON] = {"k": config.k, "temperature": config.temperature, "faiss": faiss.__version__}
     report = measured.report(
         lambda by_k: {**by_k[config.k[0]], "by_k": {str(k): accuracy for k, accuracy in by_k.items()}}, settings

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from eval.accuracy import top_k_accuracy
 from eval.classifiers import logistic_regression, stratified_split, train_linear_heads
-from eval.evaluation import EvaluationConfig, LabelledFeatures, choose_device, measure_subjects, write_report
+from eval.evaluation import EvaluationConfig, LabelledFeatures, choose_device, measure_subjects, open_labelled, write_report
 from eval.table import format_table, percent
 from ssl_pipeline.atomic import JSON
 from ssl_pipeline.config import Config, ConfigError, run_command
@@ -176,7 +176,8 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
             device=choose_device(config.device),
         )
 
-    measured = measure_subjects(config, measure, task="the linear probe")
+    images = open_labelled(config.train, config.test, task="the linear probe")
+    measured = measure_subjects(config, images, measure, task="the linear probe")
     protocol = measured.result.solver
     settings: dict[str, JSON] = {
         "solver": protocol,

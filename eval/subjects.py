@@ -82,9 +82,8 @@ def open_subject(config: SubjectConfig) -> Subject:
     if config.run is not None:
         return _run_subject(config.run, config.size)
     assert config.backbone is not None
-    preprocessing = _preprocessing(config)
     if config.backbone == RAW_PIXELS:
-        return raw_pixels(preprocessing.size)
+        return raw_pixels(config.size or 224)
     architecture = validate(
         BackboneConfig,
         {
@@ -95,12 +94,13 @@ def open_subject(config: SubjectConfig) -> Subject:
         },
     )
     if config.weights is None:
-        subject = random_initialisation(architecture, preprocessing)
+        subject = random_initialisation(architecture, _preprocessing(config))
         return replace(subject, label=f"{config.backbone} at random initialisation")
+    backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
     about: dict[str, JSON] = {"backbone": architecture.model_dump(mode="json"), "weights": config.weights}
     if Path(config.weights).is_file():
         about["weights_sha256"] = file_checksum(Path(config.weights))
-    return Subject(config.backbone, create_backbone(architecture), preprocessing, about, architecture)
+    return Subject(config.backbone, backbone, _preprocessing(config), about, architecture)
 
 
 def _preprocessing(config: SubjectConfig) -> Preprocessing:

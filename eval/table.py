@@ -68,21 +68,7 @@ def summary(top1: Mapping[str, Mapping[str, float]]) -> str:
     measured = {name: title for name, title in EVALUATORS.items() if name in top1}
     rows = [(label, *(percent(top1[name].get(subject)) for name in measured)) for subject, label in SUBJECTS.items()]
     lines = [format_table(("", *measured.values()), rows), ""]
-    compared = [name for name in measured if "raw_pixels" in top1[name]]
-    for name in compared:
-        raw, pretrained = top1[name]["raw_pixels"], top1[name]["pretrained"]
-        if raw >= pretrained:
-            relation = "equal" if raw == pretrained else "beat"
-            lines.append(
-                f"Raw pixels {relation} the pretrained backbone in {EVALUATORS[name]}: "
-                f"{percent(raw)} against {percent(pretrained)}."
-            )
-    if compared and len(lines) == 2:
-        lines.append(
-            f"The pretrained backbone is ahead of raw pixels in {' and '.join(EVALUATORS[n] for n in compared)}."
-        )
-    if not compared:
-        lines.append("No baselines were measured: run the evaluators with baselines=true.")
+    lines += compare_with_raw_pixels(top1)
     if "random" in top1.get("knn", {}):
         random, pretrained = (100.0 - top1["knn"][subject] for subject in ("random", "pretrained"))
         ratio = f"{random / pretrained:.1f} times smaller" if pretrained else "none is left"
@@ -90,6 +76,27 @@ def summary(top1: Mapping[str, Mapping[str, float]]) -> str:
             ratio = f"{pretrained / random:.1f} times larger"
         lines.append(f"k-NN error: {random:.2f} % at random initialisation, {pretrained:.2f} % pretrained: {ratio}.")
     return "\n".join(lines)
+
+
+def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
+    compared = [name for name in EVALUATORS if "raw_pixels" in top1.get(name, {})]
+    if not compared:
+        return ["No baselines were measured: run the evaluators with baselines=true."]
+    lines, lost = [], []
+    for name in compared:
+        raw, pretrained = top1[name]["raw_pixels"], top1[name]["pretrained"]
+        if raw < pretrained:
+            lost.append(EVALUATORS[name])
+        else:
+            relation = "equal" if raw == pretrained else "beat"
+            lines.append(
+                f"Raw pixels {relation} the pretrained backbone in {EVALUATORS[name]}: "
+                f"{percent(raw)} against {percent(pretrained)}."
+            )
+    if lost:
+        lines.append(f"The pretrained backbone is ahead of raw pixels in {' and '.join(lost)}.")
+    return lines
 
 
 def main(config: TableConfig) -> None:

@@ -1,10 +1,8 @@
-"""The networks that are pretrained: any timm model by name, turned into features, and its weights in files."""
+"""The networks that are pretrained: any timm model by name, turned into features."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.config import Config, ConfigError, nearest
 from ssl_pipeline.positions import Grid, resample_positions, sincos_position_embedding
+from ssl_pipeline.weights import WEIGHT_SUFFIXES, first_line, load_weights, write_whole
 
 __all__ = [
     "Backbone",
@@ -33,7 +32,6 @@ __all__ = [
     "without_drop_path",
 ]
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 RESERVED_ARGUMENTS = {
     "num_classes": "the head is always left out",
     "pretrained": "set backbone.weights",
@@ -140,7 +138,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     """The backbone that `config` describes; TokenBackbone for ViTs. Raises ConfigError for a mistake in it."""
     if not timm.is_model(config.name):
         raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
-    weights_file = _is_file_name(config.weights)
+    weights_file = _is_file(config.weights)
     if config.small_images and config.weights and not weights_file:
         raise ConfigError(
             "backbone.small_images replaces the stem that pretrained weights need. Leave one of them out."
@@ -153,7 +151,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     else:  # subclasses and hybrids have forward passes of their own
         backbone = Backbone(model)
     if weights_file:
-        load_weights(backbone, Path(str(config.weights)))
+        load_weights(backbone.model, Path(str(config.weights)))
     return backbone
 
 
@@ -175,8 +173,8 @@ def save_backbone(directory: Path, backbone: Backbone, config: BackboneConfig, p
         "mean": preprocessing.mean,
         "std": preprocessing.std,
     }
-    _write_whole(directory / "backbone.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
-    _write_whole(directory / "backbone.json", (json.dumps(description, indent=1) + "\n").encode())
+    write_whole(directory / "backbone.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_whole(directory / "backbone.json", (json.dumps(description, indent=1) + "\n").encode())
 
 
 def load_backbone(directory: Path) -> tuple[Backbone, BackboneConfig, Preprocessing]:
@@ -189,29 +187,10 @@ def load_backbone(directory: Path) -> tuple[Backbone, BackboneConfig, Preprocess
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no description of a backbone ({_first_line(error)}).") from error
+        raise ConfigError(f"{path} is no description of a backbone ({first_line(error)}).") from error
     backbone = create_backbone(config)
-    load_weights(backbone, directory / "backbone.safetensors")
+    load_weights(backbone.model, directory / "backbone.safetensors")
     return backbone, config, preprocessing
-
-
-def load_weights(backbone: Backbone, path: Path) -> None:
-    """Load a file of tensors under timm's names; its classifier is ignored, its position table resampled if need be."""
-    state = _read_tensors(path)
-    own = backbone.model.state_dict()
-    state = {name: value for name, value in state.items() if name in own or not _is_classifier(name)}
-    if isinstance(backbone, TokenBackbone) and "pos_embed" in state and "pos_embed" in own:
-        state["pos_embed"] = _fit_positions(state["pos_embed"], own["pos_embed"], backbone)
-    for kind, names in (("misses", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
-        if names:
-            first = ", ".join([name for name in [*own, *state] if name in names][:3])
-            raise ConfigError(f"{path} does not fit the backbone: it {kind} {len(names)} tensors, first {first}.")
-    for name, value in state.items():
-        if value.shape != own[name].shape:
-            raise ConfigError(
-                f"{path} does not fit the backbone: {name} is {tuple(value.shape)}, needed {tuple(own[name].shape)}."
-            )
-    backbone.model.load_state_dict(state)
 
 
 def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
@@ -234,7 +213,7 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
                 raise
             return timm.create_model(name, tag is not None, num_classes=0, **arguments)
     except Exception as error:  # whatever timm raises, the cause is in the config or the connection
-        raise ConfigError(f"timm cannot create '{name}': {_first_line(error)}") from error
+        raise ConfigError(f"timm cannot create '{name}': {first_line(error)}") from error
 
 
 def _shrink_stem(model: nn.Module, name: str) -> None:
@@ -249,50 +228,5 @@ def _shrink_stem(model: nn.Module, name: str) -> None:
     model.add_module("maxpool", nn.Identity())
 
 
-def _fit_positions(table: Tensor, own: Tensor, backbone: TokenBackbone) -> Tensor:
-    num_prefix = 0 if backbone.model.no_embed_class else backbone.num_prefix_tokens
-    num_patches = table.shape[1] - num_prefix if table.ndim == 3 else 0
-    side = round(max(num_patches, 0) ** 0.5)
-    if table.shape[1:] == own.shape[1:] or side == 0 or side * side != num_patches:
-        return table
-    patches = resample_positions(table[:, num_prefix:], (side, side), backbone.grid)
-    return torch.cat([table[:, :num_prefix], patches], dim=1)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            content: object = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers have no common error class
-        raise ConfigError(f"cannot read weights from {path}: {_first_line(error)}") from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConfigError(f"{path} holds no plain table of tensors by name.")
-    return dict(content)
-
-
-def _is_file_name(weights: str | None) -> bool:
+def _is_file(weights: str | None) -> bool:
     return weights is not None and (weights.endswith(WEIGHT_SUFFIXES) or Path(weights).is_file())
-
-
-def _is_classifier(name: str) -> bool:
-    return name.startswith(("head.", "fc.", "classifier.", "head_dist."))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".tmp-{path.name}")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

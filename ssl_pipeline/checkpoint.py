@@ -164,7 +164,7 @@ class Checkpoints:
 
     def _remove(self, path: Path) -> None:
         """Take the name away first: a removal that is cut short leaves no half checkpoint."""
-        path.rename(path.with_name(f".tmp-{path.name}"))
+        path.rename(path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}"))
         self._known_valid.discard(path)
 
 
@@ -271,7 +271,10 @@ def _read_manifest(path: Path) -> _Manifest:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not used: manifest.json is not a checkpoint's manifest.") from None
-    _integer(facts, "position"), _integer(facts, "step")
+    try:
+        _integer(facts, "position"), _integer(facts, "step")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not used: {error}") from None
     for name in files:
         if not TENSOR_FILE.fullmatch(name):
             raise CheckpointError(f"{path} is not used: its manifest names {name!r}, not a file of its own.")

@@ -28,9 +28,11 @@ from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
 from ssl_pipeline.config import Config, ConfigError, RunError
+from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.sampling import hash64
 from ssl_pipeline.data.shards import ShardIndex
-from ssl_pipeline.data.stream import BadSampleLog, CropBatch, DataConfig, open_stream
+from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
+from ssl_pipeline.data.workers import worker_death
 from ssl_pipeline.distributed import gather, max_over_ranks, mean_over_ranks, rank, world_size
 from ssl_pipeline.interruption import Interruption
 from ssl_pipeline.methods.base import Method, StepOutput
@@ -187,10 +189,10 @@ def train(run: Run) -> int:
     with Interruption(hang_timeout=run.config.hang_timeout) as interruption:
         try:
             return loop.go(position, interruption)
-        except (KeyboardInterrupt, Exception) as error:
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            loop.write_status("failed", reason)
-            raise
+        except BaseException as error:
+            error = (isinstance(error, Exception) and worker_death(error)) or error
+            loop.write_status("failed", str(error) or type(error).__name__)
+            raise error from None
         finally:
             tracker.close()
 
@@ -228,7 +230,7 @@ class _Loop:
             batches=micro_batches,
         )
         self.bad_samples = BadSampleLog(
-            self.run.output / "bad_samples.jsonl", self.run.data.bad_sample_budget, len(self.run.index)
+            self.run.output / "bad_samples.jsonl", budget=self.run.data.bad_sample_budget, total=len(self.run.index)
         )
         self.write_status("running")
         self._start_interval()
@@ -259,7 +261,7 @@ class _Loop:
             started = time.perf_counter()
             crops = next(stream)
             self.waited += time.perf_counter() - started
-            self.bad_samples.add(crops.bad)
+            self.bad_samples.record(crops.bad)
             batch = make_batch(crops.to(self.device, non_blocking=True), self.run.augment, self.run.data)
             seed_everything(self.run.seed, progress.step, rank(), micro)
             last = micro == self.run.config.accumulate - 1

@@ -7,7 +7,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm  # eps 1e-6, as the official code
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from ssl_pipeline.positions import Grid, sincos_position_embedding
 
 LastBatchNorm = Literal["none", "no_affine", "no_shift", "affine"]
 
@@ -107,3 +111,58 @@ def _official_linear(in_dim: int, out_dim: int) -> nn.Linear:
     nn.init.trunc_normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+class PixelDecoder(nn.Module):
+    """MAE's decoder: puts a mask token wherever a patch was removed and predicts the pixels of all patches.
+
+    Encoded tokens (N, num_prefix_tokens + K, in_dim) of the K kept patches and restore (N, L) of `random_masking`
+    -> (N, L, p * p * channels) in the order of `patchify`.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        in_dim: int,
+        grid: Grid,
+        patch_size: int,
+        *,
+        dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        channels: int = 3,
+        num_prefix_tokens: int = 1,
+    ) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.embed = nn.Linear(in_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        positions = sincos_position_embedding(dim, grid, class_token=False)
+        self.register_buffer("positions", positions, persistent=False)
+        self.blocks = nn.Sequential(
+            *[Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)]
+        )
+        self.norm = LayerNorm(dim)
+        self.predict = nn.Linear(dim, patch_size**2 * channels)
+        initialise_as_mae(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, encoded: Tensor, restore: Tensor) -> Tensor:
+        tokens = self.embed(encoded)
+        prefix, kept = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        num_images, num_kept, dim = kept.shape
+        mask_tokens = self.mask_token.to(kept.dtype).expand(num_images, restore.shape[1] - num_kept, -1)
+        patches = torch.cat([kept, mask_tokens], dim=1).gather(1, restore[:, :, None].expand(-1, -1, dim))
+        # the prefix tokens have position zero
+        decoded = self.blocks(torch.cat([prefix, patches + self.positions], dim=1))
+        return self.predict(self.norm(decoded[:, self.num_prefix_tokens :]))
+
+
+def initialise_as_mae(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer inside."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -13,14 +13,14 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     height, width = images.shape[-2:]
     if images.ndim != 4 or height % patch_size or width % patch_size:
         raise ValueError(
-            f"patchify needs images (N, C, H, W) with sides that are multiples of {patch_size}. Got {tuple(images.shape)}."
+            f"patchify needs images (N, C, H, W) with sides divisible by {patch_size}. Got {tuple(images.shape)}."
         )
     patches = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (N, C, rows, p, columns, p)
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_size: int, *, grid: tuple[int, int] | None = None) -> Tensor:
-    """The inverse of `patchify`: (N, L, p * p * C) -> (N, C, H, W); without `grid` (rows, columns) the image is square."""
+    """The inverse of `patchify`: (N, L, p * p * C) -> (N, C, H, W), square unless `grid` gives (rows, columns)."""
     rows, columns = grid or (round(patches.shape[1] ** 0.5),) * 2
     if patches.ndim != 3 or rows * columns != patches.shape[1] or patches.shape[2] % patch_size**2:
         raise ValueError(
@@ -33,18 +33,15 @@ def unpatchify(patches: Tensor, patch_size: int, *, grid: tuple[int, int] | None
 def random_masking(noise: Tensor, *, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """Keep, of each image, the int(L * (1 - ratio)) patches with the smallest noise.
 
-    noise: (N, L), one draw per patch. Returns
+    noise: (N, L), one draw per patch. Returns, with K kept patches,
 
         kept     (N, K) indices of the kept patches, by ascending noise
         mask     (N, L) float32, 1 = removed, 0 = kept
         restore  (N, L): row r of [kept patches, removed patches] gathered at restore[r] is in image order again
     """
-    num_patches = noise.shape[1]
-    num_kept = int(num_patches * (1 - ratio))
-    if not 0 < num_kept < num_patches:
-        raise ValueError(
-            f"a masking ratio must keep and remove at least one of the {num_patches} patches. Got {ratio}, which keeps {num_kept}."
-        )
+    if not 0 <= ratio < 1:
+        raise ValueError(f"a masking ratio must be at least 0 and below 1. Got {ratio}.")
+    num_kept = int(noise.shape[1] * (1 - ratio))
     order = torch.argsort(noise, dim=1, stable=True)
     restore = torch.argsort(order, dim=1)
     mask = (restore >= num_kept).float()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class FeatureQueue(nn.Module):
     """The `size` newest features, first in first out; random directions until they are replaced.
 
-    features: (size, dim) buffer, of unit length as far as what is enqueued has it. position: the next row to be replaced.
+    features: (size, dim). position: the next row to be replaced.
     """
 
     features: Tensor
@@ -27,7 +27,7 @@ class FeatureQueue(nn.Module):
         size, num_new = len(self.features), len(features)
         if num_new == 0 or size % num_new:
             raise ValueError(
-                f"the size of the queue must be a multiple of the global batch. Got a queue of {size} and {num_new} features."
+                f"the queue's size must be a multiple of the global batch. Got {size} places and {num_new} features."
             )
         rows = self.position + torch.arange(num_new, device=features.device)
         self.features.index_copy_(0, rows % size, features.to(self.features.dtype))

@@ -23,7 +23,18 @@ from ssl_pipeline.config.base import Config, ConfigError, Location, RunError, Tr
 from ssl_pipeline.config.schema import complete
 from ssl_pipeline.config.sentences import help_page, mistakes
 
-__all__ = ["Config", "ConfigError", "RunError", "Tree", "dump", "load", "nearest", "read_yaml", "run_command", "validate"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "RunError",
+    "Tree",
+    "dump",
+    "load",
+    "nearest",
+    "read_yaml",
+    "run_command",
+    "validate",
+]
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 

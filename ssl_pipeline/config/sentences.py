@@ -115,7 +115,7 @@ def help_page(schema: type[Config], argv: Sequence[str], command: str, recipes: 
         if tags:
             lines.append(f"  {path}.name: one of {', '.join(tags)}; its keys: --help with recipe= or {path}.name=")
             continue
-        needed = " (required)" if field.is_required() else f" (default: {_plain(field.get_default())})"
+        needed = " (required)" if field.is_required() else f" (default: {_plain(field.get_default(call_default_factory=True))})"
         about = " ".join((field.description or "").split())
         lines.append(f"  {path}{needed}")
         lines += [f"      {about}"] if about else []

@@ -1,24 +1,16 @@
-"""The index of a set of shards: where each image lies, found once by walking the tar headers and kept as .npy files.
-
-An index directory holds `index.json` (one entry per shard) and `SHARD.npy`, int64 (samples, 4): image offset, image
-size, label or -1, and the byte of the header from which the key can be read again.
-"""
+"""Where each image of one shard lies: found once, by walking the headers of its tar file."""
 
 import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from ssl_pipeline.atomic import write_json
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.tar import Member, TarBytes, walk
 
@@ -28,10 +20,6 @@ LABEL_KEYS = ("label", "cls")  # of a .json member
 NO_LABEL = -1
 COLUMNS = 4
 MAX_LABEL_BYTES = 1 << 24
-INDEX_FILE = "index.json"
-INDEX_FORMAT = 1
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,11 @@ class ShardEntry:
 
 
 def index_shard(path: Path) -> tuple[ShardEntry, NDArray[np.int64]]:
-    """Verify one shard from end to end and find its samples; raises DataError naming shard and byte or key."""
+    """Verify the structure of one shard from end to end and find its samples.
+
+    Rows are int64 (samples, 4): image offset, image size, label or -1, and the byte of the header from which the key
+    can be read again. Raises DataError naming the shard and the byte or key.
+    """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         if status.st_size == 0:
@@ -59,74 +51,6 @@ def index_shard(path: Path) -> tuple[ShardEntry, NDArray[np.int64]]:
     labelled = int((array[:, 2] != NO_LABEL).sum())
     entry = ShardEntry(path.name, status.st_size, status.st_mtime_ns, sha256, len(array), labelled)
     return entry, array
-
-
-def build_index(shards: Sequence[Path], place: Path) -> None:
-    """Index every shard into the directory `place`; `index.json` comes last, so a torn index is no index."""
-    place.mkdir(parents=True, exist_ok=True)
-    entries = map_shards(_index_into(place), shards, description="indexing shards")
-    if not any(entry.samples for entry in entries):
-        raise DataError(f"'{shards[0].parent}' holds {len(shards)} shards and no sample.")
-    write_entries(place, entries)
-
-
-def write_entries(place: Path, entries: Sequence[ShardEntry]) -> None:
-    write_json(place / INDEX_FILE, {"format": INDEX_FORMAT, "shards": [asdict(entry) for entry in entries]})
-
-
-def read_entries(place: Path) -> list[ShardEntry]:
-    """The entries of an index directory; raises DataError if they cannot be read."""
-    try:
-        index = json.loads((place / INDEX_FILE).read_text(encoding="utf-8"))
-        if index["format"] != INDEX_FORMAT:
-            raise DataError(f"The index '{place}' has another format. Delete it; it is made again at the next start.")
-        return [ShardEntry(**entry) for entry in index["shards"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise DataError(f"The index '{place}' is damaged. Delete it; it is made again at the next start.") from None
-
-
-def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
-    """The rows of one shard, mapped from the file rather than read."""
-    path = place / f"{entry.name}.npy"
-    try:
-        rows = np.load(path, mmap_mode="r" if entry.samples else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        rows = None
-    if not isinstance(rows, np.ndarray) or rows.shape != (entry.samples, COLUMNS) or rows.dtype != np.int64:
-        raise DataError(f"The index file '{path}' is damaged. Delete '{place}'; it is made again at the next start.")
-    return rows
-
-
-def map_shards(function: Callable[[Path], Result], shards: Sequence[Path], *, description: str) -> list[Result]:
-    """`function` of every shard, several at a time, with a progress bar where there is something to wait for."""
-    total = sum(shard.stat().st_size for shard in shards)
-    threads = min(8, os.cpu_count() or 1)
-    with (
-        tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, delay=1.0) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        futures = [pool.submit(function, shard) for shard in shards]
-        results = []
-        try:
-            for shard, future in zip(shards, futures, strict=True):
-                results.append(future.result())
-                bar.update(shard.stat().st_size)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
-
-
-def _index_into(place: Path) -> Callable[[Path], ShardEntry]:
-    def index_and_write(shard: Path) -> ShardEntry:
-        entry, rows = index_shard(shard)
-        aside = place / f".{shard.name}.{os.getpid()}.tmp"
-        with aside.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
-        aside.replace(place / f"{shard.name}.npy")
-        return entry
-
-    return index_and_write
 
 
 def _samples(data: TarBytes, shard: str) -> Iterator[tuple[int, int, int, int]]:
@@ -149,6 +73,11 @@ def _samples(data: TarBytes, shard: str) -> Iterator[tuple[int, int, int, int]]:
         members[extension] = member
     if members:
         yield _row(data, shard, current, members)
+
+
+def key_at(data: TarBytes, start: int, *, shard: str) -> str:
+    """The key of the member whose header begins at byte `start`."""
+    return split_name(next(walk(data, shard=shard, start=start)).name)[0]
 
 
 def split_name(name: str) -> tuple[str, str]:

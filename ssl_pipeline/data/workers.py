@@ -29,7 +29,7 @@ def read_batches(
     """
     loader = DataLoader(
         _Guarded(read),
-        batch_sampler=batches,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any sequence of positions will do, a range costs least
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,

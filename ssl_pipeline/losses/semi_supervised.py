@@ -24,7 +24,8 @@ def fixmatch_loss(
     from image i. Returns the loss and the boolean kept (U,):
 
         kept[i] = max softmax(weak[i]) >= threshold
-        loss = mean over B of CE(labelled, labels) + unlabelled_weight * mean over all U of kept[i] * CE(strong[i], argmax weak[i])
+        loss = mean over B of CE(labelled, labels)
+               + unlabelled_weight * mean over all U of kept[i] * CE(strong[i], argmax weak[i])
 
     The weak views receive no gradient. With nothing kept the second term is 0.
     """

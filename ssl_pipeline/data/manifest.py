@@ -1,0 +1,59 @@
+"""The manifest that data_tools.make_shards writes beside its shards; shards made by others do without."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ssl_pipeline.atomic import write_json
+from ssl_pipeline.data.errors import DataError
+
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ManifestShard:
+    """A shard as it was when it was written."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a set of shards and where it came from."""
+
+    class_names: Sequence[str] | None = None
+    shards: Sequence[ManifestShard] = ()
+    source: dict[str, str | int | None] = field(default_factory=dict)
+    rejected: int = 0
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`; counts and bytes of the whole are added for whoever reads it."""
+    totals = {
+        "samples": sum(shard.samples for shard in manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+    }
+    write_json(folder / MANIFEST_FILE, totals | asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder of shards; None without one, or if the file is somebody else's."""
+    path = folder / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise DataError(
+            f"'{path}' is not valid JSON. Copy it again, or delete it to use the shards without it."
+        ) from None
+    try:
+        shards = [ManifestShard(**shard) for shard in content["shards"]]
+        names = content["class_names"]
+        return Manifest(None if names is None else [str(name) for name in names], shards)
+    except (KeyError, TypeError):
+        return None

@@ -1,0 +1,228 @@
+"""The batched colour operations against torchvision's functional ones, one sample at a time."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from torchvision.transforms.v2 import functional as oracle
+
+from ssl_pipeline.augment import photometric
+from ssl_pipeline.augment.photometric import NUM_PARAMETERS, Operation, Parameter
+from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, ViewGroup
+
+ADJUST = (oracle.adjust_brightness, oracle.adjust_contrast, oracle.adjust_saturation, oracle.adjust_hue)
+PATHS = {"selected": photometric._augment_selected, "everywhere": photometric._augment_everywhere}
+NEVER = {"jitter_prob": 0.0, "gray_prob": 0.0}
+
+
+@pytest.fixture(params=PATHS)
+def augment(request):
+    """Both ways to compute: on the samples concerned (CPU), and on all of them (accelerators)."""
+
+    def run(crops_NCHW, parameters_NP, group):
+        image_NCHW = crops_NCHW.float() / 255
+        PATHS[request.param](image_NCHW, parameters_NP, photometric.stages_per_view(group)[0])
+        return image_NCHW
+
+    return run
+
+
+def one_at_a_time(crops_NCHW, parameters_NP, group):
+    """Torchvision's result, and how far each value was from the threshold when it came to solarization."""
+    results, margins = [], []
+    for crop, row in zip(crops_NCHW, parameters_NP.tolist(), strict=True):
+        image = crop.float() / 255
+        if row[Parameter.JITTER]:
+            for operation in np.argsort(row[Parameter.TURN : Parameter.TURN + 4]):
+                image = ADJUST[operation](image, row[Parameter.FACTOR + operation])
+        if row[Parameter.GRAY]:
+            image = oracle.rgb_to_grayscale(image, num_output_channels=3)
+        if row[Parameter.BLUR_SIGMA]:
+            image = oracle.gaussian_blur(image, [group.blur_kernel_size()] * 2, [row[Parameter.BLUR_SIGMA]] * 2)
+        margins.append((image - group.solarize_threshold).abs())
+        if row[Parameter.SOLARIZE]:
+            image = oracle.solarize(image, group.solarize_threshold)
+        results.append(image)
+    return torch.stack(results), torch.stack(margins)
+
+
+def assert_equals_torchvision(result_NCHW, crops_NCHW, parameters_NP, group):
+    expected_NCHW, margin_NCHW = one_at_a_time(crops_NCHW, parameters_NP, group)
+    # where rounding decides on which side of the threshold a value falls, either result is right
+    decided = (margin_NCHW > 1e-5) | (parameters_NP[:, Parameter.SOLARIZE] == 0)[:, None, None, None]
+    assert decided.float().mean() > 0.98
+    assert_close(result_NCHW * decided, expected_NCHW * decided, atol=1e-5, rtol=0)
+
+
+def neutral(samples):
+    """Parameters of views that nothing happens to."""
+    parameters_NP = torch.zeros(samples, NUM_PARAMETERS)
+    parameters_NP[:, Parameter.TURN : Parameter.TURN + 4] = torch.arange(4.0)
+    parameters_NP[:, Parameter.FACTOR : Parameter.FACTOR + 3] = 1.0
+    return parameters_NP
+
+
+def noise(samples, size=12, seed=0):
+    return torch.randint(0, 256, (samples, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def flat_colours(size=6):
+    """Black, white, grays and the corners of the colour cube, one flat image each."""
+    levels = [(v, v, v) for v in (0, 1, 127, 128, 254, 255)] + list(itertools.product((0, 255), repeat=3))
+    levels += [(10, 200, 200), (200, 10, 200), (200, 200, 10), (128, 128, 129)]
+    return torch.tensor(levels, dtype=torch.uint8)[:, :, None, None].expand(-1, 3, size, size).contiguous()
+
+
+def test_all_24_orders_equal_torchvision(augment):
+    group = ViewGroup(size=12)
+    crops, parameters = noise(24), neutral(24)
+    generator = torch.Generator().manual_seed(1)
+    parameters[:, Parameter.JITTER] = 1
+    parameters[:, Parameter.TURN : Parameter.TURN + 4] = torch.tensor(list(itertools.permutations(range(4))))
+    parameters[:, Parameter.FACTOR : Parameter.FACTOR + 3] = torch.rand(24, 3, generator=generator) * 2
+    parameters[:, Parameter.FACTOR + Operation.HUE] = torch.rand(24, generator=generator) - 0.5
+    assert_equals_torchvision(augment(crops, parameters, group), crops, parameters, group)
+
+
+@pytest.mark.parametrize("operation", Operation, ids=lambda operation: operation.name)
+def test_each_operation_alone_equals_torchvision_up_to_the_extreme_factors(augment, operation):
+    group = ViewGroup(size=6)
+    factors = (-0.5, -1 / 3, -0.1, 0.0, 1 / 6, 0.5) if operation == Operation.HUE else (0.0, 0.3, 1.0, 1.7, 2.0)
+    images = torch.cat([flat_colours(), noise(4, size=6)])
+    crops = images.repeat(len(factors), 1, 1, 1)
+    parameters = neutral(len(crops))
+    parameters[:, Parameter.JITTER] = 1
+    parameters[:, Parameter.FACTOR + operation] = torch.tensor(factors).repeat_interleave(len(images))
+    assert_equals_torchvision(augment(crops, parameters, group), crops, parameters, group)
+
+
+def test_all_extreme_factors_together_equal_torchvision(augment):
+    group = ViewGroup(size=6)
+    extremes = torch.tensor(list(itertools.product((0.0, 2.0), (0.0, 2.0), (0.0, 2.0), (-0.5, 0.5))))
+    images = torch.cat([flat_colours(), noise(2, size=6)])
+    crops = images.repeat(len(extremes), 1, 1, 1)
+    parameters = neutral(len(crops))
+    parameters[:, Parameter.JITTER] = 1
+    parameters[:, Parameter.FACTOR : Parameter.FACTOR + 4] = extremes.repeat_interleave(len(images), dim=0)
+    assert_equals_torchvision(augment(crops, parameters, group), crops, parameters, group)
+
+
+def test_grayscale_and_solarization_alone_equal_torchvision(augment):
+    group = ViewGroup(size=6, solarize_prob=0.5)
+    crops = torch.cat([flat_colours(), noise(6, size=6)])
+    for column in (Parameter.GRAY, Parameter.SOLARIZE):
+        parameters = neutral(len(crops))
+        parameters[::2, column] = 1
+        result = augment(crops, parameters, group)
+        expected, _ = one_at_a_time(crops, parameters, group)
+        assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+def test_solarization_starts_at_the_threshold_itself(augment):
+    group = ViewGroup(size=1, solarize_prob=1.0)
+    crops = torch.tensor([0, 127, 128, 255], dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
+    parameters = neutral(4)
+    parameters[:, Parameter.SOLARIZE] = 1
+    solarized = (augment(crops, parameters, group) * 255).round()[:, 0, 0, 0]
+    assert solarized.tolist() == [0, 127, 127, 0]
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(32, None), (32, 3), (9, None), (5, None), (4, 7), (2, None), (1, None)])
+def test_blur_equals_torchvision_for_each_samples_own_sigma(augment, size, kernel):
+    group = ViewGroup(size=size, blur_prob=0.5, blur_kernel=kernel, **NEVER)
+    crops, parameters = noise(6, size=size), neutral(6)
+    parameters[:, Parameter.BLUR_SIGMA] = torch.tensor([0.1, 0.0, 0.5, 1.0, 2.0, 0.0])
+    result = augment(crops, parameters, group)
+    assert_equals_torchvision(result, crops, parameters, group)
+    assert torch.equal(result[[1, 5]], crops[[1, 5]].float() / 255)
+
+
+def test_blur_keeps_a_flat_image(augment):
+    group = ViewGroup(size=20, blur_prob=1.0)
+    crops, parameters = torch.full((1, 3, 20, 20), 77, dtype=torch.uint8), neutral(1)
+    parameters[:, Parameter.BLUR_SIGMA] = 2.0
+    assert_close(augment(crops, parameters, group), crops / 255, atol=1e-6, rtol=0)
+
+
+def test_everything_together_equals_torchvision(augment):
+    group = ViewGroup(
+        size=16, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur_prob=0.5, solarize_prob=0.4
+    )
+    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 64, UNIFORMS_PER_VIEW)), group)
+    crops, parameters = noise(64, size=16), torch.from_numpy(drawn[0])
+    assert_equals_torchvision(augment(crops, parameters, group), crops, parameters, group)
+
+
+def test_strengths_of_zero_are_skipped_like_torchvision_skips_them(augment):
+    group = ViewGroup(size=8, jitter_prob=1.0, contrast=0.0, hue=0.0, gray_prob=0.0)
+    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 16, UNIFORMS_PER_VIEW)), group)
+    assert photometric.stages_per_view(group)[0].operations == (Operation.BRIGHTNESS, Operation.SATURATION)
+    crops, parameters = noise(16, size=8), torch.from_numpy(drawn[0])
+    assert_equals_torchvision(augment(crops, parameters, group), crops, parameters, group)
+
+
+def test_views_that_nothing_happens_to_stay_exact(augment):
+    group = ViewGroup(size=12, blur_prob=1.0, solarize_prob=1.0)
+    crops = noise(3)
+    assert torch.equal(augment(crops, neutral(3), group), crops.float() / 255)
+
+
+def test_each_view_follows_its_own_settings_and_is_normalised():
+    group = ViewGroup(
+        count=3, size=8, jitter_prob=(0, 1, 0), gray_prob=0.0, solarize_prob=(0, 0, 1), solarize_threshold=0.0
+    )
+    crops = noise(12, size=8).view(3, 4, 3, 8, 8)
+    drawn = photometric.draw_parameters(np.random.default_rng(0).random((3, 4, UNIFORMS_PER_VIEW)), group)
+    parameters = torch.from_numpy(drawn)
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    views = photometric.apply_photometric(crops, parameters, group, mean=mean, std=std)
+    assert views.dtype == torch.float32
+    assert views.shape == crops.shape
+    jittered, _ = one_at_a_time(crops[1], parameters[1], group)
+    plain = torch.stack([crops[0] / 255, jittered, 1 - crops[2] / 255])
+    expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert_close(views, expected, atol=1e-4, rtol=0)
+    assert (jittered - crops[1] / 255).abs().max() > 0.05
+
+
+def test_a_view_does_not_depend_on_its_batch():
+    group = ViewGroup(size=16, blur_prob=0.5, solarize_prob=0.2)
+    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 20, UNIFORMS_PER_VIEW)), group)
+    crops, parameters = noise(20, size=16)[None], torch.from_numpy(drawn)
+    normalise = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    together = photometric.apply_photometric(crops, parameters, group, **normalise)
+    for sample in range(20):
+        rows = slice(sample, sample + 1)
+        alone = photometric.apply_photometric(crops[:, rows], parameters[:, rows], group, **normalise)
+        assert_close(together[:, rows], alone, atol=1e-5, rtol=0)
+
+
+def test_autocast_does_not_reach_the_blur():
+    group = ViewGroup(size=16, blur_prob=1.0, **NEVER)
+    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 4, UNIFORMS_PER_VIEW)), group)
+    crops, parameters = noise(4, size=16)[None], torch.from_numpy(drawn)
+    plain = photometric.apply_photometric(crops, parameters, group, mean=(0, 0, 0), std=(1, 1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = photometric.apply_photometric(crops, parameters, group, mean=(0, 0, 0), std=(1, 1, 1))
+    assert torch.equal(plain, cast)
+
+
+def test_accelerators_never_wait_for_a_value():
+    # the meta device holds no values: reading one, or a shape that depends on one, is an error there
+    group = ViewGroup(count=2, size=8, blur_prob=0.5, solarize_prob=0.5)
+    crops = torch.empty(2, 5, 3, 8, 8, dtype=torch.uint8, device="meta")
+    parameters = torch.empty(2, 5, NUM_PARAMETERS, device="meta")
+    views = photometric.apply_photometric(crops, parameters, group, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert views.shape == crops.shape
+
+
+def test_the_accelerator_path_compiles_to_one_graph():
+    group = ViewGroup(size=8, blur_prob=0.5, solarize_prob=0.5)
+    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 8, UNIFORMS_PER_VIEW)), group)
+    crops, parameters = noise(8, size=8), torch.from_numpy(drawn[0])
+    image = crops.float() / 255
+    compiled = torch.compile(photometric._augment_everywhere, backend="eager", fullgraph=True)
+    compiled(image, parameters, photometric.stages_per_view(group)[0])
+    assert_equals_torchvision(image, crops, parameters, group)

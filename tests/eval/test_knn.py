@@ -1,0 +1,259 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from eval.knn import KnnConfig, KnnMonitor, KnnMonitorConfig, knn_accuracy, main, weighted_knn
+from ssl_pipeline.backbones import Preprocessing
+from ssl_pipeline.config import ConfigError, load, run_command
+from ssl_pipeline.schedule import Progress
+
+WriteShards = Callable[..., Path]
+PREPROCESSING = Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def knn_in_loops(
+    train: Tensor, labels: Tensor, test: Tensor, *, k: int, temperature: float, num_classes: int
+) -> list[list[float]]:
+    """DINO's vote, one query and one neighbour at a time."""
+    scores = []
+    for query in test.double():
+        similarities = [float(query @ other) for other in train.double()]
+        nearest = sorted(range(len(train)), key=lambda number: -similarities[number])[:k]
+        row = [0.0] * num_classes
+        for number in nearest:
+            row[int(labels[number])] += math.exp(similarities[number] / temperature)
+        scores.append(row)
+    return scores
+
+
+def random_problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    train, test = (normalize(torch.randn(count, 12, generator=generator), dim=1) for count in (60, 25))
+    labels, test_labels = (torch.randint(0, 7, (count,), generator=generator) for count in (60, 25))
+    return train, labels, test, test_labels
+
+
+def test_two_near_neighbours_outvote_one_nearer() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [0.0, 1.0]])
+    scores = weighted_knn(
+        train, torch.tensor([0, 1, 1, 2]), torch.tensor([[1.0, 0.0]]), k=3, temperature=0.5, num_classes=3
+    )
+    # class 0: exp(1 / 0.5); class 1: twice exp(0.8 / 0.5); class 2 is no neighbour
+    torch.testing.assert_close(scores, torch.tensor([[math.exp(2.0), 2 * math.exp(1.6), 0.0]]))
+
+
+def test_a_low_temperature_lets_the_nearest_neighbour_decide() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
+    labels, query = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
+    winners = [
+        weighted_knn(train, labels, query, k=3, temperature=temperature, num_classes=2).argmax().item()
+        for temperature in (1.0, 0.07)
+    ]
+    assert winners == [1, 0]
+
+
+@pytest.mark.parametrize("k", [1, 5, 60])
+def test_scores_are_those_of_the_loop(k: int) -> None:
+    train, labels, test, _ = random_problem()
+    scores = weighted_knn(train, labels, test, k=k, temperature=0.07, num_classes=9)
+    expected = knn_in_loops(train, labels, test, k=k, temperature=0.07, num_classes=9)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-3)
+
+
+def test_equal_neighbours_vote_equally() -> None:
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    scores = weighted_knn(
+        train, torch.tensor([0, 1, 0, 1]), torch.tensor([[1.0, 0.0]]), k=4, temperature=0.1, num_classes=2
+    )
+    assert scores[0, 0] == scores[0, 1]
+
+
+def test_several_k_at_once_are_each_k_alone() -> None:
+    train, labels, test, test_labels = random_problem()
+    together = knn_accuracy(train, labels, test, test_labels, k=(3, 10, 60), temperature=0.07, num_classes=7)
+    for k in (3, 10, 60):
+        alone = knn_accuracy(train, labels, test, test_labels, k=(k,), temperature=0.07, num_classes=7)
+        assert together[k] == alone[k]
+
+
+def test_accuracy_does_not_depend_on_the_length_of_features() -> None:
+    train, labels, test, test_labels = random_problem()
+    lengths = torch.rand(60, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    settings = {"k": (5,), "temperature": 0.07, "num_classes": 7}
+    assert knn_accuracy(lengths * train, labels, 3 * test, test_labels, **settings) == knn_accuracy(
+        train, labels, test, test_labels, **settings
+    )
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    train, labels, test, _ = random_problem()
+    first, second = (weighted_knn(train, labels, test, k=20, temperature=0.07, num_classes=7) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 61}, r"between 1 and the number of training images \(60\). Got k=61"),
+        ({"k": 0}, "Got k=0"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        ({"temperature": 0.005}, "overflow at temperature=0.005"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change: dict[str, float], message: str) -> None:
+    train, labels, _, _ = random_problem()
+    with pytest.raises(ConfigError, match=message):
+        weighted_knn(train, labels, train, **{"k": 20, "temperature": 0.07, "num_classes": 7, **change})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(value: float) -> None:
+    train, labels, test, _ = random_problem()
+    test[3, 1] = value
+    with pytest.raises(ConfigError, match="1 of 25 test images have NaN or infinity"):
+        weighted_knn(train, labels, test, k=20, temperature=0.07, num_classes=7)
+
+
+def knn(*arguments: str) -> int:
+    return run_command(KnnConfig, main, command="python -m eval.knn", argv=["workers=0", *arguments])
+
+
+def test_a_run_is_measured_and_reported(run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert knn(f"run={run}", f"train={train}", f"test={test}", "k=5,10", "baselines=true") == 0
+    report = json.loads((run / "eval" / "knn.json").read_text())
+    assert report["by_k"]["5"] == {"top1": report["top1"], "top5": report["top5"]}
+    assert set(report["by_k"]) == {"5", "10"}
+    assert set(report["baselines"]) == {"raw_pixels", "random"}
+    assert report["baselines"]["raw_pixels"]["top1"] > 90.0  # the classes are colours
+    assert "16 x 16 pixels" in report["baselines"]["raw_pixels"]["about"]["about"]
+    protocol = report["protocol"]
+    assert (protocol["k"], protocol["temperature"], protocol["size"]) == ([5, 10], 0.07, 16)
+    assert (protocol["num_train"], protocol["num_test"], protocol["num_classes"]) == (72, 31, 6)
+    assert protocol["subject"]["method"] == "dino"
+    assert protocol["subject"]["backbone"]["name"] == "vit_tiny_patch16_224"
+    printed = capsys.readouterr().out
+    for words in ("top-1, k=5", "top-5, k=10", "raw pixels", "random initialisation", "pretrained"):
+        assert words in printed
+
+
+def test_a_timm_model_is_measured_without_a_run(
+    train: str, test: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["backbone=vit_tiny_patch16_224", "arguments={depth: 1, embed_dim: 24, num_heads: 2}", "size=32"]
+    output = tmp_path / "measured"
+    assert knn(*model, f"train={train}", f"test={test}", f"output={output}") == 0
+    assert "vit_tiny_patch16_224 at random initialisation" in capsys.readouterr().out
+    assert json.loads((output / "eval" / "knn.json").read_text())["protocol"]["size"] == 32
+
+
+def test_random_initialisation_is_the_same_every_time(run: Path, train: str, test: str) -> None:
+    reports = []
+    for _ in range(2):
+        torch.rand(3)  # the state of the global generator does not matter
+        assert knn(f"run={run}", f"train={train}", f"test={test}", "baselines=true", "k=5") == 0
+        reports.append(json.loads((run / "eval" / "knn.json").read_text()))
+        for cached in (run / "eval" / "cache").iterdir():
+            cached.unlink()
+    assert reports[0]["baselines"] == reports[1]["baselines"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Give either run=DIR or backbone=NAME"),
+        (("run=a", "backbone=resnet18"), "Give either run=DIR or backbone=NAME"),
+        (("run=a", "weights=b.pth"), "weights belongs to backbone=NAME"),
+        (("backbone=resnet19",), "Did you mean"),
+        (("backbone=resnet18", "weights=absent.pth"), "absent.pth"),
+        (("backbone=resnet18", "weights=absent_tag"), "absent_tag"),
+        (("backbone=resnet18", "arguments.num_classes=3"), "the head is always left out"),
+        (("backbone=raw_pixels", "k=73"), r"number of training images (72). Got k=73"),
+        (("backbone=raw_pixels", "device=tpuu"), "device must be auto, cpu or cuda"),
+        (("run=no/such/run",), "run=no/such/run has no backbone.safetensors"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, train: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert knn(f"train={train}", f"test={test}", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.strip().splitlines()) <= 2  # the second may point to --help
+
+
+def test_missing_labels_name_the_shards(
+    train: str, write_shards: WriteShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unlabelled = write_shards(tmp_path / "unlabelled", [None] * 5)
+    assert knn("backbone=raw_pixels", f"train={train}", f"test={unlabelled}") == 2
+    assert f"{unlabelled} has no labels; k-NN needs them in train and test." in capsys.readouterr().err
+
+
+def test_class_names_must_agree(write_shards: WriteShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cats = write_shards(tmp_path / "cats", [0, 1] * 3, names=("cat", "dog"))
+    birds = write_shards(tmp_path / "birds", [0, 1] * 3, names=("bird", "dog"))
+    assert knn("backbone=raw_pixels", f"train={cats}", f"test={birds}", "k=1") == 2
+    assert "must name the same classes. Got 2 and 2 names; only one has 'bird'" in capsys.readouterr().err
+
+
+def test_k_takes_one_value_or_several() -> None:
+    subject = ["backbone=raw_pixels", "train=a", "test=b"]
+    for text, k in (("20", (20,)), ("10,20", (10, 20)), ("[10,20,100,200]", (10, 20, 100, 200))):
+        assert load(KnnConfig, [*subject, f"k={text}"]).k == k
+
+
+class Pooled(nn.Module):
+    """Mean colour under batch norm and dropout, whose modes would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.frozen = nn.Sequential(nn.Dropout(0.5)).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.frozen(self.norm(images)).mean(dim=(2, 3))
+
+
+def monitor(train: str, val: str, **settings: float) -> KnnMonitor:
+    config = KnnMonitorConfig(**{"every": "1ep", "train": train, "val": val, "k": 5, **settings})
+    return KnnMonitor(config, PREPROCESSING, batch_size=16, workers=0, device="cpu")
+
+
+def test_the_monitor_measures_what_the_command_would(train: str, test: str) -> None:
+    backbone = Pooled()
+    results = monitor(train, test)(backbone, Progress(step=3, total_steps=10, steps_per_epoch=2.0))
+    assert set(results) == {"knn_top1", "knn_top5"}
+    assert results["knn_top1"] > 90.0
+    assert results["knn_top5"] >= results["knn_top1"]
+
+
+def test_the_monitor_leaves_training_as_it_was(train: str, test: str) -> None:
+    backbone = Pooled()
+    statistics = backbone.norm.running_mean.clone()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    monitor(train, test)(backbone, Progress(step=0, total_steps=1, steps_per_epoch=1.0))
+    assert backbone.training
+    assert backbone.norm.training
+    assert not backbone.frozen.training
+    torch.testing.assert_close(backbone.norm.running_mean, statistics)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_the_monitor_finds_mistakes_before_training_starts(
+    train: str, test: str, write_shards: WriteShards, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"knn.k must be at most .* \(72\)"):
+        monitor(train, test, k=100)
+    unlabelled = str(write_shards(tmp_path / "unlabelled", [None] * 5))
+    with pytest.raises(ConfigError, match="has no labels"):
+        monitor(train, unlabelled)

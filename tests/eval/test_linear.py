@@ -1,0 +1,145 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import eval.evaluation
+from eval.linear import LinearConfig, ProbeConfig, choose, linear_probe, main
+from ssl_pipeline.config import ConfigError, run_command
+
+
+def noisy(num_images: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Four overlapping classes in eight dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_images) % 4
+    return torch.eye(8)[labels] + 0.5 * torch.randn(num_images, 8, generator=generator), labels
+
+
+@pytest.mark.parametrize("solver", ["sgd", "logistic"])
+def test_the_probe_is_far_above_chance(solver: str) -> None:
+    result = linear_probe(
+        *noisy(200, seed=0), *noisy(100, seed=1), num_classes=4, config=ProbeConfig(solver=solver, epochs=30)
+    )
+    assert result.top1 > 70.0
+    assert result.top5 == 100.0
+    assert result.solver == solver
+
+
+@pytest.mark.parametrize("solver", ["sgd", "logistic"])
+def test_the_choice_never_sees_the_test_labels(solver: str) -> None:
+    train, (test, test_labels) = noisy(200, seed=0), noisy(100, seed=1)
+    config = ProbeConfig(solver=solver, epochs=10)
+    first = linear_probe(*train, test, test_labels, num_classes=4, config=config)
+    wrong = linear_probe(*train, test, (test_labels + 1) % 4, num_classes=4, config=config)
+    assert wrong.chosen == first.chosen
+    assert wrong.sweep == first.sweep
+    assert wrong.top1 < first.top1
+
+
+@pytest.mark.parametrize("solver", ["sgd", "logistic"])
+def test_the_choice_never_sees_the_test_images(solver: str) -> None:
+    train, (test, test_labels) = noisy(200, seed=0), noisy(100, seed=1)
+    config = ProbeConfig(solver=solver, epochs=10)
+    first = linear_probe(*train, test, test_labels, num_classes=4, config=config)
+    other = linear_probe(*train, 100 * test.flip(1), test_labels, num_classes=4, config=config)
+    assert (other.chosen, other.sweep) == (first.chosen, first.sweep)
+
+
+def test_the_chosen_setting_is_the_best_of_the_sweep() -> None:
+    result = linear_probe(
+        *noisy(200, seed=0),
+        *noisy(100, seed=1),
+        num_classes=4,
+        config=ProbeConfig(solver="sgd", learning_rates=(1e-6, 1.0), weight_decays=(0.0, 1e6), epochs=10),
+    )
+    assert result.chosen == {"learning_rate": 1.0, "weight_decay": 0.0}
+    assert len(result.sweep) == 4
+    assert result.validation_top1 == max(setting["validation_top1"] for setting in result.sweep)
+
+
+def test_equal_accuracies_are_decided_by_the_loss_and_diverged_settings_come_last() -> None:
+    labels = torch.tensor([0, 1])
+    unsure, sure = torch.tensor([[0.1, 0.0], [0.0, 0.1]]), torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    diverged = torch.full((2, 2), torch.nan)
+    best, accuracies = choose([diverged, unsure, sure], labels)
+    assert (best, accuracies) == (2, [0.0, 100.0, 100.0])
+    with pytest.raises(ConfigError, match=r"diverged \(1 tried\)"):
+        choose([diverged], labels)
+
+
+def test_the_solver_follows_the_size_of_the_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.linear.LARGEST_LOGISTIC", 100)
+    config = ProbeConfig(epochs=2)
+    solvers = [
+        linear_probe(*noisy(size, seed=0), *noisy(10, seed=1), num_classes=4, config=config).solver
+        for size in (100, 101)
+    ]
+    assert solvers == ["logistic", "sgd"]
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    features, labels = noisy(40, seed=0)
+    features[3, 2] = torch.inf
+    with pytest.raises(ConfigError, match="finite features"):
+        linear_probe(features, labels, *noisy(10, seed=1), num_classes=4, config=ProbeConfig())
+
+
+def test_one_class_is_refused() -> None:
+    features, labels = noisy(40, seed=0)
+    with pytest.raises(ConfigError, match="two classes or more"):
+        linear_probe(features, 0 * labels, *noisy(10, seed=1), num_classes=4, config=ProbeConfig())
+
+
+def linear(*arguments: str) -> int:
+    return run_command(LinearConfig, main, command="python -m eval.linear", argv=["workers=0", *arguments])
+
+
+@pytest.mark.parametrize("solver", ["sgd", "logistic"])
+def test_a_run_is_probed_and_reported(
+    solver: str, run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert linear(f"run={run}", f"train={train}", f"test={test}", f"solver={solver}", "baselines=true", "epochs=20", "sgd_batch_size=16") == 0
+    report = json.loads((run / "eval" / "linear.json").read_text())
+    assert 0.0 <= report["top1"] <= report["top5"] <= 100.0
+    assert set(report["baselines"]) == {"raw_pixels", "random"}
+    assert report["baselines"]["raw_pixels"]["top1"] > 80.0  # the classes are colours
+    protocol = report["protocol"]
+    assert protocol["solver"] == solver
+    assert "retrained on all" in protocol["selection"]
+    assert protocol["num_train"] == 72
+    assert protocol["subject"]["weights"].startswith("the run's evaluated backbone")
+    printed = capsys.readouterr().out
+    for words in ("raw pixels", "random initialisation", "pretrained", "validation top-1"):
+        assert words in printed
+
+
+def test_knn_and_linear_share_their_features(run: Path, train: str, test: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eval.knn import KnnConfig
+    from eval.knn import main as knn_main
+
+    arguments = [f"run={run}", f"train={train}", f"test={test}", "baselines=true"]
+    assert run_command(KnnConfig, knn_main, command="", argv=arguments) == 0
+    extracted = []
+    monkeypatch.setattr(eval.evaluation, "extract_features", lambda *_, **__: extracted.append(1))
+    assert linear(*arguments) == 0
+    assert extracted == []
+
+
+def test_missing_labels_name_the_shards(
+    train: str, write_shards: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unlabelled = write_shards(tmp_path / "unlabelled", [0, None])
+    assert linear("backbone=raw_pixels", f"train={unlabelled}", f"test={train}") == 2
+    assert f"{unlabelled} has no labels; the linear probe needs them" in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_ended_says_what_to_do(
+    train: str, test: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert linear(f"run={tmp_path}", f"train={train}", f"test={test}") == 2
+    error = capsys.readouterr().err
+    assert f"run={tmp_path} has no backbone.safetensors" in error
+    assert "accelerate launch pretrain.py" in error

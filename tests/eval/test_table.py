@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.table import TableConfig, format_table, main, read_top1, summary
+from ssl_pipeline.config import ConfigError, run_command
+
+
+def write(run: Path, name: str, top1: float, **baselines: float) -> None:
+    (run / "eval").mkdir(exist_ok=True)
+    report = {"top1": top1, "baselines": {subject: {"top1": value} for subject, value in baselines.items()}}
+    (run / "eval" / f"{name}.json").write_text(json.dumps(report))
+
+
+def test_columns_are_aligned() -> None:
+    assert format_table(["", "top-1"], [["raw pixels", "9.0"], ["pretrained", "10.25"]]).splitlines() == [
+        "            top-1",
+        "-----------------",
+        "raw pixels    9.0",
+        "pretrained  10.25",
+    ]
+
+
+def test_one_row_per_subject_and_one_column_per_evaluator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "knn", 96.0, raw_pixels=90.0, random=84.0)
+    write(tmp_path, "linear", 97.5, raw_pixels=95.0, random=91.25)
+    assert run_command(TableConfig, main, command="python -m eval.table", argv=[f"run={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["k-NN", "top-1", "linear", "top-1"]
+    assert lines[2].split() == ["raw", "pixels", "90.00", "%", "95.00", "%"]
+    assert lines[3].split() == ["random", "initialisation", "84.00", "%", "91.25", "%"]
+    assert lines[4].split() == ["pretrained", "96.00", "%", "97.50", "%"]
+    assert lines[6:] == [
+        "The pretrained backbone is ahead of raw pixels in k-NN top-1 and linear top-1.",
+        "k-NN error: 16.00 % at random initialisation, 4.00 % pretrained: 4.0 times smaller.",
+    ]
+
+
+def test_raw_pixels_that_win_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "knn", 96.0, raw_pixels=98.6, random=97.0)
+    write(tmp_path, "linear", 97.5, raw_pixels=95.0, random=91.25)
+    text = summary(read_top1(tmp_path))
+    assert "Raw pixels beat the pretrained backbone in k-NN top-1: 98.60 % against 96.00 %." in text
+    assert "is ahead of raw pixels in linear top-1." in text
+    assert "3.00 % at random initialisation, 4.00 % pretrained: 1.3 times larger." in text
+
+
+def test_what_was_not_measured_is_left_open(tmp_path: Path) -> None:
+    write(tmp_path, "knn", 96.0)
+    text = summary(read_top1(tmp_path))
+    assert "linear" not in text
+    assert "No baselines were measured" in text
+
+
+def test_no_error_left_is_no_division_by_zero(tmp_path: Path) -> None:
+    write(tmp_path, "knn", 100.0, random=84.0, raw_pixels=100.0)
+    text = summary(read_top1(tmp_path))
+    assert "0.00 % pretrained: none is left." in text
+    assert "Raw pixels equal the pretrained backbone" in text
+
+
+def test_a_run_without_reports_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"python -m eval.knn run=.* baselines=true"):
+        read_top1(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"top1": 3}', '{"top1": null, "baselines": {}}'])
+def test_a_broken_report_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "knn.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"knn.json is not a report of eval.knn"):
+        read_top1(tmp_path)

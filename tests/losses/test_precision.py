@@ -1,0 +1,70 @@
+"""Every loss keeps float32 and float64, computes half precision in float32 and is not caught by autocast."""
+
+import pytest
+import torch
+
+from ssl_pipeline import losses
+
+
+def rows(count=4, seed=0):
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+LOSSES = {
+    "nt_xent": lambda to: losses.nt_xent(to(rows()), to(rows(seed=1)), temperature=0.04),
+    "info_nce": lambda to: losses.info_nce(to(rows()), to(rows(seed=1)), to(rows(9, seed=2)), temperature=0.04),
+    "moco_v3_loss": lambda to: losses.moco_v3_loss(*[to(rows(seed=seed)) for seed in range(4)], temperature=0.04),
+    "byol_loss": lambda to: losses.byol_loss(*[to(rows(seed=seed)) for seed in range(4)]),
+    "simsiam_loss": lambda to: losses.simsiam_loss(*[to(rows(seed=seed)) for seed in range(4)]),
+    "self_distillation": lambda to: losses.self_distillation(
+        to(torch.stack([rows(), rows(seed=1)])), to(rows()[None].softmax(-1)), temperature=0.04
+    ),
+    "centred_softmax": lambda to: losses.centred_softmax(to(rows()), to(rows(1)), temperature=0.04).max(),
+    "mae_loss": lambda to: losses.mae_loss(
+        to(rows()[None, None, :4, :4]), to(rows()[None, :, :4]), torch.ones(1, 4), patch_size=2, normalize_targets=True
+    ),
+    "fixmatch_loss": lambda to: losses.fixmatch_loss(
+        to(rows()), torch.tensor([0, 1, 2, 3]), to(rows(seed=1)), to(rows(seed=2)), threshold=0.3, unlabelled_weight=1
+    )[0],
+}
+
+
+@pytest.fixture(params=LOSSES)
+def loss(request):
+    return LOSSES[request.param]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_dtype_of_the_inputs_is_kept(loss, dtype):
+    assert loss(lambda tensor: tensor.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(loss, dtype):
+    promoted = loss(lambda tensor: tensor.to(dtype))
+    assert promoted.dtype == torch.float32
+    torch.testing.assert_close(promoted, loss(lambda tensor: tensor.to(dtype).float()), rtol=0, atol=0)
+
+
+def test_autocast_does_not_change_the_loss(loss):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss(lambda tensor: tensor.float())
+    torch.testing.assert_close(inside, loss(lambda tensor: tensor.float()), rtol=0, atol=0)
+
+
+def test_without_the_decorator_autocast_would_change_it():
+    a = rows().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (a.float() @ a.float().T).dtype == torch.bfloat16
+        assert losses.float32(lambda x: x @ x.T)(a).dtype == torch.float32
+
+
+def test_half_precision_inputs_receive_gradients_of_their_own_dtype():
+    z1 = rows().bfloat16().requires_grad_()
+    losses.nt_xent(z1, rows(seed=1).bfloat16(), temperature=0.1).backward()
+    assert z1.grad.dtype == torch.bfloat16
+
+
+def test_tensors_given_by_name_are_promoted_too():
+    z = rows().half()
+    assert losses.nt_xent(z1=z, z2=z, temperature=0.1).dtype == torch.float32
