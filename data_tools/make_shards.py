@@ -23,14 +23,15 @@ from webdataset import TarWriter
 from data_tools.processes import map_in_processes
 from data_tools.sources import Source, UnreadableFileError, open_source
 from ssl_pipeline.config import Config, run_command
-from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.catalogue import INDEX_DIRECTORY
+from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.index import IMAGE_EXTENSIONS
 from ssl_pipeline.data.manifest import MANIFEST_FILE, Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.sampling import permutation
 from ssl_pipeline.data.shards import DataError, open_shards
 
 REJECTED_FILE = "rejected.jsonl"
+LOCK_FILE = ".lock"
 CHUNK = 200  # files per task of the check
 
 
@@ -225,20 +226,18 @@ def _output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f".{output.name}.partial")
     folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
+    with (folder / LOCK_FILE).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by worker processes
+        except OSError:
             raise DataError(f"Another make_shards is writing '{output}' at this moment.") from None
-        _empty(folder)  # of what an interrupted run left
         try:
+            _empty(folder)  # of what an interrupted run left
             yield folder
+            (folder / LOCK_FILE).unlink()
             _replace(folder, output, overwrite=overwrite)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def _refuse(output: Path, *, overwrite: bool) -> None:
@@ -260,7 +259,7 @@ def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        else:
+        elif path.name != LOCK_FILE:
             path.unlink()
 
 

@@ -52,7 +52,7 @@ def extract_features(
     with (
         tqdm(total=len(positions), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
         eval_mode(backbone),
-        torch.inference_mode(),
+        torch.no_grad(),  # not inference_mode: what a backbone keeps (a position table) must serve training later
         autocast,
     ):
         for pixels, batch_labels, _ in batches:

@@ -205,11 +205,7 @@ class KnnMonitor:
         self.device = device
         self.precision: Precision = precision
         self.images = open_labelled(config.train, config.val, task="k-NN")
-        if config.k > len(self.images.train):
-            raise ConfigError(
-                f"knn.k must be at most the number of images in {config.train} ({len(self.images.train)}). "
-                f"Got k={config.k}."
-            )
+        require_k(config.k, len(self.images.train))
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""

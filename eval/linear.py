@@ -13,7 +13,14 @@ from torch.nn.functional import cross_entropy
 
 from eval.accuracy import top_k_accuracy
 from eval.classifiers import logistic_regression, stratified_split, train_linear_heads
-from eval.evaluation import EvaluationConfig, LabelledFeatures, choose_device, measure_subjects, open_labelled, write_report
+from eval.evaluation import (
+    EvaluationConfig,
+    LabelledFeatures,
+    choose_device,
+    measure_subjects,
+    open_labelled,
+    write_report,
+)
 from eval.table import format_table, percent
 from ssl_pipeline.atomic import JSON
 from ssl_pipeline.config import Config, ConfigError, run_command

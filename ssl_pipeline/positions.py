@@ -41,8 +41,12 @@ def resample_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
 def _resampling_matrix(old: Grid, new: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _cached_matrix(old, new, device, dtype)  # the compiler looks through a cache, so it stands behind this
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_matrix(old: Grid, new: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(new patches, old patches): the bicubic interpolation of each unit table."""
     num_old = old[0] * old[1]
     # The official code asks for 0.1 patch more than there are and samples with that scale; nothing is antialiased.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, Uniform, ViewGroup
 
@@ -131,8 +132,7 @@ def apply_photometric(
     for view, stages in enumerate(stages_per_view(group)):
         image_NCHW = views_VBCHW[view]
         image_NCHW.copy_(crops_VBCHW[view]).div_(255)
-        with torch.autocast(device.type, enabled=False):  # the blur is a matrix product
-            augment(image_NCHW, parameters_VBP[view], stages)
+        augment(image_NCHW, parameters_VBP[view], stages)
         for channel, (channel_mean, channel_std) in enumerate(zip(mean, std, strict=True)):
             image_NCHW[:, channel].sub_(channel_mean).div_(channel_std)
     return views_VBCHW
@@ -286,30 +286,24 @@ def _shift_hue(image_NCHW: Tensor, shift_N111: Tensor) -> Tensor:
 
 
 def _blur(image_NCHW: Tensor, sigma_N: Tensor, kernel: int) -> Tensor:
-    """Gaussian blur of each sample with its own sigma, the border reflected without repeating the edge.
+    """Gaussian blur of each sample with its own sigma, columns then rows, reflected without repeating the edge.
 
-    Rows and columns are blurred by one banded matrix per sample: K image K^T.
+    Tap by tap: on a CPU faster than grouped convolutions or banded matrices, on a GPU one kernel per direction when
+    compiled, and never subject to TF32 or autocast.
     """
-    samples, channels, size, _ = image_NCHW.shape
-    matrix_NSS = _blur_matrix(sigma_N, size, kernel)
-    rows_NCHW = (image_NCHW.reshape(samples, channels * size, size) @ matrix_NSS.mT).view(image_NCHW.shape)
-    columns_NHCW = matrix_NSS @ rows_NCHW.transpose(1, 2).reshape(samples, size, channels * size)
-    return columns_NHCW.view(samples, size, channels, size).transpose(1, 2)
-
-
-def _blur_matrix(sigma_N: Tensor, size: int, kernel: int) -> Tensor:
-    """(N,S,S): row i says how much of each pixel, its mirror images beyond both edges included, goes into pixel i."""
-    here_S1 = torch.arange(size, device=sigma_N.device)[:, None]
-    there_1S = here_S1.T
-    edge = size - 1
-    distance_R = torch.arange(kernel // 2 + 1, device=sigma_N.device)
-    distance_R11 = distance_R[:, None, None]
-    hits_RSS = ((here_S1 - there_1S).abs() == distance_R11).float()
-    hits_RSS += (here_S1 + there_1S == distance_R11) & (there_1S > 0)
-    hits_RSS += (2 * edge - here_S1 - there_1S == distance_R11) & (there_1S < edge)
+    reach = kernel // 2
+    distance_R = torch.arange(reach + 1, device=sigma_N.device)
     weights_NR = torch.exp(-0.5 * (distance_R / sigma_N[:, None]) ** 2)
     weights_NR = weights_NR / (2 * weights_NR.sum(dim=1, keepdim=True) - 1)  # the centre counts once, the rest twice
-    return (weights_NR @ hits_RSS.flatten(1)).view(-1, size, size)
+    for axis, padding in ((2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0))):
+        size = image_NCHW.shape[axis]
+        padded_NCHW = pad(image_NCHW, padding, mode="reflect")
+        image_NCHW = padded_NCHW.narrow(axis, reach, size) * _per_sample(weights_NR[:, 0])
+        for distance in range(1, reach + 1):
+            weight_N111 = _per_sample(weights_NR[:, distance])
+            image_NCHW.addcmul_(padded_NCHW.narrow(axis, reach - distance, size), weight_N111)
+            image_NCHW.addcmul_(padded_NCHW.narrow(axis, reach + distance, size), weight_N111)
+    return image_NCHW
 
 
 def _solarize(image_NCHW: Tensor, threshold: float) -> Tensor:

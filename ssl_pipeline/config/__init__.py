@@ -18,9 +18,9 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ssl_pipeline.config.arguments import read_arguments, read_yaml
+from ssl_pipeline.config.arguments import YamlDumper, read_arguments, read_yaml, recipe_names
 from ssl_pipeline.config.base import Config, ConfigError, Location, RunError, Tree, nearest
-from ssl_pipeline.config.schema import complete
+from ssl_pipeline.config.schema import annotation_at, complete, is_text
 from ssl_pipeline.config.sentences import help_page, mistakes
 
 __all__ = [
@@ -41,7 +41,8 @@ ConfigType = TypeVar("ConfigType", bound=Config)
 
 def dump(config: Config) -> str:
     """The resolved settings as YAML that `load` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+    plain = config.model_dump(mode="json")
+    return yaml.dump(plain, Dumper=YamlDumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 def load(
@@ -51,8 +52,18 @@ def load(
 
     Raises ConfigError that lists every mistake at once, each with the nearest known name.
     """
-    tree, texts = read_arguments(schema, argv, recipes)
-    return validate(schema, tree, texts=texts, command=command)
+    arguments = read_arguments(schema, argv, recipes)
+    tree = arguments.tree
+    unreadable = arguments.unreadable.items()
+    wrong = [why for location, why in unreadable if not is_text(annotation_at(schema, tree, location))]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    try:
+        return validate(schema, tree, texts=arguments.texts, command=command)
+    except ConfigError as error:
+        if recipes is None or "recipe" in tree:
+            raise
+        raise ConfigError(f"{error}\nNo recipe is given: recipe=NAME, one of {', '.join(recipe_names(recipes))}") from None
 
 
 def validate(
@@ -65,6 +76,8 @@ def validate(
         return schema.model_validate_json(json.dumps(completed))
     except ValidationError as error:
         sentences = mistakes(schema, completed, error)
+    except RecursionError:
+        sentences = ["The settings are nested too deeply."]
     help_line = f"\nSee: {command} --help" if command else ""
     raise ConfigError("\n".join(sentences) + help_line)
 

@@ -49,6 +49,22 @@ def mapping_value(annotation: object) -> object | None:
     return None
 
 
+def is_text(annotation: object) -> bool:
+    kinds = alternatives(annotation)
+    return bool(kinds) and all(kind in (str, Path) for kind in kinds)
+
+
+def annotation_at(schema: type[Config], data: Value, location: Location) -> object | None:
+    """The type of a key, or None for an unknown one; in a union that of the member that `data` names."""
+    annotation: object | None = schema
+    for name in location:
+        section = section_of(annotation, data)
+        field = section.model_fields.get(name) if section is not None else None
+        annotation = field.annotation if field is not None else mapping_value(annotation)
+        data = data.get(name) if isinstance(data, dict) else None
+    return annotation
+
+
 def complete(
     annotation: object, data: Value, default: object, location: Location, texts: Mapping[Location, str]
 ) -> Value:
@@ -57,7 +73,8 @@ def complete(
     if section is None:
         item_type = mapping_value(annotation)
         if isinstance(data, dict) and item_type is not None:
-            return {name: complete(item_type, item, None, (*location, name), texts) for name, item in data.items()}
+            given = {name: item for name, item in data.items() if item is not None}  # null leaves an entry out
+            return {name: complete(item_type, item, None, (*location, name), texts) for name, item in given.items()}
         return _complete_leaf(annotation, data, location, texts)
     if section.shorthand and data is not None and not isinstance(data, dict):
         data = {section.shorthand: data}
@@ -80,7 +97,7 @@ def _complete_leaf(annotation: object, data: Value, location: Location, texts: M
     text = texts.get(location)
     if text is None:
         return data
-    if kinds and all(kind in (str, Path) for kind in kinds) and data is not None:
+    if is_text(annotation) and data is not None:
         return text
     if any(get_origin(kind) is tuple for kind in kinds):
         if isinstance(data, str) and "," in data:

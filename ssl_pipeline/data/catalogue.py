@@ -1,4 +1,4 @@
-"""The index of a set of shards, kept beside them: `index.json` (one entry per shard) and one `SHARD.npy` of rows each."""
+"""The index of a set of shards, kept beside them: `index.json`, one entry per shard, and the rows of each as .npy."""
 
 import fcntl
 import hashlib
@@ -42,23 +42,30 @@ def list_shards(directory: str | Path) -> tuple[Path, list[Path]]:
 
 
 def find_index(folder: Path, pattern: str) -> Path:
-    """The index directory of these shards: the one that exists, else the first that can be written."""
+    """The index directory of these shards: the one that exists, else the first that can be written.
+
+    The places are `.index` beside the shards and the user's cache; a pattern of shards has an index of its own.
+    """
     suffix = f"-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}" if pattern else ""
-    beside = folder / f"{INDEX_DIRECTORY}{suffix}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl_pipeline"
     absolute = folder.resolve()
-    in_cache = cache / f"{absolute.name}-{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]}{suffix}"
-    for place in (beside, in_cache):
+    in_cache = f"{absolute.name}-{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]}{suffix}"
+    places = (folder / f"{INDEX_DIRECTORY}{suffix}", _user_cache() / in_cache)
+    for place in places:
         if (place / INDEX_FILE).is_file():
             return place
-    for place in (beside, in_cache):
-        try:
+    for place in places:
+        with suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(place, os.W_OK):
-            return place
-    raise DataError(f"The index of '{folder}' needs a place: neither '{beside}' nor '{in_cache}' can be written.")
+            if os.access(place, os.W_OK):
+                return place
+    raise DataError(
+        f"The index of '{folder}' needs a place: neither '{places[0]}' nor '{places[1]}' can be written. "
+        "Set XDG_CACHE_HOME to a directory of yours."
+    )
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "ssl_pipeline"
 
 
 @contextmanager
@@ -114,9 +121,17 @@ def shard_changed(shard: Path, place: Path) -> DataError:
     )
 
 
-def compare_with_manifest(entries: Sequence[ShardEntry], manifest: Manifest, folder: Path) -> None:
+def compare_with_manifest(
+    entries: Sequence[ShardEntry], manifest: Manifest, folder: Path, *, whole_folder: bool
+) -> None:
     """Raise DataError unless shards that came with a manifest are those that it lists."""
     listed = {shard.name: shard for shard in manifest.shards}
+    missing = listed.keys() - {entry.name for entry in entries}
+    if missing and whole_folder:
+        raise DataError(
+            f"Shard '{min(missing)}' is in {MANIFEST_FILE} and not in '{folder}'. Copy it there, "
+            f"or delete '{folder / MANIFEST_FILE}' to go on without it."
+        )
     for entry in entries:
         if entry.name in listed and listed[entry.name].sha256 != entry.sha256:
             raise DataError(

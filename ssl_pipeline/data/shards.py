@@ -81,6 +81,8 @@ class ShardIndex:
         shard, row = self._row(sample)
         entry, (file, _) = self._entries[shard], self._open[shard]
         offset, size, label, _ = row
+        if not 0 <= offset <= offset + size <= entry.bytes:
+            raise DataError(f"The index of shard '{entry.name}' is damaged. Delete '{self._place}' to index again.")
         try:
             image = os.pread(file.fileno(), size, offset)
         except OSError as error:
@@ -132,12 +134,13 @@ def open_shards(directory: str | Path) -> ShardIndex:
     """
     folder, shards = list_shards(directory)
     manifest = read_manifest(folder)
-    place = find_index(folder, "" if folder == Path(directory) else Path(directory).name)
+    whole_folder = folder == Path(directory)
+    place = find_index(folder, "" if whole_folder else Path(directory).name)
     with locked(place):
         if not (place / INDEX_FILE).is_file():
             build_index(shards, place)
         entries = unchanged(read_entries(place), shards, place)
     if manifest is None:
         return ShardIndex(folder, place, entries, None)
-    compare_with_manifest(entries, manifest, folder)
+    compare_with_manifest(entries, manifest, folder, whole_folder=whole_folder)
     return ShardIndex(folder, place, entries, None if manifest.class_names is None else tuple(manifest.class_names))

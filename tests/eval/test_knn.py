@@ -252,7 +252,7 @@ def test_the_monitor_leaves_training_as_it_was(train: str, test: str) -> None:
 def test_the_monitor_finds_mistakes_before_training_starts(
     train: str, test: str, write_shards: WriteShards, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"knn.k must be at most .* \(72\)"):
+    with pytest.raises(ConfigError, match=r"training images \(72\). Got k=100"):
         monitor(train, test, k=100)
     unlabelled = str(write_shards(tmp_path / "unlabelled", [None] * 5))
     with pytest.raises(ConfigError, match="has no labels"):

@@ -101,7 +101,18 @@ def linear(*arguments: str) -> int:
 def test_a_run_is_probed_and_reported(
     solver: str, run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert linear(f"run={run}", f"train={train}", f"test={test}", f"solver={solver}", "baselines=true", "epochs=20", "sgd_batch_size=16") == 0
+    assert (
+        linear(
+            f"run={run}",
+            f"train={train}",
+            f"test={test}",
+            f"solver={solver}",
+            "baselines=true",
+            "epochs=20",
+            "sgd_batch_size=16",
+        )
+        == 0
+    )
     report = json.loads((run / "eval" / "linear.json").read_text())
     assert 0.0 <= report["top1"] <= report["top5"] <= 100.0
     assert set(report["baselines"]) == {"raw_pixels", "random"}

@@ -90,9 +90,7 @@ def cosine(a, b):
 
 def test_byol_loss_equals_the_loop_and_trains_the_predictions_only():
     p1, p2, z1, z2 = random_pairs()
-    rows = [
-        4 - 2 * cosine(p1[i], z2[i].detach()) - 2 * cosine(p2[i], z1[i].detach()) for i in range(len(p1))
-    ]
+    rows = [4 - 2 * cosine(p1[i], z2[i].detach()) - 2 * cosine(p2[i], z1[i].detach()) for i in range(len(p1))]
     expected = torch.stack(rows).mean()
     loss = byol_loss(p1, p2, z1, z2)
     torch.testing.assert_close(loss, expected)

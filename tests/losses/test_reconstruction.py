@@ -43,7 +43,8 @@ def test_kept_patches_do_not_count():
 
 
 def test_a_uniform_patch_has_a_finite_target():
-    loss = mae_loss(torch.full((1, 1, 2, 2), 0.3), torch.ones(1, 1, 4), torch.ones(1, 1), patch_size=2, normalize_targets=True)
+    images, prediction, mask = torch.full((1, 1, 2, 2), 0.3), torch.ones(1, 1, 4), torch.ones(1, 1)
+    loss = mae_loss(images, prediction, mask, patch_size=2, normalize_targets=True)
     torch.testing.assert_close(loss, torch.tensor(1.0))
 
 

@@ -25,7 +25,8 @@ def test_fixmatch_loss_and_its_gradient_equal_the_loop():
         confidence, guess = weak_logits.softmax(0).max(0)
         kept_expected.append(confidence.item() >= 0.7)
         if kept_expected[-1]:
-            expected = expected - 2.5 * torch.log_softmax(strong_logits, 0)[guess] / len(weak)  # all of them, not the kept
+            # the mean over all of them, not over the kept
+            expected = expected - 2.5 * torch.log_softmax(strong_logits, 0)[guess] / len(weak)
     assert 0 < sum(kept_expected) < len(weak)
     loss, kept = fixmatch_loss(labelled, labels, weak, strong, threshold=0.7, unlabelled_weight=2.5)
     torch.testing.assert_close(loss, expected)
@@ -37,7 +38,8 @@ def test_fixmatch_loss_and_its_gradient_equal_the_loop():
 
 def test_no_kept_image_leaves_the_supervised_loss():
     uniform = torch.zeros(5, 4)
-    loss, kept = fixmatch_loss(torch.zeros(2, 4), torch.tensor([0, 1]), uniform, uniform, threshold=0.95, unlabelled_weight=1)
+    labelled, labels = torch.zeros(2, 4), torch.tensor([0, 1])
+    loss, kept = fixmatch_loss(labelled, labels, uniform, uniform, threshold=0.95, unlabelled_weight=1)
     torch.testing.assert_close(loss, torch.tensor(math.log(4)))
     assert not kept.any()
 

@@ -1,0 +1,81 @@
+"""What a recipe may ask of a view group, and how a mistake reads."""
+
+import pytest
+from pydantic import ValidationError
+
+from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, Uniform, ViewGroup
+from ssl_pipeline.config import Config, ConfigError, validate
+
+
+class Recipe(Config):
+    """A recipe's view groups."""
+
+    augment: dict[str, ViewGroup]
+    """View groups by name."""
+
+
+def test_one_value_stands_for_all_views_and_a_tuple_for_one_each():
+    group = ViewGroup(count=3, size=8, blur_prob=0.5, hue=(0.1, 0.2, 0.3), brightness=(0.7,))
+    assert group.per_view(group.blur_prob) == (0.5, 0.5, 0.5)
+    assert group.per_view(group.hue) == (0.1, 0.2, 0.3)
+    assert group.per_view(group.brightness) == (0.7, 0.7, 0.7)
+
+
+def test_a_mistake_names_the_group_what_is_needed_and_what_came():
+    with pytest.raises(ConfigError) as caught:
+        validate(Recipe, {"augment": {"local": {"size": 96, "count": 8, "blur_prob": [1.0, 0.1]}}})
+    sentence = "augment.local.blur_prob must have one value or one per view (count=8). Got 2 values."
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"count": 0}, "count must be at least 1. Got 0."),
+        ({"size": 0}, "size must be at least 1 pixel. Got 0."),
+        ({"flip_prob": 1.5}, "flip_prob must be between 0 and 1. Got 1.5."),
+        ({"gray_prob": -0.1}, "gray_prob must be between 0 and 1. Got -0.1."),
+        ({"jitter_prob": float("nan")}, "jitter_prob must be between 0 and 1. Got nan."),
+        ({"hue": 0.6}, "hue must be between 0 and 0.5. Got 0.6."),
+        ({"contrast": -1.0}, "contrast must be a finite number from 0 up. Got -1."),
+        ({"scale": (0.5, 0.1)}, "scale must be an increasing pair in (0, 1]. Got (0.5, 0.1)."),
+        ({"scale": (0.0, 1.0)}, "scale must be an increasing pair in (0, 1]. Got (0.0, 1.0)."),
+        ({"aspect": (0.0, 1.0)}, "aspect must be an increasing pair above 0. Got (0.0, 1.0)."),
+        ({"padding": 0.7}, "padding must be between 0 and 0.5. Got 0.7."),
+        ({"blur_sigma": (0.0, 2.0)}, "blur_sigma must be an increasing pair above 0. Got (0.0, 2.0)."),
+        ({"blur_kernel": 4}, "blur_kernel must be odd and from 1 to 15 for size=8. Got 4."),
+        ({"blur_kernel": 17}, "blur_kernel must be odd and from 1 to 15 for size=8. Got 17."),
+        ({"solarize_threshold": 128.0}, "solarize_threshold must be between 0 and 1. Got 128.0."),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, sentence):
+    with pytest.raises(ValidationError, match="Value error") as caught:
+        ViewGroup(**{"size": 8, **settings})
+    assert sentence in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ValidationError) as caught:
+        ViewGroup(size=8, hue=0.6, padding=0.7)
+    assert "hue must be between 0 and 0.5. Got 0.6. padding must be between 0 and 0.5. Got 0.7." in str(caught.value)
+
+
+def test_the_blur_kernel_covers_four_sigmas_unless_the_view_is_too_small():
+    assert ViewGroup(size=224).blur_kernel_size() == 17
+    assert ViewGroup(size=224, blur_sigma=(0.1, 1.1)).blur_kernel_size() == 11
+    assert ViewGroup(size=4).blur_kernel_size() == 7
+    assert ViewGroup(size=224, blur_kernel=23).blur_kernel_size() == 23
+
+
+def test_every_setting_has_a_help_text():
+    assert all(field.description for field in ViewGroup.model_fields.values())
+
+
+def test_no_two_uses_share_a_uniform():
+    starts = sorted(Uniform)
+    assert starts[0] == 0
+    assert [after - before for before, after in zip(starts, [*starts[1:], UNIFORMS_PER_VIEW], strict=True)] == [
+        10,
+        10,
+        *[1] * 13,
+    ]
