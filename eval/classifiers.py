@@ -11,6 +11,7 @@ from torch import Tensor
 from ssl_pipeline.config import ConfigError
 
 MAX_ITERATIONS = 1000  # of L-BFGS
+SMALL_PRODUCT = 100_000_000  # multiplications below which BLAS threads wait more than they work, 15x on a busy machine
 logger = logging.getLogger(__name__)
 
 # Axes: N images, B of one batch, D feature dimensions, S settings of the sweep, C classes.
@@ -101,11 +102,13 @@ def logistic_regression(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     scaler = StandardScaler()
     standardised = scaler.fit_transform(features_ND.double().cpu().numpy())
     classifier = LogisticRegression(C=inverse_penalty, max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings():
+    threads = 1 if features_ND.numel() * num_classes < SMALL_PRODUCT else None
+    with threadpool_limits(threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said below in one line
         classifier.fit(standardised, labels_N.cpu().numpy())
     if (classifier.n_iter_ >= MAX_ITERATIONS).any():

@@ -6,6 +6,7 @@ A schedule is a frozen setting that is called with the progress of the run: it h
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -33,8 +34,7 @@ def _check_duration(value: int | str) -> int | str:
         if value < 0:
             raise ValueError(f"a duration cannot be negative. Got {value}.")
         return value
-    number = value.removesuffix("ep").removesuffix("%")
-    if value.endswith(("ep", "%")) and number.replace(".", "", 1).isdigit():
+    if re.fullmatch(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)(ep|%)", value):
         return value
     raise ValueError(
         f"a duration is a number of steps (1250), of epochs ('10ep') or a share of the run ('5%'). Got {value!r}."

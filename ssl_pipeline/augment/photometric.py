@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
+from ssl_pipeline.augment import colour
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, Uniform, ViewGroup
 
 # V views of each of B images, C channels; N: the same images, one view at a time; P parameters
@@ -144,14 +144,14 @@ def _augment_selected(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stages)
         _jitter_by_order(image_NCHW, parameters_NP, stages.operations)
     if stages.gray:
         chosen = parameters_NP[:, Parameter.GRAY].nonzero()[:, 0]
-        image_NCHW[chosen] = _gray(image_NCHW[chosen]).expand(-1, 3, -1, -1)
+        image_NCHW[chosen] = colour.gray(image_NCHW[chosen]).expand(-1, 3, -1, -1)
     if stages.blur_kernel:
         chosen = parameters_NP[:, Parameter.BLUR_SIGMA].nonzero()[:, 0]
         sigma_N = parameters_NP[chosen, Parameter.BLUR_SIGMA]
-        image_NCHW[chosen] = _blur(image_NCHW[chosen], sigma_N, stages.blur_kernel)
+        image_NCHW[chosen] = colour.blur(image_NCHW[chosen], sigma_N, stages.blur_kernel)
     if stages.solarize:
         chosen = parameters_NP[:, Parameter.SOLARIZE].nonzero()[:, 0]
-        image_NCHW[chosen] = _solarize(image_NCHW[chosen], stages.solarize_threshold)
+        image_NCHW[chosen] = colour.solarize(image_NCHW[chosen], stages.solarize_threshold)
 
 
 def _jitter_by_order(image_NCHW: Tensor, parameters_NP: Tensor, operations: tuple[Operation, ...]) -> None:
@@ -164,7 +164,7 @@ def _jitter_by_order(image_NCHW: Tensor, parameters_NP: Tensor, operations: tupl
         chosen = torch.tensor(samples)
         part_NCHW = image_NCHW[chosen]
         for operation in sorted(operations, key=turns.__getitem__):
-            factor_N111 = _per_sample(parameters_NP[chosen, Parameter.FACTOR + operation])
+            factor_N111 = colour.per_sample(parameters_NP[chosen, Parameter.FACTOR + operation])
             part_NCHW = _jitter(part_NCHW, operation, factor_N111)
         image_NCHW[chosen] = part_NCHW
 
@@ -173,27 +173,27 @@ def _jitter(image_NCHW: Tensor, operation: Operation, factor_N111: Tensor) -> Te
     if operation == Operation.BRIGHTNESS:
         return (image_NCHW * factor_N111).clamp_(0, 1)
     if operation == Operation.HUE:
-        return _shift_hue(image_NCHW, factor_N111)
-    target = _gray(image_NCHW)
+        return colour.shift_hue(image_NCHW, factor_N111)
+    target = colour.gray(image_NCHW)
     if operation == Operation.CONTRAST:
         target = target.mean(dim=(1, 2, 3), keepdim=True)
-    return _blend(image_NCHW, target, factor_N111)
+    return colour.blend(image_NCHW, target, factor_N111)
 
 
 def _augment_everywhere(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stages) -> None:
     """Each stage on all samples, kept where it applies; in place, without a branch on a value."""
     result = image_NCHW
     if stages.operations:
-        jittered = _per_sample(parameters_NP[:, Parameter.JITTER]) > 0
+        jittered = colour.per_sample(parameters_NP[:, Parameter.JITTER]) > 0
         result = torch.where(jittered, _jitter_everywhere(result, parameters_NP, stages.operations), result)
     if stages.gray:
-        result = torch.where(_per_sample(parameters_NP[:, Parameter.GRAY]) > 0, _gray(result), result)
+        result = torch.where(colour.per_sample(parameters_NP[:, Parameter.GRAY]) > 0, colour.gray(result), result)
     if stages.blur_kernel:
         sigma_N = parameters_NP[:, Parameter.BLUR_SIGMA].clamp(min=1e-3)  # so narrow that the kernel is 0 1 0
-        result = _blur(result, sigma_N, stages.blur_kernel)
+        result = colour.blur(result, sigma_N, stages.blur_kernel)
     if stages.solarize:
-        solarized = _per_sample(parameters_NP[:, Parameter.SOLARIZE]) > 0
-        result = torch.where(solarized, _solarize(result, stages.solarize_threshold), result)
+        solarized = colour.per_sample(parameters_NP[:, Parameter.SOLARIZE]) > 0
+        result = torch.where(solarized, colour.solarize(result, stages.solarize_threshold), result)
     image_NCHW.copy_(result)
 
 
@@ -207,7 +207,7 @@ def _jitter_everywhere(image_NCHW: Tensor, parameters_NP: Tensor, operations: tu
     if Operation.CONTRAST in operations:
         contrast_turn_N = parameters_NP[:, Parameter.TURN + Operation.CONTRAST]
         before_NCHW = _sweep(image_NCHW, parameters_NP, mean_N111, end_N=contrast_turn_N, operations=operations)
-        mean_N111 = _gray(before_NCHW).mean(dim=(1, 2, 3), keepdim=True)
+        mean_N111 = colour.gray(before_NCHW).mean(dim=(1, 2, 3), keepdim=True)
     end_N = torch.full_like(parameters_NP[:, Parameter.TURN], len(Operation))
     return _sweep(image_NCHW, parameters_NP, mean_N111, end_N=end_N, operations=operations)
 
@@ -226,8 +226,10 @@ def _sweep(
         due_N = (turn < hue_turn_N) & (turn < end_N)
         image_NCHW = _blend_everywhere(image_NCHW, parameters_NP, mean_N111, turn=turn, due_N=due_N)
     if Operation.HUE in operations:
-        shifted_NCHW = _shift_hue(image_NCHW, _per_sample(parameters_NP[:, Parameter.FACTOR + Operation.HUE]))
-        image_NCHW = torch.where(_per_sample(hue_turn_N < end_N), shifted_NCHW, image_NCHW)
+        shifted_NCHW = colour.shift_hue(
+            image_NCHW, colour.per_sample(parameters_NP[:, Parameter.FACTOR + Operation.HUE])
+        )
+        image_NCHW = torch.where(colour.per_sample(hue_turn_N < end_N), shifted_NCHW, image_NCHW)
     for turn in (1, 2, 3):
         due_N = (turn > hue_turn_N) & (turn < end_N)
         image_NCHW = _blend_everywhere(image_NCHW, parameters_NP, mean_N111, turn=turn, due_N=due_N)
@@ -243,69 +245,11 @@ def _blend_everywhere(
     for operation, operation_target in (
         (Operation.BRIGHTNESS, target_N1HW),
         (Operation.CONTRAST, mean_N111),
-        (Operation.SATURATION, _gray(image_NCHW)),
+        (Operation.SATURATION, colour.gray(image_NCHW)),
     ):
-        now_N111 = _per_sample(due_N & (parameters_NP[:, Parameter.TURN + operation] == turn))
-        factor_N111 = torch.where(now_N111, _per_sample(parameters_NP[:, Parameter.FACTOR + operation]), factor_N111)
+        now_N111 = colour.per_sample(due_N & (parameters_NP[:, Parameter.TURN + operation] == turn))
+        factor_N111 = torch.where(
+            now_N111, colour.per_sample(parameters_NP[:, Parameter.FACTOR + operation]), factor_N111
+        )
         target_N1HW = torch.where(now_N111, operation_target, target_N1HW)
-    return _blend(image_NCHW, target_N1HW, factor_N111)
-
-
-def _per_sample(values_N: Tensor) -> Tensor:
-    return values_N[:, None, None, None]
-
-
-def _gray(image_NCHW: Tensor) -> Tensor:
-    """(N,3,H,W) -> (N,1,H,W) luma with torchvision's weights."""
-    red, green, blue = image_NCHW.split(1, dim=1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
-
-
-def _blend(image_NCHW: Tensor, target: Tensor, factor_N111: Tensor) -> Tensor:
-    """factor * image + (1 - factor) * target, kept in [0, 1]."""
-    return (image_NCHW * factor_N111).add_(target * (1 - factor_N111)).clamp_(0, 1)
-
-
-def _shift_hue(image_NCHW: Tensor, shift_N111: Tensor) -> Tensor:
-    """Turn the hue by `shift` of the colour circle; the lowest channel and the chroma (highest - lowest) stay.
-
-    With the hue h in [0, 6) from red over green and blue, |h| = 1 + (green + blue - red - low) / chroma on the side of
-    green, and 6 minus that on the side of blue. Back, a channel is low + chroma * clamp(w, 0, 1), where w is
-    |h - 3| - 1 for red, 2 - |h - 2| for green, 2 - |h - 4| for blue. (No choice by the largest channel and no
-    remainder: on a CPU these two cost 4 times all of the rest.)
-    """
-    red, green, blue = image_NCHW.split(1, dim=1)
-    low = torch.minimum(torch.minimum(red, green), blue)
-    chroma = torch.maximum(torch.maximum(red, green), blue) - low
-    # a gray pixel has no hue; its dividend is 0, and any positive divisor will do
-    hue = ((green - low) + (blue - red)).div_(chroma.clamp(min=1e-12)).add_(1)
-    hue = torch.copysign(hue, green - blue).add_(6 * shift_N111)
-    hue = hue.sub_(torch.floor(hue / 6), alpha=6)
-    weights = ((hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2))
-    return torch.cat([torch.addcmul(low, chroma, weight.clamp_(0, 1)) for weight in weights], dim=1)
-
-
-def _blur(image_NCHW: Tensor, sigma_N: Tensor, kernel: int) -> Tensor:
-    """Gaussian blur of each sample with its own sigma, columns then rows, reflected without repeating the edge.
-
-    Tap by tap: on a CPU faster than grouped convolutions or banded matrices, on a GPU one kernel per direction when
-    compiled, and never subject to TF32 or autocast.
-    """
-    reach = kernel // 2
-    distance_R = torch.arange(reach + 1, device=sigma_N.device)
-    weights_NR = torch.exp(-0.5 * (distance_R / sigma_N[:, None]) ** 2)
-    weights_NR = weights_NR / (2 * weights_NR.sum(dim=1, keepdim=True) - 1)  # the centre counts once, the rest twice
-    for axis, padding in ((2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0))):
-        size = image_NCHW.shape[axis]
-        padded_NCHW = pad(image_NCHW, padding, mode="reflect")
-        image_NCHW = padded_NCHW.narrow(axis, reach, size) * _per_sample(weights_NR[:, 0])
-        for distance in range(1, reach + 1):
-            weight_N111 = _per_sample(weights_NR[:, distance])
-            image_NCHW.addcmul_(padded_NCHW.narrow(axis, reach - distance, size), weight_N111)
-            image_NCHW.addcmul_(padded_NCHW.narrow(axis, reach + distance, size), weight_N111)
-    return image_NCHW
-
-
-def _solarize(image_NCHW: Tensor, threshold: float) -> Tensor:
-    """Invert from the threshold on; the weight is 0 or 1, for which lerp is exact (and on a CPU 2 times `where`)."""
-    return image_NCHW.lerp(1 - image_NCHW, (image_NCHW >= threshold).to(image_NCHW.dtype))
+    return colour.blend(image_NCHW, target_N1HW, factor_N111)

@@ -115,8 +115,8 @@ class ViewGroup(Config):
                     f"{name} must have one value or one per view (count={self.count}). Got {len(values)} values."
                 )
             high = highest.get(name, math.inf)
-            needed = f"between 0 and {high:g}" if high < math.inf else "a finite number from 0 up"
-            wrong = [number for number in values if not (0 <= number <= high and math.isfinite(number))]
+            needed = f"between 0 and {high:g}" if high < math.inf else "0 or more"
+            wrong = [number for number in values if not 0 <= number <= high]
             mistakes += [f"{name} must be {needed}. Got {number:g}." for number in wrong]
         return mistakes
 
@@ -127,10 +127,10 @@ class ViewGroup(Config):
             (self.count >= 1, "count", "at least 1", self.count),
             (self.size >= 1, "size", "at least 1 pixel", self.size),
             (0 < self.scale[0] <= self.scale[1] <= 1, "scale", "an increasing pair in (0, 1]", self.scale),
-            (0 < self.aspect[0] <= self.aspect[1] < math.inf, "aspect", "an increasing pair above 0", self.aspect),
+            (0 < self.aspect[0] <= self.aspect[1], "aspect", "an increasing pair above 0", self.aspect),
             (0 <= self.padding <= 0.5, "padding", "between 0 and 0.5", self.padding),
             (
-                0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf,
+                0 < self.blur_sigma[0] <= self.blur_sigma[1],
                 "blur_sigma",
                 "an increasing pair above 0",
                 self.blur_sigma,

@@ -63,7 +63,9 @@ def load(
     except ConfigError as error:
         if recipes is None or "recipe" in tree:
             raise
-        raise ConfigError(f"{error}\nNo recipe is given: recipe=NAME, one of {', '.join(recipe_names(recipes))}") from None
+        raise ConfigError(
+            f"{error}\nNo recipe is given: recipe=NAME, one of {', '.join(recipe_names(recipes))}"
+        ) from None
 
 
 def validate(

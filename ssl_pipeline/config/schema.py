@@ -49,6 +49,14 @@ def mapping_value(annotation: object) -> object | None:
     return None
 
 
+def fixed_length(annotation: object) -> int | None:
+    """The number of values of a `tuple[X, Y]` annotation; None for any other."""
+    for part in alternatives(annotation):
+        if get_origin(part) is tuple and Ellipsis not in get_args(part):
+            return len(get_args(part))
+    return None
+
+
 def is_text(annotation: object) -> bool:
     kinds = alternatives(annotation)
     return bool(kinds) and all(kind in (str, Path) for kind in kinds)

@@ -1,7 +1,6 @@
 """A small labelled data set in shards, and a run that has ended."""
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone
+from ssl_pipeline.data.manifest import Manifest, write_manifest
 
 NUM_CLASSES = 6
 TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -43,7 +43,7 @@ def write_tar(directory: Path, labels: Sequence[int | None], *, names: Sequence[
                 info.size = len(content)
                 shard.addfile(info, io.BytesIO(content))
     if names:
-        (directory / "manifest.json").write_text(json.dumps({"class_names": list(names)}))
+        write_manifest(directory, Manifest(class_names=names))
     return directory
 
 
