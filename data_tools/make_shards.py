@@ -106,23 +106,32 @@ def find_candidates(source: Source) -> tuple[list[Candidate], list[str] | None, 
 
     Classes are the top folders, sorted, the empty ones among them; without any, no image has a label.
     """
-    names, others = [], []
+    images, others = dict[str, list[str]](), list[Rejected]()
     for name in source.names():
-        suffix = name.rpartition(".")[2].lower()
-        parts = name.split("/")
-        hidden = any(part.startswith(".") for part in parts) or parts[0] == "__MACOSX"
-        if suffix in IMAGE_EXTENSIONS and "." in name and not hidden:
-            names.append(name)
+        parts = _parts(name)
+        if _is_hidden(parts):
+            others.append(Rejected(name, "hidden file"))
+        elif Path(parts[-1]).suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+            others.append(Rejected(name, "no image file"))
         else:
-            others.append(Rejected(name, "no image file" if not hidden else "hidden file"))
-    tops = {name.split("/")[0] for name in names if "/" in name}
-    if not tops:
-        return [Candidate(name, None) for name in names], None, others
-    tops |= {folder.split("/")[0] for folder in source.folders() if folder and not folder.startswith((".", "__MACOSX"))}
-    class_names = sorted(tops)
+            images[name] = parts
+    if all(len(parts) == 1 for parts in images.values()):
+        return [Candidate(name, None) for name in images], None, others
+    folders = [parts for parts in map(_parts, source.folders()) if parts and not _is_hidden(parts)]
+    class_names = sorted({parts[0] for parts in images.values() if len(parts) > 1} | {parts[0] for parts in folders})
     labels = {name: label for label, name in enumerate(class_names)}
-    others += [Rejected(name, "outside the class folders") for name in names if "/" not in name]
-    return [Candidate(name, labels[name.split("/")[0]]) for name in names if "/" in name], class_names, others
+    others += [Rejected(name, "outside the class folders") for name, parts in images.items() if len(parts) == 1]
+    candidates = [Candidate(name, labels[parts[0]]) for name, parts in images.items() if len(parts) > 1]
+    return candidates, class_names, others
+
+
+def _parts(name: str) -> list[str]:
+    """Folders and file of a name; what only moves about (`/`, `.`, `..`) has no part in it, nothing is ever unpacked."""
+    return [part for part in name.split("/") if part not in ("", ".", "..")]
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _check(
@@ -244,7 +253,7 @@ def _refuse(output: Path, *, overwrite: bool) -> None:
     """Raise DataError if the output is in use, or holds what no make_shards wrote."""
     if output.exists() and not output.is_dir():
         raise DataError(f"output='{output}' is a file. Needed: a directory that does not exist yet, or an empty one.")
-    found = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    found = sorted((path.name for path in output.iterdir()), reverse=True) if output.exists() else []
     if found and not overwrite:
         raise DataError(f"output='{output}' is not empty (it has '{found[0]}'). overwrite=true replaces shards there.")
     ours = (MANIFEST_FILE, REJECTED_FILE, INDEX_DIRECTORY)
@@ -282,7 +291,8 @@ def _report(
         classes = f"in {len(class_names)} {'class' if len(class_names) == 1 else 'classes'} ({shown})"
     megabytes = sum(shard.bytes for shard in shards) / 1e6
     print(
-        f"{sum(shard.samples for shard in shards):,} images {classes} -> {len(shards)} shards, {megabytes:.1f} MB, "
+        f"{sum(shard.samples for shard in shards):,} images {classes} -> "
+        f"{len(shards)} shard{'s' * (len(shards) != 1)}, {megabytes:.1f} MB, "
         f"in {config.output}"
     )
     if rejected:

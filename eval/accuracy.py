@@ -18,4 +18,5 @@ def top_k_hits(scores_NC: Tensor, labels_N: Tensor, *, k: int) -> Tensor:
 
 def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     """`{"top1": percent, "top5": percent}`; with fewer than 5 classes top-5 counts all of them."""
-    return {f"top{k}": 100.0 * top_k_hits(scores_NC, labels_N, k=k).double().mean().item() for k in (1, 5)}
+    hits = {k: int(top_k_hits(scores_NC, labels_N, k=k).sum()) for k in (1, 5)}
+    return {f"top{k}": 100.0 * count / len(labels_N) for k, count in hits.items()}

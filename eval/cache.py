@@ -36,6 +36,7 @@ def cached(
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         save_file({"features": features, "labels": labels}, aside, metadata={"checksum": _checksum(features, labels)})
+        aside.chmod(0o644)  # safetensors makes it private, but a run belongs to a group of people
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -102,10 +102,10 @@ def logistic_regression(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     scaler = StandardScaler()
-    standardised = scaler.fit_transform(features_ND.double().cpu().numpy())
+    standardised = scaler.fit_transform(features_ND.cpu().double().numpy())
     classifier = LogisticRegression(C=inverse_penalty, max_iter=MAX_ITERATIONS)
     threads = 1 if features_ND.numel() * num_classes < SMALL_PRODUCT else None
     with threadpool_limits(threads), warnings.catch_warnings():
@@ -115,7 +115,7 @@ def logistic_regression(
         logger.warning(
             "logistic regression with C=%g did not converge in %d iterations", inverse_penalty, MAX_ITERATIONS
         )
-    log_probabilities = classifier.predict_log_proba(scaler.transform(test_features_ND.double().cpu().numpy()))
+    log_probabilities = classifier.predict_log_proba(scaler.transform(test_features_ND.cpu().double().numpy()))
     scores_NC = torch.full((len(test_features_ND), num_classes), -torch.inf)
     scores_NC[:, torch.from_numpy(classifier.classes_)] = torch.from_numpy(log_probabilities).float()
     return scores_NC

@@ -82,13 +82,16 @@ def open_labelled(train: str, test: str, *, task: str) -> LabelledImages:
 
 
 def count_classes(images: LabelledImages, train_labels: Tensor, test_labels: Tensor, *, task: str) -> int:
-    """The number of classes, from the names and the labels; ConfigError if an image has no label."""
+    """The number of classes by names and labels; ConfigError if a label is missing, or lies beyond the names."""
     for name, labels in (("training", train_labels), ("test", test_labels)):
         missing = int((labels < 0).sum())
         if missing:
             raise ConfigError(f"{missing} of {len(labels)} {name} images have no label; {task} needs all of them.")
     largest = int(torch.cat((train_labels, test_labels)).max())
-    return max(largest + 1, len(images.train.class_names or ()))
+    names = images.train.class_names or images.test.class_names
+    if names is not None and largest >= len(names):
+        raise ConfigError(f"Labels must lie below the number of class names ({len(names)}). Got {largest}.")
+    return largest + 1 if names is None else len(names)
 
 
 def choose_device(name: str) -> torch.device:
@@ -96,9 +99,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device must be auto, cpu or cuda. Got '{name}'.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name} needs a GPU that torch can use. There is none; try device=cpu.")
+    return device
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class ProbeConfig(Config):
     """`sgd`: passes over the training features; the learning rate falls to zero along a cosine."""
     sgd_batch_size: Annotated[int, Field(gt=0)] = 1024
     """`sgd`: images per step."""
-    inverse_penalties: tuple[Positive, ...] = (0.01, 0.1, 1.0, 10.0)
+    inverse_penalties: tuple[Positive, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     """`logistic`: values of scikit-learn's C."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of every class of the training set that the settings are chosen on."""

@@ -9,7 +9,7 @@ import timm
 import torch
 import yaml
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from eval.cache import file_checksum
 from ssl_pipeline.atomic import JSON
@@ -64,17 +64,6 @@ class Subject:
     preprocessing: Preprocessing
     about: dict[str, JSON]
     config: BackboneConfig | None
-
-
-class RawPixels(nn.Module):
-    """The image itself as its feature: (B, 3, S, S) -> (B, 3 * S * S)."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.embed_dim = 3 * size * size
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
 
 
 def open_subject(config: SubjectConfig) -> Subject:
@@ -156,16 +145,17 @@ def baselines_of(subject: Subject) -> dict[str, Subject]:
 def raw_pixels(size: int) -> Subject:
     """Pixels between 0 and 1, not centred, of the image resized to at most 32 x 32."""
     size = min(size, RAW_PIXELS_SIDE)
-    about: dict[str, JSON] = {"backbone": RAW_PIXELS, "about": f"{size} x {size} pixels between 0 and 1, not centred"}
+    images = f"{size} x {size} pixels between 0 and 1, not centred"
+    about: dict[str, JSON] = {"backbone": RAW_PIXELS, "images": images}
     preprocessing = Preprocessing(size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return Subject("raw pixels", RawPixels(size), preprocessing, about, None)
+    return Subject("raw pixels", nn.Flatten(), preprocessing, about, None)
 
 
 def random_initialisation(architecture: BackboneConfig, preprocessing: Preprocessing) -> Subject:
     """The architecture as it is before any training, from a fixed seed."""
     architecture = architecture.model_copy(update={"weights": None})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
+        torch.default_generator.manual_seed(RANDOM_SEED)
         backbone = create_backbone(architecture)
     about: dict[str, JSON] = {
         "backbone": architecture.model_dump(mode="json"),

@@ -105,8 +105,8 @@ def _complete_leaf(annotation: object, data: Value, location: Location, texts: M
     text = texts.get(location)
     if text is None:
         return data
-    if is_text(annotation) and data is not None:
-        return text
+    if is_text(annotation):
+        return None if text in ("", "~", "null") else text
     if any(get_origin(kind) is tuple for kind in kinds):
         if isinstance(data, str) and "," in data:
             return [read_yaml(part, where=".".join(location)) for part in data.split(",")]

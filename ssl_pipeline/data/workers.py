@@ -1,6 +1,8 @@
 """Batches read by worker processes: torch's DataLoader, with one-line errors and workers that outlive a preemption."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -11,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from ssl_pipeline.data.errors import DataError
 
 BatchType = TypeVar("BatchType")
-PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def read_batches(
@@ -34,20 +35,23 @@ def read_batches(
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # else every iterator draws a seed from the global generator
     )
     iterator = iter(loader)
-    while True:
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            raise worker_death(error) or error from None
-        if isinstance(item, _Failure):
-            raise DataError(item.sentence)
-        yield item
+    try:
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                raise worker_death(error) or error from None
+            if isinstance(item, _Failure):
+                raise DataError(item.sentence)
+            yield item
+    finally:
+        del iterator  # which ends the workers, even while a traceback keeps this frame
 
 
 def worker_death(error: Exception) -> DataError | None:
@@ -88,8 +92,21 @@ def _as_it_is(batch: BatchType) -> BatchType:
     return batch
 
 
-def _start_worker(worker: int) -> None:
-    """A preemption signal reaches the whole process group; a worker that dies of it would take the save with it."""
-    for number in PREEMPTION_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def start_worker(worker: int) -> None:
+    """For `worker_init_fn`: only the trainer itself can end a worker.
+
+    A preemption signal reaches the whole process group, and a worker that died of it would take the save with it. To
+    ignore SIGTERM outright will not do: a trainer that exits sends it to its workers, and waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     torch.set_num_threads(1)
+    if hasattr(signal, "sigwaitinfo"):  # all but macOS, where a worker has to die of it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)

@@ -198,7 +198,7 @@ def test_damaged_rows_are_an_error(shards: Path) -> None:
     index = open_shards(shards)
     path = shards / ".index" / "part-000000.tar.npy"
     np.save(path, np.full((7, 4), 2**60))
-    with pytest.raises(DataError, match="index of shard .* is damaged"):
+    with pytest.raises(DataError, match=r"index of shard .* is damaged"):
         index.read(0)
     for damage in (b"", b"garbage", pickle.dumps([1])):
         path.write_bytes(damage)

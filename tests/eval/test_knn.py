@@ -132,7 +132,7 @@ def test_a_run_is_measured_and_reported(run: Path, train: str, test: str, capsys
     assert set(report["by_k"]) == {"5", "10"}
     assert set(report["baselines"]) == {"raw_pixels", "random"}
     assert report["baselines"]["raw_pixels"]["top1"] > 90.0  # the classes are colours
-    assert "16 x 16 pixels" in report["baselines"]["raw_pixels"]["about"]["about"]
+    assert "16 x 16 pixels" in report["baselines"]["raw_pixels"]["about"]["images"]
     protocol = report["protocol"]
     assert (protocol["k"], protocol["temperature"], protocol["size"]) == ([5, 10], 0.07, 16)
     assert (protocol["num_train"], protocol["num_test"], protocol["num_classes"]) == (72, 31, 6)
@@ -202,6 +202,14 @@ def test_class_names_must_agree(write_shards: WriteShards, tmp_path: Path, capsy
     birds = write_shards(tmp_path / "birds", [0, 1] * 3, names=("bird", "dog"))
     assert knn("backbone=raw_pixels", f"train={cats}", f"test={birds}", "k=1") == 2
     assert "must name the same classes. Got 2 and 2 names; only one has 'bird'" in capsys.readouterr().err
+
+
+def test_labels_beyond_the_class_names_are_refused(
+    write_shards: WriteShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pets = write_shards(tmp_path / "pets", [0, 1, 2] * 3, names=("cat", "dog"))
+    assert knn("backbone=raw_pixels", f"train={pets}", f"test={pets}", "k=1") == 2
+    assert "below the number of class names (2). Got 2." in capsys.readouterr().err
 
 
 def test_k_takes_one_value_or_several() -> None:

@@ -1,0 +1,133 @@
+"""Commands: exit codes, `--help`, `--print`, `--debug`, arguments without a key."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from ssl_pipeline.config import Config, ConfigError, RunError, read_yaml, run_command, validate
+
+
+class CheckConfig(Config):
+    """Check a folder."""
+
+    positional: ClassVar[str | None] = "directory"
+
+    directory: str
+    """What is checked."""
+    depth: int = 1
+    """How deep; 1 is the folder itself."""
+    names: tuple[str, ...] = ()
+
+
+def run(outcome, *argv: str) -> int:
+    def check(config: CheckConfig) -> int | None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return run_command(CheckConfig, check, command="python -m check", argv=argv)
+
+
+def test_success_is_zero(capsys):
+    assert run(None, "directory=x") == 0
+    assert run(3, "directory=x") == 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "line"),
+    [
+        (ConfigError("No such thing."), 2, "error: No such thing.\n"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "error: [Errno 2] No such file or directory: 'x'\n"),
+        (RunError("The loss is nan."), 1, "error: The loss is nan.\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_failures_are_one_line_with_an_exit_code(capsys, outcome, code, line):
+    assert run(outcome, "directory=x") == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_value_error_of_ours_names_its_place(capsys):
+    assert run(ValueError("odd shape"), "directory=x") == 2
+    assert "error: odd shape (from test_commands.py:" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        run(ZeroDivisionError(), "directory=x")
+
+
+def test_a_mistake_in_an_argument_is_two(capsys):
+    assert run(None, "directory=x", "dept=3") == 2
+    assert capsys.readouterr().err == "error: Unknown key 'dept'. Did you mean 'depth'?\nSee: python -m check --help\n"
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert run(ConfigError("No such thing."), "directory=x", "--debug") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("error: No such thing.\n")
+
+
+def test_other_ranks_leave_mistakes_in_arguments_to_the_first(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run(None, "directory=x", "dept=3") == 2
+    assert capsys.readouterr().err == ""
+    assert run(RunError("The loss is nan."), "directory=x") == 1
+    assert capsys.readouterr().err == "error on rank 1: The loss is nan.\n"
+
+
+def test_an_argument_without_a_key_sets_the_positional_field(capsys):
+    assert run(None, "--print", "some/where", "depth=2") == 0
+    assert read_yaml(capsys.readouterr().out, where="out") == {"directory": "some/where", "depth": 2, "names": []}
+    assert run(None, "a", "b") == 2
+    assert capsys.readouterr().err == "error: directory is given twice: 'a' and 'b'.\n"
+    assert run(None) == 2
+    assert capsys.readouterr().err.startswith("error: directory is missing: set directory=...\n")
+
+
+def test_help_lists_every_key_with_its_text(capsys):
+    assert run(RunError("not reached"), "--help") == 0
+    assert capsys.readouterr().out == (
+        "usage: python -m check [key=value ...] [--print] [--debug]\n\n"
+        "Check a folder.\n\n"
+        "  directory (required)\n"
+        "      What is checked.\n"
+        "  depth (default: 1)\n"
+        "      How deep; 1 is the folder itself.\n"
+        "  names (default: [])\n"
+    )
+
+
+def test_help_follows_the_recipe(capsys, schema, recipes):
+    def never(config: Config) -> int:
+        raise AssertionError
+
+    assert run_command(schema, never, command="toy", argv=["--help"], recipes=recipes) == 0
+    out = capsys.readouterr().out
+    assert "recipes: contrast_small, distil_small\n" in out
+    assert "  method.name: one of distil, contrast; its keys: --help with recipe= or method.name=\n" in out
+    assert "  augment.NAME.size (required)\n      Side in pixels.\n" in out
+    assert "num_prototypes" not in out
+    assert run_command(schema, never, command="toy", argv=["-h", "recipe=distil_small"], recipes=recipes) == 0
+    out = capsys.readouterr().out
+    assert "  method.num_prototypes (default: 64)\n      Width of the output.\n" in out
+    keys = "      One value, or the keys .value, .final, .warmup, .start, .inclusive, .decay, .every.\n"
+    assert f"  optim.lr (required)\n      Learning rate.\n{keys}" in out
+    assert run_command(schema, never, command="toy", argv=["--help", "recipe=x"], recipes=recipes) == 2
+
+
+def test_print_shows_what_a_run_would_use(capsys, schema, recipes, tmp_path):
+    argv = ["--print", "recipe=distil_small", "optim.lr=1e-3", "output=5e-4"]
+    assert run_command(schema, lambda config: 1, command="toy", argv=argv, recipes=recipes) == 0
+    out = capsys.readouterr().out
+    config = validate(schema, read_yaml(out, where="out"))
+    assert (config.optim.lr.value, config.output) == (1e-3, Path("5e-4"))
+    # and it is a recipe itself
+    (tmp_path / "printed.yaml").write_text(out)
+    argv = ["--print", f"recipe={tmp_path / 'printed.yaml'}"]
+    assert run_command(schema, lambda config: 1, command="toy", argv=argv, recipes=recipes) == 0
+    again = capsys.readouterr().out
+    assert again.splitlines()[1:] == out.splitlines()[1:]

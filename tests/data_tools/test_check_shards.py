@@ -1,0 +1,78 @@
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data_tools.check_shards import CheckShards, check_shards
+from data_tools.make_shards import MakeShards, make_shards
+from ssl_pipeline.config import run_command
+
+
+@pytest.fixture
+def made(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Path:
+    """22 images in four shards."""
+    output = tmp_path / "out"
+    make_shards(MakeShards(source=str(folder), output=output, prefix="train", samples_per_shard=6, workers=1))
+    capsys.readouterr()
+    return output
+
+
+def checked(directory: Path | str, *arguments: str) -> int:
+    return run_command(
+        CheckShards, check_shards, command="check_shards", argv=[str(directory), "workers=1", *arguments]
+    )
+
+
+def test_whole_shards_have_no_problems(made: Path, capsys: pytest.CaptureFixture) -> None:
+    assert checked(made) == 0
+    assert "4 shards, 22 images (22 with a label)" in capsys.readouterr().out
+    assert checked(f"directory={made}", "decode=false") == 0
+    assert checked(f"{made}/out-00000[12].tar") == 0
+    assert "2 shards, 12 images" in capsys.readouterr().out
+
+
+def test_shards_made_by_others_are_checked_too(made: Path, capsys: pytest.CaptureFixture) -> None:
+    (made / "manifest.json").unlink()
+    assert checked(made) == 0
+    assert "no manifest.json: no problems" in capsys.readouterr().out
+
+
+def test_every_problem_is_listed(made: Path, capsys: pytest.CaptureFixture) -> None:
+    first, second, third, fourth = sorted(made.glob("*.tar"))
+    with tarfile.open(first) as archive:
+        member = next(member for member in archive if not member.name.endswith(".cls"))
+    data = bytearray(first.read_bytes())
+    data[member.offset_data : member.offset_data + member.size] = b"?" * member.size
+    first.write_bytes(data)
+    second.write_bytes(second.read_bytes()[:3000])
+    third.unlink()
+    fourth.rename(made / "renamed.tar")
+    assert checked(made) == 1
+    problems = capsys.readouterr().out.splitlines()
+    key = member.name.split(".")[0]
+    expected = [
+        f"Shard '{first.name}', key '{key}', byte {member.offset_data}: no JPEG, PNG or WebP image.",
+        f"Shard '{second.name}' is truncated",
+        f"Shard '{first.name}' is not the one that manifest.json lists",
+        "Shard 'renamed.tar' is not in manifest.json.",
+        f"Shard '{third.name}' is in manifest.json and not there.",
+        f"Shard '{fourth.name}' is in manifest.json and not there.",
+    ]
+    assert len(problems) == len(expected) + 1
+    for problem, start in zip(problems, expected, strict=False):
+        assert problem.startswith(start)
+    assert problems[-1].endswith("6 problems")
+
+
+def test_without_decoding_the_checksum_still_tells(made: Path, capsys: pytest.CaptureFixture) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    assert checked(made, "decode=false") == 1
+    assert "its checksum differs" in capsys.readouterr().out
+
+
+def test_no_shards_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert checked(tmp_path / "nowhere") == 2
+    assert "There is no directory" in capsys.readouterr().err

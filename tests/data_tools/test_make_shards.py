@@ -1,0 +1,278 @@
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_tools.make_shards import MakeShards, key_of, make_shards
+from data_tools.sources import DigitsSource
+from ssl_pipeline.config import run_command
+from ssl_pipeline.data.decode import decode_image
+from ssl_pipeline.data.shards import DataError, open_shards
+
+GOLDEN_TEST_DIGITS = ["0/0078.png", "0/0202.png", "0/0252.png"]
+CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10.zip"
+
+
+def made(source: Path | str, output: Path, **settings: object) -> Path:
+    config = MakeShards(source=str(source), output=output, **{"workers": 1, "samples_per_shard": 6} | settings)
+    assert make_shards(config) == 0
+    return output
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir()) if path.is_file()}
+
+
+def zipped(folder: Path, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def test_a_folder_of_class_folders_becomes_shards(folder: Path, tmp_path: Path) -> None:
+    output = made(folder, tmp_path / "out", prefix="train/")
+    index = open_shards(output)
+    assert index.shard_counts.tolist() == [6, 6, 6, 4]
+    assert sorted(path.name for path in output.glob("*.tar")) == [f"out-00000{number}.tar" for number in range(4)]
+    assert index.class_names == ("cat", "dog", "owl")
+    samples = [index.read(number) for number in range(22)]
+    assert Counter(sample.label for sample in samples) == {0: 10, 1: 7, 2: 5}
+    for number, sample in enumerate(samples):
+        key, _, name = sample.key.partition("-")
+        file = next(folder.glob(f"train/{name.replace('_', '/')}.*"))
+        assert int(key) == number
+        assert sample.image == file.read_bytes()  # never encoded again
+        assert index.class_names[sample.label] == file.parent.name
+
+
+def test_the_manifest_says_what_is_there(folder: Path, tmp_path: Path) -> None:
+    output = made(folder, tmp_path / "out", prefix="train")
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert (manifest["samples"], manifest["rejected"], manifest["class_names"]) == (22, 1, ["cat", "dog", "owl"])
+    assert manifest["source"]["shuffle_seed"] == 0
+    for shard in manifest["shards"]:
+        data = (output / shard["name"]).read_bytes()
+        assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert manifest["bytes"] == sum(shard["bytes"] for shard in manifest["shards"])
+    assert (output / ".index" / "index.json").exists()
+
+
+def test_samples_are_shuffled_across_classes(folder: Path, tmp_path: Path) -> None:
+    index = open_shards(made(folder, tmp_path / "out", prefix="train"))
+    labels = [index.read(number).label for number in range(22)]
+    assert labels != sorted(labels)
+    assert len(set(labels[:6])) > 1
+
+
+def test_the_same_images_and_seed_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    archive = zipped(folder, tmp_path / "images.zip")
+    first = contents(made(folder, tmp_path / "a" / "out", prefix="train"))
+    several = contents(made(folder, tmp_path / "b" / "out", prefix="train", workers=3))
+    from_zip = contents(made(archive, tmp_path / "c" / "out", prefix="train", workers=2))
+    other = contents(made(folder, tmp_path / "d" / "out", prefix="train", shuffle_seed=1))
+    assert first == several
+    tars = [name for name in first if name.endswith(".tar")]
+    assert [from_zip[name] for name in tars] == [first[name] for name in tars]
+    assert [other[name] for name in tars] != [first[name] for name in tars]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_flat_folder_has_no_labels(folder: Path, tmp_path: Path, packed: bool) -> None:
+    flat = folder / "train" / "dog"
+    source = zipped(flat, tmp_path / "flat.zip") if packed else flat
+    index = open_shards(made(source, tmp_path / "out"))
+    assert len(index) == 7
+    assert not index.has_labels
+    assert index.class_names is None
+    assert index.read(0).label is None
+
+
+def test_files_that_do_not_decode_are_listed(folder: Path, tmp_path: Path) -> None:
+    cats = folder / "train" / "cat"
+    image = (cats / "00.JPEG").read_bytes()
+    (cats / "cut.jpg").write_bytes(image[: len(image) // 2])
+    (cats / "empty.png").touch()
+    (cats / "text.webp").write_text("text")
+    (cats / "misnamed.png").write_bytes(image)
+    (cats / ".hidden.jpg").write_bytes(image)
+    (folder / "train" / "loose.jpg").write_bytes(image)
+    os.mkfifo(cats / "pipe.jpg")
+    Image.new("RGB", (3, 3)).save(cats / "other.gif")
+    output = made(folder, tmp_path / "out", prefix="train", workers=2)
+    rejected = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
+    reasons = {entry["file"]: entry["reason"] for entry in rejected}
+    assert "truncated" in reasons.pop("cat/cut.jpg").lower()
+    assert reasons == {
+        "cat/.hidden.jpg": "hidden file",
+        "cat/empty.png": "no JPEG, PNG or WebP image",
+        "cat/notes.txt": "no image file",
+        "cat/other.gif": "no image file",
+        "cat/pipe.jpg": "no regular file",
+        "cat/text.webp": "no JPEG, PNG or WebP image",
+        "loose.jpg": "outside the class folders",
+    }
+    index = open_shards(output)
+    assert len(index) == 23
+    keys = [index.read(number).key for number in range(23)]
+    misnamed = next(key for key in keys if key.endswith("cat_misnamed"))
+    with tarfile.open(next(output.glob(f"*-{int(misnamed[:8]) // 6:06d}.tar"))) as archive:
+        assert f"{misnamed}.jpg" in archive.getnames()  # named by its content
+
+
+def test_an_empty_class_folder_keeps_its_number(folder: Path, tmp_path: Path) -> None:
+    (folder / "train" / "bee").mkdir()
+    index = open_shards(made(folder, tmp_path / "out", prefix="train"))
+    assert index.class_names == ("bee", "cat", "dog", "owl")
+    assert {index.read(number).label for number in range(22)} == {1, 2, 3}
+
+
+def test_webdataset_reads_what_was_written(folder: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    output = made(folder, tmp_path / "out", prefix="train")
+    paths = [str(path) for path in sorted(output.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False))
+    index = open_shards(output)
+    assert [(sample["__key__"], int(sample["cls"])) for sample in samples] == [
+        (index.read(number).key, index.read(number).label) for number in range(22)
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.b/c d/é.x.jpg", "../../etc/passwd.jpg", "/abs.jpg", "n" * 300 + ".jpg", ".jpg"])
+def test_keys_are_plain_whatever_the_file_is_called(name: str) -> None:
+    key = key_of(7, name)
+    assert key.startswith("00000007-")
+    assert len(key) <= 69
+    assert not set(key) & set("./\\ ")
+
+
+def test_a_hostile_zip_is_harmless(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.sources.MAX_FILE_BYTES", 1 << 20)
+    image = (folder / "train" / "cat" / "00.JPEG").read_bytes()
+    with zipfile.ZipFile(tmp_path / "hostile.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../../outside/a.jpg", image)
+        archive.writestr("/absolute/b.jpg", image)
+        link = zipfile.ZipInfo("links/c.jpg")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+        archive.writestr("bombs/d.jpg", bytes(2 << 20))
+        archive.writestr("__MACOSX/e.jpg", b"1")
+    output = made(tmp_path / "hostile.zip", tmp_path / "sub" / "out")
+    assert open_shards(output).class_names == ("absolute", "bombs", "links", "outside")
+    assert len(open_shards(output)) == 2
+    rejected = {json.loads(line)["file"]: json.loads(line)["reason"] for line in (output / "rejected.jsonl").open()}
+    assert rejected["bombs/d.jpg"] == "larger than 1 MiB"
+    assert rejected["links/c.jpg"] == "no JPEG, PNG or WebP image"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile.zip", "images", "sub"]
+
+
+def test_a_damaged_zip_member_is_rejected(tmp_path: Path, folder: Path) -> None:
+    path = zipped(folder, tmp_path / "images.zip")
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo("train/cat/03.JPEG").header_offset
+    data[offset + 100 : offset + 110] = b"0123456789"
+    path.write_bytes(data)
+    output = made(path, tmp_path / "out", prefix="train")
+    rejected = [json.loads(line)["file"] for line in (output / "rejected.jsonl").open()]
+    assert "cat/03.JPEG" in rejected
+    assert len(open_shards(output)) == 21
+
+
+def test_digits_are_split_once_and_for_all(tmp_path: Path) -> None:
+    train, test = DigitsSource("train"), DigitsSource("test")
+    assert (len(train.names()), len(test.names())) == (1437, 360)
+    assert not set(train.names()) & set(test.names())
+    assert test.names()[:3] == GOLDEN_TEST_DIGITS
+    per_class = Counter(name[0] for name in test.names())
+    assert min(per_class.values()) >= 34
+    pixels = decode_image(test.read(test.names()[0]))
+    assert pixels.shape == (8, 8, 3)
+    assert pixels.max() == 255  # 16 of 16
+    index = open_shards(made("digits", tmp_path / "digits", split="test", samples_per_shard=1000))
+    assert len(index) == 360
+    assert index.class_names == tuple("0123456789")
+    assert index.read(0).key.split("-")[1].startswith(str(index.read(0).label))
+
+
+def test_an_output_in_use_is_refused(folder: Path, tmp_path: Path) -> None:
+    output = made(folder, tmp_path / "out", prefix="train")
+    before = contents(output)
+    with pytest.raises(DataError, match=r"is not empty .*overwrite=true replaces"):
+        made(folder, output, prefix="train")
+    assert contents(output) == before
+    made(folder, output, prefix="train/dog", overwrite=True)
+    assert len(open_shards(output)) == 7
+    (output / "thesis.docx").touch()
+    with pytest.raises(DataError, match=r"holds 'thesis\.docx', which make_shards did not write"):
+        made(folder, output, prefix="train", overwrite=True)
+    with pytest.raises(DataError, match="is a file"):
+        made(folder, folder / "train" / "cat" / "notes.txt", prefix="train")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "nowhere"}, "source='nowhere' does not exist. Needed: a folder of images, a zip of one"),
+        ({"source": __file__}, "is neither a folder nor a zip"),
+        ({"prefix": "trian"}, r"nothing below prefix=trian/\. Did you mean 'train'\? Top folders: train"),
+        ({"prefix": "train/../.."}, "nothing below prefix"),
+        ({"split": "test"}, "split=test goes with source=digits only"),
+        ({"source": "digits", "prefix": "train"}, "source=digits has no folders"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, settings: dict, message: str
+) -> None:
+    arguments = {"source": str(folder), "output": str(tmp_path / "out")} | settings
+    argv = [f"{name}={value}" for name, value in arguments.items()]
+    assert run_command(MakeShards, make_shards, command="make_shards", argv=argv) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    with pytest.raises(DataError, match=message):
+        make_shards(MakeShards(**{"workers": 1} | arguments | {"output": tmp_path / "out"}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_a_source_without_images_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"has no image file .* among 0 files"):
+        made(tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "empty" / "a.jpg").write_text("text")
+    with pytest.raises(DataError, match=r"None of the 1 images can be decoded; 'a\.jpg': no JPEG, PNG or WebP image"):
+        made(tmp_path / "empty", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_an_interrupted_run_leaves_nothing_that_looks_whole(folder: Path, tmp_path: Path) -> None:
+    for number in range(2000):
+        shutil.copyfile(folder / "train" / "cat" / "00.JPEG", folder / "train" / "cat" / f"copy-{number}.jpg")
+    output = tmp_path / "out"
+    arguments = [f"source={folder}", f"output={output}", "prefix=train", "workers=2", "samples_per_shard=50"]
+    run = subprocess.Popen([sys.executable, "-m", "data_tools.make_shards", *arguments], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".out.partial/*.tar")):
+        assert run.poll() is None
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not output.exists()
+    assert len(open_shards(made(folder, output, prefix="train/dog"))) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason=f"needs {CIFAR10.name} in shared/data")
+def test_a_part_of_cifar10(tmp_path: Path) -> None:
+    index = open_shards(made(CIFAR10, tmp_path / "cats", prefix="test/cat/", samples_per_shard=400))
+    assert index.shard_counts.tolist() == [400, 400, 200]
+    assert decode_image(index.read(999).image).shape == (32, 32, 3)

@@ -1,0 +1,253 @@
+"""The recipes: each loads, prints and trains; the official ones hold the official numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from pretrain import RECIPES, PretrainConfig, check_view_groups, pretrain
+from ssl_pipeline.backbones import create_backbone
+from ssl_pipeline.config import ConfigError, dump, load, read_yaml, validate
+from ssl_pipeline.methods import METHODS, build_method
+from ssl_pipeline.methods.base import Method
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+ORDERED = {
+    "digits_dino",
+    "digits_simclr",
+    "cifar10_simclr_resnet18",
+    "cifar10_dino_vit_tiny",
+    "dino_vits16",
+    "simclr_resnet50",
+}
+GROUP_SIZES = {"local": 16}  # any other group: 32
+TINY = {
+    "dino": ["method.num_prototypes=32", "method.head_hidden_dim=32", "method.head_bottleneck_dim=16"],
+    "simclr": ["method.projector_hidden_dim=32", "method.projector_dim=16"],
+}
+TINY_VIT = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
+
+
+def recipe(name: str, *argv: str) -> PretrainConfig:
+    return load(PretrainConfig, [f"recipe={name}", *argv], recipes=RECIPES)
+
+
+def on_meta(config: PretrainConfig) -> Method:
+    with torch.device("meta"):
+        return build_method(config.method, create_backbone(config.backbone))
+
+
+def trained_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def test_the_ordered_recipes_are_there():
+    assert set(NAMES) >= ORDERED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_prints_what_reads_back_equal(name):
+    config = recipe(name)
+    assert validate(PretrainConfig, read_yaml(dump(config), where=name)) == config
+    assert yaml.safe_load(dump(config)) == read_yaml(dump(config), where=name)  # other readers see the same
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_names_source_and_numbers_in_its_header(name):
+    header = [line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    for word in ("Theirs:", "Ours:", f"accelerate launch pretrain.py recipe={name}"):
+        text = "\n".join(header).replace("--num_processes 8 ", "").replace("--num_processes 32 ", "")
+        assert word in text, word
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_complete(name):
+    # no recipe inherits: what it says of the method, the views and the optimizer does not rest on our defaults
+    tree = read_yaml((RECIPES / f"{name}.yaml").read_text(), where=name)
+    assert {"seed", "method", "backbone", "augment", "data", "optim", "train", "knn"} <= tree.keys()
+    assert {"name", "lr", "weight_decay"} <= tree["optim"].keys()
+    for group in tree["augment"].values():
+        assert {"count", "size", "scale", "flip_prob", "jitter_prob", "gray_prob", "blur_prob"} <= group.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_builds_and_has_the_views_that_its_method_reads(name):
+    config = recipe(name)
+    method = on_meta(config)
+    assert isinstance(method, METHODS[type(config.method)])
+    check_view_groups(method, config.augment)
+    assert all(parameter.is_meta for parameter in method.parameters())
+
+
+def test_a_view_group_that_is_missing_or_unread_is_told():
+    config = recipe("dino_vits16")
+    method = on_meta(config)
+    views = dict(config.augment)
+    check_view_groups(method, {"global": views["global"]})  # local crops are optional
+    with pytest.raises(ConfigError, match=r"^Dino needs the view group augment\.global\. The recipe has local\.$"):
+        check_view_groups(method, {"local": views["local"]})
+    with pytest.raises(ConfigError, match=r"^Dino has no use for the view group augment\.locla\. It reads global, local\.$"):
+        check_view_groups(method, views | {"locla": views["local"]})
+
+
+# the official numbers
+
+
+def test_dino_vits16_has_the_official_size():
+    method = on_meta(recipe("dino_vits16"))
+    backbone = 21_665_664  # 21.67 M
+    head = (384 * 2048 + 2048) + (2048 * 2048 + 2048) + (2048 * 256 + 256) + 256 * 65536
+    assert sum(parameter.numel() for parameter in method.backbone.parameters()) == backbone
+    assert trained_parameters(method) == backbone + head
+    assert trained_parameters(method.backbone) == 0  # the teacher's
+
+
+def test_dino_vits16_has_the_official_settings():
+    config = recipe("dino_vits16")
+    lr, decay = config.optim.effective_lr(8 * config.data.batch_size), config.optim.weight_decay
+    assert (config.train.epochs, 8 * config.data.batch_size, config.train.accumulate) == (100, 512, 1)
+    assert (config.optim.name, config.optim.betas, config.optim.weight_decay_on) == ("adamw", (0.9, 0.999), "matrices")
+    assert (lr.value, lr.warmup, lr.start, lr.final, lr.decay, lr.inclusive) == (1e-3, "10ep", 0.0, 1e-6, "cosine", True)
+    assert (decay.value, decay.final, decay.decay, decay.warmup) == (0.04, 0.4, "cosine", 0)
+    assert (config.optim.clip_norm, config.optim.clip_each) == (3.0, True)
+    method = config.method
+    assert (method.num_prototypes, method.head_layers, method.head_hidden_dim) == (65536, 3, 2048)
+    assert (method.head_bottleneck_dim, method.head_batch_norm, method.fixed_prototype_scale) == (256, False, True)
+    assert (method.freeze_prototypes_for, method.student_temperature, method.centre_momentum) == ("1ep", 0.1, 0.9)
+    assert (method.teacher_temperature.value, method.teacher_temperature.final) == (0.04, None)
+    assert (method.teacher_momentum.value, method.teacher_momentum.final) == (0.996, 1.0)
+    assert (config.backbone.name, config.backbone.drop_path) == ("vit_small_patch16_224", 0.1)
+    assert (config.data.mean, config.data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert config.knn is not None
+    assert (config.knn.k, config.knn.temperature) == (20, 0.07)
+
+
+def test_dino_vits16_has_the_official_views():
+    large, small = recipe("dino_vits16").augment["global"], recipe("dino_vits16").augment["local"]
+    assert (large.count, large.size, large.scale) == (2, 224, (0.4, 1.0))
+    assert (small.count, small.size, small.scale) == (8, 96, (0.05, 0.4))
+    assert (large.per_view(large.blur_prob), large.per_view(large.solarize_prob)) == ((1.0, 0.1), (0.0, 0.2))
+    assert (small.blur_prob, small.solarize_prob) == (0.5, 0.0)
+    for group in (large, small):
+        assert (group.flip_prob, group.jitter_prob, group.gray_prob) == (0.5, 0.8, 0.2)
+        assert (group.brightness, group.contrast, group.saturation, group.hue) == (0.4, 0.4, 0.2, 0.1)
+        assert (group.interpolation, group.blur_sigma, group.solarize_threshold) == ("bicubic", (0.1, 2.0), 128 / 255)
+        assert group.aspect == (3 / 4, 4 / 3)
+
+
+def test_simclr_resnet50_has_the_official_size():
+    method = on_meta(recipe("simclr_resnet50"))
+    backbone = 23_508_032
+    projector = 2 * (2048 * 2048 + 2 * 2048) + (2048 * 128 + 128)  # batch norm after each layer, the last without shift
+    assert trained_parameters(method.backbone) == backbone
+    assert trained_parameters(method) == backbone + projector
+
+
+def test_simclr_resnet50_has_the_official_settings():
+    config = recipe("simclr_resnet50")
+    lr = config.optim.effective_lr(32 * config.data.batch_size)
+    assert (config.train.epochs, 32 * config.data.batch_size, config.train.sync_batch_norm) == (100, 4096, True)
+    assert config.train.accumulate == 1  # negatives are those of the micro-batch
+    assert (config.optim.name, config.optim.momentum, config.optim.trust_coefficient) == ("lars", 0.9, 0.001)
+    assert (lr.value, lr.warmup, lr.start, lr.final, lr.decay) == (pytest.approx(4.8), "10ep", 0.0, 0.0, "cosine")
+    assert (config.optim.weight_decay.value, config.optim.weight_decay.final) == (1e-4, None)
+    assert config.optim.weight_decay_on == "matrices"  # LARS leaves biases and norms alone
+    assert config.optim.clip_norm is None
+    method = config.method
+    assert (method.temperature, method.projector_layers) == (0.1, 3)
+    assert (method.projector_hidden_dim, method.projector_dim) == (2048, 128)
+    view = config.augment["view"]
+    assert (view.count, view.size, view.scale, view.aspect) == (2, 224, (0.08, 1.0), (3 / 4, 4 / 3))
+    assert (view.flip_prob, view.jitter_prob, view.gray_prob) == (0.5, 0.8, 0.2)
+    assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.8, 0.8, 0.2)
+    assert (view.blur_prob, view.blur_sigma, view.solarize_prob) == (0.5, (0.1, 2.0), 0.0)
+    assert view.blur_kernel_size() == 23  # a tenth of the height, odd
+
+
+def test_cifar10_simclr_resnet18_has_the_numbers_of_its_benchmark():
+    config = recipe("cifar10_simclr_resnet18")
+    lr = config.optim.effective_lr(128)
+    assert (config.optim.name, lr.value, lr.final, lr.warmup, lr.every) == ("sgd", 0.06, 0.0, 0, "epoch")
+    assert config.optim.effective_lr(512).value == pytest.approx(0.24)
+    assert (config.optim.momentum, config.optim.weight_decay.value, config.optim.weight_decay_on) == (0.9, 5e-4, "all")
+    assert (config.train.epochs, config.method.temperature) == (200, 0.5)
+    assert (config.method.projector_hidden_dim, config.method.projector_dim, config.method.projector_layers) == (512, 128, 2)
+    assert (config.backbone.name, config.backbone.small_images, config.augment["view"].size) == ("resnet18", True, 32)
+    view = config.augment["view"]  # jitter of strength 0.5, no blur
+    assert (view.brightness, view.contrast, view.saturation, view.hue, view.blur_prob) == (0.4, 0.4, 0.4, 0.1, 0.0)
+    assert config.knn is not None
+    assert (config.knn.k, config.knn.temperature) == (200, 0.1)
+
+
+# a few steps of each
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 small images of noise without labels, in one shard."""
+    directory = tmp_path_factory.mktemp("shards")
+    generator = np.random.default_rng(7)
+    with tarfile.open(directory / "noise-000000.tar", "w") as shard:
+        for number in range(40):
+            encoded = io.BytesIO()
+            Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(encoded, format="png")
+            member = tarfile.TarInfo(f"{number:04d}.png")
+            member.size = len(encoded.getvalue())
+            shard.addfile(member, io.BytesIO(encoded.getvalue()))
+    return directory
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first run; each test here is a run of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def tiny(name: str, shards: Path, output: Path) -> PretrainConfig:
+    """The recipe with sizes that take a CPU a second; its losses, optimizer, schedules and precision stay."""
+    plain = recipe(name)
+    sizes = [f"augment.{group}.size={GROUP_SIZES.get(group, 32)}" for group in plain.augment]
+    backbone = [f"backbone.arguments={TINY_VIT}"] if plain.backbone.name.startswith("vit") else []
+    where = [f"output={output}", f"data.shards={shards}", "data.batch_size=8", "data.workers=0", "knn=null"]
+    length = ["train.epochs=null", "train.steps=2", "train.log_every=1"]
+    return recipe(name, *sizes, *backbone, *where, *length, *TINY[plain.method.name])
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_takes_a_few_steps(name, shards, tmp_path):
+    config = tiny(name, shards, tmp_path / "run")
+    assert pretrain(config) == 0
+    run = tmp_path / "run"
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert {"epoch", "loss", "learning_rate", "images_per_second", "data_wait", "feature_std"} <= row.keys()
+        assert all(math.isfinite(value) for value in row.values())
+    assert rows[-1]["epoch"] == pytest.approx(2 * 8 / 40)
+    assert validate(PretrainConfig, read_yaml((run / "config.yaml").read_text(), where="run")) == config
+
+    # what is written is what timm takes, under its own names
+    weights = safetensors.torch.load_file(run / "backbone.safetensors")
+    about = json.loads((run / "backbone.json").read_text())
+    assert (about["name"], about["size"]) == (config.backbone.name, 32)
+    if not config.backbone.small_images:
+        model = timm.create_model(about["name"], num_classes=0, **about["arguments"])
+        model.load_state_dict(weights)
+    assert all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
