@@ -15,17 +15,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from pydantic import Field, model_validator
+from torch import nn
 
 from eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone, save_backbone
-from ssl_pipeline.config import Config, ConfigError, Tree, dump, read_yaml, run_command, validate
+from ssl_pipeline.config import Config, ConfigError, dump, read_yaml, run_command, validate
 from ssl_pipeline.data.shards import ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.engine import Run, TrainConfig, start_accelerator, start_clock, train
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim import OptimConfig
+from ssl_pipeline.resume import check_identity
 from ssl_pipeline.run_directory import RunDirectory
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -84,11 +86,12 @@ def pretrain(config: PretrainConfig) -> int:
             _refuse_other_run(directory, identity)
         index = open_shards(config.data.shards)
         identity["images"] = str(len(index))
-        start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
+        clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
+        method.check(global_batch=clock.global_batch)
+        check_batch_norm(method, config, accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = [_knn_monitor(config, preprocessing, accelerator)] if config.knn is not None else []
         if directory is not None:
-            directory.write_config(dump(config))
             describe(config, method, index, accelerator.num_processes, output)
         signal_number = train(
             Run(
@@ -103,6 +106,7 @@ def pretrain(config: PretrainConfig) -> int:
                 directory=directory,
                 monitors=monitors,
                 seed=config.seed,
+                settings=dump(config),
                 identity=identity,
                 wandb=config.wandb,
             )
@@ -131,6 +135,16 @@ def check_view_groups(method: Method, augment: Mapping[str, ViewGroup]) -> None:
             )
 
 
+def check_batch_norm(method: Method, config: PretrainConfig, num_processes: int) -> None:
+    """Raises ConfigError if a batch norm of the method would see one image at a time."""
+    num_images = config.data.batch_size * (num_processes if config.train.sync_batch_norm else 1)
+    if num_images == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in method.modules()):
+        raise ConfigError(
+            f"{type(method).__name__} with {config.backbone.name} has batch norm, which needs more than one image. "
+            "Got data.batch_size=1; raise it, or set train.sync_batch_norm=true with several processes."
+        )
+
+
 def evaluation_size(method: Method, augment: Mapping[str, ViewGroup]) -> int:
     """Side in pixels of the images that evaluators show the backbone: that of the method's first group of views."""
     return augment[method.view_groups[0]].size
@@ -157,20 +171,15 @@ def _refuse_other_run(directory: RunDirectory, identity: Mapping[str, str]) -> N
     """A directory in which another method, backbone or seed has trained is left as it is, checkpoints or not."""
     if not directory.config_path.exists():
         return
-    there = validate(PretrainConfig, _as_tree(directory.config_path))
-    for name, value in _identity(there).items():
-        if value != identity[name]:
-            raise ConfigError(
-                f"{directory.path} holds a run with {name} {value}; this one has {identity[name]}. "
-                "Choose another output=DIR, or remove that run."
-            )
-
-
-def _as_tree(path: Path) -> Tree:
-    tree = read_yaml(path.read_text(), where=str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no settings. Choose another output=DIR, or remove that run.")
-    return tree
+    try:
+        tree = read_yaml(directory.config_path.read_text(), where=str(directory.config_path))
+        there = validate(PretrainConfig, tree if isinstance(tree, dict) else {})
+    except ValueError as error:
+        raise ConfigError(
+            f"{directory.config_path} is not readable as the settings of a run ({str(error).splitlines()[0]}) "
+            "Choose another output=DIR, or remove that run."
+        ) from None
+    check_identity(directory.path, _identity(there), identity)
 
 
 def _identity(config: PretrainConfig) -> dict[str, str]:

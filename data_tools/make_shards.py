@@ -3,15 +3,12 @@
 python -m data_tools.make_shards source=FOLDER|ZIP|digits output=DIR [prefix=train/]
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +17,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 from webdataset import TarWriter
 
+from data_tools.output import REJECTED_FILE, output_in_the_making
 from data_tools.processes import map_in_processes
 from data_tools.sources import Source, UnreadableFileError, open_source
 from ssl_pipeline.config import Config, run_command
-from ssl_pipeline.data.catalogue import INDEX_DIRECTORY
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.index import IMAGE_EXTENSIONS
-from ssl_pipeline.data.manifest import MANIFEST_FILE, Manifest, ManifestShard, write_manifest
+from ssl_pipeline.data.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.sampling import permutation
 from ssl_pipeline.data.shards import DataError, open_shards
 
-REJECTED_FILE = "rejected.jsonl"
-LOCK_FILE = ".lock"
 CHUNK = 200  # files per task of the check
 
 
@@ -85,7 +80,7 @@ def make_shards(config: MakeShards) -> int:
             f"source='{config.source}' has no image file (.jpg .jpeg .png .webp) among {len(rejected)} files. "
             "Is prefix= missing?"
         )
-    with _output_in_the_making(config.output, overwrite=config.overwrite) as folder:
+    with output_in_the_making(config.output, overwrite=config.overwrite) as folder:
         accepted, undecodable = _check(source, candidates, config.workers)
         rejected += undecodable
         if not accepted:
@@ -109,7 +104,7 @@ def find_candidates(source: Source) -> tuple[list[Candidate], list[str] | None, 
     images, others = dict[str, list[str]](), list[Rejected]()
     for name in source.names():
         parts = _parts(name)
-        if _is_hidden(parts):
+        if not parts or _is_hidden(parts):
             others.append(Rejected(name, "hidden file"))
         elif Path(parts[-1]).suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
             others.append(Rejected(name, "no image file"))
@@ -126,7 +121,7 @@ def find_candidates(source: Source) -> tuple[list[Candidate], list[str] | None, 
 
 
 def _parts(name: str) -> list[str]:
-    """Folders and file of a name; what only moves about (`/`, `.`, `..`) has no part in it, nothing is ever unpacked."""
+    """Folders and file of a name; `/`, `.` and `..` only move about and are no part of it."""
     return [part for part in name.split("/") if part not in ("", ".", "..")]
 
 
@@ -225,61 +220,6 @@ def _write_lists(
         "shuffle_seed": config.shuffle_seed,
     }
     write_manifest(folder, Manifest(class_names, shards, source, len(rejected)))
-
-
-@contextmanager
-def _output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the output that becomes the output at the end; nothing is left of it if that is not reached."""
-    output = output.resolve()
-    _refuse(output, overwrite=overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.with_name(f".{output.name}.partial")
-    folder.mkdir(exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by worker processes
-        except OSError:
-            raise DataError(f"Another make_shards is writing '{output}' at this moment.") from None
-        try:
-            _empty(folder)  # of what an interrupted run left
-            yield folder
-            (folder / LOCK_FILE).unlink()
-            _replace(folder, output, overwrite=overwrite)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _refuse(output: Path, *, overwrite: bool) -> None:
-    """Raise DataError if the output is in use, or holds what no make_shards wrote."""
-    if output.exists() and not output.is_dir():
-        raise DataError(f"output='{output}' is a file. Needed: a directory that does not exist yet, or an empty one.")
-    found = sorted((path.name for path in output.iterdir()), reverse=True) if output.exists() else []
-    if found and not overwrite:
-        raise DataError(f"output='{output}' is not empty (it has '{found[0]}'). overwrite=true replaces shards there.")
-    ours = (MANIFEST_FILE, REJECTED_FILE, INDEX_DIRECTORY)
-    foreign = [name for name in found if name not in ours and not name.endswith(".tar")]
-    if foreign:
-        raise DataError(
-            f"output='{output}' holds '{foreign[0]}', which make_shards did not write. Choose another output."
-        )
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK_FILE:
-            path.unlink()
-
-
-def _replace(folder: Path, output: Path, *, overwrite: bool) -> None:
-    _refuse(output, overwrite=overwrite)  # somebody may have written there meanwhile
-    aside = output.with_name(f".{output.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    if output.exists():
-        output.rename(aside)
-    folder.rename(output)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _report(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import timm
@@ -17,6 +17,7 @@ from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 
 from ssl_pipeline.config import Config, ConfigError, nearest
+from ssl_pipeline.initialisation import fix_positions, initialise
 from ssl_pipeline.positions import Grid, resample_positions, sincos_position_embedding
 from ssl_pipeline.weights import WEIGHT_SUFFIXES, first_line, load_weights, write_whole
 
@@ -52,12 +53,22 @@ class BackboneConfig(Config):
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
     weights: str | None = None
     """Weights to start from: a file (.safetensors, .pth, .pt) or the tag of a pretrained timm model."""
+    initial_weights: Literal["mae", "moco_v3"] | None = None
+    """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
+    fixed_positions: bool = False
+    """ViTs only: a table of sines that is not trained, instead of learnt positions (MAE, MoCo v3)."""
+    frozen_patch_embed: bool = False
+    """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
 
     @model_validator(mode="after")
     def _arguments_are_the_models_own(self) -> BackboneConfig:
         for argument, reason in RESERVED_ARGUMENTS.items():
             if argument in self.arguments:
                 raise ValueError(f"backbone.arguments must not hold '{argument}': {reason}.")
+        if self.weights and self.initial_weights:
+            raise ValueError(
+                "backbone.weights and initial_weights both say how the weights begin. Leave one of them out."
+            )
         return self
 
 
@@ -152,6 +163,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
         backbone = Backbone(model)
     if weights_file:
         load_weights(backbone.model, Path(str(config.weights)))
+    _prepare_vit(backbone, config)
     return backbone
 
 
@@ -214,6 +226,20 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
             return timm.create_model(name, tag is not None, num_classes=0, **arguments)
     except Exception as error:  # whatever timm raises, the cause is in the config or the connection
         raise ConfigError(f"timm cannot create '{name}': {first_line(error)}") from error
+
+
+def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
+    """How the weights of a ViT begin and which of them stay as they are."""
+    for setting in ("initial_weights", "fixed_positions", "frozen_patch_embed"):
+        if getattr(config, setting) and not isinstance(backbone, TokenBackbone):
+            raise ConfigError(f"backbone.{setting} needs a ViT. '{config.name}' is none.")
+    if isinstance(backbone, TokenBackbone):
+        if config.initial_weights is not None:
+            initialise(backbone.model, config.initial_weights)
+        if config.fixed_positions:
+            fix_positions(backbone.model)
+        if config.frozen_patch_embed:
+            backbone.model.patch_embed.requires_grad_(False)
 
 
 def _shrink_stem(model: nn.Module, name: str) -> None:

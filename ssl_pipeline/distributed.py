@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssl_pipeline.config import RunError
+
 
 def rank() -> int:
     """The number of this process, 0 without a process group."""
@@ -69,3 +71,13 @@ def max_over_ranks(local: Tensor) -> Tensor:
         local = local.clone()
         dist.all_reduce(local, op=dist.ReduceOp.MAX)
     return local
+
+
+def peer_failure(error: Exception) -> RunError | None:
+    """The one-line form of what a collective raises when another process is gone; None for any other error."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or world_size() == 1:
+        return None
+    if not isinstance(error, dist.DistError) and "gloo" not in text and "Gloo" not in text:
+        return None
+    return RunError("Another process of this run has ended; its own error, if it could give one, is in the output.")

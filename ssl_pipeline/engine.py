@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +27,18 @@ from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
+from ssl_pipeline.checkpoint import Checkpoints, optimizer_tensors
 from ssl_pipeline.config import Config, ConfigError, RunError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.sampling import hash64
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
 from ssl_pipeline.data.workers import worker_death
-from ssl_pipeline.distributed import gather, max_over_ranks, mean_over_ranks, rank, world_size
+from ssl_pipeline.distributed import gather, max_over_ranks, mean_over_ranks, peer_failure, rank, world_size
 from ssl_pipeline.interruption import Interruption
 from ssl_pipeline.methods.base import Method, StepOutput
 from ssl_pipeline.optim import OptimConfig, build_optimizer, prepare_gradients, write_values
+from ssl_pipeline.resume import load_newest, optimizer_identity
 from ssl_pipeline.run_directory import RunDirectory
 from ssl_pipeline.schedule import Duration, Progress, steps_in
 from ssl_pipeline.sync_batch_norm import synchronize_batch_norm
@@ -147,9 +149,10 @@ class Run:
     accelerator: Accelerator
     output: Path
     directory: RunDirectory | None  # rank 0 alone
+    settings: str  # YAML for config.yaml, written once it is clear that the run in `output` may be continued
+    identity: Mapping[str, str]  # what a checkpoint must share with this run to be continued
     monitors: Sequence[Monitor] = ()
     seed: int = 0
-    identity: Mapping[str, str] | None = None  # what a checkpoint must share with this run to be continued
     wandb: bool = False
 
 
@@ -159,24 +162,23 @@ def train(run: Run) -> int:
     method, device = run.method, run.accelerator.device
     if run.config.sync_batch_norm:
         synchronize_batch_norm(method, device)
-    checkpoints = Checkpoints(run.output / "checkpoints", keep=run.config.keep_checkpoints, report=_say)
-    saved = checkpoints.load_latest()
-    position = 0
-    if saved is not None:
-        _check_identity(run, saved.facts)
-        position = saved.position
-        method.load_state_dict(saved.tensors["method"])
     method.to(device)
     optimizer = build_optimizer(method, run.optim)
+    checkpoints = Checkpoints(run.output / "checkpoints", keep=run.config.keep_checkpoints, report=_say)
+    identity = {**run.identity, "optimizer": optimizer_identity(method, optimizer)}
+    saved = load_newest(checkpoints, method, optimizer, identity)
+    position = saved.position if saved is not None else 0
+    if run.directory is not None:
+        run.directory.write_config(run.settings)
     if run.config.compile:
         for module in method.modules():
             if isinstance(module, Backbone):
                 module.compile()
-    network, optimizer = run.accelerator.prepare(method, optimizer)
-    if saved is not None:
-        load_optimizer_tensors(optimizer.optimizer, saved.tensors["optimizer"])
-        if run.accelerator.scaler is not None and isinstance(scaler := saved.facts.get("scaler"), dict):
-            run.accelerator.scaler.load_state_dict(scaler)
+    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; Accelerate knows the old name alone
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+        network, optimizer = run.accelerator.prepare(method, optimizer)
+    if saved is not None and run.accelerator.scaler is not None and isinstance(saved.facts.get("scaler"), dict):
+        run.accelerator.scaler.load_state_dict(saved.facts["scaler"])
     tracker = Tracker(
         run.output,
         total_steps=clock.progress(0).total_steps,
@@ -185,12 +187,14 @@ def train(run: Run) -> int:
         wandb=run.wandb,
         enabled=run.directory is not None,
     )
-    loop = _Loop(run, clock, checkpoints, tracker, network, optimizer)
+    if saved is not None:
+        tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
     with Interruption(hang_timeout=run.config.hang_timeout) as interruption:
+        loop = _Loop(run, clock, checkpoints, tracker, network, optimizer, interruption, identity)
         try:
-            return loop.go(position, interruption)
+            return loop.go(position)
         except BaseException as error:
-            error = (isinstance(error, Exception) and worker_death(error)) or error
+            error = (isinstance(error, Exception) and (worker_death(error) or peer_failure(error))) or error
             loop.write_status("failed", str(error) or type(error).__name__)
             raise error from None
         finally:
@@ -208,14 +212,17 @@ class _Loop:
         tracker: Tracker,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
+        interruption: Interruption,
+        identity: Mapping[str, str],
     ) -> None:
         self.run, self.clock, self.checkpoints, self.tracker = run, clock, checkpoints, tracker
         self.network, self.optimizer = network, optimizer
+        self.interruption, self.identity = interruption, identity
         self.device = run.accelerator.device
         self.lr = run.optim.effective_lr(clock.global_batch)
         self.position = 0
 
-    def go(self, position: int, interruption: Interruption) -> int:
+    def go(self, position: int) -> int:
         """Step until the end of the run or until a signal; returns the signal."""
         self.position = position
         micro_batches = math.ceil((self.clock.end - position) / self.clock.global_batch) * self.run.config.accumulate
@@ -239,18 +246,18 @@ class _Loop:
         while self.position < self.clock.end:
             progress = self.clock.progress(self.position)
             outputs, indices = self._accumulate(stream, progress)
-            signal_number = self._step(outputs, indices, progress, interruption.requested())
+            signal_number = self._step(outputs, indices, progress, self.interruption.requested())
             self.position += self.clock.global_batch
-            self._report(outputs, progress)
             done = self.clock.progress(self.position)
-            last = self.position >= self.clock.end
-            if last or signal_number or self._due(self.run.config.save_every, done):
-                self._save(done)
-            if signal_number and not last:
+            if signal_number and not self._is_last():
+                self._save(done)  # before the monitors, which may outlast the time that a preempted run is given
                 self.write_status("preempted", f"signal {signal_number}")
+                self._report(outputs, progress)
                 self.tracker.message(f"Stopped by signal {signal_number} after step {done.step}; run again to go on.")
                 return signal_number
-            interruption.sign_of_life()
+            self._report(outputs, progress)
+            if self._is_last() or self._due(self.run.config.save_every, done):
+                self._save(done)
         self.write_status("done")
         return 0
 
@@ -270,6 +277,7 @@ class _Loop:
                 self.run.accelerator.backward(output.loss / self.run.config.accumulate)
             outputs.append(StepOutput(output.loss.detach(), output.metrics, output.carry))
             indices.append(batch.index)
+            self._sign_of_life()
         return outputs, torch.cat(indices)
 
     def _step(self, outputs: list[StepOutput], indices: Tensor, progress: Progress, signal_number: int) -> int:
@@ -291,18 +299,20 @@ class _Loop:
         return signal_number
 
     def _refuse(self, loss: Tensor, indices: Tensor, progress: Progress) -> None:
-        """Stop on all ranks, naming the step and the images of the first rank that is concerned."""
-        watched = torch.stack([loss, self.gradient_norm]).float()
-        watched_W2 = gather(watched[None])
-        broken_rank = int((~watched_W2.isfinite()).any(dim=1).nonzero()[0, 0])
+        """Stop on all ranks, naming the step and the images of the first rank whose loss is not finite.
+
+        Where all losses are finite the gradients are to blame, and these are averages over all ranks.
+        """
+        loss_W = gather(loss[None])
+        broken_rank = int((~loss_W.isfinite()).int().argmax())
         images = gather(indices[None])[broken_rank].tolist()
         names = "; ".join(self.run.index.read(image).location for image in images[:4])
         more = f"; and {len(images) - 4} more" if len(images) > 4 else ""
-        loss_there, norm_there = watched_W2[broken_rank].tolist()
         raise RunError(
-            f"Step {progress.step + 1}: the loss is {loss_there} and the gradient norm {norm_there} on rank {broken_rank}: "
-            f"the step was not made. Images of its batch: {names}{more}. The newest checkpoint is untouched; "
-            "try a lower optim.lr, a longer warm-up, optim.clip_norm, or train.precision=bf16."
+            f"Step {progress.step + 1} was not made: on rank {broken_rank} the loss is {loss_W[broken_rank].item():g}, "
+            f"and the gradient norm is {self.gradient_norm.item():g}. Images of its batch: {names}{more}. "
+            "The checkpoints are untouched; try a lower optim.lr, a longer warm-up, optim.clip_norm, or another "
+            "train.precision."
         )
 
     def _report(self, outputs: list[StepOutput], progress: Progress) -> None:
@@ -323,18 +333,17 @@ class _Loop:
             row["images_per_second"] = self.images / elapsed
             row["data_wait"] = self.waited / elapsed
             for monitor in monitors:
-                row |= monitor(self.run.method.backbone, done)
+                row |= monitor(_Watched(self.run.method.backbone, self._sign_of_life), done)
             self.tracker.log(row)
             self._start_interval()
         self.tracker.advance(step)
-        if self.run.directory is not None:
-            self.run.directory.heartbeat(step=step)
+        self._sign_of_life()
 
     def _save(self, done: Progress) -> None:
         if self.run.directory is not None:
             scaler = self.run.accelerator.scaler
             facts = {
-                **(self.run.identity or {}),
+                **self.identity,
                 "position": self.position,
                 "global_batch": self.clock.global_batch,
                 "versions": {"torch": torch.__version__},
@@ -349,6 +358,11 @@ class _Loop:
         if self.run.directory is not None:
             self.run.directory.status(state, step=self.position // self.clock.global_batch, reason=reason)
 
+    def _sign_of_life(self) -> None:
+        self.interruption.sign_of_life()
+        if self.run.directory is not None:
+            self.run.directory.heartbeat(step=self.position // self.clock.global_batch)
+
     def _due(self, every: int | str, done: Progress) -> bool:
         return done.step % max(steps_in(every, done), 1) == 0
 
@@ -357,6 +371,18 @@ class _Loop:
 
     def _start_interval(self) -> None:
         self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+
+class _Watched(nn.Module):
+    """A backbone that gives a sign of life with each batch: a monitor may well take longer than `hang_timeout`."""
+
+    def __init__(self, backbone: nn.Module, sign_of_life: Callable[[], None]) -> None:
+        super().__init__()
+        self.backbone, self.sign_of_life = backbone, sign_of_life
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sign_of_life()
+        return self.backbone(images)
 
 
 def make_batch(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
@@ -374,15 +400,6 @@ def seed_everything(*key: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(seed)
-
-
-def _check_identity(run: Run, facts: Mapping[str, object]) -> None:
-    for name, mine in (run.identity or {}).items():
-        if facts.get(name) != mine:
-            raise ConfigError(
-                f"{run.output} holds a run with {name} {facts.get(name)}; this one has {mine}. "
-                "Choose another output=DIR, or remove that run."
-            )
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -13,13 +14,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Interruption:
     """Remembers a request to stop, so that the run can finish its step, save and leave.
 
-    A second signal of the same kind acts as usual. With `hang_timeout` seconds and no sign of life in between, the
+    A launcher may pass on a signal that its whole process group got already, so repeated signals change nothing, but
+    for Ctrl-C: pressed again, a second or more after the first, it acts as usual. With `hang_timeout` seconds and no sign of life in between, the
     process prints where every thread stands and exits.
     """
 
     def __init__(self, *, hang_timeout: float) -> None:
         self.hang_timeout = hang_timeout
         self.signal_number = 0
+        self._since = 0.0
         self._launcher = os.getppid() if "WORLD_SIZE" in os.environ else None
 
     def __enter__(self) -> Interruption:
@@ -35,8 +38,11 @@ class Interruption:
         faulthandler.cancel_dump_traceback_later()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGINT and self.signal_number == number and time.monotonic() - self._since >= 1:
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
+        elif not self.signal_number:
+            self.signal_number, self._since = number, time.monotonic()
 
     def requested(self) -> int:
         """The number of the signal that asks this process to stop, 0 if none; an orphaned process stops too."""

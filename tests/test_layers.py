@@ -122,7 +122,9 @@ def test_eval_knows_neither_methods_nor_training():
 def test_data_tools_know_data_and_config_alone():
     for module in inside("data_tools"):
         for imported in imports_of(module):
-            assert imported.startswith("data_tools") or unit(imported) in DATA_TOOLS_NEED, f"{module} imports {imported}"
+            assert imported.startswith("data_tools") or unit(imported) in DATA_TOOLS_NEED, (
+                f"{module} imports {imported}"
+            )
 
 
 def test_only_the_composition_root_knows_both_halves():

@@ -23,6 +23,7 @@ from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.config import ConfigError, dump, load, read_yaml, validate
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.schedule import Progress
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 ORDERED = {
@@ -33,7 +34,6 @@ ORDERED = {
     "dino_vits16",
     "simclr_resnet50",
 }
-GROUP_SIZES = {"local": 16}  # any other group: 32
 TINY = {
     "dino": ["method.num_prototypes=32", "method.head_hidden_dim=32", "method.head_bottleneck_dim=16"],
     "simclr": ["method.projector_hidden_dim=32", "method.projector_dim=16"],
@@ -99,7 +99,9 @@ def test_a_view_group_that_is_missing_or_unread_is_told():
     check_view_groups(method, {"global": views["global"]})  # local crops are optional
     with pytest.raises(ConfigError, match=r"^Dino needs the view group augment\.global\. The recipe has local\.$"):
         check_view_groups(method, {"local": views["local"]})
-    with pytest.raises(ConfigError, match=r"^Dino has no use for the view group augment\.locla\. It reads global, local\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^Dino has no use for the view group augment\.locla\. It reads global, local\.$"
+    ):
         check_view_groups(method, views | {"locla": views["local"]})
 
 
@@ -120,7 +122,14 @@ def test_dino_vits16_has_the_official_settings():
     lr, decay = config.optim.effective_lr(8 * config.data.batch_size), config.optim.weight_decay
     assert (config.train.epochs, 8 * config.data.batch_size, config.train.accumulate) == (100, 512, 1)
     assert (config.optim.name, config.optim.betas, config.optim.weight_decay_on) == ("adamw", (0.9, 0.999), "matrices")
-    assert (lr.value, lr.warmup, lr.start, lr.final, lr.decay, lr.inclusive) == (1e-3, "10ep", 0.0, 1e-6, "cosine", True)
+    assert (lr.value, lr.warmup, lr.start, lr.final, lr.decay, lr.inclusive) == (
+        1e-3,
+        "10ep",
+        0.0,
+        1e-6,
+        "cosine",
+        True,
+    )
     assert (decay.value, decay.final, decay.decay, decay.warmup) == (0.04, 0.4, "cosine", 0)
     assert (config.optim.clip_norm, config.optim.clip_each) == (3.0, True)
     method = config.method
@@ -184,7 +193,11 @@ def test_cifar10_simclr_resnet18_has_the_numbers_of_its_benchmark():
     assert config.optim.effective_lr(512).value == pytest.approx(0.24)
     assert (config.optim.momentum, config.optim.weight_decay.value, config.optim.weight_decay_on) == (0.9, 5e-4, "all")
     assert (config.train.epochs, config.method.temperature) == (200, 0.5)
-    assert (config.method.projector_hidden_dim, config.method.projector_dim, config.method.projector_layers) == (512, 128, 2)
+    assert (config.method.projector_hidden_dim, config.method.projector_dim, config.method.projector_layers) == (
+        512,
+        128,
+        2,
+    )
     assert (config.backbone.name, config.backbone.small_images, config.augment["view"].size) == ("resnet18", True, 32)
     view = config.augment["view"]  # jitter of strength 0.5, no blur
     assert (view.brightness, view.contrast, view.saturation, view.hue, view.blur_prob) == (0.4, 0.4, 0.4, 0.1, 0.0)
@@ -221,7 +234,8 @@ def fresh_accelerator() -> Iterator[None]:
 def tiny(name: str, shards: Path, output: Path) -> PretrainConfig:
     """The recipe with sizes that take a CPU a second; its losses, optimizer, schedules and precision stay."""
     plain = recipe(name)
-    sizes = [f"augment.{group}.size={GROUP_SIZES.get(group, 32)}" for group in plain.augment]
+    size = 32 if plain.backbone.name.startswith("vit") else 16
+    sizes = [f"augment.{group}.size={16 if group == 'local' else size}" for group in plain.augment]
     backbone = [f"backbone.arguments={TINY_VIT}"] if plain.backbone.name.startswith("vit") else []
     where = [f"output={output}", f"data.shards={shards}", "data.batch_size=8", "data.workers=0", "knn=null"]
     length = ["train.epochs=null", "train.steps=2", "train.log_every=1"]
@@ -240,13 +254,15 @@ def test_a_recipe_takes_a_few_steps(name, shards, tmp_path):
     for row in rows:
         assert {"epoch", "loss", "learning_rate", "images_per_second", "data_wait", "feature_std"} <= row.keys()
         assert all(math.isfinite(value) for value in row.values())
+    lr = config.optim.effective_lr(8)
+    assert [row["learning_rate"] for row in rows] == [lr(Progress(step, 2, 40 / 8)) for step in (0, 1)]
     assert rows[-1]["epoch"] == pytest.approx(2 * 8 / 40)
     assert validate(PretrainConfig, read_yaml((run / "config.yaml").read_text(), where="run")) == config
 
     # what is written is what timm takes, under its own names
     weights = safetensors.torch.load_file(run / "backbone.safetensors")
     about = json.loads((run / "backbone.json").read_text())
-    assert (about["name"], about["size"]) == (config.backbone.name, 32)
+    assert (about["name"], about["size"]) == (config.backbone.name, next(iter(config.augment.values())).size)
     if not config.backbone.small_images:
         model = timm.create_model(about["name"], num_classes=0, **about["arguments"])
         model.load_state_dict(weights)

@@ -36,7 +36,9 @@ def test_epochs_need_not_be_whole_steps():
     assert steps_in("10ep", Progress(0, 1000, 19.53125)) == 195
 
 
-@pytest.mark.parametrize("duration", [-1, "", "ep", "%", "10", "ten", "-1ep", "1e3ep", "5%ep", "5ep%", ".ep", "²ep", " 5ep"])
+@pytest.mark.parametrize(
+    "duration", [-1, "", "ep", "%", "10", "ten", "-1ep", "1e3ep", "5%ep", "5ep%", ".ep", "²ep", " 5ep"]
+)
 def test_other_durations_are_refused(duration):
     with pytest.raises(ValidationError, match="a duration"):
         Schedule(value=1.0, warmup=duration)
@@ -51,7 +53,9 @@ def test_dino_is_linspace_and_then_a_cosine_over_what_is_left(warmup_epochs):
     warmup_steps = warmup_epochs * STEPS_PER_EPOCH
     warm = np.linspace(0.0, value, warmup_steps)
     iterations = np.arange(TOTAL - warmup_steps)
-    cosine = np.array([final + 0.5 * (value - final) * (1 + math.cos(math.pi * i / len(iterations))) for i in iterations])
+    cosine = np.array(
+        [final + 0.5 * (value - final) * (1 + math.cos(math.pi * i / len(iterations))) for i in iterations]
+    )
     schedule = Schedule(value=value, final=final, warmup=f"{warmup_epochs}ep", inclusive=True)
     np.testing.assert_allclose(values(schedule), np.concatenate([warm, cosine]), rtol=1e-12, atol=1e-18)
 

@@ -9,12 +9,22 @@ from pydantic import Field
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.config import Config
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.methods.byol import Byol, ByolConfig
 from ssl_pipeline.methods.dino import Dino, DinoConfig
+from ssl_pipeline.methods.mae import Mae, MaeConfig
+from ssl_pipeline.methods.moco import Moco, MocoConfig
+from ssl_pipeline.methods.moco_v3 import MocoV3, MocoV3Config
 from ssl_pipeline.methods.simclr import Simclr, SimclrConfig
+from ssl_pipeline.methods.simsiam import Simsiam, SimsiamConfig
 
 METHODS: dict[type[Config], type[Method]] = {
+    ByolConfig: Byol,
     DinoConfig: Dino,
+    MaeConfig: Mae,
+    MocoConfig: Moco,
+    MocoV3Config: MocoV3,
     SimclrConfig: Simclr,
+    SimsiamConfig: Simsiam,
 }
 
 MethodConfig = Annotated[Union[tuple(METHODS)], Field(discriminator="name")]  # type: ignore[valid-type]  # noqa: UP007
@@ -22,4 +32,4 @@ MethodConfig = Annotated[Union[tuple(METHODS)], Field(discriminator="name")]  # 
 
 def build_method(config: Config, backbone: Backbone) -> Method:
     """The method that `config` belongs to, around `backbone`."""
-    return METHODS[type(config)](config, backbone)  # type: ignore[call-arg]
+    return METHODS[type(config)](config, backbone)

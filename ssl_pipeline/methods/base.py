@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import ConfigError
 from ssl_pipeline.schedule import Progress
 
 
@@ -54,6 +55,12 @@ class Method(nn.Module):
     backbone: nn.Module
     """(B, C, H, W) -> (B, D): what is evaluated and exported; an attribute or a property."""
 
+    def check(self, *, global_batch: int) -> None:
+        """Raise ConfigError before the first step if the settings do not fit the run.
+
+        global_batch: images per optimizer step, over all processes and micro-batches.
+        """
+
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """The loss of one micro-batch; changes no parameter and no buffer, batch-norm statistics aside."""
         raise NotImplementedError
@@ -67,6 +74,14 @@ class Method(nn.Module):
     def param_rules(self) -> tuple[ParamRule, ...]:
         """Exceptions from the optimizer's settings, by parameter name."""
         return ()
+
+
+def two_views(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The two views of the group `view`, each (B, C, H, W)."""
+    views = batch.views["view"]
+    if len(views) != 2:
+        raise ConfigError(f"augment.view.count must be 2 for this method. Got {len(views)}.")
+    return views[0], views[1]
 
 
 @torch.no_grad()

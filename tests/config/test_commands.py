@@ -39,7 +39,11 @@ def test_success_is_zero(capsys):
     ("outcome", "code", "line"),
     [
         (ConfigError("No such thing."), 2, "error: No such thing.\n"),
-        (FileNotFoundError(2, "No such file or directory", "x"), 2, "error: [Errno 2] No such file or directory: 'x'\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            2,
+            "error: [Errno 2] No such file or directory: 'x'\n",
+        ),
         (RunError("The loss is nan."), 1, "error: The loss is nan.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

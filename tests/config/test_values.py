@@ -47,7 +47,9 @@ def test_an_inline_section_keeps_what_it_does_not_mention(read):
     assert (lr.value, lr.final, lr.warmup) == (1e-3, 0.0, "10ep")
 
 
-@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "2024", "007", "1e3", "08", "0x1F", "12:30:00", "a: b", "x#y"])
+@pytest.mark.parametrize(
+    "text", ["no", "yes", "on", "off", "2024", "007", "1e3", "08", "0x1F", "12:30:00", "a: b", "x#y"]
+)
 def test_text_keys_take_the_text_as_it_stands(read, text):
     config = read(f"output={text}", f"data.shards={text}")
     assert config.output == Path(text)
@@ -121,7 +123,8 @@ def test_scalars_may_be_shared_by_name_in_a_recipe(schema):
 
 
 def test_without_recipes_all_settings_come_from_the_command_line(schema):
-    argv = "method.name=contrast augment.view.size=8 optim.name=sgd optim.lr=0.1 data.shards=x data.batch_size=4".split()
+    argv = ["method.name=contrast", "augment.view.size=8", "optim.name=sgd", "optim.lr=0.1", "data.shards=x"]
+    argv += ["data.batch_size=4"]
     assert load(schema, argv).optim.lr.value == 0.1
     with pytest.raises(ConfigError, match=r"^data\.shards is missing: set data\.shards=\.\.\.$"):
         load(schema, [argument for argument in argv if "shards" not in argument])

@@ -261,14 +261,36 @@ def test_an_interrupted_run_leaves_nothing_that_looks_whole(folder: Path, tmp_pa
     output = tmp_path / "out"
     arguments = [f"source={folder}", f"output={output}", "prefix=train", "workers=2", "samples_per_shard=50"]
     run = subprocess.Popen([sys.executable, "-m", "data_tools.make_shards", *arguments], stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob(".out.partial/*.tar")):
+    while not list(tmp_path.glob(".out.partial-*/*.tar")):
         assert run.poll() is None
         time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not output.exists()
     assert len(open_shards(made(folder, output, prefix="train/dog"))) == 7
+
+
+def test_leftovers_of_an_interrupted_run_are_cleared(folder: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / ".out.partial-abc"
+    leftover.mkdir()
+    (leftover / "out-000000.tar").write_bytes(b"half a shard")
+    (leftover / ".lock").touch()
+    output = made(folder, tmp_path / "out", prefix="train")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
+    assert not (output / ".lock").exists()
+    assert output.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777
+
+
+def test_two_runs_do_not_write_the_same_output(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-abc").mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    arguments = [sys.executable, "-c", hold, str(tmp_path / ".out.partial-abc" / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(DataError, match="Another make_shards is writing"):
+            made(folder, tmp_path / "out", prefix="train")
+        other.communicate(b"\n")
+    assert len(open_shards(made(folder, tmp_path / "out", prefix="train"))) == 22
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason=f"needs {CIFAR10.name} in shared/data")

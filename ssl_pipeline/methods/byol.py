@@ -1,0 +1,64 @@
+"""BYOL (Grill et al., 2020, https://arxiv.org/abs/2006.07733)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import Config
+from ssl_pipeline.heads import MLPHead
+from ssl_pipeline.losses import byol_loss
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.teacher import Teacher
+
+
+class ByolConfig(Config):
+    """BYOL: each view predicts what the teacher makes of the other view; there are no negatives."""
+
+    name: Literal["byol"]
+    teacher_momentum: Schedule = Schedule(value=0.996, final=1.0)
+    """Share of the teacher that an update keeps."""
+    projector_hidden_dim: int = Field(4096, gt=0)
+    """Width of the projector's hidden layer."""
+    projector_dim: int = Field(256, gt=0)
+    """Width of projections and predictions."""
+    predictor_hidden_dim: int = Field(4096, gt=0)
+    """Width of the predictor's hidden layer."""
+
+
+class Byol(Method):
+    """A backbone, a projector and a predictor, and a teacher of the first two with batch statistics of its own."""
+
+    view_groups = ("view",)
+
+    def __init__(self, config: ByolConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.projector = MLPHead((backbone.embed_dim, config.projector_hidden_dim, config.projector_dim), bias=True)
+        self.predictor = MLPHead((config.projector_dim, config.predictor_hidden_dim, config.projector_dim), bias=True)
+        self.teacher = Teacher(self.student)
+
+    @property
+    def student(self) -> nn.Sequential:
+        """What the teacher follows: all but the predictor."""
+        return nn.Sequential(self.backbone, self.projector)
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        views = two_views(batch)
+        # each view in a pass of its own, as the official code: batch norm sees one view at a time
+        features = [self.backbone(view) for view in views]
+        p1, p2 = [self.predictor(self.projector(features_of_view)) for features_of_view in features]
+        z1, z2 = [self.teacher(view) for view in views]
+        return StepOutput(byol_loss(p1, p2, z1, z2), {"feature_std": feature_std(features[0])})
+
+    @torch.no_grad()
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        self.teacher.update(self.student, self.config.teacher_momentum(progress))

@@ -1,0 +1,99 @@
+"""MAE (He et al., 2021, https://arxiv.org/abs/2111.06377)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from ssl_pipeline.backbones import Backbone, TokenBackbone
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.heads import PixelDecoder
+from ssl_pipeline.losses import mae_loss
+from ssl_pipeline.masking import random_masking
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.schedule import Progress
+
+
+class MaeConfig(Config):
+    """MAE: a ViT sees a quarter of an image's patches, and a small decoder paints the rest."""
+
+    name: Literal["mae"]
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of the patches that is removed."""
+    normalize_targets: bool = True
+    """Whether each patch is predicted with its own mean and deviation taken out."""
+    decoder_dim: int = Field(512, gt=0)
+    """Width of the decoder."""
+    decoder_depth: int = Field(8, ge=1)
+    """Blocks of the decoder."""
+    decoder_heads: int = Field(16, ge=1)
+    """Attention heads of the decoder."""
+
+
+class Mae(Method):
+    """A ViT that encodes the kept patches alone, and a decoder that predicts the pixels of the removed ones.
+
+    The official encoder has `fixed_positions` and `initial_weights: mae`: settings of the backbone.
+    """
+
+    view_groups = ("image",)
+    backbone: TokenBackbone
+
+    def __init__(self, config: MaeConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = _with_trained_tokens(backbone)
+        self.decoder = PixelDecoder(
+            backbone.embed_dim,
+            self.backbone.grid,
+            self.backbone.patch_size,
+            dim=config.decoder_dim,
+            depth=config.decoder_depth,
+            num_heads=config.decoder_heads,
+            num_prefix_tokens=self.backbone.num_prefix_tokens,
+        )
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        images = batch.views["image"].flatten(0, 1)
+        tokens = self.backbone.embed(images)
+        grid = self.backbone.grid
+        if tokens.shape[1] != grid[0] * grid[1]:
+            raise ConfigError(
+                f"augment.image.size must be that of the backbone, {grid[0]} * {self.backbone.patch_size} pixels. "
+                f"Got {images.shape[-1]}; try backbone.arguments.img_size={images.shape[-1]}."
+            )
+        noise = torch.rand(tokens.shape[:2], device=tokens.device)
+        kept, mask, restore = random_masking(noise, ratio=self.config.mask_ratio)
+        encoded = self.backbone.encode(tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2])))
+        prediction = self.decoder(encoded, restore)
+        loss = mae_loss(
+            images,
+            prediction,
+            mask,
+            patch_size=self.backbone.patch_size,
+            normalize_targets=self.config.normalize_targets,
+        )
+        features = self.backbone.model.forward_head(encoded.detach(), pre_logits=True)
+        return StepOutput(loss, {"feature_std": feature_std(features)})
+
+
+def _with_trained_tokens(backbone: Backbone) -> TokenBackbone:
+    """The backbone, if all of it takes part in encoding tokens."""
+    name = backbone.model.default_cfg["architecture"]  # type: ignore[index]
+    if not isinstance(backbone, TokenBackbone):
+        raise ConfigError(f"MAE needs a backbone with patch tokens (a ViT). '{name}' has none.")
+    after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part))]
+    if after_pooling:
+        raise ConfigError(
+            f"MAE trains a ViT's tokens, not what follows their pooling. '{name}' has {' and '.join(after_pooling)} "
+            "there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
+        )
+    return backbone
+
+
+def _has_weights(part: nn.Module | None) -> bool:
+    return part is not None and any(True for _ in part.parameters())

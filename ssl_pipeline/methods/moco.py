@@ -1,0 +1,106 @@
+"""MoCo v1 (He et al., 2019, https://arxiv.org/abs/1911.05722) and v2 (Chen et al., 2020,
+https://arxiv.org/abs/2003.04297)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.distributed import gather
+from ssl_pipeline.heads import MLPHead
+from ssl_pipeline.losses import info_nce
+from ssl_pipeline.memory import FeatureQueue
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.teacher import Teacher
+
+
+class MocoConfig(Config):
+    """MoCo: a view finds the teacher's key of the other view among the keys of earlier batches.
+
+    The defaults are v2's; v1 has projector_layers 1 and temperature 0.07.
+    """
+
+    name: Literal["moco"]
+    queue_size: int = Field(65536, gt=0)
+    """Earlier keys that serve as negatives."""
+    temperature: float = Field(0.2, gt=0)
+    """Temperature of InfoNCE."""
+    teacher_momentum: Schedule = Schedule(value=0.999)
+    """Share of the teacher that an update keeps."""
+    projector_hidden_dim: int = Field(2048, gt=0)
+    """Width of the projector's hidden layers (official code: that of the backbone's features)."""
+    projector_dim: int = Field(128, gt=0)
+    """Width of queries and keys."""
+    projector_layers: int = Field(2, ge=1)
+    """Linear layers of the projector."""
+    symmetric: bool = False
+    """Whether both views are queries; the loss is then the mean of both and the keys of both enter the queue."""
+
+
+class Moco(Method):
+    """A backbone and a projector that give queries, a teacher of both that gives keys, and a queue of earlier keys.
+
+    Every micro-batch of a step reads the queue as it was before the step, so k micro-batches are one big batch here,
+    batch norm aside.
+    """
+
+    view_groups = ("view",)
+
+    def __init__(self, config: MocoConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
+        dims = (backbone.embed_dim, *hidden, config.projector_dim)
+        self.projector = MLPHead(dims, batch_norm=False, bias=True, last_bias=True)
+        self.teacher = Teacher(self.student)
+        self.queue = FeatureQueue(config.queue_size, config.projector_dim)
+
+    @property
+    def student(self) -> nn.Sequential:
+        """What the teacher follows."""
+        return nn.Sequential(self.backbone, self.projector)
+
+    def check(self, *, global_batch: int) -> None:
+        num_keys = global_batch * (2 if self.config.symmetric else 1)
+        if self.config.queue_size % num_keys:
+            nearest = max(1, round(self.config.queue_size / num_keys)) * num_keys
+            raise ConfigError(
+                f"method.queue_size must be a multiple of the {num_keys} keys that a step brings "
+                f"(global batch {global_batch}). Got {self.config.queue_size}; try {nearest}."
+            )
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        first, second = two_views(batch)
+        pairs = [(first, second), (second, first)] if self.config.symmetric else [(first, second)]
+        losses, keys = [], []
+        for query_view, key_view in pairs:  # each view in a pass of its own, as the official code
+            features = self.backbone(query_view)
+            keys.append(F.normalize(self.teacher(key_view), dim=1))
+            loss = info_nce(
+                self.projector(features), keys[-1], self.queue.features, temperature=self.config.temperature
+            )
+            losses.append(loss)
+        metrics = {"feature_std": feature_std(features)}
+        return StepOutput(torch.stack(losses).mean(), metrics, {"keys": torch.stack(keys)})
+
+    @torch.no_grad()
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        # in the order of the global batch: view, then micro-batch, then rank
+        keys_BVD = torch.cat([gather(carry["keys"].transpose(0, 1)) for carry in carries])
+        self.queue.enqueue(keys_BVD.transpose(0, 1).flatten(0, 1))
+        # The official code updates the teacher just before it computes the keys, from weights that the step before has
+        # left. Doing so at the end of that step is the same, with the momentum of the step to come; the first update
+        # that is left out would have mixed the teacher with the student it is a copy of.
+        next_step = replace(progress, step=progress.step + 1)
+        self.teacher.update(self.student, self.config.teacher_momentum(next_step))

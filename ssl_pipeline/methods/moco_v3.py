@@ -1,0 +1,87 @@
+"""MoCo v3 (Chen et al., 2021, https://arxiv.org/abs/2104.02057)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import Config
+from ssl_pipeline.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.losses import moco_v3_loss
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.teacher import Teacher
+
+
+class MocoV3Config(Config):
+    """MoCo v3: each view finds the teacher's key of the other view among the keys of the global batch.
+
+    The defaults are those of ViTs; ResNets have temperature 1.0, projector_layers 2 and no last batch norm in the
+    predictor.
+    """
+
+    name: Literal["moco_v3"]
+    temperature: float = Field(0.2, gt=0)
+    """Temperature of the contrastive loss, which is multiplied by twice this."""
+    teacher_momentum: Schedule = Schedule(value=0.99, final=1.0)
+    """Share of the teacher that an update keeps."""
+    projector_hidden_dim: int = Field(4096, gt=0)
+    """Width of the projector's hidden layers."""
+    projector_dim: int = Field(256, gt=0)
+    """Width of queries and keys."""
+    projector_layers: int = Field(3, ge=1)
+    """Linear layers of the projector."""
+    predictor_hidden_dim: int = Field(4096, gt=0)
+    """Width of the predictor's hidden layer."""
+    predictor_last_batch_norm: LastBatchNorm = "no_affine"
+    """Batch norm after the predictor's last layer."""
+
+
+class MocoV3(Method):
+    """A backbone, a projector and a predictor that give queries, and a teacher of the first two that gives keys.
+
+    With accumulation the negatives are those of the micro-batch: k micro-batches are not one big batch here.
+    """
+
+    view_groups = ("view",)
+
+    def __init__(self, config: MocoV3Config, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
+        self.projector = MLPHead((backbone.embed_dim, *hidden, config.projector_dim), last_batch_norm="no_affine")
+        self.predictor = MLPHead(
+            (config.projector_dim, config.predictor_hidden_dim, config.projector_dim),
+            last_batch_norm=config.predictor_last_batch_norm,
+        )
+        self.teacher = Teacher(self.student)
+
+    @property
+    def student(self) -> nn.Sequential:
+        """What the teacher follows: all but the predictor."""
+        return nn.Sequential(self.backbone, self.projector)
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        views = two_views(batch)
+        # each view in a pass of its own, as the official code: batch norm sees one view at a time
+        features = [self.backbone(view) for view in views]
+        q1, q2 = [self.predictor(self.projector(features_of_view)) for features_of_view in features]
+        k1, k2 = [self.teacher(view) for view in views]
+        loss = moco_v3_loss(q1, q2, k1, k2, temperature=self.config.temperature)
+        return StepOutput(loss, {"feature_std": feature_std(features[0])})
+
+    @torch.no_grad()
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        # The official code updates the teacher just before it computes the keys of a step, with that step's momentum.
+        # That is this update, made at the end of the step before, so the momentum is that of the step to come (BYOL
+        # and DINO update after the optimizer with the momentum of the same step).
+        next_step = replace(progress, step=progress.step + 1)
+        self.teacher.update(self.student, self.config.teacher_momentum(next_step))

@@ -1,0 +1,61 @@
+"""SimSiam (Chen & He, 2020, https://arxiv.org/abs/2011.10566)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import Config
+from ssl_pipeline.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.losses import simsiam_loss
+from ssl_pipeline.methods.base import Method, ParamRule, StepOutput, feature_std, two_views
+from ssl_pipeline.schedule import Progress
+
+
+class SimsiamConfig(Config):
+    """SimSiam: each view predicts the projection of the other view; no negatives and no teacher."""
+
+    name: Literal["simsiam"]
+    projector_hidden_dim: int = Field(2048, gt=0)
+    """Width of the projector's hidden layers (official code: that of the backbone's features)."""
+    projector_dim: int = Field(2048, gt=0)
+    """Width of projections and predictions."""
+    projector_layers: int = Field(3, ge=1)
+    """Linear layers of the projector."""
+    projector_last_batch_norm: LastBatchNorm = "no_affine"
+    """Batch norm after the projector's last layer."""
+    predictor_hidden_dim: int = Field(512, gt=0)
+    """Width of the predictor's hidden layer."""
+    constant_predictor_lr: bool = True
+    """Whether the predictor's learning rate stays at its base value."""
+
+
+class Simsiam(Method):
+    """A backbone, a projector and a predictor; no gradient flows through the projections that are predicted."""
+
+    view_groups = ("view",)
+
+    def __init__(self, config: SimsiamConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
+        self.projector = MLPHead(
+            (backbone.embed_dim, *hidden, config.projector_dim), last_batch_norm=config.projector_last_batch_norm
+        )
+        self.predictor = MLPHead(
+            (config.projector_dim, config.predictor_hidden_dim, config.projector_dim), last_bias=True
+        )
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        # each view in a pass of its own, as the official code: batch norm sees one view at a time
+        features = [self.backbone(view) for view in two_views(batch)]
+        z1, z2 = [self.projector(features_of_view) for features_of_view in features]
+        loss = simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
+        return StepOutput(loss, {"feature_std": feature_std(features[0])})
+
+    def param_rules(self) -> tuple[ParamRule, ...]:
+        return (ParamRule("predictor.", constant_lr=True),) if self.config.constant_predictor_lr else ()
