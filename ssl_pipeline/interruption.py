@@ -15,8 +15,8 @@ class Interruption:
     """Remembers a request to stop, so that the run can finish its step, save and leave.
 
     A launcher may pass on a signal that its whole process group got already, so repeated signals change nothing, but
-    for Ctrl-C: pressed again, a second or more after the first, it acts as usual. With `hang_timeout` seconds and no sign of life in between, the
-    process prints where every thread stands and exits.
+    for Ctrl-C: pressed again, a second or more after the first, it acts as usual. With `hang_timeout` seconds and no
+    sign of life in between, the process prints where every thread stands and exits.
     """
 
     def __init__(self, *, hang_timeout: float) -> None:
@@ -39,7 +39,7 @@ class Interruption:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == number and time.monotonic() - self._since >= 1:
-            signal.signal(number, self._previous[number])
+            signal.signal(number, self._previous[signal.Signals(number)])
             signal.raise_signal(number)
         elif not self.signal_number:
             self.signal_number, self._since = number, time.monotonic()

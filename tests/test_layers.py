@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 # lowest row first; a module may import its own row and those below
 ROWS = [
     "config schedule distributed atomic interruption",
-    "batch positions weights backbones heads teacher memory masking sync_batch_norm losses augment data",
+    "batch positions weights initialisation backbones heads teacher memory masking sync_batch_norm losses augment data",
     "methods",
-    "optim lars checkpoint tracking run_directory",
+    "optim lars checkpoint resume tracking run_directory",
     "engine",
 ]
 EVAL_ROWS = ROWS[:2]  # eval knows backbones and data, no method and no training

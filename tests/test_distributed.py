@@ -1,0 +1,221 @@
+"""Several processes are one process: gradients, collectives and whole runs (gloo, on the CPU)."""
+
+from __future__ import annotations
+
+import inspect
+from unittest import mock
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from tiny import CNN, CONFIGS, VIT, GlobalNoise, make_batch, make_method, progress_at, share_of
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ssl_pipeline.backbones import BackboneConfig
+from ssl_pipeline.distributed import (
+    gather,
+    gather_with_grad,
+    max_over_ranks,
+    mean_over_ranks,
+    peer_failure,
+    rank,
+    world_size,
+)
+from ssl_pipeline.losses import moco_v3_loss, nt_xent
+from ssl_pipeline.methods import METHODS
+from ssl_pipeline.sync_batch_norm import synchronize_batch_norm
+
+NAMES = sorted(CONFIGS)
+GATHERS_IN_LOSS = ("simclr",)
+NUM_IMAGES = 8
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Collectives
+
+
+def collectives() -> dict[str, Tensor]:
+    mine = torch.arange(6.0).reshape(3, 2) + 10 * rank()
+    return {
+        "gathered": gather(mine),
+        "gathered with gradient": gather_with_grad(mine),
+        "transposed": gather(mine.T),
+        "integers": gather(torch.tensor([rank(), 7])),
+        "mean": mean_over_ranks(mine.T),
+        "max": max_over_ranks(torch.tensor([rank(), -rank()]).float()),
+        "mine": mine,
+    }
+
+
+def test_collectives_put_the_ranks_together_in_their_order():
+    first, second = run_on_ranks(collectives)
+    for name in first:
+        if name != "mine":
+            assert torch.equal(first[name], second[name]), name
+    both = torch.cat([first["mine"], second["mine"]])
+    assert torch.equal(first["gathered"], both)
+    assert torch.equal(first["gathered with gradient"], both)
+    assert torch.equal(first["transposed"], torch.cat([first["mine"].T, second["mine"].T]))
+    assert first["integers"].tolist() == [0, 7, 1, 7]
+    assert torch.equal(first["mean"], (first["mine"] + 5).T)
+    assert first["max"].tolist() == [1, 0]
+
+
+def test_without_a_process_group_collectives_are_the_identity():
+    value = torch.randn(3, 2, requires_grad=True)
+    assert (rank(), world_size()) == (0, 1)
+    assert gather_with_grad(value) is value
+    for collective in (gather, mean_over_ranks, max_over_ranks):
+        assert torch.equal(collective(value.detach()), value)
+    assert not gather(value).requires_grad
+    assert not mean_over_ranks(value).requires_grad
+
+
+def gather_gradient() -> Tensor:
+    """d/dx of sum over ranks r of w_r . gathered."""
+    mine = random(3, 2, seed=rank()).requires_grad_()
+    weights = random(6, 2, seed=10 + rank())
+    (gather_with_grad(mine) * weights).sum().backward()
+    return mine.grad
+
+
+def test_the_gradient_of_a_gather_is_the_sum_over_ranks():
+    both = random(6, 2, seed=10) + random(6, 2, seed=11)
+    gradients = run_on_ranks(gather_gradient)
+    torch.testing.assert_close(torch.cat(gradients), both, rtol=0, atol=1e-15)
+
+
+def test_an_error_that_is_no_lost_peer_stays_what_it_is():
+    assert peer_failure(RuntimeError("gloo: Connection closed by peer")) is None, "there is no other process"
+    assert peer_failure(ValueError("gloo")) is None
+
+
+# Losses
+
+
+def detach_the_others(local: Tensor) -> Tensor:
+    """The common mistake: gather without gradient and put the own rows back."""
+    parts = list(gather(local).chunk(world_size()))
+    parts[rank()] = local
+    return torch.cat(parts)
+
+
+def loss_gradients(name: str, wrong: bool) -> tuple[Tensor, Tensor]:
+    """Mean loss over ranks and its gradient for the own rows, of 8 rows in all."""
+    inputs = [random(8, 5, seed=seed).chunk(world_size())[rank()].clone().requires_grad_() for seed in range(4)]
+    with mock.patch(
+        "ssl_pipeline.losses.contrastive.gather_with_grad", detach_the_others if wrong else gather_with_grad
+    ):
+        loss = call_loss(name, inputs)
+    loss.backward()
+    # without a gradient, as the keys: zeros
+    gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in inputs]
+    return mean_over_ranks(loss), torch.stack(gradients) / world_size()
+
+
+def call_loss(name: str, inputs: list[Tensor]) -> Tensor:
+    return nt_xent(*inputs[:2], temperature=0.3) if name == "nt_xent" else moco_v3_loss(*inputs, temperature=0.3)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "moco_v3_loss"])
+def test_a_loss_over_two_ranks_is_that_of_the_global_batch(name):
+    expected_loss, expected = loss_gradients(name, False)
+    (loss, first), (_, second) = run_on_ranks(loss_gradients, name, False)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), expected, rtol=0, atol=1e-14)
+
+
+def test_a_gather_that_drops_gradients_is_noticed():
+    _, expected = loss_gradients("nt_xent", False)
+    (_, first), (_, second) = run_on_ranks(loss_gradients, "nt_xent", True)
+    assert relative_gap({"": torch.cat([first, second], dim=1)}, {"": expected}) > 0.05
+
+
+# Methods
+
+
+def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[str, Tensor]:
+    """The gradients of one global batch in float64, after DDP's average."""
+    method = make_method(name, backbone=backbone).double()
+    if wrong != "own batch norm":
+        synchronize_batch_norm(method, torch.device("cpu"))
+    network: nn.Module = method
+    if world_size() > 1 and wrong != "no DDP":
+        network = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    batch = share_of(make_batch(name, num_images=NUM_IMAGES, dtype=torch.float64), rank(), world_size())
+    gathers = detach_the_others if wrong == "gather" else gather_with_grad
+    with (
+        mock.patch("ssl_pipeline.losses.contrastive.gather_with_grad", gathers),
+        mock.patch("torch.rand", GlobalNoise(rank(), world_size())),
+    ):
+        network(batch, progress_at(1)).loss.backward()
+    return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+
+
+def relative_gap(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    gap = sum((found[name] - expected[name]).square().sum() for name in expected)
+    return float((gap / sum(tensor.square().sum() for tensor in expected.values())).sqrt())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_two_processes_are_those_of_one(name):
+    expected = method_gradients(name, VIT, "")
+    first, second = run_on_ranks(method_gradients, name, VIT, "")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert relative_gap(first, expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["dino", "simclr"])
+def test_gradients_through_synchronised_batch_norm_are_those_of_one_process(name):
+    expected = method_gradients(name, CNN, "")
+    first, _ = run_on_ranks(method_gradients, name, CNN, "")
+    assert relative_gap(first, expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("simclr", "gather"),
+        ("simclr", "own batch norm"),
+        ("dino", "no DDP"),
+        ("byol", "own batch norm"),
+        ("mae", "no DDP"),
+    ],
+)
+def test_a_wrong_gradient_is_noticed(name, wrong):
+    expected = method_gradients(name, VIT, "")
+    first, _ = run_on_ranks(method_gradients, name, VIT, wrong)
+    assert relative_gap(first, expected) > 0.01
+
+
+def after_steps(name: str) -> dict[str, Tensor]:
+    """The state that two calls of after_step leave, with two micro-batches each."""
+    method = make_method(name).double()
+    for step in (0, 1):
+        carries = []
+        for micro in (0, 1):
+            batch = make_batch(name, num_images=NUM_IMAGES, seed=10 * step + micro, dtype=torch.float64)
+            with torch.no_grad(), mock.patch("torch.rand", GlobalNoise(rank(), world_size())):
+                carries.append(method(share_of(batch, rank(), world_size()), progress_at(step)).carry)
+        with torch.no_grad():
+            method.after_step(carries, progress_at(step))
+    return {key: value for key, value in method.state_dict().items() if "running_" not in key}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[CONFIGS[name]].after_step])
+def test_teachers_queues_and_centres_are_those_of_one_process(name):
+    expected = after_steps(name)
+    first, second = run_on_ranks(after_steps, name)
+    for key, value in expected.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("name", ["moco_v3", "simclr"])
+def test_methods_for_which_accumulation_is_no_bigger_batch_say_so(name):
+    assert "k micro-batches are not one big batch" in inspect.getdoc(METHODS[CONFIGS[name]])
