@@ -40,7 +40,7 @@ class PretrainConfig(Config):
     """The recipe that these settings come from: a name in recipes/, or a path to a YAML file."""
     output: Path | None = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the weights, the order of the images and the augmentation."""
     method: MethodConfig
     """What is learnt."""

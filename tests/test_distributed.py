@@ -24,10 +24,10 @@ from ssl_pipeline.distributed import (
 )
 from ssl_pipeline.losses import moco_v3_loss, nt_xent
 from ssl_pipeline.methods import METHODS
+from ssl_pipeline.methods.base import Method
 from ssl_pipeline.sync_batch_norm import synchronize_batch_norm
 
 NAMES = sorted(CONFIGS)
-GATHERS_IN_LOSS = ("simclr",)
 NUM_IMAGES = 8
 
 
@@ -170,10 +170,9 @@ def test_gradients_of_two_processes_are_those_of_one(name):
     assert relative_gap(first, expected) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["dino", "simclr"])
-def test_gradients_through_synchronised_batch_norm_are_those_of_one_process(name):
-    expected = method_gradients(name, CNN, "")
-    first, _ = run_on_ranks(method_gradients, name, CNN, "")
+def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
+    expected = method_gradients("simclr", CNN, "")
+    first, _ = run_on_ranks(method_gradients, "simclr", CNN, "")
     assert relative_gap(first, expected) < 1e-10
 
 
@@ -207,7 +206,7 @@ def after_steps(name: str) -> dict[str, Tensor]:
     return {key: value for key, value in method.state_dict().items() if "running_" not in key}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[CONFIGS[name]].after_step])
+@pytest.mark.parametrize("name", [n for n in NAMES if METHODS[CONFIGS[n]].after_step is not Method.after_step])
 def test_teachers_queues_and_centres_are_those_of_one_process(name):
     expected = after_steps(name)
     first, second = run_on_ranks(after_steps, name)

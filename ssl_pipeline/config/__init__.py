@@ -112,6 +112,9 @@ def run_command(
             return 0
         running = True
         return run(config) or 0
+    except BrokenPipeError:  # whoever read our output (`--help | head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RunError) as error:
         if "--debug" in flags:
             traceback.print_exc()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Union
+from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
@@ -27,7 +27,15 @@ METHODS: dict[type[Config], type[Method]] = {
     SimsiamConfig: Simsiam,
 }
 
-MethodConfig = Annotated[Union[tuple(METHODS)], Field(discriminator="name")]  # type: ignore[valid-type]  # noqa: UP007
+if TYPE_CHECKING:
+
+    class MethodConfig(Config):
+        """The settings of one of METHODS."""
+
+        name: str
+
+else:
+    MethodConfig = Annotated[Union[tuple(METHODS)], Field(discriminator="name")]  # noqa: UP007
 
 
 def build_method(config: Config, backbone: Backbone) -> Method:

@@ -1,0 +1,164 @@
+"""`pretrain.py` as a function of a process, with something that happens to it on the way."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import yaml
+from tiny import VIT, GlobalNoise, row
+from torch import Tensor
+
+import pretrain
+import ssl_pipeline.engine as engine
+from ssl_pipeline.checkpoint import Checkpoints
+from ssl_pipeline.config import run_command
+from ssl_pipeline.distributed import rank
+
+SGD = {"name": "sgd", "lr": {"value": 0.05, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
+ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
+
+
+@dataclass(frozen=True)
+class Happening:
+    """What happens just before the forward pass of micro-batch number `at` (from 0) of this process.
+
+    what: nothing, a signal name, "kill a worker", "hang", "nan", "pause" (until it is killed, with a file to tell).
+    on_rank: only there. record: a file that gets the sample ids of each micro-batch. slow_save: a file that tells that
+    a checkpoint is half written; the process then waits to be killed.
+    """
+
+    what: str = ""
+    at: int = 0
+    on_rank: int | None = None
+    record: Path | None = None
+    slow_save: Path | None = None
+    global_noise: bool = False
+
+
+def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Path:
+    """A complete recipe for the method `name` in its smallest form; `sections` replace its sections."""
+    tree: dict[str, object] = {
+        "method": {"name": name, **row(name).settings},
+        "backbone": VIT.model_dump(mode="json", include={"name", "arguments"}),
+        "augment": {group: {"count": count, "size": size} for group, (count, size) in row(name).views.items()},
+        "data": {"shards": str(shards), "batch_size": 8, "workers": 0},
+        "optim": ADAMW,
+        "train": {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree | sections))
+    return path
+
+
+def command(argv: list[str], happening: Happening | None = None) -> None:
+    """`python pretrain.py ARGV`; leaves with its exit code."""
+    with _happens(happening or Happening()):
+        code = run_command(pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv)
+    sys.exit(code)
+
+
+def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Tensor]:
+    """The state of the method on this rank after a run to its end."""
+    runs: list[engine.Run] = []
+
+    def train(run: engine.Run) -> int:
+        runs.append(run)
+        return engine.train(run)
+
+    with _happens(happening or Happening()), mock.patch.object(pretrain, "train", train):
+        code = run_command(pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv)
+    assert code == 0
+    return {name: tensor.clone() for name, tensor in runs[0].method.state_dict().items()}
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each row of metrics.jsonl, as they are written there."""
+    return [(entry["step"], entry["loss"]) for entry in rows(output)]
+
+
+def rows(output: Path) -> list[dict[str, float]]:
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def status(output: Path) -> dict[str, object]:
+    return json.loads((output / "status.json").read_text())
+
+
+def final_state(output: Path) -> dict[str, Tensor]:
+    """Everything in the newest checkpoint: the tensors of method and optimizer."""
+    saved = Checkpoints(output / "checkpoints").load_latest()
+    assert saved is not None
+    return {f"{file}/{name}": tensor for file, tensors in saved.tensors.items() for name, tensor in tensors.items()}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def wait_until(condition: Callable[[], bool], *, timeout: float = 30.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "what the test waits for did not happen"
+        time.sleep(0.005)
+
+
+def _happens(happening: Happening) -> mock._patch:
+    made = 0
+    original = engine.make_batch
+
+    def make_batch(crops, augment, data):
+        nonlocal made
+        batch = original(crops, augment, data)
+        if happening.record is not None:
+            with happening.record.with_suffix(f".{rank()}").open("a") as file:
+                file.write(json.dumps(batch.index.tolist()) + "\n")
+        if made == happening.at and happening.on_rank in (None, rank()):
+            for views in batch.views.values():
+                _happen(happening.what, views)
+        made += 1
+        return batch
+
+    changes: dict[str, object] = {"make_batch": make_batch}
+    patches = mock.patch.multiple(engine, **changes)
+    if happening.global_noise:
+        mock.patch("torch.rand", GlobalNoise(rank_of_launcher(), world_of_launcher())).start()
+    if happening.slow_save is not None:
+        mock.patch(
+            "ssl_pipeline.checkpoint._write_manifest", lambda *_: _wait_to_be_killed(happening.slow_save)
+        ).start()
+    return patches
+
+
+def _happen(what: str, views: Tensor) -> None:
+    if what.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[what])
+    elif what == "kill a worker":
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    elif what == "hang":
+        time.sleep(60)
+    elif what == "nan":
+        views[0, 0] = torch.nan
+
+
+def _wait_to_be_killed(tell: Path) -> None:
+    tell.touch()
+    time.sleep(60)
+
+
+def rank_of_launcher() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_of_launcher() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
