@@ -169,7 +169,7 @@ def _write(
         for start in range(0, len(samples), size)
     ]
     return map_in_processes(
-        partial(_write_shard, source),
+        partial(write_shard, source),
         tasks,
         sizes=[len(part) for _, _, part in tasks],
         workers=config.workers,
@@ -177,7 +177,8 @@ def _write(
     )
 
 
-def _write_shard(source: Source, task: tuple[Path, int, Sequence[tuple[Candidate, str]]]) -> ManifestShard:
+def write_shard(source: Source, task: tuple[Path, int, Sequence[tuple[Candidate, str]]]) -> ManifestShard:
+    """Write one tar: its path, the number of its first sample, and its files with their extensions."""
     path, start, samples = task
     with path.open("wb") as file:
         # times and owners are fixed: the same images and seed give the same bytes

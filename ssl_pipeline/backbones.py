@@ -16,6 +16,7 @@ from timm.models import ResNet, VisionTransformer
 from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 
+import ssl_pipeline.wide_resnet  # noqa: F401  (adds its network to timm's registry)
 from ssl_pipeline.config import Config, ConfigError, nearest
 from ssl_pipeline.initialisation import fix_positions, initialise
 from ssl_pipeline.positions import Grid, resample_positions, sincos_position_embedding

@@ -103,6 +103,13 @@ class Clock:
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of the processes and devices; raises ConfigError if it differs from the launcher's."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if launched > 1 and missing:
+        raise ConfigError(
+            f"The environment has WORLD_SIZE={launched}, but no {', '.join(missing)}. "
+            "Launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
+        )
     has_gpu = torch.cuda.is_available()
     accelerator = Accelerator(
         cpu=not has_gpu,
@@ -110,7 +117,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ConfigError(
             f"The launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}. "

@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from unittest import mock
 
@@ -20,8 +22,11 @@ from torch import Tensor
 
 import pretrain
 import ssl_pipeline.engine as engine
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints
 from ssl_pipeline.config import run_command
+from ssl_pipeline.data.stream import CropBatch, DataConfig
 from ssl_pipeline.distributed import rank
 
 SGD = {"name": "sgd", "lr": {"value": 0.05, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
@@ -32,9 +37,11 @@ ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.
 class Happening:
     """What happens just before the forward pass of micro-batch number `at` (from 0) of this process.
 
-    what: nothing, a signal name, "kill a worker", "hang", "nan", "pause" (until it is killed, with a file to tell).
-    on_rank: only there. record: a file that gets the sample ids of each micro-batch. slow_save: a file that tells that
-    a checkpoint is half written; the process then waits to be killed.
+    what: nothing, a signal name, "kill a worker", "hang" or "nan".
+    on_rank: only there.
+    record: files (suffix: the rank) that get the sample ids of each micro-batch.
+    slow_save: a file that appears when a checkpoint is half written; the process then waits to be killed.
+    global_noise: masks are the rank's rows of those of the global batch.
     """
 
     what: str = ""
@@ -62,9 +69,8 @@ def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Pat
 
 def command(argv: list[str], happening: Happening | None = None) -> None:
     """`python pretrain.py ARGV`; leaves with its exit code."""
-    with _happens(happening or Happening()):
-        code = run_command(pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv)
-    sys.exit(code)
+    with happens(happening or Happening()):
+        sys.exit(_pretrain(argv))
 
 
 def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Tensor]:
@@ -75,10 +81,15 @@ def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Te
         runs.append(run)
         return engine.train(run)
 
-    with _happens(happening or Happening()), mock.patch.object(pretrain, "train", train):
-        code = run_command(pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv)
-    assert code == 0
+    with happens(happening or Happening()), mock.patch.object(pretrain, "train", train):
+        assert _pretrain(argv) == 0
     return {name: tensor.clone() for name, tensor in runs[0].method.state_dict().items()}
+
+
+def _pretrain(argv: list[str]) -> int:
+    return run_command(
+        pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv, recipes=pretrain.RECIPES
+    )
 
 
 def losses(output: Path) -> list[tuple[int, float]]:
@@ -113,31 +124,34 @@ def wait_until(condition: Callable[[], bool], *, timeout: float = 30.0) -> None:
         time.sleep(0.005)
 
 
-def _happens(happening: Happening) -> mock._patch:
-    made = 0
+@contextmanager
+def happens(happening: Happening) -> Iterator[None]:
+    """Let it happen in the runs of this block."""
+    made = count()
     original = engine.make_batch
 
-    def make_batch(crops, augment, data):
-        nonlocal made
+    def make_batch(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
         batch = original(crops, augment, data)
         if happening.record is not None:
             with happening.record.with_suffix(f".{rank()}").open("a") as file:
                 file.write(json.dumps(batch.index.tolist()) + "\n")
-        if made == happening.at and happening.on_rank in (None, rank()):
-            for views in batch.views.values():
-                _happen(happening.what, views)
-        made += 1
+        if next(made) == happening.at and happening.on_rank in (None, rank()):
+            _happen(happening.what, next(iter(batch.views.values())))
         return batch
 
-    changes: dict[str, object] = {"make_batch": make_batch}
-    patches = mock.patch.multiple(engine, **changes)
-    if happening.global_noise:
-        mock.patch("torch.rand", GlobalNoise(rank_of_launcher(), world_of_launcher())).start()
-    if happening.slow_save is not None:
-        mock.patch(
-            "ssl_pipeline.checkpoint._write_manifest", lambda *_: _wait_to_be_killed(happening.slow_save)
-        ).start()
-    return patches
+    def write_manifest(directory: Path, facts: object) -> None:
+        assert happening.slow_save is not None
+        happening.slow_save.touch()
+        time.sleep(60)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(engine, "make_batch", make_batch))
+        if happening.global_noise:
+            noise = GlobalNoise(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+            stack.enter_context(mock.patch("torch.rand", noise))
+        if happening.slow_save is not None:
+            stack.enter_context(mock.patch("ssl_pipeline.checkpoint._write_manifest", write_manifest))
+        yield
 
 
 def _happen(what: str, views: Tensor) -> None:
@@ -149,16 +163,3 @@ def _happen(what: str, views: Tensor) -> None:
         time.sleep(60)
     elif what == "nan":
         views[0, 0] = torch.nan
-
-
-def _wait_to_be_killed(tell: Path) -> None:
-    tell.touch()
-    time.sleep(60)
-
-
-def rank_of_launcher() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_of_launcher() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,13 +6,14 @@ import json
 import os
 import random
 import signal
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import yaml
-from ranks import start, start_ranks
+from ranks import Child, start, start_ranks
 from runs import (
-    ADAMW,
     Happening,
     command,
     equal,
@@ -20,7 +21,6 @@ from runs import (
     losses,
     rows,
     status,
-    trained,
     wait_until,
     write_recipe,
 )
@@ -79,6 +79,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def has_other_rows(output: Path, num_rows: int, child: Child) -> bool:
+    return len(rows(output)) != num_rows or child.process.exitcode is not None
+
+
 # Stopped and run again
 
 
@@ -101,13 +105,11 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, recipe
     moments = random.Random(0)
     argv = [recipe, f"output={tmp_path}", "data.workers=1"]
     for _ in range(4):
-        child = start(command, argv)
         rows_before = len(rows(tmp_path))
-        wait_until(
-            lambda rows_before=rows_before: len(rows(tmp_path)) != rows_before or child.process.exitcode is not None
-        )
+        child = start(command, argv)
+        wait_until(partial(has_other_rows, tmp_path, rows_before, child))
         child.process.join(moments.uniform(0, 0.15))
-        os.kill(child.pid, signal.SIGKILL)
+        child.process.kill()
         if child.wait() == 0:
             break
     assert start(command, argv).wait() == 0
@@ -252,7 +254,7 @@ def test_a_directory_with_an_unreadable_config_is_refused_and_kept(tmp_path, rec
 MISTAKES = {
     "batch": (
         ["data.batch_size=49"],
-        "The global batch is larger than the data set: 49 per process * 1 processes * 1 acc",
+        "The global batch is larger than the data set: 49 per process * 1 processes * 1 ",
     ),
     "accumulated batch": (["train.accumulate=7"], "8 per process * 1 processes * 7 accumulated = 56, but "),
     "missing group": (["augment.global=null", "augment.view.size=16"], "Dino needs the view group augment.global."),
@@ -272,15 +274,14 @@ def test_a_mistake_is_one_line(tmp_path, recipe, mistake):
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_launcher_whose_processes_do_not_find_each_other_is_refused(tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr("ranks.start_ranks", None)
+def test_half_a_launcher_is_refused(tmp_path, recipe):
     child = start(launched_apart, [recipe, f"output={tmp_path / 'run'}"])
     assert child.wait() == 2
-    assert "The launcher started 2 processes, but Accelerate sees 1." in error_of(child.printed())
+    assert "The environment has WORLD_SIZE=2, but no RANK, LOCAL_RANK" in error_of(child.printed())
 
 
 def launched_apart(argv: list[str]) -> None:
-    os.environ["WORLD_SIZE"] = "2"  # but no rank, no address: what Accelerate then takes for one process
+    os.environ["WORLD_SIZE"] = "2"  # but no rank, no address
     command(argv)
 
 
@@ -329,8 +330,8 @@ def test_a_corrupt_image_stops_the_run_naming_it(tmp_path, recipe, workers):
 
 def test_a_corrupt_image_is_replaced_on_request_and_noted(tmp_path, recipe):
     folder = write_shards(tmp_path / "shards", corrupt=(5,))
-    argv = [recipe, f"output={tmp_path / 'run'}", f"data.shards={folder}", "data.bad_samples=substitute"]
-    assert run(*argv, "data.bad_sample_budget=0.1")[0] == 0
+    argv = [recipe, f"data.shards={folder}", "data.bad_samples=substitute"]
+    assert run(*argv, f"output={tmp_path / 'run'}", "data.bad_sample_budget=0.1")[0] == 0
     noted = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert [(entry["sample"], entry["key"]) for entry in noted] == [(5, "0005")]
     code, printed = run(*argv, f"output={tmp_path / 'other'}", "data.bad_sample_budget=0.01")
@@ -376,7 +377,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path, rec
     assert "Another process of this run has ended" in error_of(printed)
     assert status(tmp_path)["state"] == "failed"
     assert run_together(*argv)[0] == [0, 0]
-    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-5)
+    assert dict(losses(tmp_path)) == pytest.approx(dict(losses(uninterrupted)), rel=1e-5)
 
 
 def test_one_two_and_one_process_see_every_image_once_per_epoch(tmp_path, recipe):
@@ -388,9 +389,8 @@ def test_one_two_and_one_process_see_every_image_once_per_epoch(tmp_path, recipe
     assert codes == [143, 143]
     assert run(*argv, "data.batch_size=13", "data.workers=2", happening=Happening(record=record))[0] == 0  # 52
     first, second = ([json.loads(line) for line in record.with_suffix(f".{rank}").open()] for rank in (0, 1))
-    order = sum(first[:3], [])
-    order += [sample for both in zip(first[3:8], second, strict=True) for half in both for sample in half]
-    order += sum(first[8:], [])
+    together = [half for halves in zip(first[3:8], second, strict=True) for half in halves]
+    order = list(chain(*first[:3], *together, *first[8:]))
     assert len(order) == 2 * NUM_IMAGES
     assert sorted(order[:NUM_IMAGES]) == sorted(order[NUM_IMAGES:]) == list(range(NUM_IMAGES))
     assert order[:NUM_IMAGES] != order[NUM_IMAGES:]
@@ -400,5 +400,3 @@ def test_two_processes_take_the_settings_of_one(tmp_path, recipe):
     assert run_together(recipe, f"output={tmp_path}", "data.batch_size=4", "train.steps=2")[0] == [0, 0]
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert saved["data"]["batch_size"] == 4
-    assert ADAMW["name"] == saved["optim"]["name"]
-    assert trained is not None

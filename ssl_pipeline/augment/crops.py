@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ssl_pipeline.augment.views import CROP_TRIES, UNIFORMS_PER_VIEW, Uniform, ViewGroup
+from ssl_pipeline.augment.views import CROP_TRIES, Uniform, ViewGroup
 
 # V views of each of B images, U uniforms in [0, 1), N tries
 
@@ -26,7 +26,7 @@ def crop_boxes(
     largest central crop of an allowed aspect. `pad` boxes are as large as the image and shifted by up to `padding`
     of its size, so they may reach out of it.
     """
-    assert uniforms_VBU.shape == (group.count, len(heights_B), UNIFORMS_PER_VIEW)
+    assert uniforms_VBU.shape == (group.count, len(heights_B), group.num_uniforms())
     tops_VB, lefts_VB = uniforms_VBU[..., Uniform.CROP_TOP], uniforms_VBU[..., Uniform.CROP_LEFT]
     if group.crop == "pad":
         shape = uniforms_VBU.shape[:2]

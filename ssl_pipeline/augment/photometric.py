@@ -1,4 +1,4 @@
-"""Colour jitter, grayscale, blur, solarization and normalisation of a batch on its own device.
+"""Colour jitter, grayscale, blur, solarization, RandAugment and normalisation of a batch on its own device.
 
 Each sample gets exactly what torchvision's functional float operations would give it, one at a time and in its own
 order (Pillow's semantics, to rounding), from parameters that the host drew.
@@ -16,13 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_pipeline.augment import colour
+from ssl_pipeline.augment.rand_augment import CUTOUT_PARAMETERS, apply_rand_augment, cut_out, draw_rand_augment
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, Uniform, ViewGroup
 
 # V views of each of B images, C channels; N: the same images, one view at a time; P parameters
 
 
 class Parameter(IntEnum):
-    """The NUM_PARAMETERS columns of one view's parameters; TURN and FACTOR have one for each `Operation`."""
+    """The NUM_PARAMETERS columns of one view's parameters; TURN and FACTOR have one for each `Operation`.
+
+    Those of RandAugment and cutout follow, where a group has them.
+    """
 
     JITTER = 0  # 1 if the view is jittered
     TURN = 1  # when each operation is due: 0 first, 3 last
@@ -48,9 +52,12 @@ TURNS = np.array(list(itertools.permutations(range(len(Operation)))))
 
 
 def draw_parameters(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> NDArray[np.float32]:
-    """The parameters of each view, (V,B,NUM_PARAMETERS), from uniforms in [0, 1); runs on the host."""
+    """The parameters of each view from uniforms in [0, 1); runs on the host.
+
+    (V,B,NUM_PARAMETERS), followed by those of `draw_rand_augment` if the group has RandAugment or cutout.
+    """
     assert uniforms_VBU.shape[0] == group.count
-    assert uniforms_VBU.shape[2] == UNIFORMS_PER_VIEW
+    assert uniforms_VBU.shape[2] == group.num_uniforms()
     drawn_VBP = np.empty((*uniforms_VBU.shape[:2], NUM_PARAMETERS), np.float32)
 
     def between(uniform: Uniform, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -78,7 +85,7 @@ def draw_parameters(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> NDAr
     blurred = uniforms_VBU[..., Uniform.BLUR] < np.array(group.per_view(group.blur_prob))[:, None]
     sigma = between(Uniform.BLUR_SIGMA, *(np.array(bound) for bound in group.blur_sigma))
     drawn_VBP[..., Parameter.BLUR_SIGMA] = np.where(blurred, sigma, 0)
-    return drawn_VBP
+    return np.concatenate((drawn_VBP, draw_rand_augment(uniforms_VBU[..., UNIFORMS_PER_VIEW:], group)), axis=-1)
 
 
 class Stages(NamedTuple):
@@ -89,6 +96,8 @@ class Stages(NamedTuple):
     blur_kernel: int  # 0: no blur
     solarize: bool
     solarize_threshold: float
+    rand_augment: int  # rounds
+    cutout: bool
 
 
 def stages_per_view(group: ViewGroup) -> list[Stages]:
@@ -101,6 +110,8 @@ def stages_per_view(group: ViewGroup) -> list[Stages]:
             blur_kernel=group.blur_kernel_size() if blur else 0,
             solarize=solarize > 0,
             solarize_threshold=group.solarize_threshold,
+            rand_augment=group.rand_augment,
+            cutout=group.cutout[1] > 0,
         )
         for view, jitter, gray, blur, solarize in zip(
             strengths,
@@ -121,8 +132,9 @@ def apply_photometric(
 ) -> Tensor:
     """8-bit crops -> float32 views of the same shape, augmented and normalised, on the crops' device.
 
-    In this order: colour jitter, grayscale, blur, solarization, (value - mean) / std; values are in [0, 1] up to the
-    last. Equals torchvision's functional operations applied one sample at a time to within 1e-5. On an accelerator
+    In this order: colour jitter, grayscale, blur, solarization, RandAugment, cutout, (value - mean) / std; values are
+    in [0, 1] up to the last. Equals torchvision's functional operations (RandAugment: Pillow's) applied one sample at
+    a time to within 1e-5. On an accelerator
     nothing waits for the device: every operation runs on all samples and those that it concerns take its result; on
     a CPU only these samples are computed.
     """
@@ -152,6 +164,8 @@ def _augment_selected(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stages)
     if stages.solarize:
         chosen = parameters_NP[:, Parameter.SOLARIZE].nonzero()[:, 0]
         image_NCHW[chosen] = colour.solarize(image_NCHW[chosen], stages.solarize_threshold)
+    if stages.rand_augment or stages.cutout:
+        image_NCHW.copy_(_augment_randomly(image_NCHW, parameters_NP, stages, selected=True))
 
 
 def _jitter_by_order(image_NCHW: Tensor, parameters_NP: Tensor, operations: tuple[Operation, ...]) -> None:
@@ -194,7 +208,14 @@ def _augment_everywhere(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stage
     if stages.solarize:
         solarized = colour.per_sample(parameters_NP[:, Parameter.SOLARIZE]) > 0
         result = torch.where(solarized, colour.solarize(result, stages.solarize_threshold), result)
-    image_NCHW.copy_(result)
+    image_NCHW.copy_(_augment_randomly(result, parameters_NP, stages, selected=False))
+
+
+def _augment_randomly(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stages, *, selected: bool) -> Tensor:
+    if stages.rand_augment:
+        own_NP = parameters_NP[:, NUM_PARAMETERS:]
+        image_NCHW = apply_rand_augment(image_NCHW, own_NP, rounds=stages.rand_augment, selected=selected)
+    return cut_out(image_NCHW, parameters_NP[:, -CUTOUT_PARAMETERS:]) if stages.cutout else image_NCHW
 
 
 def _jitter_everywhere(image_NCHW: Tensor, parameters_NP: Tensor, operations: tuple[Operation, ...]) -> Tensor:

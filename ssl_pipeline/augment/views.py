@@ -36,13 +36,21 @@ class Uniform(IntEnum):
 
 CROP_TRIES = 10
 UNIFORMS_PER_VIEW = 33
+UNIFORMS_PER_ROUND = 2  # of RandAugment: the operation and its magnitude; they follow those of `Uniform`
+CUTOUT_UNIFORMS = 3  # side, row and column; the last ones
 
 
 class ViewGroup(Config):
-    """Views of one size and how they are made: crop, flip, colour jitter, grayscale, blur, solarize, in this order.
+    """Views of one size and how they are made: crop, flip, colour jitter, grayscale, blur, solarize, RandAugment and
+    cutout, in this order.
 
     The defaults are the official DINO's for a view without blur. Whatever takes a probability or a jitter strength
     takes one value, or one per view. Without any of them (`jitter_prob`, `gray_prob`, ... 0) a view is only normalised.
+
+    RandAugment is FixMatch's: each operation one of identity, brightness, colour, contrast, sharpness (all 0.05 to
+    0.95), rotation (30 degrees to either side), shear and translation in x and y (0.3 to either side), posterize (4 to
+    7 bits), solarize (any threshold), autocontrast and equalize, all equally likely, with a magnitude uniform in its
+    range; Pillow's operations on 8-bit images, with the nearest pixel and black where the image runs out.
     """
 
     count: int = 1
@@ -84,6 +92,10 @@ class ViewGroup(Config):
     """Probability of solarization: values from the threshold on are inverted."""
     solarize_threshold: float = 128 / 255
     """Where solarization starts; 0 is black, 1 white."""
+    rand_augment: int = 0
+    """Random operations one after the other, each of random magnitude (FixMatch's strong view has 2)."""
+    cutout: tuple[float, float] = (0.0, 0.0)
+    """Smallest and largest side of a gray square at a random place, as a fraction of the view."""
 
     @model_validator(mode="after")
     def _check(self) -> ViewGroup:
@@ -96,6 +108,10 @@ class ViewGroup(Config):
         """One value for each of the `count` views."""
         values = value if isinstance(value, tuple) else (value,)
         return values * self.count if len(values) == 1 else values
+
+    def num_uniforms(self) -> int:
+        """How many uniforms one view of one image consumes."""
+        return UNIFORMS_PER_VIEW + UNIFORMS_PER_ROUND * self.rand_augment + CUTOUT_UNIFORMS * (self.cutout[1] > 0)
 
     def blur_kernel_size(self) -> int:
         """Width of the blur's kernel in pixels, at most what reflecting a view of this size allows."""
@@ -142,5 +158,7 @@ class ViewGroup(Config):
                 kernel,
             ),
             (0 <= self.solarize_threshold <= 1, "solarize_threshold", "between 0 and 1", self.solarize_threshold),
+            (self.rand_augment >= 0, "rand_augment", "0 or more", self.rand_augment),
+            (0 <= self.cutout[0] <= self.cutout[1] <= 1, "cutout", "an increasing pair in [0, 1]", self.cutout),
         )
         return [f"{name} must be {needed}. Got {got}." for holds, name, needed, got in checks if not holds]

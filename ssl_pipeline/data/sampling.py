@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE = (np.uint64(domain) for domain in (1, 2, 3, 4))
+SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE, LABELLED, SPLIT = (np.uint64(domain) for domain in range(1, 7))
 CACHED_EPOCHS = 2  # a batch may straddle the end of an epoch
 CACHED_BLOCKS = 4
 

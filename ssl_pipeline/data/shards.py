@@ -100,6 +100,10 @@ class ShardIndex:
         with mmap.mmap(self._open[shard][0].fileno(), 0, access=mmap.ACCESS_READ) as data:
             return key_at(data, row[3], shard=name)
 
+    def labels(self) -> NDArray[np.int64]:
+        """The labels of all samples (N,), -1 for none; no image is read."""
+        return np.concatenate([self._opened(shard)[1][:, 2] for shard in range(len(self._entries))])
+
     def _row(self, sample: int) -> tuple[int, list[int]]:
         if not 0 <= sample < len(self):
             raise IndexError(f"sample must lie in [0, {len(self)}). Got {sample}.")

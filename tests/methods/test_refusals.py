@@ -1,0 +1,58 @@
+"""What a run is refused for before its first step, and in which words."""
+
+from __future__ import annotations
+
+import pytest
+from accelerate.state import AcceleratorState
+from tiny import write_shards
+
+from pretrain import RECIPES, PretrainConfig, pretrain
+from ssl_pipeline.config import ConfigError, load
+
+WIDTHS = {
+    "cifar10_byol_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
+    "cifar10_moco_resnet18": ["projector_hidden_dim", "projector_dim"],
+    "cifar10_simsiam_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
+    "mae_vitb16": ["decoder_dim"],
+}
+
+
+def refusal(folder, recipe, *settings, batch_size=8):
+    """What the command prints after `error: `; no step is made, and no weight saved."""
+    shards = write_shards(folder / "shards")
+    small = [f"method.{width}=16" for width in WIDTHS[recipe]]
+    run = [f"data.shards={shards}", "data.workers=0", f"output={folder / 'run'}", "knn=null"]
+    run += [f"data.batch_size={batch_size}", "train.precision=no", "train.epochs=null", "train.steps=1"]
+    config = load(PretrainConfig, [f"recipe={recipe}", *run, *small, *settings], recipes=RECIPES)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(ConfigError) as error:
+            pretrain(config)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not (folder / "run" / "checkpoints").exists()
+    return str(error.value)
+
+
+def test_a_queue_that_the_global_batch_does_not_divide(tmp_path):
+    sentence = refusal(tmp_path, "cifar10_moco_resnet18", "train.accumulate=3")
+    assert sentence == (
+        "method.queue_size must be a multiple of the 48 keys that a step brings (global batch 24). Got 4096; try 4080."
+    )
+
+
+@pytest.mark.parametrize("recipe", ["cifar10_byol_resnet18", "cifar10_moco_resnet18", "cifar10_simsiam_resnet18"])
+def test_batch_norm_over_a_single_image(tmp_path, recipe):
+    sentence = refusal(tmp_path, recipe, "train.accumulate=4", batch_size=1)
+    assert "with resnet18 has batch norm, which needs more than one image. Got data.batch_size=1" in sentence
+
+
+def test_mae_on_a_cnn(tmp_path):
+    settings = ["backbone.name=resnet18", "backbone.initial_weights=null", "backbone.fixed_positions=false"]
+    sentence = refusal(tmp_path, "mae_vitb16", *settings)
+    assert sentence == "MAE needs a backbone with patch tokens (a ViT). 'resnet18' has none."
+
+
+def test_local_crops_for_a_method_without_them(tmp_path):
+    sentence = refusal(tmp_path, "cifar10_byol_resnet18", "augment.local={count: 2, size: 16}")
+    assert sentence == "Byol has no use for the view group augment.local. It reads view."
