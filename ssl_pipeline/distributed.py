@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -71,6 +73,14 @@ def max_over_ranks(local: Tensor) -> Tensor:
         local = local.clone()
         dist.all_reduce(local, op=dist.ReduceOp.MAX)
     return local
+
+
+@torch.no_grad()
+def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Overwrite each tensor, in place, by that of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def peer_failure(error: Exception) -> RunError | None:

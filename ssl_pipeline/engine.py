@@ -34,7 +34,15 @@ from ssl_pipeline.data.sampling import hash64
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
 from ssl_pipeline.data.workers import worker_death
-from ssl_pipeline.distributed import gather, max_over_ranks, mean_over_ranks, peer_failure, rank, world_size
+from ssl_pipeline.distributed import (
+    copy_from_first_rank,
+    gather,
+    max_over_ranks,
+    mean_over_ranks,
+    peer_failure,
+    rank,
+    world_size,
+)
 from ssl_pipeline.interruption import Interruption
 from ssl_pipeline.methods.base import Method, StepOutput
 from ssl_pipeline.optim import OptimConfig, build_optimizer, prepare_gradients, write_values
@@ -338,6 +346,8 @@ class _Loop:
             row["gradient_norm"] = float(self.gradient_norm)
             row["images_per_second"] = self.images / elapsed
             row["data_wait"] = self.waited / elapsed
+            if monitors:  # plain batch norm has statistics of its own on each rank; saved are those of rank 0
+                copy_from_first_rank(self.run.method.backbone.buffers())
             for monitor in monitors:
                 row |= monitor(_Watched(self.run.method.backbone, self._sign_of_life), done)
             self.tracker.log(row)

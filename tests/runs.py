@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -17,17 +17,21 @@ from unittest import mock
 
 import torch
 import yaml
-from tiny import VIT, GlobalNoise, row
+from tiny import VIT, GlobalNoise, make_method, row
 from torch import Tensor
 
 import pretrain
 import ssl_pipeline.engine as engine
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints
-from ssl_pipeline.config import run_command
+from ssl_pipeline.config import run_command, validate
+from ssl_pipeline.data.shards import open_shards
 from ssl_pipeline.data.stream import CropBatch, DataConfig
 from ssl_pipeline.distributed import rank
+from ssl_pipeline.optim import OptimConfig
+from ssl_pipeline.run_directory import RunDirectory
 
 SGD = {"name": "sgd", "lr": {"value": 0.05, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
 ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
@@ -89,6 +93,39 @@ def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Te
 def _pretrain(argv: list[str]) -> int:
     return run_command(
         pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv, recipes=pretrain.RECIPES
+    )
+
+
+def make_run(
+    output: Path,
+    name: str,
+    shards: Path,
+    *,
+    backbone: BackboneConfig = VIT,
+    batch_size: int = 8,
+    optim: Mapping[str, object] = SGD,
+    monitors: Sequence[engine.Monitor] = (),
+    directory: RunDirectory | None = None,
+    seed: int = 0,
+    **train: object,
+) -> engine.Run:
+    """What `pretrain.py` gives the engine, for the method `name` in its smallest form."""
+    output.mkdir(parents=True, exist_ok=True)
+    config = validate(engine.TrainConfig, {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0} | train)
+    return engine.Run(
+        method=make_method(name, backbone=backbone, seed=seed),
+        index=open_shards(shards),
+        augment={group: ViewGroup(count=count, size=size) for group, (count, size) in row(name).views.items()},
+        data=DataConfig(shards=str(shards), batch_size=batch_size, workers=0),
+        optim=validate(OptimConfig, dict(optim)),
+        config=config,
+        accelerator=engine.start_accelerator(config),
+        output=output,
+        directory=directory,
+        settings="",
+        identity={},
+        monitors=monitors,
+        seed=seed,
     )
 
 

@@ -14,18 +14,31 @@ from torch import Tensor
 
 from ssl_pipeline.augment.crops import crop_and_resize, crop_boxes
 from ssl_pipeline.augment.photometric import draw_parameters
-from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, ViewGroup
+from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import Config
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.sampling import SUBSTITUTE, Order, hash64, rank_positions, uniforms
+from ssl_pipeline.data.sampling import LABELLED, SUBSTITUTE, Order, hash64, rank_positions, uniforms
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.workers import read_batches
 
 # V views of each of B images, P photometric parameters, S pixels
 MAX_SUBSTITUTES = 16
 CHUNK_PIXELS = 16_000_000  # decoded and not yet cropped, per worker: 48 MB whatever the batch size
+
+
+class LabelledConfig(Config):
+    """Where a semi-supervised method's labelled images come from; they are read as `data` says.
+
+    They may be fewer than a batch, which then holds some of them more than once. One that cannot be decoded always
+    stops the run.
+    """
+
+    shards: str
+    """Directory of WebDataset shards with labels; data_tools.split_labels makes them."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Labelled images per process and micro-batch, beside data.batch_size unlabelled ones."""
 
 
 class DataConfig(Config):
@@ -49,6 +62,8 @@ class DataConfig(Config):
     """Subtracted from red, green and blue in [0, 1]; ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """What red, green and blue are divided by after that; ImageNet's."""
+    labelled: LabelledConfig | None = None
+    """A second, labelled set of images, for methods such as FixMatch."""
 
 
 @dataclass
@@ -56,7 +71,8 @@ class CropBatch:
     """One process's share of a micro-batch, ready for the photometric part on the device.
 
     Per group crops (V,B,3,S,S) uint8 and photometric parameters (V,B,P) float32; labels (B,) int64, -1 = none; index
-    (B,) int64, the sample ids; `bad` lists the samples that others stand in for.
+    (B,) int64, the sample ids; `bad` lists the samples that others stand in for; `labelled` is a batch of the labelled
+    set, if there is one.
     """
 
     crops: dict[str, Tensor]
@@ -64,6 +80,7 @@ class CropBatch:
     labels: Tensor
     index: Tensor
     bad: list[BadSample]
+    labelled: "CropBatch | None" = None
 
     def pin_memory(self) -> "CropBatch":
         """The same batch in page-locked memory, from which copies to a GPU run in the background."""
@@ -85,6 +102,7 @@ class CropBatch:
             },
             labels=self.labels.to(device, non_blocking=non_blocking),
             index=self.index.to(device, non_blocking=non_blocking),
+            labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
         )
 
 
@@ -98,14 +116,16 @@ def open_stream(
     rank: int,
     world_size: int,
     batches: int | None = None,
+    repeat: bool = False,
 ) -> Iterator[CropBatch]:
     """This rank's share of each micro-batch from `position` on: `batches` of them, or without end.
 
     Item m holds its slice of positions [position + m*G, position + (m+1)*G), G = batch_size * world_size. What it
-    holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions.
+    holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Data sets smaller
+    than G are refused, unless samples may `repeat` within a batch.
     """
     step = config.batch_size * world_size
-    if step > len(index):
+    if step > len(index) and not repeat:
         processes = f" on {world_size} processes" if world_size > 1 else ""
         raise DataError(
             f"data.batch_size={config.batch_size}{processes} is larger than the data set: '{index.folder}' has "
@@ -116,6 +136,50 @@ def open_stream(
     reader = CropReader(index, groups, config, seed=seed)
     pin_memory = torch.cuda.is_available()
     return read_batches(reader, slices, workers=config.workers, prefetch=config.prefetch, pin_memory=pin_memory)
+
+
+def open_labelled_stream(
+    index: ShardIndex,
+    groups: Mapping[str, ViewGroup],
+    config: DataConfig,
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    accumulate: int,
+) -> Iterator[CropBatch]:
+    """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
+
+    Each step takes the next batch_size * world_size * accumulate positions of an order of its own, so that the step
+    is all there is to remember.
+    """
+    assert config.labelled is not None
+    own = config.model_copy(
+        update={
+            "shards": config.labelled.shards,
+            "batch_size": config.labelled.batch_size,
+            "workers": min(config.workers, 1),
+            "bad_samples": "stop",
+            "labelled": None,
+        }
+    )
+    return open_stream(
+        index,
+        groups,
+        own,
+        seed=int(hash64(seed, LABELLED)),
+        position=step * own.batch_size * world_size * accumulate,
+        rank=rank,
+        world_size=world_size,
+        repeat=True,
+    )
+
+
+def with_labelled(stream: Iterator[CropBatch], labelled: Iterator[CropBatch]) -> Iterator[CropBatch]:
+    """Each batch of `stream` with the next one of `labelled`."""
+    for batch in stream:
+        yield replace(batch, labelled=next(labelled))
 
 
 class CropReader:
@@ -151,7 +215,7 @@ class CropReader:
     ) -> NDArray[np.float64]:
         # the stream is the group's name: adding a group changes no other
         stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        return uniforms(self.seed, epochs_B, samples_B, views=group.count, count=UNIFORMS_PER_VIEW, stream=stream)
+        return uniforms(self.seed, epochs_B, samples_B, views=group.count, count=group.num_uniforms(), stream=stream)
 
     def _decoded(
         self, samples: list[int], labels: list[int], taken: list[int], bad: list[BadSample]

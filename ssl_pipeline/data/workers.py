@@ -60,6 +60,8 @@ def worker_death(error: Exception) -> DataError | None:
     Torch also raises it from a signal handler, wherever the trainer happens to be, so an engine may want to ask.
     """
     lines = str(error).splitlines() or [type(error).__name__]
+    if not isinstance(error, ConnectionError | EOFError | RuntimeError):
+        return None
     if isinstance(error, RuntimeError) and not lines[0].startswith("DataLoader worker"):
         return None
     return DataError(
