@@ -19,7 +19,7 @@ from ssl_pipeline.config import Config
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.sampling import LABELLED, SUBSTITUTE, Order, hash64, rank_positions, uniforms
+from ssl_pipeline.data.sampling import SUBSTITUTE, Order, hash64, rank_positions, uniforms
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.workers import read_batches
 
@@ -136,50 +136,6 @@ def open_stream(
     reader = CropReader(index, groups, config, seed=seed)
     pin_memory = torch.cuda.is_available()
     return read_batches(reader, slices, workers=config.workers, prefetch=config.prefetch, pin_memory=pin_memory)
-
-
-def open_labelled_stream(
-    index: ShardIndex,
-    groups: Mapping[str, ViewGroup],
-    config: DataConfig,
-    *,
-    seed: int,
-    step: int,
-    rank: int,
-    world_size: int,
-    accumulate: int,
-) -> Iterator[CropBatch]:
-    """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
-
-    Each step takes the next batch_size * world_size * accumulate positions of an order of its own, so that the step
-    is all there is to remember.
-    """
-    assert config.labelled is not None
-    own = config.model_copy(
-        update={
-            "shards": config.labelled.shards,
-            "batch_size": config.labelled.batch_size,
-            "workers": min(config.workers, 1),
-            "bad_samples": "stop",
-            "labelled": None,
-        }
-    )
-    return open_stream(
-        index,
-        groups,
-        own,
-        seed=int(hash64(seed, LABELLED)),
-        position=step * own.batch_size * world_size * accumulate,
-        rank=rank,
-        world_size=world_size,
-        repeat=True,
-    )
-
-
-def with_labelled(stream: Iterator[CropBatch], labelled: Iterator[CropBatch]) -> Iterator[CropBatch]:
-    """Each batch of `stream` with the next one of `labelled`."""
-    for batch in stream:
-        yield replace(batch, labelled=next(labelled))
 
 
 class CropReader:

@@ -45,7 +45,9 @@ def read_batches(
                 item = next(iterator)
             except StopIteration:
                 return
-            except (RuntimeError, ConnectionError, EOFError) as error:
+            except (ConnectionError, EOFError) as error:
+                raise _died(error) from None
+            except RuntimeError as error:
                 raise worker_death(error) or error from None
             if isinstance(item, _Failure):
                 raise DataError(item.sentence)
@@ -59,11 +61,12 @@ def worker_death(error: Exception) -> DataError | None:
 
     Torch also raises it from a signal handler, wherever the trainer happens to be, so an engine may want to ask.
     """
+    is_death = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    return _died(error) if is_death else None
+
+
+def _died(error: Exception) -> DataError:
     lines = str(error).splitlines() or [type(error).__name__]
-    if not isinstance(error, ConnectionError | EOFError | RuntimeError):
-        return None
-    if isinstance(error, RuntimeError) and not lines[0].startswith("DataLoader worker"):
-        return None
     return DataError(
         f"A data worker died: {lines[0].rstrip('. ')}. The machine may have run out of memory or of /dev/shm; "
         "try fewer data.workers or a smaller data.prefetch."

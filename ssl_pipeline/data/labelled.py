@@ -1,0 +1,53 @@
+"""The labelled images of a semi-supervised method: a second endless stream in step with the first."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data.sampling import LABELLED, hash64
+from ssl_pipeline.data.shards import ShardIndex
+from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
+
+
+def open_labelled_stream(
+    index: ShardIndex,
+    groups: Mapping[str, ViewGroup],
+    config: DataConfig,
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    accumulate: int,
+) -> Iterator[CropBatch]:
+    """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
+
+    Each step takes the next batch_size * world_size * accumulate positions of an order of its own, so that the step
+    is all there is to remember.
+    """
+    assert config.labelled is not None
+    own = config.model_copy(
+        update={
+            "shards": config.labelled.shards,
+            "batch_size": config.labelled.batch_size,
+            "workers": min(config.workers, 1),
+            "bad_samples": "stop",
+            "labelled": None,
+        }
+    )
+    return open_stream(
+        index,
+        groups,
+        own,
+        seed=int(hash64(seed, LABELLED)),
+        position=step * own.batch_size * world_size * accumulate,
+        rank=rank,
+        world_size=world_size,
+        repeat=True,
+    )
+
+
+def with_labelled(stream: Iterator[CropBatch], labelled: Iterator[CropBatch]) -> Iterator[CropBatch]:
+    """Each batch of `stream` with the next one of `labelled`."""
+    for batch in stream:
+        yield replace(batch, labelled=next(labelled))
