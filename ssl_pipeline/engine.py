@@ -30,6 +30,7 @@ from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints, optimizer_tensors
 from ssl_pipeline.config import Config, ConfigError, RunError
 from ssl_pipeline.data.bad_samples import BadSampleLog
+from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
 from ssl_pipeline.data.sampling import hash64
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
@@ -119,6 +120,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "Launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
         )
     has_gpu = torch.cuda.is_available()
+    if config.precision == "fp16" and not has_gpu:
+        raise ConfigError("train.precision=fp16 needs a GPU, and there is none here. Try train.precision=no or bf16.")
     accelerator = Accelerator(
         cpu=not has_gpu,
         mixed_precision=config.precision,
@@ -165,6 +168,7 @@ class Run:
     directory: RunDirectory | None  # rank 0 alone
     settings: str  # YAML for config.yaml, written once it is clear that the run in `output` may be continued
     identity: Mapping[str, str]  # what a checkpoint must share with this run to be continued
+    labelled_index: ShardIndex | None = None  # for methods with labelled views
     monitors: Sequence[Monitor] = ()
     seed: int = 0
     wandb: bool = False
@@ -239,17 +243,7 @@ class _Loop:
     def go(self, position: int) -> int:
         """Step until the end of the run or until a signal; returns the signal."""
         self.position = position
-        micro_batches = math.ceil((self.clock.end - position) / self.clock.global_batch) * self.run.config.accumulate
-        stream = open_stream(
-            self.run.index,
-            dict(self.run.augment),
-            self.run.data,
-            seed=self.run.seed,
-            position=position,
-            rank=rank(),
-            world_size=world_size(),
-            batches=micro_batches,
-        )
+        stream = self._open_stream(position)
         self.bad_samples = BadSampleLog(
             self.run.output / "bad_samples.jsonl", budget=self.run.data.bad_sample_budget, total=len(self.run.index)
         )
@@ -274,6 +268,34 @@ class _Loop:
                 self._save(done)
         self.write_status("done")
         return 0
+
+    def _open_stream(self, position: int) -> Iterator[CropBatch]:
+        """The micro-batches from a position to the end of the run, with their labelled ones where the method has any."""
+        run, method = self.run, self.run.method
+        read = {*method.view_groups, *method.optional_view_groups}
+        stream = open_stream(
+            run.index,
+            {name: group for name, group in run.augment.items() if name in read},
+            run.data,
+            seed=run.seed,
+            position=position,
+            rank=rank(),
+            world_size=world_size(),
+            batches=math.ceil((self.clock.end - position) / self.clock.global_batch) * run.config.accumulate,
+        )
+        if run.labelled_index is None:
+            return stream
+        labelled = open_labelled_stream(
+            run.labelled_index,
+            {name: run.augment[name] for name in method.labelled_view_groups},
+            run.data,
+            seed=run.seed,
+            step=position // self.clock.global_batch,
+            rank=rank(),
+            world_size=world_size(),
+            accumulate=run.config.accumulate,
+        )
+        return with_labelled(stream, labelled)
 
     def _accumulate(self, stream: Iterator[CropBatch], progress: Progress) -> tuple[list[StepOutput], Tensor]:
         """Forward and backward over the micro-batches of one step; the gradients are those of their mean loss."""
@@ -404,10 +426,11 @@ class _Watched(nn.Module):
 def make_batch(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
     """The photometric half of augmentation, on the device that the crops are on."""
     views = {
-        name: apply_photometric(crops.crops[name], crops.parameters[name], group, mean=data.mean, std=data.std)
-        for name, group in augment.items()
+        name: apply_photometric(images, crops.parameters[name], augment[name], mean=data.mean, std=data.std)
+        for name, images in crops.crops.items()
     }
-    return Batch(views, crops.labels, crops.index)
+    labelled = make_batch(crops.labelled, augment, data) if crops.labelled is not None else None
+    return Batch(views, crops.labels, crops.index, labelled)
 
 
 def seed_everything(*key: int) -> None:
