@@ -17,13 +17,15 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import nn
 
+from eval.classifier import ClassifierMonitor, ClassifierMonitorConfig
 from eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone, save_backbone
 from ssl_pipeline.config import Config, ConfigError, dump, read_yaml, run_command, validate
 from ssl_pipeline.data.shards import ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig
-from ssl_pipeline.engine import Run, TrainConfig, start_accelerator, start_clock, train
+from ssl_pipeline.distributed import peer_failures_in_one_line
+from ssl_pipeline.engine import Monitor, Run, TrainConfig, start_accelerator, start_clock, train
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim import OptimConfig
@@ -56,6 +58,8 @@ class PretrainConfig(Config):
     """Length, precision, checkpoints."""
     knn: KnnMonitorConfig | None = None
     """k-NN accuracy during training; leave out for images without labels."""
+    classifier: ClassifierMonitorConfig | None = None
+    """Accuracy of the method's own classifier during training, for methods that have one."""
     wandb: bool = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
 
@@ -74,10 +78,12 @@ def pretrain(config: PretrainConfig) -> int:
     """Run the settings to the end; returns the exit code, 128 + the signal number if one stopped it."""
     with ExitStack() as stack:
         accelerator = start_accelerator(config.train)
+        stack.enter_context(peer_failures_in_one_line())
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_view_groups(method, config.augment)
+        check_labelled_settings(method, config)
         output = config.run_directory
         identity = _identity(config)
         directory = None
@@ -86,17 +92,21 @@ def pretrain(config: PretrainConfig) -> int:
             _refuse_other_run(directory, identity)
         index = open_shards(config.data.shards)
         identity["images"] = str(len(index))
+        labelled_index = open_labelled_images(method, config.data)
+        if labelled_index is not None:
+            identity["labelled images"] = str(len(labelled_index))
         clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
         method.check(global_batch=clock.global_batch)
         check_batch_norm(method, config, accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
-        monitors = [_knn_monitor(config, preprocessing, accelerator)] if config.knn is not None else []
+        monitors = _monitors(config, method, preprocessing, accelerator)
         if directory is not None:
             describe(config, method, index, accelerator.num_processes, output)
         signal_number = train(
             Run(
                 method=method,
                 index=index,
+                labelled_index=labelled_index,
                 augment=config.augment,
                 data=config.data,
                 optim=config.optim,
@@ -135,6 +145,41 @@ def check_view_groups(method: Method, augment: Mapping[str, ViewGroup]) -> None:
             )
 
 
+def check_labelled_settings(method: Method, config: PretrainConfig) -> None:
+    """Raises ConfigError if a method lacks the labelled images that it needs, or is given what it has no use for."""
+    name = type(method).__name__
+    if method.labelled_view_groups and config.data.labelled is None:
+        raise ConfigError(
+            f"{name} needs labelled images: set data.labelled.shards=DIR "
+            "(python -m data_tools.split_labels makes them)."
+        )
+    if not method.labelled_view_groups and config.data.labelled is not None:
+        raise ConfigError(f"{name} has no use for data.labelled. Leave it out, or set data.labelled=null.")
+    if method.classifier is None and config.classifier is not None:
+        raise ConfigError(f"{name} learns no classifier to measure. Leave classifier out; knn suits any method.")
+
+
+def open_labelled_images(method: Method, data: DataConfig) -> ShardIndex | None:
+    """The labelled images of a semi-supervised method; ConfigError if a label is missing or beyond its classes."""
+    if data.labelled is None:
+        return None
+    shards = data.labelled.shards
+    index = open_shards(shards)
+    if not index.has_labels:
+        raise ConfigError(f"data.labelled.shards={shards} has images without labels; all of them need one.")
+    if index.class_names is not None and len(index.class_names) != method.num_classes:
+        raise ConfigError(
+            f"method.num_classes must be the number of classes of data.labelled.shards={shards}, "
+            f"{len(index.class_names)}. Got {method.num_classes}."
+        )
+    largest = int(index.labels().max())
+    if largest >= method.num_classes:
+        raise ConfigError(
+            f"method.num_classes={method.num_classes} is too small: data.labelled.shards={shards} has label {largest}."
+        )
+    return index
+
+
 def check_batch_norm(method: Method, config: PretrainConfig, num_processes: int) -> None:
     """Raises ConfigError if a batch norm of the method would see one image at a time."""
     num_images = config.data.batch_size * (num_processes if config.train.sync_batch_norm else 1)
@@ -156,10 +201,15 @@ def describe(config: PretrainConfig, method: Method, index: ShardIndex, num_proc
     clock = start_clock(index, config.data, config.train)
     progress = clock.progress(0)
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    labelled = ""
+    if config.data.labelled is not None:
+        beside = config.data.labelled.batch_size * num_processes * config.train.accumulate
+        labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
         f"{len(index)} images in {config.data.shards}; global batch {global_batch} = {config.data.batch_size} per "
         f"process * {num_processes} processes * {config.train.accumulate} accumulated\n"
+        f"{labelled}"
         f"{progress.total_steps} steps, {progress.steps_per_epoch:.2f} per epoch; effective learning rate "
         f"{config.optim.effective_lr(global_batch).value:g}\n"
         f"output: {output} (settings in config.yaml, metrics in metrics.jsonl)",
@@ -189,15 +239,33 @@ def _identity(config: PretrainConfig) -> dict[str, str]:
     return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
 
 
-def _knn_monitor(config: PretrainConfig, preprocessing: Preprocessing, accelerator: Accelerator) -> KnnMonitor:
-    assert config.knn is not None
-    return KnnMonitor(
-        config.knn,
-        preprocessing,
-        batch_size=config.data.batch_size,
-        workers=config.data.workers,
-        device=accelerator.device,
-    )
+def _monitors(
+    config: PretrainConfig, method: Method, preprocessing: Preprocessing, accelerator: Accelerator
+) -> list[Monitor]:
+    monitors: list[Monitor] = []
+    if config.knn is not None:
+        monitors.append(
+            KnnMonitor(
+                config.knn,
+                preprocessing,
+                batch_size=config.data.batch_size,
+                workers=config.data.workers,
+                device=accelerator.device,
+            )
+        )
+    if config.classifier is not None:
+        assert method.classifier is not None
+        monitors.append(
+            ClassifierMonitor(
+                config.classifier,
+                preprocessing,
+                classifier=method.classifier,
+                num_classes=method.num_classes,
+                workers=config.data.workers,
+                device=accelerator.device,
+            )
+        )
+    return monitors
 
 
 if __name__ == "__main__":

@@ -88,7 +88,11 @@ def split_labels(config: SplitLabels) -> int:
             workers=1,  # a few images: starting processes would take longer
             description="writing shards",
         )
-        about = {"shards": config.shards, "labels_per_class": config.labels_per_class, "seed": config.seed}
+        about: dict[str, str | int | None] = {
+            "shards": config.shards,
+            "labels_per_class": config.labels_per_class,
+            "seed": config.seed,
+        }
         write_manifest(folder, Manifest(index.class_names, shards, about))
         open_shards(folder)
     print(

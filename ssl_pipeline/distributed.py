@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,15 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+@contextmanager
+def peer_failures_in_one_line() -> Iterator[None]:
+    """Raise RunError for what a collective inside the block raises when another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise (peer_failure(error) or error) from None
 
 
 def peer_failure(error: Exception) -> RunError | None:

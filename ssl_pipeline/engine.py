@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -183,8 +183,8 @@ def train(run: Run) -> int:
     method.to(device)
     optimizer = build_optimizer(method, run.optim)
     checkpoints = Checkpoints(run.output / "checkpoints", keep=run.config.keep_checkpoints, report=_say)
-    identity = {**run.identity, "optimizer": optimizer_identity(method, optimizer)}
-    saved = load_newest(checkpoints, method, optimizer, identity)
+    identity = {**run.identity, **optimizer_identity(method, optimizer)}
+    saved = load_newest(checkpoints, method, optimizer, run.identity)
     position = saved.position if saved is not None else 0
     if run.directory is not None:
         run.directory.write_config(run.settings)
@@ -270,7 +270,7 @@ class _Loop:
         return 0
 
     def _open_stream(self, position: int) -> Iterator[CropBatch]:
-        """The micro-batches from a position to the end of the run, with their labelled ones where the method has any."""
+        """The micro-batches from a position to the end of the run, each with its labelled one if there is any."""
         run, method = self.run, self.run.method
         read = {*method.view_groups, *method.optional_view_groups}
         stream = open_stream(
@@ -425,12 +425,16 @@ class _Watched(nn.Module):
 
 def make_batch(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
     """The photometric half of augmentation, on the device that the crops are on."""
+    labelled = _make_part(crops.labelled, augment, data) if crops.labelled is not None else None
+    return replace(_make_part(crops, augment, data), labelled=labelled)
+
+
+def _make_part(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
     views = {
         name: apply_photometric(images, crops.parameters[name], augment[name], mean=data.mean, std=data.std)
         for name, images in crops.crops.items()
     }
-    labelled = make_batch(crops.labelled, augment, data) if crops.labelled is not None else None
-    return Batch(views, crops.labels, crops.index, labelled)
+    return Batch(views, crops.labels, crops.index)
 
 
 def seed_everything(*key: int) -> None:

@@ -28,6 +28,7 @@ def load_newest(
     if saved is not None:
         check_identity(output, saved.facts, identity)
         _check_tensors(output, saved, method)
+        check_identity(output, saved.facts, optimizer_identity(method, optimizer))
     _check_ranks_agree(output, -1 if saved is None else saved.position, next(method.parameters()).device)
     if saved is not None:
         method.load_state_dict(saved.tensors["method"])
@@ -35,12 +36,12 @@ def load_newest(
     return saved
 
 
-def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> str:
-    """The update rule and, as a hash, the trained parameters in the order in which a checkpoint numbers them."""
+def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """A fact: the update rule and, hashed, the trained parameters in the order in which a checkpoint numbers them."""
     name_of = {parameter: name for name, parameter in method.named_parameters()}
     names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
-    return f"{type(optimizer).__name__} on {len(names)} tensors ({digest})"
+    return {"optimizer": f"{type(optimizer).__name__} on {len(names)} tensors ({digest})"}
 
 
 def check_identity(output: Path, there: Mapping[str, object], here: Mapping[str, str]) -> None:

@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from unittest import mock
 
 import torch
 import yaml
-from tiny import VIT, GlobalNoise, make_method, row
+from tiny import CONFIGS, VIT, GlobalNoise, make_method, row
 from torch import Tensor
 
 import pretrain
@@ -26,14 +26,15 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints
-from ssl_pipeline.config import run_command, validate
+from ssl_pipeline.config import Tree, run_command, validate
 from ssl_pipeline.data.shards import open_shards
 from ssl_pipeline.data.stream import CropBatch, DataConfig
 from ssl_pipeline.distributed import rank
+from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.optim import OptimConfig
 from ssl_pipeline.run_directory import RunDirectory
 
-SGD = {"name": "sgd", "lr": {"value": 0.05, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
+SGD = {"name": "sgd", "lr": {"value": 0.02, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
 ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
 
 
@@ -46,6 +47,7 @@ class Happening:
     record: files (suffix: the rank) that get the sample ids of each micro-batch.
     slow_save: a file that appears when a checkpoint is half written; the process then waits to be killed.
     global_noise: masks are the rank's rows of those of the global batch.
+    float64: everything behind the augmentation is computed in double precision.
     """
 
     what: str = ""
@@ -54,6 +56,7 @@ class Happening:
     record: Path | None = None
     slow_save: Path | None = None
     global_noise: bool = False
+    float64: bool = False
 
 
 def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Path:
@@ -62,7 +65,7 @@ def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Pat
         "method": {"name": name, **row(name).settings},
         "backbone": VIT.model_dump(mode="json", include={"name", "arguments"}),
         "augment": {group: {"count": count, "size": size} for group, (count, size) in row(name).views.items()},
-        "data": {"shards": str(shards), "batch_size": 8, "workers": 0},
+        "data": _data(name, shards, batch_size=8),
         "optim": ADAMW,
         "train": {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0},
     }
@@ -96,6 +99,15 @@ def _pretrain(argv: list[str]) -> int:
     )
 
 
+def needs_labels(name: str) -> bool:
+    return bool(METHODS[CONFIGS[name]].labelled_view_groups)
+
+
+def _data(name: str, shards: Path, *, batch_size: int) -> Tree:
+    data: Tree = {"shards": str(shards), "batch_size": batch_size, "workers": 0}
+    return data | ({"labelled": {"shards": str(shards), "batch_size": batch_size // 2}} if needs_labels(name) else {})
+
+
 def make_run(
     output: Path,
     name: str,
@@ -111,12 +123,14 @@ def make_run(
 ) -> engine.Run:
     """What `pretrain.py` gives the engine, for the method `name` in its smallest form."""
     output.mkdir(parents=True, exist_ok=True)
+    data = validate(DataConfig, _data(name, shards, batch_size=batch_size))
     config = validate(engine.TrainConfig, {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0} | train)
     return engine.Run(
         method=make_method(name, backbone=backbone, seed=seed),
         index=open_shards(shards),
+        labelled_index=open_shards(data.labelled.shards) if data.labelled is not None else None,
         augment={group: ViewGroup(count=count, size=size) for group, (count, size) in row(name).views.items()},
-        data=DataConfig(shards=str(shards), batch_size=batch_size, workers=0),
+        data=data,
         optim=validate(OptimConfig, dict(optim)),
         config=config,
         accelerator=engine.start_accelerator(config),
@@ -172,6 +186,8 @@ def happens(happening: Happening) -> Iterator[None]:
         if happening.record is not None:
             with happening.record.with_suffix(f".{rank()}").open("a") as file:
                 file.write(json.dumps(batch.index.tolist()) + "\n")
+        if happening.float64:
+            batch = _double(batch)
         if next(made) == happening.at and happening.on_rank in (None, rank()):
             _happen(happening.what, next(iter(batch.views.values())))
         return batch
@@ -183,12 +199,19 @@ def happens(happening: Happening) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(engine, "make_batch", make_batch))
+        if happening.float64:
+            stack.enter_context(mock.patch.object(pretrain, "build_method", lambda *a: build_method(*a).double()))
         if happening.global_noise:
             noise = GlobalNoise(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
             stack.enter_context(mock.patch("torch.rand", noise))
         if happening.slow_save is not None:
             stack.enter_context(mock.patch("ssl_pipeline.checkpoint._write_manifest", write_manifest))
         yield
+
+
+def _double(batch: Batch) -> Batch:
+    views = {name: tensor.double() for name, tensor in batch.views.items()}
+    return replace(batch, views=views, labelled=_double(batch.labelled) if batch.labelled is not None else None)
 
 
 def _happen(what: str, views: Tensor) -> None:

@@ -78,7 +78,7 @@ def test_a_hang_ends_the_process_with_its_stacks():
 
 
 def test_signs_of_life_put_the_end_off():
-    assert start(wait_with_signs, 0.6, 0.3).wait() == 0
+    assert start(wait_with_signs, 1.5, 1.0).wait() == 0
 
 
 def test_a_timeout_of_zero_waits_for_ever():
@@ -92,4 +92,4 @@ def outlive(timeout: float) -> None:
 
 
 def test_nothing_ends_the_process_once_training_is_over():
-    assert start(outlive, 0.2).wait() == 0
+    assert start(outlive, 0.5).wait() == 0

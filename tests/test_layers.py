@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 # lowest row first; a module may import its own row and those below
 ROWS = [
     "config schedule distributed atomic interruption",
-    "batch positions weights initialisation wide_resnet backbones heads teacher memory masking sync_batch_norm losses augment data",
+    "batch positions weights initialisation wide_resnet backbones heads teacher memory masking sync_batch_norm losses "
+    "augment data",
     "methods",
     "optim lars checkpoint resume tracking run_directory",
     "engine",

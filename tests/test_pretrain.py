@@ -400,3 +400,12 @@ def test_two_processes_take_the_settings_of_one(tmp_path, recipe):
     assert run_together(recipe, f"output={tmp_path}", "data.batch_size=4", "train.steps=2")[0] == [0, 0]
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert saved["data"]["batch_size"] == 4
+
+
+def test_a_refusal_on_the_first_rank_is_no_traceback_on_the_others(tmp_path, recipe):
+    with RunDirectory(tmp_path):
+        codes, printed = run_together(recipe, f"output={tmp_path}", "data.batch_size=4")
+    assert codes == [2, 1]
+    assert "is in use by another run" in printed
+    assert "error on rank 1: Another process of this run has ended" in printed
+    assert "Traceback" not in printed

@@ -19,6 +19,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tiny import write_shards
 
 from pretrain import RECIPES, PretrainConfig, check_view_groups, pretrain
 from ssl_pipeline.backbones import create_backbone
@@ -231,7 +232,13 @@ def fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def tiny(name: str, shards: Path, output: Path) -> PretrainConfig:
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five images of three classes: fewer than a batch."""
+    return write_shards(tmp_path_factory.mktemp("labelled") / "shards", (5,))
+
+
+def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfig:
     """The recipe with sizes that take a CPU a second; its losses, optimizer, schedules and precision stay."""
     plain = recipe(name)
     # with the usual stem a ResNet needs 32 pixels: oneDNN's bf16 gradient of a strided 3x3 convolution over a single
@@ -246,15 +253,18 @@ def tiny(name: str, shards: Path, output: Path) -> PretrainConfig:
         for end, value in TINY.items()
         if key.endswith(end)
     ]
-    where = [f"output={output}", f"data.shards={shards}", "data.batch_size=8", "data.workers=0", "knn=null"]
+    where = [f"output={output}", f"data.shards={shards}", "data.batch_size=8", "data.workers=0"]
+    where += ["knn=null", "classifier=null"]
+    if plain.data.labelled is not None:
+        where += [f"data.labelled.shards={labelled}", "data.labelled.batch_size=8"]
     length = ["train.epochs=null", "train.steps=2", "train.log_every=1"]
     return recipe(name, *sizes, *backbone, *where, *length, *widths)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_takes_a_few_steps(name, shards, tmp_path):
-    config = tiny(name, shards, tmp_path / "run")
+def test_a_recipe_takes_a_few_steps(name, shards, labelled, tmp_path):
+    config = tiny(name, shards, labelled, tmp_path / "run")
     assert pretrain(config) == 0
     run = tmp_path / "run"
     assert json.loads((run / "status.json").read_text())["state"] == "done"

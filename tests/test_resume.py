@@ -29,15 +29,14 @@ def save(folder: Path, *, position: int = 8) -> nn.Module:
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     tensors = {"method": method.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-    identity = {**IDENTITY, "optimizer": optimizer_identity(method, optimizer)}
-    Checkpoints(folder / "checkpoints").save(position // 8, tensors, {**identity, "position": position})
+    facts = {**IDENTITY, **optimizer_identity(method, optimizer), "position": position}
+    Checkpoints(folder / "checkpoints").save(position // 8, tensors, facts)
     return method
 
 
 def load(folder: Path, method: nn.Module, config: OptimConfig = ADAMW):
     optimizer = build_optimizer(method, config)
-    identity = {**IDENTITY, "optimizer": optimizer_identity(method, optimizer)}
-    return load_newest(Checkpoints(folder / "checkpoints"), method, optimizer, identity)
+    return load_newest(Checkpoints(folder / "checkpoints"), method, optimizer, IDENTITY)
 
 
 def test_method_and_optimizer_come_back(tmp_path):
@@ -57,9 +56,6 @@ def test_without_a_checkpoint_nothing_changes(tmp_path):
 def test_another_order_of_parameters_is_refused(tmp_path):
     save(tmp_path)
     method = make_method("simclr")
-    method.backbone, method.projector = method.projector, method.backbone  # same names, other order
-    assert method.backbone is not None
-    method = make_method("simclr")
     modules = method._modules
     method._modules = {name: modules[name] for name in reversed(modules)}
     with pytest.raises(
@@ -70,7 +66,7 @@ def test_another_order_of_parameters_is_refused(tmp_path):
 
 def test_another_rule_is_refused(tmp_path):
     save(tmp_path)
-    with pytest.raises(ConfigError, match="with optimizer AdamW on .* this one has LARS on"):
+    with pytest.raises(ConfigError, match=r"with optimizer AdamW on .* this one has LARS on"):
         load(tmp_path, make_method("simclr"), OptimConfig(name="lars", lr=Schedule(value=1e-3)))
 
 
@@ -100,8 +96,9 @@ def test_the_first_fact_that_differs_is_named(tmp_path):
 def test_damaged_checkpoints_are_an_error(tmp_path):
     save(tmp_path)
     (tmp_path / "checkpoints" / "step-00000001" / "method.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="None of the 1 checkpoints"), pytest.warns(UserWarning):
-        load(tmp_path, make_method("simclr"))
+    checkpoints, method = Checkpoints(tmp_path / "checkpoints", report=lambda _: None), make_method("simclr")
+    with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
+        load_newest(checkpoints, method, build_optimizer(method, ADAMW), IDENTITY)
 
 
 def refusal_on_this_rank(folders: list[Path]) -> str:

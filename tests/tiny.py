@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -41,6 +42,7 @@ TINY = {
         {"num_prototypes": 12, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "freeze_prototypes_for": 1},
         {"global": (2, 16), "local": (3, 8)},
     ),
+    "fixmatch": Tiny({"num_classes": 3, "threshold": 0.4}, {"weak": (1, 16), "strong": (1, 16)}),
     "mae": Tiny({"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}, {"image": (1, 16)}),
     "moco": Tiny({**PROJECTOR, "queue_size": 64, "symmetric": True}, {"view": (2, 16)}),
     "moco_v3": Tiny({**PROJECTOR, "predictor_hidden_dim": 16}, {"view": (2, 16)}),
@@ -64,13 +66,18 @@ def make_method(name: str, *, backbone: BackboneConfig = VIT, seed: int = 0) -> 
 def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
     """Random views for the method `name`; those of its labelled groups in a batch of their own."""
     generator = torch.Generator().manual_seed(seed)
-    views = {
-        group: torch.randn(count, num_images, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
-        for group, (count, size) in row(name).views.items()
-    }
+
+    def draw(groups: Iterable[str]) -> dict[str, torch.Tensor]:
+        sizes = {group: row(name).views[group] for group in groups}
+        return {
+            group: torch.randn(count, num_images, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+            for group, (count, size) in sizes.items()
+        }
+
     labels, index = torch.arange(num_images) % 3, torch.arange(num_images)
-    labelled_groups = METHODS[CONFIGS[name]].labelled_view_groups
-    labelled = {group: views.pop(group) for group in labelled_groups}
+    method = METHODS[CONFIGS[name]]
+    views = draw(group for group in row(name).views if group in (*method.view_groups, *method.optional_view_groups))
+    labelled = draw(method.labelled_view_groups)
     return Batch(views, labels, index, Batch(labelled, labels, index) if labelled else None)
 
 

@@ -62,8 +62,8 @@ def draw_rand_augment(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> ND
     """Parameters (V,B,P) of the rounds and the cutout of `group` from uniforms in [0, 1); runs on the host.
 
     Each round takes one of the operations, all equally likely, with a magnitude uniform in its range. The cutout's
-    square has a side uniform in `cutout` and its centre anywhere; as in the official code it is moved in at the top
-    and at the left, and cut off at the bottom and at the right.
+    square has a side uniform in `cutout` and its centre anywhere; as in TorchSSL it is moved in at the top and at the
+    left, and cut off at the bottom and at the right.
     """
     rounds = group.rand_augment
     split = UNIFORMS_PER_ROUND * rounds

@@ -93,7 +93,8 @@ class ViewGroup(Config):
     solarize_threshold: float = 128 / 255
     """Where solarization starts; 0 is black, 1 white."""
     rand_augment: int = 0
-    """Random operations one after the other, each of random magnitude (FixMatch's strong view has 2)."""
+    """Random operations one after the other, each of random magnitude: identity, brightness, colour, contrast,
+    sharpness, rotate, shear, translate, posterize, solarize, autocontrast, equalize (FixMatch)."""
     cutout: tuple[float, float] = (0.0, 0.0)
     """Smallest and largest side of a gray square at a random place, as a fraction of the view."""
 

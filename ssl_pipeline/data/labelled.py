@@ -39,7 +39,7 @@ def open_labelled_stream(
         index,
         groups,
         own,
-        seed=int(hash64(seed, LABELLED)),
+        seed=int(hash64(seed, LABELLED)) >> 1,
         position=step * own.batch_size * world_size * accumulate,
         rank=rank,
         world_size=world_size,

@@ -11,6 +11,7 @@ from ssl_pipeline.config import Config
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.byol import Byol, ByolConfig
 from ssl_pipeline.methods.dino import Dino, DinoConfig
+from ssl_pipeline.methods.fixmatch import FixMatch, FixMatchConfig
 from ssl_pipeline.methods.mae import Mae, MaeConfig
 from ssl_pipeline.methods.moco import Moco, MocoConfig
 from ssl_pipeline.methods.moco_v3 import MocoV3, MocoV3Config
@@ -20,6 +21,7 @@ from ssl_pipeline.methods.simsiam import Simsiam, SimsiamConfig
 METHODS: dict[type[Config], type[Method]] = {
     ByolConfig: Byol,
     DinoConfig: Dino,
+    FixMatchConfig: FixMatch,
     MaeConfig: Mae,
     MocoConfig: Moco,
     MocoV3Config: MocoV3,

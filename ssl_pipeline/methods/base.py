@@ -54,6 +54,10 @@ class Method(nn.Module):
 
     backbone: nn.Module
     """(B, C, H, W) -> (B, D): what is evaluated and exported; an attribute or a property."""
+    classifier: nn.Module | None = None
+    """Features (B, D) of `backbone` -> (B, num_classes), where a method learns to classify; evaluated with it."""
+    num_classes: int = 0
+    """What the labels of `batch.labelled` must lie below, for methods that have some."""
 
     def check(self, *, global_batch: int) -> None:
         """Raise ConfigError before the first step if the settings do not fit the run.

@@ -93,7 +93,7 @@ class Dino(Method):
             "target_entropy": -torch.special.xlogy(probabilities_TBK, probabilities_TBK).sum(dim=-1).mean(),
             "feature_std": feature_std(teacher_TBK[0]),
         }
-        return StepOutput(loss, metrics, {"teacher_mean": teacher_TBK.float().mean(dim=(0, 1))})
+        return StepOutput(loss, metrics, {"teacher_mean": teacher_TBK.to(self.centre.dtype).mean(dim=(0, 1))})
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

@@ -45,6 +45,9 @@ def test_a_mistake_names_the_group_what_is_needed_and_what_came():
         ({"blur_kernel": 4}, "blur_kernel must be odd and from 1 to 15 for size=8. Got 4."),
         ({"blur_kernel": 17}, "blur_kernel must be odd and from 1 to 15 for size=8. Got 17."),
         ({"solarize_threshold": 128.0}, "solarize_threshold must be between 0 and 1. Got 128.0."),
+        ({"rand_augment": -1}, "rand_augment must be 0 or more. Got -1."),
+        ({"cutout": (0.5, 0.2)}, "cutout must be an increasing pair in [0, 1]. Got (0.5, 0.2)."),
+        ({"cutout": (0.5, 1.5)}, "cutout must be an increasing pair in [0, 1]. Got (0.5, 1.5)."),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, sentence):
