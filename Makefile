@@ -15,6 +15,8 @@ install: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# Idle threads must not spin: on a few cores they would hold up the process that reads the images.
+quickstart: export OMP_WAIT_POLICY = passive
 quickstart: .venv/installed
 	@test -d $(DIGITS)/train || $(BIN)/python -m data_tools.make_shards source=digits split=train output=$(DIGITS)/train
 	@test -d $(DIGITS)/test || $(BIN)/python -m data_tools.make_shards source=digits split=test output=$(DIGITS)/test

@@ -25,12 +25,14 @@ from ssl_pipeline.config import Config, ConfigError, dump, read_yaml, run_comman
 from ssl_pipeline.data.shards import ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.distributed import peer_failures_in_one_line
-from ssl_pipeline.engine import Monitor, Run, TrainConfig, start_accelerator, start_clock, train
+from ssl_pipeline.engine import train
+from ssl_pipeline.launch import start_accelerator
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim import OptimConfig
 from ssl_pipeline.resume import check_identity
 from ssl_pipeline.run_directory import RunDirectory
+from ssl_pipeline.training import Monitor, Run, TrainConfig, start_clock
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -8,19 +8,14 @@ is killed at any moment goes on bit for bit from its newest checkpoint.
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.augment.photometric import apply_photometric
@@ -28,11 +23,9 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints, optimizer_tensors
-from ssl_pipeline.config import Config, ConfigError, RunError
+from ssl_pipeline.config import RunError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
-from ssl_pipeline.data.sampling import hash64
-from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
 from ssl_pipeline.data.workers import worker_death
 from ssl_pipeline.distributed import (
@@ -44,134 +37,15 @@ from ssl_pipeline.distributed import (
     rank,
     world_size,
 )
-from ssl_pipeline.interruption import Interruption
-from ssl_pipeline.methods.base import Method, StepOutput
-from ssl_pipeline.optim import OptimConfig, build_optimizer, prepare_gradients, write_values
+from ssl_pipeline.interruption import Interruption, Watched
+from ssl_pipeline.launch import seed_everything
+from ssl_pipeline.methods.base import StepOutput
+from ssl_pipeline.optim import build_optimizer, prepare_gradients, write_values
 from ssl_pipeline.resume import load_newest, optimizer_identity
-from ssl_pipeline.run_directory import RunDirectory
-from ssl_pipeline.schedule import Duration, Progress, steps_in
+from ssl_pipeline.schedule import Progress, steps_in
 from ssl_pipeline.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.tracking import Tracker
-
-
-class TrainConfig(Config):
-    """How long and how the method is trained."""
-
-    epochs: float | None = Field(None, gt=0)
-    """Passes over the data; or set steps."""
-    steps: int | None = Field(None, gt=0)
-    """Optimizer steps; or set epochs."""
-    precision: Literal["bf16", "fp16", "no"] = "no"
-    """Mixed precision of forward and backward; weights, losses and averages stay float32."""
-    accumulate: int = Field(1, ge=1)
-    """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
-    sync_batch_norm: bool = False
-    """Whether batch norm sees the images of all processes."""
-    compile: bool = False
-    """Whether backbones go through torch.compile."""
-    save_every: Duration = "1ep"
-    """Time between checkpoints; one is written at the end in any case."""
-    keep_checkpoints: int = Field(2, ge=2)
-    """Newest checkpoints that are kept."""
-    log_every: int = Field(50, ge=1)
-    """Steps between logged rows."""
-    hang_timeout: float = Field(1800.0, ge=0)
-    """Seconds without a finished step after which the process prints its stacks and exits; 0 waits for ever."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainConfig:
-        if (self.epochs is None) == (self.steps is None):
-            got = "both" if self.epochs is not None else "neither"
-            raise ValueError(f"set either epochs or steps. Got {got}; to replace one of a recipe, set it to null.")
-        return self
-
-
-class Monitor(Protocol):
-    """Something measured on the backbone from time to time; all ranks call it, rank 0's result is logged."""
-
-    every: int | str
-
-    def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]: ...
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Translates the position in the stream into progress."""
-
-    num_samples: int
-    global_batch: int
-    end: int
-
-    def progress(self, position: int) -> Progress:
-        return Progress(
-            step=position // self.global_batch,
-            total_steps=math.ceil(self.end / self.global_batch),
-            steps_per_epoch=self.num_samples / self.global_batch,
-        )
-
-
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's view of the processes and devices; raises ConfigError if it differs from the launcher's."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if launched > 1 and missing:
-        raise ConfigError(
-            f"The environment has WORLD_SIZE={launched}, but no {', '.join(missing)}. "
-            "Launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
-        )
-    has_gpu = torch.cuda.is_available()
-    if config.precision == "fp16" and not has_gpu:
-        raise ConfigError("train.precision=fp16 needs a GPU, and there is none here. Try train.precision=no or bf16.")
-    accelerator = Accelerator(
-        cpu=not has_gpu,
-        mixed_precision=config.precision,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    if launched != accelerator.num_processes:
-        raise ConfigError(
-            f"The launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}. "
-            "On CPUs launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
-        )
-    return accelerator
-
-
-def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clock:
-    """The clock of a run; raises ConfigError if the global batch is larger than the data set."""
-    global_batch = data.batch_size * world_size() * config.accumulate
-    if global_batch > len(index):
-        raise ConfigError(
-            f"The global batch is larger than the data set: {data.batch_size} per process * {world_size()} processes "
-            f"* {config.accumulate} accumulated = {global_batch}, but {data.shards} has {len(index)} images. "
-            "Lower data.batch_size."
-        )
-    if config.steps is not None:
-        end = config.steps * global_batch
-    else:
-        assert config.epochs is not None
-        end = math.ceil(config.epochs * len(index))
-    return Clock(len(index), global_batch, end)
-
-
-@dataclass
-class Run:
-    """Everything a training run consists of; `pretrain.py` puts it together."""
-
-    method: Method
-    index: ShardIndex
-    augment: Mapping[str, ViewGroup]
-    data: DataConfig
-    optim: OptimConfig
-    config: TrainConfig
-    accelerator: Accelerator
-    output: Path
-    directory: RunDirectory | None  # rank 0 alone
-    settings: str  # YAML for config.yaml, written once it is clear that the run in `output` may be continued
-    identity: Mapping[str, str]  # what a checkpoint must share with this run to be continued
-    labelled_index: ShardIndex | None = None  # for methods with labelled views
-    monitors: Sequence[Monitor] = ()
-    seed: int = 0
-    wandb: bool = False
+from ssl_pipeline.training import Clock, Run, start_clock
 
 
 def train(run: Run) -> int:
@@ -205,7 +79,7 @@ def train(run: Run) -> int:
         wandb=run.wandb,
         enabled=run.directory is not None,
     )
-    if saved is not None:
+    if saved is not None and position < clock.end:
         tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
     with Interruption(hang_timeout=run.config.hang_timeout) as interruption:
         loop = _Loop(run, clock, checkpoints, tracker, network, optimizer, interruption, identity)
@@ -239,14 +113,14 @@ class _Loop:
         self.device = run.accelerator.device
         self.lr = run.optim.effective_lr(clock.global_batch)
         self.position = 0
+        self.bad_samples = BadSampleLog(
+            run.output / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
+        )
 
     def go(self, position: int) -> int:
         """Step until the end of the run or until a signal; returns the signal."""
         self.position = position
         stream = self._open_stream(position)
-        self.bad_samples = BadSampleLog(
-            self.run.output / "bad_samples.jsonl", budget=self.run.data.bad_sample_budget, total=len(self.run.index)
-        )
         self.write_status("running")
         self._start_interval()
         if position >= self.clock.end:
@@ -371,7 +245,7 @@ class _Loop:
             if monitors:  # plain batch norm has statistics of its own on each rank; saved are those of rank 0
                 copy_from_first_rank(self.run.method.backbone.buffers())
             for monitor in monitors:
-                row |= monitor(_Watched(self.run.method.backbone, self._sign_of_life), done)
+                row |= monitor(Watched(self.run.method.backbone, self._sign_of_life), done)
             self.tracker.log(row)
             self._start_interval()
         self.tracker.advance(step)
@@ -411,18 +285,6 @@ class _Loop:
         self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
 
 
-class _Watched(nn.Module):
-    """A backbone that gives a sign of life with each batch: a monitor may well take longer than `hang_timeout`."""
-
-    def __init__(self, backbone: nn.Module, sign_of_life: Callable[[], None]) -> None:
-        super().__init__()
-        self.backbone, self.sign_of_life = backbone, sign_of_life
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.sign_of_life()
-        return self.backbone(images)
-
-
 def make_batch(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
     """The photometric half of augmentation, on the device that the crops are on."""
     labelled = _make_part(crops.labelled, augment, data) if crops.labelled is not None else None
@@ -435,14 +297,6 @@ def _make_part(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataCon
         for name, images in crops.crops.items()
     }
     return Batch(views, crops.labels, crops.index)
-
-
-def seed_everything(*key: int) -> None:
-    """Seed the model's own randomness (drop path, masks) from the step, so that nothing of it needs saving."""
-    seed = int(hash64(*key)) >> 1
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(seed)
 
 
 def _say(text: str) -> None:

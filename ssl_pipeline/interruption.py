@@ -6,7 +6,10 @@ import faulthandler
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
+
+from torch import Tensor, nn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -54,3 +57,15 @@ class Interruption:
         """Start the time until a hang is assumed anew."""
         if self.hang_timeout > 0:
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True)
+
+
+class Watched(nn.Module):
+    """A backbone that gives a sign of life with each batch: a monitor may well take longer than `hang_timeout`."""
+
+    def __init__(self, backbone: nn.Module, sign_of_life: Callable[[], None]) -> None:
+        super().__init__()
+        self.backbone, self.sign_of_life = backbone, sign_of_life
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sign_of_life()
+        return self.backbone(images)

@@ -21,7 +21,7 @@ from tiny import CONFIGS, VIT, GlobalNoise, make_method, row
 from torch import Tensor
 
 import pretrain
-import ssl_pipeline.engine as engine
+from ssl_pipeline import engine
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.batch import Batch
@@ -30,9 +30,11 @@ from ssl_pipeline.config import Tree, run_command, validate
 from ssl_pipeline.data.shards import open_shards
 from ssl_pipeline.data.stream import CropBatch, DataConfig
 from ssl_pipeline.distributed import rank
+from ssl_pipeline.launch import start_accelerator
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.optim import OptimConfig
 from ssl_pipeline.run_directory import RunDirectory
+from ssl_pipeline.training import Monitor, Run, TrainConfig
 
 SGD = {"name": "sgd", "lr": {"value": 0.02, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
 ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
@@ -82,9 +84,9 @@ def command(argv: list[str], happening: Happening | None = None) -> None:
 
 def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Tensor]:
     """The state of the method on this rank after a run to its end."""
-    runs: list[engine.Run] = []
+    runs: list[Run] = []
 
-    def train(run: engine.Run) -> int:
+    def train(run: Run) -> int:
         runs.append(run)
         return engine.train(run)
 
@@ -116,16 +118,16 @@ def make_run(
     backbone: BackboneConfig = VIT,
     batch_size: int = 8,
     optim: Mapping[str, object] = SGD,
-    monitors: Sequence[engine.Monitor] = (),
+    monitors: Sequence[Monitor] = (),
     directory: RunDirectory | None = None,
     seed: int = 0,
     **train: object,
-) -> engine.Run:
+) -> Run:
     """What `pretrain.py` gives the engine, for the method `name` in its smallest form."""
     output.mkdir(parents=True, exist_ok=True)
     data = validate(DataConfig, _data(name, shards, batch_size=batch_size))
-    config = validate(engine.TrainConfig, {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0} | train)
-    return engine.Run(
+    config = validate(TrainConfig, {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0} | train)
+    return Run(
         method=make_method(name, backbone=backbone, seed=seed),
         index=open_shards(shards),
         labelled_index=open_shards(data.labelled.shards) if data.labelled is not None else None,
@@ -133,7 +135,7 @@ def make_run(
         data=data,
         optim=validate(OptimConfig, dict(optim)),
         config=config,
-        accelerator=engine.start_accelerator(config),
+        accelerator=start_accelerator(config),
         output=output,
         directory=directory,
         settings="",

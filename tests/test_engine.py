@@ -14,12 +14,14 @@ from runs import SGD, Happening, final_state, happens, losses, make_run, needs_l
 from tiny import CNN, CONFIGS, write_shards
 from torch import Tensor, nn
 
-from ssl_pipeline import engine
+from ssl_pipeline import launch
 from ssl_pipeline.config import ConfigError, RunError, validate
-from ssl_pipeline.engine import Clock, TrainConfig, seed_everything, start_accelerator, start_clock, train
+from ssl_pipeline.engine import train
 from ssl_pipeline.interruption import Interruption
+from ssl_pipeline.launch import seed_everything, start_accelerator
 from ssl_pipeline.run_directory import RunDirectory
 from ssl_pipeline.schedule import Progress
+from ssl_pipeline.training import Clock, TrainConfig, start_clock
 
 NAMES = sorted(CONFIGS)
 
@@ -275,6 +277,6 @@ def test_a_launcher_of_which_accelerate_sees_one_process_is_refused(monkeypatch)
         "MASTER_PORT": "",
     }.items():
         monkeypatch.setitem(os.environ, name, value)
-    monkeypatch.setattr(engine, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ConfigError, match="The launcher started 2 processes, but Accelerate sees 1"):
         start_accelerator(TrainConfig(steps=1))

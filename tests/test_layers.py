@@ -18,6 +18,8 @@ ROWS = [
     "augment data",
     "methods",
     "optim lars checkpoint resume tracking run_directory",
+    "training",
+    "launch",
     "engine",
 ]
 EVAL_ROWS = ROWS[:2]  # eval knows backbones and data, no method and no training
