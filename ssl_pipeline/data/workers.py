@@ -36,6 +36,7 @@ def read_batches(
         pin_memory=pin_memory,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=start_worker,
+        multiprocessing_context="fork" if workers else None,  # Python 3.14's fork server is nobody's child
         generator=torch.Generator(),  # else every iterator draws a seed from the global generator
     )
     iterator = iter(loader)
