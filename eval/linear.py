@@ -25,7 +25,7 @@ from eval.table import format_table, percent
 from ssl_pipeline.atomic import JSON
 from ssl_pipeline.config import Config, ConfigError, run_command
 
-LARGEST_LOGISTIC = 20_000  # training images up to which `solver=auto` takes L-BFGS
+LARGEST_LOGISTIC = 4_000_000  # numbers in the training features up to which `solver=auto` takes L-BFGS: a minute or so
 
 ABOUT_SOLVER = {
     "sgd": "SGD, momentum 0.9, cosine to zero, heads start at zero, features as they are, no augmentation",
@@ -43,7 +43,8 @@ class ProbeConfig(Config):
     """The settings that the probe tries, and how it trains them."""
 
     solver: Literal["auto", "sgd", "logistic"] = "auto"
-    """`logistic` is scikit-learn's L-BFGS, `sgd` the sweep; `auto` takes logistic up to 20,000 training images."""
+    """`logistic` is scikit-learn's L-BFGS, `sgd` the sweep; `auto` takes logistic for up to 4 million training
+    features (images * dimensions)."""
     learning_rates: tuple[Positive, ...] = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
     """`sgd`: learning rates for 256 images, all trained at once; the rate in use is this * sgd_batch_size / 256."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-4)
@@ -97,7 +98,7 @@ def linear_probe(
         raise ConfigError("The linear probe needs two classes or more in the training set. Got one.")
     solver = config.solver
     if solver == "auto":
-        solver = "logistic" if len(train) <= LARGEST_LOGISTIC else "sgd"
+        solver = "logistic" if train.numel() <= LARGEST_LOGISTIC else "sgd"
     settings, scores_of = (_logistic if solver == "logistic" else _sgd)(config, num_classes)
     train, train_labels, test = (x.to(device) for x in (train, train_labels, test))
 

@@ -71,7 +71,7 @@ def test_equal_accuracies_are_decided_by_the_loss_and_diverged_settings_come_las
 
 
 def test_the_solver_follows_the_size_of_the_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.linear.LARGEST_LOGISTIC", 100)
+    monkeypatch.setattr("eval.linear.LARGEST_LOGISTIC", 100 * noisy(1, seed=0)[0].shape[1])
     config = ProbeConfig(epochs=2)
     solvers = [
         linear_probe(*noisy(size, seed=0), *noisy(10, seed=1), num_classes=4, config=config).solver
