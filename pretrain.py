@@ -92,7 +92,7 @@ def pretrain(config: PretrainConfig) -> int:
         if accelerator.is_main_process:
             directory = stack.enter_context(RunDirectory(output))
             _refuse_other_run(directory, identity)
-        index = open_shards(config.data.shards)
+        index = open_shards(config.data.shards, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb)
         identity["images"] = str(len(index))
         labelled_index = open_labelled_images(method, config.data)
         if labelled_index is not None:
@@ -166,7 +166,7 @@ def open_labelled_images(method: Method, data: DataConfig) -> ShardIndex | None:
     if data.labelled is None:
         return None
     shards = data.labelled.shards
-    index = open_shards(shards)
+    index = open_shards(shards, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
     if not index.has_labels:
         raise ConfigError(f"data.labelled.shards={shards} has images without labels; all of them need one.")
     if index.class_names is not None and len(index.class_names) != method.num_classes:

@@ -172,7 +172,7 @@ def subject_features(
             "subject": {key: value for key, value in subject.about.items() if key != "run"},
             "preprocessing": asdict(subject.preprocessing),
             "precision": config.precision,
-            "images": [entry.sha256 for entry in index._entries],
+            "images": index.checksums,
             "torch": torch.__version__,
             "timm": timm.__version__,
         }

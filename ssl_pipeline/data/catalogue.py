@@ -49,7 +49,7 @@ def find_index(folder: Path, pattern: str) -> Path:
     suffix = f"-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}" if pattern else ""
     absolute = folder.resolve()
     in_cache = f"{absolute.name}-{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]}{suffix}"
-    places = (folder / f"{INDEX_DIRECTORY}{suffix}", _user_cache() / in_cache)
+    places = (folder / f"{INDEX_DIRECTORY}{suffix}", user_cache() / in_cache)
     for place in places:
         if (place / INDEX_FILE).is_file():
             return place
@@ -64,7 +64,7 @@ def find_index(folder: Path, pattern: str) -> Path:
     )
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "ssl_pipeline"
 
 
@@ -114,7 +114,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def shard_changed(shard: Path, place: Path) -> DataError:
+def shard_changed(shard: Path | str, place: Path) -> DataError:
     return DataError(
         f"Shard '{shard}' changed since it was indexed. If that is meant, delete '{place}' to index again; "
         "otherwise copy the shard again."
@@ -199,10 +199,14 @@ def map_shards(function: Callable[[Path], Result], shards: Sequence[Path], *, de
 def _index_into(place: Path) -> Callable[[Path], ShardEntry]:
     def index_and_write(shard: Path) -> ShardEntry:
         entry, rows = index_shard(shard)
-        aside = place / f".{shard.name}.{os.getpid()}.tmp"
-        with aside.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
-        aside.replace(place / f"{shard.name}.npy")
+        write_rows(place, shard.name, rows)
         return entry
 
     return index_and_write
+
+
+def write_rows(place: Path, name: str, rows: NDArray[np.int64]) -> None:
+    aside = place / f".{name}.{os.getpid()}.tmp"
+    with aside.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
+    aside.replace(place / f"{name}.npy")

@@ -34,22 +34,24 @@ class ShardEntry:
     labelled: int
 
 
-def index_shard(path: Path) -> tuple[ShardEntry, NDArray[np.int64]]:
+def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArray[np.int64]]:
     """Verify the structure of one shard from end to end and find its samples.
 
     Rows are int64 (samples, 4): image offset, image size, label or -1, and the byte of the header from which the key
-    can be read again. Raises DataError naming the shard and the byte or key.
+    can be read again. `name` is the shard's own if the file has another. Raises DataError naming the shard and the
+    byte or key.
     """
+    name = name or path.name
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         if status.st_size == 0:
-            raise DataError(f"Shard '{path.name}' is empty (0 bytes). Copy it again or make it again.")
+            raise DataError(f"Shard '{name}' is empty (0 bytes). Copy it again or make it again.")
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            rows = list(_samples(data, path.name))
+            rows = list(_samples(data, name))
     array = np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)
     labelled = int((array[:, 2] != NO_LABEL).sum())
-    entry = ShardEntry(path.name, status.st_size, status.st_mtime_ns, sha256, len(array), labelled)
+    entry = ShardEntry(name, status.st_size, status.st_mtime_ns, sha256, len(array), labelled)
     return entry, array
 
 

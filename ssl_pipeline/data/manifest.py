@@ -44,12 +44,21 @@ def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder of shards; None without one, or if the file is somebody else's."""
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    except UnicodeDecodeError:
+        text = ""
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: str, where: Path | str) -> Manifest | None:
+    """The manifest in a text; None if the text is somebody else's."""
+    try:
+        content = json.loads(text)
     except ValueError:
         raise DataError(
-            f"'{path}' is not valid JSON. Copy it again, or delete it to use the shards without it."
+            f"'{where}' is not valid JSON. Copy it again, or delete it to use the shards without it."
         ) from None
     try:
         shards = [ManifestShard(**shard) for shard in content["shards"]]

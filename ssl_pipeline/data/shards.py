@@ -26,6 +26,7 @@ from ssl_pipeline.data.catalogue import (
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.index import NO_LABEL, ShardEntry, key_at
 from ssl_pipeline.data.manifest import read_manifest
+from ssl_pipeline.data.remote import RemoteShards, is_url, open_remote
 
 __all__ = ["DataError", "RawSample", "ShardIndex", "open_shards"]
 
@@ -59,13 +60,20 @@ class ShardIndex:
     """
 
     def __init__(
-        self, folder: Path, place: Path, entries: Sequence[ShardEntry], class_names: tuple[str, ...] | None
+        self,
+        folder: Path,
+        place: Path,
+        entries: Sequence[ShardEntry],
+        class_names: tuple[str, ...] | None,
+        remote: RemoteShards | None = None,
     ) -> None:
         self.folder = folder
+        self.source = str(folder) if remote is None else remote.url
         self.class_names = class_names
         self.shard_counts: NDArray[np.int64] = np.array([entry.samples for entry in entries], dtype=np.int64)
         self.has_labels = all(entry.labelled == entry.samples for entry in entries)
         self._place = place
+        self._remote = remote
         self._entries = tuple(entries)
         self._ends = np.cumsum(self.shard_counts)
         self._open: OrderedDict[int, tuple[BinaryIO, NDArray[np.int64]]] = OrderedDict()
@@ -87,10 +95,10 @@ class ShardIndex:
             image = os.pread(file.fileno(), size, offset)
         except OSError as error:
             raise DataError(
-                f"Cannot read shard '{self.folder / entry.name}' at byte {offset}: {error.strerror}."
+                f"Cannot read shard '{self.source}/{entry.name}' at byte {offset}: {error.strerror}."
             ) from None
         if len(image) != size:
-            raise shard_changed(self.folder / entry.name, self._place)
+            raise shard_changed(f"{self.source}/{entry.name}", self._place)
         return RawSample(image, None if label == NO_LABEL else label, entry.name, offset, self, sample)
 
     def key(self, sample: int) -> str:
@@ -100,9 +108,23 @@ class ShardIndex:
         with mmap.mmap(self._open[shard][0].fileno(), 0, access=mmap.ACCESS_READ) as data:
             return key_at(data, row[3], shard=name)
 
+    @property
+    def checksums(self) -> list[str]:
+        """SHA-256 of each shard."""
+        return [entry.sha256 for entry in self._entries]
+
     def labels(self) -> NDArray[np.int64]:
         """The labels of all samples (N,), -1 for none; no image is read."""
-        return np.concatenate([self._opened(shard)[1][:, 2] for shard in range(len(self._entries))])
+        return np.concatenate([read_rows(self._place, entry)[:, 2] for entry in self._entries])
+
+    def check_cache(self, block_shards: int) -> None:
+        """Raise DataError if the shards are remote and a block of them does not fit into the cache."""
+        block = sum(sorted(entry.bytes for entry in self._entries)[-block_shards:])
+        if self._remote is not None and block > self._remote.cache_bytes:
+            raise DataError(
+                f"A block of data.block_shards={block_shards} shards of '{self.source}' takes up to {block / 1e9:.3g} "
+                f"GB, more than data.cache_gb={self._remote.cache_bytes / 1e9:g}. Raise it, or take smaller blocks."
+            )
 
     def _row(self, sample: int) -> tuple[int, list[int]]:
         if not 0 <= sample < len(self):
@@ -116,26 +138,42 @@ class ShardIndex:
             self._open.move_to_end(shard)
             return self._open[shard]
         entry = self._entries[shard]
-        path = self.folder / entry.name
-        try:
-            file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise DataError(f"Cannot open shard '{path}': {error.strerror}.") from None
-        if os.fstat(file.fileno()).st_size != entry.bytes:
-            raise shard_changed(path, self._place)
-        self._open[shard] = file, read_rows(self._place, entry)
-        if len(self._open) > OPEN_SHARDS:
+        while self._open and not self._room_for(entry):
             self._open.popitem(last=False)[1][0].close()
+        try:
+            if self._remote is None:
+                file: BinaryIO = (self.folder / entry.name).open("rb", buffering=0)
+            else:
+                file = self._remote.open(entry)
+        except OSError as error:
+            raise DataError(f"Cannot open shard '{self.source}/{entry.name}': {error.strerror}.") from None
+        if os.fstat(file.fileno()).st_size != entry.bytes:
+            raise shard_changed(f"{self.source}/{entry.name}", self._place)
+        self._open[shard] = file, read_rows(self._place, entry)
         return self._open[shard]
 
+    def _room_for(self, entry: ShardEntry) -> bool:
+        """Whether one more shard may be open; of a remote set no more than the cache holds."""
+        if self._remote is None:
+            return len(self._open) < OPEN_SHARDS
+        held = sum(self._entries[shard].bytes for shard in self._open)
+        return len(self._open) < OPEN_SHARDS and held + entry.bytes <= self._remote.cache_bytes
 
-def open_shards(directory: str | Path) -> ShardIndex:
-    """The shards of a directory, or of a pattern such as `DIR/train-*.tar`.
+
+def open_shards(directory: str | Path, *, cache_dir: Path | None = None, cache_gb: float = 50.0) -> ShardIndex:
+    """The shards of a directory, of a pattern such as `DIR/train-*.tar`, or of a URL such as `s3://bucket/train`.
 
     Where there is no index, one is made (in `DIR/.index`, or in the user's cache if DIR is read-only). Where there is
     one, every shard is checked against it: a shard that changed, came or went is a DataError. Safe to call from
-    several processes at once: the first makes the index, the others wait for it.
+    several processes at once: the first makes the index, the others wait for it. Shards of a URL are fetched as they
+    are read, into `cache_dir` (by default in the user's cache), of which at most `cache_gb` are kept.
     """
+    if is_url(directory):
+        remote = open_remote(str(directory), cache_dir=cache_dir, cache_gb=cache_gb)
+        listed, manifest = remote.listed()
+        entries = remote.entries(listed)
+        names = None if manifest is None or manifest.class_names is None else tuple(manifest.class_names)
+        return ShardIndex(remote.place, remote.place, entries, names, remote)
     folder, shards = list_shards(directory)
     manifest = read_manifest(folder)
     whole_folder = folder == Path(directory)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -45,7 +46,11 @@ class DataConfig(Config):
     """Where the images come from and how they are read."""
 
     shards: str
-    """Directory of WebDataset shards, or a pattern such as DIR/train-*.tar."""
+    """Directory of WebDataset shards, a pattern such as DIR/train-*.tar, or a URL such as s3://bucket/train."""
+    cache_dir: Path | None = None
+    """Where the shards of a URL are kept; by default in the user's cache, `ssl_pipeline/shards`."""
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    """Most that is kept there, in GB; what was used longest ago makes room."""
     batch_size: Annotated[int, Field(ge=1)]
     """Images per process and micro-batch."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -128,9 +133,10 @@ def open_stream(
     if step > len(index) and not repeat:
         processes = f" on {world_size} processes" if world_size > 1 else ""
         raise DataError(
-            f"data.batch_size={config.batch_size}{processes} is larger than the data set: '{index.folder}' has "
+            f"data.batch_size={config.batch_size}{processes} is larger than the data set: '{index.source}' has "
             f"{len(index)} images. Take at most {len(index) // world_size}."
         )
+    index.check_cache(config.block_shards)
     starts = count(position, step) if batches is None else range(position, position + batches * step, step)
     slices = (rank_positions(start, rank=rank, world_size=world_size, batch_size=config.batch_size) for start in starts)
     reader = CropReader(index, groups, config, seed=seed)
