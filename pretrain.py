@@ -139,6 +139,9 @@ def check_view_groups(method: Method, augment: Mapping[str, ViewGroup]) -> None:
             raise ConfigError(
                 f"{name} needs the view group augment.{needed}. The recipe has {', '.join(augment) or 'none'}."
             )
+    for group, count in method.view_counts.items():
+        if augment[group].count != count:
+            raise ConfigError(f"augment.{group}.count must be {count} for {name}. Got {augment[group].count}.")
     known = {*method.view_groups, *method.optional_view_groups, *method.labelled_view_groups}
     for given in augment:
         if given not in known:

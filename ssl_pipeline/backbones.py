@@ -227,7 +227,9 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
                 raise
             return timm.create_model(name, tag is not None, num_classes=0, **arguments)
     except Exception as error:  # whatever timm raises, the cause is in the config or the connection
-        raise ConfigError(f"timm cannot create '{name}': {first_line(error)}") from error
+        unwanted = next((argument for argument in config.arguments if f"'{argument}'" in str(error)), None)
+        hint = f" backbone.arguments.{unwanted}=null leaves it out." if unwanted else ""
+        raise ConfigError(f"timm cannot create '{name}': {first_line(error)}.{hint}") from error
 
 
 def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:

@@ -23,7 +23,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints, optimizer_tensors
-from ssl_pipeline.config import RunError
+from ssl_pipeline.config import ConfigError, RunError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
 from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
@@ -41,7 +41,8 @@ from ssl_pipeline.interruption import Interruption, Watched
 from ssl_pipeline.launch import seed_everything
 from ssl_pipeline.methods.base import StepOutput
 from ssl_pipeline.optim import build_optimizer, prepare_gradients, write_values
-from ssl_pipeline.resume import load_newest, optimizer_identity
+from ssl_pipeline.resume import changed_settings, load_newest, optimizer_identity
+from ssl_pipeline.run_directory import RunDirectory, read_status
 from ssl_pipeline.schedule import Progress, steps_in
 from ssl_pipeline.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.tracking import Tracker
@@ -61,7 +62,7 @@ def train(run: Run) -> int:
     saved = load_newest(checkpoints, method, optimizer, run.identity)
     position = saved.position if saved is not None else 0
     if run.directory is not None:
-        run.directory.write_config(run.settings)
+        _write_settings(run.directory, run.settings, complete=position >= clock.end)
     if run.config.compile:
         for module in method.modules():
             if isinstance(module, Backbone):
@@ -93,6 +94,27 @@ def train(run: Run) -> int:
             tracker.close()
 
 
+def _write_settings(directory: RunDirectory, settings: str, *, complete: bool) -> None:
+    """Keep config.yaml true: say what a resumed run changes, and let a complete run keep what it was made with.
+
+    Raises ConfigError if the settings end before the point that an unfinished run has reached.
+    """
+    path = directory.config_path
+    changes = changed_settings(path.read_text(), settings) if path.exists() else []
+    if complete and changes:
+        status = read_status(directory.path)
+        if status is None or status.state != "done":
+            raise ConfigError(
+                f"{directory.path} has an unfinished run that is past the end of these settings, which differ from its "
+                f"own ({'; '.join(changes)}). Choose another output=DIR, or its own settings."
+            )
+        print(f"This run was made with other settings, which stand: {'; '.join(changes)}", flush=True)
+    elif changes:
+        print(f"Changed since the last start of this run: {'; '.join(changes)}", flush=True)
+    if not complete:
+        directory.write_config(settings)
+
+
 class _Loop:
     """One pass from a position to the end of the run."""
 
@@ -121,10 +143,14 @@ class _Loop:
         """Step until the end of the run or until a signal; returns the signal."""
         self.position = position
         stream = self._open_stream(position)
-        self.write_status("running")
-        self._start_interval()
         if position >= self.clock.end:
             self.tracker.message("The run is complete already; nothing is left to train.")
+            status = read_status(self.run.output)
+            if status is None or status.state != "done":  # cut off between the last checkpoint and this word
+                self.write_status("done")
+            return 0
+        self.write_status("running")
+        self._start_interval()
         while self.position < self.clock.end:
             progress = self.clock.progress(self.position)
             outputs, indices = self._accumulate(stream, progress)

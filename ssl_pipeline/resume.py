@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ssl_pipeline.checkpoint import Checkpoints, SavedState, load_optimizer_tensors
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import ConfigError, Value, read_yaml
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.methods.base import Method
 
@@ -42,6 +42,21 @@ def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict
     names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
     return {"optimizer": f"{type(optimizer).__name__} on {len(names)} tensors ({digest})"}
+
+
+def changed_settings(before: str, now: str) -> list[str]:
+    """What differs between two runs' config.yaml, one "key: old -> new" each."""
+    old, new = (_leaves(read_yaml(text, where="config.yaml")) for text in (before, now))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _leaves(value: Value, key: str = "") -> dict[str, Value]:
+    if not isinstance(value, dict):
+        return {key: value}
+    leaves: dict[str, Value] = {}
+    for name, item in value.items():
+        leaves |= _leaves(item, f"{key}.{name}" if key else name)
+    return leaves
 
 
 def check_identity(output: Path, there: Mapping[str, object], here: Mapping[str, str]) -> None:

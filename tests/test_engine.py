@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline import launch
 from ssl_pipeline.config import ConfigError, RunError, validate
-from ssl_pipeline.engine import train
+from ssl_pipeline.engine import _write_settings, train
 from ssl_pipeline.interruption import Interruption
 from ssl_pipeline.launch import seed_everything, start_accelerator
 from ssl_pipeline.run_directory import RunDirectory
@@ -280,3 +280,27 @@ def test_a_launcher_of_which_accelerate_sees_one_process_is_refused(monkeypatch)
     monkeypatch.setattr(launch, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ConfigError, match="The launcher started 2 processes, but Accelerate sees 1"):
         start_accelerator(TrainConfig(steps=1))
+
+
+def test_a_resumed_run_says_what_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.write_config("optim: {lr: {value: 0.1}}\ntrain: {steps: 9}\n")
+        _write_settings(directory, "optim: {lr: {value: 0.2}}\ntrain: {steps: 9}\n", complete=False)
+        assert capsys.readouterr().out == "Changed since the last start of this run: optim.lr.value: 0.1 -> 0.2\n"
+        assert "0.2" in directory.config_path.read_text()
+
+
+def test_a_complete_run_keeps_the_settings_it_was_made_with(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.write_config("train: {steps: 9}\n")
+        directory.status("done", step=9)
+        _write_settings(directory, "train: {steps: 4}\n", complete=True)
+        assert directory.config_path.read_text() == "train: {steps: 9}\n"
+
+
+def test_settings_that_end_before_an_unfinished_run_are_refused(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.write_config("train: {steps: 9}\n")
+        directory.status("preempted", step=6)
+        with pytest.raises(ConfigError, match=r"unfinished run that is past the end .*train.steps: 9 -> 4"):
+            _write_settings(directory, "train: {steps: 4}\n", complete=True)

@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from ssl_pipeline.config.arguments import YamlDumper, read_arguments, read_yaml, recipe_names
-from ssl_pipeline.config.base import Config, ConfigError, Location, RunError, Tree, nearest
+from ssl_pipeline.config.base import Config, ConfigError, Location, RunError, Tree, Value, nearest
 from ssl_pipeline.config.schema import annotation_at, complete, is_text
 from ssl_pipeline.config.sentences import help_page, mistakes
 
@@ -28,6 +28,7 @@ __all__ = [
     "ConfigError",
     "RunError",
     "Tree",
+    "Value",
     "dump",
     "load",
     "nearest",

@@ -49,6 +49,8 @@ class Method(nn.Module):
     """Groups of `batch.views` that forward needs."""
     optional_view_groups: ClassVar[tuple[str, ...]] = ()
     """Groups that forward uses where a recipe has them."""
+    view_counts: ClassVar[dict[str, int]] = {}
+    """How many views of a group forward needs, where the number matters."""
     labelled_view_groups: ClassVar[tuple[str, ...]] = ()
     """The same of `batch.labelled.views`."""
 

@@ -37,6 +37,7 @@ class Byol(Method):
     """A backbone, a projector and a predictor, and a teacher of the first two with batch statistics of its own."""
 
     view_groups = ("view",)
+    view_counts = {"view": 2}  # noqa: RUF012
 
     def __init__(self, config: ByolConfig, backbone: Backbone) -> None:
         super().__init__()

@@ -80,7 +80,9 @@ class Dino(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         global_views = batch.views["global"]
-        teacher_TBK = self.teacher(global_views.flatten(0, 1)).unflatten(0, global_views.shape[:2])
+        with torch.no_grad():
+            features = self.backbone(global_views.flatten(0, 1))
+            teacher_TBK = self.teacher.network.get_submodule("head")(features).unflatten(0, global_views.shape[:2])
         temperature = self.config.teacher_temperature(progress)
         probabilities_TBK = centred_softmax(teacher_TBK, self.centre, temperature=temperature)
 
@@ -91,7 +93,7 @@ class Dino(Method):
         loss = self_distillation(student_SBK, probabilities_TBK, temperature=self.config.student_temperature)
         metrics = {
             "target_entropy": -torch.special.xlogy(probabilities_TBK, probabilities_TBK).sum(dim=-1).mean(),
-            "feature_std": feature_std(teacher_TBK[0]),
+            "feature_std": feature_std(features),
         }
         return StepOutput(loss, metrics, {"teacher_mean": teacher_TBK.to(self.centre.dtype).mean(dim=(0, 1))})
 

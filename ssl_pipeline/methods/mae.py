@@ -90,7 +90,7 @@ def _with_trained_tokens(backbone: Backbone) -> TokenBackbone:
     if after_pooling:
         raise ConfigError(
             f"MAE trains a ViT's tokens, not what follows their pooling. '{name}' has {' and '.join(after_pooling)} "
-            "there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
+            "there; set backbone.arguments='{global_pool: avg, fc_norm: false}'."
         )
     return backbone
 

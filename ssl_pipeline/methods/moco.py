@@ -55,6 +55,7 @@ class Moco(Method):
     """
 
     view_groups = ("view",)
+    view_counts = {"view": 2}  # noqa: RUF012
 
     def __init__(self, config: MocoConfig, backbone: Backbone) -> None:
         super().__init__()

@@ -51,6 +51,7 @@ class MocoV3(Method):
     """
 
     view_groups = ("view",)
+    view_counts = {"view": 2}  # noqa: RUF012
 
     def __init__(self, config: MocoV3Config, backbone: Backbone) -> None:
         super().__init__()

@@ -38,6 +38,7 @@ class Simclr(Method):
     """
 
     view_groups = ("view",)
+    view_counts = {"view": 2}  # noqa: RUF012
 
     def __init__(self, config: SimclrConfig, backbone: Backbone) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ class Simsiam(Method):
     """A backbone, a projector and a predictor; no gradient flows through the projections that are predicted."""
 
     view_groups = ("view",)
+    view_counts = {"view": 2}  # noqa: RUF012
 
     def __init__(self, config: SimsiamConfig, backbone: Backbone) -> None:
         super().__init__()
