@@ -46,7 +46,10 @@ def read_batches(
                 item = next(iterator)
             except StopIteration:
                 return
-            except (ConnectionError, EOFError) as error:
+            except (OSError, EOFError) as error:
+                # a batch that waits for a dead worker's file descriptors: refused, reset or no such socket
+                if workers == 0 or "in DataLoader worker process" in str(error):
+                    raise  # what `read` itself raised
                 raise _died(error) from None
             except RuntimeError as error:
                 raise worker_death(error) or error from None

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.shards import DataError, ShardIndex, open_shards
 from ssl_pipeline.data.stream import CropBatch, CropReader, DataConfig, open_stream
+from ssl_pipeline.data.workers import read_batches
 
 GROUPS = {"global": ViewGroup(count=2, size=8), "local": ViewGroup(count=3, size=4, blur_prob=0.5)}
 
@@ -273,3 +274,23 @@ def test_webdataset_reads_the_same_samples(shards: Path, encoded: Callable) -> N
     assert [(sample["__key__"], sample["jpg"], int(sample["cls"])) for sample in samples] == [
         (index.read(number).key, index.read(number).image, index.read(number).label) for number in range(20)
     ]
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file"), ConnectionResetError(104, "reset"), EOFError()]
+)
+def test_a_batch_that_died_with_its_worker_is_a_data_error(monkeypatch, error):
+    def fails(_self):
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__next__", fails)
+    with pytest.raises(DataError, match="A data worker died"):
+        next(read_batches(list, [range(2)], workers=1))
+
+
+def test_what_reading_raises_is_no_dead_worker():
+    def read(_positions):
+        raise FileNotFoundError(2, "No such file", "shard.tar")
+
+    with pytest.raises(FileNotFoundError):
+        next(read_batches(read, [range(2)], workers=0))
