@@ -32,7 +32,7 @@ from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim import OptimConfig
 from ssl_pipeline.resume import check_identity
 from ssl_pipeline.run_directory import RunDirectory
-from ssl_pipeline.training import Monitor, Run, TrainConfig, start_clock
+from ssl_pipeline.training import Clock, Monitor, Run, TrainConfig, start_clock
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -103,7 +103,7 @@ def pretrain(config: PretrainConfig) -> int:
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = _monitors(config, method, preprocessing, accelerator)
         if directory is not None:
-            describe(config, method, index, accelerator.num_processes, output)
+            describe(config, method, clock, accelerator.num_processes)
         signal_number = train(
             Run(
                 method=method,
@@ -200,10 +200,8 @@ def evaluation_size(method: Method, augment: Mapping[str, ViewGroup]) -> int:
     return augment[method.view_groups[0]].size
 
 
-def describe(config: PretrainConfig, method: Method, index: ShardIndex, num_processes: int, output: Path) -> None:
+def describe(config: PretrainConfig, method: Method, clock: Clock, num_processes: int) -> None:
     """Print what a reader of the log wants to know of a run that begins."""
-    global_batch = config.data.batch_size * num_processes * config.train.accumulate
-    clock = start_clock(index, config.data, config.train)
     progress = clock.progress(0)
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
     labelled = ""
@@ -212,12 +210,12 @@ def describe(config: PretrainConfig, method: Method, index: ShardIndex, num_proc
         labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
-        f"{len(index)} images in {config.data.shards}; global batch {global_batch} = {config.data.batch_size} per "
-        f"process * {num_processes} processes * {config.train.accumulate} accumulated\n"
+        f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
+        f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
         f"{labelled}"
         f"{progress.total_steps} steps, {progress.steps_per_epoch:.2f} per epoch; effective learning rate "
-        f"{config.optim.effective_lr(global_batch).value:g}\n"
-        f"output: {output} (settings in config.yaml, metrics in metrics.jsonl)",
+        f"{config.optim.effective_lr(clock.global_batch).value:g}\n"
+        f"output: {config.run_directory} (settings in config.yaml, metrics in metrics.jsonl)",
         flush=True,
     )
 

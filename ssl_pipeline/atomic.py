@@ -11,14 +11,19 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path` by `text`; whoever reads it meanwhile sees the old text or the new one.
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"), durable=durable)
 
-    `durable=False` leaves out the fsync: a power cut may then lose the text, which a heartbeat can afford.
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace `path` by `content`; whoever reads it meanwhile sees the old content or the new one.
+
+    `durable=False` leaves out the fsync: a power cut may then lose the file, which a heartbeat can afford.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

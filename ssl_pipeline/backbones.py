@@ -17,10 +17,11 @@ from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 
 import ssl_pipeline.wide_resnet  # noqa: F401  (adds its network to timm's registry)
+from ssl_pipeline.atomic import JSON, write_bytes, write_json
 from ssl_pipeline.config import Config, ConfigError, nearest
 from ssl_pipeline.initialisation import fix_positions, initialise
 from ssl_pipeline.positions import Grid, resample_positions, sincos_position_embedding
-from ssl_pipeline.weights import WEIGHT_SUFFIXES, first_line, load_weights, write_whole
+from ssl_pipeline.weights import WEIGHT_SUFFIXES, first_line, load_weights
 
 __all__ = [
     "Backbone",
@@ -179,7 +180,7 @@ def without_drop_path(module: nn.Module) -> None:
 def save_backbone(directory: Path, backbone: Backbone, config: BackboneConfig, preprocessing: Preprocessing) -> None:
     """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments)."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
-    description = {
+    description: dict[str, JSON] = {
         "name": config.name,
         "arguments": config.arguments,
         "small_images": config.small_images,
@@ -187,8 +188,9 @@ def save_backbone(directory: Path, backbone: Backbone, config: BackboneConfig, p
         "mean": preprocessing.mean,
         "std": preprocessing.std,
     }
-    write_whole(directory / "backbone.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
-    write_whole(directory / "backbone.json", (json.dumps(description, indent=1) + "\n").encode())
+    directory.mkdir(parents=True, exist_ok=True)
+    write_bytes(directory / "backbone.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_json(directory / "backbone.json", description)
 
 
 def load_backbone(directory: Path) -> tuple[Backbone, BackboneConfig, Preprocessing]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,17 +40,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{path} does not fit: {name} must be {tuple(own[name].shape)}. Got {tuple(value.shape)}."
             )
     model.load_state_dict(state)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".tmp-{path.name}")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def first_line(error: Exception) -> str:
