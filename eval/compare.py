@@ -1,22 +1,27 @@
 """Several recipes, several seeds, one table: what each method's backbone is worth at the same budget."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from eval.evaluation import write_report
 from eval.knn import KnnConfig, evaluate_knn
 from eval.linear import LinearConfig, evaluate_linear
 from eval.table import EVALUATORS, SUBJECTS, format_table, percent, read_top1
 from ssl_pipeline.atomic import JSON, write_json, write_text
-from ssl_pipeline.config import Config, ConfigError, RunError, run_command
+from ssl_pipeline.config import Config, RunError, run_command
 
-PRETRAIN = Path(__file__).parents[1] / "pretrain.py"
+ROOT = Path(__file__).parents[1]
+PRETRAIN = ROOT / "pretrain.py"
+COMPARISONS = ROOT / "recipes" / "comparisons"
+CURVE_POINTS = 6
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """Evaluator -> subject -> top-1 in percent, one per seed."""
@@ -28,22 +33,65 @@ class CompareConfig(Config):
     Runs that are there already, in whole or in part, are reused or resumed.
     """
 
-    recipes: tuple[str, ...] = Field(min_length=1)
-    """Recipes to compare: `recipes=digits_dino,digits_simclr`."""
+    recipe: str | None = None
+    """The comparison that these settings come from: a name in recipes/comparisons/, or a path to a YAML file."""
+    recipes: tuple[str, ...] = ()
+    """Recipes to compare as they are: `recipes=digits_dino,digits_simclr`."""
+    runs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Runs with arguments of their own, by name: `runs.short='[recipe=digits_dino, train.epochs=5]'`."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     """One run of each recipe for each seed."""
     settings: tuple[str, ...] = ()
-    """Arguments for every run: `settings=train.epochs=5,knn=null`, or a list in brackets if one holds a comma."""
+    """Arguments for every run that has no own: `settings=train.epochs=5,knn=null`, or a list in brackets."""
     train: str
     """Shards of labelled training images."""
     test: str
     """Shards of labelled test images, with the same classes."""
     output: Path
-    """Directory for the runs (RECIPE-seedN), compare.json and compare.txt."""
+    """Directory for the runs (NAME-seedN), compare.json and compare.txt."""
     k: Annotated[int, Field(gt=0)] = 20
     """Neighbours of k-NN."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """Temperature of k-NN."""
+
+    @model_validator(mode="after")
+    def _has_runs_of_its_own_seeds(self) -> Self:
+        if not self.recipes and not self.runs:
+            raise ValueError("there is nothing to compare: set recipes=NAME,NAME or runs.NAME=[recipe=..., ...].")
+        for name, arguments in self.runs.items():
+            if "recipe" not in map(_key, arguments):
+                raise ValueError(f"runs.{name} must name a recipe: [recipe=NAME, ...]. Got {list(arguments)}.")
+        doubled = [name for name in self.recipes if name in self.runs]
+        if doubled:
+            raise ValueError(f"'{doubled[0]}' is in recipes and in runs; give the run another name.")
+        for key, arguments in (
+            ("settings", self.settings),
+            *((f"runs.{name}", run) for name, run in self.runs.items()),
+        ):
+            reserved = ("seed", "output") if key != "settings" else ("recipe", "seed", "output")
+            taken = [argument for argument in arguments if _key(argument) in reserved]
+            if taken:
+                raise ValueError(f"{key} must leave {' and '.join(reserved)} to eval.compare. Got '{taken[0]}'.")
+        return self
+
+    def arguments(self) -> dict[str, list[str]]:
+        """The arguments of each run, by its name: its own, and those of `settings` whose keys it does not have."""
+        own = {recipe: (f"recipe={recipe}",) for recipe in self.recipes} | self.runs
+        return {
+            name: [*run, *(setting for setting in self.settings if _key(setting) not in set(map(_key, run)))]
+            for name, run in own.items()
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured: top-1 in percent by run and evaluator, and its course while the runs lasted."""
+
+    top1: dict[str, Scores]
+    classifier: dict[str, list[float]]
+    """Of methods that learn to classify: the last top-1 of their own classifier, one per seed."""
+    curves: dict[str, list[tuple[float, float]]]
+    """Epoch and top-1 of the monitor `knn` during each run, mean over seeds; empty without that monitor."""
 
 
 def run_pretraining(arguments: Sequence[str]) -> None:
@@ -53,35 +101,64 @@ def run_pretraining(arguments: Sequence[str]) -> None:
         raise RunError(f"pretrain.py {' '.join(arguments)} ended with exit code {process.returncode}; see above.")
 
 
-def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> dict[str, Scores]:
-    """Top-1 of each recipe by evaluator and subject, one value per seed; `pretrain` runs one list of arguments."""
-    taken = [setting for setting in config.settings if setting.partition("=")[0] in ("recipe", "seed", "output")]
-    if taken:
-        raise ConfigError(f"settings must leave recipe, seed and output to eval.compare. Got '{taken[0]}'.")
-    found: dict[str, Scores] = {}
-    for recipe in config.recipes:
-        scores: dict[str, dict[str, list[float]]] = {name: {subject: [] for subject in SUBJECTS} for name in EVALUATORS}
+def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> Comparison:
+    """Run and measure everything; `pretrain` runs one list of arguments."""
+    found = Comparison({}, {}, {})
+    for name, arguments in config.arguments().items():
+        scores: dict[str, dict[str, list[float]]] = {key: {subject: [] for subject in SUBJECTS} for key in EVALUATORS}
+        rows = []
         for seed in config.seeds:
-            run = config.output / f"{recipe}-seed{seed}"
-            pretrain([f"recipe={recipe}", f"seed={seed}", f"output={run}", *config.settings])
+            run = config.output / f"{name}-seed{seed}"
+            pretrain([*arguments, f"seed={seed}", f"output={run}"])
             _evaluate(config, run)
-            for name, top1 in read_top1(run).items():
+            for evaluator, top1 in read_top1(run).items():
                 for subject in SUBJECTS:
-                    scores[name][subject].append(top1[subject])
-        found[recipe] = scores
+                    scores[evaluator][subject].append(top1[subject])
+            rows.append(_read_metrics(run))
+        found.top1[name] = scores
+        found.classifier[name] = [row[-1]["classifier_top1"] for row in rows if row and "classifier_top1" in row[-1]]
+        courses = [[(row["epoch"], row["knn_top1"]) for row in seed_rows if "knn_top1" in row] for seed_rows in rows]
+        found.curves[name] = [
+            (points[0][0], mean(top1 for _, top1 in points)) for points in zip(*courses, strict=False)
+        ]
     return found
 
 
-def summary(found: Mapping[str, Scores], seeds: int) -> str:
-    """One row per recipe and evaluator: raw pixels, random initialisation, pretrained; mean and spread over seeds."""
-    rows = [
-        (recipe, EVALUATORS[name], *(_mean_and_spread(scores[name][subject]) for subject in SUBJECTS))
-        for recipe, scores in found.items()
-        for name in EVALUATORS
-    ]
+def summary(found: Comparison, seeds: int) -> str:
+    """One row per run and evaluator: raw pixels, random initialisation, pretrained; mean and spread over seeds."""
+    rows = []
+    for name, scores in found.top1.items():
+        for evaluator, title in EVALUATORS.items():
+            rows.append((name, title, *(_mean_and_spread(scores[evaluator][subject]) for subject in SUBJECTS)))
+        if found.classifier[name]:
+            rows.append((name, "own classifier top-1", "-", "-", _mean_and_spread(found.classifier[name])))
     spread = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    table = format_table(("recipe", "", *SUBJECTS.values()), rows)
-    return f"{table}\n\nTop-1 of the last step, never of the best one; {spread}."
+    lines = [
+        format_table(("run", "", *SUBJECTS.values()), rows),
+        "",
+        f"Top-1 of the last step, never of the best one; {spread}.",
+    ]
+    curves = [f"  {name}: {_curve(points)}" for name, points in found.curves.items() if points]
+    if curves:
+        lines += ["", "k-NN top-1 in percent during the runs, as their monitor measures it (epoch: top-1):", *curves]
+    return "\n".join(lines)
+
+
+def _read_metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of the run's metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _key(argument: str) -> str:
+    return argument.partition("=")[0]
+
+
+def _curve(points: Sequence[tuple[float, float]]) -> str:
+    """At most CURVE_POINTS of the points, spread evenly, the last one among them."""
+    count = min(len(points), CURVE_POINTS)
+    chosen = [points[(number + 1) * len(points) // count - 1] for number in range(count)]
+    return "  ".join(f"{epoch:.3g}: {top1:.1f}" for epoch, top1 in chosen)
 
 
 def _evaluate(config: CompareConfig, run: Path) -> None:
@@ -102,11 +179,11 @@ def main(config: CompareConfig) -> None:
     found = compare(config)
     text = summary(found, len(config.seeds))
     print(text)
-    report: JSON = {"top1": found, "protocol": config.model_dump(mode="json")}
+    report: JSON = {**asdict(found), "protocol": config.model_dump(mode="json")}
     write_json(config.output / "compare.json", report)
     write_text(config.output / "compare.txt", text + "\n")
     print(f"written to {config.output}/compare.json and compare.txt")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(CompareConfig, main, command="python -m eval.compare"))
+    sys.exit(run_command(CompareConfig, main, command="python -m eval.compare", recipes=COMPARISONS))

@@ -1,11 +1,12 @@
 """eval.compare with a stand-in for pretraining: a run that appears as an exported backbone."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from eval.compare import CompareConfig, compare, summary
+from eval.compare import CompareConfig, Comparison, compare, summary
 from ssl_pipeline.config import ConfigError, load
 
 Pretrain = Callable[[Sequence[str]], None]
@@ -26,7 +27,8 @@ def pretrain(run: Path) -> Pretrain:
 
 def config(output: Path, train: str, test: str, *arguments: str) -> CompareConfig:
     paths = (f"train={train}", f"test={test}", f"output={output}")
-    return load(CompareConfig, ["recipes=first,second", "seeds=0,1", "k=3", *paths, *arguments])
+    recipes = [] if any(argument.startswith("recipes=") for argument in arguments) else ["recipes=first,second"]
+    return load(CompareConfig, [*recipes, "seeds=0,1", "k=3", *paths, *arguments])
 
 
 def test_each_recipe_runs_once_per_seed_with_the_settings(
@@ -42,13 +44,13 @@ def test_each_recipe_runs_once_per_seed_with_the_settings(
     found = compare(config(out, train, test, "settings=train.epochs=1,knn=null"), record)
 
     assert calls == [
-        [f"recipe={recipe}", f"seed={seed}", f"output={out / f'{recipe}-seed{seed}'}", "train.epochs=1", "knn=null"]
+        [f"recipe={recipe}", "train.epochs=1", "knn=null", f"seed={seed}", f"output={out / f'{recipe}-seed{seed}'}"]
         for recipe in ("first", "second")
         for seed in (0, 1)
     ]
     for recipe in ("first", "second"):
         for evaluator in ("knn", "linear"):
-            assert {subject: len(values) for subject, values in found[recipe][evaluator].items()} == {
+            assert {subject: len(values) for subject, values in found.top1[recipe][evaluator].items()} == {
                 "raw_pixels": 2,
                 "random": 2,
                 "pretrained": 2,
@@ -56,14 +58,66 @@ def test_each_recipe_runs_once_per_seed_with_the_settings(
             assert (out / f"{recipe}-seed1" / "eval" / f"{evaluator}.json").is_file()
 
 
+def test_a_run_with_arguments_of_its_own_takes_the_other_settings(tmp_path: Path, train: str, test: str) -> None:
+    arguments = config(
+        tmp_path, train, test, "runs.small=[recipe=first, train.epochs=5]", "settings=train.epochs=1,knn=null"
+    ).arguments()
+    assert arguments == {
+        "first": ["recipe=first", "train.epochs=1", "knn=null"],
+        "second": ["recipe=second", "train.epochs=1", "knn=null"],
+        "small": ["recipe=first", "train.epochs=5", "knn=null"],
+    }
+
+
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
     scores = {"raw_pixels": [50.0, 50.0], "random": [10.0, 20.0], "pretrained": [70.0, 80.0]}
-    text = summary({"mine": {"knn": scores, "linear": scores}}, 2)
+    found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"mine": []})
+    text = summary(found, 2)
     assert "15.00 % +- 7.07" in text
     assert "75.00 % +- 7.07" in text
     assert "never of the best one; mean +- standard deviation over 2 seeds" in text
+    assert "classifier" not in text
+    assert "during the runs" not in text
 
 
-def test_settings_may_not_name_the_seed(tmp_path: Path, train: str, test: str, pretrain: Pretrain) -> None:
-    with pytest.raises(ConfigError, match=r"settings must leave recipe, seed and output .* Got 'seed=3'"):
-        compare(config(tmp_path, train, test, "settings=seed=3"), pretrain)
+def test_monitored_k_nn_and_the_methods_own_classifier_are_read_from_the_metrics(
+    tmp_path: Path, train: str, test: str, pretrain: Pretrain
+) -> None:
+    def log(arguments: Sequence[str]) -> None:
+        pretrain(arguments)
+        output = Path(dict(argument.split("=", 1) for argument in arguments)["output"])
+        better = 10 * output.name.endswith("seed1")
+        rows = [{"epoch": 1, "loss": 3.0}, {"epoch": 2, "knn_top1": 30.0 + better}, {"epoch": 4, "knn_top1": 50.0}]
+        rows[-1]["classifier_top1"] = 60.0 + better
+        (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    found = compare(config(tmp_path, train, test, "recipes=only"), log)
+    assert found.curves == {"only": [(2, 35.0), (4, 50.0)]}
+    assert found.classifier == {"only": [60.0, 70.0]}
+    text = summary(found, 2)
+    assert "only: 2: 35.0  4: 50.0" in text
+    assert "65.00 % +- 7.07" in text
+
+
+def test_a_long_curve_is_thinned_to_its_end() -> None:
+    scores = {"raw_pixels": [50.0], "random": [10.0], "pretrained": [70.0]}
+    points = [(float(epoch), float(epoch)) for epoch in range(1, 101)]
+    text = summary(Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"mine": points}), 1)
+    assert "mine: 16: 16.0  33: 33.0  50: 50.0  66: 66.0  83: 83.0  100: 100.0" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["settings=seed=3"], r"settings must leave recipe and seed and output to eval.compare. Got 'seed=3'"),
+        (["runs.mine=[recipe=first, output=x]"], r"runs.mine must leave seed and output .* Got 'output=x'"),
+        (["runs.mine=[train.epochs=3]"], r"runs.mine must name a recipe"),
+        (["runs.first=[recipe=second]"], r"'first' is in recipes and in runs"),
+        (["recipes=[]"], r"there is nothing to compare"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, train: str, test: str, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, train, test, *arguments)
