@@ -1,10 +1,11 @@
 # `make quickstart` and `make test` need Linux, Python 3.11+ and make; both install everything into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+BENCH ?=
 DIGITS := data/digits
 RUN := runs/digits_dino
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test lint format bench clean
 
 install: .venv/installed
 
@@ -28,6 +29,15 @@ quickstart: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+# Against our peers, on this machine; about 15 minutes on 2 cores. make bench BENCH="imagenet=FOLDER only=input rounds=9"
+bench: export OMP_WAIT_POLICY = passive
+bench: .venv/installed-bench
+	$(BIN)/python -m benchmarks $(BENCH)
+
+.venv/installed-bench: .venv/installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,6 +79,7 @@ class PretrainConfig(Config):
 
 def pretrain(config: PretrainConfig) -> int:
     """Run the settings to the end; returns the exit code, 128 + the signal number if one stopped it."""
+    started = time.perf_counter()
     with ExitStack() as stack:
         accelerator = start_accelerator(config.train)
         stack.enter_context(peer_failures_in_one_line())
@@ -92,11 +94,13 @@ def pretrain(config: PretrainConfig) -> int:
         if accelerator.is_main_process:
             directory = stack.enter_context(RunDirectory(output))
             _refuse_other_run(directory, identity)
+        asked = time.perf_counter()
         index = open_shards(config.data.shards, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb)
-        identity["images"] = str(len(index))
+        index_seconds = time.perf_counter() - asked
+        identity["images"] = _images(index)
         labelled_index = open_labelled_images(method, config.data)
         if labelled_index is not None:
-            identity["labelled images"] = str(len(labelled_index))
+            identity["labelled images"] = _images(labelled_index)
         clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
         method.check(global_batch=clock.global_batch)
         check_batch_norm(method, config, accelerator.num_processes)
@@ -107,6 +111,7 @@ def pretrain(config: PretrainConfig) -> int:
         signal_number = train(
             Run(
                 method=method,
+                clock=clock,
                 index=index,
                 labelled_index=labelled_index,
                 augment=config.augment,
@@ -121,6 +126,8 @@ def pretrain(config: PretrainConfig) -> int:
                 settings=dump(config),
                 identity=identity,
                 wandb=config.wandb,
+                started=started,
+                index_seconds=index_seconds,
             )
         )
         if signal_number == 0 and directory is not None:
@@ -233,6 +240,11 @@ def _refuse_other_run(directory: RunDirectory, identity: Mapping[str, str]) -> N
             "Choose another output=DIR, or remove that run."
         ) from None
     check_identity(directory.path, _identity(there), identity)
+
+
+def _images(index: ShardIndex) -> str:
+    """How many images there are, and which: packed or labelled anew they are others."""
+    return f"{len(index)} ({index.fingerprint[:8]})"
 
 
 def _identity(config: PretrainConfig) -> dict[str, str]:

@@ -45,7 +45,8 @@ class Checked:
 
 def check_shards(config: CheckShards) -> int:
     """Print every problem and a summary; returns 0 without problems, else 1."""
-    folder, shards = list_shards(config.directory)
+    folder, names = list_shards(config.directory)
+    shards = [folder / name for name in names]
     manifest = read_manifest(folder)
     whole_folder = Path(config.directory).is_dir()
     checked = map_in_processes(
@@ -59,16 +60,18 @@ def check_shards(config: CheckShards) -> int:
     entries = [shard.entry for shard in checked if shard.entry is not None]
     problems = [problem for shard in checked for problem in shard.problems]
     if manifest is not None:
-        problems += differences(entries, [shard.name for shard in shards], manifest, whole_folder=whole_folder)
+        problems += differences(entries, names, manifest, whole_folder=whole_folder)
     for problem in problems:
         print(problem)
+    images = sum(entry.samples for entry in entries)
     labelled = sum(entry.labelled for entry in entries)
     megabytes = sum(entry.bytes for entry in entries) / 1e6
     depth = "every image decoded" if config.decode else "no image decoded"
     against = f"compared with {MANIFEST_FILE}" if manifest else f"no {MANIFEST_FILE}"
     print(
-        f"{len(shards)} shards, {sum(entry.samples for entry in entries):,} images ({labelled:,} with a label), "
-        f"{megabytes:.1f} MB; {depth}, {against}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"
+        f"{len(shards)} shard{'s' * (len(shards) != 1)}, {images:,} image{'s' * (images != 1)} "
+        f"({labelled:,} with a label), {megabytes:.1f} MB; {depth}, {against}: "
+        f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"
     )
     return 1 if problems else 0
 

@@ -1,6 +1,6 @@
 """Images -> WebDataset shards: checked, shuffled as a whole, cut into tar files, listed in a manifest.
 
-python -m data_tools.make_shards source=FOLDER|ZIP|digits output=DIR [prefix=train/]
+python -m data_tools.make_shards source=FOLDER|ZIP|digits output=DIR [prefix=train/] [short_side=320]
 """
 
 import hashlib
@@ -9,32 +9,34 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from webdataset import TarWriter
 
+from data_tools.candidates import Candidate, Rejected, find_candidates, looks_like_splits, path_parts
 from data_tools.output import REJECTED_FILE, output_in_the_making
+from data_tools.packing import Packing, pack, packed_size
 from data_tools.processes import map_in_processes
 from data_tools.sources import Source, UnreadableFileError, open_source
 from ssl_pipeline.config import Config, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
-from ssl_pipeline.data.index import IMAGE_EXTENSIONS
 from ssl_pipeline.data.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.sampling import permutation
 from ssl_pipeline.data.shards import DataError, open_shards
 
 CHUNK = 200  # files per task of the check
+DEFAULT_QUALITY = 90
 
 
 class MakeShards(Config):
     """Write the images of a folder, a zip or scikit-learn's digits into WebDataset shards.
 
-    Class folders become labels, a flat folder has none. Image files are stored as they are. Files that cannot be
-    decoded are left out and listed in rejected.jsonl.
+    Class folders become labels, a flat folder has none. Image files are stored as they are, unless short_side is
+    given. Files that cannot be decoded are left out and listed in rejected.jsonl.
     """
 
     source: str
@@ -45,6 +47,12 @@ class MakeShards(Config):
     """Take only what lies below this folder of the source, e.g. train/."""
     split: Literal["train", "test"] | None = None
     """Part of source=digits; train if not given."""
+    labels: Literal["folders", "none"] | None = None
+    """folders: the top folders are classes, whatever they are called. none: no labels. By default folders, if any."""
+    short_side: Annotated[int, Field(ge=16)] | None = None
+    """Store baseline JPEG with at most this many pixels on the shorter side; 320 suits training at 224."""
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    """JPEG quality for short_side; 90 if not given."""
     samples_per_shard: Annotated[int, Field(ge=1)] = 1000
     """Images per shard."""
     shuffle_seed: Annotated[int, Field(ge=0)] = 0
@@ -54,34 +62,35 @@ class MakeShards(Config):
     overwrite: bool = False
     """Replace shards that an earlier run wrote to the same output."""
 
+    @model_validator(mode="after")
+    def _quality_needs_short_side(self) -> "MakeShards":
+        if self.quality is not None and self.short_side is None:
+            raise ValueError(
+                f"quality={self.quality} goes with short_side=PIXELS. Without it images are stored as they are."
+            )
+        return self
 
-@dataclass(frozen=True)
-class Candidate:
-    """A file of the source that looks like an image, and its class."""
-
-    name: str
-    label: int | None
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A file that is left out."""
-
-    file: str
-    reason: str
+    @property
+    def packing(self) -> Packing | None:
+        """How images are encoded anew, if they are."""
+        if self.short_side is None:
+            return None
+        return Packing(self.short_side, DEFAULT_QUALITY if self.quality is None else self.quality)
 
 
 def make_shards(config: MakeShards) -> int:
     """Write the shards, the manifest, the index and the list of rejected files; returns the exit code."""
     source = open_source(config.source, config.prefix, config.split)
-    candidates, class_names, rejected = find_candidates(source)
+    candidates, class_names, rejected = find_candidates(source, labels=config.labels)
+    if config.labels is None and class_names and looks_like_splits(class_names):
+        raise _splits_for_classes(config, class_names)
     if not candidates:
         raise DataError(
             f"source='{config.source}' has no image file (.jpg .jpeg .png .webp) among {len(rejected)} files. "
             "Is prefix= missing?"
         )
     with output_in_the_making(config.output, overwrite=config.overwrite) as folder:
-        accepted, undecodable = _check(source, candidates, config.workers)
+        accepted, undecodable = _check(source, candidates, config)
         rejected += undecodable
         if not accepted:
             raise DataError(
@@ -96,49 +105,26 @@ def make_shards(config: MakeShards) -> int:
     return 0
 
 
-def find_candidates(source: Source) -> tuple[list[Candidate], list[str] | None, list[Rejected]]:
-    """Image files with their labels, the class names, and what is no image file.
-
-    Classes are the top folders, sorted, the empty ones among them; without any, no image has a label.
-    """
-    images, others = dict[str, list[str]](), list[Rejected]()
-    for name in source.names():
-        parts = _parts(name)
-        if not parts or _is_hidden(parts):
-            others.append(Rejected(name, "hidden file"))
-        elif Path(parts[-1]).suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
-            others.append(Rejected(name, "no image file"))
-        else:
-            images[name] = parts
-    if all(len(parts) == 1 for parts in images.values()):
-        return [Candidate(name, None) for name in images], None, others
-    folders = [parts for parts in map(_parts, source.folders()) if parts and not _is_hidden(parts)]
-    class_names = sorted({parts[0] for parts in images.values() if len(parts) > 1} | {parts[0] for parts in folders})
-    labels = {name: label for label, name in enumerate(class_names)}
-    others += [Rejected(name, "outside the class folders") for name, parts in images.items() if len(parts) == 1]
-    candidates = [Candidate(name, labels[parts[0]]) for name, parts in images.items() if len(parts) > 1]
-    return candidates, class_names, others
-
-
-def _parts(name: str) -> list[str]:
-    """Folders and file of a name; `/`, `.` and `..` only move about and are no part of it."""
-    return [part for part in name.split("/") if part not in ("", ".", "..")]
-
-
-def _is_hidden(parts: Sequence[str]) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+def _splits_for_classes(config: MakeShards, folders: Sequence[str]) -> DataError:
+    found = ", ".join(f"{folder}/" for folder in folders)
+    likeliest = min(folders, key=lambda folder: not folder.lower().startswith("train"))
+    prefix = "/".join([*path_parts(config.prefix), likeliest])
+    return DataError(
+        f"source='{config.source}' holds {found}: parts of a data set rather than classes. Take one part with "
+        f"prefix={prefix}/, or all without labels with labels=none. If these are classes, say labels=folders."
+    )
 
 
 def _check(
-    source: Source, candidates: Sequence[Candidate], workers: int | None
+    source: Source, candidates: Sequence[Candidate], config: MakeShards
 ) -> tuple[list[tuple[Candidate, str]], list[Rejected]]:
     """Candidates that decode, each with the extension that its content calls for, and the others with the reason."""
     chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
     results = map_in_processes(
-        partial(_check_chunk, source),
+        partial(_check_chunk, source, config.packing),
         chunks,
         sizes=[len(chunk) for chunk in chunks],
-        workers=workers,
+        workers=config.workers,
         description="checking images",
     )
     checked = list(zip(candidates, (result for chunk in results for result in chunk), strict=True))
@@ -146,13 +132,15 @@ def _check(
     return accepted, [Rejected(candidate.name, reason) for candidate, (extension, reason) in checked if not extension]
 
 
-def _check_chunk(source: Source, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
-    """(extension, "") for each image that decodes, ("", reason) for the others."""
+def _check_chunk(source: Source, packing: Packing | None, candidates: Sequence[Candidate]) -> list[tuple[str, str]]:
+    """(extension, "") for each image that decodes and can be packed, ("", reason) for the others."""
     results = []
     for candidate in candidates:
         try:
             data = source.read(candidate.name)
-            decode_image(data)
+            height, width, _ = decode_image(data).shape
+            if packing is not None:
+                packed_size(height, width, packing.short_side)
             results.append((image_extension(data) or "", "no JPEG, PNG or WebP image"))
         except (UnreadableFileError, DecodeError) as error:
             results.append(("", str(error)))
@@ -169,7 +157,7 @@ def _write(
         for start in range(0, len(samples), size)
     ]
     return map_in_processes(
-        partial(write_shard, source),
+        partial(write_shard, source, packing=config.packing),
         tasks,
         sizes=[len(part) for _, _, part in tasks],
         workers=config.workers,
@@ -177,8 +165,13 @@ def _write(
     )
 
 
-def write_shard(source: Source, task: tuple[Path, int, Sequence[tuple[Candidate, str]]]) -> ManifestShard:
-    """Write one tar: its path, the number of its first sample, and its files with their extensions."""
+def write_shard(
+    source: Source, task: tuple[Path, int, Sequence[tuple[Candidate, str]]], *, packing: Packing | None = None
+) -> ManifestShard:
+    """Write one tar: its path, the number of its first sample, and its files with their extensions.
+
+    Images are stored as they are, or packed.
+    """
     path, start, samples = task
     with path.open("wb") as file:
         # times and owners are fixed: the same images and seed give the same bytes
@@ -186,7 +179,9 @@ def write_shard(source: Source, task: tuple[Path, int, Sequence[tuple[Candidate,
             for number, (candidate, extension) in enumerate(samples, start):
                 try:
                     image = source.read(candidate.name)
-                except UnreadableFileError as error:
+                    if packing is not None:
+                        image, extension = pack(image, packing), "jpg"
+                except (UnreadableFileError, DecodeError) as error:
                     raise DataError(
                         f"'{candidate.name}' became unreadable while shards were written: {error}."
                     ) from None
@@ -218,7 +213,10 @@ def _write_lists(
         "source": config.source,
         "prefix": config.prefix,
         "split": (config.split or "train") if config.source == "digits" else None,
+        "labels": config.labels,
         "shuffle_seed": config.shuffle_seed,
+        "short_side": config.short_side,
+        "quality": None if config.packing is None else config.packing.quality,
     }
     write_manifest(folder, Manifest(class_names, shards, source, len(rejected)))
 

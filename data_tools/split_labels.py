@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from data_tools.make_shards import Candidate, write_shard
+from data_tools.candidates import Candidate
+from data_tools.make_shards import write_shard
 from data_tools.output import output_in_the_making
 from data_tools.processes import map_in_processes
 from ssl_pipeline.config import Config, run_command

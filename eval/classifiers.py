@@ -63,6 +63,7 @@ def train_linear_heads(
         for values in (learning_rates, weight_decays)
     )
     rates *= batch_size / 256
+    decaying = any(weight_decays)
     weights = features_ND.new_zeros(features_ND.shape[1], num_settings * num_classes)
     biases = features_ND.new_zeros(num_settings * num_classes)
     weight_momenta, bias_momenta = torch.zeros_like(weights), torch.zeros_like(biases)
@@ -79,7 +80,9 @@ def train_linear_heads(
             gradients[torch.arange(len(rows), device=device), :, labels_N[rows]] -= 1.0
             gradients = gradients.flatten(1).div_(len(rows))
             cosine = 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
-            weight_gradient = torch.addcmul(features_BD.T @ gradients, weights, decays)
+            weight_gradient = features_BD.T @ gradients
+            if decaying:
+                weight_gradient.addcmul_(weights, decays)
             weight_momenta.mul_(0.9).add_(weight_gradient)
             bias_momenta.mul_(0.9).add_(gradients.sum(dim=0))
             weights.addcmul_(weight_momenta, rates, value=-cosine)

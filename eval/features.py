@@ -44,7 +44,6 @@ def extract_features(
         positions,
         batch_size=batch_size,
         workers=workers,
-        pin_memory=device.type == "cuda",
     )
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
     autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")

@@ -12,12 +12,20 @@ from eval.accuracy import top_k_accuracy, top_k_hits
 from eval.evaluation import (
     EvaluationConfig,
     LabelledFeatures,
+    choose_device,
     count_classes,
     measure_subjects,
     open_labelled,
     write_report,
 )
 from eval.features import Precision, extract_features
+from eval.neighbours import (
+    Search,
+    nearest_neighbours,
+    require_finite,
+    require_k,
+    search_device,
+)
 from eval.table import format_table, percent
 from ssl_pipeline.atomic import JSON
 from ssl_pipeline.backbones import Preprocessing
@@ -51,40 +59,6 @@ def weighted_knn(
     return vote(similarities_NK, labels_NK, temperature=temperature, num_classes=num_classes)
 
 
-def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    """Similarities and training image numbers (N, k), most similar first: exact search with FAISS on the CPU.
-
-    All queries go to FAISS in one call: below about 1,000 queries a call costs 16 to 20 times more per query.
-    """
-    import faiss
-
-    require_k(k, len(train_MD))
-    require_finite(train_MD, test_ND)
-    index = faiss.IndexFlatIP(train_MD.shape[1])
-    index.add(train_MD.float().contiguous().cpu().numpy())
-    similarities, neighbours = index.search(test_ND.float().contiguous().cpu().numpy(), k)
-    return (
-        torch.from_numpy(similarities).to(test_ND.device),
-        torch.from_numpy(neighbours).to(test_ND.device),
-    )
-
-
-def require_k(k: int, num_train: int) -> None:
-    """Raises ConfigError if there are not k training images."""
-    if not 1 <= k <= num_train:
-        raise ConfigError(f"k-NN needs k between 1 and the number of training images ({num_train}). Got k={k}.")
-
-
-def require_finite(train_MD: Tensor, test_ND: Tensor) -> None:
-    """Raises ConfigError if a feature is NaN or infinite."""
-    for name, features in (("training", train_MD), ("test", test_ND)):
-        broken = int((~features.isfinite()).any(dim=1).sum())
-        if broken:
-            raise ConfigError(
-                f"k-NN needs finite features: {broken} of {len(features)} {name} images have NaN or infinity."
-            )
-
-
 def vote(similarities_NK: Tensor, labels_NK: Tensor, *, temperature: float, num_classes: int) -> Tensor:
     """Scores (N, C): the sum of exp(similarity / temperature) over the neighbours of each class."""
     if temperature <= 0:
@@ -108,11 +82,12 @@ def knn_accuracy(
     k: tuple[int, ...],
     temperature: float,
     num_classes: int,
+    search: Search = "auto",
 ) -> dict[int, dict[str, float]]:
     """`{k: {"top1": percent, "top5": percent}}` for each k, from one search; features need not be normalised."""
     train_MD, test_ND = (normalize(x, dim=1) for x in (train_features, test_features))
-    similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=max(k))
-    labels_NK = train_labels[neighbours_NK]
+    similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=max(k), search=search)
+    labels_NK = train_labels.to(neighbours_NK.device)[neighbours_NK]
     return {
         count: top_k_accuracy(
             vote(
@@ -121,7 +96,7 @@ def knn_accuracy(
                 temperature=temperature,
                 num_classes=num_classes,
             ),
-            test_labels,
+            test_labels.to(test_ND.device),
         )
         for count in k
     }
@@ -134,6 +109,9 @@ class KnnConfig(EvaluationConfig):
     """Neighbours that vote; several at once as `k=10,20,100,200`, the first is the headline."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """Votes weigh exp(similarity / temperature)."""
+    search: Search = "auto"
+    """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where there are units
+    for it, then in float32; `auto` takes blocks on GPUs and CPUs with such units and for few test images."""
 
 
 def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
@@ -141,20 +119,27 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
     import faiss
 
     def measure(features: LabelledFeatures) -> dict[int, dict[str, float]]:
+        device = search_device(features.train, features.test, choose_device(config.device))
         return knn_accuracy(
-            features.train,
+            features.train.to(device),
             features.train_labels,
-            features.test,
+            features.test.to(device),
             features.test_labels,
             k=config.k,
             temperature=config.temperature,
             num_classes=features.num_classes,
+            search=config.search,
         )
 
     images = open_labelled(config.train, config.test, task="k-NN")
     require_k(max(config.k), len(images.train))
     measured = measure_subjects(config, images, measure, task="k-NN")
-    settings: dict[str, JSON] = {"k": config.k, "temperature": config.temperature, "faiss": faiss.__version__}
+    settings: dict[str, JSON] = {
+        "k": config.k,
+        "temperature": config.temperature,
+        "search": config.search,
+        "faiss": faiss.__version__,
+    }
     report = measured.report(
         lambda by_k: {**by_k[config.k[0]], "by_k": {str(k): accuracy for k, accuracy in by_k.items()}}, settings
     )
@@ -224,15 +209,16 @@ class KnnMonitor:
         )
         require_finite(train, val)  # before the shares part: an error on one rank alone would leave the others waiting
         share = slice(rank(), None, world_size())
+        device = search_device(train, val[share], self.device)
         scores = weighted_knn(
-            normalize(train, dim=1),
+            normalize(train.to(device), dim=1),
             train_labels,
-            normalize(val[share], dim=1),
+            normalize(val[share].to(device), dim=1),
             k=self.config.k,
             temperature=self.config.temperature,
             num_classes=count_classes(self.images, train_labels, val_labels, task="k-NN"),
         )
-        hits = torch.stack([top_k_hits(scores, val_labels[share], k=k).sum() for k in (1, 5)])
+        hits = torch.stack([top_k_hits(scores, val_labels[share].to(device), k=k).sum() for k in (1, 5)])
         percents = mean_over_ranks(hits.float().to(self.device)) * world_size() * 100.0 / len(val)
         return {"knn_top1": percents[0].item(), "knn_top5": percents[1].item()}
 

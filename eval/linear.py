@@ -202,7 +202,22 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
         for label, result in measured.rows()
     ]
     print(format_table(["linear probe", "top-1", "top-5", "validation top-1", "chosen"], rows))
+    print("\n" + sweep_table(measured.result))
     return measured.report(asdict, settings)
+
+
+def sweep_table(result: ProbeResult) -> str:
+    """One row per setting that was tried, measured on the held-out training images; `*` marks the chosen one."""
+    rows = [
+        [
+            ("* " if all(tried[name] == value for name, value in result.chosen.items()) else "  ")
+            + " / ".join(f"{tried[name]:g}" for name in result.chosen),
+            percent(tried["validation_top1"]),
+        ]
+        for tried in result.sweep
+    ]
+    names = " / ".join(name.replace("_", " ") for name in result.chosen)
+    return format_table([f"  {names}", "validation top-1"], rows)
 
 
 def _plain(result: ProbeResult) -> str:

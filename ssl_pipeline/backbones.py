@@ -10,6 +10,7 @@ from typing import Any, Literal
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from timm.layers import DropPath, PatchEmbed
 from timm.models import ResNet, VisionTransformer
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 import ssl_pipeline.wide_resnet  # noqa: F401  (adds its network to timm's registry)
 from ssl_pipeline.atomic import JSON, write_bytes, write_json
+from ssl_pipeline.attention import choose_attention
 from ssl_pipeline.config import Config, ConfigError, nearest
 from ssl_pipeline.initialisation import fix_positions, initialise
+from ssl_pipeline.masking import take_patches
 from ssl_pipeline.positions import Grid, resample_positions, sincos_position_embedding
 from ssl_pipeline.weights import WEIGHT_SUFFIXES, first_line, load_weights
 
@@ -61,6 +64,9 @@ class BackboneConfig(Config):
     """ViTs only: a table of sines that is not trained, instead of learnt positions (MAE, MoCo v3)."""
     frozen_patch_embed: bool = False
     """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
+    checkpoint_activations: bool = False
+    """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
+    fraction of the memory, about a quarter slower. Not for networks with batch norm."""
 
     @model_validator(mode="after")
     def _arguments_are_the_models_own(self) -> BackboneConfig:
@@ -127,6 +133,20 @@ class TokenBackbone(Backbone):
         positions = self.model.pos_embed[:, self._num_prefix_positions :]
         return tokens + resample_positions(positions, self.grid, (rows, columns))
 
+    def embed_patches(self, patches: Tensor, places: Tensor) -> Tensor:
+        """Some patches (N, K, p * p * C) of images of the backbone's own size -> their tokens (N, K, embed_dim).
+
+        patches: pixels in the order of `patchify`. places: (N, K), where in its image each patch is, counted by rows.
+        The tokens are those of `embed`.
+        """
+        projection = self.model.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # pixels in the order row, column, channel
+        tokens = self.model.patch_embed.norm(F.linear(patches, weight, projection.bias))
+        if self.model.pos_embed is None:
+            return tokens
+        positions = self.model.pos_embed[:, self._num_prefix_positions :]
+        return tokens + take_patches(positions.expand(len(patches), -1, -1), places)
+
     def encode(self, tokens: Tensor) -> Tensor:
         """Patch tokens (N, L, D), all or some of them -> encoded and normalised (N, 1 + L, D), class token first.
 
@@ -141,8 +161,15 @@ class TokenBackbone(Backbone):
                 prefix_tokens = prefix_tokens + model.pos_embed[:, : self._num_prefix_positions]
             tokens = torch.cat([prefix_tokens.expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = model.norm_pre(model.patch_drop(model.pos_drop(tokens)))
-        tokens = checkpoint_seq(model.blocks, tokens) if model.grad_checkpointing else model.blocks(tokens)
-        return model.norm(tokens)
+        choose_attention(model.blocks, tokens)
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            return model.norm(checkpoint_seq(model.blocks, tokens))
+        return model.norm(model.blocks(tokens))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `torch.nn.Module.compile`; also for those who enter and leave at the tokens."""
+        super().compile(*args, **kwargs)
+        self.model.blocks.compile(*args, **kwargs)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.forward_head(self.encode(self.embed(images)), pre_logits=True)
@@ -167,6 +194,8 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     if weights_file:
         load_weights(backbone.model, Path(str(config.weights)))
     _prepare_vit(backbone, config)
+    if config.checkpoint_activations:
+        _checkpoint_activations(backbone, config.name)
     return backbone
 
 
@@ -236,6 +265,11 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
 
 def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
     """How the weights of a ViT begin and which of them stay as they are."""
+    if config.initial_weights == "mae" and not isinstance(backbone, TokenBackbone):
+        raise ConfigError(
+            f"MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. "
+            f"'{config.name}' has none."
+        )
     for setting in ("initial_weights", "fixed_positions", "frozen_patch_embed"):
         if getattr(config, setting) and not isinstance(backbone, TokenBackbone):
             raise ConfigError(f"backbone.{setting} needs a ViT. '{config.name}' is none.")
@@ -246,6 +280,18 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
             fix_positions(backbone.model)
         if config.frozen_patch_embed:
             backbone.model.patch_embed.requires_grad_(False)
+
+
+def _checkpoint_activations(backbone: Backbone, name: str) -> None:
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in backbone.modules()):
+        raise ConfigError(
+            f"backbone.checkpoint_activations needs a network without batch norm, which would count each batch twice. "
+            f"'{name}' has some."
+        )
+    try:
+        backbone.model.set_grad_checkpointing()  # type: ignore[operator]
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"timm cannot checkpoint the activations of '{name}'.") from error
 
 
 def _shrink_stem(model: nn.Module, name: str) -> None:

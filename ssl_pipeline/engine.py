@@ -11,48 +11,35 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ssl_pipeline.augment.photometric import apply_photometric
-from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints, optimizer_tensors
-from ssl_pipeline.config import ConfigError, RunError
+from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
-from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
-from ssl_pipeline.data.workers import worker_death
-from ssl_pipeline.distributed import (
-    copy_from_first_rank,
-    gather,
-    max_over_ranks,
-    mean_over_ranks,
-    peer_failure,
-    rank,
-    world_size,
-)
-from ssl_pipeline.interruption import Interruption, Watched
-from ssl_pipeline.launch import seed_everything
-from ssl_pipeline.methods.base import StepOutput
-from ssl_pipeline.optim import build_optimizer, prepare_gradients, write_values
+from ssl_pipeline.data.stream import open_stream
+from ssl_pipeline.data.stream_batch import StreamBatch
+from ssl_pipeline.distributed import peer_failure, rank, world_size
+from ssl_pipeline.interruption import Interruption
+from ssl_pipeline.optim import build_optimizer
+from ssl_pipeline.profiling import Profile
+from ssl_pipeline.reporting import Reporter
 from ssl_pipeline.resume import changed_settings, load_newest, optimizer_identity
 from ssl_pipeline.run_directory import RunDirectory, read_status
-from ssl_pipeline.schedule import Progress, steps_in
+from ssl_pipeline.step_times import StepTimes
 from ssl_pipeline.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.tracking import Tracker
-from ssl_pipeline.training import Clock, Run, start_clock
+from ssl_pipeline.training import Run
+from ssl_pipeline.training_step import TrainingStep
+from ssl_pipeline.verdicts import BrokenStepError, Verdicts, lag_on
 
 
 def train(run: Run) -> int:
     """Train to the end, from the newest checkpoint if there is one; returns the signal that cut it short, or 0."""
-    clock = start_clock(run.index, run.data, run.config)
-    method, device = run.method, run.accelerator.device
+    clock, method, device = run.clock, run.method, run.accelerator.device
     if run.config.sync_batch_norm:
         synchronize_batch_norm(method, device)
     method.to(device)
@@ -64,9 +51,8 @@ def train(run: Run) -> int:
     if run.directory is not None:
         _write_settings(run.directory, run.settings, complete=position >= clock.end)
     if run.config.compile:
-        for module in method.modules():
-            if isinstance(module, Backbone):
-                module.compile()
+        for part in method.parts_to_compile():
+            part.compile()
     with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; Accelerate knows the old name alone
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         network, optimizer = run.accelerator.prepare(method, optimizer)
@@ -83,11 +69,13 @@ def train(run: Run) -> int:
     if saved is not None and position < clock.end:
         tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
     with Interruption(hang_timeout=run.config.hang_timeout) as interruption:
-        loop = _Loop(run, clock, checkpoints, tracker, network, optimizer, interruption, identity)
+        loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity)
         try:
             return loop.go(position)
         except BaseException as error:
-            error = (isinstance(error, Exception) and (worker_death(error) or peer_failure(error))) or error
+            if isinstance(error, BrokenStepError):
+                loop.position = error.step * clock.global_batch
+            error = (isinstance(error, Exception) and peer_failure(error)) or error
             loop.write_status("failed", str(error) or type(error).__name__)
             raise error from None
         finally:
@@ -121,7 +109,6 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        clock: Clock,
         checkpoints: Checkpoints,
         tracker: Tracker,
         network: nn.Module,
@@ -129,47 +116,95 @@ class _Loop:
         interruption: Interruption,
         identity: Mapping[str, str],
     ) -> None:
-        self.run, self.clock, self.checkpoints, self.tracker = run, clock, checkpoints, tracker
-        self.network, self.optimizer = network, optimizer
-        self.interruption, self.identity = interruption, identity
-        self.device = run.accelerator.device
-        self.lr = run.optim.effective_lr(clock.global_batch)
+        self.run, self.clock, self.checkpoints, self.tracker = run, run.clock, checkpoints, tracker
+        self.optimizer, self.interruption, self.identity = optimizer, interruption, identity
         self.position = 0
-        self.bad_samples = BadSampleLog(
-            run.output / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
+        self.verdicts = Verdicts(run.index)
+        self.times = StepTimes(run.accelerator.device, every=run.config.time_steps)
+        self.step = TrainingStep(
+            run,
+            network,
+            optimizer,
+            lr=run.optim.effective_lr(run.clock.global_batch),
+            verdicts=self.verdicts,
+            lag=lag_on(run.accelerator.device),
+            times=self.times,
+            bad_samples=BadSampleLog(
+                run.output / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
+            ),
+            sign_of_life=self._sign_of_life,
+            requested=interruption.requested,
         )
+        self.reporter = Reporter(run, tracker, self.times, self._sign_of_life)
 
     def go(self, position: int) -> int:
         """Step until the end of the run or until a signal; returns the signal."""
         self.position = position
         stream = self._open_stream(position)
-        if position >= self.clock.end:
+        if self.clock.is_last(position):
             self.tracker.message("The run is complete already; nothing is left to train.")
             status = read_status(self.run.output)
             if status is None or status.state != "done":  # cut off between the last checkpoint and this word
                 self.write_status("done")
             return 0
         self.write_status("running")
-        self._start_interval()
-        while self.position < self.clock.end:
+        with self._profile() as profile:
+            signal_number = self._train(self._announced(stream), profile)
+        if times := self.times.summary():
+            self.tracker.message(times)
+        if not signal_number:
+            self.write_status("done")
+        return signal_number
+
+    def _train(self, stream: Iterator[StreamBatch], profile: Profile) -> int:
+        self.reporter.start_interval()
+        while not self.clock.is_last(self.position):
             progress = self.clock.progress(self.position)
-            outputs, indices = self._accumulate(stream, progress)
-            signal_number = self._step(outputs, indices, progress, self.interruption.requested())
+            self.times.start(progress.step + 1, labelled=profile.active)
+            result = self.step(stream, progress)
             self.position += self.clock.global_batch
-            done = self.clock.progress(self.position)
-            if signal_number and not self._is_last():
-                self._save(done)  # before the monitors, which may outlast the time that a preempted run is given
+            last = self.clock.is_last(self.position)
+            save_due = last or self.clock.is_due(self.run.config.save_every, self.position)
+            signal_number = result.signal_number
+            if signal_number or save_due or self.reporter.is_due(self.position):
+                signal_number = self.verdicts.read() or signal_number  # before anything is told or kept of this step
+            profile.step_done()
+            if signal_number and not last:
+                self._save()  # before the monitors, which may outlast the time that a preempted run is given
                 self.write_status("preempted", f"signal {signal_number}")
-                self._report(outputs, progress)
-                self.tracker.message(f"Stopped by signal {signal_number} after step {done.step}; run again to go on.")
+                self.reporter.report(result, self.position)
+                self.tracker.message(
+                    f"Stopped by signal {signal_number} after step {progress.step + 1}; run again to go on."
+                )
                 return signal_number
-            self._report(outputs, progress)
-            if self._is_last() or self._due(self.run.config.save_every, done):
-                self._save(done)
-        self.write_status("done")
+            self.reporter.report(result, self.position)
+            if save_due:
+                self._save()
         return 0
 
-    def _open_stream(self, position: int) -> Iterator[CropBatch]:
+    def _profile(self) -> Profile:
+        return Profile(
+            self.run.output / "profile",
+            num_steps=self.run.config.profile if self.run.directory is not None else 0,
+            first_step=self.clock.progress(self.position).step,
+            device=self.run.accelerator.device,
+            report=self.tracker.message,
+        )
+
+    def _announced(self, stream: Iterator[StreamBatch]) -> Iterator[StreamBatch]:
+        """The stream; says how long its first batch took."""
+        asked = time.perf_counter()
+        first = next(stream)
+        now = time.perf_counter()
+        self.tracker.message(
+            f"First batch {now - self.run.started:.1f} s after the start: "
+            f"{self.run.index_seconds:.1f} s for the index, {now - asked:.1f} s for the batch itself."
+        )
+        yield first
+        del first  # its memory is the stream's
+        yield from stream
+
+    def _open_stream(self, position: int) -> Iterator[StreamBatch]:
         """The micro-batches from a position to the end of the run, each with its labelled one if there is any."""
         run, method = self.run, self.run.method
         read = {*method.view_groups, *method.optional_view_groups}
@@ -182,6 +217,7 @@ class _Loop:
             rank=rank(),
             world_size=world_size(),
             batches=math.ceil((self.clock.end - position) / self.clock.global_batch) * run.config.accumulate,
+            device=run.accelerator.device,
         )
         if run.labelled_index is None:
             return stream
@@ -194,90 +230,11 @@ class _Loop:
             rank=rank(),
             world_size=world_size(),
             accumulate=run.config.accumulate,
+            device=run.accelerator.device,
         )
         return with_labelled(stream, labelled)
 
-    def _accumulate(self, stream: Iterator[CropBatch], progress: Progress) -> tuple[list[StepOutput], Tensor]:
-        """Forward and backward over the micro-batches of one step; the gradients are those of their mean loss."""
-        outputs, indices = [], []
-        for micro in range(self.run.config.accumulate):
-            started = time.perf_counter()
-            crops = next(stream)
-            self.waited += time.perf_counter() - started
-            self.bad_samples.record(crops.bad)
-            batch = make_batch(crops.to(self.device, non_blocking=True), self.run.augment, self.run.data)
-            seed_everything(self.run.seed, progress.step, rank(), micro)
-            last = micro == self.run.config.accumulate - 1
-            with nullcontext() if last else self.run.accelerator.no_sync(self.network):
-                output: StepOutput = self.network(batch, progress)
-                self.run.accelerator.backward(output.loss / self.run.config.accumulate)
-            outputs.append(StepOutput(output.loss.detach(), output.metrics, output.carry))
-            indices.append(batch.index)
-            self._sign_of_life()
-        return outputs, torch.cat(indices)
-
-    def _step(self, outputs: list[StepOutput], indices: Tensor, progress: Progress, signal_number: int) -> int:
-        """One optimizer step, unless a loss or gradient is not finite; returns the signal that any rank received."""
-        self.learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
-        if self.run.accelerator.scaler is not None:
-            self.optimizer.scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]
-        loss = torch.stack([output.loss for output in outputs]).mean()
-        self.gradient_norm = prepare_gradients(self.optimizer, self.run.optim, progress)
-        watched = loss if self.run.accelerator.scaler is not None else loss + self.gradient_norm
-        flags = torch.stack([(~watched.isfinite()).float(), watched.new_tensor(float(signal_number))])
-        broken, signal_number = (int(flag) for flag in max_over_ranks(flags).tolist())
-        if broken:
-            self._refuse(loss, indices, progress)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            self.run.method.after_step([output.carry for output in outputs], progress)
-        return signal_number
-
-    def _refuse(self, loss: Tensor, indices: Tensor, progress: Progress) -> None:
-        """Stop on all ranks, naming the step and the images of the first rank whose loss is not finite.
-
-        Where all losses are finite the gradients are to blame, and these are averages over all ranks.
-        """
-        loss_W = gather(loss[None])
-        broken_rank = int((~loss_W.isfinite()).int().argmax())
-        images = gather(indices[None])[broken_rank].tolist()
-        names = "; ".join(self.run.index.read(image).location for image in images[:4])
-        more = f"; and {len(images) - 4} more" if len(images) > 4 else ""
-        raise RunError(
-            f"Step {progress.step + 1} was not made: on rank {broken_rank} the loss is {loss_W[broken_rank].item():g}, "
-            f"and the gradient norm is {self.gradient_norm.item():g}. Images of its batch: {names}{more}. "
-            "The checkpoints are untouched; try a lower optim.lr, a longer warm-up, optim.clip_norm, or another "
-            "train.precision."
-        )
-
-    def _report(self, outputs: list[StepOutput], progress: Progress) -> None:
-        """Log this step's row if it is due, with the monitors' results."""
-        done = self.clock.progress(self.position)
-        monitors = [monitor for monitor in self.run.monitors if self._due(monitor.every, done) or self._is_last()]
-        step = progress.step + 1
-        self.images += self.clock.global_batch
-        if monitors or self._is_last() or step == 1 or step % self.run.config.log_every == 0:
-            names = ["loss", *outputs[0].metrics]
-            values = [torch.stack([o.loss, *(o.metrics[name].float() for name in names[1:])]) for o in outputs]
-            means = mean_over_ranks(torch.stack(values).mean(dim=0)).tolist()
-            elapsed = time.perf_counter() - self.started
-            row: dict[str, float | int] = {"step": step, "epoch": done.epoch, "position": self.position}
-            row |= dict(zip(names, means, strict=True))
-            row["learning_rate"] = self.learning_rate
-            row["gradient_norm"] = float(self.gradient_norm)
-            row["images_per_second"] = self.images / elapsed
-            row["data_wait"] = self.waited / elapsed
-            if monitors:  # plain batch norm has statistics of its own on each rank; saved are those of rank 0
-                copy_from_first_rank(self.run.method.backbone.buffers())
-            for monitor in monitors:
-                row |= monitor(Watched(self.run.method.backbone, self._sign_of_life), done)
-            self.tracker.log(row)
-            self._start_interval()
-        self.tracker.advance(step)
-        self._sign_of_life()
-
-    def _save(self, done: Progress) -> None:
+    def _save(self) -> None:
         if self.run.directory is not None:
             scaler = self.run.accelerator.scaler
             facts = {
@@ -289,7 +246,7 @@ class _Loop:
             }
             optimizer: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
             tensors = {"method": self.run.method.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-            self.checkpoints.save(done.step, tensors, facts)
+            self.checkpoints.save(self.clock.progress(self.position).step, tensors, facts)
         self.run.accelerator.wait_for_everyone()
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
@@ -300,29 +257,6 @@ class _Loop:
         self.interruption.sign_of_life()
         if self.run.directory is not None:
             self.run.directory.heartbeat(step=self.position // self.clock.global_batch)
-
-    def _due(self, every: int | str, done: Progress) -> bool:
-        return done.step % max(steps_in(every, done), 1) == 0
-
-    def _is_last(self) -> bool:
-        return self.position >= self.clock.end
-
-    def _start_interval(self) -> None:
-        self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
-
-
-def make_batch(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
-    """The photometric half of augmentation, on the device that the crops are on."""
-    labelled = _make_part(crops.labelled, augment, data) if crops.labelled is not None else None
-    return replace(_make_part(crops, augment, data), labelled=labelled)
-
-
-def _make_part(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
-    views = {
-        name: apply_photometric(images, crops.parameters[name], augment[name], mean=data.mean, std=data.std)
-        for name, images in crops.crops.items()
-    }
-    return Batch(views, crops.labels, crops.index)
 
 
 def _say(text: str) -> None:

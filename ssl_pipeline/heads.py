@@ -11,6 +11,8 @@ from timm.layers import LayerNorm  # eps 1e-6, as the official code
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ssl_pipeline.attention import choose_attention
+from ssl_pipeline.masking import take_patches
 from ssl_pipeline.positions import Grid, sincos_position_embedding
 
 LastBatchNorm = Literal["none", "no_affine", "no_shift", "affine"]
@@ -87,8 +89,17 @@ class PrototypeHead(nn.Module):
         self.mlp = nn.Sequential(*layers)
         self.last_layer = WeightNormLinear(bottleneck_dim, num_prototypes, fixed_scale=fixed_scale)
 
+    @property
+    def prototypes(self) -> Tensor:
+        """(num_prototypes, bottleneck_dim)."""
+        return self.last_layer.weight
+
+    def bottleneck(self, features: Tensor) -> Tensor:
+        """(B, in_dim) -> (B, bottleneck_dim) of unit length: what is compared with the prototypes."""
+        return F.normalize(self.mlp(features), dim=-1)
+
     def forward(self, features: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(features), dim=-1))
+        return self.last_layer(self.bottleneck(features))
 
 
 class WeightNormLinear(nn.Module):
@@ -100,10 +111,13 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
         nn.init.uniform_(self.weight_v, -(in_dim**-0.5), in_dim**-0.5)
 
-    def forward(self, features: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
         # what torch.nn.utils.parametrizations.weight_norm calls; a norm and a division would take twice the time
-        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
-        return F.linear(features, weight)
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight)
 
 
 def _official_linear(in_dim: int, out_dim: int) -> nn.Linear:
@@ -114,10 +128,10 @@ def _official_linear(in_dim: int, out_dim: int) -> nn.Linear:
 
 
 class PixelDecoder(nn.Module):
-    """MAE's decoder: puts a mask token wherever a patch was removed and predicts the pixels of all patches.
+    """MAE's decoder: puts a mask token wherever a patch was removed and predicts the pixels of patches.
 
     Encoded tokens (N, num_prefix_tokens + K, in_dim) of the K kept patches and restore (N, L) of `random_masking`
-    -> (N, L, p * p * channels) in the order of `patchify`.
+    -> (N, L, p * p * channels) in the order of `patchify`; with the indices `wanted` (N, R) of patches, of these alone.
     """
 
     positions: Tensor
@@ -148,15 +162,17 @@ class PixelDecoder(nn.Module):
         initialise_as_mae(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, encoded: Tensor, restore: Tensor) -> Tensor:
+    def forward(self, encoded: Tensor, restore: Tensor, wanted: Tensor | None = None) -> Tensor:
         tokens = self.embed(encoded)
         prefix, kept = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
-        num_images, num_kept, dim = kept.shape
+        num_images, num_kept = kept.shape[:2]
         mask_tokens = self.mask_token.to(kept.dtype).expand(num_images, restore.shape[1] - num_kept, -1)
-        patches = torch.cat([kept, mask_tokens], dim=1).gather(1, restore[:, :, None].expand(-1, -1, dim))
+        patches = take_patches(torch.cat([kept, mask_tokens], dim=1), restore)
         # the prefix tokens have position zero
-        decoded = self.blocks(torch.cat([prefix, patches + self.positions], dim=1))
-        return self.predict(self.norm(decoded[:, self.num_prefix_tokens :]))
+        tokens = torch.cat([prefix, patches + self.positions], dim=1)
+        choose_attention(self.blocks, tokens)
+        decoded = self.blocks(tokens)[:, self.num_prefix_tokens :]
+        return self.predict(self.norm(decoded if wanted is None else take_patches(decoded, wanted)))
 
 
 def initialise_as_mae(module: nn.Module) -> None:

@@ -39,10 +39,19 @@ def random_masking(noise: Tensor, *, ratio: float) -> tuple[Tensor, Tensor, Tens
         mask     (N, L) float32, 1 = removed, 0 = kept
         restore  (N, L): row r of [kept patches, removed patches] gathered at restore[r] is in image order again
     """
+    kept, _, restore = random_split(noise, ratio=ratio)
+    return kept, (restore >= kept.shape[1]).float(), restore
+
+
+def random_split(noise: Tensor, *, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`random_masking` with (N, L - K) indices of the removed patches, by ascending noise, in place of the mask."""
     if not 0 <= ratio < 1:
         raise ValueError(f"a masking ratio must be at least 0 and below 1. Got {ratio}.")
     num_kept = int(noise.shape[1] * (1 - ratio))
     order = torch.argsort(noise, dim=1, stable=True)
-    restore = torch.argsort(order, dim=1)
-    mask = (restore >= num_kept).float()
-    return order[:, :num_kept], mask, restore
+    return order[:, :num_kept], order[:, num_kept:], torch.argsort(order, dim=1)
+
+
+def take_patches(patches: Tensor, indices: Tensor) -> Tensor:
+    """(N, L, D) and indices (N, K) of patches of each image -> (N, K, D)."""
+    return patches.gather(1, indices[:, :, None].expand(-1, -1, patches.shape[2]))

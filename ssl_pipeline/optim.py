@@ -82,7 +82,7 @@ def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimize
     if config.name == "adamw":
         return torch.optim.AdamW(param_groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "sgd":
-        return torch.optim.SGD(param_groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
+        return torch.optim.SGD(param_groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     return LARS(
         param_groups, lr, momentum=config.momentum, weight_decay=0.0, trust_coefficient=config.trust_coefficient
     )

@@ -36,5 +36,6 @@ class Teacher(nn.Module):
         followed: list[Tensor] = list(student.parameters())
         torch._foreach_lerp_(own, followed, 1.0 - momentum)
         if self.buffer_source == "copy":
-            for own_buffer, followed_buffer in zip(self.network.buffers(), student.buffers(), strict=True):
-                own_buffer.copy_(followed_buffer)
+            own_buffers, followed_buffers = list(self.network.buffers()), list(student.buffers())
+            if own_buffers:
+                torch._foreach_copy_(own_buffers, followed_buffers)

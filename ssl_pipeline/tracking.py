@@ -1,6 +1,7 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, a progress line and, on request, W&B."""
 
 import json
+import os
 import secrets
 import sys
 import time
@@ -12,6 +13,14 @@ from ssl_pipeline.atomic import without_nan, write_text
 from ssl_pipeline.config import ConfigError
 
 SECONDS_BETWEEN_LINES = 10.0
+NUMBERS = {
+    "epoch": "epoch {:.2f}",
+    "loss": "loss {:.4f}",
+    "learning_rate": "learning rate {:.3g}",
+    "images_per_second": "{:.0f} images/s",
+    "data_wait": "data wait {:.0%}",
+}
+FEW_NUMBERS = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "wait {:.0%}"}
 
 Row = Mapping[str, float | int]
 
@@ -155,21 +164,26 @@ class WeightsAndBiases:
 
 
 class ProgressBar:
-    """The progress line of a terminal."""
+    """The progress line of a terminal; on a narrow one with fewer numbers, and without the bar itself."""
 
     def __init__(self, stream: TextIO, *, total_steps: int, first_step: int) -> None:
         from tqdm import tqdm
 
+        self._room = _columns(stream) - len(" 12% step 12345/123456 [12:34:56<12:34:56, ]")
+        bar = "|{bar}|" if self._room > 50 else ""
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
             file=stream,
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            bar_format=f"{{percentage:3.0f}}%{bar} step {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}{{postfix}}]",
         )
 
     def log(self, row: Row) -> None:
-        if text := summary(row):
+        text = summary(row)
+        if len(text) > self._room - 10:  # what the bar needs to be one
+            text = summary(row, forms=FEW_NUMBERS)
+        if text:
             self._bar.set_postfix_str(text, refresh=False)
         self.advance(int(row["step"]))
 
@@ -228,16 +242,17 @@ class ProgressLines:
         self.message(", ".join(part for part in parts if part))
 
 
-def summary(row: Row) -> str:
+def summary(row: Row, *, forms: Mapping[str, str] = NUMBERS) -> str:
     """The part of a row that tells whether a run goes well: "loss 2.31, learning rate 0.0005, 812 images/s, ..." """
-    forms = {
-        "epoch": "epoch {:.2f}",
-        "loss": "loss {:.4f}",
-        "learning_rate": "learning rate {:.3g}",
-        "images_per_second": "{:.0f} images/s",
-        "data_wait": "data wait {:.0%}",
-    }
     return ", ".join(form.format(row[name]) for name, form in forms.items() if name in row)
+
+
+def _columns(stream: TextIO) -> int:
+    """How wide a terminal is; something that is none has room for all."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 200
 
 
 def duration(seconds: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,7 +21,7 @@ from ssl_pipeline.distributed import world_size
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim import OptimConfig
 from ssl_pipeline.run_directory import RunDirectory
-from ssl_pipeline.schedule import Duration, Progress
+from ssl_pipeline.schedule import Duration, Progress, steps_in
 
 
 class TrainConfig(Config):
@@ -44,6 +45,10 @@ class TrainConfig(Config):
     """Newest checkpoints that are kept."""
     log_every: int = Field(50, ge=1)
     """Steps between logged rows."""
+    time_steps: int = Field(0, ge=0)
+    """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0 times none."""
+    profile: int = Field(0, ge=0)
+    """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0 for no trace."""
     hang_timeout: float = Field(1800.0, ge=0)
     """Seconds without a finished step after which the process prints its stacks and exits; 0 waits for ever."""
 
@@ -78,6 +83,15 @@ class Clock:
             steps_per_epoch=self.num_samples / self.global_batch,
         )
 
+    def is_due(self, every: int | str, position: int) -> bool:
+        """Whether what happens `every` so often happens after the step that ends at `position`."""
+        done = self.progress(position)
+        return done.step % max(steps_in(every, done), 1) == 0
+
+    def is_last(self, position: int) -> bool:
+        """Whether the run ends at `position`."""
+        return position >= self.end
+
 
 def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clock:
     """The clock of a run; raises ConfigError if the global batch is larger than the data set."""
@@ -101,6 +115,7 @@ class Run:
     """Everything a training run consists of; `pretrain.py` puts it together."""
 
     method: Method
+    clock: Clock
     index: ShardIndex
     augment: Mapping[str, ViewGroup]
     data: DataConfig
@@ -115,3 +130,5 @@ class Run:
     monitors: Sequence[Monitor] = ()
     seed: int = 0
     wandb: bool = False
+    started: float = field(default_factory=time.perf_counter)  # when the command began, by that clock
+    index_seconds: float = 0.0  # of these, what opening the shards took

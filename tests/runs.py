@@ -21,20 +21,20 @@ from tiny import CONFIGS, VIT, GlobalNoise, make_method, row
 from torch import Tensor
 
 import pretrain
-from ssl_pipeline import engine
+from ssl_pipeline import engine, training_step
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.checkpoint import Checkpoints
 from ssl_pipeline.config import Tree, run_command, validate
 from ssl_pipeline.data.shards import open_shards
-from ssl_pipeline.data.stream import CropBatch, DataConfig
+from ssl_pipeline.data.stream import DataConfig, StreamBatch
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.launch import start_accelerator
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.optim import OptimConfig
 from ssl_pipeline.run_directory import RunDirectory
-from ssl_pipeline.training import Monitor, Run, TrainConfig
+from ssl_pipeline.training import Monitor, Run, TrainConfig, start_clock
 
 SGD = {"name": "sgd", "lr": {"value": 0.02, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
 ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
@@ -127,15 +127,17 @@ def make_run(
     output.mkdir(parents=True, exist_ok=True)
     data = validate(DataConfig, _data(name, shards, batch_size=batch_size))
     config = validate(TrainConfig, {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0} | train)
+    accelerator, index = start_accelerator(config), open_shards(shards)
     return Run(
         method=make_method(name, backbone=backbone, seed=seed),
-        index=open_shards(shards),
+        clock=start_clock(index, data, config),
+        index=index,
         labelled_index=open_shards(data.labelled.shards) if data.labelled is not None else None,
         augment={group: ViewGroup(count=count, size=size) for group, (count, size) in row(name).views.items()},
         data=data,
         optim=validate(OptimConfig, dict(optim)),
         config=config,
-        accelerator=start_accelerator(config),
+        accelerator=accelerator,
         output=output,
         directory=directory,
         settings="",
@@ -181,10 +183,10 @@ def wait_until(condition: Callable[[], bool], *, timeout: float = 30.0) -> None:
 def happens(happening: Happening) -> Iterator[None]:
     """Let it happen in the runs of this block."""
     made = count()
-    original = engine.make_batch
+    original = training_step.make_batch
 
-    def make_batch(crops: CropBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
-        batch = original(crops, augment, data)
+    def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
+        batch = original(images, augment, data)
         if happening.record is not None:
             with happening.record.with_suffix(f".{rank()}").open("a") as file:
                 file.write(json.dumps(batch.index.tolist()) + "\n")
@@ -200,7 +202,7 @@ def happens(happening: Happening) -> Iterator[None]:
         time.sleep(60)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(engine, "make_batch", make_batch))
+        stack.enter_context(mock.patch.object(training_step, "make_batch", make_batch))
         if happening.float64:
             stack.enter_context(mock.patch.object(pretrain, "build_method", lambda *a: build_method(*a).double()))
         if happening.global_noise:

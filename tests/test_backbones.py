@@ -21,6 +21,7 @@ from ssl_pipeline.backbones import (
     without_drop_path,
 )
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.masking import patchify, take_patches
 from ssl_pipeline.positions import resample_positions
 
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -89,6 +90,23 @@ def test_embed_and_encode_work_on_kept_tokens_alone():
     assert encoded.shape == (2, 4, 48)
     # without positions between them, attention does not care about the order of its tokens
     torch.testing.assert_close(backbone.encode(tokens[:, [1, 3, 7]])[:, [0, 2, 3, 1]], encoded)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"reg_tokens": 2}, {"pos_embed": "none"}, {"no_embed_class": True}, {"pre_norm": True}]
+)
+def test_some_patches_are_embedded_as_in_the_whole_image(arguments):
+    backbone = tiny_vit(arguments=arguments).double()
+    whole = images().double()
+    places = torch.tensor([[3, 7, 1], [15, 0, 8]])
+    expected = take_patches(backbone.embed(whole), places)
+    actual = backbone.embed_patches(take_patches(patchify(whole, 8), places), places)
+    torch.testing.assert_close(actual, expected)
+    trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    gradients = [
+        torch.autograd.grad(result.square().sum(), trained, allow_unused=True) for result in (actual, expected)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_positions_belong_to_their_patch():
@@ -169,6 +187,41 @@ def test_drop_path_grows_to_the_last_block_and_can_be_switched_off():
     without_drop_path(backbone)
     backbone.train()
     assert torch.equal(backbone(images()), backbone(images()))
+
+
+def step_of(**changes):
+    """Features and gradients of a training step with drop path, and the tokens that the step keeps for its backward."""
+    backbone, kept = tiny_vit(drop_path=0.5, **changes).train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        torch.manual_seed(1)
+        features = backbone(images(count=8))
+    features.square().sum().backward()
+    return features.detach(), [parameter.grad for parameter in backbone.parameters()], sum(kept)
+
+
+def test_checkpointed_activations_change_nothing_but_the_memory():
+    features, gradients, kept = step_of()
+    checkpointed_features, checkpointed_gradients, kept_then = step_of(checkpoint_activations=True)
+    assert torch.equal(checkpointed_features, features)
+    torch.testing.assert_close(checkpointed_gradients, gradients, rtol=0, atol=1e-7)
+    assert kept_then < kept / 3
+
+
+def test_a_cnn_without_batch_norm_can_checkpoint_its_activations():
+    gradients = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        backbone = create_backbone(BackboneConfig(name="convnext_atto", checkpoint_activations=checkpoint))
+        assert any(getattr(part, "grad_checkpointing", False) for part in backbone.modules()) == checkpoint
+        backbone(images(32)).sum().backward()
+        gradients.append([parameter.grad for parameter in backbone.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wide_resnet28_2"])
+def test_batch_norm_and_checkpointed_activations_are_refused(name):
+    with pytest.raises(ConfigError, match=f"needs a network without batch norm.* '{name}' has some"):
+        create_backbone(BackboneConfig(name=name, checkpoint_activations=True))
 
 
 @pytest.mark.parametrize(

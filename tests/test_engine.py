@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import json
 import os
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,13 +20,16 @@ from runs import SGD, Happening, final_state, happens, losses, make_run, needs_l
 from tiny import CNN, CONFIGS, write_shards
 from torch import Tensor, nn
 
-from ssl_pipeline import launch
+from ssl_pipeline import engine, launch, reporting
+from ssl_pipeline.bottleneck import Supply
 from ssl_pipeline.config import ConfigError, RunError, validate
+from ssl_pipeline.data.stream import StreamBatch, open_stream
 from ssl_pipeline.engine import _write_settings, train
 from ssl_pipeline.interruption import Interruption
 from ssl_pipeline.launch import seed_everything, start_accelerator
-from ssl_pipeline.run_directory import RunDirectory
+from ssl_pipeline.run_directory import RunDirectory, read_status
 from ssl_pipeline.schedule import Progress
+from ssl_pipeline.step_times import PHASES
 from ssl_pipeline.training import Clock, TrainConfig, start_clock
 
 NAMES = sorted(CONFIGS)
@@ -221,6 +230,89 @@ def test_a_loss_that_is_not_a_number_changes_no_weight(tmp_path, shards):
     assert gap(broken.method.state_dict(), stopped.method.state_dict()) == 0
 
 
+@pytest.fixture
+def late(monkeypatch) -> None:
+    """Verdicts are read one step late, as on a GPU."""
+    monkeypatch.setattr(engine, "lag_on", lambda device: 1)
+
+
+def steps_saved(output: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
+
+
+def test_late_verdicts_change_nothing_in_a_run_that_goes_well(tmp_path, shards, monkeypatch):
+    at_once = train_alone(tmp_path / "at once", "dino", shards, log_every=5)
+    monkeypatch.setattr(engine, "lag_on", lambda device: 1)
+    assert gap(at_once, train_alone(tmp_path / "late", "dino", shards, log_every=5)) == 0
+    assert losses(tmp_path / "at once") == losses(tmp_path / "late")
+
+
+@pytest.mark.parametrize(
+    ("at", "log_every", "save_every", "rows_kept", "saved"),
+    [
+        (6, 50, 2, [1], [2, 4, 6]),  # step 7 breaks, is found out in step 8
+        (7, 50, 2, [1], [2, 4, 6]),  # step 8 would have been saved
+        (7, 4, 50, [1, 4], []),  # or logged
+        (11, 50, 50, [1], []),  # the last step
+    ],
+)
+def test_nothing_of_a_broken_step_is_kept(tmp_path, shards, late, at, log_every, save_every, rows_kept, saved):
+    (tmp_path / "run").mkdir()
+    sentence = f"^Step {at + 1} was not made: on rank 0 the loss is nan, .* Images of its batch: .*; and 4 more"
+    settings = {"log_every": log_every, "save_every": save_every, "keep_checkpoints": 9}
+    run = make_run(tmp_path / "run", "simclr", shards, **settings)
+    with (
+        RunDirectory(tmp_path / "run") as run.directory,
+        happens(Happening("nan", at=at, record=tmp_path / "images")),
+        pytest.raises(RunError, match=sentence) as error,
+    ):
+        train(run)
+    seen = [json.loads(line) for line in (tmp_path / "images.0").read_text().splitlines()]
+    assert all(f"key '{image:04d}'" in str(error.value) for image in seen[at][:4]), "the images of the broken step"
+    assert [row["step"] for row in rows(tmp_path / "run")] == rows_kept
+    assert steps_saved(tmp_path / "run") == saved
+    assert read_status(tmp_path / "run").step == at
+
+
+def refusal(output: Path, shards: Path) -> str:
+    with (
+        mock.patch.object(engine, "lag_on", return_value=1),
+        happens(Happening("nan", at=2, on_rank=1)),
+        pytest.raises(RunError) as error,
+    ):
+        train(make_run(output, "simclr", shards, batch_size=4, log_every=50))
+    return str(error.value)
+
+
+def test_all_ranks_refuse_a_broken_step_late(tmp_path, shards):
+    first, second = (child.result() for child in start_ranks(refusal, tmp_path / "run", shards))
+    assert first == second
+    assert first.startswith("Step 3 was not made: on rank ")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_a_signal_is_obeyed_one_step_later_at_most(tmp_path, shards, late, log_every):
+    (tmp_path / "run").mkdir()
+    with RunDirectory(tmp_path / "run") as directory, happens(Happening("SIGTERM", at=4)):
+        settings = {"log_every": log_every, "save_every": 50}
+        assert train(make_run(tmp_path / "run", "simclr", shards, directory=directory, **settings)) == 15
+    assert steps_saved(tmp_path / "run") == [5 if log_every == 1 else 6]
+    assert read_status(tmp_path / "run").state == "preempted"
+
+
+def test_a_broken_step_after_a_signal_is_not_saved(tmp_path, shards, late):
+    (tmp_path / "run").mkdir()
+    run = make_run(tmp_path / "run", "simclr", shards, log_every=50, save_every=50)
+    with RunDirectory(tmp_path / "run") as run.directory, happens(Happening("SIGTERM", at=4)):
+        parameter = next(run.method.backbone.parameters())
+        count = itertools.count()
+        parameter.register_hook(lambda gradient: gradient * torch.inf if next(count) == 5 else gradient)
+        with pytest.raises(RunError, match="Step 6 was not made"):
+            train(run)
+    assert steps_saved(tmp_path / "run") == []
+
+
 def test_a_gradient_that_is_infinite_stops_the_run_too(tmp_path, shards):
     run = make_run(tmp_path / "run", "simclr", shards)
     before = {name: parameter.detach().clone() for name, parameter in run.method.named_parameters()}
@@ -245,6 +337,51 @@ def test_a_run_is_saved_when_due_and_at_the_end(tmp_path, shards):
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [f"step-0000000{step}" for step in (2, 4, 6, 7)]
     assert any(name.startswith("optimizer/") for name in final_state(tmp_path / "run"))
+
+
+# What is measured
+
+
+def test_measuring_changes_no_loss(tmp_path, shards):
+    settings = {"steps": 9, "log_every": 2}
+    plain = train_alone(tmp_path / "plain", "mae", shards, **settings)
+    measured = train_alone(tmp_path / "measured", "mae", shards, time_steps=2, profile=2, **settings)
+    assert gap(plain, measured) == 0
+    assert losses(tmp_path / "plain") == losses(tmp_path / "measured")
+    phases = {f"seconds_{phase}" for phase in PHASES}
+    assert [phases <= row.keys() for row in rows(tmp_path / "measured")] == [False, True, True, True, True, False]
+    assert not any(phases & row.keys() for row in rows(tmp_path / "plain"))
+    (trace,) = (tmp_path / "measured" / "profile").iterdir()
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert set(PHASES) <= {event.get("name") for event in events}
+
+
+def test_the_log_tells_of_the_start_the_trace_and_the_parts_of_a_step(tmp_path, shards, capsys):
+    train_alone(tmp_path / "run", "simclr", shards, steps=7, log_every=3, time_steps=1, profile=1)
+    printed = capsys.readouterr().err
+    assert re.search(
+        r"First batch \d+\.\d s after the start: 0\.0 s for the index, \d+\.\d s for the batch itself\.", printed
+    )
+    assert "Trace of steps 6 to 6: " in printed
+    assert re.search(r"A step took .* s on average over 6 measured steps: wait \d+\.\d%, copy ", printed)
+
+
+def test_a_slow_loader_is_named_with_what_helps(tmp_path, shards, capsys, monkeypatch):
+    seconds = itertools.count(step=0.001)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+
+    def slowly(*arguments: object, **options: object) -> Iterator[StreamBatch]:
+        for batch in open_stream(*arguments, **options):
+            for _ in range(10):
+                next(seconds)
+            yield batch
+
+    monkeypatch.setattr(engine, "open_stream", slowly)
+    supply = Supply(cores=8, is_remote=False, stored_bytes=0, decoded_bytes=0, free_bytes=0)
+    monkeypatch.setattr(reporting, "supply_of", lambda index, device: supply)
+    train_alone(tmp_path / "run", "simclr", shards, steps=23)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "bottleneck" in line]
+    assert line.endswith("What helps: data.workers=7 (8 cores per training process, 0 workers now).")
 
 
 # Clock and start

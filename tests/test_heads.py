@@ -67,6 +67,12 @@ def test_prototype_head_equals_the_formula():
     torch.testing.assert_close(head(features), torch.tensor(cosines))
 
 
+def test_logits_are_the_bottleneck_times_the_prototypes():
+    head, features = prototype_head(fixed_scale=False), torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(head.bottleneck(features).norm(dim=1), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(head.bottleneck(features) @ head.prototypes.T, head(features))
+
+
 def test_prototype_head_keeps_the_official_names_in_order():
     names = ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias", "mlp.4.weight", "mlp.4.bias"]
     assert list(prototype_head().state_dict()) == [*names, "last_layer.weight_g", "last_layer.weight_v"]
@@ -134,6 +140,13 @@ def decoder_and_inputs():
 def test_pixel_decoder_predicts_every_patch():
     decoder, encoded, restore = decoder_and_inputs()
     assert decoder(encoded, restore).shape == (5, 6, 4 * 4 * 3)
+
+
+def test_pixel_decoder_predicts_wanted_patches_alone():
+    decoder, encoded, restore = decoder_and_inputs()
+    wanted = torch.tensor([[5, 0], [1, 2], [3, 3], [4, 5], [0, 1]])
+    some, everything = decoder(encoded, restore, wanted), decoder(encoded, restore)
+    torch.testing.assert_close(some, torch.stack([rows[of] for rows, of in zip(everything, wanted, strict=True)]))
 
 
 def test_pixel_decoder_puts_tokens_back_in_image_order():

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("ssl_pipeline", "eval", "data_tools", "benchmarks")
 
 # lowest row first; a module may import its own row and those below
 ROWS = [
-    "config schedule distributed atomic interruption",
-    "batch positions weights initialisation wide_resnet backbones heads teacher memory masking sync_batch_norm losses "
-    "augment data",
+    "config schedule distributed atomic interruption step_times profiling",
+    "batch attention positions weights initialisation wide_resnet backbones heads teacher memory masking "
+    "sync_batch_norm losses augment data",
     "methods",
-    "optim lars checkpoint resume tracking run_directory",
+    "optim lars checkpoint resume tracking run_directory verdicts bottleneck",
     "training",
     "launch",
+    "training_step",
+    "reporting",
     "engine",
 ]
 EVAL_ROWS = ROWS[:2]  # eval knows backbones and data, no method and no training
@@ -32,7 +35,7 @@ GRAB_BAGS = {"util", "utils", "misc", "helper", "helpers", "common", "stuff"}
 @cache
 def sources() -> dict[str, Path]:
     """Every module of the checkout by its dotted name."""
-    files = [path for folder in ("ssl_pipeline", "eval", "data_tools") for path in (ROOT / folder).rglob("*.py")]
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
     return dict(zip(names, files, strict=True)) | {"pretrain": ROOT / "pretrain.py"}
 
@@ -52,7 +55,7 @@ def imports_of(module: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             below = {f"{node.module}.{alias.name}" for alias in node.names} & sources().keys()
             found |= below or {node.module}
-    return frozenset(name for name in found if name.split(".")[0] in ("ssl_pipeline", "eval", "data_tools", "pretrain"))
+    return frozenset(name for name in found if name.split(".")[0] in (*FOLDERS, "pretrain"))
 
 
 def inside(package: str) -> list[str]:
@@ -134,6 +137,14 @@ def test_only_the_composition_root_knows_both_halves():
     assert any(imported.startswith("eval") for imported in imports_of("pretrain"))
     assert "ssl_pipeline.engine" in imports_of("pretrain")
     assert [module for module in sources() if "pretrain" in imports_of(module)] == []
+
+
+def test_benchmarks_know_the_library_and_eval_and_nobody_knows_them():
+    for module in inside("benchmarks"):
+        for imported in imports_of(module):
+            assert imported.split(".")[0] in ("benchmarks", "ssl_pipeline", "eval"), f"{module} imports {imported}"
+    others = [module for module in sources() if not module.startswith("benchmarks")]
+    assert [m for m in others if any(name.split(".")[0] == "benchmarks" for name in imports_of(m))] == []
 
 
 def test_no_import_cycle():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_pipeline.masking import patchify, random_masking, unpatchify
+from ssl_pipeline.masking import patchify, random_masking, random_split, take_patches, unpatchify
 
 
 def test_patches_go_by_rows_and_their_pixels_by_row_column_channel():
@@ -52,6 +52,21 @@ def test_restore_brings_the_patches_back_into_image_order():
     removed = removed.gather(1, noise.gather(1, removed).argsort(dim=1))
     shuffled = torch.cat([kept, removed], dim=1)
     assert torch.equal(shuffled.gather(1, restore), torch.arange(9).expand(5, -1))
+
+
+def test_a_split_is_a_masking_with_the_removed_patches_by_number():
+    noise = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    kept, removed, restore = random_split(noise, ratio=0.6)
+    expected_kept, mask, expected_restore = random_masking(noise, ratio=0.6)
+    assert torch.equal(kept, expected_kept)
+    assert torch.equal(restore, expected_restore)
+    assert torch.equal(removed.sort(dim=1).values, mask.nonzero()[:, 1].reshape(3, -1))
+    assert (noise.gather(1, removed).diff(dim=1) > 0).all()
+
+
+def test_patches_are_taken_by_their_number():
+    patches = torch.arange(12).reshape(2, 3, 2)
+    assert take_patches(patches, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 75])

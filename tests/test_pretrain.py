@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 from functools import partial
 from itertools import chain
@@ -232,11 +233,13 @@ def test_another_method_in_the_directory_is_refused_and_kept(tmp_path, shards, u
     assert files_of(uninterrupted) == before
 
 
-def test_other_images_in_the_directory_are_refused_and_kept(tmp_path, recipe, uninterrupted):
+@pytest.mark.parametrize(("shard_sizes", "number"), [((20, 9), 29), ((24, 24), 48)])
+def test_other_images_in_the_directory_are_refused_and_kept(tmp_path, recipe, uninterrupted, shard_sizes, number):
     before = files_of(uninterrupted)
-    code, printed = run(recipe, f"output={uninterrupted}", f"data.shards={write_shards(tmp_path / 'other', (20, 9))}")
+    other = write_shards(tmp_path / "other", shard_sizes)
+    code, printed = run(recipe, f"output={uninterrupted}", f"data.shards={other}")
     assert code == 2
-    assert "holds a run with images 48; this one has 29." in error_of(printed)
+    assert re.search(rf"holds a run with images 48 \(\w{{8}}\); this one has {number} \(\w{{8}}\)\.", error_of(printed))
     assert files_of(uninterrupted) == before
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ssl_pipeline import tracking
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.tracking import ProgressBar, ProgressLines, Tracker, cut_back, duration
 
@@ -192,6 +193,22 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers():
     last = text.rstrip().rsplit("\r", 1)[-1]
     assert "step 102/1000 [" in last
     assert "loss 0.0098, learning rate 0.0005, 812 images/s, data wait 3%]" in last
+
+
+@pytest.mark.parametrize("columns", [80, 120, 160])
+def test_a_terminal_of_any_width_shows_speed_and_data_wait(monkeypatch, columns):
+    monkeypatch.setattr(tracking, "_columns", lambda stream: columns)
+    stream = io.StringIO()
+    bar = ProgressBar(stream, total_steps=125_000, first_step=100)
+    bar._bar.dynamic_ncols = lambda _: (columns, 24)
+    bar.log(row(98_765, learning_rate=0.0005, images_per_second=12_812.4, data_wait=0.034) | {"loss": 10.98765})
+    bar.close()
+    last = stream.getvalue().rstrip().rsplit("\r", 1)[-1]
+    assert len(last) <= columns
+    assert "loss 10.9877, " in last
+    assert "12812 images/s, " in last
+    assert last.endswith("wait 3%]")
+    assert ("learning rate" in last) == (columns == 160)
 
 
 def test_the_display_follows_the_kind_of_stream(tmp_path, monkeypatch):

@@ -1,13 +1,15 @@
-"""The index of a set of shards, kept beside them: `index.json`, one entry per shard, and the rows of each as .npy."""
+"""The index of a set of shards, kept beside them: `index.json`, a column per fact, and the rows of each as .npy."""
 
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,27 +20,44 @@ from tqdm import tqdm
 from ssl_pipeline.atomic import write_json
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.index import COLUMNS, ShardEntry, index_shard
-from ssl_pipeline.data.manifest import MANIFEST_FILE, Manifest
+from ssl_pipeline.data.shard_table import ShardTable
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 
 Result = TypeVar("Result")
 
 
-def list_shards(directory: str | Path) -> tuple[Path, list[Path]]:
-    """The folder and its shards by name; raises DataError if there are none."""
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """What `index.json` holds.
+
+    `manifest` is the SHA-256 of the manifest that the shards were last compared with, "" if there was none, None if
+    they were not compared; `class_names` are that manifest's.
+    """
+
+    table: ShardTable
+    manifest: str | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def list_shards(directory: str | Path) -> tuple[Path, list[str]]:
+    """The folder and the names of its shards, sorted; raises DataError if there are none."""
     path = Path(directory)
     folder, pattern = (path, "*.tar") if path.is_dir() else (path.parent, path.name)
     if not path.is_dir() and not (folder.is_dir() and any(sign in pattern for sign in "*?[")):
         raise DataError(f"There is no directory '{path}'. Needed: a directory of .tar shards, or DIR/PREFIX-*.tar.")
-    shards = sorted(shard for shard in folder.glob(pattern) if shard.is_file() and not shard.name.startswith("."))
-    if not shards:
+    matches = re.compile(fnmatch.translate(pattern)).match
+    with os.scandir(folder) as found:  # tells files from folders without asking for each
+        names = sorted(
+            entry.name for entry in found if matches(entry.name) and not entry.name.startswith(".") and entry.is_file()
+        )
+    if not names:
         packed = next(folder.glob("*.t*gz"), None)
         hint = f" '{packed.name}' is compressed: unpack it first." if packed else ""
         raise DataError(f"'{path}' holds no .tar shard.{hint} Make some: python -m data_tools.make_shards --help")
-    return folder, shards
+    return folder, names
 
 
 def find_index(folder: Path, pattern: str) -> Path:
@@ -80,87 +99,39 @@ def locked(place: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def unchanged(entries: list[ShardEntry], shards: Sequence[Path], place: Path) -> list[ShardEntry]:
-    """The entries, after a comparison with the files; a copy with another time and equal content is no change."""
-    known = {entry.name: entry for entry in entries}
-    for name in [shard.name for shard in shards if shard.name not in known]:
-        raise DataError(f"Shard '{name}' came after '{place}' was made. Delete that directory to index again.")
-    missing = known.keys() - {shard.name for shard in shards}
-    if missing:
-        raise DataError(
-            f"Shard '{min(missing)}' is gone from '{shards[0].parent}'. Copy it back, "
-            f"or delete '{place}' to index again."
-        )
-    touched = []
-    for shard in shards:
-        status = shard.stat()
-        if status.st_size != known[shard.name].bytes:
-            raise shard_changed(shard, place)
-        if status.st_mtime_ns != known[shard.name].modified_ns:
-            touched.append(shard)
-    if not touched:
-        return entries
-    for shard, sha256 in zip(touched, map_shards(_sha256, touched, description="verifying shards"), strict=True):
-        if sha256 != known[shard.name].sha256:
-            raise shard_changed(shard, place)
-        known[shard.name] = replace(known[shard.name], modified_ns=shard.stat().st_mtime_ns)
-    if os.access(place, os.W_OK):
-        write_entries(place, list(known.values()))
-    return list(known.values())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def shard_changed(shard: Path | str, place: Path) -> DataError:
-    return DataError(
-        f"Shard '{shard}' changed since it was indexed. If that is meant, delete '{place}' to index again; "
-        "otherwise copy the shard again."
-    )
-
-
-def compare_with_manifest(
-    entries: Sequence[ShardEntry], manifest: Manifest, folder: Path, *, whole_folder: bool
-) -> None:
-    """Raise DataError unless shards that came with a manifest are those that it lists."""
-    listed = {shard.name: shard for shard in manifest.shards}
-    missing = listed.keys() - {entry.name for entry in entries}
-    if missing and whole_folder:
-        raise DataError(
-            f"Shard '{min(missing)}' is in {MANIFEST_FILE} and not in '{folder}'. Copy it there, "
-            f"or delete '{folder / MANIFEST_FILE}' to go on without it."
-        )
-    for entry in entries:
-        if entry.name in listed and listed[entry.name].sha256 != entry.sha256:
-            raise DataError(
-                f"Shard '{folder / entry.name}' is not the one that {MANIFEST_FILE} lists. Copy it again, "
-                f"or delete '{folder / MANIFEST_FILE}' if the change is meant."
-            )
-
-
-def build_index(shards: Sequence[Path], place: Path) -> None:
+def build_index(folder: Path, names: Sequence[str], place: Path) -> None:
     """Index every shard into the directory `place`; `index.json` comes last, so a torn index is no index."""
     place.mkdir(parents=True, exist_ok=True)
-    entries = map_shards(_index_into(place), shards, description="indexing shards")
+    entries = map_shards(_index_into(place), [folder / name for name in names], description="indexing shards")
     if not any(entry.samples for entry in entries):
-        raise DataError(f"'{shards[0].parent}' holds {len(shards)} shards and no sample.")
-    write_entries(place, entries)
+        raise no_samples(str(folder), len(names))
+    write_catalogue(place, Catalogue(ShardTable.of(entries)))
 
 
-def write_entries(place: Path, entries: Sequence[ShardEntry]) -> None:
-    write_json(place / INDEX_FILE, {"format": INDEX_FORMAT, "shards": [asdict(entry) for entry in entries]})
+def no_samples(source: str, shards: int) -> DataError:
+    return DataError(f"'{source}' holds {shards} shard{'s' * (shards != 1)} and no sample.")
 
 
-def read_entries(place: Path) -> list[ShardEntry]:
-    """The entries of an index directory; raises DataError if they cannot be read."""
+def write_catalogue(place: Path, catalogue: Catalogue) -> None:
+    names = None if catalogue.class_names is None else list(catalogue.class_names)
+    content = {"format": INDEX_FORMAT, "manifest": catalogue.manifest, "class_names": names}
+    write_json(place / INDEX_FILE, content | {"shards": catalogue.table.columns()})
+
+
+def read_catalogue(place: Path) -> Catalogue:
+    """What an index directory holds; raises DataError if it cannot be read."""
     try:
-        index = json.loads((place / INDEX_FILE).read_text(encoding="utf-8"))
-        if index["format"] != INDEX_FORMAT:
+        content = json.loads((place / INDEX_FILE).read_text(encoding="utf-8"))
+        if content["format"] == 1:  # a list of entries; compared and written anew at the first start
+            return Catalogue(ShardTable.of([ShardEntry(**entry) for entry in content["shards"]]))
+        if content["format"] != INDEX_FORMAT:
             raise DataError(f"The index '{place}' has another format. Delete it; it is made again at the next start.")
-        return [ShardEntry(**entry) for entry in index["shards"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        names = content["class_names"]
+        table = ShardTable.from_columns(content["shards"])
+        return Catalogue(table, content["manifest"], None if names is None else tuple(map(str, names)))
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise DataError(f"The index '{place}' is damaged. Delete it; it is made again at the next start.") from None
 
 

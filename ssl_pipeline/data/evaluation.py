@@ -1,6 +1,6 @@
 """Images as evaluators see them: resized, centre-cropped, in the order of the index."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.ring import Layout
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.workers import read_batches
 
@@ -39,18 +40,41 @@ class EvaluationSet(Dataset[tuple[Tensor, int, int]]):
             raise DataError(f"Cannot decode {raw.location}: {error}.") from None
         return central_crop(image_HWC, self.size), -1 if raw.label is None else raw.label, sample
 
-    def read(self, samples: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B,3,S,S), labels (B,) and ids (B,) of several samples."""
-        images, labels, ids = zip(*(self[sample] for sample in samples), strict=True)
-        return torch.stack(images), torch.tensor(labels), torch.tensor(ids)
+
+class EvaluationReader:
+    """The part of `evaluation_batches` that runs in the workers."""
+
+    def __init__(self, images: EvaluationSet, batch_size: int) -> None:
+        self.images = images
+        self.batch_size = batch_size
+
+    def layout(self) -> Layout:
+        size = self.images.size
+        numbers = (self.batch_size,), torch.int64
+        return {"images": ((self.batch_size, 3, size, size), torch.uint8), "labels": numbers, "ids": numbers}
+
+    def __call__(self, samples: Sequence[int], slot: Mapping[str, Tensor]) -> int:
+        """Fill the slot from its beginning; returns the number of images."""
+        for place, sample in enumerate(samples):
+            image, slot["labels"][place], slot["ids"][place] = self.images[sample]
+            slot["images"][place].copy_(image)
+        return len(samples)
 
 
 def evaluation_batches(
-    images: EvaluationSet, samples: Sequence[int], *, batch_size: int, workers: int, pin_memory: bool = False
+    images: EvaluationSet, samples: Sequence[int], *, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of `EvaluationSet.read` over `samples`, in order; the errors of workers are one-line DataErrors."""
-    batches = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
-    return read_batches(images.read, batches, workers=workers, pin_memory=pin_memory)
+    """Images (B,3,S,S), labels (B,) and ids (B,) of `samples`, in order; the last batch may be smaller.
+
+    A batch lasts until the next one is asked for. The errors of workers are one-line DataErrors.
+    """
+
+    def samples_of(batch: int) -> Sequence[int]:
+        return samples[batch * batch_size : (batch + 1) * batch_size]
+
+    batches = -(-len(samples) // batch_size)
+    read = read_batches(EvaluationReader(images, batch_size), samples_of, batches=batches, workers=workers)
+    return ((slot["images"][:count], slot["labels"][:count], slot["ids"][:count]) for slot, count in read)
 
 
 def central_crop(image_HWC: Tensor, size: int) -> Tensor:

@@ -1,12 +1,14 @@
 """The labelled images of a semi-supervised method: a second endless stream in step with the first."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+
+import torch
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.sampling import LABELLED, hash64
 from ssl_pipeline.data.shards import ShardIndex
-from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
+from ssl_pipeline.data.stream import DataConfig, open_stream
+from ssl_pipeline.data.stream_batch import StreamBatch
 
 
 def open_labelled_stream(
@@ -19,7 +21,8 @@ def open_labelled_stream(
     rank: int,
     world_size: int,
     accumulate: int,
-) -> Iterator[CropBatch]:
+    device: torch.device | str = "cpu",
+) -> Iterator[StreamBatch]:
     """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
 
     Each step takes the next batch_size * world_size * accumulate positions of an order of its own, so that the step
@@ -44,10 +47,12 @@ def open_labelled_stream(
         rank=rank,
         world_size=world_size,
         repeat=True,
+        device=device,
     )
 
 
-def with_labelled(stream: Iterator[CropBatch], labelled: Iterator[CropBatch]) -> Iterator[CropBatch]:
+def with_labelled(stream: Iterator[StreamBatch], labelled: Iterator[StreamBatch]) -> Iterator[StreamBatch]:
     """Each batch of `stream` with the next one of `labelled`."""
     for batch in stream:
-        yield replace(batch, labelled=next(labelled))
+        batch.labelled = next(labelled)
+        yield batch

@@ -42,17 +42,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder of shards; None without one, or if the file is somebody else's."""
-    path = folder / MANIFEST_FILE
+    content = manifest_content(folder)
+    return None if content is None else parse_manifest(content, folder / MANIFEST_FILE)
+
+
+def manifest_content(folder: Path) -> bytes | None:
+    """The manifest's bytes; None without one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return (folder / MANIFEST_FILE).read_bytes()
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError:
-        text = ""
-    return parse_manifest(text, path)
 
 
-def parse_manifest(text: str, where: Path | str) -> Manifest | None:
+def parse_manifest(text: bytes, where: Path | str) -> Manifest | None:
     """The manifest in a text; None if the text is somebody else's."""
     try:
         content = json.loads(text)

@@ -19,16 +19,19 @@ from tqdm import tqdm
 
 from ssl_pipeline.data.catalogue import (
     INDEX_FILE,
+    Catalogue,
     locked,
-    read_entries,
-    shard_changed,
+    no_samples,
+    read_catalogue,
     user_cache,
-    write_entries,
+    write_catalogue,
     write_rows,
 )
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.index import ShardEntry, index_shard
 from ssl_pipeline.data.manifest import MANIFEST_FILE, Manifest, ManifestShard, parse_manifest
+from ssl_pipeline.data.shard_table import ShardTable
+from ssl_pipeline.data.verification import shard_changed
 
 RETRY_AFTER = (1.0, 5.0)  # seconds
 ABANDONED = 3600.0  # seconds without a byte, after which a partial file is nobody's
@@ -71,10 +74,30 @@ class RemoteShards:
         self._make_room()  # for what others fetched meanwhile
         return file
 
-    def listed(self) -> tuple[Sequence[ManifestShard], Manifest | None]:
+    def catalogue(self) -> Catalogue:
+        """The index of the shards there, made from one pass over all of them where there is none."""
+        content = self._attempt(f"{self.url}/{MANIFEST_FILE}", self._manifest)
+        checksum = None if content is None else hashlib.sha256(content).hexdigest()
+        if checksum is not None and (self.place / INDEX_FILE).is_file():
+            catalogue = read_catalogue(self.place)
+            if catalogue.manifest == checksum:
+                return catalogue
+        shards, manifest = self._listed(content)
+        with locked(self.place):
+            if not (self.place / INDEX_FILE).is_file():
+                self._build_index(shards)
+            known = read_catalogue(self.place)
+            self._compare(known.table, shards)
+            if manifest is None:
+                return Catalogue(known.table)
+            class_names = None if manifest.class_names is None else tuple(manifest.class_names)
+            catalogue = Catalogue(known.table, checksum, class_names)
+            write_catalogue(self.place, catalogue)
+        return catalogue
+
+    def _listed(self, content: bytes | None) -> tuple[Sequence[ManifestShard], Manifest | None]:
         """What the manifest names, else (not over http) the .tar files there; sha256 is "" where it is unknown."""
-        text = self._attempt(f"{self.url}/{MANIFEST_FILE}", self._manifest)
-        manifest = None if text is None else parse_manifest(text, f"{self.url}/{MANIFEST_FILE}")
+        manifest = None if content is None else parse_manifest(content, f"{self.url}/{MANIFEST_FILE}")
         if manifest is None and _protocol(self.url) in ("http", "https"):
             raise DataError(
                 f"'{self.url}' has no {MANIFEST_FILE} of make_shards; over http it is needed to know the shards."
@@ -87,13 +110,9 @@ class RemoteShards:
             raise DataError(f"'{self.url}' holds no .tar shard. Make some: python -m data_tools.make_shards --help")
         return sorted(shards, key=lambda shard: shard.name), manifest
 
-    def entries(self, shards: Sequence[ManifestShard]) -> list[ShardEntry]:
-        """The index of the listed shards, made from one pass over all of them where there is none."""
-        with locked(self.place):
-            if not (self.place / INDEX_FILE).is_file():
-                self._build_index(shards)
-            entries = read_entries(self.place)
-        known = {entry.name: entry for entry in entries}
+    def _compare(self, table: ShardTable, shards: Sequence[ManifestShard]) -> None:
+        """Raise DataError unless the listed shards are those of the index."""
+        known = {entry.name: entry for entry in table}
         for name in known.keys() ^ {shard.name for shard in shards}:
             raise DataError(
                 f"Shard '{name}' came to '{self.url}' or went since it was indexed. If that is meant, delete "
@@ -103,7 +122,6 @@ class RemoteShards:
             entry = known[shard.name]
             if shard.bytes != entry.bytes or shard.sha256 not in ("", entry.sha256):
                 raise shard_changed(f"{self.url}/{shard.name}", self.place)
-        return entries
 
     def _path(self, shard: ShardEntry | ManifestShard) -> Path:
         key = hashlib.sha256(f"{self.url}/{shard.name} {shard.bytes}".encode()).hexdigest()
@@ -120,13 +138,13 @@ class RemoteShards:
                 entries.append(replace(entry, modified_ns=0))
                 bar.update(shard.bytes)
         if not any(entry.samples for entry in entries):
-            raise DataError(f"'{self.url}' holds {len(shards)} shards and no sample.")
-        write_entries(self.place, entries)
+            raise no_samples(self.url, len(shards))
+        write_catalogue(self.place, Catalogue(ShardTable.of(entries)))
 
-    def _manifest(self) -> str | None:
+    def _manifest(self) -> bytes | None:
         system, folder = _connect(self.url, os.getpid())
         try:
-            return system.cat_file(f"{folder}/{MANIFEST_FILE}").decode("utf-8")
+            return system.cat_file(f"{folder}/{MANIFEST_FILE}")
         except FileNotFoundError:
             return None
 

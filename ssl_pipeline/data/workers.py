@@ -1,108 +1,186 @@
-"""Batches read by worker processes: torch's DataLoader, with one-line errors and workers that outlive a preemption."""
+"""Worker processes that read batches into shared memory; what travels is the number of a batch and of its slot."""
 
+import itertools
+import multiprocessing
 import os
+import select
 import signal
+import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.ring import Reader, Slots
 
-BatchType = TypeVar("BatchType")
+HELD_SLOTS = 2  # by the trainer: the batch in use, and the one before it while its copy to the device is under way
+TASK = struct.Struct("qq")  # numbers of a batch and of the slot for it; so short a message is never torn
+TRAINER_CHECK = 1.0  # seconds after which a worker that is busy or stuck notices that its trainer is gone
+
+Content = TypeVar("Content")  # what a reader returns
+PositionsOf = Callable[[int], Sequence[int]]  # number of a batch -> positions of its samples
 
 
 def read_batches(
-    read: Callable[[Sequence[int]], BatchType],
-    batches: Iterable[Sequence[int]],
-    *,
-    workers: int,
-    prefetch: int = 2,
-    pin_memory: bool = False,
-) -> Iterator[BatchType]:
-    """Yield `read(positions)` for each batch of positions, in order, from `workers` processes (0: this one).
+    reader: Reader[Content], positions_of: PositionsOf, *, batches: int | None, workers: int, prefetch: int = 2
+) -> Iterator[tuple[Mapping[str, Tensor], Content]]:
+    """Tensors and extra that `reader` makes of the positions of batch 0, 1, ... in order: of `batches`, or without end.
 
-    `read` must be picklable. A DataError in a worker is raised here as it was there, one line without the worker's
-    traceback; so is the death of a worker.
+    `workers` processes read `prefetch` batches each ahead; with 0 this one reads. The tensors are shared memory that
+    is overwritten once the next batch is asked for: whatever is to last longer must be copied. (Copies to a GPU that
+    were started on the current stream may still run then.) What `reader` raises is raised here, in its turn; the death
+    of a worker is a DataError at once. The workers end with the iterator, and with this process, however it ends.
     """
-    loader = DataLoader(
-        _Guarded(read),
-        batch_sampler=batches,  # type: ignore[arg-type]  # any sequence of positions will do, a range costs least
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch if workers else None,
-        worker_init_fn=start_worker,
-        multiprocessing_context="fork" if workers else None,  # Python 3.14's fork server is nobody's child
-        generator=torch.Generator(),  # else every iterator draws a seed from the global generator
-    )
-    iterator = iter(loader)
+    numbers = itertools.count() if batches is None else range(batches)
+    if workers == 0:
+        layout = reader.layout()
+        for number in numbers:
+            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+            yield tensors, reader(positions_of(number), tensors)
+        return
+    if batches is not None:
+        workers = min(workers, batches)
+    slots = Slots(reader.layout(), workers * prefetch + HELD_SLOTS)
+    crew = _Crew[Content](slots, batches)
     try:
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            except (OSError, EOFError) as error:
-                # a batch that waits for a dead worker's file descriptors: refused, reset or no such socket
-                if workers == 0 or "in DataLoader worker process" in str(error):
-                    raise  # what `read` itself raised
-                raise _died(error) from None
-            except RuntimeError as error:
-                raise worker_death(error) or error from None
-            if isinstance(item, _Failure):
-                raise DataError(item.sentence)
-            yield item
+        crew.start(reader, positions_of, workers)
+        slots.lock_pages()  # after the fork: the workers are none of CUDA's business
+        for number in numbers:
+            slot, extra = crew.batch(number)
+            yield slots.tensors[slot], extra
+            slots.give_back(slot)
     finally:
-        del iterator  # which ends the workers, even while a traceback keeps this frame
+        crew.end()
 
 
-def worker_death(error: Exception) -> DataError | None:
-    """The one-line form of what torch raises when a worker was killed; None for any other error.
+class _Crew(Generic[Content]):
+    """The workers, as their trainer sees them.
 
-    Torch also raises it from a signal handler, wherever the trainer happens to be, so an engine may want to ask.
+    All read their tasks from one pipe, so whoever is free takes the next batch; each sends its results through a pipe
+    of its own, which the system closes with the process.
     """
-    is_death = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-    return _died(error) if is_death else None
+
+    def __init__(self, slots: Slots, batches: int | None) -> None:
+        self.slots = slots
+        self.batches = batches
+        self.trainer = os.getpid()
+        self._reading, self._tasks = os.pipe()
+        self._workers: dict[int, tuple[Connection, BaseProcess]] = {}  # by the descriptor of the connection
+        self._results = select.poll()
+        self._asked = 0  # batches that the workers were asked for so far
+        self._slot_of: dict[int, int] = {}  # of those that were asked for and not given out
+        self._done: dict[int, Content | _Failure] = {}
+
+    def start(self, reader: Reader[Content], positions_of: PositionsOf, workers: int) -> None:
+        context = multiprocessing.get_context("fork")  # Python 3.14's fork server is nobody's child
+        for _ in range(workers):
+            results, sending = context.Pipe(duplex=False)
+            pipes = _Pipes(self._reading, self._tasks, sending)
+            process = context.Process(
+                target=_work, args=(reader, positions_of, self.slots, pipes, self.trainer), daemon=True
+            )
+            process.start()
+            sending.close()  # now the worker's alone
+            self._workers[results.fileno()] = results, process
+            self._results.register(results, select.POLLIN)
+
+    def batch(self, number: int) -> tuple[int, Content]:
+        """Slot and extra of a batch; call with 0, 1, 2, ..."""
+        while self._asked != self.batches and (slot := self.slots.take(wait=self._asked <= number)) is not None:
+            self._slot_of[self._asked] = slot
+            os.write(self._tasks, TASK.pack(self._asked, slot))
+            self._asked += 1
+        while number not in self._done:
+            for descriptor, _ in self._results.poll():
+                self._receive(*self._workers[descriptor])
+        outcome = self._done.pop(number)
+        if isinstance(outcome, _Failure):
+            raise outcome.error
+        return self._slot_of.pop(number), outcome
+
+    def _receive(self, results: Connection, process: BaseProcess) -> None:
+        try:
+            number, outcome = results.recv()
+        except (EOFError, OSError):
+            raise _died(process) from None
+        self._done[number] = outcome
+
+    def end(self) -> None:
+        """End the workers, wherever they are: they hold nothing that another process would miss."""
+        if os.getpid() != self.trainer:
+            return  # a fork of the trainer forgets a stream that is not its own
+        for _, process in self._workers.values():
+            process.kill()
+        for results, process in self._workers.values():
+            process.join()
+            process.close()
+            results.close()
+        os.close(self._tasks)
+        os.close(self._reading)
+        self.slots.unlock_pages()
 
 
-def _died(error: Exception) -> DataError:
-    lines = str(error).splitlines() or [type(error).__name__]
+def _died(process: BaseProcess) -> DataError:
+    process.join(1)
+    code = process.exitcode
+    how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
     return DataError(
-        f"A data worker died: {lines[0].rstrip('. ')}. The machine may have run out of memory or of /dev/shm; "
+        f"A data worker died: {how}. The machine may have run out of memory; "
         "try fewer data.workers or a smaller data.prefetch."
     )
 
 
 @dataclass(frozen=True)
+class _Pipes:
+    """A worker's ends of the pipes, and the one that it must close: the tasks end with the last process that has it."""
+
+    tasks: int
+    foreign: int
+    results: Connection
+
+
+@dataclass(frozen=True)
 class _Failure:
-    """A DataError on its way from a worker."""
+    """An error on its way from a worker."""
 
-    sentence: str
-
-
-class _Guarded(Dataset[BatchType | _Failure], Generic[BatchType]):
-    """Errors as values: torch would wrap an exception's text in a traceback."""
-
-    def __init__(self, read: Callable[[Sequence[int]], BatchType]) -> None:
-        self.read = read
-
-    def __getitems__(self, positions: Sequence[int]) -> BatchType | _Failure:
-        try:
-            return self.read(positions)
-        except DataError as error:
-            return _Failure(str(error))
+    error: Exception
 
 
-def _as_it_is(batch: BatchType) -> BatchType:
-    return batch
+def _work(reader: Reader[Content], positions_of: PositionsOf, slots: Slots, pipes: _Pipes, trainer: int) -> None:
+    """One worker: read batch after batch, as long as there is a trainer."""
+    start_worker(trainer)
+    os.close(pipes.foreign)
+    with suppress(BrokenPipeError):
+        while task := os.read(pipes.tasks, TASK.size):
+            number, slot = TASK.unpack(task)
+            try:
+                outcome: Content | _Failure = reader(positions_of(number), slots.tensors[slot])
+            except Exception as error:
+                outcome = _Failure(_portable(error))
+            pipes.results.send((number, outcome))
 
 
-def start_worker(worker: int) -> None:
-    """For `worker_init_fn`: only the trainer itself can end a worker.
+def _portable(error: Exception) -> Exception:
+    """The error, fit to travel; all but a DataError tell where they come from."""
+    if isinstance(error, DataError):
+        return error
+    trace = "".join(traceback.format_exception(error))
+    if type(error).__module__ != "builtins":  # others may not survive the way
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"In a data worker:\n{trace}")
+    return error
+
+
+def start_worker(trainer: int) -> None:
+    """Only the trainer itself can end a worker: by SIGTERM, SIGKILL or its own death.
 
     A preemption signal reaches the whole process group, and a worker that died of it would take the save with it. To
     ignore SIGTERM outright will not do: a trainer that exits sends it to its workers, and waits for them.
@@ -110,12 +188,14 @@ def start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     torch.set_num_threads(1)
-    if hasattr(signal, "sigwaitinfo"):  # all but macOS, where a worker has to die of it
+    if hasattr(signal, "sigtimedwait"):  # all but macOS, where a worker has to die of it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_obey, args=(trainer,), daemon=True).start()
 
 
 def _obey(trainer: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-        pass
+    while os.getppid() == trainer:
+        received = signal.sigtimedwait({signal.SIGTERM}, TRAINER_CHECK)
+        if received is not None and received.si_pid == trainer:
+            break
     os._exit(0)

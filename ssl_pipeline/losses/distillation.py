@@ -35,17 +35,8 @@ def self_distillation(student_SBK: Tensor, teacher_TBK: Tensor, *, temperature: 
 
     Raises ValueError if S < 2, since no pair is left, and if the teacher's crops are not among the student's.
     """
+    check_crops(student_SBK, teacher_TBK)
     num_student, num_teacher = student_SBK.shape[0], teacher_TBK.shape[0]
-    if student_SBK.ndim != 3 or teacher_TBK.ndim != 3 or student_SBK.shape[1:] != teacher_TBK.shape[1:]:
-        raise ValueError(
-            "self_distillation needs student (S, B, K) and teacher (T, B, K). "
-            f"Got {tuple(student_SBK.shape)} and {tuple(teacher_TBK.shape)}."
-        )
-    if num_student < 2 or not 1 <= num_teacher <= num_student:
-        raise ValueError(
-            "self_distillation needs at least 2 student crops and between 1 and as many teacher crops. "
-            f"Got {num_student} and {num_teacher}."
-        )
     teacher_TBK = teacher_TBK.detach()
     log_student_SBK = F.log_softmax(student_SBK / temperature, dim=-1)
     # The sum over all pairs needs the teacher crops only summed; the pairs s = t are then taken back.
@@ -75,6 +66,21 @@ def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
         mean over rows of  -(cos(p1, z2) + cos(p2, z1)) / 2
     """
     return -(_mean_cosine(p1, z2) + _mean_cosine(p2, z1)) / 2
+
+
+def check_crops(student: Tensor, teacher: Tensor) -> None:
+    """Raises ValueError unless the crops (S, B, ...) of the student and (T, B, ...) of the teacher make a pair."""
+    num_student, num_teacher = student.shape[0], teacher.shape[0]
+    if student.ndim != 3 or teacher.ndim != 3 or student.shape[1:] != teacher.shape[1:]:
+        raise ValueError(
+            "self_distillation needs student (S, B, K) and teacher (T, B, K). "
+            f"Got {tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    if num_student < 2 or not 1 <= num_teacher <= num_student:
+        raise ValueError(
+            "self_distillation needs at least 2 student crops and between 1 and as many teacher crops. "
+            f"Got {num_student} and {num_teacher}."
+        )
 
 
 def _mean_cosine(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -34,3 +34,16 @@ def _promote(value: object) -> object:
     if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
         return value.float()
     return value
+
+
+def matmul_dtype(tensor: Tensor) -> torch.dtype:
+    """What a matrix product of this tensor is computed in here: its own dtype, or that of an autocast around."""
+    device_type = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return tensor.dtype
+
+
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums over this tensor are computed in: float64 stays, everything else is float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -8,13 +8,14 @@ by construction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.schedule import Progress
@@ -66,6 +67,24 @@ class Method(nn.Module):
 
         global_batch: images per optimizer step, over all processes and micro-batches.
         """
+
+    def check_view_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raise ConfigError before the first step if the backbone cannot take views of these sides in pixels.
+
+        sizes: of each group of views that forward reads.
+        """
+        patch_size = next((part.patch_size for part in self.modules() if isinstance(part, TokenBackbone)), 1)
+        for group, size in sizes.items():
+            if size % patch_size:
+                nearest = max(1, round(size / patch_size)) * patch_size
+                raise ConfigError(
+                    f"augment.{group}.size must be a multiple of the backbone's patch size {patch_size}. "
+                    f"Got {size}; try {nearest}."
+                )
+
+    def parts_to_compile(self) -> list[nn.Module]:
+        """The parts whose own `compile` speeds up `forward`: the backbones, and what else takes much of a step."""
+        return [part for part in self.modules() if isinstance(part, Backbone)]
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         """The loss of one micro-batch; changes no parameter and no buffer, batch-norm statistics aside."""

@@ -14,7 +14,7 @@ from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config
 from ssl_pipeline.distributed import mean_over_ranks
 from ssl_pipeline.heads import PrototypeHead
-from ssl_pipeline.losses import centred_softmax, self_distillation
+from ssl_pipeline.losses import mean_logits, prototype_distillation
 from ssl_pipeline.methods.base import Method, ParamRule, StepOutput, feature_std
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 from ssl_pipeline.teacher import Teacher
@@ -80,22 +80,25 @@ class Dino(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         global_views = batch.views["global"]
+        student_head, teacher_head = self._head_of(self.student), self._head_of(self.teacher.network)
         with torch.no_grad():
             features = self.backbone(global_views.flatten(0, 1))
-            teacher_TBK = self.teacher.network.get_submodule("head")(features).unflatten(0, global_views.shape[:2])
-        temperature = self.config.teacher_temperature(progress)
-        probabilities_TBK = centred_softmax(teacher_TBK, self.centre, temperature=temperature)
-
-        # one pass per resolution
-        student_SBK = torch.cat(
-            [self.student(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in self._student_views(batch)]
+            teacher_TBD = teacher_head.bottleneck(features).unflatten(0, global_views.shape[:2])
+            teacher_prototypes = teacher_head.prototypes
+        # the backbone once per resolution, the head once for all, as the official code
+        backbone = self.student.get_submodule("backbone")
+        student_features = torch.cat([backbone(views.flatten(0, 1)) for views in self._student_views(batch)])
+        loss, target_entropy = prototype_distillation(
+            student_head.bottleneck(student_features).unflatten(0, (-1, global_views.shape[1])),
+            student_head.prototypes,
+            teacher_TBD,
+            teacher_prototypes,
+            self.centre,
+            temperature=self.config.student_temperature,
+            teacher_temperature=self.config.teacher_temperature(progress),
         )
-        loss = self_distillation(student_SBK, probabilities_TBK, temperature=self.config.student_temperature)
-        metrics = {
-            "target_entropy": -torch.special.xlogy(probabilities_TBK, probabilities_TBK).sum(dim=-1).mean(),
-            "feature_std": feature_std(features),
-        }
-        return StepOutput(loss, metrics, {"teacher_mean": teacher_TBK.to(self.centre.dtype).mean(dim=(0, 1))})
+        metrics = {"target_entropy": target_entropy, "feature_std": feature_std(features)}
+        return StepOutput(loss, metrics, {"teacher_mean": mean_logits(teacher_TBD, teacher_prototypes)})
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
@@ -105,6 +108,11 @@ class Dino(Method):
 
     def param_rules(self) -> tuple[ParamRule, ...]:
         return (ParamRule("student.head.last_layer.", frozen_for=self.config.freeze_prototypes_for),)
+
+    def _head_of(self, network: nn.Module) -> PrototypeHead:
+        head = network.get_submodule("head")
+        assert isinstance(head, PrototypeHead)
+        return head
 
     def _student_views(self, batch: Batch) -> list[Tensor]:
         return [batch.views[name] for name in ("global", "local") if name in batch.views]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -69,9 +69,7 @@ class FixMatch(Method):
         images = [
             _only_view(part, name) for part, name in ((batch.labelled, "weak"), (batch, "weak"), (batch, "strong"))
         ]
-        if len({views.shape[1:] for views in images}) > 1:
-            sizes = " and ".join(str(views.shape[-1]) for views in images[1:])
-            raise ConfigError(f"augment.weak.size and augment.strong.size must be the same. Got {sizes}.")
+        self.check_view_sizes({"weak": images[1].shape[-1], "strong": images[2].shape[-1]})
         # one pass, so batch norm sees one distribution
         features = self.student.get_submodule("backbone")(torch.cat(images))
         sizes_of_parts = [len(views) for views in images]
@@ -92,6 +90,14 @@ class FixMatch(Method):
             "feature_std": feature_std(features.detach()),
         }
         return StepOutput(loss, metrics)
+
+    def check_view_sizes(self, sizes: Mapping[str, int]) -> None:
+        super().check_view_sizes(sizes)
+        if sizes["weak"] != sizes["strong"]:
+            raise ConfigError(
+                f"augment.weak.size and augment.strong.size must be the same. "
+                f"Got {sizes['weak']} and {sizes['strong']}."
+            )
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -12,8 +13,8 @@ from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.heads import PixelDecoder
-from ssl_pipeline.losses import mae_loss
-from ssl_pipeline.masking import random_masking
+from ssl_pipeline.losses import removed_patches_loss
+from ssl_pipeline.masking import patchify, random_split, take_patches
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.schedule import Progress
 
@@ -59,26 +60,30 @@ class Mae(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         images = batch.views["image"].flatten(0, 1)
-        tokens = self.backbone.embed(images)
-        grid = self.backbone.grid
-        if tokens.shape[1] != grid[0] * grid[1]:
-            raise ConfigError(
-                f"augment.image.size must be that of the backbone, {grid[0]} * {self.backbone.patch_size} pixels. "
-                f"Got {images.shape[-1]}; try backbone.arguments.img_size={images.shape[-1]}."
-            )
-        noise = torch.rand(tokens.shape[:2], device=tokens.device)
-        kept, mask, restore = random_masking(noise, ratio=self.config.mask_ratio)
-        encoded = self.backbone.encode(tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2])))
-        prediction = self.decoder(encoded, restore)
-        loss = mae_loss(
-            images,
-            prediction,
-            mask,
-            patch_size=self.backbone.patch_size,
+        self.check_view_sizes({"image": images.shape[-1]})
+        patches = patchify(images, self.backbone.patch_size)
+        noise = torch.rand(patches.shape[:2], device=patches.device)
+        kept, removed, restore = random_split(noise, ratio=self.config.mask_ratio)
+        encoded = self.backbone.encode(self.backbone.embed_patches(take_patches(patches, kept), kept))
+        loss = removed_patches_loss(
+            take_patches(patches, removed),
+            self.decoder(encoded, restore, removed),
             normalize_targets=self.config.normalize_targets,
         )
         features = self.backbone.model.forward_head(encoded.detach(), pre_logits=True)
         return StepOutput(loss, {"feature_std": feature_std(features)})
+
+    def check_view_sizes(self, sizes: Mapping[str, int]) -> None:
+        rows, columns = self.backbone.grid
+        size, needed = sizes["image"], rows * self.backbone.patch_size
+        if rows != columns or size != needed:
+            raise ConfigError(
+                f"augment.image.size must be that of the backbone, {rows} * {self.backbone.patch_size} pixels. "
+                f"Got {size}; try backbone.arguments.img_size={size}."
+            )
+
+    def parts_to_compile(self) -> list[nn.Module]:
+        return [*super().parts_to_compile(), self.decoder]
 
 
 def _with_trained_tokens(backbone: Backbone) -> TokenBackbone:

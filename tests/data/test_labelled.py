@@ -26,7 +26,7 @@ def config(shards: Path, *, labelled: int, **settings: object) -> DataConfig:
 def take(index: ShardIndex, settings: DataConfig, count: int, **where: int) -> list[CropBatch]:
     where = {"seed": 0, "step": 0, "rank": 0, "world_size": 1, "accumulate": 1} | where
     stream = open_labelled_stream(index, GROUPS, settings, **where)
-    return [next(stream) for _ in range(count)]
+    return [next(stream).clone() for _ in range(count)]
 
 
 def same(first: CropBatch, second: CropBatch) -> bool:
@@ -87,7 +87,7 @@ def test_workers_change_nothing_and_both_streams_end_together(shards: Path) -> N
         settings = config(shards, labelled=6, workers=workers)
         stream = open_stream(index, UNLABELLED, settings, seed=0, position=0, rank=0, world_size=1, batches=3)
         labelled = open_labelled_stream(index, GROUPS, settings, seed=0, step=0, rank=0, world_size=1, accumulate=1)
-        batches = list(with_labelled(stream, labelled))
+        batches = [batch.clone() for batch in with_labelled(stream, labelled)]
         assert len(batches) == 3
         assert all(batch.crops.keys() == {"weak", "strong"} for batch in batches)
         parts = [batch.labelled for batch in batches]

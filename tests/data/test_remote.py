@@ -116,7 +116,8 @@ def gigabytes(size: int) -> float:
 
 def batches(index: ShardIndex, workers: int) -> list[CropBatch]:
     config = DataConfig(shards="", batch_size=4, block_shards=2, workers=workers)
-    return list(open_stream(index, GROUPS, config, seed=0, position=0, rank=0, world_size=1, batches=6))
+    stream = open_stream(index, GROUPS, config, seed=0, position=0, rank=0, world_size=1, batches=6)
+    return [batch.clone() for batch in stream]
 
 
 def test_the_index_is_that_of_the_directory(url: str, listed: Path, cache: Path) -> None:

@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from ssl_pipeline.data.sampling import Order, generate, hash64, permutation, rank_positions, splitmix64, uniforms
+from ssl_pipeline.data.sampling import (
+    CACHED_BLOCKS,
+    CACHED_EPOCHS,
+    Order,
+    generate,
+    hash64,
+    permutation,
+    rank_positions,
+    splitmix64,
+    uniforms,
+)
 
 COUNTS = (3, 5, 0, 7, 2, 6)
 GOLDEN_UNIFORMS = [0.6649563339280757, 0.20865216202007741, 0.3871065677957318]
@@ -79,6 +89,38 @@ def test_the_cache_of_blocks_stays_small() -> None:
     order.locate(np.arange(3000))
     assert len(order._blocks) <= 4
     assert len(order._epochs) <= 2
+
+
+def memory_of(order: Order) -> int:
+    """Bytes of every array that an order holds."""
+    shards = [array for arrays in order._epochs.values() for array in arrays]
+    return sum(array.nbytes for array in [order.counts, order._first_sample, *shards, *order._blocks.values()])
+
+
+def test_a_block_is_all_that_grows_with_the_samples() -> None:
+    # 16 thousand and 16 million samples in shards of 1,000
+    few, many = (Order(np.full(shards, 1000), seed=0) for shards in (16, 16_000))
+    for order in (few, many):
+        for start in (0, 7, 15_990, 3 * order.num_samples - 5):
+            assert len(order.locate(np.arange(start, start + 64))[1]) == 64
+        assert all(len(block) <= 16_000 for block in order._blocks.values())
+    per_shard = (1 + 1 + CACHED_EPOCHS * (1 + 1 / 16)) * 8
+    assert memory_of(many) - memory_of(few) <= per_shard * (16_000 - 16) + CACHED_BLOCKS * 16_000 * 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_a_rank_reads_its_share_of_an_epoch_and_no_more(world_size: int) -> None:
+    counts = np.full(50, 64)
+    batch_size = 3200 // world_size // 4
+    shares = []
+    for rank in range(world_size):
+        order, read = Order(counts, seed=2), []
+        for start in range(0, 3200, batch_size * world_size):
+            positions = rank_positions(start, rank=rank, world_size=world_size, batch_size=batch_size)
+            read.append(order.locate(positions)[1])
+        shares.append(np.concatenate(read))
+        assert len(shares[-1]) == 3200 // world_size
+    assert_array_equal(np.sort(np.concatenate(shares)), np.arange(3200))
 
 
 def test_uniforms_belong_to_the_sample_not_to_the_batch() -> None:

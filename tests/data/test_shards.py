@@ -68,6 +68,15 @@ def test_few_shards_are_open_at_a_time(shards: Path, monkeypatch: pytest.MonkeyP
     assert len(index._open) == 2
 
 
+def test_rows_are_mapped_and_only_of_open_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_pipeline.data.shards.OPEN_SHARDS", 2)
+    index = open_shards(shards)
+    assert not index._open
+    for number in range(20):
+        index.read(number)
+    assert [type(shard.rows) for shard in index._open.values()] == [np.memmap, np.memmap]
+
+
 def test_a_read_only_directory_is_indexed_in_the_cache(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +119,7 @@ def test_missing_and_empty_directories_are_errors(tmp_path: Path) -> None:
 
 def test_shards_without_samples_are_an_error(tmp_path: Path, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "a.tar", {})
-    with pytest.raises(DataError, match="1 shards and no sample"):
+    with pytest.raises(DataError, match="holds 1 shard and no sample"):
         open_shards(tmp_path)
 
 
@@ -171,8 +180,8 @@ def test_a_copy_with_new_times_is_no_change(shards: Path, tmp_path: Path) -> Non
     for shard in copy.glob("*.tar"):
         os.utime(shard, (later, later))
     assert len(open_shards(copy)) == 20
-    entries = json.loads((copy / ".index" / "index.json").read_text())["shards"]
-    assert [entry["modified_ns"] for entry in entries] == [p.stat().st_mtime_ns for p in sorted(copy.glob("*.tar"))]
+    columns = json.loads((copy / ".index" / "index.json").read_text())["shards"]
+    assert columns["modified_ns"] == [path.stat().st_mtime_ns for path in sorted(copy.glob("*.tar"))]
 
 
 def test_shards_that_came_or_went_are_errors(shards: Path, write_tar: WriteTar, encoded: Encoded) -> None:
@@ -186,7 +195,10 @@ def test_shards_that_came_or_went_are_errors(shards: Path, write_tar: WriteTar, 
         open_shards(shards)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "shards": [{}]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"format": 99}', '{"format": 1, "shards": [{}]}', '{"format": 2, "shards": {"name": ["a.tar"]}}'],
+)
 def test_a_damaged_index_is_an_error(shards: Path, content: str) -> None:
     open_shards(shards)
     (shards / ".index" / "index.json").write_text(content)
@@ -309,8 +321,9 @@ def test_keys_are_found_again_behind_long_names(tmp_path: Path, write_tar: Write
 
 def manifest_for(shards: Path) -> dict[str, object]:
     open_shards(shards)
-    entries = json.loads((shards / ".index" / "index.json").read_text())["shards"]
-    listed = [{name: entry[name] for name in ("name", "samples", "bytes", "sha256")} for entry in entries]
+    columns = json.loads((shards / ".index" / "index.json").read_text())["shards"]
+    names = ("name", "samples", "bytes", "sha256")
+    listed = [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
     return {"class_names": ["a", "b", "c", "d"], "shards": listed}
 
 

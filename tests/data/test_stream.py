@@ -1,8 +1,6 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -14,9 +12,11 @@ import torch
 from torch.testing import assert_close
 
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data.cropped import CropBatch, CropReader
+from ssl_pipeline.data.samples import Samples
+from ssl_pipeline.data.sampling import Order
 from ssl_pipeline.data.shards import DataError, ShardIndex, open_shards
-from ssl_pipeline.data.stream import CropBatch, CropReader, DataConfig, open_stream
-from ssl_pipeline.data.workers import read_batches
+from ssl_pipeline.data.stream import DataConfig, open_stream
 
 GROUPS = {"global": ViewGroup(count=2, size=8), "local": ViewGroup(count=3, size=4, blur_prob=0.5)}
 
@@ -27,7 +27,12 @@ def config(batch_size: int, **settings: object) -> DataConfig:
 
 def stream(index: ShardIndex, settings: DataConfig, **where: int) -> list[CropBatch]:
     where = {"seed": 0, "position": 0, "rank": 0, "world_size": 1} | where
-    return list(open_stream(index, GROUPS, settings, **where))
+    return [batch.clone() for batch in open_stream(index, GROUPS, settings, **where)]
+
+
+def read(reader: CropReader, count: int) -> CropBatch:
+    slot = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.layout().items()}
+    return reader.batch(slot, reader(range(count), slot))
 
 
 def assert_equal(first: CropBatch, second: CropBatch) -> None:
@@ -124,26 +129,29 @@ def test_the_seed_changes_order_and_crops(shards: Path) -> None:
 
 def test_a_further_group_changes_no_other(shards: Path) -> None:
     index = open_shards(shards)
-    alone = CropReader(index, {"global": GROUPS["global"]}, config(4), seed=0)(range(4))
+    groups = {"global": GROUPS["global"]}
+    alone = next(open_stream(index, groups, config(4), seed=0, position=0, rank=0, world_size=1))
     assert_close(alone.crops["global"], stream(index, config(4), batches=1)[0].crops["global"], rtol=0, atol=0)
 
 
 def test_a_reader_survives_pickling(shards: Path) -> None:
-    reader = CropReader(open_shards(shards), GROUPS, config(4), seed=0)
-    assert_equal(reader(range(4)), pickle.loads(pickle.dumps(reader))(range(4)))
+    index = open_shards(shards)
+    samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
+    reader = CropReader(samples, GROUPS, batch_size=4)
+    assert_equal(read(reader, 4), read(pickle.loads(pickle.dumps(reader)), 4))
 
 
 def test_large_images_are_decoded_few_at_a_time(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = open_shards(shards)
     whole = stream(index, config(9), batches=1)[0]
-    monkeypatch.setattr("ssl_pipeline.data.stream.CHUNK_PIXELS", 300)  # two or three images of 120 pixels
+    monkeypatch.setattr("ssl_pipeline.data.cropped.CHUNK_PIXELS", 300)  # two or three images of 120 pixels
     assert_equal(whole, stream(index, config(9), batches=1)[0])
 
 
 def test_the_global_random_state_is_left_alone(shards: Path) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    stream(open_shards(shards), config(4, workers=1), batches=2)
+    stream(open_shards(shards), config(4), batches=2)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -186,7 +194,7 @@ def test_a_corrupt_image_can_be_substituted(damaged: ShardIndex) -> None:
     batch = stream(damaged, settings, batches=1)[0]
     assert_equal(batch, stream(damaged, config(20, bad_samples="substitute", workers=2), batches=1)[0])
     assert sorted(bad.sample for bad in batch.bad) == [3, 9]
-    order = CropReader(damaged, GROUPS, settings, seed=0).order.locate(range(20))[1]
+    order = Order(damaged.shard_counts, 0, settings.block_shards).locate(range(20))[1]
     for bad in batch.bad:
         place = int(np.flatnonzero(order == bad.sample)[0])
         assert batch.index[place] == bad.substitute
@@ -227,43 +235,19 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
             assert time.monotonic() - started < 15
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_preemption_signals_leave_workers_alive(shards: Path) -> None:
-    before = children()
-    batches = open_stream(
-        open_shards(shards), GROUPS, config(4, workers=2), seed=0, position=0, rank=0, world_size=1, batches=12
-    )
-    next(batches)
-    workers = sorted(children() - before)
-    # from another process, as a scheduler sends them
-    subprocess.run(
-        ["sh", "-c", "; ".join(f"kill -TERM {w}; kill -INT {w}; kill -USR1 {w}" for w in workers)], check=True
-    )
-    assert len(list(batches)) == 11
-
-
-def test_a_trainer_that_fails_amid_a_stream_ends(shards: Path) -> None:
-    # its traceback keeps the stream alive until the interpreter exits, which waits for the workers
-    script = f"""
-from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.shards import open_shards
-from ssl_pipeline.data.stream import DataConfig, open_stream
-def train():
-    config = DataConfig(shards="", batch_size=4, workers=2)
-    groups = {{"view": ViewGroup(size=4)}}
-    for _ in open_stream(open_shards({str(shards)!r}), groups, config, seed=0, position=0, rank=0, world_size=1):
-        raise SystemError("amid the stream")
-train()
-"""
-    trainer = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
-    assert trainer.returncode == 1
-    assert trainer.stderr.strip().endswith(b"SystemError: amid the stream")
-
-
 def test_a_batch_moves_to_a_device(shards: Path) -> None:
     batch = stream(open_shards(shards), config(4), batches=1)[0].to("meta")
     assert batch.crops["global"].device.type == "meta"
     assert batch.parameters["local"].device.type == batch.labels.device.type == batch.index.device.type == "meta"
+
+
+def test_what_outlives_a_step_is_copied_even_on_the_device_that_it_is_on(shards: Path) -> None:
+    batch = stream(open_shards(shards), config(4), batches=1)[0]
+    moved = batch.to("cpu")
+    assert moved.crops["global"].data_ptr() == batch.crops["global"].data_ptr()
+    for kept, source in ((moved.labels, batch.labels), (moved.index, batch.index)):
+        assert kept.tolist() == source.tolist()
+        assert kept.data_ptr() != source.data_ptr()
 
 
 def test_webdataset_reads_the_same_samples(shards: Path, encoded: Callable) -> None:
@@ -274,23 +258,3 @@ def test_webdataset_reads_the_same_samples(shards: Path, encoded: Callable) -> N
     assert [(sample["__key__"], sample["jpg"], int(sample["cls"])) for sample in samples] == [
         (index.read(number).key, index.read(number).image, index.read(number).label) for number in range(20)
     ]
-
-
-@pytest.mark.parametrize(
-    "error", [FileNotFoundError(2, "No such file"), ConnectionResetError(104, "reset"), EOFError()]
-)
-def test_a_batch_that_died_with_its_worker_is_a_data_error(monkeypatch, error):
-    def fails(_self):
-        raise error
-
-    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__next__", fails)
-    with pytest.raises(DataError, match="A data worker died"):
-        next(read_batches(list, [range(2)], workers=1))
-
-
-def test_what_reading_raises_is_no_dead_worker():
-    def read(_positions):
-        raise FileNotFoundError(2, "No such file", "shard.tar")
-
-    with pytest.raises(FileNotFoundError):
-        next(read_batches(read, [range(2)], workers=0))

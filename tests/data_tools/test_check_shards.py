@@ -30,6 +30,8 @@ def test_whole_shards_have_no_problems(made: Path, capsys: pytest.CaptureFixture
     assert checked(f"directory={made}", "decode=false") == 0
     assert checked(f"{made}/out-00000[12].tar") == 0
     assert "2 shards, 12 images" in capsys.readouterr().out
+    assert checked(f"{made}/out-000001*.tar") == 0
+    assert "1 shard, 6 images" in capsys.readouterr().out
 
 
 def test_shards_made_by_others_are_checked_too(made: Path, capsys: pytest.CaptureFixture) -> None:

@@ -230,6 +230,7 @@ def test_an_output_in_use_is_refused(folder: Path, tmp_path: Path) -> None:
         ({"prefix": "train/../.."}, "nothing below prefix"),
         ({"split": "test"}, "split=test goes with source=digits only"),
         ({"source": "digits", "prefix": "train"}, "source=digits has no folders"),
+        ({}, r"holds train/: parts of a data set rather than classes\. Take one part with prefix=train/"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -243,6 +244,22 @@ def test_mistakes_are_one_line(
     with pytest.raises(DataError, match=message):
         make_shards(MakeShards(**{"workers": 1} | arguments | {"output": tmp_path / "out"}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_parts_of_a_data_set_are_no_classes(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "train" / "dog", folder / "Test" / "dog")
+    (folder / "val").mkdir()
+    with pytest.raises(
+        DataError, match=r"holds Test/, train/, val/: .* prefix=train/, .* labels=none\. .* labels=folders"
+    ):
+        made(folder, tmp_path / "out")
+    with pytest.raises(DataError, match=r"prefix=images/train/"):
+        made(tmp_path, tmp_path / "out", prefix="images")
+    unlabelled = open_shards(made(folder, tmp_path / "all", labels="none"))
+    assert (len(unlabelled), unlabelled.has_labels, unlabelled.class_names) == (29, False, None)
+    assert open_shards(made(folder, tmp_path / "out", labels="folders")).class_names == ("Test", "train", "val")
+    (folder / "trains").mkdir()  # one folder of another name, and they may all be classes
+    assert len(open_shards(made(folder, tmp_path / "classes")).class_names) == 4
 
 
 def test_a_source_without_images_is_an_error(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_separable_problem_is_learnt() -> None:
 
 
 def test_stacked_heads_are_each_head_alone() -> None:
-    settings = [(0.1, 0.0), (1.0, 1e-2), (8.0, 0.0)]
+    settings = [(0.01 * 1.6**number, decay) for number in range(16) for decay in (0.0, 1e-2)]
     weights, biases = heads(*map(list, zip(*settings, strict=True)), dtype=torch.float64)
     for number, (rate, decay) in enumerate(settings):
         weight, bias = heads([rate], [decay], dtype=torch.float64)

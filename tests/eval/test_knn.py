@@ -143,6 +143,16 @@ def test_a_run_is_measured_and_reported(run: Path, train: str, test: str, capsys
         assert words in printed
 
 
+def test_the_search_does_not_change_the_report(run: Path, train: str, test: str) -> None:
+    reports = []
+    for search in ("faiss", "blocks", "auto"):
+        assert knn(f"run={run}", f"train={train}", f"test={test}", "k=5,20", f"search={search}") == 0
+        report = json.loads((run / "eval" / "knn.json").read_text())
+        assert report["protocol"].pop("search") == search
+        reports.append(report)
+    assert reports[0] == reports[1] == reports[2]
+
+
 def test_a_timm_model_is_measured_without_a_run(
     train: str, test: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import eval.evaluation
-from eval.linear import LinearConfig, ProbeConfig, choose, linear_probe, main
+from eval.linear import LinearConfig, ProbeConfig, ProbeResult, choose, linear_probe, main, sweep_table
 from ssl_pipeline.config import ConfigError, run_command
 
 
@@ -58,6 +58,34 @@ def test_the_chosen_setting_is_the_best_of_the_sweep() -> None:
     assert result.chosen == {"learning_rate": 1.0, "weight_decay": 0.0}
     assert len(result.sweep) == 4
     assert result.validation_top1 == max(setting["validation_top1"] for setting in result.sweep)
+
+
+def test_every_rate_of_a_sweep_is_measured_as_if_alone() -> None:
+    rates = tuple(0.001 * 2.0**power for power in range(16))
+    train, test = noisy(120, seed=0), noisy(40, seed=1)
+    train, test = (train[0].double(), train[1]), (test[0].double(), test[1])
+
+    def probe(*learning_rates: float) -> ProbeResult:
+        config = ProbeConfig(solver="sgd", learning_rates=learning_rates, weight_decays=(0.0,), epochs=5)
+        return linear_probe(*train, *test, num_classes=4, config=config)
+
+    together = probe(*rates)
+    alone = [probe(rate) for rate in rates]
+    assert together.sweep == [one.sweep[0] for one in alone]
+    best = alone[rates.index(together.chosen["learning_rate"])]
+    assert (together.top1, together.top5) == (best.top1, best.top5)
+
+
+def test_the_table_has_every_setting_and_marks_the_chosen_one() -> None:
+    config = ProbeConfig(solver="sgd", learning_rates=(1e-6, 1.0), weight_decays=(0.0, 0.5), epochs=5)
+    result = linear_probe(*noisy(200, seed=0), *noisy(40, seed=1), num_classes=4, config=config)
+    lines = sweep_table(result).splitlines()
+    assert lines[0].strip().startswith("learning rate / weight decay  validation top-1")
+    settings = [line.lstrip("* ").rsplit(maxsplit=2)[0] for line in lines[2:]]
+    assert settings == ["1e-06 / 0", "1e-06 / 0.5", "1 / 0", "1 / 0.5"]
+    chosen = f"* 1 / {result.chosen['weight_decay']:g} "
+    assert [line for line in lines if line.startswith("*")] == [line for line in lines if line.startswith(chosen)]
+    assert sum(line.startswith("*") for line in lines) == 1
 
 
 def test_equal_accuracies_are_decided_by_the_loss_and_diverged_settings_come_last() -> None:

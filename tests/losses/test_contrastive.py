@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ssl_pipeline.losses import contrastive, info_nce, moco_v3_loss, nt_xent
 
@@ -51,6 +53,27 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch, chunk):
 
 def test_nt_xent_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, temperature=0.5), random_pairs(3, 4))
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("num_images", [64, 256])
+def test_nt_xent_takes_memory_in_proportion_to_the_rows(monkeypatch, num_images):
+    monkeypatch.setattr(contrastive, "CPU_CHUNK", 1024)
+    z1, z2 = random_pairs(num_images, 8)
+    with Largest() as largest:
+        nt_xent(z1, z2, temperature=0.1).backward()
+    assert largest.elements == 2 * num_images * 8  # the rows; the logits would be (2 * num_images) ** 2
 
 
 def test_nt_xent_of_identical_vectors_is_the_log_of_the_number_of_others():

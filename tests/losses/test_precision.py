@@ -23,6 +23,9 @@ LOSSES = {
     "mae_loss": lambda to: losses.mae_loss(
         to(rows()[None, None, :4, :4]), to(rows()[None, :, :4]), torch.ones(1, 4), patch_size=2, normalize_targets=True
     ),
+    "removed_patches_loss": lambda to: losses.removed_patches_loss(
+        to(rows()[None]), to(rows(seed=1)[None]), normalize_targets=True
+    ),
     "fixmatch_loss": lambda to: losses.fixmatch_loss(
         to(rows()), torch.tensor([0, 1, 2, 3]), to(rows(seed=1)), to(rows(seed=2)), threshold=0.3, unlabelled_weight=1
     )[0],

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssl_pipeline.losses import mae_loss
+from ssl_pipeline.losses import mae_loss, removed_patches_loss
+from ssl_pipeline.masking import patchify, random_split, take_patches
 
 
 def random_inputs():
@@ -65,3 +66,20 @@ def test_a_prediction_of_another_shape_is_refused():
     images, prediction, mask = random_inputs()
     with pytest.raises(ValueError, match=r"prediction \(2, 6, 12\) and mask \(2, 6\)"):
         mae_loss(images, prediction[:, :5], mask, patch_size=2, normalize_targets=True)
+
+
+@pytest.mark.parametrize("normalize_targets", [False, True])
+def test_the_loss_of_removed_patches_alone_is_the_same(normalize_targets):
+    images, prediction, _ = random_inputs()
+    _, removed, _ = random_split(torch.rand(2, 6), ratio=0.5)
+    mask = torch.zeros(2, 6).scatter(1, removed, 1.0)
+    expected = mae_loss(images, prediction, mask, patch_size=2, normalize_targets=normalize_targets)
+    patches = take_patches(patchify(images, 2), removed)
+    loss = removed_patches_loss(patches, take_patches(prediction, removed), normalize_targets=normalize_targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, prediction), torch.autograd.grad(expected, prediction))
+
+
+def test_predictions_of_other_patches_are_refused():
+    with pytest.raises(ValueError, match=r"prediction \(2, 3, 12\) for these patches. Got \(2, 4, 12\)"):
+        removed_patches_loss(torch.ones(2, 3, 12), torch.ones(2, 4, 12), normalize_targets=True)

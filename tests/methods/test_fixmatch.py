@@ -276,7 +276,9 @@ def test_the_monitor_measures_the_moving_averages_classifier(tmp_path, shards, l
     method = build_method(config.method, create_backbone(config.backbone))
     method.load_state_dict(weights(tmp_path / "run"))
     method.eval()
-    pixels, labels, _ = EvaluationSet(open_shards(shards), 32).read(range(48))
+    images = EvaluationSet(open_shards(shards), 32)
+    pixels = torch.stack([images[number][0] for number in range(48)])
+    labels = torch.tensor([images[number][1] for number in range(48)])
     mean, std = (torch.tensor(value)[:, None, None] for value in (config.data.mean, config.data.std))
     with torch.no_grad():
         right = method.teacher((pixels / 255 - mean) / std).argmax(dim=1) == labels

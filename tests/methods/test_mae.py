@@ -8,6 +8,8 @@ import torch
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.losses import mae_loss
+from ssl_pipeline.masking import random_masking, take_patches
 from ssl_pipeline.methods.mae import Mae, MaeConfig
 from ssl_pipeline.positions import sincos_position_embedding
 from ssl_pipeline.schedule import Progress
@@ -75,6 +77,28 @@ def test_the_loss_equals_that_of_single_patches(normalize_targets):
     torch.manual_seed(5)
     expected = loss_patch_by_patch(method, batch.views["image"][0], torch.rand(3, 16), normalize_targets)
     torch.testing.assert_close(output.loss, expected)
+
+
+def test_the_value_is_that_of_the_public_loss_on_all_patches():
+    method, batch = mae().double(), image_batch()
+    images = batch.views["image"][0].double()
+    torch.manual_seed(5)
+    output = method(Batch({"image": images[None]}, batch.labels, batch.index), PROGRESS)
+    torch.manual_seed(5)
+    kept, mask, restore = random_masking(torch.rand(3, 16), ratio=0.75)
+    encoded = method.backbone.encode(take_patches(method.backbone.embed(images), kept))
+    expected = mae_loss(images, method.decoder(encoded, restore), mask, patch_size=4, normalize_targets=True)
+    torch.testing.assert_close(output.loss, expected)
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    torch.testing.assert_close(torch.autograd.grad(output.loss, trained), torch.autograd.grad(expected, trained))
+
+
+def test_only_kept_patches_are_embedded_and_only_removed_ones_predicted():
+    method, shapes = mae(), []
+    method.backbone.model.patch_embed.norm.register_forward_hook(lambda *call: shapes.append(call[2].shape[1]))
+    method.decoder.predict.register_forward_hook(lambda *call: shapes.append(call[2].shape[1]))
+    method(image_batch(), PROGRESS)
+    assert shapes == [4, 12]
 
 
 def test_the_encoder_sees_a_quarter_of_the_patches():
@@ -185,7 +209,7 @@ def test_a_frozen_patch_embedding_is_not_trained():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"initial_weights": "mae"}, {"fixed_positions": True}, {"frozen_patch_embed": True}]
+    "setting", [{"initial_weights": "moco_v3"}, {"fixed_positions": True}, {"frozen_patch_embed": True}]
 )
 def test_settings_of_vits_are_refused_elsewhere(setting):
     with torch.device("meta"), pytest.raises(ConfigError, match=r"needs a ViT. 'resnet18' is none\.$"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from accelerate.state import AcceleratorState
-from tiny import write_shards
+from tiny import CNN, CONFIGS, VIT, make_method, row, write_shards
 
 from pretrain import RECIPES, PretrainConfig, pretrain
 from ssl_pipeline.config import ConfigError, load
@@ -53,6 +53,36 @@ def test_mae_on_a_cnn(tmp_path):
     assert sentence == "MAE needs a backbone with patch tokens (a ViT). 'resnet18' has none."
 
 
+def test_mae_on_a_cnn_with_the_weights_that_its_recipe_begins_with(tmp_path):
+    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18")
+    assert sentence == (
+        "MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. 'resnet18' has none."
+    )
+
+
 def test_local_crops_for_a_method_without_them(tmp_path):
     sentence = refusal(tmp_path, "cifar10_byol_resnet18", "augment.local={count: 2, size: 16}")
     assert sentence == "Byol has no use for the view group augment.local. It reads view."
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "sentence"),
+    [
+        ("dino", {"global": 16, "local": 10}, r"augment\.local\.size must be a multiple .* size 4\. Got 10; try 8\."),
+        ("mae", {"image": 24}, r"augment\.image\.size must be that of the backbone, 4 \* 4 pixels\. Got 24; try"),
+        ("fixmatch", {"weak": 16, "strong": 20}, r"strong\.size must be the same\. Got 16 and 20\."),
+        ("simclr", {"view": 2}, r"Got 2; try 4\."),
+    ],
+)
+def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        make_method(name).check_view_sizes(sizes)
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_views_that_fit_are_let_through(name, backbone):
+    if name != "mae" or backbone is VIT:
+        make_method(name, backbone=backbone).check_view_sizes(
+            {group: size for group, (_, size) in row(name).views.items()}
+        )

@@ -1,0 +1,59 @@
+"""Sets of many shards in little time and space: one small image, and an index that names it again and again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ssl_pipeline.data.catalogue import INDEX_DIRECTORY, Catalogue, write_catalogue, write_rows
+from ssl_pipeline.data.index import index_shard
+from ssl_pipeline.data.manifest import Manifest, ManifestShard, write_manifest
+from ssl_pipeline.data.shard_table import ShardTable
+from ssl_pipeline.data.verification import status_of
+
+LINKS = 30_000  # names of one file, of the 65,000 that ext4 allows
+PIXELS = 16
+
+
+def write_synthetic_shards(folder: Path, *, shards: int, samples: int) -> None:
+    """`shards` tar files of one image each, with a manifest, and an index that finds the image `samples` times in each.
+
+    As many files, names, rows and checksums as a real set has, so that starting and finding samples cost what they
+    would cost there. Verifying their content would show that the index is made up.
+    """
+    place = folder / INDEX_DIRECTORY
+    place.mkdir(parents=True)
+    content = _tar_of_one_image()
+    names = [f"train-{shard:06d}.tar" for shard in range(shards)]
+    for name in names:
+        (folder / name).write_bytes(content)
+    entry, rows = index_shard(folder / names[0])
+    repeated = np.repeat(rows, samples, axis=0)
+    for shard, name in enumerate(names):
+        if shard % LINKS == 0:
+            write_rows(place, name, repeated)
+        else:
+            os.link(place / f"{names[shard - shard % LINKS]}.npy", place / f"{name}.npy")
+    sizes, times = status_of(folder, names)
+    counts = np.full(shards, samples, dtype=np.int64)
+    checksums = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
+    write_catalogue(place, Catalogue(ShardTable(tuple(names), sizes, times, checksums, counts, counts)))
+    listed = [ManifestShard(name, samples, entry.bytes, sha) for name, sha in zip(names, checksums, strict=True)]
+    write_manifest(folder, Manifest(["only"], listed))
+
+
+def _tar_of_one_image() -> bytes:
+    image, tar = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (PIXELS, PIXELS), "teal").save(image, format="JPEG")
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in (("0.jpg", image.getvalue()), ("0.cls", b"0")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return tar.getvalue()

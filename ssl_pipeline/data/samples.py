@@ -1,0 +1,108 @@
+"""Positions of the endless stream -> decoded samples, and the random numbers that their views are made from."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_pipeline.augment.crops import crop_boxes
+from ssl_pipeline.augment.photometric import draw_parameters
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data.bad_samples import BadSample
+from ssl_pipeline.data.decode import DecodeError, decode_image
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.sampling import SUBSTITUTE, Order, hash64, uniforms
+from ssl_pipeline.data.shards import ShardIndex
+
+# V views of each of B images, P photometric parameters
+
+Integers = NDArray[np.int64]
+MAX_SUBSTITUTES = 16
+
+
+class Samples:
+    """The samples of an index, in an order of their own or one after the other.
+
+    `substitutes`: whether other samples stand in for those that cannot be decoded.
+    """
+
+    def __init__(self, index: ShardIndex, order: Order | None, *, seed: int, substitutes: bool) -> None:
+        self.index = index
+        self.order = order
+        self.seed = seed
+        self.substitutes = substitutes
+
+    def locate(self, positions: Sequence[int]) -> tuple[Integers, Integers]:
+        """Epoch and sample id at each position."""
+        if self.order is not None:
+            return self.order.locate(positions)
+        epochs_B, samples_B = np.divmod(np.asarray(positions, dtype=np.int64), len(self.index))
+        return epochs_B, samples_B
+
+    def decode(
+        self, sample: int, bad: list[BadSample], out: NDArray[np.uint8] | None = None
+    ) -> tuple[NDArray[np.uint8], int, int]:
+        """Pixels (H,W,3), label (-1 = none) and id of the sample, or of the first of its substitutes that decodes.
+
+        Those that do not are appended to `bad`; without substitutes they are a DataError. The pixels lie at the start
+        of `out`, a flat array, if it is given and they fit.
+        """
+        for attempt in range(1, MAX_SUBSTITUTES + 1):
+            raw = self.index.read(sample)
+            try:
+                pixels_HWC = decode_image(raw.image, out)
+            except DecodeError as error:
+                if not self.substitutes:
+                    raise DataError(
+                        f"Cannot decode {raw.location}: {error}. "
+                        "data.bad_samples=substitute takes another image instead."
+                    ) from None
+                substitute = int(hash64(self.seed, SUBSTITUTE, sample, attempt) % np.uint64(len(self.index)))
+                bad.append(BadSample(sample, raw.shard, raw.key, raw.byte, str(error), substitute))
+                sample = substitute
+                continue
+            return pixels_HWC, -1 if raw.label is None else raw.label, sample
+        raise DataError(f"Cannot decode {raw.location}, nor any of {MAX_SUBSTITUTES - 1} samples before it.")
+
+
+def group_uniforms(
+    name: str, group: ViewGroup, *, seed: int, epochs_B: Integers, samples_B: Integers
+) -> NDArray[np.float64]:
+    """The uniforms (V,B,U) of a group of views of each sample, which depend on nothing but the arguments."""
+    # the stream is the group's name: adding a group changes no other
+    stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return uniforms(seed, epochs_B, samples_B, views=group.count, count=group.num_uniforms(), stream=stream)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn on the host for one group: boxes (V,B,4), flips (V,B), photometric parameters (V,B,P) float32."""
+
+    boxes: Integers
+    flips: NDArray[np.bool_]
+    parameters: NDArray[np.float32]
+
+
+def draw_views(
+    groups: Mapping[str, ViewGroup],
+    *,
+    seed: int,
+    epochs_B: Integers,
+    samples_B: Integers,
+    heights_B: Integers,
+    widths_B: Integers,
+) -> dict[str, Drawn]:
+    """Everything random about the views of some samples; the same numbers wherever crops are cut out."""
+    drawn = {}
+    for name, group in groups.items():
+        uniforms_VBU = group_uniforms(name, group, seed=seed, epochs_B=epochs_B, samples_B=samples_B)
+        boxes_VB4, flips_VB = crop_boxes(uniforms_VBU, heights_B, widths_B, group)
+        drawn[name] = Drawn(boxes_VB4, flips_VB, draw_parameters(uniforms_VBU, group))
+    return drawn
+
+
+def num_parameters(group: ViewGroup) -> int:
+    """How many photometric parameters a view of the group has: P."""
+    return draw_parameters(np.empty((group.count, 0, group.num_uniforms())), group).shape[-1]

@@ -1,0 +1,130 @@
+"""One optimizer step: micro-batches in, forward and backward, the update and what follows it.
+
+The host waits for a GPU in two places only: for the verdict on the step before, which is there by then, and, with
+train.precision=fp16, in the optimizer itself (torch's GradScaler asks on the host whether a gradient overflowed).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pipeline.augment.photometric import apply_photometric
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.data.bad_samples import BadSampleLog
+from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.data.stream_batch import StreamBatch
+from ssl_pipeline.distributed import rank
+from ssl_pipeline.launch import seed_everything
+from ssl_pipeline.methods.base import StepOutput
+from ssl_pipeline.optim import prepare_gradients, write_values
+from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.step_times import StepTimes
+from ssl_pipeline.training import Run
+from ssl_pipeline.verdicts import Verdicts
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves to report; tensors stay on the device until somebody asks."""
+
+    outputs: list[StepOutput]
+    learning_rate: float
+    gradient_norm: Tensor
+    waited: float
+    """Seconds until the images were there."""
+    signal_number: int
+    """What any rank received by the steps whose verdicts are in; 0 if nothing."""
+
+
+@dataclass
+class TrainingStep:
+    """Makes steps on this rank's share of the images; `lag`: by how many steps verdicts may come late."""
+
+    run: Run
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr: Schedule
+    verdicts: Verdicts
+    lag: int
+    times: StepTimes
+    bad_samples: BadSampleLog
+    sign_of_life: Callable[[], None]
+    requested: Callable[[], int]
+    """The signal that asks this process to stop, 0 if none."""
+
+    def __call__(self, stream: Iterator[StreamBatch], progress: Progress) -> StepResult:
+        """Make one step; raises BrokenStepError if it, or one whose verdict came late, is not finite."""
+        outputs, indices, waited = self._accumulate(stream, progress)
+        with self.times.phase("optimizer"):
+            learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
+            gradient_norm = self._prepare(outputs, indices, progress)
+            received = self.verdicts.read(lag=self.lag)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with self.times.phase("after_step"), torch.no_grad():
+            self.run.method.after_step([output.carry for output in outputs], progress)
+        return StepResult(outputs, learning_rate, gradient_norm, waited, received)
+
+    def _accumulate(self, stream: Iterator[StreamBatch], progress: Progress) -> tuple[list[StepOutput], Tensor, float]:
+        """Forward and backward over the micro-batches of one step; the gradients are those of their mean loss."""
+        run, phase = self.run, self.times.phase
+        outputs, indices, waited = list[StepOutput](), list[Tensor](), 0.0
+        for micro in range(run.config.accumulate):
+            started = time.perf_counter()
+            with phase("wait"):
+                images = next(stream)
+            waited += time.perf_counter() - started
+            self.bad_samples.record(images.bad)
+            with phase("copy"):
+                images = images.to(run.accelerator.device, non_blocking=True)
+            with phase("augment"):
+                batch = make_batch(images, run.augment, run.data)
+            seed_everything(run.seed, progress.step, rank(), micro)
+            last = micro == run.config.accumulate - 1
+            with nullcontext() if last else run.accelerator.no_sync(self.network):
+                with phase("forward"):
+                    output: StepOutput = self.network(batch, progress)
+                with phase("backward"):
+                    run.accelerator.backward(output.loss / run.config.accumulate)
+            outputs.append(StepOutput(output.loss.detach(), output.metrics, output.carry))
+            indices.append(batch.index)
+            self.sign_of_life()
+        return outputs, torch.cat(indices), waited
+
+    def _prepare(self, outputs: list[StepOutput], indices: Tensor, progress: Progress) -> Tensor:
+        """Make the gradients ready for the optimizer and send the verdict on its way; returns the gradient norm."""
+        scaler = self.run.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]
+        loss = torch.stack([output.loss for output in outputs]).mean()
+        gradient_norm = prepare_gradients(self.optimizer, self.run.optim, progress)
+        self.verdicts.add(
+            progress,
+            loss=loss,
+            gradient_norm=gradient_norm,
+            indices=indices,
+            watched=loss if scaler is not None else loss + gradient_norm,  # a scaler leaves such steps out itself
+            signal_number=self.requested(),
+        )
+        return gradient_norm
+
+
+def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
+    """The views of a batch from the stream, cropped and augmented on the device that it is on."""
+    labelled = _make_part(images.labelled, augment, data) if images.labelled is not None else None
+    return replace(_make_part(images, augment, data), labelled=labelled)
+
+
+def _make_part(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
+    views = {
+        name: apply_photometric(crops, images.parameters[name], augment[name], mean=data.mean, std=data.std)
+        for name, crops in images.cropped(augment).items()
+    }
+    return Batch(views, images.labels, images.index)
