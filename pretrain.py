@@ -87,6 +87,7 @@ def pretrain(config: PretrainConfig) -> int:
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_view_groups(method, config.augment)
+        method.check_view_sizes({name: group.size for name, group in config.augment.items()})
         check_labelled_settings(method, config)
         output = config.run_directory
         identity = _identity(config)

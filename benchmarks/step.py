@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 
 from benchmarks import lightly_steps, official_steps
 from benchmarks.peers import missing, why_not_compiled
 from benchmarks.rounds import Comparison, Contestant
-from benchmarks.settings import BenchmarkConfig, Size
+from benchmarks.settings import BenchmarkConfig
+from benchmarks.step_settings import SETTINGS, StepSetting
 from benchmarks.training_steps import OurStep, TrainingStep, compile_backbones
 from ssl_pipeline.attention import choose_attention
-from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.config import Config
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.methods.dino import Dino, DinoConfig
-from ssl_pipeline.methods.mae import Mae, MaeConfig
-from ssl_pipeline.methods.moco import Moco, MocoConfig
-from ssl_pipeline.methods.simclr import Simclr, SimclrConfig
-from ssl_pipeline.optim import OptimConfig
-from ssl_pipeline.schedule import Schedule
+from ssl_pipeline.methods.dino import Dino
+from ssl_pipeline.methods.mae import Mae
+from ssl_pipeline.methods.moco import Moco
+from ssl_pipeline.methods.simclr import Simclr
 
 SAME = 1e-4  # largest relative gap between losses that are called the same
 SAME_BY = "copies of our weights, one batch, float32"
@@ -35,97 +31,6 @@ DIFFERENCES = {
     ("mae", "encode all"): "mask tokens go through the encoder",
     ("mae", "lightly"): "other masks, plain pixels as targets, a class token among the masked",
     ("simclr", "lightly"): "batch norm sees one view at a time",
-}
-
-
-@dataclass(frozen=True)
-class StepSetting:
-    """A method with its network, and the batch: views as group -> (count, pixels)."""
-
-    method: Config
-    backbone: BackboneConfig
-    views: Mapping[str, tuple[int, int]]
-    batch_size: int
-    optim: OptimConfig
-
-    @property
-    def name(self) -> str:
-        return str(self.method.name)  # type: ignore[attr-defined]
-
-    def __str__(self) -> str:
-        views = " + ".join(f"{count}x{pixels}" for count, pixels in self.views.values())
-        return f"{self.backbone.name}, {views}, batch of {self.batch_size}"
-
-
-NO_ARGUMENTS: Mapping[str, int] = {}
-
-
-def _vit(name: str, *, mae: bool = False, arguments: Mapping[str, int] = NO_ARGUMENTS) -> BackboneConfig:
-    weights: Literal["mae"] | None = "mae" if mae else None
-    return BackboneConfig(name=name, arguments=dict(arguments), fixed_positions=mae, initial_weights=weights)
-
-
-TOY = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}
-RESNET = BackboneConfig(name="resnet18", small_images=True, arguments={"zero_init_last": False})
-TOY_RESNET = BackboneConfig(name="test_resnet", arguments={"stem_type": ""}, small_images=True)
-MULTI_CROP = {"global": (2, 224), "local": (8, 96)}
-PAIR = {"view": (2, 32)}
-
-
-def _simclr(*, hidden_dim: int = 512) -> SimclrConfig:
-    return SimclrConfig(
-        name="simclr",
-        temperature=0.5,
-        projector_hidden_dim=hidden_dim,
-        projector_dim=128,
-        projector_layers=2,
-        projector_last_batch_norm="affine",
-    )
-
-
-def _moco(*, queue_size: int) -> MocoConfig:
-    return MocoConfig(
-        name="moco", queue_size=queue_size, projector_hidden_dim=512, projector_dim=128, projector_layers=2
-    )
-
-
-def _mae(dim: int, depth: int, heads: int) -> MaeConfig:
-    return MaeConfig(name="mae", decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
-
-
-ADAMW = OptimConfig(
-    name="adamw", lr=Schedule(value=5e-4), weight_decay=Schedule(value=0.04), clip_norm=3.0, clip_each=True
-)
-MAE_ADAMW = OptimConfig(name="adamw", lr=Schedule(value=1.5e-4), weight_decay=Schedule(value=0.05), betas=(0.9, 0.95))
-SGD = OptimConfig(name="sgd", lr=Schedule(value=0.03), weight_decay=Schedule(value=5e-4), weight_decay_on="all")
-DINO = DinoConfig(name="dino")
-TOY_DINO = DinoConfig(name="dino", num_prototypes=64, head_hidden_dim=16, head_bottleneck_dim=8)
-
-SETTINGS: dict[Size, tuple[StepSetting, ...]] = {
-    "tiny": (
-        StepSetting(
-            TOY_DINO, _vit("vit_tiny_patch16_224", arguments=TOY), {"global": (2, 32), "local": (3, 16)}, 2, ADAMW
-        ),
-        StepSetting(
-            _mae(16, 1, 2), _vit("vit_tiny_patch16_224", mae=True, arguments=TOY), {"image": (1, 32)}, 2, MAE_ADAMW
-        ),
-        StepSetting(_simclr(hidden_dim=16), TOY_RESNET, {"view": (2, 16)}, 4, SGD),
-        StepSetting(_moco(queue_size=64), TOY_RESNET, {"view": (2, 16)}, 4, SGD),
-    ),
-    "small": (
-        StepSetting(DINO, _vit("vit_tiny_patch16_224"), MULTI_CROP, 4, ADAMW),
-        StepSetting(_mae(256, 4, 8), _vit("vit_small_patch16_224", mae=True), {"image": (1, 224)}, 16, MAE_ADAMW),
-        StepSetting(_simclr(), RESNET, PAIR, 32, SGD),
-        StepSetting(_moco(queue_size=4096), RESNET, PAIR, 32, SGD),
-    ),
-    "large": (
-        StepSetting(DINO, _vit("vit_small_patch16_224"), MULTI_CROP, 64, ADAMW),
-        StepSetting(DINO, _vit("vit_base_patch16_224"), MULTI_CROP, 32, ADAMW),
-        StepSetting(_simclr(), _vit("vit_small_patch16_224"), {"view": (2, 224)}, 256, SGD),
-        StepSetting(_mae(512, 8, 16), _vit("vit_base_patch16_224", mae=True), {"image": (1, 224)}, 128, MAE_ADAMW),
-        StepSetting(_simclr(), RESNET, PAIR, 512, SGD),
-        StepSetting(_moco(queue_size=65536), RESNET, PAIR, 512, SGD),
-    ),
 }
 
 Peers = dict[str, Callable[[], TrainingStep]]

@@ -1,8 +1,8 @@
 """Features of an image set by a frozen backbone, computed by all ranks together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.distributed import gather, rank, world_size
 
+Item = TypeVar("Item")
 Precision = Literal["no", "bf16", "fp16"]
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GATHERED_ROWS = 65_536  # per rank and collective: the device never holds the features of all images
@@ -54,10 +55,15 @@ def extract_features(
         torch.no_grad(),  # not inference_mode: what a backbone keeps (a position table) must serve training later
         autocast,
     ):
-        for pixels, batch_labels, _ in batches:
-            end = done + len(pixels)
-            images = pixels.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
-            output = backbone(images).float()
+        outputs = (
+            (
+                backbone(pixels.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)).float(),
+                batch_labels,
+            )
+            for pixels, batch_labels, _ in batches
+        )
+        for output, batch_labels in _one_late(outputs):
+            end = done + len(output)
             if done == 0:
                 features = torch.zeros(share, output.shape[1])
             features[done:end] = output.cpu()
@@ -65,6 +71,16 @@ def extract_features(
             bar.update(end - done)
             done = end
     return _all_shares(features, device)[: len(index)], _all_shares(labels, device)[: len(index)]
+
+
+def _one_late(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each once the next is under way: a GPU computes that one while this one is copied to the host."""
+    waiting: list[Item] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 @contextmanager

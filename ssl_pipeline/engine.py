@@ -52,7 +52,7 @@ def train(run: Run) -> int:
         _write_settings(run.directory, run.settings, complete=position >= clock.end)
     if run.config.compile:
         for part in method.parts_to_compile():
-            part.compile()
+            part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
     with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; Accelerate knows the old name alone
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         network, optimizer = run.accelerator.prepare(method, optimizer)

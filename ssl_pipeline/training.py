@@ -38,7 +38,7 @@ class TrainConfig(Config):
     sync_batch_norm: bool = False
     """Whether batch norm sees the images of all processes."""
     compile: bool = False
-    """Whether backbones go through torch.compile."""
+    """Whether backbones (and MAE's decoder) go through torch.compile."""
     save_every: Duration = "1ep"
     """Time between checkpoints; one is written at the end in any case."""
     keep_checkpoints: int = Field(2, ge=2)

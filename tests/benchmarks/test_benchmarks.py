@@ -18,7 +18,8 @@ from benchmarks.__main__ import BENCHMARKS, failures, run_benchmarks
 from benchmarks.hardware import describe_hardware, peak_flops
 from benchmarks.images import load_images, views_of
 from benchmarks.settings import BenchmarkConfig
-from benchmarks.step import SETTINGS, compare_losses
+from benchmarks.step import compare_losses
+from benchmarks.step_settings import SETTINGS
 from ssl_pipeline.config import ConfigError, RunError
 
 HAS_PEERS = not peers.missing("lightly", "kornia")

@@ -46,6 +46,14 @@ def test_stacked_heads_are_each_head_alone() -> None:
         torch.testing.assert_close(biases[number], bias[0], rtol=1e-12, atol=1e-12)
 
 
+def test_heads_in_several_products_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = [0.1, 1.0, 3.0, 5.0, 8.0]
+    whole = heads(rates, [0.0, 0.1] * 2 + [0.0], dtype=torch.float64)
+    monkeypatch.setattr("eval.classifiers.LARGEST_LOGITS", 2 * 32 * 3)  # two heads at a time
+    parts = heads(rates, [0.0, 0.1] * 2 + [0.0], dtype=torch.float64)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_heads_are_those_of_autograd_and_torchs_sgd() -> None:
     features, labels = (x.double() if x.is_floating_point() else x for x in separable())
     weight = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
