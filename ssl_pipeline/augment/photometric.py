@@ -7,7 +7,9 @@ order (Pillow's semantics, to rounding), from parameters that the host drew.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +50,8 @@ class Operation(IntEnum):
     HUE = 3
 
 
+Channels = tuple[float, float, float]  # of red, green and blue
+PIECE_VALUES = 3 * 224 * 224  # a CPU works on about as many at a time, which its second-level cache holds
 TURNS = np.array(list(itertools.permutations(range(len(Operation)))))
 
 
@@ -100,6 +104,18 @@ class Stages(NamedTuple):
     cutout: bool
 
 
+class Normalise(NamedTuple):
+    """value * factor + offset, which is (value - mean) / std to rounding."""
+
+    factor: Channels
+    offset: Channels
+
+    @staticmethod
+    def by(mean: Channels, std: Channels) -> Normalise:
+        (mean_red, mean_green, mean_blue), (red, green, blue) = mean, std
+        return Normalise((1 / red, 1 / green, 1 / blue), (-mean_red / red, -mean_green / green, -mean_blue / blue))
+
+
 def stages_per_view(group: ViewGroup) -> list[Stages]:
     """The stages of each view of the group: those of some probability, jitter operations of some strength."""
     strengths = zip(*map(group.per_view, (group.brightness, group.contrast, group.saturation, group.hue)), strict=True)
@@ -127,76 +143,120 @@ def apply_photometric(
     parameters_VBP: Tensor,
     group: ViewGroup,
     *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: Channels,
+    std: Channels,
+    compile: bool = False,
 ) -> Tensor:
-    """8-bit crops -> float32 views of the same shape, augmented and normalised, on the crops' device.
+    """Crops, 8 bits or floats in [0, 255] -> float32 views of the same shape, augmented and normalised, where they are.
 
     In this order: colour jitter, grayscale, blur, solarization, RandAugment, cutout, (value - mean) / std; values are
     in [0, 1] up to the last. Equals torchvision's functional operations (RandAugment: Pillow's) applied one sample at
-    a time to within 1e-5. On an accelerator
-    nothing waits for the device: every operation runs on all samples and those that it concerns take its result; on
-    a CPU only these samples are computed.
+    a time to within 1e-5. On an accelerator nothing waits for the device: every operation runs on all samples and
+    those that it concerns take its result; `compile` makes a few kernels of it, once for each kind of view. On a CPU
+    only these samples are computed, as few at a time as its cache holds.
     """
     device = crops_VBCHW.device
-    augment = _augment_selected if device.type == "cpu" else _augment_everywhere
+    selected = device.type == "cpu"
+    normalise = Normalise.by(mean, std)
     views_VBCHW = torch.empty(crops_VBCHW.shape, dtype=torch.float32, device=device)
-    for view, stages in enumerate(stages_per_view(group)):
-        image_NCHW = views_VBCHW[view]
-        image_NCHW.copy_(crops_VBCHW[view]).div_(255)
-        augment(image_NCHW, parameters_VBP[view], stages)
-        for channel, (channel_mean, channel_std) in enumerate(zip(mean, std, strict=True)):
-            image_NCHW[:, channel].sub_(channel_mean).div_(channel_std)
+    with torch.autocast(device.type, enabled=False):
+        first = 0
+        for stages, same in itertools.groupby(stages_per_view(group)):
+            views = slice(first, first := first + len(list(same)))
+            crops_NCHW, parameters_NP = crops_VBCHW[views].flatten(0, 1), parameters_VBP[views].flatten(0, 1)
+            if selected:
+                _augment_selected(crops_NCHW, parameters_NP, stages, normalise, out=views_VBCHW[views].flatten(0, 1))
+            else:
+                augment = _compiled() if compile else _augment_everywhere
+                views_VBCHW[views].flatten(0, 1).copy_(augment(crops_NCHW, parameters_NP, stages, normalise))
     return views_VBCHW
 
 
-def _augment_selected(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stages) -> None:
-    """Each stage on the samples that it concerns, in place."""
-    if stages.operations:
-        _jitter_by_order(image_NCHW, parameters_NP, stages.operations)
-    if stages.gray:
-        chosen = parameters_NP[:, Parameter.GRAY].nonzero()[:, 0]
-        image_NCHW[chosen] = colour.gray(image_NCHW[chosen]).expand(-1, 3, -1, -1)
-    if stages.blur_kernel:
-        chosen = parameters_NP[:, Parameter.BLUR_SIGMA].nonzero()[:, 0]
-        sigma_N = parameters_NP[chosen, Parameter.BLUR_SIGMA]
-        image_NCHW[chosen] = colour.blur(image_NCHW[chosen], sigma_N, stages.blur_kernel)
-    if stages.solarize:
-        chosen = parameters_NP[:, Parameter.SOLARIZE].nonzero()[:, 0]
-        image_NCHW[chosen] = colour.solarize(image_NCHW[chosen], stages.solarize_threshold)
-    if stages.rand_augment or stages.cutout:
-        image_NCHW.copy_(_augment_randomly(image_NCHW, parameters_NP, stages, selected=True))
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Stages, Normalise], Tensor]:
+    # shapes stay the same from batch to batch; a second size is no reason for code that takes any
+    return torch.compile(_augment_everywhere, fullgraph=True, dynamic=False)
 
 
-def _jitter_by_order(image_NCHW: Tensor, parameters_NP: Tensor, operations: tuple[Operation, ...]) -> None:
-    """Samples with the same order of operations together, so that each operation runs on a batch; in place."""
+def _augment_selected(
+    crops_NCHW: Tensor, parameters_NP: Tensor, stages: Stages, normalise: Normalise, *, out: Tensor
+) -> None:
+    """Each stage on the samples that it concerns, piece by piece."""
+    for samples, turns in _pieces(parameters_NP, stages, crops_NCHW[0].numel()):
+        alone = len(samples) == 1  # as a slice, which copies nothing
+        chosen = slice(samples[0], samples[0] + 1) if alone else torch.tensor(samples)
+        views_NCHW = out[chosen] if alone else out.new_empty(len(samples), *out.shape[1:])
+        image_NCHW, own_NP = views_NCHW.copy_(crops_NCHW[chosen]).div_(255), parameters_NP[chosen]
+        for operation in sorted(stages.operations, key=turns.__getitem__) if turns else ():
+            _jitter(image_NCHW, operation, own_NP[:, Parameter.FACTOR + operation])
+        image_NCHW = _finish_selected(image_NCHW, own_NP, stages)
+        for channel, (factor, offset) in enumerate(zip(*normalise, strict=True)):
+            source = image_NCHW[:, channel if image_NCHW.shape[1] > 1 else 0]
+            torch.mul(source, factor, out=views_NCHW[:, channel]).add_(offset)
+        if not alone:
+            out[chosen] = views_NCHW
+
+
+def _pieces(
+    parameters_NP: Tensor, stages: Stages, values_per_sample: int
+) -> Iterator[tuple[list[int], tuple[float, ...]]]:
+    """Samples with the same turns of the jitter (none: not jittered), as many at a time as the cache holds."""
     samples_by_turns: dict[tuple[float, ...], list[int]] = {}
-    for sample, (jitter, *turns) in enumerate(parameters_NP[:, : Parameter.FACTOR].tolist()):
-        if jitter:
-            samples_by_turns.setdefault(tuple(turns), []).append(sample)
+    if stages.operations:
+        for sample, (jitter, *turns) in enumerate(parameters_NP[:, : Parameter.FACTOR].tolist()):
+            samples_by_turns.setdefault(tuple(turns) if jitter else (), []).append(sample)
+    else:
+        samples_by_turns[()] = list(range(len(parameters_NP)))
+    # RandAugment groups the samples by operation, of which there are many
+    length = len(parameters_NP) if stages.rand_augment else max(1, PIECE_VALUES // values_per_sample)
     for turns, samples in samples_by_turns.items():
-        chosen = torch.tensor(samples)
-        part_NCHW = image_NCHW[chosen]
-        for operation in sorted(operations, key=turns.__getitem__):
-            factor_N111 = colour.per_sample(parameters_NP[chosen, Parameter.FACTOR + operation])
-            part_NCHW = _jitter(part_NCHW, operation, factor_N111)
-        image_NCHW[chosen] = part_NCHW
+        for start in range(0, len(samples), length):
+            yield samples[start : start + length], turns
 
 
-def _jitter(image_NCHW: Tensor, operation: Operation, factor_N111: Tensor) -> Tensor:
+def _jitter(image_NCHW: Tensor, operation: Operation, factor_N: Tensor) -> None:
+    """One operation of colour jitter, in place."""
+    factor = float(factor_N) if len(factor_N) == 1 else colour.per_sample(factor_N)  # a number is faster
     if operation == Operation.BRIGHTNESS:
-        return (image_NCHW * factor_N111).clamp_(0, 1)
-    if operation == Operation.HUE:
-        return colour.shift_hue(image_NCHW, factor_N111)
-    target = colour.gray(image_NCHW)
-    if operation == Operation.CONTRAST:
-        target = target.mean(dim=(1, 2, 3), keepdim=True)
-    return colour.blend(image_NCHW, target, factor_N111)
+        colour.brighten(image_NCHW, factor, out=image_NCHW)
+    elif operation == Operation.HUE:
+        colour.shift_hue(image_NCHW, factor, out=image_NCHW)
+    else:
+        target = colour.mean_gray if operation == Operation.CONTRAST else colour.gray
+        colour.blend(image_NCHW, target(image_NCHW), factor, out=image_NCHW)
 
 
-def _augment_everywhere(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stages) -> None:
-    """Each stage on all samples, kept where it applies; in place, without a branch on a value."""
-    result = image_NCHW
+def _finish_selected(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stages) -> Tensor:
+    """What follows colour jitter, in place where it can be; with a single channel if all of the samples are gray."""
+
+    def on(due_N: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        if due_N.all():
+            return change(image_NCHW, parameters_NP)
+        if due_N.any():
+            image_NCHW[due_N] = change(image_NCHW[due_N], parameters_NP[due_N])
+        return image_NCHW
+
+    def blur(part_NCHW: Tensor, part_NP: Tensor) -> Tensor:
+        sigma_N = part_NP[:, Parameter.BLUR_SIGMA]
+        return colour.blur_by_matrices(part_NCHW, sigma_N, stages.blur_kernel, out=part_NCHW)
+
+    if stages.gray:
+        image_NCHW = on(parameters_NP[:, Parameter.GRAY] > 0, lambda part_NCHW, _: colour.gray(part_NCHW))
+    if stages.blur_kernel:
+        image_NCHW = on(parameters_NP[:, Parameter.BLUR_SIGMA] > 0, blur)
+    if stages.solarize:
+        image_NCHW = on(
+            parameters_NP[:, Parameter.SOLARIZE] > 0,
+            lambda part_NCHW, _: colour.solarize(part_NCHW, stages.solarize_threshold, out=part_NCHW),
+        )
+    if stages.rand_augment or stages.cutout:
+        image_NCHW = _augment_randomly(image_NCHW.expand(-1, 3, -1, -1), parameters_NP, stages, selected=True)
+    return image_NCHW
+
+
+def _augment_everywhere(crops_NCHW: Tensor, parameters_NP: Tensor, stages: Stages, normalise: Normalise) -> Tensor:
+    """Each stage on all samples, kept where it applies, without a branch on a value."""
+    result = crops_NCHW.to(torch.float32) / 255
     if stages.operations:
         jittered = colour.per_sample(parameters_NP[:, Parameter.JITTER]) > 0
         result = torch.where(jittered, _jitter_everywhere(result, parameters_NP, stages.operations), result)
@@ -208,7 +268,9 @@ def _augment_everywhere(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stage
     if stages.solarize:
         solarized = colour.per_sample(parameters_NP[:, Parameter.SOLARIZE]) > 0
         result = torch.where(solarized, colour.solarize(result, stages.solarize_threshold), result)
-    image_NCHW.copy_(_augment_randomly(result, parameters_NP, stages, selected=False))
+    result = _augment_randomly(result, parameters_NP, stages, selected=False)
+    channels = zip(result.split(1, dim=1), *normalise, strict=True)
+    return torch.cat([channel * factor + offset for channel, factor, offset in channels], dim=1)
 
 
 def _augment_randomly(image_NCHW: Tensor, parameters_NP: Tensor, stages: Stages, *, selected: bool) -> Tensor:
@@ -228,7 +290,7 @@ def _jitter_everywhere(image_NCHW: Tensor, parameters_NP: Tensor, operations: tu
     if Operation.CONTRAST in operations:
         contrast_turn_N = parameters_NP[:, Parameter.TURN + Operation.CONTRAST]
         before_NCHW = _sweep(image_NCHW, parameters_NP, mean_N111, end_N=contrast_turn_N, operations=operations)
-        mean_N111 = colour.gray(before_NCHW).mean(dim=(1, 2, 3), keepdim=True)
+        mean_N111 = colour.mean_gray(before_NCHW)
     end_N = torch.full_like(parameters_NP[:, Parameter.TURN], len(Operation))
     return _sweep(image_NCHW, parameters_NP, mean_N111, end_N=end_N, operations=operations)
 

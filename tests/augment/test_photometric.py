@@ -13,8 +13,19 @@ from ssl_pipeline.augment.photometric import NUM_PARAMETERS, Operation, Paramete
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, ViewGroup
 
 ADJUST = (oracle.adjust_brightness, oracle.adjust_contrast, oracle.adjust_saturation, oracle.adjust_hue)
-PATHS = {"selected": photometric._augment_selected, "everywhere": photometric._augment_everywhere}
 NEVER = {"jitter_prob": 0.0, "gray_prob": 0.0}
+
+
+PLAIN = photometric.Normalise((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
+
+
+def selected(crops_NCHW, parameters_NP, stages, normalise):
+    out_NCHW = torch.full(crops_NCHW.shape, torch.nan, device=crops_NCHW.device)
+    photometric._augment_selected(crops_NCHW, parameters_NP, stages, normalise, out=out_NCHW)
+    return out_NCHW
+
+
+PATHS = {"selected": selected, "everywhere": photometric._augment_everywhere}
 
 
 @pytest.fixture(params=PATHS)
@@ -22,9 +33,7 @@ def augment(request):
     """Both ways to compute: on the samples concerned (CPU), and on all of them (accelerators)."""
 
     def run(crops_NCHW, parameters_NP, group):
-        image_NCHW = crops_NCHW.float() / 255
-        PATHS[request.param](image_NCHW, parameters_NP, photometric.stages_per_view(group)[0])
-        return image_NCHW
+        return PATHS[request.param](crops_NCHW, parameters_NP, photometric.stages_per_view(group)[0], PLAIN)
 
     return run
 
@@ -212,16 +221,15 @@ def test_accelerators_never_wait_for_a_value():
     group = ViewGroup(size=8, blur_prob=0.5, solarize_prob=0.5)
     image, parameters = torch.empty(5, 3, 8, 8, device="meta"), torch.empty(5, NUM_PARAMETERS, device="meta")
     stages = photometric.stages_per_view(group)[0]
-    photometric._augment_everywhere(image, parameters, stages)
+    photometric._augment_everywhere(image, parameters, stages, PLAIN)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the check bites
-        photometric._augment_selected(image, parameters, stages)
+        selected(image, parameters, stages, PLAIN)
 
 
 def test_the_accelerator_path_compiles_to_one_graph():
     group = ViewGroup(size=8, blur_prob=0.5, solarize_prob=0.5)
     drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 8, UNIFORMS_PER_VIEW)), group)
     crops, parameters = noise(8, size=8), torch.from_numpy(drawn[0])
-    image = crops.float() / 255
-    compiled = torch.compile(photometric._augment_everywhere, backend="eager", fullgraph=True)
-    compiled(image, parameters, photometric.stages_per_view(group)[0])
+    compiled = torch.compile(photometric._augment_everywhere, backend="aot_eager", fullgraph=True)
+    image = compiled(crops, parameters, photometric.stages_per_view(group)[0], PLAIN)
     assert_equals_torchvision(image, crops, parameters, group)

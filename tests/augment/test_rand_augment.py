@@ -236,18 +236,19 @@ def test_accelerators_never_wait_for_a_value():
     # the meta device holds no values: reading one, or a shape that depends on one, is an error there
     group = ViewGroup(size=8, rand_augment=2, cutout=(0.5, 0.5))
     image, parameters = torch.empty(5, 3, 8, 8, device="meta"), torch.empty(5, NUM_PARAMETERS + 8, device="meta")
-    stages = photometric.stages_per_view(group)[0]
-    photometric._augment_everywhere(image, parameters, stages)
+    stages, normalise = photometric.stages_per_view(group)[0], photometric.Normalise.by((0.5,) * 3, (0.25,) * 3)
+    photometric._augment_everywhere(image, parameters, stages, normalise)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the check bites
-        photometric._augment_selected(image, parameters, stages)
+        photometric._augment_selected(image, parameters, stages, normalise, out=torch.empty_like(image))
 
 
 def test_the_accelerator_path_compiles_to_one_graph():
     group = ViewGroup(size=8, rand_augment=2, cutout=(0.5, 0.5), **PLAIN)
     uniforms = np.random.default_rng(0).random((1, 30, group.num_uniforms()))
     parameters = torch.from_numpy(draw_parameters(uniforms, group))[0]
-    stages = photometric.stages_per_view(group)[0]
-    plain, compiled = (images(8)[:1].repeat(30, 1, 1, 1) / 255 for _ in range(2))
-    photometric._augment_selected(plain, parameters, stages)
-    torch.compile(photometric._augment_everywhere, backend="eager", fullgraph=True)(compiled, parameters, stages)
-    assert_close(compiled, plain, atol=1e-6, rtol=0)
+    stages, normalise = photometric.stages_per_view(group)[0], photometric.Normalise.by((0.5,) * 3, (0.25,) * 3)
+    crops = images(8)[:1].repeat(30, 1, 1, 1)
+    plain = torch.empty(crops.shape)
+    photometric._augment_selected(crops, parameters, stages, normalise, out=plain)
+    everywhere = torch.compile(photometric._augment_everywhere, backend="eager", fullgraph=True)
+    assert_close(everywhere(crops, parameters, stages, normalise), plain, atol=1e-5, rtol=0)
