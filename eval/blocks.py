@@ -16,6 +16,7 @@ from torch import Tensor
 SEARCH_MEMORY = 2**30  # bytes of temporary tensors; the coarse copy of the training features comes on top
 MOST_QUERIES = 1024  # per block of queries: more make the product no faster
 COPIED_ROWS = 8_192  # training rows rounded at once
+MULTIPLIED_ROWS = 32_768  # training rows of one product: what the library packs of them is not in SEARCH_MEMORY
 CACHED = 2**21  # bytes of features that a CPU scores again at once: out of its cache that takes 2.3 times as long
 
 # Axes: M training images, N queries, D feature dimensions, B blocks of R training images (block b holds the images b,
@@ -134,7 +135,12 @@ def _candidates(
     """Numbers (N, C) of training images among which the k best are, and whether that is certain (N,)."""
     rounded_ND, error_N = coarse.round_queries(queries_ND)
     with _float32_sums():
-        torch.mm(rounded_ND, coarse.rows.T, out=scores_NX[:, : len(coarse.rows)])
+        for rows, columns in zip(
+            coarse.rows.split(MULTIPLIED_ROWS),
+            scores_NX[:, : len(coarse.rows)].split(MULTIPLIED_ROWS, dim=1),
+            strict=True,
+        ):
+            torch.mm(rounded_ND, rows.T, out=columns)
     scores_NRB = scores_NX.unflatten(1, (plan.block, plan.blocks))
     kept_NB, enough_N = _could_be_best(scores_NRB.amax(dim=1), error_N, k=k, limit=plan.limit)
     kept_scores_NRB = scores_NRB.gather(2, kept_NB[:, None, :].expand(-1, plan.block, -1))
