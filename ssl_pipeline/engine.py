@@ -160,7 +160,7 @@ class _Loop:
         self.reporter.start_interval()
         while not self.clock.is_last(self.position):
             progress = self.clock.progress(self.position)
-            self.times.start(progress.step + 1, labelled=profile.active)
+            self.times.start(progress.step + 1, named=profile.active)
             result = self.step(stream, progress)
             self.position += self.clock.global_batch
             last = self.clock.is_last(self.position)

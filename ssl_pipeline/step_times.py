@@ -24,7 +24,7 @@ class StepTimes:
 
     def __init__(self, device: torch.device, *, every: int) -> None:
         self.every = every
-        self._labelled = False
+        self._named = False
         self._on_gpu = device.type == "cuda"
         self._started = False
         self._marks: list[tuple[str, Mark]] | None = None
@@ -32,9 +32,9 @@ class StepTimes:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._num_steps = 0
 
-    def start(self, step: int, *, labelled: bool = False) -> None:
-        """Begin step number `step`; `labelled` phases have their names in a profiler's trace."""
-        self._labelled = labelled
+    def start(self, step: int, *, named: bool = False) -> None:
+        """Begin step number `step`; `named` phases are marked in a profiler's trace."""
+        self._named = named
         is_due = self.every > 0 and step % self.every == 0 and self._started
         self._started = True
         self._marks = [("", self._now())] if is_due else None
@@ -43,11 +43,11 @@ class StepTimes:
 
     def phase(self, name: str) -> AbstractContextManager[object]:
         """A part of the step; a name that comes again, as those of micro-batches do, adds up."""
-        return self._measured_phase(name) if self._marks is not None or self._labelled else nullcontext()
+        return self._measured_phase(name) if self._marks is not None or self._named else nullcontext()
 
     @contextmanager
     def _measured_phase(self, name: str) -> Iterator[None]:
-        with torch.profiler.record_function(name) if self._labelled else nullcontext():
+        with torch.profiler.record_function(name) if self._named else nullcontext():
             yield
         if self._marks is not None:
             self._marks.append((name, self._now()))

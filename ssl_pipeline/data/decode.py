@@ -114,7 +114,7 @@ def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
         raise DecodeError("no JPEG, PNG or WebP image") from None
     except Exception as error:  # damaged files make Pillow raise a dozen types, SyntaxError and struct.error among them
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DecodeError(reason[:200]) from None
+        raise DecodeError(reason[:200].rstrip(". ")) from None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

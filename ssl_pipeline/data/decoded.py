@@ -15,7 +15,7 @@ from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.cropped import crop_images
-from ssl_pipeline.data.decode import FORMATS
+from ssl_pipeline.data.decode import FORMATS, MAX_PIXELS
 from ssl_pipeline.data.remote import is_url
 from ssl_pipeline.data.ring import Layout
 from ssl_pipeline.data.samples import Integers, Samples, draw_views, num_parameters
@@ -234,6 +234,6 @@ def estimate_image_bytes(index: ShardIndex) -> ImageBytes:
                 sizes.append(image.size)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue  # its turn to be refused comes when it is decoded
-    sizes = sizes or [USUAL_SIZE]
+    sizes = [(width, height) for width, height in sizes if width * height <= MAX_PIXELS] or [USUAL_SIZE]
     sizes_N = np.array([3 * width * height for width, height in sizes])
     return ImageBytes(float(sizes_N.mean()), float(sizes_N.std()), 3 * max(max(size) for size in sizes))

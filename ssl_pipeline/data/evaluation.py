@@ -66,7 +66,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Images (B,3,S,S), labels (B,) and ids (B,) of `samples`, in order; the last batch may be smaller.
 
-    A batch lasts until the next one is asked for. The errors of workers are one-line DataErrors.
+    Images last until the next batch is asked for, which may overwrite them; labels and ids are copies. The errors of
+    workers are one-line DataErrors.
     """
 
     def samples_of(batch: int) -> Sequence[int]:
@@ -74,7 +75,9 @@ def evaluation_batches(
 
     batches = -(-len(samples) // batch_size)
     read = read_batches(EvaluationReader(images, batch_size), samples_of, batches=batches, workers=workers)
-    return ((slot["images"][:count], slot["labels"][:count], slot["ids"][:count]) for slot, count in read)
+    return (
+        (slot["images"][:count], slot["labels"][:count].clone(), slot["ids"][:count].clone()) for slot, count in read
+    )
 
 
 def central_crop(image_HWC: Tensor, size: int) -> Tensor:

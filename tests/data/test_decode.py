@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
+from ssl_pipeline.data import decode
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 
 Encoded = Callable[..., bytes]
@@ -148,3 +149,25 @@ def test_a_huge_size_is_refused_before_decoding() -> None:
 def test_what_is_no_image_is_an_error(data: bytes) -> None:
     with pytest.raises(DecodeError):
         decode_image(data)
+
+
+def test_without_simplejpeg_pixels_and_refusals_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8))
+    options = [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"restart_marker_blocks": 2}]
+    files = [saved(image, "JPEG", **option) for option in options for image in (noise, noise.convert("L"))]
+    direct = [decode_image(data) for data in files]
+    monkeypatch.setattr(decode, "decode_jpeg", None)
+    for data, pixels in zip(files, direct, strict=True):
+        assert_array_equal(decode_image(data), pixels)
+    with pytest.raises(DecodeError):
+        decode_image(files[0][:-40])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("room", [0, 359, 360, 500])
+def test_pixels_lie_in_the_buffer_if_they_fit(encoded: Encoded, format: str, room: int) -> None:
+    buffer = np.full(room, 7, dtype=np.uint8)
+    pixels = decode_image(encoded(0, format=format), buffer)
+    assert_array_equal(pixels, decode_image(encoded(0, format=format)))
+    assert np.shares_memory(pixels, buffer) == (room >= 360)
+    assert (buffer[360 if room >= 360 else 0 :] == 7).all()

@@ -129,6 +129,14 @@ def test_a_damaged_image_does_not_spoil_the_plan(tmp_path: Path, write_tar: Call
     assert estimate_image_bytes(open_shards(tmp_path)).mean == 360
 
 
+def test_an_image_that_will_be_refused_does_not_enlarge_the_slots(
+    tmp_path: Path, write_tar: Callable, encoded: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoded, "MAX_PIXELS", 1000)
+    write_tar(tmp_path / "a.tar", {"a.png": encoded(0, size=(40, 40), format="PNG"), "b.jpg": encoded(0)})
+    assert estimate_image_bytes(open_shards(tmp_path)).mean == 360
+
+
 def test_on_a_device_the_crops_are_those_of_the_cpu_before_rounding(
     varied: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,13 @@ def test_samples_come_in_the_order_of_the_index(shards: Path) -> None:
     assert loaded.tolist() == [number % 4 for number in range(20)]
 
 
+def test_labels_and_ids_outlive_their_batch(shards: Path) -> None:
+    images = EvaluationSet(open_shards(shards), size=8)
+    kept = list(evaluation_batches(images, range(20), batch_size=2, workers=1))  # more batches than slots
+    assert torch.cat([ids for _, _, ids in kept]).tolist() == list(range(20))
+    assert torch.cat([labels for _, labels, _ in kept]).tolist() == [number % 4 for number in range(20)]
+
+
 def test_images_without_labels_have_minus_one(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
     write_tar(tmp_path / "a.tar", {"a.jpg": encoded(0)})
     assert EvaluationSet(open_shards(tmp_path), size=8)[0][1] == -1
