@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny import write_shards
 
+from eval.compare import COMPARISONS, CompareConfig
 from pretrain import RECIPES, PretrainConfig, check_view_groups, pretrain
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.config import ConfigError, dump, load, read_yaml, validate
@@ -286,3 +287,11 @@ def test_a_recipe_takes_a_few_steps(name, shards, labelled, tmp_path):
         model = timm.create_model(about["name"], num_classes=0, **about["arguments"])
         model.load_state_dict(weights)
     assert all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in COMPARISONS.glob("*.yaml")))
+def test_the_runs_of_a_comparison_are_valid_and_build(name):
+    comparison = load(CompareConfig, [f"recipe={name}"], recipes=COMPARISONS)
+    for arguments in comparison.arguments().values():
+        config = load(PretrainConfig, [*arguments, "seed=0", "output=out"], recipes=RECIPES)
+        check_view_groups(on_meta(config), config.augment)
