@@ -31,7 +31,7 @@ class Status:
 class RunDirectory:
     """Holds one run's output directory for as long as the object lives, so that no second run writes into it.
 
-    The lock is POSIX's (fcntl), not flock's: forked DataLoader workers do not inherit it, so a trainer killed
+    The lock is POSIX's (fcntl), not flock's: forked data workers do not inherit it, so a trainer killed
     with SIGKILL sets the directory free at once, while its orphaned workers still live for some seconds.
     Such a lock belongs to the process: whoever opens and closes `.lock` in the same process gives it back.
     """
