@@ -236,4 +236,5 @@ def estimate_image_bytes(index: ShardIndex) -> ImageBytes:
             continue  # its turn to be refused comes when it is decoded
     sizes = [(width, height) for width, height in sizes if width * height <= MAX_PIXELS] or [USUAL_SIZE]
     sizes_N = np.array([3 * width * height for width, height in sizes])
+    sizes_N = np.minimum(sizes_N, 4 * np.median(sizes_N))  # a rare giant travels by pipe rather than enlarge every slot
     return ImageBytes(float(sizes_N.mean()), float(sizes_N.std()), 3 * max(max(size) for size in sizes))

@@ -232,3 +232,9 @@ def test_crop_boxes_follow_the_images_own_size(varied: ShardIndex) -> None:
     boxes, flips = crop_boxes(numbers, batch.images.heights, batch.images.widths, GROUPS["local"])
     assert batch.boxes["local"].tolist() == boxes.tolist()
     assert batch.flips["local"].tolist() == flips.tolist()
+
+
+def test_a_rare_giant_does_not_enlarge_the_slots(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
+    files = {f"{number}.png": encoded(number, size=(10, 10), format="PNG") for number in range(9)}
+    write_tar(tmp_path / "a.tar", {**files, "giant.png": encoded(9, size=(400, 400), format="PNG")})
+    assert estimate_image_bytes(open_shards(tmp_path)).mean == (9 * 300 + 1200) / 10
