@@ -102,16 +102,18 @@ class _NTXent(torch.autograd.Function):
         num_rows = max(1, chunk_size // keys_KD.shape[0])
         for start in range(0, num_anchors, num_rows):
             chunk = slice(start, start + num_rows)
-            own, positive = own_A[chunk, None], positive_A[chunk, None]
             logits = (anchors_AD[chunk] / temperature) @ keys_KD.T
-            logits.scatter_(1, own, -torch.inf)
-            total = logits.logsumexp(dim=1, keepdim=True)
-            loss += (total - logits.gather(1, positive)).sum()
-            # d loss / d logits = softmax - one at the positive
-            slope = logits.sub_(total).exp_()
-            slope.scatter_add_(1, positive, slope.new_full(positive.shape, -1.0))
-            gradient_AD[chunk] = slope @ keys_KD
-            gradient_KD.addmm_(slope.T, anchors_AD[chunk])
+            logits.scatter_(1, own_A[chunk, None], -torch.inf)
+            positive = logits.gather(1, positive_A[chunk, None])
+            largest = logits.amax(dim=1, keepdim=True)
+            weights = logits.sub_(largest).exp_()
+            total = weights.sum(dim=1, keepdim=True)
+            loss += (total.log() + largest - positive).sum()
+            # d loss / d logits = softmax - one at the positive; dividing D columns instead of K is cheaper
+            torch.div(weights @ keys_KD, total, out=gradient_AD[chunk])
+            gradient_KD.addmm_(weights.T, anchors_AD[chunk] / total)
+        gradient_AD -= keys_KD[positive_A]
+        gradient_KD[positive_A] -= anchors_AD
         scale = 1 / (temperature * num_anchors)
         ctx.save_for_backward(gradient_AD.mul_(scale), gradient_KD.mul_(scale))
         return loss / num_anchors
