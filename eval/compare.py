@@ -21,6 +21,7 @@ from ssl_pipeline.config import Config, RunError, run_command
 ROOT = Path(__file__).parents[1]
 PRETRAIN = ROOT / "pretrain.py"
 COMPARISONS = ROOT / "recipes" / "comparisons"
+COURSES = {"knn_top1": "k-NN", "classifier_top1": "own classifier"}
 CURVE_POINTS = 6
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
@@ -90,8 +91,8 @@ class Comparison:
     top1: dict[str, Scores]
     classifier: dict[str, list[float]]
     """Of methods that learn to classify: the last top-1 of their own classifier, one per seed."""
-    curves: dict[str, list[tuple[float, float]]]
-    """Epoch and top-1 of the monitor `knn` during each run, mean over seeds; empty without that monitor."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]]
+    """Metric of a monitor -> run that has this monitor -> epoch and top-1 while it lasted, mean over seeds."""
 
 
 def run_pretraining(arguments: Sequence[str]) -> None:
@@ -103,7 +104,7 @@ def run_pretraining(arguments: Sequence[str]) -> None:
 
 def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> Comparison:
     """Run and measure everything; `pretrain` runs one list of arguments."""
-    found = Comparison({}, {}, {})
+    found = Comparison({}, {}, {metric: {} for metric in COURSES})
     for name, arguments in config.arguments().items():
         scores: dict[str, dict[str, list[float]]] = {key: {subject: [] for subject in SUBJECTS} for key in EVALUATORS}
         rows = []
@@ -117,10 +118,9 @@ def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = r
             rows.append(_read_metrics(run))
         found.top1[name] = scores
         found.classifier[name] = [row[-1]["classifier_top1"] for row in rows if row and "classifier_top1" in row[-1]]
-        courses = [[(row["epoch"], row["knn_top1"]) for row in seed_rows if "knn_top1" in row] for seed_rows in rows]
-        found.curves[name] = [
-            (points[0][0], mean(top1 for _, top1 in points)) for points in zip(*courses, strict=False)
-        ]
+        for metric, curves in found.curves.items():
+            if course := _course(rows, metric):
+                curves[name] = course
     return found
 
 
@@ -138,9 +138,10 @@ def summary(found: Comparison, seeds: int) -> str:
         "",
         f"Top-1 of the last step, never of the best one; {spread}.",
     ]
-    curves = [f"  {name}: {_curve(points)}" for name, points in found.curves.items() if points]
-    if curves:
-        lines += ["", "k-NN top-1 in percent during the runs, as their monitor measures it (epoch: top-1):", *curves]
+    for metric, curves in found.curves.items():
+        if curves:
+            lines += ["", f"{COURSES[metric]} top-1 in percent during the runs, as its monitor has it (epoch: top-1):"]
+            lines += [f"  {name}: {_curve(points)}" for name, points in curves.items()]
     return "\n".join(lines)
 
 
@@ -148,6 +149,12 @@ def _read_metrics(run: Path) -> list[dict[str, float]]:
     """The rows of the run's metrics.jsonl."""
     path = run / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _course(rows: Sequence[Sequence[Mapping[str, float]]], metric: str) -> list[tuple[float, float]]:
+    """Epoch and mean over the seeds of a metric; rows: the logged ones, by seed."""
+    courses = [[(row["epoch"], row[metric]) for row in seed_rows if metric in row] for seed_rows in rows]
+    return [(points[0][0], mean(top1 for _, top1 in points)) for points in zip(*courses, strict=False)]
 
 
 def _key(argument: str) -> str:

@@ -71,7 +71,7 @@ def test_a_run_with_arguments_of_its_own_takes_the_other_settings(tmp_path: Path
 
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
     scores = {"raw_pixels": [50.0, 50.0], "random": [10.0, 20.0], "pretrained": [70.0, 80.0]}
-    found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"mine": []})
+    found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})
     text = summary(found, 2)
     assert "15.00 % +- 7.07" in text
     assert "75.00 % +- 7.07" in text
@@ -92,17 +92,20 @@ def test_monitored_k_nn_and_the_methods_own_classifier_are_read_from_the_metrics
         (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     found = compare(config(tmp_path, train, test, "recipes=only"), log)
-    assert found.curves == {"only": [(2, 35.0), (4, 50.0)]}
+    assert found.curves == {"knn_top1": {"only": [(2, 35.0), (4, 50.0)]}, "classifier_top1": {"only": [(4, 65.0)]}}
     assert found.classifier == {"only": [60.0, 70.0]}
     text = summary(found, 2)
     assert "only: 2: 35.0  4: 50.0" in text
+    assert "only: 4: 65.0" in text
     assert "65.00 % +- 7.07" in text
 
 
 def test_a_long_curve_is_thinned_to_its_end() -> None:
     scores = {"raw_pixels": [50.0], "random": [10.0], "pretrained": [70.0]}
     points = [(float(epoch), float(epoch)) for epoch in range(1, 101)]
-    text = summary(Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"mine": points}), 1)
+    text = summary(
+        Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {"mine": points}}), 1
+    )
     assert "mine: 16: 16.0  33: 33.0  50: 50.0  66: 66.0  83: 83.0  100: 100.0" in text
 
 
