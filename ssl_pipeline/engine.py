@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ssl_pipeline.checkpoint import Checkpoints, optimizer_tensors
+from ssl_pipeline.checkpoint import Checkpoints
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
@@ -25,6 +25,7 @@ from ssl_pipeline.data.stream_batch import StreamBatch
 from ssl_pipeline.distributed import peer_failure, rank, world_size
 from ssl_pipeline.interruption import Interruption
 from ssl_pipeline.optim import build_optimizer
+from ssl_pipeline.optimizer_state import optimizer_tensors
 from ssl_pipeline.profiling import Profile
 from ssl_pipeline.reporting import Reporter
 from ssl_pipeline.resume import changed_settings, load_newest, optimizer_identity

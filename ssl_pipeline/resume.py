@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ssl_pipeline.checkpoint import Checkpoints, SavedState, load_optimizer_tensors
+from ssl_pipeline.checkpoint import Checkpoints
 from ssl_pipeline.config import ConfigError, Value, read_yaml
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.optimizer_state import load_optimizer_tensors
+from ssl_pipeline.saved_state import SavedState
 
 
 def load_newest(

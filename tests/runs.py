@@ -209,7 +209,7 @@ def happens(happening: Happening) -> Iterator[None]:
             noise = GlobalNoise(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
             stack.enter_context(mock.patch("torch.rand", noise))
         if happening.slow_save is not None:
-            stack.enter_context(mock.patch("ssl_pipeline.checkpoint._write_manifest", write_manifest))
+            stack.enter_context(mock.patch("ssl_pipeline.checkpoint.write_manifest", write_manifest))
         yield
 
 

@@ -15,15 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-import ssl_pipeline.checkpoint as checkpoint
-from ssl_pipeline.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from ssl_pipeline import saved_state
+from ssl_pipeline.checkpoint import Checkpoints
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.lars import LARS
+from ssl_pipeline.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from ssl_pipeline.saved_state import CheckpointError
 
 
 def save(directory, step, *, position=None, keep=2):
@@ -166,7 +163,7 @@ def rewrite_manifest(path, **changes):
     body = json.loads((path / "manifest.json").read_text())
     del body["sha256"]
     body.update(changes)
-    (path / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoint._digest(body)}))
+    (path / "manifest.json").write_text(json.dumps({**body, "sha256": saved_state._digest(body)}))
 
 
 def name_a_file_outside(path):
@@ -233,7 +230,7 @@ def crash_at(event, crash, monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    before(checkpoint, "save_file")
+    before(saved_state, "save_file")
     before(os, "fsync")
     before(os, "unlink")  # inside rmtree
     for name in ("mkdir", "rename", "write_text", "chmod"):
@@ -276,7 +273,7 @@ def check_nothing_is_lost(directory, older, newer):
     assert state.position in (older, newer)
     torch.testing.assert_close(state.tensors["method"]["weight"], torch.full((2, 3), float(state.step)))
     for path in directory.glob("step-*"):
-        checkpoint._load(path)  # whatever has a checkpoint's name is whole
+        saved_state.load(path)  # whatever has a checkpoint's name is whole
 
 
 def test_everything_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):

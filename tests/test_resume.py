@@ -10,11 +10,13 @@ from ranks import run_on_ranks
 from tiny import make_method
 from torch import nn
 
-from ssl_pipeline.checkpoint import CheckpointError, Checkpoints, optimizer_tensors
+from ssl_pipeline.checkpoint import Checkpoints
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.optim import OptimConfig, build_optimizer
+from ssl_pipeline.optimizer_state import optimizer_tensors
 from ssl_pipeline.resume import check_identity, load_newest, optimizer_identity
+from ssl_pipeline.saved_state import CheckpointError
 from ssl_pipeline.schedule import Schedule
 
 ADAMW = OptimConfig(name="adamw", lr=Schedule(value=1e-3))

@@ -10,13 +10,14 @@ from tiny import CNN, CONFIGS, TINY, VIT, make_batch, make_method, progress_at, 
 from torch import nn
 
 from ssl_pipeline.backbones import create_backbone
-from ssl_pipeline.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors
+from ssl_pipeline.checkpoint import Checkpoints
 from ssl_pipeline.methods.base import Method, StepOutput
 from ssl_pipeline.methods.byol import Byol
 from ssl_pipeline.methods.dino import Dino
 from ssl_pipeline.methods.moco import Moco
 from ssl_pipeline.methods.simclr import Simclr
 from ssl_pipeline.optim import OptimConfig, build_optimizer, prepare_gradients, write_values
+from ssl_pipeline.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from ssl_pipeline.schedule import Schedule
 
 NAMES = sorted(CONFIGS)
