@@ -18,7 +18,7 @@ ROWS = [
     "batch attention positions weights initialisation wide_resnet backbones heads teacher memory masking "
     "sync_batch_norm losses augment data",
     "methods",
-    "optim lars checkpoint resume tracking run_directory verdicts bottleneck",
+    "optim lars saved_state checkpoint optimizer_state resume tracking run_directory verdicts bottleneck",
     "training",
     "launch",
     "training_step",
