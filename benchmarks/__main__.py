@@ -11,11 +11,13 @@ from benchmarks.cost_growth import CostGrowth, measure
 from benchmarks.end_to_end import compare_end_to_end
 from benchmarks.hardware import describe_hardware, peak_flops
 from benchmarks.input import compare_input
+from benchmarks.linear import compare_linear
 from benchmarks.nearest import compare_knn
 from benchmarks.parts import compare_ema, compare_head, compare_nt_xent
 from benchmarks.photometric import compare_photometric
 from benchmarks.report import as_json, as_table, growth_table
 from benchmarks.rounds import Comparison, Outcome, describe, run_rounds
+from benchmarks.scaling import compare_scaling
 from benchmarks.settings import BenchmarkConfig, Name
 from benchmarks.start_up import compare_start_up
 from benchmarks.step import compare_steps
@@ -25,12 +27,14 @@ from ssl_pipeline.config import ConfigError, RunError, run_command
 BENCHMARKS: dict[Name, Callable[[BenchmarkConfig], Iterator[Comparison]]] = {
     "input": compare_input,
     "end_to_end": compare_end_to_end,
+    "scaling": compare_scaling,
     "photometric": compare_photometric,
     "step": compare_steps,
     "ema": compare_ema,
     "head": compare_head,
     "nt_xent": compare_nt_xent,
     "knn": compare_knn,
+    "linear": compare_linear,
     "start_up": compare_start_up,
 }
 FEW = CostGrowth(shards=(2, 20), samples=(2_000, 4_000), world_sizes=(1, 2), rounds=1)  # for size=tiny

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -35,7 +35,6 @@ UNIT_SECONDS: dict[Size, float] = {"tiny": 0.01, "small": 1.5, "large": 4.0}
 NUM_IMAGES: dict[Size, int] = {"tiny": 8, "small": 64, "large": 512}
 
 Transform = Callable[[Image.Image], object]
-Finish = Callable[[object], None]
 
 
 def compare_end_to_end(config: BenchmarkConfig) -> Iterator[Comparison]:
@@ -68,33 +67,23 @@ def _contestants(
     shards, files = write_shards(images, folder / "shards"), write_folder(images, folder / "files")
     batch_size = min(BATCH_SIZE[size], len(images.files))
 
-    def contestant(name: str, batches: Callable[[], Iterator[object]], note: str, finish: Finish) -> Contestant:
-        source = _Steady(batches, finish, batch_size=batch_size, warm_up=config.workers, seconds=UNIT_SECONDS[size])
+    def contestant(name: str, batches: Callable[[], Iterator[object]], note: str) -> Contestant:
+        source = Steady(batches, batch_size=batch_size, turn=config.workers, seconds=UNIT_SECONDS[size])
         return Contestant(name, source.draw, session=source.opened, note=note)
 
     def peer(name: str, dataset: Dataset[object], note: str) -> Contestant:
-        return contestant(name, lambda: _loader(dataset, config, batch_size), note, _to(device))
+        return contestant(name, lambda: map(_to(device), _loader(dataset, config, batch_size)), note)
 
     def ours(name: str, place: Literal["worker", "device"], note: str) -> Contestant:
         settings = DataConfig(shards=str(shards), batch_size=batch_size, workers=config.workers, crop_on=place)
-
-        def batches() -> Iterator[object]:
-            index = open_shards(shards)
-            return open_stream(index, groups, settings, seed=0, position=0, rank=0, world_size=1, device=device)
-
-        def finish(batch: object) -> None:
-            if device.type == "cuda":
-                make_batch(batch.to(device, non_blocking=True), groups, settings)  # type: ignore[attr-defined]
-
-        return contestant(name, batches, note, finish)
+        return contestant(name, lambda: our_batches(groups, settings, device), note)
 
     contestants = [
         peer("official", ImageFolder(str(files), official_views(groups)), "ImageFolder, Pillow, DataLoader"),
         contestant(
             "webdataset",
-            lambda: _webdataset(shards, official_views(groups), config, batch_size),
+            lambda: map(_to(device), _webdataset(shards, official_views(groups), config, batch_size)),
             "the same transforms behind webdataset's reader",
-            _to(device),
         ),
         ours("ours, crops", "worker", "8-bit crops; colours are left to the device"),
         ours("ours, decode only", "device", "crops and colours are left to the device"),
@@ -105,46 +94,52 @@ def _contestants(
         "decode and drop",
         lambda: _loader(_Dropped(images), config, batch_size),
         "our decoder, no pixel leaves the worker: the ceiling",
-        lambda batch: None,
     )
     return [*contestants, drop]
 
 
-class _Steady:
-    """Opens a stream, lets every worker deliver once, then draws batches for a while.
+class Steady:
+    """Opens a stream of batches, lets every worker deliver once, then draws for about `seconds`, in whole turns.
 
-    The trainer is always the one that waits, so what is under way when the clock starts is also when it stops.
+    The trainer is always the one that waits, so what is under way when the clock starts is also when it stops. A turn
+    is as many batches as there are workers: those of one turn tend to arrive together.
     """
 
-    def __init__(
-        self,
-        batches: Callable[[], Iterator[object]],
-        finish: Finish,
-        *,
-        batch_size: int,
-        warm_up: int,
-        seconds: float,
-    ) -> None:
-        self.batches, self.finish = batches, finish
-        self.batch_size, self.warm_up, self.seconds = batch_size, warm_up, seconds
+    def __init__(self, batches: Callable[[], Iterator[object]], *, batch_size: int, turn: int, seconds: float) -> None:
+        self.batches, self.batch_size, self.turn, self.seconds = batches, batch_size, turn, seconds
         self.stream: Iterator[object] = iter(())
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         self.stream = self.batches()
         try:
-            for batch in islice(self.stream, self.warm_up):
-                self.finish(batch)
+            self._draw_turn()
             yield
         finally:
             self.stream = iter(())  # which ends the workers
 
     def draw(self, number: int) -> int:
-        drawn, end = 0, time.perf_counter() + self.seconds
-        while drawn < self.warm_up or time.perf_counter() < end:
-            self.finish(next(self.stream))
-            drawn += 1
-        return drawn * self.batch_size
+        turns, end = 0, time.perf_counter() + self.seconds
+        while turns == 0 or time.perf_counter() < end:
+            self._draw_turn()
+            turns += 1
+        return turns * self.turn * self.batch_size
+
+    def _draw_turn(self) -> None:
+        for _ in range(self.turn):
+            next(self.stream)
+
+
+def our_batches(
+    groups: Mapping[str, ViewGroup], settings: DataConfig, device: torch.device, *, rank: int = 0, world_size: int = 1
+) -> Iterator[object]:
+    """Our stream as a trainer takes it: on a GPU with crops and colours."""
+    index = open_shards(settings.shards)
+    stream = open_stream(index, groups, settings, seed=0, position=0, rank=rank, world_size=world_size, device=device)
+    for batch in stream:
+        if device.type == "cuda":
+            make_batch(batch.to(device, non_blocking=True), groups, settings)
+        yield batch
 
 
 class _Dropped(Dataset[int]):
@@ -200,14 +195,14 @@ def _webdataset(shards: Path, transform: Transform, config: BenchmarkConfig, bat
     return iter(DataLoader(dataset, batch_size=None, num_workers=config.workers, pin_memory=pinned))
 
 
-def _to(device: torch.device) -> Finish:
+def _to(device: torch.device) -> Callable[[object], object]:
     """Copies the views of a peer's batch to a GPU, where they are ready for the network."""
 
-    def finish(batch: object) -> None:
-        if device.type != "cuda":
-            return
-        assert isinstance(batch, list | tuple)
-        for view in batch[0]:
-            view.to(device, non_blocking=True)
+    def copied(batch: object) -> object:
+        if device.type == "cuda":
+            assert isinstance(batch, list | tuple)
+            for view in batch[0]:
+                view.to(device, non_blocking=True)
+        return batch
 
-    return finish
+    return copied

@@ -28,7 +28,7 @@ def describe_hardware(device: torch.device) -> dict[str, JSON]:
     """Names and counts of what the figures depend on."""
     hardware: dict[str, JSON] = {
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "bf16_units": has_bf16_units(device),
         "python": platform.python_version(),
@@ -38,6 +38,11 @@ def describe_hardware(device: torch.device) -> dict[str, JSON]:
         hardware["gpu"] = torch.cuda.get_device_name(device)
         hardware["gpu_bytes"] = torch.cuda.get_device_properties(device).total_memory
     return hardware
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def cpu_model() -> str:

@@ -18,7 +18,8 @@ from benchmarks.peers import missing, why_not_compiled
 from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.torchvision_views import MEAN, STD, v2_colours
-from ssl_pipeline.augment.photometric import apply_photometric, draw_parameters
+from ssl_pipeline.augment.parameters import draw_parameters
+from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.shards import open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream

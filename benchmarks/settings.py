@@ -11,7 +11,20 @@ from pydantic import Field
 from benchmarks.hardware import has_bf16_units
 from ssl_pipeline.config import Config
 
-Name = Literal["input", "end_to_end", "photometric", "step", "ema", "head", "nt_xent", "knn", "start_up", "cost_growth"]
+Name = Literal[
+    "input",
+    "end_to_end",
+    "scaling",
+    "photometric",
+    "step",
+    "ema",
+    "head",
+    "nt_xent",
+    "knn",
+    "linear",
+    "start_up",
+    "cost_growth",
+]
 Size = Literal["tiny", "small", "large"]
 
 
@@ -40,7 +53,7 @@ class BenchmarkConfig(Config):
     images: Annotated[int, Field(ge=1)] = 32
     """Images that one unit of `input` decodes; the same for all contestants."""
     workers: Annotated[int, Field(ge=1)] = 2
-    """Reading processes of `end_to_end`."""
+    """Reading processes of `end_to_end`, and of each training process where `scaling` counts these."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the steps run; auto takes a GPU if there is one."""
     size: Literal["auto", "tiny", "small", "large"] = "auto"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import benchmarks.__main__ as command
 from benchmarks import input as input_benchmark
-from benchmarks import peers
+from benchmarks import linear, peers, scaling
 from benchmarks.__main__ import BENCHMARKS, failures, run_benchmarks
 from benchmarks.hardware import describe_hardware, peak_flops
 from benchmarks.images import load_images, views_of
@@ -60,6 +60,34 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     comparison = run(tmp_path, "end_to_end", workers=1)["end to end mae"]
     assert {"official", "webdataset", "ours, crops", "decode and drop"} <= contestants(comparison)
     assert all("cpu_seconds_per_item" in figures for figures in comparison["contestants"].values())
+
+
+def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scaling, "START", "fork")  # nothing to import again
+    monkeypatch.setattr(scaling, "num_cores", lambda: 2)
+    monkeypatch.setattr(scaling, "PLACES", ("device",))
+    compared = run(tmp_path, "scaling", workers=1)
+    assert contestants(compared["scaling workers, decode only"]) == {"workers=1", "workers=2"}
+    assert contestants(compared["scaling processes, decode only"]) == {"processes=1", "processes=2"}
+    for comparison, smallest in zip(compared.values(), ("workers=1", "processes=1"), strict=True):
+        assert all(list(figures["times_as_fast_as"]) == [smallest] for figures in comparison["contestants"].values())
+
+
+def test_linear(tmp_path: Path):
+    comparison = run(tmp_path, "linear")["linear"]
+    assert contestants(comparison) == {
+        "extraction", "extraction and sweep, 2 classes", "sweep, 2 classes", "one by one, 2 classes"
+    }  # fmt: skip
+    assert "the same heads" in comparison["contestants"]["one by one, 2 classes"]["note"]
+
+
+def test_other_heads_are_refused(monkeypatch: pytest.MonkeyPatch):
+    features = torch.rand(12, 8, generator=torch.Generator().manual_seed(0))
+    probe = linear.Probe(torch.arange(12) % 2, 2, epochs=3, device=torch.device("cpu"))
+    assert "the same heads" in probe.agree(features)
+    monkeypatch.setattr(linear, "SAME", -1.0)
+    with pytest.raises(ValueError, match="not the same work"):
+        probe.agree(features)
 
 
 def test_photometric(tmp_path: Path):

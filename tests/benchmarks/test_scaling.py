@@ -1,0 +1,83 @@
+"""Streams are measured in their steady state, and a world of processes as a whole."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import scaling
+from benchmarks.end_to_end import Steady
+from benchmarks.images import load_images, write_shards
+from benchmarks.scaling import batches_of_world, doublings
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data.stream import DataConfig
+
+CPU = torch.device("cpu")
+GROUPS = {"view": ViewGroup(size=16)}
+
+
+@pytest.fixture(autouse=True)
+def fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that need not import everything again."""
+    monkeypatch.setattr(scaling, "START", "fork")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> DataConfig:
+    images = load_images(None, pixels=(32, 32)).spread_out(8)
+    return DataConfig(shards=str(write_shards(images, tmp_path / "shards")), batch_size=2, workers=1)
+
+
+def test_a_unit_is_whole_turns_of_the_workers():
+    stream = count()
+    steady = Steady(lambda: stream, batch_size=4, turn=3, seconds=0.0)
+    with steady.opened():
+        assert steady.draw(0) == 3 * 4
+        assert next(stream) == 3 + 3  # one turn before the measurement, one in it
+
+
+def test_a_stream_ends_with_its_session():
+    ended = []
+
+    def batches() -> Iterator[int]:
+        try:
+            yield from count()
+        finally:
+            ended.append(True)
+
+    steady = Steady(batches, batch_size=1, turn=1, seconds=0.0)
+    with steady.opened():
+        assert not ended
+    assert ended
+
+
+def test_settings_double_up_to_the_most():
+    assert doublings(1) == [1]
+    assert doublings(2) == [1, 2]
+    assert doublings(12) == [1, 2, 4, 8]
+
+
+def test_the_batches_of_all_ranks_are_counted(settings: DataConfig):
+    world = batches_of_world(GROUPS, settings, CPU, world_size=2)
+    assert len(list(islice(world, 10))) == 10
+
+
+def test_the_ranks_end_with_the_measurement(settings: DataConfig, monkeypatch: pytest.MonkeyPatch):
+    world = batches_of_world(GROUPS, settings, CPU, world_size=2)
+    next(world)
+    ranks = multiprocessing.active_children()
+    assert len(ranks) == 2
+    world.close()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+def test_a_rank_that_fails_is_an_error(settings: DataConfig, capfd: pytest.CaptureFixture):
+    too_large = settings.model_copy(update={"batch_size": 5})  # two ranks would need 10 images of 8
+    with pytest.raises(RuntimeError, match="its error stands above"):
+        next(batches_of_world(GROUPS, too_large, CPU, world_size=2))
+    assert "is larger than the data set" in capfd.readouterr().err
