@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ssl_pipeline.data.cached import free_bytes
 from ssl_pipeline.data.decoded import estimate_image_bytes
+from ssl_pipeline.data.free_memory import free_bytes, processes_here
 from ssl_pipeline.data.remote import is_url
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
@@ -64,7 +64,7 @@ class Supply:
     cores: CPU cores of one training process.
     stored_bytes: mean size of a stored image; 0 for remote shards, which are not fetched for this.
     decoded_bytes: size of all images, decoded.
-    free_bytes: memory of the training device that nothing uses.
+    free_bytes: memory that one training process may still take on its device.
     """
 
     cores: float
@@ -115,7 +115,7 @@ def loader_advice(data: DataConfig, supply: Supply, device: torch.device) -> str
 def cores_per_process() -> float:
     """The CPU cores that each training process of this machine may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _container_cores()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(cores, _container_cores()) / processes_here()
 
 
 def _stored_bytes(index: ShardIndex) -> float:

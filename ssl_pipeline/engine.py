@@ -219,6 +219,7 @@ class _Loop:
             world_size=world_size(),
             batches=math.ceil((self.clock.end - position) / self.clock.global_batch) * run.config.accumulate,
             device=run.accelerator.device,
+            sign_of_life=self._sign_of_life,
         )
         if run.labelled_index is None:
             return stream
@@ -232,6 +233,7 @@ class _Loop:
             world_size=world_size(),
             accumulate=run.config.accumulate,
             device=run.accelerator.device,
+            sign_of_life=self._sign_of_life,
         )
         return with_labelled(stream, labelled)
 

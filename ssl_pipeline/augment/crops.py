@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -95,11 +97,11 @@ def _cut(image_HWC: Tensor, top: int, left: int, height: int, width: int) -> Ten
         offset = image_HWC.storage_offset() + top * rows + left * columns
         # one call: at 32 pixels slicing twice and permuting costs as much as the resize
         return image_HWC.as_strided((channels, height, width), (channel, rows, columns), offset)
-    row_indices = _reflected(top, height, image_height)
-    column_indices = _reflected(left, width, image_width)
-    return image_HWC[row_indices][:, column_indices].permute(2, 0, 1)
+    inner_rows, inner_columns = _reflected(top, height, image_height), _reflected(left, width, image_width)
+    return image_HWC.index_select(0, inner_rows).index_select(1, inner_columns).permute(2, 0, 1)
 
 
-def _reflected(start: int, length: int, size: int) -> list[int]:
+@lru_cache(maxsize=256)  # images of one size have few shifts, and to compute the indices took longer than to use them
+def _reflected(start: int, length: int, size: int) -> Tensor:
     """Indices start ... start + length - 1 with those outside [0, size) mirrored at the first and the last."""
-    return [size - 1 - abs(size - 1 - abs(index)) for index in range(start, start + length)]
+    return (size - 1) - ((size - 1) - torch.arange(start, start + length).abs()).abs()

@@ -81,25 +81,34 @@ def draw_rand_augment(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> ND
     return drawn_VBP.astype(np.float32)
 
 
-def apply_rand_augment(image_NCHW: Tensor, parameters_NP: Tensor, *, rounds: int, selected: bool) -> Tensor:
-    """Images in [0, 1], rounded to 8 bits, after `rounds` operations of each image's own.
+def apply_rand_augment(
+    image_NCHW: Tensor, parameters_NP: Tensor, *, rounds: int, cutout: bool, selected: bool
+) -> Tensor:
+    """Images in [0, 1] after `rounds` operations of each image's own, which round to 8 bits, and the cutout.
 
-    `selected` computes an operation for the images that drew it alone; otherwise all images go through all operations
-    and take the result of theirs, so that nothing waits for the device.
+    parameters_NP: as `draw_rand_augment` draws them. `selected` computes an operation for the images that drew it
+    alone; otherwise all images go through all operations and take the result of theirs, so that nothing waits for the
+    device.
     """
-    image_NCHW = (image_NCHW * 255).round_()
-    for first in range(0, PARAMETERS_PER_ROUND * rounds, PARAMETERS_PER_ROUND):
-        operation_N, magnitude_N = parameters_NP[:, first], parameters_NP[:, first + 1]
-        for start, end, apply in FAMILIES:
-            due_N = (operation_N >= start.value) & (operation_N <= end.value)
-            if selected:
-                chosen = due_N.nonzero()[:, 0]
-                if len(chosen):
-                    image_NCHW[chosen] = apply(image_NCHW[chosen], operation_N[chosen], magnitude_N[chosen])
-            else:
-                changed_NCHW = apply(image_NCHW, operation_N, magnitude_N)
-                image_NCHW = torch.where(per_sample(due_N), changed_NCHW, image_NCHW)
-    return image_NCHW.div_(255)
+    if rounds:
+        image_NCHW = (image_NCHW * 255).round_()
+        for first in range(0, PARAMETERS_PER_ROUND * rounds, PARAMETERS_PER_ROUND):
+            image_NCHW = _one_round(image_NCHW, parameters_NP[:, first], parameters_NP[:, first + 1], selected=selected)
+        image_NCHW = image_NCHW.div_(255)
+    return cut_out(image_NCHW, parameters_NP[:, -CUTOUT_PARAMETERS:]) if cutout else image_NCHW
+
+
+def _one_round(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor, *, selected: bool) -> Tensor:
+    for start, end, apply in FAMILIES:
+        due_N = (operation_N >= start.value) & (operation_N <= end.value)
+        if selected:
+            chosen = due_N.nonzero()[:, 0]
+            if len(chosen):
+                image_NCHW[chosen] = apply(image_NCHW[chosen], operation_N[chosen], magnitude_N[chosen])
+        else:
+            changed_NCHW = apply(image_NCHW, operation_N, magnitude_N)
+            image_NCHW = torch.where(per_sample(due_N), changed_NCHW, image_NCHW)
+    return image_NCHW
 
 
 def cut_out(image_NCHW: Tensor, box_N4: Tensor) -> Tensor:

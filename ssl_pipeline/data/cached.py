@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,12 +18,13 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.decoded import DecodedBatch, DecodedReader, ImageTable, estimate_image_bytes
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.free_memory import free_bytes
 from ssl_pipeline.data.samples import Integers, Samples, draw_views
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.workers import read_batches
 
 SLOT_BYTES = 2**24  # decoded by a worker at a time
-SHARE = 0.5  # of the free memory that images may take; the rest is for training
+SHARE = 0.5  # of the memory that this process may still take, for the images; the rest is for training
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def cached_stream(
     device: torch.device,
     workers: int,
     rank: int,
-    world_size: int,
+    sign_of_life: Callable[[], None],
 ) -> Iterator[DecodedBatch]:
     """The images at the positions of batch 0, 1, ...; of `batches`, or without end. They are decoded at the first."""
     cache = None
     for number in itertools.count() if batches is None else range(batches):
-        cache = cache or decode_all(samples, device=device, workers=workers, rank=rank, world_size=world_size)
+        cache = cache or decode_all(samples, device=device, workers=workers, rank=rank, sign_of_life=sign_of_life)
         yield _draw_batch(cache, samples, groups, positions_of(number))
 
 
@@ -60,7 +60,8 @@ def _draw_batch(
     cache: CachedImages, samples: Samples, groups: Mapping[str, ViewGroup], positions: Sequence[int]
 ) -> DecodedBatch:
     epochs_B, samples_B = samples.locate(positions)
-    images = ImageTable(*(column[samples_B] for column in (cache.images.offsets, *cache.images.sizes)))
+    of_all = cache.images
+    images = ImageTable(of_all.offsets[samples_B], of_all.heights[samples_B], of_all.widths[samples_B])
     drawn = draw_views(
         groups,
         seed=samples.seed,
@@ -86,14 +87,16 @@ def _draw_batch(
     )
 
 
-def decode_all(samples: Samples, *, device: torch.device, workers: int, rank: int, world_size: int) -> CachedImages:
-    """Decode every sample of the index onto the device, under a progress bar.
+def decode_all(
+    samples: Samples, *, device: torch.device, workers: int, rank: int, sign_of_life: Callable[[], None]
+) -> CachedImages:
+    """Decode every sample of the index onto the device, under a progress bar and with a sign of life now and then.
 
     Raises DataError if the images do not fit there, from an estimate before anything is decoded.
     """
     index = samples.index
     estimate = estimate_image_bytes(index)
-    pixels = _Pixels(index, device, world_size=world_size, needed=estimate.of(len(index)))
+    pixels = _Pixels(index, device, needed=estimate.of(len(index)))
     in_order = Samples(index, None, seed=samples.seed, substitutes=samples.substitutes)
     step = min(max(int(SLOT_BYTES / max(estimate.mean, 1)), 1), 1024, len(index))
     reader = DecodedReader(in_order, {}, batch_size=step, slot_bytes=estimate.of(step))
@@ -112,13 +115,13 @@ def decode_all(samples: Samples, *, device: torch.device, workers: int, rank: in
             here, batch = slice(done, done + decoded.num_images), reader.batch(slot, decoded)
             done += decoded.num_images
             pixels.append(batch.pixels[: decoded.used], done)
-            heights[here], widths[here] = batch.images.sizes
+            heights[here], widths[here] = batch.images.heights, batch.images.widths
             labels[here], ids[here] = batch.labels.numpy(), batch.index.numpy()
             _add_chains(bad, decoded.bad)
             bar.update(decoded.num_images)
-    sizes = 3 * heights * widths
-    images = ImageTable(sizes.cumsum() - sizes, heights, widths)
-    return CachedImages(pixels.whole(row=3 * int(widths.max())), images, labels, ids, bad)
+            sign_of_life()
+    whole = pixels.whole(row=3 * int(widths.max()))
+    return CachedImages(whole, ImageTable.dense(heights, widths), labels, ids, bad)
 
 
 def _add_chains(bad: dict[int, list[BadSample]], entries: Sequence[BadSample]) -> None:
@@ -134,8 +137,8 @@ def _add_chains(bad: dict[int, list[BadSample]], entries: Sequence[BadSample]) -
 class _Pixels:
     """A flat buffer on a device that grows where the estimate was too low."""
 
-    def __init__(self, index: ShardIndex, device: torch.device, *, world_size: int, needed: int) -> None:
-        self.index, self.device, self.world_size = index, device, world_size
+    def __init__(self, index: ShardIndex, device: torch.device, *, needed: int) -> None:
+        self.index, self.device = index, device
         self.used = 0
         self.buffer = self._reserve(needed)
 
@@ -160,23 +163,10 @@ class _Pixels:
 
     def _reserve(self, needed: int) -> Tensor:
         free = free_bytes(self.device)
-        processes = self.world_size if self.device.type == "cpu" else 1  # which have this memory in common
-        if free is not None and processes * needed > SHARE * free:
-            each = f" for each of {processes} processes" if processes > 1 else ""
+        if free is not None and needed > SHARE * free:
             raise DataError(
-                f"data.cache=true needs about {needed / 1e9:.3g} GB{each} for the {len(self.index)} decoded images of "
-                f"'{self.index.source}', more than half of the {free / 1e9:.3g} GB that are free on {self.device}. "
-                "Leave it out: data.crop_on=device takes the cropping off the workers just as well."
+                f"data.cache=true needs about {needed / 1e9:.3g} GB in each process for the {len(self.index)} decoded "
+                f"images of '{self.index.source}', more than half of the {free / 1e9:.3g} GB that one may still take "
+                f"on {self.device}. Leave it out: data.crop_on=device takes the cropping off the workers just as well."
             )
         return torch.empty(needed, dtype=torch.uint8, device=self.device)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU, or of the machine for a CPU, that nothing uses; None where nobody knows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024

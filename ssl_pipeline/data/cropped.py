@@ -17,7 +17,7 @@ from ssl_pipeline.data.stream_batch import StreamBatch
 
 # V views of each of B images, P photometric parameters, S pixels
 
-CHUNK_PIXELS = 16_000_000  # decoded and not yet cropped, per worker: 48 MB whatever the batch size
+CHUNK_PIXELS = 16_000_000  # decoded and not yet cropped, per worker: 48 MB and an image, whatever the batch size
 
 
 @dataclass

@@ -36,18 +36,26 @@ class ImageTable:
     heights: Integers
     widths: Integers
 
-    @property
-    def sizes(self) -> tuple[Integers, Integers]:
-        return self.heights, self.widths
+    @classmethod
+    def dense(cls, heights_B: Integers, widths_B: Integers) -> "ImageTable":
+        """The images lie one after another, from the first byte on."""
+        sizes_B = 3 * heights_B * widths_B
+        return cls(sizes_B.cumsum() - sizes_B, heights_B, widths_B)
+
+    def views(self, pixels: Tensor) -> list[Tensor]:
+        """Each image (H,W,3) of a buffer."""
+        where = zip(self.offsets.tolist(), self.heights.tolist(), self.widths.tolist(), strict=True)
+        return [pixels[start : start + 3 * height * width].view(height, width, 3) for start, height, width in where]
 
 
 @dataclass
 class DecodedBatch:
     """One process's share of a micro-batch, decoded and not yet cropped.
 
-    `pixels` is flat, 8 bits, one image after another as `images` says; it, the parameters (V,B,P) of each group, labels
-    (B,) int64, -1 = none, and index (B,) int64, the sample ids, move to the device. Boxes (V,B,4) and flips (V,B) stay
-    on the host. `bad` lists the samples that others stand in for; `labelled` is a batch of the labelled set.
+    `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the parameters (V,B,P) of
+    each group, labels (B,) int64, -1 = none, and index (B,) int64, the sample ids, move to the device. Boxes (V,B,4)
+    and flips (V,B) stay on the host. `bad` lists the samples that others stand in for; `labelled` is a batch of the
+    labelled set.
     """
 
     pixels: Tensor
@@ -73,11 +81,11 @@ class DecodedBatch:
         )
 
     def clone(self) -> "DecodedBatch":
-        """The same batch in memory of its own, for those who keep it."""
+        """The same batch in memory of its own, for those who keep it: of the pixels just those of its images."""
         return replace(
             self,
-            pixels=self.pixels.clone(),
-            images=ImageTable(self.images.offsets, self.images.heights.copy(), self.images.widths.copy()),
+            pixels=torch.cat([image_HWC.flatten() for image_HWC in self.images.views(self.pixels)]),
+            images=ImageTable.dense(self.images.heights.copy(), self.images.widths.copy()),
             boxes={name: boxes_VB4.copy() for name, boxes_VB4 in self.boxes.items()},
             flips={name: flips_VB.copy() for name, flips_VB in self.flips.items()},
             parameters={name: values.clone() for name, values in self.parameters.items()},
@@ -118,9 +126,7 @@ def _crops_in_8_bits(
     pixels: Tensor, images: ImageTable, boxes_VB4: Integers, flips_VB: NDArray[np.bool_], group: ViewGroup
 ) -> Tensor:
     crops_VBCHW = torch.empty((*flips_VB.shape, 3, group.size, group.size), dtype=torch.uint8)
-    where = zip(images.offsets.tolist(), images.heights.tolist(), images.widths.tolist(), strict=True)
-    views = [pixels[start : start + 3 * height * width].view(height, width, 3) for start, height, width in where]
-    crop_images(views, boxes_VB4, flips_VB, group, out=crops_VBCHW)
+    crop_images(images.views(pixels), boxes_VB4, flips_VB, group, out=crops_VBCHW)
     return crops_VBCHW
 
 
@@ -190,14 +196,13 @@ class DecodedReader:
     def batch(self, slot: Mapping[str, Tensor], decoded: Decoded) -> DecodedBatch:
         """What a worker left in a slot, as a batch; its tensors are views of the slot."""
         heights_B, widths_B = slot["sizes"][: decoded.num_images].numpy().T
-        sizes_B = 3 * heights_B * widths_B
         if decoded.overflow is not None:
             pixels = torch.from_numpy(decoded.overflow)
         else:  # with a row more, which the device reads past the end
             pixels = slot["pixels"][: decoded.used + 3 * int(widths_B.max())]
         return DecodedBatch(
             pixels,
-            ImageTable(sizes_B.cumsum() - sizes_B, heights_B, widths_B),
+            ImageTable.dense(heights_B, widths_B),
             {name: slot[f"boxes.{name}"].numpy() for name in self.groups},
             {name: slot[f"flips.{name}"].numpy() for name in self.groups},
             {name: slot[f"parameters.{name}"] for name in self.groups},

@@ -1,6 +1,6 @@
 """The labelled images of a semi-supervised method: a second endless stream in step with the first."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -22,6 +22,7 @@ def open_labelled_stream(
     world_size: int,
     accumulate: int,
     device: torch.device | str = "cpu",
+    sign_of_life: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
 
@@ -48,6 +49,7 @@ def open_labelled_stream(
         world_size=world_size,
         repeat=True,
         device=device,
+        sign_of_life=sign_of_life,
     )
 
 

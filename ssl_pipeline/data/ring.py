@@ -44,10 +44,7 @@ class Slots:
     """
 
     def __init__(self, layout: Layout, count: int) -> None:
-        places, size = {}, 0
-        for name, (shape, dtype) in layout.items():
-            places[name] = size
-            size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        places, size = _places(layout)
         try:
             memory = mmap.mmap(-1, max(count * size, 1))  # lives as long as a view of it
         except (OSError, OverflowError) as error:
@@ -100,6 +97,20 @@ class Slots:
             with suppress(RuntimeError):  # a device that failed copies nothing
                 torch.cuda.current_stream().synchronize()
             torch.cuda.cudart().cudaHostUnregister(self.block.data_ptr())
+
+
+def slot_bytes(layout: Layout) -> int:
+    """The memory that one slot takes."""
+    return _places(layout)[1]
+
+
+def _places(layout: Layout) -> tuple[dict[str, int], int]:
+    """The byte at which each tensor of a slot begins, and at which the slot ends."""
+    places, size = dict[str, int](), 0
+    for name, (shape, dtype) in layout.items():
+        places[name] = size
+        size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return places, size
 
 
 def _view(block: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

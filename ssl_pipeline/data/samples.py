@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_pipeline.augment.crops import crop_boxes
-from ssl_pipeline.augment.photometric import draw_parameters
+from ssl_pipeline.augment.parameters import draw_parameters
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.decode import DecodeError, decode_image

@@ -1,6 +1,6 @@
 """Shards -> batches of images: an endless stream whose whole state is one position."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,8 +25,8 @@ __all__ = ["CropBatch", "DataConfig", "LabelledConfig", "StreamBatch", "open_str
 class LabelledConfig(Config):
     """Where a semi-supervised method's labelled images come from; they are read as `data` says.
 
-    They may be fewer than a batch, which then holds some of them more than once. One that cannot be decoded always
-    stops the run.
+    A worker of their own reads them, if data.workers is not 0. They may be fewer than a batch, which then holds some of
+    them more than once. One that cannot be decoded always stops the run.
     """
 
     shards: str
@@ -47,13 +47,14 @@ class DataConfig(Config):
     batch_size: Annotated[int, Field(ge=1)]
     """Images per process and micro-batch."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Reading processes per training process; 0 reads in the training process itself."""
+    """Reading processes per training process; 0 reads in the training process itself. Their batches take a quarter of
+    the memory that is free for it at most; where that is too little for all, fewer are started, and the log says so."""
     crop_on: Literal["auto", "worker", "device"] = "auto"
     """Where crops are cut out and resized. worker: in the reading processes, rounded to 8 bits. device: a whole batch
-    at once where the model is, not rounded; the reading processes only decode. auto: the device if it is a GPU."""
+    at once where the model is, on a GPU not rounded; the reading processes only decode. auto: the device if a GPU."""
     cache: bool = False
     """Whether all images are decoded once at the start and stay on the device, as raw pixels, for sets of small images;
-    each process holds all of them. Nothing is read after that, so workers play no part."""
+    each process holds all of them. Nothing is read after that, so workers play no further part."""
     bad_samples: Literal["stop", "substitute"] = "stop"
     """What to do with an image that cannot be decoded: stop, or take another one and note it."""
     bad_sample_budget: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -61,7 +62,7 @@ class DataConfig(Config):
     block_shards: Annotated[int, Field(ge=1)] = 16
     """Samples are shuffled within blocks of this many shards; the shards themselves are shuffled as a whole."""
     prefetch: Annotated[int, Field(ge=1)] = 2
-    """Batches that each worker prepares ahead."""
+    """Batches that each worker prepares ahead, where there is memory for them."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from red, green and blue in [0, 1]; ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -94,6 +95,7 @@ def open_stream(
     batches: int | None = None,
     repeat: bool = False,
     device: torch.device | str = "cpu",
+    sign_of_life: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each micro-batch from `position` on: `batches` of them, or without end.
 
@@ -101,7 +103,8 @@ def open_stream(
     holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Data sets smaller
     than G are refused, unless samples may `repeat` within a batch. `device` is where batches will be taken, which
     decides where crops are cut out. A batch lasts until the next one is asked for, which may overwrite it; `clone()`
-    keeps one for longer.
+    keeps one for longer. The first may take long, where all images are decoded for it: `sign_of_life` is called
+    meanwhile.
     """
     step, device = config.batch_size * world_size, torch.device(device)
     if step > len(index) and not repeat:
@@ -127,7 +130,7 @@ def open_stream(
             device=device,
             workers=config.workers,
             rank=rank,
-            world_size=world_size,
+            sign_of_life=sign_of_life,
         )
     if config.crops_on_device(device):
         slot_bytes = estimate_image_bytes(index).of(config.batch_size)

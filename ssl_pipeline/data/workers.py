@@ -8,20 +8,25 @@ import signal
 import struct
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.ring import Reader, Slots
+from ssl_pipeline.data.free_memory import free_host_bytes
+from ssl_pipeline.data.ring import Reader, Slots, slot_bytes
+from ssl_pipeline.distributed import rank
 
 HELD_SLOTS = 2  # by the trainer: the batch in use, and the one before it while its copy to the device is under way
+RING_SHARE = 0.25  # of the memory that this process may still take, for its slots
 TASK = struct.Struct("qq")  # numbers of a batch and of the slot for it; so short a message is never torn
 TRAINER_CHECK = 1.0  # seconds after which a worker that is busy or stuck notices that its trainer is gone
 
@@ -34,10 +39,11 @@ def read_batches(
 ) -> Iterator[tuple[Mapping[str, Tensor], Content]]:
     """Tensors and extra that `reader` makes of the positions of batch 0, 1, ... in order: of `batches`, or without end.
 
-    `workers` processes read `prefetch` batches each ahead; with 0 this one reads. The tensors are shared memory that
-    is overwritten once the next batch is asked for: whatever is to last longer must be copied. (Copies to a GPU that
-    were started on the current stream may still run then.) What `reader` raises is raised here, in its turn; the death
-    of a worker is a DataError at once. The workers end with the iterator, and with this process, however it ends.
+    `workers` processes read `prefetch` batches each ahead, or fewer where memory is short, of which a warning tells;
+    with 0 this one reads. The tensors are shared memory that is overwritten once the next batch is asked for: whatever
+    is to last longer must be copied. (Copies to a GPU that were started on the current stream may still run then.)
+    What `reader` raises is raised here, in its turn; the death of a worker is a DataError at once. The workers end
+    with the iterator, and with this process, however it ends.
     """
     numbers = itertools.count() if batches is None else range(batches)
     if workers == 0:
@@ -48,7 +54,9 @@ def read_batches(
         return
     if batches is not None:
         workers = min(workers, batches)
-    slots = Slots(reader.layout(), workers * prefetch + HELD_SLOTS)
+    layout = reader.layout()
+    count, workers = _within_memory(slot_bytes(layout), workers, prefetch)
+    slots = Slots(layout, count)
     crew = _Crew[Content](slots, batches)
     try:
         crew.start(reader, positions_of, workers)
@@ -59,6 +67,25 @@ def read_batches(
             slots.give_back(slot)
     finally:
         crew.end()
+
+
+def _within_memory(size: int, workers: int, prefetch: int) -> tuple[int, int]:
+    """How many slots of `size` bytes there will be, and workers: what is asked for, or what the memory has room for.
+
+    One worker and a slot for it are there in any case. Each writes into a slot of its own: more of them would wait.
+    """
+    wanted, room = workers * prefetch + HELD_SLOTS, RING_SHARE * free_host_bytes()
+    slots = min(wanted, max(int(room / max(size, 1)), HELD_SLOTS + 1))
+    writing = min(workers, slots - HELD_SLOTS)
+    if slots < wanted and rank() == 0:
+        warnings.warn(
+            f"{workers} workers (data.workers) that read {prefetch} batches each ahead (data.prefetch) need {wanted} "
+            f"batches of {size / 1e9:.3g} GB in memory, but there is room for {room / 1e9:.3g} GB, {RING_SHARE:.0%} "
+            f"of what this process has left: {slots} batches, for {writing} of the workers. "
+            "Try a smaller data.batch_size.",
+            stacklevel=3,
+        )
+    return slots, writing
 
 
 class _Crew(Generic[Content]):
@@ -108,9 +135,10 @@ class _Crew(Generic[Content]):
 
     def _receive(self, results: Connection, process: BaseProcess) -> None:
         try:
-            number, outcome = results.recv()
+            message = results.recv_bytes()
         except (EOFError, OSError):
             raise _died(process) from None
+        number, outcome = ForkingPickler.loads(message)
         self._done[number] = outcome
 
     def end(self) -> None:
@@ -132,10 +160,11 @@ def _died(process: BaseProcess) -> DataError:
     process.join(1)
     code = process.exitcode
     how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    return DataError(
-        f"A data worker died: {how}. The machine may have run out of memory; "
-        "try fewer data.workers or a smaller data.prefetch."
-    )
+    if code == -signal.SIGKILL:
+        why = "The machine may have run out of memory; try fewer data.workers or a smaller data.prefetch."
+    else:
+        why = "What it printed last may say why; data.workers=0 reads without workers, and shows where."
+    return DataError(f"A data worker died: {how}. {why}")
 
 
 @dataclass(frozen=True)
@@ -162,10 +191,19 @@ def _work(reader: Reader[Content], positions_of: PositionsOf, slots: Slots, pipe
         while task := os.read(pipes.tasks, TASK.size):
             number, slot = TASK.unpack(task)
             try:
-                outcome: Content | _Failure = reader(positions_of(number), slots.tensors[slot])
+                message = _packed(number, reader(positions_of(number), slots.tensors[slot]))
             except Exception as error:
-                outcome = _Failure(_portable(error))
-            pipes.results.send((number, outcome))
+                message = _packed(number, _Failure(_portable(error)))
+            pipes.results.send_bytes(message)
+
+
+def _packed(number: int, outcome: object) -> memoryview:
+    try:
+        return ForkingPickler.dumps((number, outcome))
+    except Exception as error:
+        what = type(outcome).__name__
+        reason = f"{type(error).__name__}: {error}"
+        raise TypeError(f"A data worker cannot send what its reader returned, a {what}: {reason}") from None
 
 
 def _portable(error: Exception) -> Exception:
@@ -173,7 +211,12 @@ def _portable(error: Exception) -> Exception:
     if isinstance(error, DataError):
         return error
     trace = "".join(traceback.format_exception(error))
-    if type(error).__module__ != "builtins":  # others may not survive the way
+    try:
+        ForkingPickler.loads(ForkingPickler.dumps(error))
+        survives = type(error).__module__ == "builtins"  # others may lose the note on the way
+    except Exception:
+        survives = False
+    if not survives:
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"In a data worker:\n{trace}")
     return error

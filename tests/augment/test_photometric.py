@@ -8,32 +8,29 @@ import torch
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as oracle
 
-from ssl_pipeline.augment import photometric
-from ssl_pipeline.augment.photometric import NUM_PARAMETERS, Operation, Parameter
+from ssl_pipeline.augment import colour, selected
+from ssl_pipeline.augment.everywhere import augment_everywhere
+from ssl_pipeline.augment.parameters import NUM_PARAMETERS, Operation, Parameter, draw_parameters, stages_per_view
+from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, ViewGroup
 
 ADJUST = (oracle.adjust_brightness, oracle.adjust_contrast, oracle.adjust_saturation, oracle.adjust_hue)
 NEVER = {"jitter_prob": 0.0, "gray_prob": 0.0}
+UNNORMALISED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
-PLAIN = photometric.Normalise((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
-
-
-def selected(crops_NCHW, parameters_NP, stages, normalise):
+def augment_selected(crops_NCHW, parameters_NP, stages):
     out_NCHW = torch.full(crops_NCHW.shape, torch.nan, device=crops_NCHW.device)
-    photometric._augment_selected(crops_NCHW, parameters_NP, stages, normalise, out=out_NCHW)
+    selected.augment_selected(crops_NCHW, parameters_NP, stages, out=out_NCHW)
     return out_NCHW
 
 
-PATHS = {"selected": selected, "everywhere": photometric._augment_everywhere}
-
-
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=[augment_selected, augment_everywhere])
 def augment(request):
     """Both ways to compute: on the samples concerned (CPU), and on all of them (accelerators)."""
 
     def run(crops_NCHW, parameters_NP, group):
-        return PATHS[request.param](crops_NCHW, parameters_NP, photometric.stages_per_view(group)[0], PLAIN)
+        return request.param(crops_NCHW, parameters_NP, stages_per_view(group, **UNNORMALISED)[0])
 
     return run
 
@@ -157,15 +154,15 @@ def test_blur_keeps_a_flat_image(augment):
 
 def test_everything_together_equals_torchvision(augment):
     group = ViewGroup(size=16, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, blur_prob=0.5, solarize_prob=0.4)
-    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 64, UNIFORMS_PER_VIEW)), group)
+    drawn = draw_parameters(np.random.default_rng(0).random((1, 64, UNIFORMS_PER_VIEW)), group)
     crops, parameters = noise(64, size=16), torch.from_numpy(drawn[0])
     assert_equals_torchvision(augment(crops, parameters, group), crops, parameters, group)
 
 
 def test_strengths_of_zero_are_skipped_like_torchvision_skips_them(augment):
     group = ViewGroup(size=8, jitter_prob=1.0, contrast=0.0, hue=0.0, gray_prob=0.0)
-    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 16, UNIFORMS_PER_VIEW)), group)
-    assert photometric.stages_per_view(group)[0].operations == (Operation.BRIGHTNESS, Operation.SATURATION)
+    drawn = draw_parameters(np.random.default_rng(0).random((1, 16, UNIFORMS_PER_VIEW)), group)
+    assert stages_per_view(group, **UNNORMALISED)[0].operations == (Operation.BRIGHTNESS, Operation.SATURATION)
     crops, parameters = noise(16, size=8), torch.from_numpy(drawn[0])
     assert_equals_torchvision(augment(crops, parameters, group), crops, parameters, group)
 
@@ -181,10 +178,10 @@ def test_each_view_follows_its_own_settings_and_is_normalised():
         count=3, size=8, jitter_prob=(0, 1, 0), gray_prob=0.0, solarize_prob=(0, 0, 1), solarize_threshold=0.0
     )
     crops = noise(12, size=8).view(3, 4, 3, 8, 8)
-    drawn = photometric.draw_parameters(np.random.default_rng(0).random((3, 4, UNIFORMS_PER_VIEW)), group)
+    drawn = draw_parameters(np.random.default_rng(0).random((3, 4, UNIFORMS_PER_VIEW)), group)
     parameters = torch.from_numpy(drawn)
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
-    views = photometric.apply_photometric(crops, parameters, group, mean=mean, std=std)
+    views = apply_photometric(crops, parameters, group, mean=mean, std=std)
     assert views.dtype == torch.float32
     assert views.shape == crops.shape
     jittered, _ = one_at_a_time(crops[1], parameters[1], group)
@@ -196,23 +193,23 @@ def test_each_view_follows_its_own_settings_and_is_normalised():
 
 def test_a_view_does_not_depend_on_its_batch():
     group = ViewGroup(size=16, blur_prob=0.5, solarize_prob=0.2)
-    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 20, UNIFORMS_PER_VIEW)), group)
+    drawn = draw_parameters(np.random.default_rng(0).random((1, 20, UNIFORMS_PER_VIEW)), group)
     crops, parameters = noise(20, size=16)[None], torch.from_numpy(drawn)
     normalise = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    together = photometric.apply_photometric(crops, parameters, group, **normalise)
+    together = apply_photometric(crops, parameters, group, **normalise)
     for sample in range(20):
         rows = slice(sample, sample + 1)
-        alone = photometric.apply_photometric(crops[:, rows], parameters[:, rows], group, **normalise)
+        alone = apply_photometric(crops[:, rows], parameters[:, rows], group, **normalise)
         assert_close(together[:, rows], alone, atol=1e-5, rtol=0)
 
 
 def test_autocast_does_not_reach_the_blur():
     group = ViewGroup(size=16, blur_prob=1.0, **NEVER)
-    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 4, UNIFORMS_PER_VIEW)), group)
+    drawn = draw_parameters(np.random.default_rng(0).random((1, 4, UNIFORMS_PER_VIEW)), group)
     crops, parameters = noise(4, size=16)[None], torch.from_numpy(drawn)
-    plain = photometric.apply_photometric(crops, parameters, group, mean=(0, 0, 0), std=(1, 1, 1))
+    plain = apply_photometric(crops, parameters, group, **UNNORMALISED)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = photometric.apply_photometric(crops, parameters, group, mean=(0, 0, 0), std=(1, 1, 1))
+        cast = apply_photometric(crops, parameters, group, **UNNORMALISED)
     assert torch.equal(plain, cast)
 
 
@@ -220,16 +217,74 @@ def test_accelerators_never_wait_for_a_value():
     # the meta device holds no values: reading one, or a shape that depends on one, is an error there
     group = ViewGroup(size=8, blur_prob=0.5, solarize_prob=0.5)
     image, parameters = torch.empty(5, 3, 8, 8, device="meta"), torch.empty(5, NUM_PARAMETERS, device="meta")
-    stages = photometric.stages_per_view(group)[0]
-    photometric._augment_everywhere(image, parameters, stages, PLAIN)
+    stages = stages_per_view(group, **UNNORMALISED)[0]
+    augment_everywhere(image, parameters, stages)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the check bites
-        selected(image, parameters, stages, PLAIN)
+        augment_selected(image, parameters, stages)
 
 
 def test_the_accelerator_path_compiles_to_one_graph():
-    group = ViewGroup(size=8, blur_prob=0.5, solarize_prob=0.5)
-    drawn = photometric.draw_parameters(np.random.default_rng(0).random((1, 8, UNIFORMS_PER_VIEW)), group)
+    group = ViewGroup(size=8, blur_prob=0.5, blur_kernel=3, solarize_prob=0.5)
+    drawn = draw_parameters(np.random.default_rng(0).random((1, 8, UNIFORMS_PER_VIEW)), group)
     crops, parameters = noise(8, size=8), torch.from_numpy(drawn[0])
-    compiled = torch.compile(photometric._augment_everywhere, backend="aot_eager", fullgraph=True)
-    image = compiled(crops, parameters, photometric.stages_per_view(group)[0], PLAIN)
+    compiled = torch.compile(augment_everywhere, backend="eager", fullgraph=True)
+    image = compiled(crops, parameters, stages_per_view(group, **UNNORMALISED)[0])
     assert_equals_torchvision(image, crops, parameters, group)
+
+
+def test_a_second_batch_compiles_nothing_new():
+    group = ViewGroup(count=3, size=8, jitter_prob=0.0, blur_prob=(0.5, 0.5, 0.0), blur_kernel=3)
+    counter = torch._dynamo.testing.CompileCounter()
+    augment = torch.compile(augment_everywhere, backend=counter, fullgraph=True, dynamic=False)
+    for seed in range(3):
+        uniforms = np.random.default_rng(seed).random((3, 4, UNIFORMS_PER_VIEW))
+        parameters = torch.from_numpy(draw_parameters(uniforms, group))
+        for view, stages in enumerate(stages_per_view(group, **UNNORMALISED)):
+            augment(noise(4, size=8, seed=seed), parameters[view], stages)
+    assert counter.frame_count == 2  # one for each kind of view
+
+
+def test_float_crops_give_what_their_8_bit_levels_give(augment):
+    group = ViewGroup(size=16, blur_prob=0.5, solarize_prob=0.2)
+    drawn = draw_parameters(np.random.default_rng(0).random((1, 20, UNIFORMS_PER_VIEW)), group)
+    crops, parameters = noise(20, size=16), torch.from_numpy(drawn[0])
+    floats = crops.float()
+    assert torch.equal(augment(floats, parameters, group), augment(crops, parameters, group))
+    assert torch.equal(floats, crops.float())
+
+
+@pytest.mark.parametrize("budget", [1, 3 * 16 * 16 * 7, 10**9])
+def test_the_size_of_a_piece_changes_nothing(budget, monkeypatch):
+    group = ViewGroup(count=2, size=16, blur_prob=0.5, solarize_prob=(0.0, 0.3))
+    drawn = draw_parameters(np.random.default_rng(0).random((2, 20, UNIFORMS_PER_VIEW)), group)
+    crops, parameters = noise(40, size=16).view(2, 20, 3, 16, 16), torch.from_numpy(drawn)
+    monkeypatch.setattr(selected, "PIECE_VALUES", budget)
+    views = apply_photometric(crops, parameters, group, **UNNORMALISED)
+    for view in range(2):
+        assert_equals_torchvision(views[view], crops[view], parameters[view], group)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.3, 2.0])
+def test_a_cpus_narrower_kernel_blurs_as_the_full_one(sigma):
+    image, sigmas = noise(2, size=40).float() / 255, torch.tensor([sigma, sigma / 2])
+    full = colour.blur(image, sigmas, 23)
+    assert_close(colour.blur_by_matrices(image, sigmas, 23, out=torch.empty_like(image)), full, atol=3e-6, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_gives_what_the_cpu_gives_and_never_waits(compile):
+    group = ViewGroup(count=2, size=32, blur_prob=(1.0, 0.1), solarize_prob=(0.0, 0.2))
+    drawn = draw_parameters(np.random.default_rng(0).random((2, 64, UNIFORMS_PER_VIEW)), group)
+    crops, parameters = noise(128, size=32).view(2, 64, 3, 32, 32), torch.from_numpy(drawn)
+    settings = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "compile": compile}
+    expected = apply_photometric(crops, parameters, group, **settings)
+    crops, parameters = crops.cuda(), parameters.cuda()
+    apply_photometric(crops, parameters, group, **settings)  # which compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        views = apply_photometric(crops, parameters, group, **settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    off = (views.cpu() - expected).abs() > 1e-4
+    assert off.float().mean() < 1e-3  # values at the threshold of solarization

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as torchvision
 
-from ssl_pipeline.augment import photometric
-from ssl_pipeline.augment.photometric import NUM_PARAMETERS, apply_photometric, draw_parameters
+from ssl_pipeline.augment.everywhere import augment_everywhere
+from ssl_pipeline.augment.parameters import NUM_PARAMETERS, draw_parameters, stages_per_view
+from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.rand_augment import (
     CUTOUT_LEVEL,
     RANGES,
@@ -21,6 +22,7 @@ from ssl_pipeline.augment.rand_augment import (
     cut_out,
     draw_rand_augment,
 )
+from ssl_pipeline.augment.selected import augment_selected
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, ViewGroup
 
 ENHANCERS = {
@@ -126,9 +128,8 @@ def assert_equal_levels(actual, expected, *, levels, share):
 def test_each_operation_equals_pillow_and_torchvision(operation, size, selected):
     crops, values = images(size), magnitudes(operation)
     parameters = rows(operation, values, len(crops))
-    levels = apply_rand_augment(crops.repeat(len(values), 1, 1, 1) / 255, parameters, rounds=1, selected=selected).mul(
-        255
-    )
+    image = crops.repeat(len(values), 1, 1, 1) / 255
+    levels = apply_rand_augment(image, parameters, rounds=1, cutout=False, selected=selected).mul(255)
     assert_close(levels, levels.round(), atol=1e-4, rtol=0)  # whole levels
     expected = [
         torch.stack([oracle(image, operation, value) for value in values for image in crops])
@@ -149,7 +150,10 @@ def test_tiny_images_go_through_every_operation(size):
     crops = torch.randint(0, 256, (len(Operation), 3, size, size), generator=torch.Generator().manual_seed(0))
     middle = [magnitudes(operation)[len(magnitudes(operation)) // 2] for operation in Operation]
     parameters = torch.tensor([[float(operation), middle[operation]] for operation in Operation])
-    both = [apply_rand_augment(crops / 255, parameters, rounds=1, selected=selected) for selected in (True, False)]
+    both = [
+        apply_rand_augment(crops / 255, parameters, rounds=1, cutout=False, selected=selected)
+        for selected in (True, False)
+    ]
     assert_close(both[0], both[1], rtol=0, atol=0)
     assert both[0].isfinite().all()
     assert ((both[0] >= 0) & (both[0] <= 1)).all()
@@ -158,7 +162,7 @@ def test_tiny_images_go_through_every_operation(size):
 def test_two_rounds_are_one_after_the_other():
     crops = images()[:2]
     parameters = torch.tensor([[Operation.SOLARIZE, 100.0, Operation.CONTRAST, 0.3]]).repeat(2, 1)
-    result = apply_rand_augment(crops / 255, parameters, rounds=2, selected=True).mul(255)
+    result = apply_rand_augment(crops / 255, parameters, rounds=2, cutout=False, selected=True).mul(255)
     expected = [by_pillow(by_pillow(image, Operation.SOLARIZE, 100), Operation.CONTRAST, 0.3) for image in crops]
     assert torch.equal(result.round().to(torch.uint8), torch.stack(expected))
 
@@ -216,7 +220,7 @@ def test_a_strong_view_is_flipped_and_moved_before_it_is_augmented_and_normalise
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     views = apply_photometric(crops, parameters, group, mean=mean, std=std)
     own = torch.from_numpy(draw_rand_augment(uniforms[..., UNIFORMS_PER_VIEW:], group))[0]
-    plain = cut_out(apply_rand_augment(crops[0] / 255, own, rounds=2, selected=False), own[:, 4:])
+    plain = apply_rand_augment(crops[0] / 255, own, rounds=2, cutout=True, selected=False)
     expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert_close(views[0], expected, atol=1e-5, rtol=0)
     assert (plain == CUTOUT_LEVEL / 255).all(dim=1).flatten(1).any(dim=1).all()
@@ -236,19 +240,19 @@ def test_accelerators_never_wait_for_a_value():
     # the meta device holds no values: reading one, or a shape that depends on one, is an error there
     group = ViewGroup(size=8, rand_augment=2, cutout=(0.5, 0.5))
     image, parameters = torch.empty(5, 3, 8, 8, device="meta"), torch.empty(5, NUM_PARAMETERS + 8, device="meta")
-    stages, normalise = photometric.stages_per_view(group)[0], photometric.Normalise.by((0.5,) * 3, (0.25,) * 3)
-    photometric._augment_everywhere(image, parameters, stages, normalise)
+    stages = stages_per_view(group, mean=(0.5,) * 3, std=(0.25,) * 3)[0]
+    augment_everywhere(image, parameters, stages)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the check bites
-        photometric._augment_selected(image, parameters, stages, normalise, out=torch.empty_like(image))
+        augment_selected(image, parameters, stages, out=torch.empty_like(image))
 
 
 def test_the_accelerator_path_compiles_to_one_graph():
-    group = ViewGroup(size=8, rand_augment=2, cutout=(0.5, 0.5), **PLAIN)
+    group = ViewGroup(size=8, rand_augment=1, cutout=(0.5, 0.5), **PLAIN)
     uniforms = np.random.default_rng(0).random((1, 30, group.num_uniforms()))
     parameters = torch.from_numpy(draw_parameters(uniforms, group))[0]
-    stages, normalise = photometric.stages_per_view(group)[0], photometric.Normalise.by((0.5,) * 3, (0.25,) * 3)
+    stages = stages_per_view(group, mean=(0.5,) * 3, std=(0.25,) * 3)[0]
     crops = images(8)[:1].repeat(30, 1, 1, 1)
     plain = torch.empty(crops.shape)
-    photometric._augment_selected(crops, parameters, stages, normalise, out=plain)
-    everywhere = torch.compile(photometric._augment_everywhere, backend="eager", fullgraph=True)
-    assert_close(everywhere(crops, parameters, stages, normalise), plain, atol=1e-5, rtol=0)
+    augment_selected(crops, parameters, stages, out=plain)
+    everywhere = torch.compile(augment_everywhere, backend="eager", fullgraph=True)
+    assert_close(everywhere(crops, parameters, stages), plain, atol=1e-5, rtol=0)

@@ -139,6 +139,27 @@ def test_a_cache_is_filled_once_and_not_before_it_is_needed(shards: Path, monkey
     assert calls == [1]
 
 
+def test_what_is_kept_of_a_cache_are_the_images_of_the_batch(shards: Path) -> None:
+    index = open_shards(shards)
+    where = {"seed": 0, "position": 0, "rank": 0, "world_size": 1}
+    batch = next(open_stream(index, GROUPS, config(4, **CACHE), **where))
+    kept = batch.clone()
+    assert len(batch.pixels) > len(index) * 12 * 10 * 3
+    assert len(kept.pixels) == 4 * 12 * 10 * 3
+    assert_equal(kept, batch)
+
+
+def test_signs_of_life_come_while_a_cache_fills(shards: Path) -> None:
+    index, signs = open_shards(shards), list[int]()
+    settings = config(4, labelled=LabelledConfig(shards=str(shards), batch_size=3), **CACHE)
+    life = {"sign_of_life": lambda: signs.append(1)}
+    stream = open_stream(index, GROUPS, settings, seed=0, position=0, rank=0, world_size=1, **life)
+    labelled = open_labelled_stream(index, GROUPS, settings, seed=0, step=0, rank=0, world_size=1, accumulate=1, **life)
+    for filled, batches in enumerate((stream, labelled), start=1):
+        next(batches), next(batches)
+        assert len(signs) == filled
+
+
 def test_auto_crops_on_a_gpu_and_in_the_workers_of_a_cpu(shards: Path) -> None:
     index = open_shards(shards)
     where = {"seed": 0, "position": 0, "rank": 0, "world_size": 1}

@@ -2,15 +2,17 @@
 
 import pickle
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from ssl_pipeline.augment.crops import crop_boxes
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data import cached, decoded
+from ssl_pipeline.data import cached, decoded, free_memory
 from ssl_pipeline.data.cached import decode_all
 from ssl_pipeline.data.decoded import DecodedBatch, DecodedReader, estimate_image_bytes
 from ssl_pipeline.data.errors import DataError
@@ -164,9 +166,11 @@ def test_a_kept_batch_is_not_overwritten(varied: ShardIndex) -> None:
 # the cache
 
 
-def everything(index: ShardIndex, *, substitutes: bool = False, workers: int = 0) -> cached.CachedImages:
-    samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=substitutes)
-    return decode_all(samples, device=torch.device("cpu"), workers=workers, rank=0, world_size=1)
+def everything(
+    index: ShardIndex, *, workers: int = 0, sign_of_life: Callable[[], None] = lambda: None
+) -> cached.CachedImages:
+    samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
+    return decode_all(samples, device=torch.device("cpu"), workers=workers, rank=0, sign_of_life=sign_of_life)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -202,14 +206,30 @@ def test_a_cache_that_does_not_fit_is_refused(varied: ShardIndex, monkeypatch: p
     sentence = str(error.value)
     assert sentence.startswith("data.cache=true needs about 1.")
     assert "for the 16 decoded images of" in sentence
-    assert "more than half of the 4e-06 GB that are free on cpu. Leave it out" in sentence
+    assert "more than half of the 4e-06 GB that one may still take on cpu. Leave it out" in sentence
     assert "\n" not in sentence
 
 
-def test_free_memory_is_known() -> None:
-    free = cached.free_bytes(torch.device("cpu"))
-    assert free is None or 0 < free < 2**50
-    assert cached.free_bytes(torch.device("meta")) is None
+def test_a_cache_is_held_to_the_memory_of_the_container(varied: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_memory, "_left_in_groups", lambda: iter([4000]))
+    with pytest.raises(DataError, match=r"more than half of the 4e-06 GB"):
+        everything(varied)
+
+
+def test_a_cache_that_fills_gives_signs_of_life_and_shows_how_far_it_is(
+    varied: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars, progress = list[tqdm](), list[int]()
+
+    def quiet(**options: object) -> tqdm:
+        bars.append(tqdm(**options | {"file": StringIO()}))
+        return bars[0]
+
+    monkeypatch.setattr(cached, "SLOT_BYTES", 3000)  # four images
+    monkeypatch.setattr(cached, "tqdm", quiet)
+    everything(varied, sign_of_life=lambda: progress.append(bars[0].n))
+    assert progress == [4, 8, 12, 16]
+    assert (bars[0].total, bars[0].desc) == (16, f"decoding {varied.source}")
 
 
 def test_chains_of_substitutes_belong_to_the_sample_that_was_asked_for() -> None:

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssl_pipeline.data import workers as workers_module
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.ring import Layout
-from ssl_pipeline.data.workers import read_batches
+from ssl_pipeline.data.ring import Layout, slot_bytes
+from ssl_pipeline.data.workers import RING_SHARE, read_batches
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 
@@ -156,6 +159,38 @@ def test_errors_that_cannot_travel_are_told() -> None:
         next(open_batches(Squares({3: raising(PeculiarError(1, 2))})))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_result_that_cannot_travel_is_told_in_its_turn(workers: int) -> None:
+    stream = open_batches(Squares({7: threading.Lock}), workers=workers)
+    assert next(stream)[1] == 3
+    with pytest.raises(TypeError) as error:
+        next(stream)
+    assert str(error.value) == (
+        "A data worker cannot send what its reader returned, a lock: TypeError: cannot pickle '_thread.lock' object"
+    )
+    assert "In a data worker" in error.value.__notes__[0]
+
+
+def test_errors_with_what_cannot_travel_are_told() -> None:
+    with pytest.raises(RuntimeError, match=r"ValueError: <unlocked _thread\.lock"):
+        next(open_batches(Squares({3: raising(ValueError(threading.Lock()))})))
+
+
+class Unreadable:
+    """Travels, but cannot be put together again."""
+
+    def __getstate__(self) -> tuple[int]:
+        return (1,)
+
+    def __setstate__(self, state: tuple[int]) -> None:
+        raise EOFError("an error of its own")
+
+
+def test_a_result_that_arrives_broken_is_no_dead_worker() -> None:
+    with pytest.raises(EOFError, match="an error of its own"):
+        next(open_batches(Squares({3: Unreadable})))
+
+
 @needs_proc
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_killed_worker_is_an_error_at_once(busy: bool) -> None:
@@ -178,8 +213,57 @@ def test_a_killed_worker_is_an_error_at_once(busy: bool) -> None:
 
 @needs_proc
 def test_a_worker_that_leaves_is_an_error() -> None:
-    with pytest.raises(DataError, match="A data worker died: exit code 3"):
+    with pytest.raises(DataError, match="A data worker died: exit code 3") as error:
         next(open_batches(Squares({3: lambda: os._exit(3)})))
+    assert "memory" not in str(error.value)  # of which it would have been killed
+
+
+# memory
+
+
+def with_room_for(slots: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = slots * slot_bytes(Squares().layout()) / RING_SHARE
+    monkeypatch.setattr(workers_module, "free_host_bytes", lambda: int(free))
+
+
+def test_where_there_is_room_everybody_gets_slots_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_room_for(2 * 3 + 2.5, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stream = open_batches(batches=40, prefetch=3)
+        assert len({tensors["squares"].data_ptr() for tensors, _ in stream}) == 2 * 3 + 2
+
+
+@needs_proc
+@pytest.mark.parametrize(("room", "slots", "workers"), [(7.9, 7, 4), (4.2, 4, 2), (3, 3, 1), (0, 3, 1)])
+def test_where_memory_is_short_there_are_fewer_slots_and_no_worker_without_one(
+    room: float, slots: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room_for(room, monkeypatch)
+    before, places, extras = children(), set[int](), list[object]()
+    stream = open_batches(batches=40, workers=4)
+    with pytest.warns(UserWarning, match="a smaller") as told:
+        extras.append(next(stream)[1])
+    assert len(children() - before) == workers
+    for batch, (tensors, extra) in enumerate(stream, start=1):
+        assert tensors["squares"].tolist() == [position**2 for position in positions_of(batch)]
+        places.add(tensors["squares"].data_ptr())
+        extras.append(extra)
+    assert extras == [4 * batch + 3 for batch in range(40)]
+    assert len(places) == slots
+    assert [str(warning.message) for warning in told] == [
+        "4 workers (data.workers) that read 2 batches each ahead (data.prefetch) need 10 batches of 8.19e-06 GB in "
+        f"memory, but there is room for {room * 8.192e-06:.3g} GB, 25% of what this process has left: {slots} batches, "
+        f"for {workers} of the workers. Try a smaller data.batch_size."
+    ]
+
+
+def test_of_several_processes_the_first_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_room_for(4, monkeypatch)
+    monkeypatch.setattr(workers_module, "rank", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(open_batches(batches=5, workers=4))) == 5
 
 
 @needs_proc

@@ -1,0 +1,156 @@
+"""A backbone from its config: any timm model by name, with what a recipe changes about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import Field, model_validator
+from timm.layers import PatchEmbed
+from timm.models import ResNet, VisionTransformer
+from torch import nn
+
+import ssl_pipeline.wide_resnet  # noqa: F401  (adds its network to timm's registry)
+from ssl_pipeline.backbones.networks import Backbone, TokenBackbone
+from ssl_pipeline.config import Config, ConfigError, nearest
+from ssl_pipeline.initialisation import fix_positions, initialise
+from ssl_pipeline.weights import WEIGHT_SUFFIXES, first_line, load_weights
+
+RESERVED_ARGUMENTS = {
+    "num_classes": "the head is always left out",
+    "pretrained": "set backbone.weights",
+    "checkpoint_path": "set backbone.weights",
+    "drop_path_rate": "set backbone.drop_path",
+    "dynamic_img_size": "it is always on where the model has it",
+}
+
+
+class BackboneConfig(Config):
+    name: str
+    """Name of a timm model, for instance resnet18 or vit_small_patch16_224."""
+    arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Further arguments of the timm model, for instance {img_size: 32, patch_size: 4}."""
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Stochastic depth rate of the last block."""
+    small_images: bool = False
+    """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
+    weights: str | None = None
+    """Weights to start from: a file (.safetensors, .pth, .pt) or the tag of a pretrained timm model."""
+    initial_weights: Literal["mae", "moco_v3"] | None = None
+    """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
+    fixed_positions: bool = False
+    """ViTs only: a table of sines that is not trained, instead of learnt positions (MAE, MoCo v3)."""
+    frozen_patch_embed: bool = False
+    """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
+    checkpoint_activations: bool = False
+    """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
+    fraction of the memory, about a quarter slower. Not for networks with batch norm."""
+
+    @model_validator(mode="after")
+    def _arguments_are_the_models_own(self) -> BackboneConfig:
+        for argument, reason in RESERVED_ARGUMENTS.items():
+            if argument in self.arguments:
+                raise ValueError(f"backbone.arguments must not hold '{argument}': {reason}.")
+        if self.weights and self.initial_weights:
+            raise ValueError(
+                "backbone.weights and initial_weights both say how the weights begin. Leave one of them out."
+            )
+        return self
+
+
+def create_backbone(config: BackboneConfig) -> Backbone:
+    """The backbone that `config` describes; TokenBackbone for ViTs. Raises ConfigError for a mistake in it."""
+    if not timm.is_model(config.name):
+        raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
+    weights_file = _is_file(config.weights)
+    if config.small_images and config.weights and not weights_file:
+        raise ConfigError(
+            "backbone.small_images replaces the stem that pretrained weights need. Leave one of them out."
+        )
+    model = _create_model(config, tag=None if weights_file else config.weights)
+    if config.small_images:
+        _shrink_stem(model, config.name)
+    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
+        backbone: Backbone = TokenBackbone(model)
+    else:  # subclasses and hybrids have forward passes of their own
+        backbone = Backbone(model.to(memory_format=torch.channels_last))
+    if weights_file:
+        load_weights(backbone.model, Path(str(config.weights)))
+    _prepare_vit(backbone, config)
+    if config.checkpoint_activations:
+        _checkpoint_activations(backbone, config.name)
+    return backbone
+
+
+def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
+    name = config.name
+    arguments: dict[str, Any] = dict(config.arguments)
+    if tag is not None:
+        name = f"{config.name.split('.')[0]}.{tag}"
+        known = timm.list_pretrained(f"{config.name.split('.')[0]}.*")
+        if name not in known:
+            raise ConfigError(
+                f"backbone.weights: no file and no pretrained '{name}'. Known: {', '.join(known) or 'none'}"
+            )
+    if config.drop_path:
+        arguments["drop_path_rate"] = config.drop_path
+    try:
+        try:
+            return timm.create_model(name, tag is not None, num_classes=0, dynamic_img_size=True, **arguments)
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+            return timm.create_model(name, tag is not None, num_classes=0, **arguments)
+    except Exception as error:  # whatever timm raises, the cause is in the config or the connection
+        unwanted = next((argument for argument in config.arguments if f"'{argument}'" in str(error)), None)
+        hint = f" backbone.arguments.{unwanted}=null leaves it out." if unwanted else ""
+        raise ConfigError(f"timm cannot create '{name}': {first_line(error)}.{hint}") from error
+
+
+def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
+    """How the weights of a ViT begin and which of them stay as they are."""
+    if config.initial_weights == "mae" and not isinstance(backbone, TokenBackbone):
+        raise ConfigError(
+            f"MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. "
+            f"'{config.name}' has none."
+        )
+    for setting in ("initial_weights", "fixed_positions", "frozen_patch_embed"):
+        if getattr(config, setting) and not isinstance(backbone, TokenBackbone):
+            raise ConfigError(f"backbone.{setting} needs a ViT. '{config.name}' is none.")
+    if isinstance(backbone, TokenBackbone):
+        if config.initial_weights is not None:
+            initialise(backbone.model, config.initial_weights)
+        if config.fixed_positions:
+            fix_positions(backbone.model)
+        if config.frozen_patch_embed:
+            backbone.model.patch_embed.requires_grad_(False)
+
+
+def _checkpoint_activations(backbone: Backbone, name: str) -> None:
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in backbone.modules()):
+        raise ConfigError(
+            f"backbone.checkpoint_activations needs a network without batch norm, which would count each batch twice. "
+            f"'{name}' has some."
+        )
+    try:
+        backbone.model.set_grad_checkpointing()  # type: ignore[operator]
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"timm cannot checkpoint the activations of '{name}'.") from error
+
+
+def _shrink_stem(model: nn.Module, name: str) -> None:
+    if not (isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d)):
+        raise ConfigError(
+            f"backbone.small_images needs a ResNet with a single stem convolution. '{name}' is none; try resnet18."
+        )
+    old = model.conv1
+    stem = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm does
+    model.add_module("conv1", stem)
+    model.add_module("maxpool", nn.Identity())
+
+
+def _is_file(weights: str | None) -> bool:
+    return weights is not None and (weights.endswith(WEIGHT_SUFFIXES) or Path(weights).is_file())

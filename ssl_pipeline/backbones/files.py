@@ -1,0 +1,56 @@
+"""A finished backbone's directory: backbone.json and backbone.safetensors, which timm alone can read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+
+from ssl_pipeline.atomic import JSON, write_bytes, write_json
+from ssl_pipeline.backbones.create import BackboneConfig, create_backbone
+from ssl_pipeline.backbones.networks import Backbone
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.weights import first_line, load_weights
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def save_backbone(directory: Path, backbone: Backbone, config: BackboneConfig, preprocessing: Preprocessing) -> None:
+    """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    description: dict[str, JSON] = {
+        "name": config.name,
+        "arguments": config.arguments,
+        "small_images": config.small_images,
+        "size": preprocessing.size,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_bytes(directory / "backbone.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_json(directory / "backbone.json", description)
+
+
+def load_backbone(directory: Path) -> tuple[Backbone, BackboneConfig, Preprocessing]:
+    """The backbone that `save_backbone` wrote into a directory, with its description."""
+    path = directory / "backbone.json"
+    try:
+        description = json.loads(path.read_bytes())
+        config = BackboneConfig(**{key: description[key] for key in ("name", "arguments", "small_images")})
+        preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
+    except FileNotFoundError:
+        raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no description of a backbone ({first_line(error)}).") from error
+    backbone = create_backbone(config)
+    load_weights(backbone.model, directory / "backbone.safetensors")
+    return backbone, config, preprocessing

@@ -1,0 +1,63 @@
+"""Memory that this process may still take: of a GPU, or its share of what the machine or its container has left."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path("/")
+LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # control groups v2, v1
+RECLAIMABLE = ("inactive_file", "active_file")  # read from disk, and given up for whoever needs the memory
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of a GPU what nothing uses, of the host this process's share; None for other devices, of which nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_host_bytes() if device.type == "cpu" else None
+
+
+def free_host_bytes() -> int:
+    """What the machine has left, or the container if that is less; the processes of a machine share it equally."""
+    return max(min([_left_on_machine(), *_left_in_groups()]), 0) // processes_here()
+
+
+def processes_here() -> int:
+    """The training processes of this machine, by what the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _left_on_machine() -> int:
+    try:
+        lines = dict(line.split(":") for line in (ROOT / "proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except OSError:  # not Linux: all that there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_in_groups() -> Iterator[int]:
+    """For each limit on this process's control groups and those around them, what is left of it.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html; a container may see its own group as the root.
+    """
+    try:
+        lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        top = ROOT / "sys/fs/cgroup" / controllers
+        for group in (Path(path), *Path(path).parents):
+            yield from _left_in(top / group.relative_to("/"))
+
+
+def _left_in(group: Path) -> Iterator[int]:
+    for limit, used in LIMITS.items():
+        try:
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such file, or "max" for a limit
+            continue
+        yield left + sum(int(statistics.get(f"total_{name}", statistics.get(name, 0))) for name in RECLAIMABLE)

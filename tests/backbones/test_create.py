@@ -1,0 +1,139 @@
+"""Backbones from their config: stems, checkpointed activations, weights in files, and mistakes."""
+
+import math
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_vit import images, tiny_vit
+
+from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.positions import resample_positions
+
+
+def test_small_images_change_the_stem_of_a_resnet():
+    backbone = create_backbone(BackboneConfig(name="resnet18", small_images=True))
+    stem = backbone.model.conv1
+    assert (stem.kernel_size, stem.stride, stem.padding, stem.bias) == ((3, 3), (1, 1), (1, 1), None)
+    assert abs(stem.weight.std().item() - math.sqrt(2 / (64 * 9))) < 0.005
+    assert backbone.model.forward_features(images()).shape == (2, 512, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18d", "convnext_atto"])
+def test_small_images_are_refused_where_there_is_no_such_stem(name):
+    with pytest.raises(ConfigError, match=f"'{name}' is none"):
+        create_backbone(BackboneConfig(name=name, small_images=True))
+
+
+def step_of(**changes):
+    """Features and gradients of a training step with drop path, and the tokens that the step keeps for its backward."""
+    backbone, kept = tiny_vit(drop_path=0.5, **changes).train(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        torch.manual_seed(1)
+        features = backbone(images(count=8))
+    features.square().sum().backward()
+    return features.detach(), [parameter.grad for parameter in backbone.parameters()], sum(kept)
+
+
+def test_checkpointed_activations_change_nothing_but_the_memory():
+    features, gradients, kept = step_of()
+    checkpointed_features, checkpointed_gradients, kept_then = step_of(checkpoint_activations=True)
+    assert torch.equal(checkpointed_features, features)
+    torch.testing.assert_close(checkpointed_gradients, gradients, rtol=0, atol=1e-7)
+    assert kept_then < kept / 3
+
+
+def test_a_cnn_without_batch_norm_can_checkpoint_its_activations():
+    gradients = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        backbone = create_backbone(BackboneConfig(name="convnext_atto", checkpoint_activations=checkpoint))
+        assert any(getattr(part, "grad_checkpointing", False) for part in backbone.modules()) == checkpoint
+        backbone(images(32)).sum().backward()
+        gradients.append([parameter.grad for parameter in backbone.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wide_resnet28_2"])
+def test_batch_norm_and_checkpointed_activations_are_refused(name):
+    with pytest.raises(ConfigError, match=f"needs a network without batch norm.* '{name}' has some"):
+        create_backbone(BackboneConfig(name=name, checkpoint_activations=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"name": "resnet81"}, r"No timm model 'resnet81'. Did you mean 'resnet\d+"),
+        ({"name": "resnet18", "arguments": {"depht": 3}}, "timm cannot create 'resnet18': .*depht"),
+        (
+            {"name": "resnet18", "weights": "no_such_tag"},
+            "no pretrained 'resnet18.no_such_tag'. Known: .*resnet18.a1_in1k",
+        ),
+        ({"name": "resnet18", "weights": "missing.safetensors"}, "cannot read weights from missing.safetensors"),
+        ({"name": "resnet18", "weights": "a1_in1k", "small_images": True}, "Leave one of them out"),
+    ],
+)
+def test_a_mistake_is_one_line(config, sentence):
+    with pytest.raises(ConfigError, match=sentence) as error:
+        create_backbone(BackboneConfig(**config))
+    assert "\n" not in str(error.value)
+
+
+def test_arguments_with_a_setting_of_their_own_are_refused():
+    with pytest.raises(ValueError, match="must not hold 'num_classes'"):
+        BackboneConfig(name="resnet18", arguments={"num_classes": 10})
+
+
+def weights_of(backbone):
+    return dict(backbone.model.state_dict())
+
+
+def start_from(path, **changes):
+    return tiny_vit(weights=str(path), **changes)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_of_a_classifier_file_are_loaded_without_the_classifier(tmp_path, suffix):
+    backbone = tiny_vit()
+    torch.nn.init.normal_(backbone.model.cls_token)
+    weights = {**weights_of(backbone), "head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)}
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"model": weights}, path)
+    else:
+        safetensors.torch.save_file(weights, path)
+    torch.testing.assert_close(start_from(path)(images()), backbone(images()))
+
+
+def test_a_position_table_of_another_size_is_resampled(tmp_path):
+    backbone = tiny_vit()
+    torch.save(weights_of(backbone), tmp_path / "weights.pth")
+    larger = start_from(tmp_path / "weights.pth", arguments={"img_size": 48})
+    positions = backbone.model.pos_embed
+    torch.testing.assert_close(larger.model.pos_embed[:, 0], positions[:, 0])
+    torch.testing.assert_close(larger.model.pos_embed[:, 1:], resample_positions(positions[:, 1:], (4, 4), (6, 6)))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w: [w.pop(name) for name in list(w)[:5]], r"misses cls_token, pos_embed, .* \(5 in all\)"),
+        (lambda w: w.update({"extra.weight": torch.ones(1)}), r"has unknown extra.weight \(1 in all\)"),
+        (lambda w: w.update({"norm.bias": torch.ones(3)}), r"norm.bias must be \(48,\). Got \(3,\)"),
+        (lambda w: w.update({"epoch": 3}), "holds no plain table of tensors"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, change, sentence):
+    weights = weights_of(tiny_vit())
+    change(weights)
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=sentence):
+        start_from(tmp_path / "weights.pth")
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    torch.save({"weights": BackboneConfig(name="resnet18")}, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match="cannot read weights") as error:
+        start_from(tmp_path / "weights.pth")
+    assert "\n" not in str(error.value)

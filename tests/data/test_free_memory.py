@@ -1,0 +1,81 @@
+"""What a process may still take of the memory: the machine's, the container's, and not that of its siblings."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_pipeline.data import free_memory
+from ssl_pipeline.data.free_memory import free_bytes, free_host_bytes
+
+Machine = Callable[..., None]
+V1 = {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "caches": "total_inactive_file 30\ncache 500"}
+V2 = {"limit": "memory.max", "used": "memory.current", "caches": "anon 9\ninactive_file 20\nactive_file 10"}
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Makes a machine that has 1,024,000 bytes left, with a process in some control group."""
+
+    def write(path: str, text: object) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{text}\n")
+
+    def build(line: str = "0::/", groups: dict[str, tuple[object, int]] | None = None, *, names: dict = V2) -> None:
+        write("proc/meminfo", "MemTotal: 9999 kB\nMemAvailable: 1000 kB")
+        write("proc/self/cgroup", f"5:pids:/other\n{line}")
+        for group, (limit, used) in (groups or {}).items():
+            write(f"sys/fs/cgroup/{group}/{names['limit']}", limit)
+            write(f"sys/fs/cgroup/{group}/{names['used']}", used)
+            write(f"sys/fs/cgroup/{group}/memory.stat", names["caches"])
+
+    monkeypatch.setattr(free_memory, "ROOT", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    return build
+
+
+def test_without_a_container_it_is_what_the_machine_has_left(machine: Machine) -> None:
+    machine()
+    assert free_host_bytes() == free_bytes(torch.device("cpu")) == 1_024_000
+
+
+def test_a_container_holds_its_processes_to_its_limit(machine: Machine) -> None:
+    machine("0::/", {"": (1000, 400)})
+    assert free_host_bytes() == 630  # file caches, 30 here, are given up for whoever needs the memory
+
+
+def test_the_limit_may_be_that_of_a_group_around(machine: Machine) -> None:
+    machine("0::/slurm/job/step", {"slurm": ("max", 1), "slurm/job": (1000, 900), "slurm/job/step": (5000, 10)})
+    assert free_host_bytes() == 130
+
+
+@pytest.mark.parametrize("group", ["memory/docker/abc", "memory"])  # the latter where the container sees itself as root
+def test_version_1_of_control_groups_is_known(machine: Machine, group: str) -> None:
+    machine("4:memory:/docker/abc", {group: (2000, 500)}, names=V1)
+    assert free_host_bytes() == 1530
+
+
+def test_no_limit_is_none(machine: Machine) -> None:
+    machine("0::/a", {"a": ("max", 500)})
+    assert free_host_bytes() == 1_024_000
+    machine("4:memory:/a", {"memory/a": (2**63 - 4096, 500)}, names=V1)
+    assert free_host_bytes() == 1_024_000
+
+
+def test_a_container_beyond_its_limit_has_nothing_left(machine: Machine) -> None:
+    machine("0::/", {"": (1000, 1100)})
+    assert free_host_bytes() == 0
+
+
+def test_the_processes_of_a_machine_share_its_memory(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine("0::/", {"": (1000, 230)})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert free_host_bytes() == 100
+
+
+def test_something_is_known_of_every_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert 0 < free_host_bytes() < 2**50
+    monkeypatch.setattr(free_memory, "ROOT", tmp_path)  # no /proc
+    assert 0 < free_host_bytes() < 2**50
+    assert free_bytes(torch.device("meta")) is None
