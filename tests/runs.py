@@ -117,6 +117,7 @@ def make_run(
     *,
     backbone: BackboneConfig = VIT,
     batch_size: int = 8,
+    cache: bool = False,
     optim: Mapping[str, object] = SGD,
     monitors: Sequence[Monitor] = (),
     directory: RunDirectory | None = None,
@@ -125,7 +126,7 @@ def make_run(
 ) -> Run:
     """What `pretrain.py` gives the engine, for the method `name` in its smallest form."""
     output.mkdir(parents=True, exist_ok=True)
-    data = validate(DataConfig, _data(name, shards, batch_size=batch_size))
+    data = validate(DataConfig, _data(name, shards, batch_size=batch_size) | {"cache": cache})
     config = validate(TrainConfig, {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0} | train)
     accelerator, index = start_accelerator(config), open_shards(shards)
     return Run(

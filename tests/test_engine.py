@@ -202,6 +202,16 @@ def test_each_batch_of_a_monitor_is_a_sign_of_life(tmp_path, shards, monkeypatch
     assert counts == [5]
 
 
+@pytest.mark.parametrize("name", ["simclr", "fixmatch"])
+def test_filling_the_cache_gives_signs_of_life(tmp_path, shards, monkeypatch, name):
+    signs = []
+    monkeypatch.setattr(Interruption, "sign_of_life", lambda self: signs.append(1))
+    train_alone(tmp_path / "plain", name, shards, steps=1)
+    plain = len(signs)
+    train_alone(tmp_path / "cached", name, shards, steps=1, cache=True)
+    assert len(signs) - plain == plain + (2 if name == "fixmatch" else 1), "one for each set that is decoded"
+
+
 def test_a_stopped_run_is_saved_before_its_monitors_begin(tmp_path, shards):
     def look(backbone: nn.Module) -> float:
         return len(list((tmp_path / "run" / "checkpoints").glob("step-*")))
