@@ -2,7 +2,8 @@
 
 The whole state of a run is the method's and the optimizer's tensors and one number, the position in the endless stream
 of samples. The step, the epoch and every schedule follow from it; randomness is seeded anew in each step. So a run that
-is killed at any moment goes on bit for bit from its newest checkpoint.
+is killed at any moment goes on bit for bit from its newest checkpoint; on a GPU up to the order in which kernels add:
+the backward passes of attention and of convolutions need not give the same bits twice there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One optimizer step: micro-batches in, forward and backward, the update and what follows it.
 
-The host waits for a GPU in two places only: for the verdict on the step before, which is there by then, and, with
-train.precision=fp16, in the optimizer itself (torch's GradScaler asks on the host whether a gradient overflowed).
+The host waits for a GPU only for the verdict on the step before, which is there by then; and where torch itself does:
+each batch norm of train.sync_batch_norm asks which processes had images, and with train.precision=fp16 the GradScaler
+asks before a step of LARS (the fused AdamW and SGD look at the overflow on the device).
 """
 
 from __future__ import annotations
