@@ -13,7 +13,7 @@ from benchmarks.peers import missing, why_not_compiled
 from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig
 from benchmarks.step_settings import SETTINGS, StepSetting
-from benchmarks.training_steps import OurStep, TrainingStep, compile_backbones
+from benchmarks.training_steps import OurStep, TrainingStep
 from ssl_pipeline.attention import choose_attention
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.batch import Batch
@@ -126,7 +126,8 @@ def _contestants(config: BenchmarkConfig, setting: StepSetting, left_out: dict[s
     if why_not:
         left_out["ours, compiled"] = why_not
     else:
-        compile_backbones(method)
+        for part in method.parts_to_compile():  # as train.compile does
+            part.compile(dynamic=False)
         step = OurStep(method, setting.optim).parts()
         contestants.append(Contestant("ours, compiled", unit_of(step), counted=eager, warm_ups=3))
     return contestants

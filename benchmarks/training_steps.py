@@ -76,13 +76,6 @@ class OurStep:
         self.method.after_step([self.carry], PROGRESS)
 
 
-def compile_backbones(method: Method) -> None:
-    """What train.compile does."""
-    for module in method.modules():
-        if isinstance(module, Backbone):
-            module.compile()
-
-
 def copy_of_model(backbone: nn.Module) -> nn.Module:
     """The timm model in a backbone, copied into torch's default memory layout."""
     assert isinstance(backbone, Backbone)

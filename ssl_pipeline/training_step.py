@@ -86,7 +86,7 @@ class TrainingStep:
             with phase("copy"):
                 images = images.to(run.accelerator.device, non_blocking=True)
             with phase("augment"):
-                batch = make_batch(images, run.augment, run.data, compile=run.config.compile)
+                batch = make_batch(images, run.augment, run.data)
             seed_everything(run.seed, progress.step, rank(), micro)
             last = micro == run.config.accumulate - 1
             with nullcontext() if last else run.accelerator.no_sync(self.network):
@@ -117,21 +117,17 @@ class TrainingStep:
         return gradient_norm
 
 
-def make_batch(
-    images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig, *, compile: bool = False
-) -> Batch:
+def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
     """The views of a batch from the stream, cropped and augmented on the device that it is on."""
-    batch = _make_part(images, augment, data, compile=compile)
+    batch = _make_part(images, augment, data)
     if images.labelled is None:
         return batch
-    return replace(batch, labelled=_make_part(images.labelled, augment, data, compile=compile))
+    return replace(batch, labelled=_make_part(images.labelled, augment, data))
 
 
-def _make_part(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig, *, compile: bool) -> Batch:
+def _make_part(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
     views = {
-        name: apply_photometric(
-            crops, images.parameters[name], augment[name], mean=data.mean, std=data.std, compile=compile
-        )
+        name: apply_photometric(crops, images.parameters[name], augment[name], mean=data.mean, std=data.std)
         for name, crops in images.cropped(augment).items()
     }
     return Batch(views, images.labels, images.index)

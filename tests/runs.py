@@ -186,8 +186,8 @@ def happens(happening: Happening) -> Iterator[None]:
     made = count()
     original = training_step.make_batch
 
-    def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig, *, compile: bool) -> Batch:
-        batch = original(images, augment, data, compile=compile)
+    def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
+        batch = original(images, augment, data)
         if happening.record is not None:
             with happening.record.with_suffix(f".{rank()}").open("a") as file:
                 file.write(json.dumps(batch.index.tolist()) + "\n")

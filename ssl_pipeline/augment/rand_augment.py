@@ -176,7 +176,7 @@ def _transform(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor) -> 
 
 def _posterize(image_NCHW: Tensor, _: Tensor, bits_N: Tensor) -> Tensor:
     step_N111 = per_sample(torch.exp2(8 - bits_N).round_())
-    return (image_NCHW / step_N111).floor_() * step_N111
+    return ((image_NCHW + 0.5) / step_N111).floor_() * step_N111  # half a level: compiled divisions are approximate
 
 
 def _solarize(image_NCHW: Tensor, _: Tensor, threshold_N: Tensor) -> Tensor:
@@ -186,7 +186,8 @@ def _solarize(image_NCHW: Tensor, _: Tensor, threshold_N: Tensor) -> Tensor:
 def _autocontrast(image_NCHW: Tensor, _: Tensor, __: Tensor) -> Tensor:
     """Each channel stretched from black to white; a channel of one level stays."""
     low, high = (bound(dim=(2, 3), keepdim=True) for bound in (image_NCHW.amin, image_NCHW.amax))
-    stretched = ((image_NCHW - low) * 255 / (high - low).clamp(min=1)).floor_()
+    stretched = (image_NCHW - low) * 255 / (high - low).clamp(min=1)
+    stretched = (stretched + 1e-3).floor_()  # compiled divisions are approximate; fractions are 0 or at least 1 / 255
     return torch.where(high > low, stretched, image_NCHW)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as oracle
 
-from ssl_pipeline.augment import colour, selected
+from ssl_pipeline.augment import colour, photometric, selected
 from ssl_pipeline.augment.everywhere import augment_everywhere
 from ssl_pipeline.augment.parameters import NUM_PARAMETERS, Operation, Parameter, draw_parameters, stages_per_view
 from ssl_pipeline.augment.photometric import apply_photometric
@@ -242,6 +242,30 @@ def test_a_second_batch_compiles_nothing_new():
         for view, stages in enumerate(stages_per_view(group, **UNNORMALISED)):
             augment(noise(4, size=8, seed=seed), parameters[view], stages)
     assert counter.frame_count == 2  # one for each kind of view
+
+
+def test_where_torch_cannot_compile_the_colours_run_as_they_are_and_say_so_once(monkeypatch, recwarn):
+    def fails(*_: object) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    stages = stages_per_view(ViewGroup(size=8), **UNNORMALISED)[0]
+    drawn = draw_parameters(np.random.default_rng(0).random((1, 8, UNIFORMS_PER_VIEW)), ViewGroup(size=8))
+    crops, parameters = noise(8, size=8), torch.from_numpy(drawn[0])
+    fused = photometric.Fused()
+    for _ in range(2):
+        assert torch.equal(fused(crops, parameters, stages), augment_everywhere(crops, parameters, stages))
+    assert [str(warning.message) for warning in recwarn] == [
+        "The colours of a batch run one operation at a time on this GPU, which is slower: torch.compile failed "
+        "(RuntimeError: Failed to find C compiler). It needs triton and a C compiler such as gcc."
+    ]
+
+
+def test_errors_of_the_colours_themselves_are_not_hidden(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *arguments: function(*arguments))
+    stages = stages_per_view(ViewGroup(size=8), **UNNORMALISED)[0]
+    with pytest.raises(IndexError), pytest.warns(match="torch.compile failed"):
+        photometric.Fused()(noise(8, size=8), torch.zeros(8, 0), stages)
 
 
 def test_float_crops_give_what_their_8_bit_levels_give(augment):
