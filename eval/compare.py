@@ -152,9 +152,10 @@ def _read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def _course(rows: Sequence[Sequence[Mapping[str, float]]], metric: str) -> list[tuple[float, float]]:
-    """Epoch and mean over the seeds of a metric; rows: the logged ones, by seed."""
-    courses = [[(row["epoch"], row[metric]) for row in seed_rows if metric in row] for seed_rows in rows]
-    return [(points[0][0], mean(top1 for _, top1 in points)) for points in zip(*courses, strict=False)]
+    """Each epoch in which all seeds have the metric, and its mean over them; rows: the logged ones, by seed."""
+    courses = [{row["epoch"]: row[metric] for row in seed_rows if metric in row} for seed_rows in rows]
+    measured_in_all = sorted(set.intersection(*map(set, courses)))
+    return [(epoch, mean(course[epoch] for course in courses)) for epoch in measured_in_all]
 
 
 def _key(argument: str) -> str:

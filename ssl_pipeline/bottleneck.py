@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from ssl_pipeline.data.decoded import estimate_image_bytes
-from ssl_pipeline.data.free_memory import free_bytes, processes_here
+from ssl_pipeline.data.free_memory import free_bytes
 from ssl_pipeline.data.remote import is_url
 from ssl_pipeline.data.shards import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.distributed import processes_here
 
 TOO_MUCH = 0.10  # of the time spent waiting: the loader is the bottleneck
 ENOUGH = 0.05  # it no longer is; in between, what was said last stands
@@ -62,8 +63,8 @@ class Supply:
     """What images come from.
 
     cores: CPU cores of one training process.
-    stored_bytes: mean size of a stored image; 0 for remote shards, which are not fetched for this.
-    decoded_bytes: size of all images, decoded.
+    stored_bytes: mean size of a stored image; decoded_bytes: size of all images, decoded. Both are 0 for remote shards,
+    which are not fetched for this.
     free_bytes: memory that one training process may still take on its device.
     """
 
@@ -81,7 +82,7 @@ def supply_of(index: ShardIndex, device: torch.device) -> Supply:
         cores=cores_per_process(),
         is_remote=is_remote,
         stored_bytes=0.0 if is_remote else _stored_bytes(index),
-        decoded_bytes=estimate_image_bytes(index).mean * len(index),
+        decoded_bytes=0.0 if is_remote else estimate_image_bytes(index).mean * len(index),
         free_bytes=free_bytes(device) or 0,
     )
 

@@ -13,9 +13,9 @@ from ssl_pipeline.config import ConfigError
 from ssl_pipeline.saved_state import (
     CheckpointError,
     SavedState,
-    load,
+    load_checkpoint,
     read_manifest,
-    verify,
+    verify_files,
     whole_number,
     write_manifest,
     write_tensors,
@@ -68,7 +68,7 @@ class Checkpoints:
         reason = ""
         for path in candidates:
             try:
-                state = load(path)
+                state = load_checkpoint(path)
             except CheckpointError as error:
                 reason = str(error)
                 self.report(f"{reason} Trying the one before it.")
@@ -128,7 +128,7 @@ class Checkpoints:
     def _is_valid(self, path: Path) -> bool:
         if path not in self._known_valid:
             try:
-                verify(path, read_manifest(path))
+                verify_files(path, read_manifest(path))
             except CheckpointError:
                 return False
             self._known_valid.add(path)

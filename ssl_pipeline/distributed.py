@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,12 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def processes_here() -> int:
+    """The processes of this machine, by what the launcher says; 1 where it says nothing."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(int(number), 1) if number.isdecimal() else 1
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Manifest:
+    """What `manifest.json` vouches for."""
+
     files: dict[str, tuple[int, str]]  # file name -> bytes, sha256
     facts: dict[str, JSON]
 
@@ -63,6 +65,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_manifest(directory: Path, facts: Mapping[str, JSON]) -> None:
+    """Vouch for the files that a directory holds, and for the facts; synced to disk."""
     files: dict[str, JSON] = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(directory.iterdir())}
     body: dict[str, JSON] = {"format": FORMAT, "files": files, "facts": facts}
     path = directory / "manifest.json"
@@ -71,9 +74,10 @@ def write_manifest(directory: Path, facts: Mapping[str, JSON]) -> None:
     _sync_file(path)
 
 
-def load(path: Path) -> SavedState:
+def load_checkpoint(path: Path) -> SavedState:
+    """All of a checkpoint, verified; CheckpointError if it is damaged."""
     manifest = read_manifest(path)
-    verify(path, manifest)
+    verify_files(path, manifest)
     try:
         tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in manifest.files}
     except (OSError, SafetensorError) as error:
@@ -108,7 +112,8 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(files, facts)
 
 
-def verify(path: Path, manifest: Manifest) -> None:
+def verify_files(path: Path, manifest: Manifest) -> None:
+    """Raises CheckpointError unless each file has the bytes that the manifest vouches for."""
     for name, (size, digest) in manifest.files.items():
         try:
             found = (path / name).stat().st_size
@@ -121,6 +126,7 @@ def verify(path: Path, manifest: Manifest) -> None:
 
 
 def whole_number(facts: Mapping[str, JSON], name: str) -> int:
+    """A fact that every checkpoint has; CheckpointError if this one has not."""
     value = facts.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise CheckpointError(f"A checkpoint needs the whole number {name!r} among its facts. Got {value!r}.")

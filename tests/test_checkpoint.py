@@ -273,7 +273,7 @@ def check_nothing_is_lost(directory, older, newer):
     assert state.position in (older, newer)
     torch.testing.assert_close(state.tensors["method"]["weight"], torch.full((2, 3), float(state.step)))
     for path in directory.glob("step-*"):
-        saved_state.load(path)  # whatever has a checkpoint's name is whole
+        saved_state.load_checkpoint(path)  # whatever has a checkpoint's name is whole
 
 
 def test_everything_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):

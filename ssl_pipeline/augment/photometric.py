@@ -70,6 +70,7 @@ class Fused:
         except Exception as error:  # of no common type: no triton, no C compiler, a fault of the compiler's
             if self.augment is augment_everywhere:
                 raise
+            views_NCHW = augment_everywhere(crops_NCHW, parameters_NP, stages)  # which raises if the fault lies there
             self.augment = augment_everywhere
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             warnings.warn(
@@ -77,7 +78,7 @@ class Fused:
                 f"({type(error).__name__}: {reason}). It needs triton and a C compiler such as gcc.",
                 stacklevel=2,
             )
-            return self.augment(crops_NCHW, parameters_NP, stages)
+            return views_NCHW
 
 
 @cache

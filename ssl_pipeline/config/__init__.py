@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -96,13 +97,16 @@ def run_command(
     """Read the arguments, call `run` with the config and return the exit code.
 
     0 is success, 1 a failed run, 2 a mistake in settings or data (one `error:` line on stderr for either), 130 an
-    interrupt. `--help` lists every key, `--print` shows the resolved settings, `--debug` the traceback of an error.
+    interrupt. `--help` lists every key, `--print` shows the resolved settings, `--debug` where errors and warnings come
+    from.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = {flag for flag in ("--help", "-h", "--print", "--debug") if flag in arguments}
     arguments = [argument for argument in arguments if argument not in flags]
     rank = os.environ.get("RANK", "0")
     running = False
+    if "--debug" not in flags:
+        warnings.formatwarning = _one_line
     try:
         if flags & {"--help", "-h"}:
             print(help_page(schema, arguments, command, recipes))
@@ -129,3 +133,10 @@ def run_command(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Instead of the place in our code, of which no user knows."""
+    return f"warning: {message}\n"

@@ -32,6 +32,9 @@ class _YamlLoader(yaml.SafeLoader):
                 raise ConfigError(f"line {node.start_mark.line + 1}: a key must be text. Got {key!r}.")
             if keys.count(key) > 1:
                 raise ConfigError(f"line {node.start_mark.line + 1}: '{key}' is given twice in one section.")
+        for key, (_, value) in zip(keys, node.value, strict=True):
+            if ":" in key and value.value == "":  # {key:value}
+                raise ConfigError(f"line {node.start_mark.line + 1}: '{key}' needs a space after the colon.")
         return super().construct_mapping(node, deep)
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:

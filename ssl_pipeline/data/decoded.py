@@ -25,7 +25,7 @@ from ssl_pipeline.data.stream_batch import StreamBatch
 # V views of each of B images, P photometric parameters, S pixels
 
 HEADERS_READ = 64
-USUAL_SIZE = (500, 400)  # of an ImageNet photograph, where it would take a download to know
+USUAL_SIZE = (500, 400)  # of an ImageNet photograph, where no header tells
 
 
 @dataclass(frozen=True)
@@ -228,12 +228,10 @@ class ImageBytes:
 
 
 def estimate_image_bytes(index: ShardIndex) -> ImageBytes:
-    """From the headers of 64 images all over the set; of a remote one nothing is fetched, and a usual size assumed."""
-    if is_url(index.source):
-        width, height = USUAL_SIZE
-        return ImageBytes(3.0 * width * height, 1.5 * width * height, 3 * width)
+    """From the headers of 64 images all over the set; all over the first shard if each must be fetched."""
+    within = int(index.shard_counts[0]) if is_url(index.source) else len(index)
     sizes = []
-    for sample in np.unique(np.linspace(0, len(index) - 1, HEADERS_READ).astype(np.int64)).tolist():
+    for sample in np.unique(np.linspace(0, within - 1, HEADERS_READ).astype(np.int64)).tolist():
         try:
             with Image.open(BytesIO(index.read(sample).image), formats=FORMATS) as image:
                 sizes.append(image.size)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ssl_pipeline.distributed import processes_here
+
 ROOT = Path("/")
 LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # control groups v2, v1
 RECLAIMABLE = ("inactive_file", "active_file")  # read from disk, and given up for whoever needs the memory
@@ -23,16 +25,11 @@ def free_host_bytes() -> int:
     return max(min([_left_on_machine(), *_left_in_groups()]), 0) // processes_here()
 
 
-def processes_here() -> int:
-    """The training processes of this machine, by what the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def _left_on_machine() -> int:
     try:
         lines = dict(line.split(":") for line in (ROOT / "proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
-    except OSError:  # not Linux: all that there is
+    except (OSError, KeyError):  # not Linux, or an old one: all that there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -44,9 +41,9 @@ def _left_in_groups() -> Iterator[int]:
     try:
         lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        lines = []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers not in ("", "memory"):
+        lines = ["0::/"]
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
             continue
         top = ROOT / "sys/fs/cgroup" / controllers
         for group in (Path(path), *Path(path).parents):
@@ -57,7 +54,14 @@ def _left_in(group: Path) -> Iterator[int]:
     for limit, used in LIMITS.items():
         try:
             left = int((group / limit).read_text()) - int((group / used).read_text())
-            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such file, or "max" for a limit
             continue
-        yield left + sum(int(statistics.get(f"total_{name}", statistics.get(name, 0))) for name in RECLAIMABLE)
+        yield left + _reclaimable(group)
+
+
+def _reclaimable(group: Path) -> int:
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return sum(int(statistics.get(f"total_{name}", statistics.get(name, 0))) for name in RECLAIMABLE)

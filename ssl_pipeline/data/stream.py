@@ -47,8 +47,8 @@ class DataConfig(Config):
     batch_size: Annotated[int, Field(ge=1)]
     """Images per process and micro-batch."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Reading processes per training process; 0 reads in the training process itself. Their batches take a quarter of
-    the memory that is free for it at most; where that is too little for all, fewer are started, and the log says so."""
+    """Reading processes per training process; 0 reads in the training process itself. Where a quarter of the memory
+    that is free for it has no room for the batches of all, fewer are started, with a warning."""
     crop_on: Literal["auto", "worker", "device"] = "auto"
     """Where crops are cut out and resized. worker: in the reading processes, rounded to 8 bits. device: a whole batch
     at once where the model is, on a GPU not rounded; the reading processes only decode. auto: the device if a GPU."""

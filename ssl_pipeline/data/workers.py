@@ -26,7 +26,9 @@ from ssl_pipeline.data.ring import Reader, Slots, slot_bytes
 from ssl_pipeline.distributed import rank
 
 HELD_SLOTS = 2  # by the trainer: the batch in use, and the one before it while its copy to the device is under way
-RING_SHARE = 0.25  # of the memory that this process may still take, for its slots
+LEAST_SLOTS = HELD_SLOTS + 1  # and one to write into
+RING_SHARE = 0.25  # of the memory that this process may still take, for the slots of a stream
+LARGEST_SHARE = 0.5  # that the least number of slots may take
 TASK = struct.Struct("qq")  # numbers of a batch and of the slot for it; so short a message is never torn
 TRAINER_CHECK = 1.0  # seconds after which a worker that is busy or stuck notices that its trainer is gone
 
@@ -72,17 +74,21 @@ def read_batches(
 def _within_memory(size: int, workers: int, prefetch: int) -> tuple[int, int]:
     """How many slots of `size` bytes there will be, and workers: what is asked for, or what the memory has room for.
 
-    One worker and a slot for it are there in any case. Each writes into a slot of its own: more of them would wait.
+    Each worker writes into a slot of its own: more of them would wait. Raises DataError if not even one can.
     """
-    wanted, room = workers * prefetch + HELD_SLOTS, RING_SHARE * free_host_bytes()
-    slots = min(wanted, max(int(room / max(size, 1)), HELD_SLOTS + 1))
+    free, wanted = free_host_bytes(), workers * prefetch + HELD_SLOTS
+    if LEAST_SLOTS * size > LARGEST_SHARE * free:
+        raise DataError(
+            f"{LEAST_SLOTS} batches of {size / 1e9:.3g} GB, the least that workers need, take more than half of the "
+            f"{free / 1e9:.3g} GB of memory that this process may still take. Make the batches smaller."
+        )
+    slots = min(wanted, max(int(RING_SHARE * free / max(size, 1)), LEAST_SLOTS))
     writing = min(workers, slots - HELD_SLOTS)
     if slots < wanted and rank() == 0:
         warnings.warn(
-            f"{workers} workers (data.workers) that read {prefetch} batches each ahead (data.prefetch) need {wanted} "
-            f"batches of {size / 1e9:.3g} GB in memory, but there is room for {room / 1e9:.3g} GB, {RING_SHARE:.0%} "
-            f"of what this process has left: {slots} batches, for {writing} of the workers. "
-            "Try a smaller data.batch_size.",
+            f"{writing} instead of {workers} workers read images, and {slots} instead of {wanted} batches of "
+            f"{size / 1e9:.3g} GB are in memory, of which this process may still take {free / 1e9:.3g} GB. "
+            "Smaller batches leave room for more.",
             stacklevel=3,
         )
     return slots, writing

@@ -1,5 +1,6 @@
 """Commands: exit codes, `--help`, `--print`, `--debug`, arguments without a key."""
 
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -73,6 +74,15 @@ def test_debug_shows_the_traceback(capsys):
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith("error: No such thing.\n")
+
+
+def test_a_warning_is_one_line_and_names_its_place_with_debug(capsys, monkeypatch):
+    place = warnings.formatwarning
+    monkeypatch.setattr(warnings, "formatwarning", place)
+    run(None, "directory=x", "--debug")
+    assert warnings.formatwarning is place
+    run(None, "directory=x")
+    assert warnings.formatwarning("Little memory.", UserWarning, "workers.py", 3) == "warning: Little memory.\n"
 
 
 def test_other_ranks_leave_mistakes_in_arguments_to_the_first(capsys, monkeypatch):

@@ -87,6 +87,7 @@ TYPOS = [
     ("--foo", "'--foo' is not of the form key=value. Try foo=VALUE."),
     # no YAML, or more than plain YAML
     ("seed=[1", "seed=[1, line 1: not valid YAML (expected ',' or ']', but got '<stream end>')."),
+    ("optim={lr:1}", "optim={lr:1}, line 1: 'lr:1' needs a space after the colon."),
     ("optim={lr: 1, lr: 2}", "optim={lr: 1, lr: 2}, line 1: 'lr' is given twice in one section."),
     ("optim={1: 2}", "optim={1: 2}, line 1: a key must be text. Got 1."),
     ("optim={[1]: 2}", "optim={[1]: 2}, line 1: a key must be text. Got [1]."),

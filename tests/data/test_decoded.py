@@ -126,6 +126,15 @@ def test_slots_are_planned_from_the_images(varied: ShardIndex, shards: Path) -> 
     assert mixed.of(64) > 64 * np.mean(sizes) + 3 * 8 * np.std(sizes)
 
 
+def test_a_remote_set_is_planned_from_its_first_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, wanted = open_shards(shards), list[int]()  # 7, 5 and 8 images
+    read_here = index.read
+    monkeypatch.setattr(index, "read", lambda sample: wanted.append(sample) or read_here(sample))
+    monkeypatch.setattr(decoded, "is_url", lambda source: True)
+    assert estimate_image_bytes(index).mean == 360
+    assert wanted == list(range(7))
+
+
 def test_a_damaged_image_does_not_spoil_the_plan(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
     write_tar(tmp_path / "a.tar", {"a.jpg": b"?" * 90, "b.jpg": encoded(0)})
     assert estimate_image_bytes(open_shards(tmp_path)).mean == 360

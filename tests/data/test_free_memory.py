@@ -79,3 +79,31 @@ def test_something_is_known_of_every_machine(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(free_memory, "ROOT", tmp_path)  # no /proc
     assert 0 < free_host_bytes() < 2**50
     assert free_bytes(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "group", "names"),
+    [("4:memory,hugetlb:/a", "memory,hugetlb/a", V1), ("nonsense\n0::/a", "a", V2), (None, "", V2)],
+)
+def test_a_limit_is_found_however_the_groups_are_mounted(
+    machine: Machine, tmp_path: Path, line: str | None, group: str, names: dict
+) -> None:
+    machine(line or "", {group: (1000, 100)}, names=names)
+    if line is None:
+        (tmp_path / "proc/self/cgroup").unlink()
+    assert free_host_bytes() == 930
+
+
+def test_a_limit_holds_where_nothing_tells_of_caches(machine: Machine, tmp_path: Path) -> None:
+    machine("0::/", {"": (1000, 100)})
+    (tmp_path / "sys/fs/cgroup/memory.stat").unlink()
+    assert free_host_bytes() == 900
+
+
+@pytest.mark.parametrize("number", ["", "0", "many"])
+def test_a_launcher_that_talks_nonsense_has_one_process(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    machine()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", number)
+    assert free_host_bytes() == 1_024_000

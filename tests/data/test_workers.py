@@ -235,14 +235,14 @@ def test_where_there_is_room_everybody_gets_slots_and_nothing_is_said(monkeypatc
 
 
 @needs_proc
-@pytest.mark.parametrize(("room", "slots", "workers"), [(7.9, 7, 4), (4.2, 4, 2), (3, 3, 1), (0, 3, 1)])
+@pytest.mark.parametrize(("room", "slots", "workers"), [(7.9, 7, 4), (4.2, 4, 2), (3, 3, 1), (1.6, 3, 1)])
 def test_where_memory_is_short_there_are_fewer_slots_and_no_worker_without_one(
     room: float, slots: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_room_for(room, monkeypatch)
     before, places, extras = children(), set[int](), list[object]()
     stream = open_batches(batches=40, workers=4)
-    with pytest.warns(UserWarning, match="a smaller") as told:
+    with pytest.warns(UserWarning, match="Smaller batches") as told:
         extras.append(next(stream)[1])
     assert len(children() - before) == workers
     for batch, (tensors, extra) in enumerate(stream, start=1):
@@ -252,10 +252,21 @@ def test_where_memory_is_short_there_are_fewer_slots_and_no_worker_without_one(
     assert extras == [4 * batch + 3 for batch in range(40)]
     assert len(places) == slots
     assert [str(warning.message) for warning in told] == [
-        "4 workers (data.workers) that read 2 batches each ahead (data.prefetch) need 10 batches of 8.19e-06 GB in "
-        f"memory, but there is room for {room * 8.192e-06:.3g} GB, 25% of what this process has left: {slots} batches, "
-        f"for {workers} of the workers. Try a smaller data.batch_size."
+        f"{workers} instead of 4 workers read images, and {slots} instead of 10 batches of 8.19e-06 GB are in memory, "
+        f"of which this process may still take {room * 4 * 8.192e-06:.3g} GB. Smaller batches leave room for more."
     ]
+
+
+def test_batches_too_large_for_the_memory_are_refused_before_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_room_for(1.4, monkeypatch)
+    before = children()
+    with pytest.raises(DataError) as error:
+        next(open_batches(workers=4))
+    assert children() == before
+    assert str(error.value) == (
+        "3 batches of 8.19e-06 GB, the least that workers need, take more than half of the 4.59e-05 GB of memory that "
+        "this process may still take. Make the batches smaller."
+    )
 
 
 def test_of_several_processes_the_first_tells(monkeypatch: pytest.MonkeyPatch) -> None:
