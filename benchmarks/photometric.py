@@ -52,7 +52,7 @@ def compare_photometric(config: BenchmarkConfig) -> Iterator[Comparison]:
     if not left_out:
         contestants.append(contestant("kornia", _batched(groups), "batched"))
     contestants.append(contestant("ours", _ours(groups, num_images, device), "parameters from the host"))
-    why_not = why_not_compiled(device) if config.compile else "compile=false"
+    why_not = why_not_compiled(device) if config.compiles() else "compile=true measures it"
     if device.type == "cpu":
         why_not = "on a CPU only the samples that an operation concerns are computed, which compiles badly"
     if why_not:

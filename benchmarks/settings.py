@@ -60,8 +60,8 @@ class BenchmarkConfig(Config):
     """Networks and batches: small for CPUs, large for GPUs (auto chooses), tiny to see whether all runs."""
     precision: Literal["auto", "bf16", "no"] = "auto"
     """Autocast of the steps; auto takes bf16 where the device has units for it, else float32."""
-    compile: bool = True
-    """Whether our steps run compiled too; needs a C++ compiler on CPUs."""
+    compile: bool | None = None
+    """Whether our steps run compiled too. null: on a GPU; on CPUs it takes many minutes and a C++ compiler."""
     peak_tflops: Annotated[float | None, Field(gt=0)] = None
     """Peak of the device in TFLOP/s at this precision, for the share of it that is reached; known for common GPUs."""
 
@@ -75,6 +75,10 @@ class BenchmarkConfig(Config):
         if self.size == "auto":
             return "large" if self.torch_device().type == "cuda" else "small"
         return self.size
+
+    def compiles(self) -> bool:
+        """Whether compiled steps take part."""
+        return self.torch_device().type == "cuda" if self.compile is None else self.compile
 
     def autocast(self) -> bool:
         """Whether steps run under bf16 autocast."""
