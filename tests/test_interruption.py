@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 from ranks import start
@@ -31,7 +32,15 @@ def test_a_signal_that_a_launcher_passes_on_changes_nothing(number):
         assert interruption.requested() == number, "the first one counts"
 
 
-def test_ctrl_c_pressed_again_after_a_while_interrupts_at_once(monkeypatch):
+@pytest.fixture
+def usual_ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, which a shell changes for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_pressed_again_after_a_while_interrupts_at_once(monkeypatch, usual_ctrl_c):
     with Interruption(hang_timeout=0) as interruption:
         signal.raise_signal(signal.SIGINT)
         later = time.monotonic() + 1.5
