@@ -30,9 +30,9 @@ from ssl_pipeline.data.stream import DataConfig, open_stream
 from ssl_pipeline.training_step import make_batch
 
 RECIPES = {"dino": "dino_vits16", "mae": "mae_vitb16"}
-BATCH_SIZE: dict[Size, int] = {"tiny": 2, "small": 16, "large": 64}
+BATCH_SIZE: dict[Size, int] = {"tiny": 2, "small": 64, "large": 64}
 UNIT_SECONDS: dict[Size, float] = {"tiny": 0.01, "small": 1.5, "large": 4.0}
-NUM_IMAGES: dict[Size, int] = {"tiny": 8, "small": 64, "large": 512}
+NUM_IMAGES: dict[Size, int] = {"tiny": 8, "small": 128, "large": 512}
 
 Transform = Callable[[Image.Image], object]
 

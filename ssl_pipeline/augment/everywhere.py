@@ -14,7 +14,7 @@ from ssl_pipeline.augment.rand_augment import apply_rand_augment
 
 def augment_everywhere(crops_NCHW: Tensor, parameters_NP: Tensor, stages: Stages) -> Tensor:
     """Views (N,3,H,W) of one kind: each stage's result is taken where the sample is due."""
-    result = crops_NCHW.to(torch.float32) / 255
+    result = crops_NCHW.to(torch.float32, memory_format=torch.contiguous_format) / 255
     if stages.operations:
         jittered = colour.per_sample(parameters_NP[:, Parameter.JITTER]) > 0
         result = torch.where(jittered, _jitter(result, parameters_NP, stages.operations), result)

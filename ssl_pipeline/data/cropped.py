@@ -24,9 +24,9 @@ CHUNK_PIXELS = 16_000_000  # decoded and not yet cropped, per worker: 48 MB and 
 class CropBatch:
     """One process's share of a micro-batch, ready for the photometric part on the device.
 
-    Per group crops (V,B,3,S,S) uint8 and photometric parameters (V,B,P) float32; labels (B,) int64, -1 = none; index
-    (B,) int64, the sample ids; `bad` lists the samples that others stand in for; `labelled` is a batch of the labelled
-    set, if there is one.
+    Per group crops (V,B,3,S,S) uint8, channels-last in memory, and photometric parameters (V,B,P) float32; labels (B,)
+    int64, -1 = none; index (B,) int64, the sample ids; `bad` lists the samples that others stand in for; `labelled` is
+    a batch of the labelled set, if there is one.
     """
 
     crops: dict[str, Tensor]
@@ -79,7 +79,7 @@ class CropReader:
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, group in self.groups.items():
             views = (group.count, self.batch_size)
-            layout[f"crops.{name}"] = (*views, 3, group.size, group.size), torch.uint8
+            layout[f"crops.{name}"] = (*views, group.size, group.size, 3), torch.uint8
             layout[f"parameters.{name}"] = (*views, num_parameters(group)), torch.float32
         return layout | {name: ((self.batch_size,), torch.int64) for name in ("labels", "index")}
 
@@ -107,7 +107,8 @@ class CropReader:
 
     def batch(self, slot: Mapping[str, Tensor], bad: list[BadSample]) -> CropBatch:
         """A slot that was read, as a batch."""
-        crops, parameters = ({name: slot[f"{part}.{name}"] for name in self.groups} for part in ("crops", "parameters"))
+        crops = {name: channels_first(slot[f"crops.{name}"]) for name in self.groups}
+        parameters = {name: slot[f"parameters.{name}"] for name in self.groups}
         return CropBatch(crops, parameters, slot["labels"], slot["index"], bad)
 
     def _decoded(
@@ -131,8 +132,8 @@ class CropReader:
 def crop_images(
     images: Sequence[Tensor], boxes_VB4: Integers, flips_VB: NDArray[np.bool_], group: ViewGroup, *, out: Tensor
 ) -> None:
-    """Every view of some 8-bit images (H,W,3) into `out` (V,B,3,S,S)."""
-    boxes, flips = boxes_VB4.tolist(), flips_VB.tolist()
+    """Every view of some 8-bit images (H,W,3) into `out` (V,B,S,S,3)."""
+    boxes, flips, out_VBCHW = boxes_VB4.tolist(), flips_VB.tolist(), channels_first(out)
     for number, image in enumerate(images):
         for view in range(group.count):
             crop_and_resize(
@@ -140,5 +141,10 @@ def crop_images(
                 boxes[view][number],
                 flip=flips[view][number],
                 interpolation=group.interpolation,
-                out=out[view, number],
+                out=out_VBCHW[view, number],
             )
+
+
+def channels_first(crops_VBHWC: Tensor) -> Tensor:
+    """(V,B,S,S,3) as (V,B,3,S,S), which stays channels-last in memory."""
+    return crops_VBHWC.movedim(-1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
-from ssl_pipeline.data.cropped import crop_images
+from ssl_pipeline.data.cropped import channels_first, crop_images
 from ssl_pipeline.data.decode import FORMATS, MAX_PIXELS
 from ssl_pipeline.data.remote import is_url
 from ssl_pipeline.data.ring import Layout
@@ -125,9 +125,9 @@ def _crops_at_once(
 def _crops_in_8_bits(
     pixels: Tensor, images: ImageTable, boxes_VB4: Integers, flips_VB: NDArray[np.bool_], group: ViewGroup
 ) -> Tensor:
-    crops_VBCHW = torch.empty((*flips_VB.shape, 3, group.size, group.size), dtype=torch.uint8)
-    crop_images(images.views(pixels), boxes_VB4, flips_VB, group, out=crops_VBCHW)
-    return crops_VBCHW
+    crops_VBHWC = torch.empty((*flips_VB.shape, group.size, group.size, 3), dtype=torch.uint8)
+    crop_images(images.views(pixels), boxes_VB4, flips_VB, group, out=crops_VBHWC)
+    return channels_first(crops_VBHWC)
 
 
 @dataclass(frozen=True)
