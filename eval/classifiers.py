@@ -3,15 +3,18 @@
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from ssl_pipeline.config import ConfigError
 
 MAX_ITERATIONS = 1000  # of L-BFGS
-SMALL_PRODUCT = 100_000_000  # multiplications below which BLAS threads wait more than they work, 15x on a busy machine
+SMALL_PRODUCT = 100_000_000  # multiplications below which threads wait more than they work, 15x on a busy machine
+NEARLY_ZERO = 1e-30  # probabilities up to here are none: a CPU's products take 5 times as long with denormal numbers
 LARGEST_LOGITS = 2**23  # numbers of one product: 16 heads of 1,000 classes at once take 1.2x as long as two times 8
 logger = logging.getLogger(__name__)
 
@@ -56,22 +59,35 @@ def train_linear_heads(
     Heads start at zero, see the same batches and do not touch one another: one that diverges turns to NaN alone.
     The rate in use is learning_rate * batch_size / 256.
     """
-    size = max(1, LARGEST_LOGITS // (min(batch_size, len(features_ND)) * num_classes))
-    groups = [
-        _train_together(
-            features_ND,
-            labels_N,
-            learning_rates=learning_rates[first : first + size],
-            weight_decays=weight_decays[first : first + size],
-            num_classes=num_classes,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=seed,
-        )
-        for first in range(0, len(learning_rates), size)
-    ]
+    batch_size = min(batch_size, len(features_ND))
+    size = min(len(learning_rates), max(1, LARGEST_LOGITS // (batch_size * num_classes)))
+    with _threads_for(batch_size * features_ND.shape[1] * size * num_classes):
+        groups = [
+            _train_together(
+                features_ND,
+                labels_N,
+                learning_rates=learning_rates[first : first + size],
+                weight_decays=weight_decays[first : first + size],
+                num_classes=num_classes,
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=seed,
+            )
+            for first in range(0, len(learning_rates), size)
+        ]
     weights, biases = zip(*groups, strict=True)
     return torch.cat(weights), torch.cat(biases)
+
+
+@contextmanager
+def _threads_for(multiplications: int) -> Iterator[None]:
+    """torch's threads as they are, or a single one for products so small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if multiplications < SMALL_PRODUCT else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train_together(
@@ -90,7 +106,7 @@ def _train_together(
     The gradient of the mean cross-entropy is written out; only weights decay.
     """
     device, num_images = features_ND.device, len(features_ND)
-    num_settings, batch_size = len(learning_rates), min(batch_size, num_images)
+    num_settings = len(learning_rates)
     rates, decays = (  # one per column
         features_ND.new_tensor(list(values)).repeat_interleave(num_classes)
         for values in (learning_rates, weight_decays)
@@ -109,7 +125,7 @@ def _train_together(
         for rows in order.split(batch_size):
             features_BD = features_ND[rows]
             logits = torch.addmm(biases, features_BD, weights).unflatten(1, (num_settings, num_classes))
-            gradients = logits.softmax(dim=2)
+            gradients = threshold(logits.softmax(dim=2), NEARLY_ZERO, 0.0)
             gradients[torch.arange(len(rows), device=device), :, labels_N[rows]] -= 1.0
             gradients = gradients.flatten(1).div_(len(rows))
             cosine = 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
