@@ -42,21 +42,20 @@ def read_batches(
     """Tensors and extra that `reader` makes of the positions of batch 0, 1, ... in order: of `batches`, or without end.
 
     `workers` processes read `prefetch` batches each ahead, or fewer where memory is short, of which a warning tells;
-    with 0 this one reads. The tensors are shared memory that is overwritten once the next batch is asked for: whatever
-    is to last longer must be copied. (Copies to a GPU that were started on the current stream may still run then.)
-    What `reader` raises is raised here, in its turn; the death of a worker is a DataError at once. The workers end
-    with the iterator, and with this process, however it ends.
+    with 0 this one reads. The tensors are overwritten once the next batch is asked for: whatever is to last longer
+    must be copied. (Copies to a GPU that were started on the current stream may still run then.) What `reader` raises
+    is raised here, in its turn; the death of a worker is a DataError at once. The workers end with the iterator, and
+    with this process, however it ends.
     """
     numbers = itertools.count() if batches is None else range(batches)
+    layout = reader.layout()
     if workers == 0:
-        layout = reader.layout()
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
         for number in numbers:
-            tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
             yield tensors, reader(positions_of(number), tensors)
         return
     if batches is not None:
         workers = min(workers, batches)
-    layout = reader.layout()
     count, workers = _within_memory(slot_bytes(layout), workers, prefetch)
     slots = Slots(layout, count)
     crew = _Crew[Content](slots, batches)

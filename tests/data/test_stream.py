@@ -58,6 +58,7 @@ def joined(batches: list[CropBatch]) -> CropBatch:
 def test_a_batch_holds_every_group(shards: Path) -> None:
     batch = stream(open_shards(shards), config(5), batches=1)[0]
     assert batch.crops["global"].shape == (2, 5, 3, 8, 8)
+    assert batch.crops["global"].movedim(2, -1).is_contiguous()  # as the resize makes them: one copy to a device
     assert batch.crops["local"].shape == (3, 5, 3, 4, 4)
     assert batch.crops["local"].dtype == torch.uint8
     assert batch.parameters["global"].shape[:2] == (2, 5)

@@ -81,6 +81,22 @@ def test_a_head_that_diverges_leaves_the_others_alone() -> None:
     torch.testing.assert_close(weights[0], heads([0.5], [0.0])[0][0])
 
 
+def test_a_sweep_leaves_torchs_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("eval.classifiers.threshold", lambda p, *_: seen.append(torch.get_num_threads()) or p)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        heads([1.0], [0.0])
+        monkeypatch.setattr("eval.classifiers.SMALL_PRODUCT", 0)
+        heads([1.0], [0.0])
+        assert torch.get_num_threads() == 2
+        assert set(seen[: len(seen) // 2]) == {1}
+        assert set(seen[len(seen) // 2 :]) == {2}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_logistic_regression_learns_and_gives_log_probabilities() -> None:
     features, labels = separable()
     others, other_labels = separable(seed=1)
