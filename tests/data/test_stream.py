@@ -145,7 +145,7 @@ def test_a_reader_survives_pickling(shards: Path) -> None:
 def test_large_images_are_decoded_few_at_a_time(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = open_shards(shards)
     whole = stream(index, config(9), batches=1)[0]
-    monkeypatch.setattr("ssl_pipeline.data.cropped.CHUNK_PIXELS", 300)  # two or three images of 120 pixels
+    monkeypatch.setattr("ssl_pipeline.data.cropped.CHUNK_BYTES", 900)  # two or three images of 360
     assert_equal(whole, stream(index, config(9), batches=1)[0])
 
 
