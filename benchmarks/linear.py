@@ -43,7 +43,7 @@ class LinearSetting:
 
 SETTINGS: dict[Size, LinearSetting] = {
     "tiny": LinearSetting(BackboneConfig(name="test_resnet"), 32, 8, classes=(2,), epochs=SAME_EPOCHS),
-    "small": LinearSetting(BackboneConfig(name="resnet18", small_images=True), 32, 256),
+    "small": LinearSetting(BackboneConfig(name="resnet18", small_images=True), 32, 512),
     "large": LinearSetting(BackboneConfig(name="vit_small_patch16_224"), 224, 2048),
 }
 
