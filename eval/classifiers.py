@@ -13,7 +13,7 @@ from torch.nn.functional import threshold
 from ssl_pipeline.config import ConfigError
 
 MAX_ITERATIONS = 1000  # of L-BFGS
-SMALL_PRODUCT = 100_000_000  # multiplications below which threads wait more than they work, 15x on a busy machine
+SMALL_PRODUCT = 50_000_000  # multiplications below which threads gain little, and lose 10x on a busy machine
 NEARLY_ZERO = 1e-30  # probabilities up to here are none: a CPU's products take 5 times as long with denormal numbers
 FEW_CLASSES = 50
 LARGEST_LOGITS = 2**23  # numbers of one product: 16 heads of 1,000 classes at once take 1.2x as long as two times 8
