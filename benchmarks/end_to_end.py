@@ -99,8 +99,9 @@ def _contestants(
 
 
 class Steady:
-    """Opens a stream of batches, lets every worker deliver once, then draws for about `seconds`, in whole turns.
+    """Opens a stream of batches, draws for about `seconds`, in whole turns, and then as long again, which counts.
 
+    Before that each worker has touched the memory that it writes to, or it would be the kernel that is measured.
     The trainer is always the one that waits, so what is under way when the clock starts is also when it stops. A turn
     is as many batches as there are workers: those of one turn tend to arrive together.
     """
@@ -113,7 +114,7 @@ class Steady:
     def opened(self) -> Iterator[None]:
         self.stream = self.batches()
         try:
-            self._draw_turn()
+            self.draw(0)
             yield
         finally:
             self.stream = iter(())  # which ends the workers
