@@ -15,7 +15,7 @@ from ssl_pipeline.config import ConfigError
 MAX_ITERATIONS = 1000  # of L-BFGS
 SMALL_PRODUCT = 50_000_000  # multiplications below which threads gain little, and lose 10x on a busy machine
 NEARLY_ZERO = 1e-30  # probabilities up to here are none: a CPU's products take 5 times as long with denormal numbers
-FEW_CLASSES = 50
+FEW_CLASSES = 50  # up to which softmax is faster across the settings
 LARGEST_LOGITS = 2**23  # numbers of one product: 16 heads of 1,000 classes at once take 1.2x as long as two times 8
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _train_together(
 
 
 def _softmax(logits_BSC: Tensor) -> Tensor:
-    """Over the classes; few of them across the settings, as a CPU's kernel takes 10 times as long for so short rows."""
+    """Over the classes; for few of them across the settings: a CPU takes 10 times as long for rows of 10."""
     if logits_BSC.shape[2] > FEW_CLASSES:
         return logits_BSC.softmax(dim=2)
     return logits_BSC.mT.softmax(dim=1).mT.contiguous()

@@ -76,12 +76,11 @@ def crop_and_resize(
 ) -> None:
     """Write the box of an 8-bit image, resized to out's (3,S,S) and flipped if asked, into `out`.
 
-    That takes least where `out` is channels-last in memory, too, as torch's vectorised 8-bit kernel wants it: planes of
-    their own cost half as much again.
     The result is Pillow's `image.crop(box).resize((S, S))` within one level (two for one value in a million of a
     photograph). Rows are resampled before columns, as Pillow did up to version 12 and for the official recipes; newer
     ones sometimes begin with the columns, which shows where overshoot at a hard edge is clipped in between.
     Where the box reaches out of the image, the image is reflected without repeating its edge.
+    Fastest where `out` is channels-last in memory, as torch's vectorised 8-bit kernel makes it.
     """
     top, left, height, width = (int(number) for number in box)
     size = out.shape[-1]
