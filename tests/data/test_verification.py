@@ -101,8 +101,12 @@ def test_an_index_of_the_first_format_is_brought_up_to_date(shards: Path) -> Non
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_the_status_of_files_comes_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+@pytest.mark.parametrize("slow", [0.0, 60.0])  # every file system is slow, or none
+def test_the_status_of_files_comes_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, slow: float
+) -> None:
     monkeypatch.setattr(verification, "STATUS_CHUNK", chunk)
+    monkeypatch.setattr(verification, "SLOW_STATUS", slow)
     for number in range(5):
         (tmp_path / f"{number}").write_bytes(bytes(number))
         os.utime(tmp_path / f"{number}", ns=(0, 10**18 + number))
