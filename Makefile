@@ -30,7 +30,7 @@ quickstart: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-# Against our peers, on this machine; about 20 minutes on 2 cores. make bench BENCH="imagenet=FOLDER only=input rounds=9"
+# Against our peers, on this machine; about 25 minutes on 2 cores. make bench BENCH="imagenet=FOLDER only=input rounds=9"
 bench: export OMP_WAIT_POLICY = passive
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)
