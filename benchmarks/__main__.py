@@ -21,8 +21,8 @@ from benchmarks.scaling import compare_scaling
 from benchmarks.settings import BenchmarkConfig, Name
 from benchmarks.start_up import compare_start_up
 from benchmarks.step import compare_steps
-from ssl_pipeline.atomic import JSON, write_json
 from ssl_pipeline.config import ConfigError, RunError, run_command
+from ssl_pipeline.files import JSON, write_json
 
 BENCHMARKS: dict[Name, Callable[[BenchmarkConfig], Iterator[Comparison]]] = {
     "input": compare_input,

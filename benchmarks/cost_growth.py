@@ -18,12 +18,12 @@ from typing import Annotated
 from pydantic import Field
 
 from benchmarks.synthetic_shards import write_synthetic_shards
-from ssl_pipeline.atomic import JSON, write_json
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import Config, run_command
-from ssl_pipeline.data.shards import RawSample, ShardIndex, open_shards
+from ssl_pipeline.data.batches import StreamBatch
+from ssl_pipeline.data.shards.open import RawSample, ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
-from ssl_pipeline.data.stream_batch import StreamBatch
+from ssl_pipeline.files import JSON, write_json
 
 GROUPS = {"view": ViewGroup(count=2, size=16)}
 BATCH_SIZE = 64

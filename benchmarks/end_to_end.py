@@ -24,10 +24,10 @@ from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.torchvision_views import official_views
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data.batches import make_batch
 from ssl_pipeline.data.decode import decode_image
-from ssl_pipeline.data.shards import open_shards
+from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
-from ssl_pipeline.training_step import make_batch
 
 RECIPES = {"dino": "dino_vits16", "mae": "mae_vitb16"}
 BATCH_SIZE: dict[Size, int] = {"tiny": 2, "small": 64, "large": 64}
@@ -139,7 +139,7 @@ def our_batches(
     stream = open_stream(index, groups, settings, seed=0, position=0, rank=rank, world_size=world_size, device=device)
     for batch in stream:
         if device.type == "cuda":
-            make_batch(batch.to(device, non_blocking=True), groups, settings)
+            make_batch(batch.to(device, non_blocking=True), groups, mean=settings.mean, std=settings.std)
         yield batch
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ssl_pipeline.atomic import JSON
+from ssl_pipeline.files import JSON
 
 PACKAGES = ("torch", "torchvision", "timm", "pillow", "webdataset", "faiss-cpu", "lightly", "kornia")
 # Dense bf16 TFLOP/s that the makers give for a GPU; a part of the name that torch reports. The first that fits counts.

@@ -16,10 +16,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.config import ConfigError, read_yaml
+from ssl_pipeline.config import RECIPES, ConfigError, read_recipe
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-RECIPES = Path(__file__).parents[1] / "recipes"
 SAMPLES_PER_SHARD = 64
 
 
@@ -51,10 +50,7 @@ def load_images(source: Path | None, *, pixels: tuple[int, int], most: int = 512
 
 def views_of(recipe: str) -> dict[str, ViewGroup]:
     """The groups of views that a recipe asks for."""
-    path = RECIPES / f"{recipe}.yaml"
-    tree = read_yaml(path.read_text(), where=str(path))
-    assert isinstance(tree, dict)
-    groups = tree["augment"]
+    groups = read_recipe(recipe, RECIPES)["augment"]
     assert isinstance(groups, dict)
     return {name: ViewGroup.model_validate_json(json.dumps(group)) for name, group in groups.items()}
 

@@ -24,10 +24,10 @@ from benchmarks.torchvision_views import (
     v2_tensor_views,
 )
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data.batches import make_batch
 from ssl_pipeline.data.decode import decode_image
-from ssl_pipeline.data.shards import open_shards
+from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
-from ssl_pipeline.training_step import make_batch
 
 # Views by the recipe that has them; the last works on 32-pixel images.
 RECIPES = {
@@ -100,7 +100,7 @@ def our_contestants(shards: Path, groups: Mapping[str, ViewGroup], count: int, *
         def unit(number: int) -> int:
             batch = next(stream)
             if finish:
-                make_batch(batch, groups, settings)
+                make_batch(batch, groups, mean=settings.mean, std=settings.std)
             return count
 
         return Contestant(name, unit, note=note)

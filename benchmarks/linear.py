@@ -17,12 +17,12 @@ from benchmarks.input import PHOTOGRAPH, SMALL
 from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.torchvision_views import MEAN, STD
-from eval.accuracy import top_k_accuracy
-from eval.classifiers import stratified_split, train_linear_heads
-from eval.features import extract_features
-from eval.linear import ProbeConfig, choose, linear_probe
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone
-from ssl_pipeline.data.shards import open_shards
+from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.eval.accuracy import top_k_accuracy
+from ssl_pipeline.eval.features.extract import extract_features
+from ssl_pipeline.eval.linear import ProbeConfig, choose, linear_probe
+from ssl_pipeline.eval.linear_heads import stratified_split, train_linear_heads
 
 RATES = tuple(torch.logspace(-3, 1.5, 16).tolist())  # about the span of eval.linear's own
 BATCH_SIZE = 256  # of the extraction; eval's default
@@ -84,7 +84,11 @@ def compare_linear(config: BenchmarkConfig) -> Iterator[Comparison]:
             whole = partial(_extract_and_probe, extract, probe)
             contestants += [
                 contestant(f"extraction and sweep, {num_classes} classes", whole),
-                contestant(f"sweep, {num_classes} classes", partial(probe.sweep, features), "eval.linear.linear_probe"),
+                contestant(
+                    f"sweep, {num_classes} classes",
+                    partial(probe.sweep, features),
+                    "ssl_pipeline.eval.linear.linear_probe",
+                ),
                 contestant(
                     f"one by one, {num_classes} classes", partial(probe.one_by_one, features), probe.agree(features)
                 ),

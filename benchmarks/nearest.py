@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig, Size
-from eval.knn import weighted_knn
+from ssl_pipeline.eval.knn import weighted_knn
 
 # training images, queries
 SIZES: dict[Size, tuple[int, int]] = {"tiny": (200, 50), "small": (50_000, 2_000), "large": (1_281_167, 10_000)}
@@ -56,7 +56,7 @@ def compare_knn(config: BenchmarkConfig) -> Iterator[Comparison]:
         contestant("DINO's evaluator", _dino_evaluator(train, labels), f"{DINO_CALL} queries a call"),
         contestant("FAISS, small calls", small, f"flat index, {SMALL_CALL} queries a call", part=32),
         contestant("FAISS", whole, "flat index, one call"),
-        contestant("ours", ours, "eval.knn.weighted_knn"),
+        contestant("ours", ours, "ssl_pipeline.eval.knn.weighted_knn"),
     ]
     setting = f"{num_train} x {DIM} training features, {num_queries} queries, k={K}"
     yield Comparison("knn", "queries", contestants, ("DINO's evaluator", "FAISS"), setting=setting)

@@ -27,13 +27,13 @@ from benchmarks.training_steps import (
     follow_in_a_loop,
     position_table,
 )
+from ssl_pipeline.backbones.positions import sincos_position_embedding
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.heads import PrototypeHead
 from ssl_pipeline.methods.dino import Dino
 from ssl_pipeline.methods.mae import Mae
 from ssl_pipeline.methods.moco import Moco
 from ssl_pipeline.methods.simclr import Simclr
-from ssl_pipeline.positions import sincos_position_embedding
+from ssl_pipeline.modules.heads import PrototypeHead
 
 TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.04, 0.1
 

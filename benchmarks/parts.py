@@ -19,7 +19,7 @@ from ssl_pipeline.backbones import Backbone, BackboneConfig, create_backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.losses import nt_xent
 from ssl_pipeline.methods.dino import Dino, DinoConfig
-from ssl_pipeline.teacher import Teacher
+from ssl_pipeline.modules.teacher import Teacher
 
 EMA_BACKBONE: dict[Size, BackboneConfig] = {
     "tiny": BackboneConfig(name="test_resnet"),

@@ -18,12 +18,12 @@ from benchmarks.peers import missing, why_not_compiled
 from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.torchvision_views import MEAN, STD, v2_colours
-from ssl_pipeline.augment.parameters import draw_parameters
+from ssl_pipeline.augment.draw import draw_parameters
 from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.shards import open_shards
+from ssl_pipeline.data.batches import make_batch
+from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
-from ssl_pipeline.training_step import make_batch
 
 BATCH_SIZE: dict[Size, int] = {"tiny": 2, "small": 8, "large": 64}
 
@@ -86,7 +86,7 @@ def _device_part(
     batch = next(stream).clone()
 
     def unit(number: int) -> int:
-        make_batch(batch.to(device, non_blocking=True), groups, settings)
+        make_batch(batch.to(device, non_blocking=True), groups, mean=settings.mean, std=settings.std)
         return num_images
 
     work = {"worker": "copy and colours", "device": "copy, crops and colours"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import median, quantiles
 
 from benchmarks.rounds import Outcome, Sample
-from eval.table import format_table
-from ssl_pipeline.atomic import JSON
+from ssl_pipeline.eval.table import format_table
+from ssl_pipeline.files import JSON
 
 Spread = dict[str, float]
 

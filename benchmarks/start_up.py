@@ -13,7 +13,7 @@ from benchmarks.images import load_images, views_of, write_shards
 from benchmarks.input import SMALL
 from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig
-from ssl_pipeline.data.shards import open_shards
+from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
 
 ROOT = Path(__file__).parents[1]

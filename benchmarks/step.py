@@ -14,8 +14,8 @@ from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig
 from benchmarks.step_settings import SETTINGS, StepSetting
 from benchmarks.training_steps import OurStep, TrainingStep
-from ssl_pipeline.attention import choose_attention
 from ssl_pipeline.backbones import create_backbone
+from ssl_pipeline.backbones.attention import choose_attention
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method

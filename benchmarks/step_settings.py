@@ -13,7 +13,7 @@ from ssl_pipeline.methods.dino import DinoConfig
 from ssl_pipeline.methods.mae import MaeConfig
 from ssl_pipeline.methods.moco import MocoConfig
 from ssl_pipeline.methods.simclr import SimclrConfig
-from ssl_pipeline.optim import OptimConfig
+from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.schedule import Schedule
 
 

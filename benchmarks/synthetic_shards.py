@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_pipeline.data.catalogue import INDEX_DIRECTORY, Catalogue, write_catalogue, write_rows
-from ssl_pipeline.data.index import index_shard
-from ssl_pipeline.data.manifest import Manifest, ManifestShard, write_manifest
-from ssl_pipeline.data.shard_table import ShardTable
-from ssl_pipeline.data.verification import status_of
+from ssl_pipeline.data.shards.catalogue import INDEX_DIRECTORY, Catalogue, write_catalogue, write_rows
+from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
+from ssl_pipeline.data.shards.rows import index_shard
+from ssl_pipeline.data.shards.table import ShardTable
+from ssl_pipeline.data.shards.verification import status_of
 
 LINKS = 30_000  # names of one file, of the 65,000 that ext4 allows
 PIXELS = 16

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.optim import OptimConfig, build_optimizer, prepare_gradients, write_values
+from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
 from ssl_pipeline.schedule import Progress
 
 # In the middle of a run: nothing is frozen or warming up.

@@ -20,7 +20,9 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pretrain", "faiss", "pytest", "tiny", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(
+    ["ssl_pipeline.commands.pretrain", "faiss", "pytest", "tests.tiny", "torch.utils.tensorboard"]
+)
 TIMEOUT = 60.0
 
 

@@ -17,24 +17,25 @@ from unittest import mock
 
 import torch
 import yaml
-from tiny import CONFIGS, VIT, GlobalNoise, make_method, row
 from torch import Tensor
 
-import pretrain
-from ssl_pipeline import engine, training_step
+from ssl_pipeline.augment.parameters import Channels
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.checkpoint import Checkpoints
-from ssl_pipeline.config import Tree, run_command, validate
-from ssl_pipeline.data.shards import open_shards
+from ssl_pipeline.commands import pretrain
+from ssl_pipeline.config import RECIPES, Tree, run_command, validate
+from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig, StreamBatch
 from ssl_pipeline.distributed import rank
-from ssl_pipeline.launch import start_accelerator
 from ssl_pipeline.methods import METHODS, build_method
-from ssl_pipeline.optim import OptimConfig
-from ssl_pipeline.run_directory import RunDirectory
-from ssl_pipeline.training import Monitor, Run, TrainConfig, start_clock
+from ssl_pipeline.optim.optimizer import OptimConfig
+from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.directory import RunDirectory
+from ssl_pipeline.training import loop, step
+from ssl_pipeline.training.launch import start_accelerator
+from ssl_pipeline.training.run import Monitor, Run, TrainConfig, start_clock
+from tests.tiny import CONFIGS, VIT, GlobalNoise, make_method, row
 
 SGD = {"name": "sgd", "lr": {"value": 0.02, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
 ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
@@ -88,7 +89,7 @@ def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Te
 
     def train(run: Run) -> int:
         runs.append(run)
-        return engine.train(run)
+        return loop.train(run)
 
     with happens(happening or Happening()), mock.patch.object(pretrain, "train", train):
         assert _pretrain(argv) == 0
@@ -96,9 +97,7 @@ def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Te
 
 
 def _pretrain(argv: list[str]) -> int:
-    return run_command(
-        pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv, recipes=pretrain.RECIPES
-    )
+    return run_command(pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv, recipes=RECIPES)
 
 
 def needs_labels(name: str) -> bool:
@@ -184,10 +183,10 @@ def wait_until(condition: Callable[[], bool], *, timeout: float = 30.0) -> None:
 def happens(happening: Happening) -> Iterator[None]:
     """Let it happen in the runs of this block."""
     made = count()
-    original = training_step.make_batch
+    original = step.make_batch
 
-    def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], data: DataConfig) -> Batch:
-        batch = original(images, augment, data)
+    def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], **normalisation: Channels) -> Batch:
+        batch = original(images, augment, **normalisation)
         if happening.record is not None:
             with happening.record.with_suffix(f".{rank()}").open("a") as file:
                 file.write(json.dumps(batch.index.tolist()) + "\n")
@@ -203,14 +202,14 @@ def happens(happening: Happening) -> Iterator[None]:
         time.sleep(60)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(training_step, "make_batch", make_batch))
+        stack.enter_context(mock.patch.object(step, "make_batch", make_batch))
         if happening.float64:
             stack.enter_context(mock.patch.object(pretrain, "build_method", lambda *a: build_method(*a).double()))
         if happening.global_noise:
             noise = GlobalNoise(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
             stack.enter_context(mock.patch("torch.rand", noise))
         if happening.slow_save is not None:
-            stack.enter_context(mock.patch("ssl_pipeline.checkpoint.write_manifest", write_manifest))
+            stack.enter_context(mock.patch("ssl_pipeline.run.checkpoints.write_manifest", write_manifest))
         yield
 
 

@@ -7,8 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny import CNN, CONFIGS, VIT, GlobalNoise, make_batch, make_method, progress_at, share_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +23,9 @@ from ssl_pipeline.distributed import (
 from ssl_pipeline.losses import moco_v3_loss, nt_xent
 from ssl_pipeline.methods import METHODS
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.sync_batch_norm import synchronize_batch_norm
+from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
+from tests.ranks import run_on_ranks
+from tests.tiny import CNN, CONFIGS, VIT, GlobalNoise, make_batch, make_method, progress_at, share_of
 
 NAMES = sorted(CONFIGS)
 NUM_IMAGES = 8

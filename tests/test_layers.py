@@ -11,24 +11,35 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ssl_pipeline", "eval", "data_tools", "benchmarks")
+FRONTS = ("eval", "data_tools", "pretrain")  # the commands' thin front: a few lines over the package each
 
 # lowest row first; a module may import its own row and those below
 ROWS = [
-    "config schedule distributed atomic interruption step_times profiling",
-    "batch attention positions weights initialisation wide_resnet backbones heads teacher memory masking "
-    "sync_batch_norm losses augment data",
-    "methods",
-    "optim lars saved_state checkpoint optimizer_state resume tracking run_directory verdicts bottleneck",
-    "training",
-    "launch",
-    "training_step",
-    "reporting",
-    "engine",
+    "config files randomness batch",
+    "schedule distributed mixing augment backbones run",
+    "machine modules losses optim",
+    "data methods",
+    "training eval",
+    "data_tools",
+    "commands",
 ]
-EVAL_ROWS = ROWS[:2]  # eval knows backbones and data, no method and no training
-DATA_TOOLS_NEED = {"config", "data"}
-METHODS_AVOID = {"augment", "data"}  # a method gets batches and does not know where they come from
-TRAINING_NEEDS = {"methods.base"}  # the rows above methods know the contract, not a method
+LOOSE_FILES = {"batch", "schedule", "distributed", "mixing", "files", "randomness", "machine"}
+STRANGERS = [  # rooms of one row, or of a row below, that do not know each other
+    ("data", "methods"),
+    ("methods", "data"),
+    ("methods", "augment"),
+    ("methods", "run"),
+    ("run", "augment"),
+    ("run", "backbones"),
+    ("training", "eval"),
+    ("eval", "training"),
+    ("eval", "methods"),
+    ("eval", "optim"),
+    ("eval", "run"),
+    ("data_tools", "training"),
+    ("data_tools", "methods"),
+]
+TRAINING_NEEDS = {"ssl_pipeline.methods.base"}  # training knows the contract, not a method
 GRAB_BAGS = {"util", "utils", "misc", "helper", "helpers", "common", "stuff"}
 
 
@@ -63,7 +74,7 @@ def inside(package: str) -> list[str]:
 
 
 def unit(module: str) -> str:
-    """`ssl_pipeline.data.shards` -> `data`."""
+    """`ssl_pipeline.data.shards.open` -> `data`."""
     return module.removeprefix("ssl_pipeline").removeprefix(".").split(".")[0]
 
 
@@ -78,13 +89,18 @@ def library_imports() -> Iterator[tuple[str, str]]:
 
 
 def test_imports_are_found():
-    assert "ssl_pipeline.data.shards" in imports_of("pretrain")
-    assert "ssl_pipeline.schedule" in imports_of("ssl_pipeline.optim")
+    assert "ssl_pipeline.data.shards.open" in imports_of("ssl_pipeline.commands.pretrain")
+    assert "ssl_pipeline.schedule" in imports_of("ssl_pipeline.optim.optimizer")
 
 
 def test_every_module_has_its_row_and_every_name_a_module():
     units = {unit(module) for module in inside("ssl_pipeline")} - {""}
-    assert units == set(" ".join(ROWS).split())
+    assert units | {"mixing"} == set(" ".join(ROWS).split())
+
+
+def test_no_file_is_loose_but_the_vocabulary():
+    loose = {path.stem for path in (ROOT / "ssl_pipeline").glob("*.py")} - {"__init__"}
+    assert loose <= LOOSE_FILES
 
 
 def test_imports_go_downwards():
@@ -96,14 +112,15 @@ def test_imports_go_downwards():
     assert not upwards
 
 
-def test_the_library_knows_no_command():
+def test_the_library_knows_no_front_and_no_benchmark():
     assert [pair for pair in library_imports() if not pair[1].startswith("ssl_pipeline")] == []
 
 
-def test_methods_know_neither_data_nor_augmentation():
-    pairs = [pair for pair in library_imports() if unit(pair[0]) == "methods"]
+@pytest.mark.parametrize(("room", "stranger"), STRANGERS)
+def test_rooms_do_not_know_their_strangers(room, stranger):
+    pairs = [pair for pair in library_imports() if unit(pair[0]) == room]
     assert pairs
-    assert [pair for pair in pairs if unit(pair[1]) in METHODS_AVOID] == []
+    assert [pair for pair in pairs if unit(pair[1]) == stranger] == []
 
 
 def test_methods_do_not_know_each_other():
@@ -113,36 +130,52 @@ def test_methods_do_not_know_each_other():
 
 
 def test_training_knows_the_contract_and_no_method():
-    allowed = {f"ssl_pipeline.{name}" for name in TRAINING_NEEDS}
-    above = [pair for pair in library_imports() if row_of(pair[0]) > 2]
-    assert [pair for pair in above if unit(pair[1]) == "methods" and pair[1] not in allowed] == []
+    pairs = [pair for pair in library_imports() if unit(pair[0]) == "training" and unit(pair[1]) == "methods"]
+    assert {imported for _, imported in pairs} == TRAINING_NEEDS
 
 
-def test_eval_knows_neither_methods_nor_training():
-    allowed = set(" ".join(EVAL_ROWS).split())
-    for module in inside("eval"):
-        for imported in imports_of(module):
-            assert imported.startswith("eval") or unit(imported) in allowed, f"{module} imports {imported}"
+def test_data_tools_know_evaluation_by_its_features_and_its_search_alone():
+    pairs = [pair for pair in library_imports() if unit(pair[0]) == "data_tools" and unit(pair[1]) == "eval"]
+    allowed = ("ssl_pipeline.eval.features", "ssl_pipeline.eval.search")
+    assert [pair for pair in pairs if not pair[1].startswith(allowed)] == []
 
 
-def test_data_tools_know_data_and_config_alone():
-    for module in inside("data_tools"):
-        for imported in imports_of(module):
-            assert imported.startswith("data_tools") or unit(imported) in DATA_TOOLS_NEED, (
-                f"{module} imports {imported}"
-            )
+def test_only_the_commands_know_both_halves():
+    both = [
+        module
+        for module in inside("ssl_pipeline")
+        if {"training", "eval"} <= {unit(imported) for imported in imports_of(module)}
+    ]
+    assert {unit(module) for module in both} == {"commands"}
 
 
-def test_only_the_composition_root_knows_both_halves():
-    assert any(imported.startswith("eval") for imported in imports_of("pretrain"))
-    assert "ssl_pipeline.engine" in imports_of("pretrain")
-    assert [module for module in sources() if "pretrain" in imports_of(module)] == []
+def test_the_front_holds_commands_and_nothing_else():
+    for module in (name for name in sources() if name.split(".")[0] in FRONTS):
+        lines = sources()[module].read_text(encoding="utf-8").splitlines()
+        if module in FRONTS[:2]:
+            assert lines == [], module
+            continue
+        behind = f"ssl_pipeline.{'commands.' if '.' not in module else ''}{module}"
+        assert len(lines) <= 10, module
+        assert imports_of(module) == {behind}
+        assert lines[-2:] == ['if __name__ == "__main__":', "    sys.exit(command())"], module
 
 
-def test_benchmarks_know_the_library_and_eval_and_nobody_knows_them():
+def test_every_command_has_its_front():
+    commands = [module for module in inside("ssl_pipeline") if any(has_name(module, "command"))]
+    fronts = {name for name in sources() if name.split(".")[0] in FRONTS}
+    assert {module.removeprefix("ssl_pipeline.").removeprefix("commands.") for module in commands} <= fronts
+
+
+def has_name(module: str, name: str) -> Iterator[bool]:
+    """Whether a module defines a function of this name at its top."""
+    return (isinstance(node, ast.FunctionDef) and node.name == name for node in tree_of(module).body)
+
+
+def test_benchmarks_know_the_library_and_nobody_knows_them():
     for module in inside("benchmarks"):
         for imported in imports_of(module):
-            assert imported.split(".")[0] in ("benchmarks", "ssl_pipeline", "eval"), f"{module} imports {imported}"
+            assert imported.split(".")[0] in ("benchmarks", "ssl_pipeline"), f"{module} imports {imported}"
     others = [module for module in sources() if not module.startswith("benchmarks")]
     assert [m for m in others if any(name.split(".")[0] == "benchmarks" for name in imports_of(m))] == []
 
@@ -222,8 +255,8 @@ def test_yaml_is_read_with_a_safe_loader_alone():
     for module in sources():
         for name, call in calls(module):
             if name == "yaml.load":
-                assert module == "ssl_pipeline.config.arguments"
+                assert module == "ssl_pipeline.config.yaml_text"
                 assert ast.unparse(call.args[1]) == "_YamlLoader"
-    from ssl_pipeline.config.arguments import _YamlLoader
+    from ssl_pipeline.config.yaml_text import _YamlLoader
 
     assert "SafeLoader" in [base.__name__ for base in _YamlLoader.__mro__]

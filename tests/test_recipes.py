@@ -19,17 +19,19 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
-from tiny import write_shards
 
-from eval.compare import COMPARISONS, CompareConfig
-from pretrain import RECIPES, PretrainConfig, check_view_groups, pretrain
 from ssl_pipeline.backbones import create_backbone
-from ssl_pipeline.config import ConfigError, dump, load, read_yaml, validate
+from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.config import COMPARISONS, RECIPES, ConfigError, dump, load, read_yaml, recipe_files, validate
+from ssl_pipeline.eval.compare import CompareConfig
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
+from ssl_pipeline.training.preflight import check_view_groups
+from tests.tiny import write_shards
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+FILES = recipe_files(RECIPES)
+NAMES = list(FILES)
 ORDERED = {
     "digits_dino",
     "digits_simclr",
@@ -69,7 +71,7 @@ def test_a_recipe_prints_what_reads_back_equal(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_names_source_and_numbers_in_its_header(name):
-    lines = (RECIPES / f"{name}.yaml").read_text().splitlines()
+    lines = FILES[name].read_text().splitlines()
     header = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     for pattern in ("Theirs: ", "Ours: ", rf"accelerate launch (--num_processes \d+ )?pretrain\.py recipe={name}\b"):
         assert re.search(pattern, header), pattern
@@ -78,7 +80,7 @@ def test_a_recipe_names_source_and_numbers_in_its_header(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_complete(name):
     # no recipe inherits: what it says of the method, the views and the optimizer does not rest on our defaults
-    tree = read_yaml((RECIPES / f"{name}.yaml").read_text(), where=name)
+    tree = read_yaml(FILES[name].read_text(), where=name)
     assert {"seed", "method", "backbone", "augment", "data", "optim", "train", "knn"} <= tree.keys()
     assert {"name", "lr", "weight_decay"} <= tree["optim"].keys()
     for group in tree["augment"].values():

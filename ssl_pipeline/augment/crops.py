@@ -11,64 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ssl_pipeline.augment.views import CROP_TRIES, Uniform, ViewGroup
-
 # V views of each of B images, U uniforms in [0, 1), N tries
 
 Integers = NDArray[np.int64]
-
-
-def crop_boxes(
-    uniforms_VBU: NDArray[np.float64], heights_B: Integers, widths_B: Integers, group: ViewGroup
-) -> tuple[Integers, NDArray[np.bool_]]:
-    """Where each view is cut out, (V,B,4) as (top, left, height, width), and whether it is flipped, (V,B).
-
-    `random_resized` has the distribution of torchvision's RandomResizedCrop: area uniform in `scale`, aspect
-    log-uniform in `aspect`, the first of ten tries that fits into the image at a uniform position; if none fits, the
-    largest central crop of an allowed aspect. `pad` boxes are as large as the image and shifted by up to `padding`
-    of its size, so they may reach out of it.
-    """
-    assert uniforms_VBU.shape == (group.count, len(heights_B), group.num_uniforms())
-    tops_VB, lefts_VB = uniforms_VBU[..., Uniform.CROP_TOP], uniforms_VBU[..., Uniform.CROP_LEFT]
-    if group.crop == "pad":
-        shape = uniforms_VBU.shape[:2]
-        crop_heights_VB, crop_widths_VB = np.broadcast_to(heights_B, shape), np.broadcast_to(widths_B, shape)
-        reach_down_B, reach_right_B = (np.floor(size * group.padding) for size in (heights_B, widths_B))
-        tops_VB = np.floor(tops_VB * (2 * reach_down_B + 1)) - reach_down_B
-        lefts_VB = np.floor(lefts_VB * (2 * reach_right_B + 1)) - reach_right_B
-    else:
-        crop_heights_VB, crop_widths_VB, fits_VB = _crop_sizes(uniforms_VBU, heights_B, widths_B, group)
-        below_VB, beside_VB = heights_B - crop_heights_VB, widths_B - crop_widths_VB
-        tops_VB = np.where(fits_VB, np.floor(tops_VB * (below_VB + 1)), below_VB // 2)
-        lefts_VB = np.where(fits_VB, np.floor(lefts_VB * (beside_VB + 1)), beside_VB // 2)
-    boxes_VB4 = np.stack((tops_VB, lefts_VB, crop_heights_VB, crop_widths_VB), axis=-1).astype(np.int64)
-    flip_prob_V = np.asarray(group.per_view(group.flip_prob))
-    return boxes_VB4, uniforms_VBU[..., Uniform.FLIP] < flip_prob_V[:, None]
-
-
-def _crop_sizes(
-    uniforms_VBU: NDArray[np.float64], heights_B: Integers, widths_B: Integers, group: ViewGroup
-) -> tuple[Integers, Integers, NDArray[np.bool_]]:
-    """Heights and widths of random_resized crops, and whether they come from a try (else from the fallback)."""
-    smallest, largest = group.scale
-    narrowest, widest = group.aspect
-    u_area_VBN = uniforms_VBU[..., Uniform.CROP_AREA : Uniform.CROP_AREA + CROP_TRIES]
-    u_aspect_VBN = uniforms_VBU[..., Uniform.CROP_ASPECT : Uniform.CROP_ASPECT + CROP_TRIES]
-    area_VBN = (smallest + (largest - smallest) * u_area_VBN) * (heights_B * widths_B)[:, None]
-    aspect_VBN = np.exp(np.log(narrowest) + (np.log(widest) - np.log(narrowest)) * u_aspect_VBN)
-    tries_VBN2 = np.rint(np.sqrt(np.stack((area_VBN / aspect_VBN, area_VBN * aspect_VBN), axis=-1))).astype(np.int64)
-    image_B2 = np.stack((heights_B, widths_B), axis=-1)
-    fits_VBN = ((tries_VBN2 > 0) & (tries_VBN2 <= image_B2[:, None])).all(axis=-1)
-    first_VB11 = fits_VBN.argmax(axis=-1)[..., None, None]
-    first_VB2 = np.take_along_axis(tries_VBN2, first_VB11, axis=2)[:, :, 0]
-    # the fallback: whichever side is too long for the allowed aspects is cut
-    central_B2 = np.stack(
-        (np.minimum(heights_B, np.rint(widths_B / narrowest)), np.minimum(widths_B, np.rint(heights_B * widest))),
-        axis=-1,
-    )
-    fits_VB = fits_VBN.any(axis=-1)
-    sizes_VB2 = np.where(fits_VB[..., None], first_VB2, np.maximum(central_B2, 1)).astype(np.int64)
-    return sizes_VB2[..., 0], sizes_VB2[..., 1], fits_VB
 
 
 def crop_and_resize(

@@ -7,10 +7,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ssl_pipeline.augment.rand_augment import draw_rand_augment
-from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, Uniform, ViewGroup
+from ssl_pipeline.augment.views import ViewGroup
 
 # V views of each of B images, U uniforms in [0, 1), P parameters
 
@@ -43,43 +41,6 @@ class Operation(IntEnum):
 
 Channels = tuple[float, float, float]  # of red, green and blue
 TURNS = np.array(list(itertools.permutations(range(len(Operation)))))
-
-
-def draw_parameters(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> NDArray[np.float32]:
-    """The parameters of each view from uniforms in [0, 1); runs on the host.
-
-    (V,B,NUM_PARAMETERS), followed by those of `draw_rand_augment` if the group has RandAugment or cutout.
-    """
-    assert uniforms_VBU.shape[0] == group.count
-    assert uniforms_VBU.shape[2] == group.num_uniforms()
-    drawn_VBP = np.empty((*uniforms_VBU.shape[:2], NUM_PARAMETERS), np.float32)
-
-    def between(uniform: Uniform, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
-        return low + (high - low) * uniforms_VBU[..., uniform]
-
-    for column, uniform, probability in (
-        (Parameter.JITTER, Uniform.JITTER, group.jitter_prob),
-        (Parameter.GRAY, Uniform.GRAY, group.gray_prob),
-        (Parameter.SOLARIZE, Uniform.SOLARIZE, group.solarize_prob),
-    ):
-        drawn_VBP[..., column] = uniforms_VBU[..., uniform] < np.array(group.per_view(probability))[:, None]
-    for operation, uniform, strength in (
-        (Operation.BRIGHTNESS, Uniform.BRIGHTNESS, group.brightness),
-        (Operation.CONTRAST, Uniform.CONTRAST, group.contrast),
-        (Operation.SATURATION, Uniform.SATURATION, group.saturation),
-    ):
-        strength_V1 = np.array(group.per_view(strength))[:, None]
-        factor_VB = between(uniform, np.maximum(0, 1 - strength_V1), 1 + strength_V1)
-        drawn_VBP[..., Parameter.FACTOR + operation] = factor_VB
-    hue_V1 = np.array(group.per_view(group.hue))[:, None]
-    drawn_VBP[..., Parameter.FACTOR + Operation.HUE] = between(Uniform.HUE, -hue_V1, hue_V1)
-
-    order_VB = (uniforms_VBU[..., Uniform.ORDER] * len(TURNS)).astype(np.int64)
-    drawn_VBP[..., Parameter.TURN : Parameter.TURN + len(Operation)] = TURNS[order_VB]
-    blurred = uniforms_VBU[..., Uniform.BLUR] < np.array(group.per_view(group.blur_prob))[:, None]
-    sigma = between(Uniform.BLUR_SIGMA, *(np.array(bound) for bound in group.blur_sigma))
-    drawn_VBP[..., Parameter.BLUR_SIGMA] = np.where(blurred, sigma, 0)
-    return np.concatenate((drawn_VBP, draw_rand_augment(uniforms_VBU[..., UNIFORMS_PER_VIEW:], group)), axis=-1)
 
 
 class Stages(NamedTuple):

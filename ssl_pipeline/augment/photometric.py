@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ssl_pipeline.augment.everywhere import augment_everywhere
+from ssl_pipeline.augment.on_accelerator import augment_everywhere
+from ssl_pipeline.augment.on_cpu import augment_selected
 from ssl_pipeline.augment.parameters import Channels, Stages, stages_per_view
-from ssl_pipeline.augment.selected import augment_selected
 from ssl_pipeline.augment.views import ViewGroup
 
 # V views of each of B images, C channels; N: the same images, one view at a time; P parameters

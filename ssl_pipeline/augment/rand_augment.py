@@ -11,12 +11,10 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from ssl_pipeline.augment.colour import per_sample
-from ssl_pipeline.augment.views import UNIFORMS_PER_ROUND, ViewGroup
 
 # V views of each of B images; N: the same images, one view at a time; U uniforms, P parameters, S pixels
 
@@ -56,29 +54,6 @@ RANGES = {
     Operation.SOLARIZE: (0.0, 256.0),  # level from which on values are inverted
 }
 LOWEST, HIGHEST = np.array([RANGES[operation] for operation in Operation]).T
-
-
-def draw_rand_augment(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> NDArray[np.float32]:
-    """Parameters (V,B,P) of the rounds and the cutout of `group` from uniforms in [0, 1); runs on the host.
-
-    Each round takes one of the operations, all equally likely, with a magnitude uniform in its range. The cutout's
-    square has a side uniform in `cutout` and its centre anywhere; as in TorchSSL it is moved in at the top and at the
-    left, and cut off at the bottom and at the right.
-    """
-    rounds = group.rand_augment
-    split = UNIFORMS_PER_ROUND * rounds
-    operation_VBR = (uniforms_VBU[..., 0:split:UNIFORMS_PER_ROUND] * len(Operation)).astype(np.int64)
-    lowest_VBR, highest_VBR = LOWEST[operation_VBR], HIGHEST[operation_VBR]
-    magnitude_VBR = lowest_VBR + (highest_VBR - lowest_VBR) * uniforms_VBU[..., 1:split:UNIFORMS_PER_ROUND]
-    magnitude_VBR = np.where(operation_VBR == Operation.POSTERIZE, np.floor(magnitude_VBR), magnitude_VBR)
-    drawn_VBR2 = np.stack((operation_VBR, magnitude_VBR), axis=-1)
-    drawn_VBP = drawn_VBR2.reshape(*uniforms_VBU.shape[:2], PARAMETERS_PER_ROUND * rounds)
-    if group.cutout[1]:
-        side_VB1, centre_VB2 = uniforms_VBU[..., split : split + 1], uniforms_VBU[..., split + 1 :]
-        side_VB1 = np.rint(group.size * (group.cutout[0] + (group.cutout[1] - group.cutout[0]) * side_VB1))
-        start_VB2 = np.floor(np.maximum(0, group.size * centre_VB2 - side_VB1 / 2))
-        drawn_VBP = np.concatenate((drawn_VBP, start_VB2, np.minimum(group.size, start_VB2 + side_VB1)), axis=-1)
-    return drawn_VBP.astype(np.float32)
 
 
 def apply_rand_augment(

@@ -3,7 +3,7 @@
 from ssl_pipeline.backbones.create import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, without_drop_path
-from ssl_pipeline.positions import sincos_position_embedding  # whose public place is here
+from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose public place is here
 
 __all__ = [
     "Backbone",

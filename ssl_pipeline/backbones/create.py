@@ -12,11 +12,11 @@ from timm.layers import PatchEmbed
 from timm.models import ResNet, VisionTransformer
 from torch import nn
 
-import ssl_pipeline.wide_resnet  # noqa: F401  (adds its network to timm's registry)
+import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to timm's registry)
+from ssl_pipeline.backbones.initialisation import fix_positions, initialise
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone
+from ssl_pipeline.backbones.weights import WEIGHT_SUFFIXES, first_line, load_weights
 from ssl_pipeline.config import Config, ConfigError, nearest
-from ssl_pipeline.initialisation import fix_positions, initialise
-from ssl_pipeline.weights import WEIGHT_SUFFIXES, first_line, load_weights
 
 RESERVED_ARGUMENTS = {
     "num_classes": "the head is always left out",

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import safetensors.torch
 
-from ssl_pipeline.atomic import JSON, write_bytes, write_json
 from ssl_pipeline.backbones.create import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.networks import Backbone
+from ssl_pipeline.backbones.weights import first_line, load_weights
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.weights import first_line, load_weights
+from ssl_pipeline.files import JSON, write_bytes, write_json
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 
-from ssl_pipeline.attention import choose_attention
-from ssl_pipeline.masking import take_patches
-from ssl_pipeline.positions import Grid, resample_positions
+from ssl_pipeline.backbones.attention import choose_attention
+from ssl_pipeline.backbones.patches import take_patches
+from ssl_pipeline.backbones.positions import Grid, resample_positions
 
 
 class Backbone(nn.Module):

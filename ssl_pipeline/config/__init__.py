@@ -19,12 +19,16 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ssl_pipeline.config.arguments import YamlDumper, read_arguments, read_yaml, recipe_names
+from ssl_pipeline.config.arguments import read_arguments
 from ssl_pipeline.config.base import Config, ConfigError, Location, RunError, Tree, Value, nearest
+from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
 from ssl_pipeline.config.schema import annotation_at, complete, is_text
 from ssl_pipeline.config.sentences import help_page, mistakes
+from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 
 __all__ = [
+    "COMPARISONS",
+    "RECIPES",
     "Config",
     "ConfigError",
     "RunError",
@@ -33,7 +37,9 @@ __all__ = [
     "dump",
     "load",
     "nearest",
+    "read_recipe",
     "read_yaml",
+    "recipe_files",
     "run_command",
     "validate",
 ]
@@ -66,7 +72,7 @@ def load(
         if recipes is None or "recipe" in tree:
             raise
         raise ConfigError(
-            f"{error}\nNo recipe is given: recipe=NAME, one of {', '.join(recipe_names(recipes))}"
+            f"{error}\nNo recipe is given: recipe=NAME, one of {', '.join(recipe_files(recipes))}"
         ) from None
 
 

@@ -11,9 +11,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ssl_pipeline.config.arguments import YamlDumper, read_arguments, recipe_names
+from ssl_pipeline.config.arguments import read_arguments
 from ssl_pipeline.config.base import Config, Location, Value, nearest
+from ssl_pipeline.config.recipes import recipe_files
 from ssl_pipeline.config.schema import fixed_length, mapping_value, section_of, sections_in, tags_of, walk
+from ssl_pipeline.config.yaml_text import YamlDumper
 
 
 def mistakes(schema: type[Config], data: Value, error: ValidationError) -> list[str]:
@@ -134,7 +136,7 @@ def help_page(schema: type[Config], argv: Sequence[str], command: str, recipes: 
     usage = f"usage: {command}{' recipe=NAME' if recipes else ''} [key=value ...] [--print] [--debug]"
     lines = [usage, "", (schema.__doc__ or "").strip(), ""]
     if recipes:
-        lines += [f"recipes: {', '.join(recipe_names(recipes))}", ""]
+        lines += [f"recipes: {', '.join(recipe_files(recipes))}", ""]
     for path, field in walk(schema, tree):
         tags = [tag for section in sections_in(field.annotation) for tag in tags_of(section)]
         if tags:

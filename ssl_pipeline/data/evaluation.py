@@ -9,9 +9,9 @@ from torch.utils.data import Dataset
 
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.ring import Layout
-from ssl_pipeline.data.shards import ShardIndex
-from ssl_pipeline.data.workers import read_batches
+from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.workers.pool import read_batches
+from ssl_pipeline.data.workers.ring import Layout
 
 LARGEST_UNCUT_SIZE = 96  # small images fill their frame: nothing is cut from the shorter side
 CROP_RATIO = 256 / 224

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.sampling import LABELLED, hash64
-from ssl_pipeline.data.shards import ShardIndex
+from ssl_pipeline.data.batches import StreamBatch
+from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_stream
-from ssl_pipeline.data.stream_batch import StreamBatch
+from ssl_pipeline.randomness import LABELLED, hash64
 
 
 def open_labelled_stream(

@@ -1,20 +1,16 @@
 """Positions of the endless stream -> decoded samples, and the random numbers that their views are made from."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_pipeline.augment.crops import crop_boxes
-from ssl_pipeline.augment.parameters import draw_parameters
-from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.sampling import SUBSTITUTE, Order, hash64, uniforms
-from ssl_pipeline.data.shards import ShardIndex
+from ssl_pipeline.data.order import Order
+from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.randomness import SUBSTITUTE, hash64
 
 # V views of each of B images, P photometric parameters
 
@@ -65,44 +61,3 @@ class Samples:
                 continue
             return pixels_HWC, -1 if raw.label is None else raw.label, sample
         raise DataError(f"Cannot decode {raw.location}, nor any of {MAX_SUBSTITUTES - 1} samples before it.")
-
-
-def group_uniforms(
-    name: str, group: ViewGroup, *, seed: int, epochs_B: Integers, samples_B: Integers
-) -> NDArray[np.float64]:
-    """The uniforms (V,B,U) of a group of views of each sample, which depend on nothing but the arguments."""
-    # the stream is the group's name: adding a group changes no other
-    stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    return uniforms(seed, epochs_B, samples_B, views=group.count, count=group.num_uniforms(), stream=stream)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What was drawn on the host for one group: boxes (V,B,4), flips (V,B), photometric parameters (V,B,P) float32."""
-
-    boxes: Integers
-    flips: NDArray[np.bool_]
-    parameters: NDArray[np.float32]
-
-
-def draw_views(
-    groups: Mapping[str, ViewGroup],
-    *,
-    seed: int,
-    epochs_B: Integers,
-    samples_B: Integers,
-    heights_B: Integers,
-    widths_B: Integers,
-) -> dict[str, Drawn]:
-    """Everything random about the views of some samples; the same numbers wherever crops are cut out."""
-    drawn = {}
-    for name, group in groups.items():
-        uniforms_VBU = group_uniforms(name, group, seed=seed, epochs_B=epochs_B, samples_B=samples_B)
-        boxes_VB4, flips_VB = crop_boxes(uniforms_VBU, heights_B, widths_B, group)
-        drawn[name] = Drawn(boxes_VB4, flips_VB, draw_parameters(uniforms_VBU, group))
-    return drawn
-
-
-def num_parameters(group: ViewGroup) -> int:
-    """How many photometric parameters a view of the group has: P."""
-    return draw_parameters(np.empty((group.count, 0, group.num_uniforms())), group).shape[-1]

@@ -9,15 +9,15 @@ from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import Config
-from ssl_pipeline.data.cached import cached_stream
-from ssl_pipeline.data.cropped import CropBatch, CropReader
-from ssl_pipeline.data.decoded import DecodedReader, estimate_image_bytes
+from ssl_pipeline.data.batches import StreamBatch
+from ssl_pipeline.data.crop_reader import CropBatch, CropReader
+from ssl_pipeline.data.decode_reader import DecodedReader, estimate_image_bytes
+from ssl_pipeline.data.device_cache import cached_stream
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.order import Order, rank_positions
 from ssl_pipeline.data.samples import Samples
-from ssl_pipeline.data.sampling import Order, rank_positions
-from ssl_pipeline.data.shards import ShardIndex
-from ssl_pipeline.data.stream_batch import StreamBatch
-from ssl_pipeline.data.workers import read_batches
+from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.workers.pool import read_batches
 
 __all__ = ["CropBatch", "DataConfig", "LabelledConfig", "StreamBatch", "open_stream"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssl_pipeline.backbones.patches import patchify
 from ssl_pipeline.losses.precision import float32
-from ssl_pipeline.masking import patchify
 
 
 @float32

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Progress
 
 
@@ -28,19 +29,6 @@ class StepOutput:
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     carry: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ParamRule:
-    """How the parameters whose name begins with `prefix` are trained; the first rule that fits applies."""
-
-    prefix: str
-    lr_scale: float = 1.0
-    """Factor on the learning rate."""
-    constant_lr: bool = False
-    """Whether the learning rate stays at its base value, without warm-up and decay."""
-    frozen_for: int | str = 0
-    """Duration from the start in which the parameters get no update at all: no decay and no momentum either."""
 
 
 class Method(nn.Module):

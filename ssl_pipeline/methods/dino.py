@@ -13,11 +13,12 @@ from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config
 from ssl_pipeline.distributed import mean_over_ranks
-from ssl_pipeline.heads import PrototypeHead
 from ssl_pipeline.losses import mean_logits, prototype_distillation
-from ssl_pipeline.methods.base import Method, ParamRule, StepOutput, feature_std
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.heads import PrototypeHead
+from ssl_pipeline.modules.teacher import Teacher
+from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Progress, Schedule
-from ssl_pipeline.teacher import Teacher
 
 
 class DinoConfig(Config):

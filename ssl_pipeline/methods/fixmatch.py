@@ -14,8 +14,8 @@ from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.losses import fixmatch_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
-from ssl_pipeline.teacher import Teacher
 
 
 class FixMatchConfig(Config):

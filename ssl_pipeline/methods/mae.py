@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import nn
 
 from ssl_pipeline.backbones import Backbone, TokenBackbone
+from ssl_pipeline.backbones.patches import patchify, random_split, take_patches
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config, ConfigError
-from ssl_pipeline.heads import PixelDecoder
 from ssl_pipeline.losses import removed_patches_loss
-from ssl_pipeline.masking import patchify, random_split, take_patches
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.pixel_decoder import PixelDecoder
 from ssl_pipeline.schedule import Progress
 
 

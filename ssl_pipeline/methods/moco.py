@@ -16,12 +16,12 @@ from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.distributed import gather
-from ssl_pipeline.heads import MLPHead
 from ssl_pipeline.losses import info_nce
-from ssl_pipeline.memory import FeatureQueue
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.modules.heads import MLPHead
+from ssl_pipeline.modules.memory import FeatureQueue
+from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
-from ssl_pipeline.teacher import Teacher
 
 
 class MocoConfig(Config):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config
-from ssl_pipeline.heads import LastBatchNorm, MLPHead
 from ssl_pipeline.losses import moco_v3_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
-from ssl_pipeline.teacher import Teacher
 
 
 class MocoV3Config(Config):

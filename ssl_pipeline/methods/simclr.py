@@ -9,9 +9,9 @@ from pydantic import Field
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config
-from ssl_pipeline.heads import LastBatchNorm, MLPHead
 from ssl_pipeline.losses import nt_xent
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
 from ssl_pipeline.schedule import Progress
 
 

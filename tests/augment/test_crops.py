@@ -9,7 +9,8 @@ from PIL import Image
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from ssl_pipeline.augment.crops import crop_and_resize, crop_boxes
+from ssl_pipeline.augment.crops import crop_and_resize
+from ssl_pipeline.augment.draw import crop_boxes
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, Uniform, ViewGroup
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -9,7 +9,8 @@ import torch
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import ColorJitter
 
-from ssl_pipeline.augment.parameters import NUM_PARAMETERS, Operation, Parameter, draw_parameters
+from ssl_pipeline.augment.draw import draw_parameters
+from ssl_pipeline.augment.parameters import NUM_PARAMETERS, Operation, Parameter
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, ViewGroup
 
 SAMPLES = 20_000

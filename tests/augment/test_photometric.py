@@ -8,9 +8,10 @@ import torch
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as oracle
 
-from ssl_pipeline.augment import colour, photometric, selected
-from ssl_pipeline.augment.everywhere import augment_everywhere
-from ssl_pipeline.augment.parameters import NUM_PARAMETERS, Operation, Parameter, draw_parameters, stages_per_view
+from ssl_pipeline.augment import colour, on_cpu, photometric
+from ssl_pipeline.augment.draw import draw_parameters
+from ssl_pipeline.augment.on_accelerator import augment_everywhere
+from ssl_pipeline.augment.parameters import NUM_PARAMETERS, Operation, Parameter, stages_per_view
 from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, ViewGroup
 
@@ -21,7 +22,7 @@ UNNORMALISED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 def augment_selected(crops_NCHW, parameters_NP, stages):
     out_NCHW = torch.full(crops_NCHW.shape, torch.nan, device=crops_NCHW.device)
-    selected.augment_selected(crops_NCHW, parameters_NP, stages, out=out_NCHW)
+    on_cpu.augment_selected(crops_NCHW, parameters_NP, stages, out=out_NCHW)
     return out_NCHW
 
 
@@ -283,7 +284,7 @@ def test_the_size_of_a_piece_changes_nothing(budget, monkeypatch):
     group = ViewGroup(count=2, size=16, blur_prob=0.5, solarize_prob=(0.0, 0.3))
     drawn = draw_parameters(np.random.default_rng(0).random((2, 20, UNIFORMS_PER_VIEW)), group)
     crops, parameters = noise(40, size=16).view(2, 20, 3, 16, 16), torch.from_numpy(drawn)
-    monkeypatch.setattr(selected, "PIECE_VALUES", budget)
+    monkeypatch.setattr(on_cpu, "PIECE_VALUES", budget)
     views = apply_photometric(crops, parameters, group, **UNNORMALISED)
     for view in range(2):
         assert_equals_torchvision(views[view], crops[view], parameters[view], group)

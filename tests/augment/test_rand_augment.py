@@ -11,18 +11,12 @@ from torch.testing import assert_close
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as torchvision
 
-from ssl_pipeline.augment.everywhere import augment_everywhere
-from ssl_pipeline.augment.parameters import NUM_PARAMETERS, draw_parameters, stages_per_view
+from ssl_pipeline.augment.draw import draw_parameters, draw_rand_augment
+from ssl_pipeline.augment.on_accelerator import augment_everywhere
+from ssl_pipeline.augment.on_cpu import augment_selected
+from ssl_pipeline.augment.parameters import NUM_PARAMETERS, stages_per_view
 from ssl_pipeline.augment.photometric import apply_photometric
-from ssl_pipeline.augment.rand_augment import (
-    CUTOUT_LEVEL,
-    RANGES,
-    Operation,
-    apply_rand_augment,
-    cut_out,
-    draw_rand_augment,
-)
-from ssl_pipeline.augment.selected import augment_selected
+from ssl_pipeline.augment.rand_augment import CUTOUT_LEVEL, RANGES, Operation, apply_rand_augment, cut_out
 from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, ViewGroup
 
 ENHANCERS = {

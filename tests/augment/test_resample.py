@@ -7,7 +7,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from ssl_pipeline.augment import resample
-from ssl_pipeline.augment.crops import crop_and_resize, crop_boxes
+from ssl_pipeline.augment.crops import crop_and_resize
+from ssl_pipeline.augment.draw import crop_boxes
 from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import safetensors.torch
 import torch
-from tiny_vit import images, tiny_vit
 
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.backbones.positions import resample_positions
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.positions import resample_positions
+from tests.backbones.tiny_vit import images, tiny_vit
 
 
 def test_small_images_change_the_stem_of_a_resnet():

@@ -6,10 +6,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from tiny_vit import TINY_VIT, images, tiny_vit
 
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone, save_backbone
 from ssl_pipeline.config import ConfigError
+from tests.backbones.tiny_vit import TINY_VIT, images, tiny_vit
 
 PREPROCESSING = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from timm.layers import DropPath
-from tiny_vit import images, tiny_vit
 
 from ssl_pipeline.backbones import BackboneConfig, TokenBackbone, create_backbone, without_drop_path
-from ssl_pipeline.masking import patchify, take_patches
+from ssl_pipeline.backbones.patches import patchify, take_patches
+from tests.backbones.tiny_vit import images, tiny_vit
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "convnext_atto", "regnetx_002"])

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.cost_growth import _growth, _work_of_ranks, report_start_up
 from benchmarks.synthetic_shards import write_synthetic_shards
-from ssl_pipeline.data import verification
 from ssl_pipeline.data.decode import decode_image
-from ssl_pipeline.data.shards import open_shards
+from ssl_pipeline.data.shards import verification
+from ssl_pipeline.data.shards.open import open_shards
 
 
 def test_made_up_shards_open_like_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pretrain import RECIPES, PretrainConfig
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.config import load
-from ssl_pipeline.data import cached
-from ssl_pipeline.data.decoded import DecodedBatch
+from ssl_pipeline.commands.pretrain import PretrainConfig
+from ssl_pipeline.config import RECIPES, load
+from ssl_pipeline.data import device_cache
+from ssl_pipeline.data.decode_reader import DecodedBatch
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
-from ssl_pipeline.data.shards import ShardIndex, open_shards
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.stream import CropBatch, DataConfig, LabelledConfig, StreamBatch, open_stream
 
 GROUPS = {
@@ -128,9 +128,9 @@ def test_a_labelled_stream_keeps_step(shards: Path, mode: dict[str, object]) -> 
 
 
 def test_a_cache_is_filled_once_and_not_before_it_is_needed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, decode_all = list[int](), cached.decode_all
+    calls, decode_all = list[int](), device_cache.decode_all
     monkeypatch.setattr(
-        cached, "decode_all", lambda *images, **options: calls.append(1) or decode_all(*images, **options)
+        device_cache, "decode_all", lambda *images, **options: calls.append(1) or decode_all(*images, **options)
     )
     index = open_shards(shards)
     assert batches(index, config(6, cache=True), 0) == []

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ssl_pipeline.data.evaluation import EvaluationSet, central_crop, evaluation_batches
-from ssl_pipeline.data.shards import DataError, open_shards
+from ssl_pipeline.data.shards.open import DataError, open_shards
 
 
 def smooth(height: int, width: int) -> np.ndarray:

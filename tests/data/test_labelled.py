@@ -7,7 +7,7 @@ import torch
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
-from ssl_pipeline.data.shards import ShardIndex, open_shards
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.stream import CropBatch, DataConfig, LabelledConfig, open_stream
 
 GROUPS = {"weak": ViewGroup(size=8)}

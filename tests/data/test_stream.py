@@ -12,10 +12,10 @@ import torch
 from torch.testing import assert_close
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.cropped import CropBatch, CropReader
+from ssl_pipeline.data.crop_reader import CropBatch, CropReader
+from ssl_pipeline.data.order import Order
 from ssl_pipeline.data.samples import Samples
-from ssl_pipeline.data.sampling import Order
-from ssl_pipeline.data.shards import DataError, ShardIndex, open_shards
+from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
 
 GROUPS = {"global": ViewGroup(count=2, size=8), "local": ViewGroup(count=3, size=4, blur_prob=0.5)}
@@ -145,7 +145,7 @@ def test_a_reader_survives_pickling(shards: Path) -> None:
 def test_large_images_are_decoded_few_at_a_time(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = open_shards(shards)
     whole = stream(index, config(9), batches=1)[0]
-    monkeypatch.setattr("ssl_pipeline.data.cropped.CHUNK_BYTES", 900)  # two or three images of 360
+    monkeypatch.setattr("ssl_pipeline.data.crop_reader.CHUNK_BYTES", 900)  # two or three images of 360
     assert_equal(whole, stream(index, config(9), batches=1)[0])
 
 

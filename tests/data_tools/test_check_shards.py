@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.check_shards import CheckShards, check_shards
-from data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.config import run_command
+from ssl_pipeline.data_tools.check_shards import CheckShards, check_shards
+from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.make_shards import MakeShards, make_shards
-from data_tools.split_labels import SplitLabels, choose, split_labels
 from ssl_pipeline.config import run_command
-from ssl_pipeline.data.manifest import read_manifest
-from ssl_pipeline.data.shards import DataError, open_shards
+from ssl_pipeline.data.shards.manifest import read_manifest
+from ssl_pipeline.data.shards.open import DataError, open_shards
+from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
+from ssl_pipeline.data_tools.split_labels import SplitLabels, choose, split_labels
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_an_unfinished_split_leaves_nothing(shards: Path, tmp_path: Path, monkey
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("data_tools.split_labels.write_manifest", fail)
+    monkeypatch.setattr("ssl_pipeline.data_tools.split_labels.write_manifest", fail)
     with pytest.raises(OSError, match="no space left"):
         split(shards, tmp_path / "few", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "images"]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone
-from ssl_pipeline.data.manifest import Manifest, write_manifest
+from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
 
 NUM_CLASSES = 6
 TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}

@@ -1,6 +1,6 @@
 import torch
 
-from eval.accuracy import top_k_accuracy, top_k_hits
+from ssl_pipeline.eval.accuracy import top_k_accuracy, top_k_hits
 
 
 def test_the_best_scored_class_counts_for_top1_and_the_five_best_for_top5() -> None:

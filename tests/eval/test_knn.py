@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from eval.knn import KnnConfig, KnnMonitor, KnnMonitorConfig, knn_accuracy, main, weighted_knn
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import ConfigError, load, run_command
+from ssl_pipeline.eval.knn import KnnConfig, KnnMonitor, KnnMonitorConfig, knn_accuracy, main, weighted_knn
 from ssl_pipeline.schedule import Progress
 
 WriteShards = Callable[..., Path]

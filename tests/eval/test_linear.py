@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import eval.evaluation
-from eval.linear import LinearConfig, ProbeConfig, ProbeResult, choose, linear_probe, main, sweep_table
 from ssl_pipeline.config import ConfigError, run_command
+from ssl_pipeline.eval import protocol
+from ssl_pipeline.eval.linear import LinearConfig, ProbeConfig, ProbeResult, choose, linear_probe, main, sweep_table
 
 
 def noisy(num_images: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def test_equal_accuracies_are_decided_by_the_loss_and_diverged_settings_come_las
 
 
 def test_the_solver_follows_the_size_of_the_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.linear.LARGEST_LOGISTIC", 100 * noisy(1, seed=0)[0].shape[1])
+    monkeypatch.setattr("ssl_pipeline.eval.linear.LARGEST_LOGISTIC", 100 * noisy(1, seed=0)[0].shape[1])
     config = ProbeConfig(epochs=2)
     solvers = [
         linear_probe(*noisy(size, seed=0), *noisy(10, seed=1), num_classes=4, config=config).solver
@@ -156,13 +156,13 @@ def test_a_run_is_probed_and_reported(
 
 
 def test_knn_and_linear_share_their_features(run: Path, train: str, test: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from eval.knn import KnnConfig
-    from eval.knn import main as knn_main
+    from ssl_pipeline.eval.knn import KnnConfig
+    from ssl_pipeline.eval.knn import main as knn_main
 
     arguments = [f"run={run}", f"train={train}", f"test={test}", "baselines=true"]
     assert run_command(KnnConfig, knn_main, command="", argv=arguments) == 0
     extracted = []
-    monkeypatch.setattr(eval.evaluation, "extract_features", lambda *_, **__: extracted.append(1))
+    monkeypatch.setattr(protocol, "extract_features", lambda *_, **__: extracted.append(1))
     assert linear(*arguments) == 0
     assert extracted == []
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.table import TableConfig, format_table, main, read_top1, summary
 from ssl_pipeline.config import ConfigError, run_command
+from ssl_pipeline.eval.table import TableConfig, format_table, main, read_top1, summary
 
 
 def write(run: Path, name: str, top1: float, **baselines: float) -> None:

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssl_pipeline.heads import PrototypeHead
 from ssl_pipeline.losses import centred_softmax, mean_logits, prototype_distillation, prototypes, self_distillation
+from ssl_pipeline.modules.heads import PrototypeHead
 
 TEMPERATURES = {"temperature": 0.1, "teacher_temperature": 0.04}
 

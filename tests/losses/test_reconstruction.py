@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ssl_pipeline.backbones.patches import patchify, random_split, take_patches
 from ssl_pipeline.losses import mae_loss, removed_patches_loss
-from ssl_pipeline.masking import patchify, random_split, take_patches
 
 
 def random_inputs():

@@ -4,10 +4,10 @@ import math
 
 import torch
 from torch import nn
-from toys import assert_same_tensors, copies, descend, follow, toy_batches, toy_method, train
 
 from ssl_pipeline.methods.byol import Byol, ByolConfig
 from ssl_pipeline.schedule import Progress, Schedule
+from tests.methods.toys import assert_same_tensors, copies, descend, follow, toy_batches, toy_method, train
 
 
 def byol(**changes):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import CONFIGS, VIT, make_batch, make_method, progress_at
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.heads import PixelDecoder
+from ssl_pipeline.modules.pixel_decoder import PixelDecoder
+from tests.tiny import CONFIGS, VIT, make_batch, make_method, progress_at
 
 
 @pytest.fixture(autouse=True)

@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import CNN, CONFIGS, TINY, VIT, make_batch, make_method, progress_at, row
 from torch import nn
 
 from ssl_pipeline.backbones import create_backbone
-from ssl_pipeline.checkpoint import Checkpoints
 from ssl_pipeline.methods.base import Method, StepOutput
 from ssl_pipeline.methods.byol import Byol
 from ssl_pipeline.methods.dino import Dino
 from ssl_pipeline.methods.moco import Moco
 from ssl_pipeline.methods.simclr import Simclr
-from ssl_pipeline.optim import OptimConfig, build_optimizer, prepare_gradients, write_values
-from ssl_pipeline.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
+from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from ssl_pipeline.schedule import Schedule
+from tests.tiny import CNN, CONFIGS, TINY, VIT, make_batch, make_method, progress_at, row
 
 NAMES = sorted(CONFIGS)
 COLLAPSE_SIGNALS = {"feature_std", "target_entropy"}

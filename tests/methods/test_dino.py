@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import CNN, VIT, make_batch, progress_at
 from torch.testing import assert_close
 
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.losses import centred_softmax, prototypes, self_distillation
 from ssl_pipeline.methods.dino import Dino, DinoConfig
 from ssl_pipeline.schedule import Schedule
+from tests.tiny import CNN, VIT, make_batch, progress_at
 
 
 def dino(backbone=VIT, **changes):

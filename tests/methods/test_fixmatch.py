@@ -11,23 +11,23 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from tiny import write_shards
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from toys import ToyBackbone, assert_same_tensors, copies, descend, toy_method
 
-from pretrain import RECIPES, PretrainConfig, pretrain
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.checkpoint import Checkpoints
-from ssl_pipeline.config import ConfigError, load
+from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.config import RECIPES, ConfigError, load
 from ssl_pipeline.data.evaluation import EvaluationSet
-from ssl_pipeline.data.shards import open_shards
+from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.fixmatch import FixMatch, FixMatchConfig
-from ssl_pipeline.optim import build_optimizer, write_values
+from ssl_pipeline.optim.optimizer import build_optimizer, write_values
+from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.schedule import Progress, Schedule
+from tests.methods.toys import ToyBackbone, assert_same_tensors, copies, descend, toy_method
+from tests.tiny import write_shards
 
 NAME = "cifar10_fixmatch_wrn28_2"
 START = Progress(0, 10, 5)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.backbones.patches import random_masking, take_patches
+from ssl_pipeline.backbones.positions import sincos_position_embedding
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.losses import mae_loss
-from ssl_pipeline.masking import random_masking, take_patches
 from ssl_pipeline.methods.mae import Mae, MaeConfig
-from ssl_pipeline.positions import sincos_position_embedding
 from ssl_pipeline.schedule import Progress
 
 TINY_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}

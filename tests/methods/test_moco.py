@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from toys import assert_same_tensors, copies, descend, follow, toy_batches, toy_method, train
 
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.methods.moco import Moco, MocoConfig
 from ssl_pipeline.schedule import Progress, Schedule
+from tests.methods.toys import assert_same_tensors, copies, descend, follow, toy_batches, toy_method, train
 
 
 def moco(*, batch_norm=True, **changes):

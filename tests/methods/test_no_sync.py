@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CNN, CONFIGS, VIT, make_batch, make_method, progress_at
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.optim import OptimConfig, build_optimizer, prepare_gradients, write_values
+from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
 from ssl_pipeline.schedule import Schedule
+from tests.tiny import CNN, CONFIGS, VIT, make_batch, make_method, progress_at
 
 WAITS = {  # on CUDA
     "_local_scalar_dense",  # .item(), .tolist(), float(), bool(), int()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain import RECIPES, PretrainConfig
 from ssl_pipeline.backbones import create_backbone
-from ssl_pipeline.config import load
+from ssl_pipeline.commands.pretrain import PretrainConfig
+from ssl_pipeline.config import RECIPES, load
 from ssl_pipeline.methods import build_method
-from ssl_pipeline.optim import build_optimizer
+from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.schedule import Progress
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from accelerate.state import AcceleratorState
-from tiny import CNN, CONFIGS, VIT, make_method, row, write_shards
 
-from pretrain import RECIPES, PretrainConfig, pretrain
-from ssl_pipeline.config import ConfigError, load
+from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.config import RECIPES, ConfigError, load
+from tests.tiny import CNN, CONFIGS, VIT, make_method, row, write_shards
 
 WIDTHS = {
     "cifar10_byol_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from toys import assert_same_tensors, copies, descend, toy_batches, toy_method, train
 
 from ssl_pipeline.methods.simsiam import Simsiam, SimsiamConfig
-from ssl_pipeline.optim import OptimConfig, build_optimizer, write_values
+from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, write_values
 from ssl_pipeline.schedule import Progress, Schedule
+from tests.methods.toys import assert_same_tensors, copies, descend, toy_batches, toy_method, train
 
 
 def simsiam(**changes):

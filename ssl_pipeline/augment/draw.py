@@ -1,0 +1,174 @@
+"""Every random number of a view: its crop, its flip and what happens to its colours."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_pipeline.augment.parameters import NUM_PARAMETERS, TURNS, Operation, Parameter
+from ssl_pipeline.augment.rand_augment import HIGHEST, LOWEST, PARAMETERS_PER_ROUND
+from ssl_pipeline.augment.rand_augment import Operation as RandOperation
+from ssl_pipeline.augment.views import CROP_TRIES, UNIFORMS_PER_ROUND, UNIFORMS_PER_VIEW, Uniform, ViewGroup
+from ssl_pipeline.randomness import uniforms
+
+# V views of each of B images, U uniforms in [0, 1), N tries, R rounds, P parameters
+
+Integers = NDArray[np.int64]
+
+
+def crop_boxes(
+    uniforms_VBU: NDArray[np.float64], heights_B: Integers, widths_B: Integers, group: ViewGroup
+) -> tuple[Integers, NDArray[np.bool_]]:
+    """Where each view is cut out, (V,B,4) as (top, left, height, width), and whether it is flipped, (V,B).
+
+    `random_resized` has the distribution of torchvision's RandomResizedCrop: area uniform in `scale`, aspect
+    log-uniform in `aspect`, the first of ten tries that fits into the image at a uniform position; if none fits, the
+    largest central crop of an allowed aspect. `pad` boxes are as large as the image and shifted by up to `padding`
+    of its size, so they may reach out of it.
+    """
+    assert uniforms_VBU.shape == (group.count, len(heights_B), group.num_uniforms())
+    tops_VB, lefts_VB = uniforms_VBU[..., Uniform.CROP_TOP], uniforms_VBU[..., Uniform.CROP_LEFT]
+    if group.crop == "pad":
+        shape = uniforms_VBU.shape[:2]
+        crop_heights_VB, crop_widths_VB = np.broadcast_to(heights_B, shape), np.broadcast_to(widths_B, shape)
+        reach_down_B, reach_right_B = (np.floor(size * group.padding) for size in (heights_B, widths_B))
+        tops_VB = np.floor(tops_VB * (2 * reach_down_B + 1)) - reach_down_B
+        lefts_VB = np.floor(lefts_VB * (2 * reach_right_B + 1)) - reach_right_B
+    else:
+        crop_heights_VB, crop_widths_VB, fits_VB = _crop_sizes(uniforms_VBU, heights_B, widths_B, group)
+        below_VB, beside_VB = heights_B - crop_heights_VB, widths_B - crop_widths_VB
+        tops_VB = np.where(fits_VB, np.floor(tops_VB * (below_VB + 1)), below_VB // 2)
+        lefts_VB = np.where(fits_VB, np.floor(lefts_VB * (beside_VB + 1)), beside_VB // 2)
+    boxes_VB4 = np.stack((tops_VB, lefts_VB, crop_heights_VB, crop_widths_VB), axis=-1).astype(np.int64)
+    flip_prob_V = np.asarray(group.per_view(group.flip_prob))
+    return boxes_VB4, uniforms_VBU[..., Uniform.FLIP] < flip_prob_V[:, None]
+
+
+def _crop_sizes(
+    uniforms_VBU: NDArray[np.float64], heights_B: Integers, widths_B: Integers, group: ViewGroup
+) -> tuple[Integers, Integers, NDArray[np.bool_]]:
+    """Heights and widths of random_resized crops, and whether they come from a try (else from the fallback)."""
+    smallest, largest = group.scale
+    narrowest, widest = group.aspect
+    u_area_VBN = uniforms_VBU[..., Uniform.CROP_AREA : Uniform.CROP_AREA + CROP_TRIES]
+    u_aspect_VBN = uniforms_VBU[..., Uniform.CROP_ASPECT : Uniform.CROP_ASPECT + CROP_TRIES]
+    area_VBN = (smallest + (largest - smallest) * u_area_VBN) * (heights_B * widths_B)[:, None]
+    aspect_VBN = np.exp(np.log(narrowest) + (np.log(widest) - np.log(narrowest)) * u_aspect_VBN)
+    tries_VBN2 = np.rint(np.sqrt(np.stack((area_VBN / aspect_VBN, area_VBN * aspect_VBN), axis=-1))).astype(np.int64)
+    image_B2 = np.stack((heights_B, widths_B), axis=-1)
+    fits_VBN = ((tries_VBN2 > 0) & (tries_VBN2 <= image_B2[:, None])).all(axis=-1)
+    first_VB11 = fits_VBN.argmax(axis=-1)[..., None, None]
+    first_VB2 = np.take_along_axis(tries_VBN2, first_VB11, axis=2)[:, :, 0]
+    # the fallback: whichever side is too long for the allowed aspects is cut
+    central_B2 = np.stack(
+        (np.minimum(heights_B, np.rint(widths_B / narrowest)), np.minimum(widths_B, np.rint(heights_B * widest))),
+        axis=-1,
+    )
+    fits_VB = fits_VBN.any(axis=-1)
+    sizes_VB2 = np.where(fits_VB[..., None], first_VB2, np.maximum(central_B2, 1)).astype(np.int64)
+    return sizes_VB2[..., 0], sizes_VB2[..., 1], fits_VB
+
+
+def draw_parameters(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> NDArray[np.float32]:
+    """The parameters of each view from uniforms in [0, 1); runs on the host.
+
+    (V,B,NUM_PARAMETERS), followed by those of `draw_rand_augment` if the group has RandAugment or cutout.
+    """
+    assert uniforms_VBU.shape[0] == group.count
+    assert uniforms_VBU.shape[2] == group.num_uniforms()
+    drawn_VBP = np.empty((*uniforms_VBU.shape[:2], NUM_PARAMETERS), np.float32)
+
+    def between(uniform: Uniform, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
+        return low + (high - low) * uniforms_VBU[..., uniform]
+
+    for column, uniform, probability in (
+        (Parameter.JITTER, Uniform.JITTER, group.jitter_prob),
+        (Parameter.GRAY, Uniform.GRAY, group.gray_prob),
+        (Parameter.SOLARIZE, Uniform.SOLARIZE, group.solarize_prob),
+    ):
+        drawn_VBP[..., column] = uniforms_VBU[..., uniform] < np.array(group.per_view(probability))[:, None]
+    for operation, uniform, strength in (
+        (Operation.BRIGHTNESS, Uniform.BRIGHTNESS, group.brightness),
+        (Operation.CONTRAST, Uniform.CONTRAST, group.contrast),
+        (Operation.SATURATION, Uniform.SATURATION, group.saturation),
+    ):
+        strength_V1 = np.array(group.per_view(strength))[:, None]
+        factor_VB = between(uniform, np.maximum(0, 1 - strength_V1), 1 + strength_V1)
+        drawn_VBP[..., Parameter.FACTOR + operation] = factor_VB
+    hue_V1 = np.array(group.per_view(group.hue))[:, None]
+    drawn_VBP[..., Parameter.FACTOR + Operation.HUE] = between(Uniform.HUE, -hue_V1, hue_V1)
+
+    order_VB = (uniforms_VBU[..., Uniform.ORDER] * len(TURNS)).astype(np.int64)
+    drawn_VBP[..., Parameter.TURN : Parameter.TURN + len(Operation)] = TURNS[order_VB]
+    blurred = uniforms_VBU[..., Uniform.BLUR] < np.array(group.per_view(group.blur_prob))[:, None]
+    sigma = between(Uniform.BLUR_SIGMA, *(np.array(bound) for bound in group.blur_sigma))
+    drawn_VBP[..., Parameter.BLUR_SIGMA] = np.where(blurred, sigma, 0)
+    return np.concatenate((drawn_VBP, draw_rand_augment(uniforms_VBU[..., UNIFORMS_PER_VIEW:], group)), axis=-1)
+
+
+def draw_rand_augment(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> NDArray[np.float32]:
+    """Parameters (V,B,P) of the rounds and the cutout of `group` from uniforms in [0, 1); runs on the host.
+
+    Each round takes one of the operations, all equally likely, with a magnitude uniform in its range. The cutout's
+    square has a side uniform in `cutout` and its centre anywhere; as in TorchSSL it is moved in at the top and at the
+    left, and cut off at the bottom and at the right.
+    """
+    rounds = group.rand_augment
+    split = UNIFORMS_PER_ROUND * rounds
+    operation_VBR = (uniforms_VBU[..., 0:split:UNIFORMS_PER_ROUND] * len(RandOperation)).astype(np.int64)
+    lowest_VBR, highest_VBR = LOWEST[operation_VBR], HIGHEST[operation_VBR]
+    magnitude_VBR = lowest_VBR + (highest_VBR - lowest_VBR) * uniforms_VBU[..., 1:split:UNIFORMS_PER_ROUND]
+    magnitude_VBR = np.where(operation_VBR == RandOperation.POSTERIZE, np.floor(magnitude_VBR), magnitude_VBR)
+    drawn_VBR2 = np.stack((operation_VBR, magnitude_VBR), axis=-1)
+    drawn_VBP = drawn_VBR2.reshape(*uniforms_VBU.shape[:2], PARAMETERS_PER_ROUND * rounds)
+    if group.cutout[1]:
+        side_VB1, centre_VB2 = uniforms_VBU[..., split : split + 1], uniforms_VBU[..., split + 1 :]
+        side_VB1 = np.rint(group.size * (group.cutout[0] + (group.cutout[1] - group.cutout[0]) * side_VB1))
+        start_VB2 = np.floor(np.maximum(0, group.size * centre_VB2 - side_VB1 / 2))
+        drawn_VBP = np.concatenate((drawn_VBP, start_VB2, np.minimum(group.size, start_VB2 + side_VB1)), axis=-1)
+    return drawn_VBP.astype(np.float32)
+
+
+def group_uniforms(
+    name: str, group: ViewGroup, *, seed: int, epochs_B: Integers, samples_B: Integers
+) -> NDArray[np.float64]:
+    """The uniforms (V,B,U) of a group of views of each sample, which depend on nothing but the arguments."""
+    # the stream is the group's name: adding a group changes no other
+    stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return uniforms(seed, epochs_B, samples_B, views=group.count, count=group.num_uniforms(), stream=stream)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn on the host for one group: boxes (V,B,4), flips (V,B), photometric parameters (V,B,P) float32."""
+
+    boxes: Integers
+    flips: NDArray[np.bool_]
+    parameters: NDArray[np.float32]
+
+
+def draw_views(
+    groups: Mapping[str, ViewGroup],
+    *,
+    seed: int,
+    epochs_B: Integers,
+    samples_B: Integers,
+    heights_B: Integers,
+    widths_B: Integers,
+) -> dict[str, Drawn]:
+    """Everything random about the views of some samples; the same numbers wherever crops are cut out."""
+    drawn = {}
+    for name, group in groups.items():
+        uniforms_VBU = group_uniforms(name, group, seed=seed, epochs_B=epochs_B, samples_B=samples_B)
+        boxes_VB4, flips_VB = crop_boxes(uniforms_VBU, heights_B, widths_B, group)
+        drawn[name] = Drawn(boxes_VB4, flips_VB, draw_parameters(uniforms_VBU, group))
+    return drawn
+
+
+def num_parameters(group: ViewGroup) -> int:
+    """How many photometric parameters a view of the group has: P."""
+    return draw_parameters(np.empty((group.count, 0, group.num_uniforms())), group).shape[-1]

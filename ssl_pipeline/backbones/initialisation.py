@@ -1,0 +1,54 @@
+"""How the weights of a ViT begin in the official code of MAE (He et al., 2021, https://arxiv.org/abs/2111.06377) and
+MoCo v3 (Chen et al., 2021, https://arxiv.org/abs/2104.02057)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+
+from ssl_pipeline.backbones.positions import sincos_position_embedding
+from ssl_pipeline.config import ConfigError
+
+
+@torch.no_grad()
+def initialise(model: VisionTransformer, way: Literal["mae", "moco_v3"]) -> None:
+    """Xavier-uniform weights and zero biases in all linear layers; the patch embedding as a linear layer over pixels.
+
+    mae: query, key and value weights are one layer; the class token is N(0, 0.02^2).
+    moco_v3: they are three layers, so their bound is larger; the class token is N(0, 1e-6^2).
+    """
+    initialise_as_mae(model)
+    patch_embed: nn.Conv2d = model.patch_embed.proj
+    nn.init.xavier_uniform_(patch_embed.weight.view(model.embed_dim, -1))
+    if model.cls_token is not None:
+        nn.init.normal_(model.cls_token, std=0.02 if way == "mae" else 1e-6)
+    if way == "moco_v3":
+        for name, weight in model.blocks.named_parameters():
+            if name.endswith("qkv.weight"):
+                for third in weight.chunk(3):
+                    nn.init.xavier_uniform_(third)
+        if patch_embed.bias is not None:
+            nn.init.zeros_(patch_embed.bias)
+
+
+def initialise_as_mae(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer inside."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+@torch.no_grad()
+def fix_positions(model: VisionTransformer) -> None:
+    """Put MAE's sines into the position table and train it no more; class token and registers have position zero."""
+    if model.pos_embed is None:
+        raise ConfigError("backbone.fixed_positions needs a ViT with a position table, and this one has none.")
+    grid = model.patch_embed.grid_size
+    model.pos_embed.zero_()
+    model.pos_embed[:, -grid[0] * grid[1] :] = sincos_position_embedding(model.embed_dim, grid, class_token=False)
+    model.pos_embed.requires_grad_(False)

@@ -1,0 +1,239 @@
+"""Pretrain a backbone: `accelerate launch pretrain.py recipe=NAME [key=value ...]`.
+
+The composition root: it puts together what training and evaluation do not know of each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone, save_backbone
+from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.distributed import peer_failures_in_one_line
+from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
+from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
+from ssl_pipeline.methods import MethodConfig, build_method
+from ssl_pipeline.methods.base import Method
+from ssl_pipeline.optim.optimizer import OptimConfig
+from ssl_pipeline.run.directory import RunDirectory
+from ssl_pipeline.training.clock import Clock
+from ssl_pipeline.training.launch import start_accelerator
+from ssl_pipeline.training.loop import train
+from ssl_pipeline.training.preflight import (
+    check_batch_norm,
+    check_labelled_settings,
+    check_view_groups,
+    open_labelled_images,
+)
+from ssl_pipeline.training.resume import check_identity
+from ssl_pipeline.training.run import Monitor, Run, TrainConfig, start_clock
+
+
+class PretrainConfig(Config):
+    """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
+
+    recipe: str | None = None
+    """The recipe that these settings come from: a name in recipes/, or a path to a YAML file."""
+    output: Path | None = None
+    """The run's directory (default: runs/RECIPE); the same command again resumes there."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the weights, the order of the images and the augmentation."""
+    method: MethodConfig
+    """What is learnt."""
+    backbone: BackboneConfig
+    """What is trained."""
+    augment: dict[str, ViewGroup]
+    """Groups of views by name; each method says which it needs."""
+    data: DataConfig
+    """Where the images come from."""
+    optim: OptimConfig
+    """The optimizer and its schedules."""
+    train: TrainConfig
+    """Length, precision, checkpoints."""
+    knn: KnnMonitorConfig | None = None
+    """k-NN accuracy during training; leave out for images without labels."""
+    classifier: ClassifierMonitorConfig | None = None
+    """Accuracy of the method's own classifier during training, for methods that have one."""
+    wandb: bool = False
+    """Whether metrics go to Weights & Biases too (extra `wandb`)."""
+
+    @model_validator(mode="after")
+    def _output_is_known(self) -> PretrainConfig:
+        if self.output is None and self.recipe is None:
+            raise ValueError("output is missing: set output=DIR (with recipe=NAME it is runs/NAME).")
+        return self
+
+    @property
+    def run_directory(self) -> Path:
+        return self.output if self.output is not None else Path("runs") / Path(str(self.recipe)).stem
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Run the settings to the end; returns the exit code, 128 + the signal number if one stopped it."""
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        accelerator = start_accelerator(config.train)
+        stack.enter_context(peer_failures_in_one_line())
+        torch.manual_seed(config.seed)
+        backbone = create_backbone(config.backbone)
+        method = build_method(config.method, backbone)
+        check_view_groups(method, config.augment)
+        method.check_view_sizes({name: group.size for name, group in config.augment.items()})
+        check_labelled_settings(method, config.data, measures_classifier=config.classifier is not None)
+        output = config.run_directory
+        identity = _identity(config)
+        directory = None
+        if accelerator.is_main_process:
+            directory = stack.enter_context(RunDirectory(output))
+            _refuse_other_run(directory, identity)
+        asked = time.perf_counter()
+        index = open_shards(config.data.shards, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb)
+        index_seconds = time.perf_counter() - asked
+        identity["images"] = _images(index)
+        labelled_index = open_labelled_images(method, config.data)
+        if labelled_index is not None:
+            identity["labelled images"] = _images(labelled_index)
+        clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
+        method.check(global_batch=clock.global_batch)
+        check_batch_norm(
+            method,
+            config.data,
+            backbone=config.backbone.name,
+            sync_batch_norm=config.train.sync_batch_norm,
+            num_processes=accelerator.num_processes,
+        )
+        preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
+        monitors = _monitors(config, method, preprocessing, accelerator)
+        if directory is not None:
+            describe(config, method, clock, accelerator.num_processes)
+        signal_number = train(
+            Run(
+                method=method,
+                clock=clock,
+                index=index,
+                labelled_index=labelled_index,
+                augment=config.augment,
+                data=config.data,
+                optim=config.optim,
+                config=config.train,
+                accelerator=accelerator,
+                output=output,
+                directory=directory,
+                monitors=monitors,
+                seed=config.seed,
+                settings=dump(config),
+                identity=identity,
+                wandb=config.wandb,
+                started=started,
+                index_seconds=index_seconds,
+            )
+        )
+        if signal_number == 0 and directory is not None:
+            assert isinstance(method.backbone, Backbone)
+            save_backbone(output, method.backbone, config.backbone, preprocessing)
+            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
+        accelerator.end_training()
+    return 128 + signal_number if signal_number else 0
+
+
+def evaluation_size(method: Method, augment: Mapping[str, ViewGroup]) -> int:
+    """Side in pixels of the images that evaluators show the backbone: that of the method's first group of views."""
+    return augment[method.view_groups[0]].size
+
+
+def describe(config: PretrainConfig, method: Method, clock: Clock, num_processes: int) -> None:
+    """Print what a reader of the log wants to know of a run that begins."""
+    progress = clock.progress(0)
+    trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    labelled = ""
+    if config.data.labelled is not None:
+        beside = config.data.labelled.batch_size * num_processes * config.train.accumulate
+        labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
+    print(
+        f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
+        f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
+        f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
+        f"{labelled}"
+        f"{progress.total_steps} steps, {progress.steps_per_epoch:.2f} per epoch; effective learning rate "
+        f"{config.optim.effective_lr(clock.global_batch).value:g}\n"
+        f"output: {config.run_directory} (settings in config.yaml, metrics in metrics.jsonl)",
+        flush=True,
+    )
+
+
+def _refuse_other_run(directory: RunDirectory, identity: Mapping[str, str]) -> None:
+    """A directory in which another method, backbone or seed has trained is left as it is, checkpoints or not."""
+    if not directory.config_path.exists():
+        return
+    try:
+        tree = read_yaml(directory.config_path.read_text(), where=str(directory.config_path))
+        there = validate(PretrainConfig, tree if isinstance(tree, dict) else {})
+    except ValueError as error:
+        raise ConfigError(
+            f"{directory.config_path} is not readable as the settings of a run ({str(error).splitlines()[0]}) "
+            "Choose another output=DIR, or remove that run."
+        ) from None
+    check_identity(directory.path, _identity(there), identity)
+
+
+def _images(index: ShardIndex) -> str:
+    """How many images there are, and which: packed or labelled anew they are others."""
+    return f"{len(index)} ({index.fingerprint[:8]})"
+
+
+def _identity(config: PretrainConfig) -> dict[str, str]:
+    """What runs must share for one to continue the other: everything that shapes tensors or the order of the images."""
+    shape = config.backbone.model_dump(mode="json", include={"name", "arguments", "small_images"})
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
+    return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
+
+
+def _monitors(
+    config: PretrainConfig, method: Method, preprocessing: Preprocessing, accelerator: Accelerator
+) -> list[Monitor]:
+    monitors: list[Monitor] = []
+    if config.knn is not None:
+        monitors.append(
+            KnnMonitor(
+                config.knn,
+                preprocessing,
+                batch_size=config.data.batch_size,
+                workers=config.data.workers,
+                device=accelerator.device,
+            )
+        )
+    if config.classifier is not None:
+        assert method.classifier is not None
+        monitors.append(
+            ClassifierMonitor(
+                config.classifier,
+                preprocessing,
+                classifier=method.classifier,
+                num_classes=method.num_classes,
+                workers=config.data.workers,
+                device=accelerator.device,
+            )
+        )
+    return monitors
+
+
+def command() -> int:
+    """The command line; returns the exit code."""
+    return run_command(PretrainConfig, pretrain, command="pretrain.py", recipes=RECIPES)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,41 @@
+"""Recipe files: complete settings, found by their name in any folder below the recipes' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssl_pipeline.config.base import ConfigError, Tree, nearest
+from ssl_pipeline.config.yaml_text import read_yaml
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+"""Settings of `pretrain.py`."""
+COMPARISONS = RECIPES / "comparisons"
+"""Settings of `eval.compare`; a name for `pretrain.py` never means one of these."""
+
+
+def recipe_files(folder: Path) -> dict[str, Path]:
+    """The recipes below a folder by their file name, sorted; raises ConfigError if two have the same."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.yaml"), key=lambda path: path.stem):
+        if folder != COMPARISONS and COMPARISONS in path.parents:
+            continue
+        if path.stem in files:
+            raise ConfigError(f"Two recipes have the name '{path.stem}': {files[path.stem]} and {path}. Rename one.")
+        files[path.stem] = path
+    return files
+
+
+def read_recipe(name: str, folder: Path) -> Tree:
+    """The settings of the recipe `name` below `folder`, or of the file itself if a path to one is given."""
+    known = recipe_files(folder)
+    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None or not path.is_file():
+        raise ConfigError(f"No recipe '{name}'.{nearest(name, list(known))} Known: {', '.join(known)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text: byte {error.start} is not UTF-8.") from None
+    tree = read_yaml(text, where=str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold keys and values. Got {tree!r}.")
+    return tree

@@ -1,0 +1,157 @@
+"""Batches of 8-bit crops: workers decode, crop and resize."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssl_pipeline.augment.crops import crop_and_resize
+from ssl_pipeline.augment.draw import draw_views, num_parameters
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data.bad_samples import BadSample
+from ssl_pipeline.data.batches import StreamBatch
+from ssl_pipeline.data.samples import Integers, Samples
+from ssl_pipeline.data.workers.ring import Layout
+
+# V views of each of B images, P photometric parameters, S pixels
+
+CHUNK_BYTES = 48_000_000  # decoded and not yet cropped, per worker: so much and an image, whatever the batch size
+
+
+@dataclass
+class CropBatch:
+    """One process's share of a micro-batch, ready for the photometric part on the device.
+
+    Per group crops (V,B,3,S,S) uint8, channels-last in memory, and photometric parameters (V,B,P) float32; labels (B,)
+    int64, -1 = none; index (B,) int64, the sample ids; `bad` lists the samples that others stand in for; `labelled` is
+    a batch of the labelled set, if there is one.
+    """
+
+    crops: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    labels: Tensor
+    index: Tensor
+    bad: list[BadSample]
+    labelled: StreamBatch | None = None
+
+    def cropped(self, groups: Mapping[str, ViewGroup]) -> dict[str, Tensor]:
+        """The crops of each group, which are here already."""
+        return self.crops
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CropBatch":
+        """The same batch on a device; labels and index, which outlive a step, are copies in any case."""
+        non_blocking = non_blocking and torch.device(device).type == "cuda"  # other devices' copies nobody waits for
+        return replace(
+            self,
+            crops={group: crops.to(device, non_blocking=non_blocking) for group, crops in self.crops.items()},
+            parameters={
+                group: values.to(device, non_blocking=non_blocking) for group, values in self.parameters.items()
+            },
+            labels=self.labels.to(device, non_blocking=non_blocking, copy=True),
+            index=self.index.to(device, non_blocking=non_blocking, copy=True),
+            labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
+        )
+
+    def clone(self) -> "CropBatch":
+        """The same batch in memory of its own, for those who keep it."""
+        return replace(
+            self,
+            crops={group: crops.clone() for group, crops in self.crops.items()},
+            parameters={group: values.clone() for group, values in self.parameters.items()},
+            labels=self.labels.clone(),
+            index=self.index.clone(),
+            labelled=self.labelled and self.labelled.clone(),
+        )
+
+
+class CropReader:
+    """Positions of the endless stream -> their crops, in a slot; the part that runs in the workers."""
+
+    def __init__(self, samples: Samples, groups: Mapping[str, ViewGroup], *, batch_size: int) -> None:
+        self.samples = samples
+        self.groups = dict(groups)
+        self.batch_size = batch_size
+
+    def layout(self) -> Layout:
+        """Crops and parameters of each group, labels and index."""
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name, group in self.groups.items():
+            views = (group.count, self.batch_size)
+            layout[f"crops.{name}"] = (*views, group.size, group.size, 3), torch.uint8
+            layout[f"parameters.{name}"] = (*views, num_parameters(group)), torch.float32
+        return layout | {name: ((self.batch_size,), torch.int64) for name in ("labels", "index")}
+
+    def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor]) -> list[BadSample]:
+        """Read, decode and crop; raises DataError for what cannot be read or, under `stop`, decoded."""
+        epochs_B, samples_B = self.samples.locate(positions)
+        labels, taken, bad = list[int](), list[int](), list[BadSample]()
+        for images in self._decoded(samples_B.tolist(), labels, taken, bad):
+            here = slice(len(taken) - len(images), len(taken))
+            drawn = draw_views(
+                self.groups,
+                seed=self.samples.seed,
+                epochs_B=epochs_B[here],
+                samples_B=samples_B[here],
+                heights_B=np.array([image.shape[0] for image in images]),
+                widths_B=np.array([image.shape[1] for image in images]),
+            )
+            for name, group in self.groups.items():
+                of = drawn[name]
+                crop_images(images, of.boxes, of.flips, group, out=slot[f"crops.{name}"][:, here])
+                slot[f"parameters.{name}"][:, here] = torch.from_numpy(of.parameters)
+        slot["labels"].copy_(torch.tensor(labels))
+        slot["index"].copy_(torch.tensor(taken))
+        return bad
+
+    def batch(self, slot: Mapping[str, Tensor], bad: list[BadSample]) -> CropBatch:
+        """A slot that was read, as a batch."""
+        crops = {name: channels_first(slot[f"crops.{name}"]) for name in self.groups}
+        parameters = {name: slot[f"parameters.{name}"] for name in self.groups}
+        return CropBatch(crops, parameters, slot["labels"], slot["index"], bad)
+
+    @cached_property
+    def _room(self) -> NDArray[np.uint8]:
+        """For the images of a chunk, used again: fresh memory costs an eighth of the decoding."""
+        return np.empty(CHUNK_BYTES, np.uint8)
+
+    def _decoded(
+        self, samples: list[int], labels: list[int], taken: list[int], bad: list[BadSample]
+    ) -> Iterator[list[Tensor]]:
+        """Images in chunks of bounded size, each until the next; labels, ids, bad samples are appended on the way."""
+        images, used = list[Tensor](), 0
+        for sample in samples:
+            image, label, actual = self.samples.decode(sample, bad, self._room[used:])
+            labels.append(label)
+            taken.append(actual)
+            images.append(torch.from_numpy(image))
+            used += image.size
+            if used >= CHUNK_BYTES:
+                yield images
+                images, used = [], 0
+        if images:
+            yield images
+
+
+def crop_images(
+    images: Sequence[Tensor], boxes_VB4: Integers, flips_VB: NDArray[np.bool_], group: ViewGroup, *, out: Tensor
+) -> None:
+    """Every view of some 8-bit images (H,W,3) into `out` (V,B,S,S,3)."""
+    boxes, flips, out_VBCHW = boxes_VB4.tolist(), flips_VB.tolist(), channels_first(out)
+    for number, image in enumerate(images):
+        for view in range(group.count):
+            crop_and_resize(
+                image,
+                boxes[view][number],
+                flip=flips[view][number],
+                interpolation=group.interpolation,
+                out=out_VBCHW[view, number],
+            )
+
+
+def channels_first(crops_VBHWC: Tensor) -> Tensor:
+    """(V,B,S,S,3) as (V,B,3,S,S), which stays channels-last in memory."""
+    return crops_VBHWC.movedim(-1, 2)

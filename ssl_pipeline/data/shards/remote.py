@@ -1,0 +1,293 @@
+"""Shards on other machines (http, s3, gs, ... through fsspec), fetched whole into a bounded cache on this one."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+from urllib.parse import quote
+
+import fsspec
+from tqdm import tqdm
+
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards.catalogue import (
+    INDEX_FILE,
+    Catalogue,
+    locked,
+    no_samples,
+    read_catalogue,
+    user_cache,
+    write_catalogue,
+    write_rows,
+)
+from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestShard, parse_manifest
+from ssl_pipeline.data.shards.rows import ShardEntry, index_shard
+from ssl_pipeline.data.shards.table import ShardTable
+from ssl_pipeline.data.shards.verification import shard_changed
+
+RETRY_AFTER = (1.0, 5.0)  # seconds
+ABANDONED = 3600.0  # seconds without a byte, after which a partial file is nobody's
+CACHED = re.compile(r"\.?[0-9a-f]{32}-.+\.tar(\.\d+\.tmp)?")  # eviction touches no other file
+PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+Result = TypeVar("Result")
+
+
+def is_url(directory: str | Path) -> bool:
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", str(directory)) is not None
+
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """The shards at `url` and the cache that they pass through, of at most `cache_bytes`."""
+
+    url: str
+    cache: Path
+    cache_bytes: int
+
+    @property
+    def place(self) -> Path:
+        """The index directory of these shards."""
+        return self.cache / f"index-{hashlib.sha256(self.url.encode()).hexdigest()[:32]}"
+
+    def open(self, shard: ShardEntry | ManifestShard) -> BinaryIO:
+        """The file of a shard, fetched if need be; nobody evicts it while it is open."""
+        path = self._path(shard)
+        with suppress(FileNotFoundError):
+            return _hold(path, shard.bytes)
+        lock = self.cache / f".{path.name[:2]}.lock"
+        lock.touch()
+        with locked(lock):  # so that of several processes one fetches and the others wait
+            with suppress(FileNotFoundError):
+                return _hold(path, shard.bytes)
+            self._make_room(shard)
+            file = self._attempt(f"{self.url}/{shard.name}", lambda: self._fetch(shard, path))
+        self._make_room()  # for what others fetched meanwhile
+        return file
+
+    def catalogue(self) -> Catalogue:
+        """The index of the shards there, made from one pass over all of them where there is none."""
+        content = self._attempt(f"{self.url}/{MANIFEST_FILE}", self._manifest)
+        checksum = None if content is None else hashlib.sha256(content).hexdigest()
+        if checksum is not None and (self.place / INDEX_FILE).is_file():
+            catalogue = read_catalogue(self.place)
+            if catalogue.manifest == checksum:
+                return catalogue
+        shards, manifest = self._listed(content)
+        with locked(self.place):
+            if not (self.place / INDEX_FILE).is_file():
+                self._build_index(shards)
+            known = read_catalogue(self.place)
+            self._compare(known.table, shards)
+            if manifest is None:
+                return Catalogue(known.table)
+            class_names = None if manifest.class_names is None else tuple(manifest.class_names)
+            catalogue = Catalogue(known.table, checksum, class_names)
+            write_catalogue(self.place, catalogue)
+        return catalogue
+
+    def _listed(self, content: bytes | None) -> tuple[Sequence[ManifestShard], Manifest | None]:
+        """What the manifest names, else (not over http) the .tar files there; sha256 is "" where it is unknown."""
+        manifest = None if content is None else parse_manifest(content, f"{self.url}/{MANIFEST_FILE}")
+        if manifest is None and _protocol(self.url) in ("http", "https"):
+            raise DataError(
+                f"'{self.url}' has no {MANIFEST_FILE} of make_shards; over http it is needed to know the shards."
+            )
+        shards = self._attempt(self.url, self._listing) if manifest is None else manifest.shards
+        for shard in shards:
+            if not (_is_plain(shard.name) and isinstance(shard.bytes, int) and isinstance(shard.sha256, str)):
+                raise DataError(f"'{self.url}/{MANIFEST_FILE}' lists {shard.name!r}, which is no shard. Copy it again.")
+        if not shards:
+            raise DataError(f"'{self.url}' holds no .tar shard. Make some: python -m data_tools.make_shards --help")
+        return sorted(shards, key=lambda shard: shard.name), manifest
+
+    def _compare(self, table: ShardTable, shards: Sequence[ManifestShard]) -> None:
+        """Raise DataError unless the listed shards are those of the index."""
+        known = {entry.name: entry for entry in table}
+        for name in known.keys() ^ {shard.name for shard in shards}:
+            raise DataError(
+                f"Shard '{name}' came to '{self.url}' or went since it was indexed. If that is meant, delete "
+                f"'{self.place}' to index again."
+            )
+        for shard in shards:
+            entry = known[shard.name]
+            if shard.bytes != entry.bytes or shard.sha256 not in ("", entry.sha256):
+                raise shard_changed(f"{self.url}/{shard.name}", self.place)
+
+    def _path(self, shard: ShardEntry | ManifestShard) -> Path:
+        key = hashlib.sha256(f"{self.url}/{shard.name} {shard.bytes}".encode()).hexdigest()
+        return self.cache / f"{key[:32]}-{shard.name}"
+
+    def _build_index(self, shards: Sequence[ManifestShard]) -> None:
+        entries = []
+        total = sum(shard.bytes for shard in shards)
+        with tqdm(total=total, desc="fetching and indexing shards", unit="B", unit_scale=True, leave=False) as bar:
+            for shard in shards:
+                with self.open(shard):
+                    entry, rows = index_shard(self._path(shard), shard.name)
+                write_rows(self.place, shard.name, rows)
+                entries.append(replace(entry, modified_ns=0))
+                bar.update(shard.bytes)
+        if not any(entry.samples for entry in entries):
+            raise no_samples(self.url, len(shards))
+        write_catalogue(self.place, Catalogue(ShardTable.of(entries)))
+
+    def _manifest(self) -> bytes | None:
+        system, folder = _connect(self.url, os.getpid())
+        try:
+            return system.cat_file(f"{folder}/{MANIFEST_FILE}")
+        except FileNotFoundError:
+            return None
+
+    def _listing(self) -> list[ManifestShard]:
+        system, folder = _connect(self.url, os.getpid())
+        system.invalidate_cache()
+        files = [(file["name"].rsplit("/", 1)[-1], file["size"]) for file in system.ls(folder, detail=True)]
+        return [ManifestShard(name, 0, size, "") for name, size in files if _is_plain(name)]
+
+    def _fetch(self, shard: ShardEntry | ManifestShard, path: Path) -> BinaryIO:
+        system, folder = _connect(self.url, os.getpid())
+        name = quote(shard.name) if _protocol(self.url) in ("http", "https") else shard.name
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            system.get_file(f"{folder}/{name}", str(aside))
+            if (size := aside.stat().st_size) != shard.bytes:
+                raise OSError(f"it came with {size} bytes instead of {shard.bytes}; fetched in part, or changed")
+            with aside.open("rb") as file:
+                if shard.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise OSError("it came with another SHA-256 than expected; damaged on the way, or changed")
+            held = _hold(aside, shard.bytes)
+            aside.replace(path)
+            return held
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _attempt(self, url: str, action: Callable[[], Result]) -> Result:
+        """`action()`, tried again after what may pass; anything that it raises becomes one sentence."""
+        for pause in (*RETRY_AFTER, None):
+            try:
+                return action()
+            except Exception as error:  # each file system has exceptions of its own
+                if pause is None or not _may_pass(error):
+                    raise self._explain(url, error) from None
+            time.sleep(pause)
+        raise AssertionError
+
+    def _explain(self, url: str, error: Exception) -> DataError:
+        if isinstance(error, ImportError):
+            return DataError(
+                f"'{url}' needs a package that is not installed: pip install "
+                f"{PACKAGES.get(_protocol(url), f'what fsspec asks for ({error})')}"
+            )
+        if isinstance(error, FileNotFoundError):
+            return DataError(f"There is no '{url}'.")
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return DataError(
+                f"The disk of the shard cache '{self.cache}' is full. Lower data.cache_gb, or set data.cache_dir to a "
+                "directory on a larger one."
+            )
+        reason = (str(error).splitlines() or [""])[0].rstrip(". ") or type(error).__name__
+        return DataError(f"Cannot fetch '{url}': {reason}.")
+
+    def _make_room(self, shard: ShardEntry | ManifestShard | None = None) -> None:
+        """Evict the shards used longest ago, but none in use, until the cache (with `shard`) keeps its bound."""
+        if shard is not None and shard.bytes > self.cache_bytes:
+            raise DataError(
+                f"Shard '{self.url}/{shard.name}' has {shard.bytes / 1e9:.3g} GB, more than data.cache_gb="
+                f"{self.cache_bytes / 1e9:g}. Raise it."
+            )
+        files = list[tuple[float, int, Path]]()
+        for path in self.cache.iterdir():
+            with suppress(FileNotFoundError):
+                if CACHED.fullmatch(path.name):
+                    files.append((path.stat().st_mtime, path.stat().st_size, path))
+        total = sum(size for _, size, _ in files) + (0 if shard is None else shard.bytes)
+        for used, size, path in sorted(files):
+            partial = path.name.endswith(".tmp")
+            abandoned = partial and time.time() - used > ABANDONED
+            if abandoned or (total > self.cache_bytes and not partial and not _in_use(path)):
+                path.unlink(missing_ok=True)  # who has just opened it keeps what he opened
+                total -= size
+
+
+def open_remote(url: str, *, cache_dir: Path | None, cache_gb: float) -> RemoteShards:
+    """The shards below a URL; nothing in it is expanded, chained or run."""
+    if "::" in url or any(sign in url for sign in "*?#"):
+        raise DataError(f"'{url}' must be the plain URL of a directory, such as s3://bucket/train.")
+    folder = user_cache() / "shards" if cache_dir is None else cache_dir
+    remote = RemoteShards(url.rstrip("/"), folder.absolute(), int(cache_gb * 1e9))
+    try:
+        remote.place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"The shard cache '{folder}' cannot be made: {error.strerror}. Set data.cache_dir to a directory of yours."
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"The shard cache '{folder}' cannot be written. Set data.cache_dir to a directory of yours.")
+    return remote
+
+
+def _protocol(url: str) -> str:
+    return url.partition("://")[0].lower()
+
+
+def _is_plain(name: object) -> bool:
+    """Whether a name from afar is that of a .tar file here, and of nothing above or below."""
+    return isinstance(name, str) and re.fullmatch(r"[^./\\\0][^/\\\0]*\.tar", name) is not None
+
+
+@cache
+def _connect(url: str, process: int) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL and the path there: one per process, since a fork cannot use its parent's connections.
+
+    Here, and not in fsspec's own cache, because a fork that dropped its parent's would wait a second to close it.
+    """
+    options: dict[str, object] = {"skip_instance_cache": True}
+    if _protocol(url) in ("http", "https"):
+        import aiohttp  # type: ignore[import-not-found, unused-ignore]
+
+        # aiohttp's own limit is five minutes for the whole of a shard
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+    return fsspec.core.url_to_fs(url, **options)
+
+
+def _may_pass(error: Exception) -> bool:
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and status:
+        return status >= 500 or status in (408, 429)
+    lasting = isinstance(error, (DataError, ImportError, FileNotFoundError, PermissionError, ValueError))
+    return not lasting and not (isinstance(error, OSError) and error.errno in NO_SPACE)
+
+
+def _hold(path: Path, size: int) -> BinaryIO:
+    """Open a file of the cache as one in use; FileNotFoundError if it is not there, or not whole."""
+    file = path.open("rb", buffering=0)
+    if os.fstat(file.fileno()).st_size != size:  # a power cut
+        file.close()
+        path.unlink(missing_ok=True)
+        raise FileNotFoundError
+    with suppress(OSError):  # no locks here: then it may be evicted, and yet be read to the end
+        fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with suppress(OSError):
+        os.utime(path)
+    return file
+
+
+def _in_use(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -1,0 +1,143 @@
+"""Whether shards are still those of their index and of their manifest."""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards.catalogue import (
+    INDEX_FILE,
+    Catalogue,
+    build_index,
+    locked,
+    map_shards,
+    read_catalogue,
+    write_catalogue,
+)
+from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, manifest_content, parse_manifest
+from ssl_pipeline.data.shards.table import ShardTable
+
+STATUS_CHUNK = 500  # files
+SLOW_STATUS = 5e-5  # seconds for a file: a network's answer, which threads wait for together (a local disk's is 3e-6)
+STATUS_THREADS = 16
+
+
+def verified_catalogue(folder: Path, names: Sequence[str], place: Path, *, whole_folder: bool) -> Catalogue:
+    """The index in `place` of these shards, made where there is none; raises DataError if they are not its shards.
+
+    Where nothing changed since the last time, that is found out by a few operations on whole columns, and processes
+    do not wait for each other.
+    """
+    content = manifest_content(folder)
+    checksum = "" if content is None else hashlib.sha256(content).hexdigest()
+    if (place / INDEX_FILE).is_file():
+        catalogue = read_catalogue(place)
+        if catalogue.manifest == checksum and _is_current(catalogue.table, folder, names):
+            return catalogue
+    with locked(place):
+        if not (place / INDEX_FILE).is_file():
+            build_index(folder, names, place)
+        known = read_catalogue(place)
+        table = unchanged(known.table, folder, names, place)
+        if table is not known.table:  # whatever comes of the manifest, no shard is verified twice
+            _keep(place, replace(known, table=table))
+        manifest = None if content is None else parse_manifest(content, folder / MANIFEST_FILE)
+        if manifest is not None:
+            compare_with_manifest(table, manifest, folder, whole_folder=whole_folder)
+        class_names = None if manifest is None or manifest.class_names is None else tuple(manifest.class_names)
+        catalogue = Catalogue(table, checksum, class_names)
+        if known.manifest != checksum:
+            _keep(place, catalogue)
+    return catalogue
+
+
+def _keep(place: Path, catalogue: Catalogue) -> None:
+    if os.access(place, os.W_OK):  # else it is found out again at the next start
+        write_catalogue(place, catalogue)
+
+
+def _is_current(table: ShardTable, folder: Path, names: Sequence[str]) -> bool:
+    if table.name != tuple(names):
+        return False
+    sizes, times = status_of(folder, names)
+    return np.array_equal(sizes, table.bytes) and np.array_equal(times, table.modified_ns)
+
+
+def status_of(folder: Path, names: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bytes and time of modification in nanoseconds of each file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+
+    def read(start: int) -> list[tuple[int, int]]:
+        found = (os.stat(name, dir_fd=descriptor) for name in names[start : start + STATUS_CHUNK])
+        return [(status.st_size, status.st_mtime_ns) for status in found]
+
+    starts = range(STATUS_CHUNK, len(names), STATUS_CHUNK)
+    try:
+        began = time.perf_counter()
+        parts = [read(0)]
+        if time.perf_counter() - began > SLOW_STATUS * len(parts[0]):
+            with ThreadPoolExecutor(STATUS_THREADS) as pool:
+                parts += pool.map(read, starts)
+        else:
+            parts += map(read, starts)
+    finally:
+        os.close(descriptor)
+    status = np.array([pair for part in parts for pair in part], dtype=np.int64).reshape(-1, 2)
+    return status[:, 0], status[:, 1]
+
+
+def unchanged(table: ShardTable, folder: Path, names: Sequence[str], place: Path) -> ShardTable:
+    """The table, after a comparison with the files; a copy with another time and equal content is no change."""
+    for name in sorted(set(names) - set(table.name)):
+        raise DataError(f"Shard '{name}' came after '{place}' was made. Delete that directory to index again.")
+    for name in sorted(set(table.name) - set(names)):
+        raise DataError(f"Shard '{name}' is gone from '{folder}'. Copy it back, or delete '{place}' to index again.")
+    sizes, times = status_of(folder, table.name)
+    for shard in np.flatnonzero(sizes != table.bytes).tolist():
+        raise shard_changed(folder / table.name[shard], place)
+    touched = np.flatnonzero(times != table.modified_ns).tolist()
+    if not touched:
+        return table
+    paths = [folder / table.name[shard] for shard in touched]
+    for shard, path, sha256 in zip(
+        touched, paths, map_shards(_sha256, paths, description="verifying shards"), strict=True
+    ):
+        if sha256 != table.sha256[shard]:
+            raise shard_changed(path, place)
+    return replace(table, modified_ns=times)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_changed(shard: Path | str, place: Path) -> DataError:
+    return DataError(
+        f"Shard '{shard}' changed since it was indexed. If that is meant, delete '{place}' to index again; "
+        "otherwise copy the shard again."
+    )
+
+
+def compare_with_manifest(table: ShardTable, manifest: Manifest, folder: Path, *, whole_folder: bool) -> None:
+    """Raise DataError unless shards that came with a manifest are those that it lists."""
+    listed = {shard.name: shard.sha256 for shard in manifest.shards}
+    missing = listed.keys() - set(table.name)
+    if missing and whole_folder:
+        raise DataError(
+            f"Shard '{min(missing)}' is in {MANIFEST_FILE} and not in '{folder}'. Copy it there, "
+            f"or delete '{folder / MANIFEST_FILE}' to go on without it."
+        )
+    for name, sha256 in zip(table.name, table.sha256, strict=True):
+        if listed.get(name, sha256) != sha256:
+            raise DataError(
+                f"Shard '{folder / name}' is not the one that {MANIFEST_FILE} lists. Copy it again, "
+                f"or delete '{folder / MANIFEST_FILE}' if the change is meant."
+            )

@@ -1,0 +1,121 @@
+"""Verify shards: tar structure, manifest, and that every image decodes.
+
+python -m data_tools.check_shards DIR
+"""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.data.decode import DecodeError, decode_image
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards.catalogue import list_shards
+from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
+from ssl_pipeline.data.shards.rows import ShardEntry, index_shard, key_at
+from ssl_pipeline.data_tools.processes import map_in_processes
+
+
+class CheckShards(Config):
+    """Verify the shards of a directory, made by make_shards or by others; the exit code is 1 if anything is wrong."""
+
+    positional: ClassVar[str | None] = "directory"
+
+    directory: str
+    """Directory of .tar shards, or a pattern such as DIR/train-*.tar; the key may be left out."""
+    decode: bool = True
+    """Decode every image. Without it the structure and the checksums alone are verified."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Processes; by default one per core, at most 16."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found in one shard; `entry` is None if its structure cannot be read."""
+
+    entry: ShardEntry | None
+    problems: list[str]
+
+
+def check_shards(config: CheckShards) -> int:
+    """Print every problem and a summary; returns 0 without problems, else 1."""
+    folder, names = list_shards(config.directory)
+    shards = [folder / name for name in names]
+    manifest = read_manifest(folder)
+    whole_folder = Path(config.directory).is_dir()
+    checked = map_in_processes(
+        partial(check_shard, decode=config.decode),
+        shards,
+        sizes=[1] * len(shards),
+        workers=config.workers,
+        description="checking",
+        unit="shard",
+    )
+    entries = [shard.entry for shard in checked if shard.entry is not None]
+    problems = [problem for shard in checked for problem in shard.problems]
+    if manifest is not None:
+        problems += differences(entries, names, manifest, whole_folder=whole_folder)
+    for problem in problems:
+        print(problem)
+    images = sum(entry.samples for entry in entries)
+    labelled = sum(entry.labelled for entry in entries)
+    megabytes = sum(entry.bytes for entry in entries) / 1e6
+    depth = "every image decoded" if config.decode else "no image decoded"
+    against = f"compared with {MANIFEST_FILE}" if manifest else f"no {MANIFEST_FILE}"
+    print(
+        f"{len(shards)} shard{'s' * (len(shards) != 1)}, {images:,} image{'s' * (images != 1)} "
+        f"({labelled:,} with a label), {megabytes:.1f} MB; {depth}, {against}: "
+        f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"
+    )
+    return 1 if problems else 0
+
+
+def check_shard(path: Path, *, decode: bool) -> Checked:
+    """One shard from end to end, every image of it if asked."""
+    try:
+        entry, rows = index_shard(path)
+    except (DataError, OSError) as error:
+        return Checked(None, [str(error)])
+    problems = []
+    if decode:
+        with path.open("rb") as file:
+            for offset, size, _, start in rows.tolist():
+                file.seek(offset)
+                try:
+                    decode_image(file.read(size))
+                except DecodeError as error:
+                    problems.append(f"Shard '{path.name}', key '{_key(path, start)}', byte {offset}: {error}.")
+    return Checked(entry, problems)
+
+
+def _key(path: Path, start: int) -> str:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return key_at(data, start, shard=path.name)
+
+
+def differences(
+    entries: Sequence[ShardEntry], present: Sequence[str], manifest: Manifest, *, whole_folder: bool
+) -> list[str]:
+    """Where the shards are not those that the manifest lists."""
+    listed = {shard.name: shard for shard in manifest.shards}
+    problems = []
+    for entry in entries:
+        expected = listed.get(entry.name)
+        if expected is None:
+            problems.append(f"Shard '{entry.name}' is not in {MANIFEST_FILE}.")
+        elif (entry.samples, entry.bytes, entry.sha256) != (expected.samples, expected.bytes, expected.sha256):
+            problems.append(f"Shard '{entry.name}' is not the one that {MANIFEST_FILE} lists: its checksum differs.")
+    if whole_folder:
+        missing = sorted(listed.keys() - set(present))
+        problems += [f"Shard '{name}' is in {MANIFEST_FILE} and not there." for name in missing]
+    return problems
+
+
+def command() -> int:
+    """The command line; returns the exit code."""
+    return run_command(CheckShards, check_shards, command="python -m data_tools.check_shards")

@@ -1,0 +1,81 @@
+"""An output directory that appears when it is complete, and replaces nothing but an older one of its kind."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ssl_pipeline.data.shards.catalogue import INDEX_DIRECTORY
+from ssl_pipeline.data.shards.manifest import MANIFEST_FILE
+from ssl_pipeline.data.shards.open import DataError
+
+REJECTED_FILE = "rejected.jsonl"
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside the output that becomes the output at the end; nothing is left of it if that is not reached.
+
+    Each run has a folder of its own, so that nothing which a killed run still writes can get into the next one's.
+    """
+    output = output.resolve()
+    _refuse(output, overwrite=overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    start = f".{output.name}.partial-"
+    _clear_leftovers([path for path in output.parent.iterdir() if path.name.startswith(start)], output)
+    folder = Path(tempfile.mkdtemp(prefix=start, dir=output.parent))
+    try:
+        with (folder / LOCK_FILE).open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # unlike flock's, not inherited by the worker processes
+            yield folder
+            (folder / LOCK_FILE).unlink()
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's own mode keeps everybody else out
+        _replace(folder, output, overwrite=overwrite)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_leftovers(folders: Sequence[Path], output: Path) -> None:
+    """Delete what interrupted runs left; a run that is alive holds its lock."""
+    for folder in folders:
+        with suppress(FileNotFoundError), (folder / LOCK_FILE).open("r+") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise DataError(f"Another make_shards is writing '{output}' at this moment.") from None
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _refuse(output: Path, *, overwrite: bool) -> None:
+    """Raise DataError if the output is in use, or holds what no make_shards wrote."""
+    if output.exists() and not output.is_dir():
+        raise DataError(f"output='{output}' is a file. Needed: a directory that does not exist yet, or an empty one.")
+    found = sorted((path.name for path in output.iterdir()), reverse=True) if output.exists() else []
+    if found and not overwrite:
+        raise DataError(f"output='{output}' is not empty (it has '{found[0]}'). overwrite=true replaces shards there.")
+    ours = (MANIFEST_FILE, REJECTED_FILE, INDEX_DIRECTORY)
+    foreign = [name for name in found if name not in ours and not name.endswith(".tar")]
+    if foreign:
+        raise DataError(
+            f"output='{output}' holds '{foreign[0]}', which make_shards did not write. Choose another output."
+        )
+
+
+def _replace(folder: Path, output: Path, *, overwrite: bool) -> None:
+    _refuse(output, overwrite=overwrite)  # somebody may have written there meanwhile
+    aside = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if output.exists():
+        output.rename(aside)
+    folder.rename(output)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,195 @@
+"""Several recipes, several seeds, one table: what each method's backbone is worth at the same budget."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from ssl_pipeline.config import COMPARISONS, Config, RunError, run_command
+from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
+from ssl_pipeline.eval.protocol import write_report
+from ssl_pipeline.eval.table import EVALUATORS, SUBJECTS, format_table, percent, read_top1
+from ssl_pipeline.files import JSON, write_json, write_text
+
+COURSES = {"knn_top1": "k-NN", "classifier_top1": "own classifier"}
+CURVE_POINTS = 6
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+"""Evaluator -> subject -> top-1 in percent, one per seed."""
+
+
+class CompareConfig(Config):
+    """Pretrain several recipes with several seeds and measure all of them, at the end of each run, in one table.
+
+    Runs that are there already, in whole or in part, are reused or resumed.
+    """
+
+    recipe: str | None = None
+    """The comparison that these settings come from: a name in recipes/comparisons/, or a path to a YAML file."""
+    recipes: tuple[str, ...] = ()
+    """Recipes to compare as they are: `recipes=digits_dino,digits_simclr`."""
+    runs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Runs with arguments of their own, by name: `runs.short='[recipe=digits_dino, train.epochs=5]'`."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    """One run of each recipe for each seed."""
+    settings: tuple[str, ...] = ()
+    """Arguments for every run that has no own: `settings=train.epochs=5,knn=null`, or a list in brackets."""
+    train: str
+    """Shards of labelled training images."""
+    test: str
+    """Shards of labelled test images, with the same classes."""
+    output: Path
+    """Directory for the runs (NAME-seedN), compare.json and compare.txt."""
+    k: Annotated[int, Field(gt=0)] = 20
+    """Neighbours of k-NN."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """Temperature of k-NN."""
+
+    @model_validator(mode="after")
+    def _has_runs_of_its_own_seeds(self) -> Self:
+        if not self.recipes and not self.runs:
+            raise ValueError("there is nothing to compare: set recipes=NAME,NAME or runs.NAME=[recipe=..., ...].")
+        for name, arguments in self.runs.items():
+            if "recipe" not in map(_key, arguments):
+                raise ValueError(f"runs.{name} must name a recipe: [recipe=NAME, ...]. Got {list(arguments)}.")
+        doubled = [name for name in self.recipes if name in self.runs]
+        if doubled:
+            raise ValueError(f"'{doubled[0]}' is in recipes and in runs; give the run another name.")
+        for key, arguments in (
+            ("settings", self.settings),
+            *((f"runs.{name}", run) for name, run in self.runs.items()),
+        ):
+            reserved = ("seed", "output") if key != "settings" else ("recipe", "seed", "output")
+            taken = [argument for argument in arguments if _key(argument) in reserved]
+            if taken:
+                raise ValueError(f"{key} must leave {' and '.join(reserved)} to eval.compare. Got '{taken[0]}'.")
+        return self
+
+    def arguments(self) -> dict[str, list[str]]:
+        """The arguments of each run, by its name: its own, and those of `settings` whose keys it does not have."""
+        own = {recipe: (f"recipe={recipe}",) for recipe in self.recipes} | self.runs
+        return {
+            name: [*run, *(setting for setting in self.settings if _key(setting) not in set(map(_key, run)))]
+            for name, run in own.items()
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured: top-1 in percent by run and evaluator, and its course while the runs lasted."""
+
+    top1: dict[str, Scores]
+    classifier: dict[str, list[float]]
+    """Of methods that learn to classify: the last top-1 of their own classifier, one per seed."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]]
+    """Metric of a monitor -> run that has this monitor -> epoch and top-1 while it lasted, mean over seeds."""
+
+
+def run_pretraining(arguments: Sequence[str]) -> None:
+    """`pretrain.py` as a process of its own; RunError if it fails."""
+    process = subprocess.run([sys.executable, "-m", "ssl_pipeline.commands.pretrain", *arguments], check=False)
+    if process.returncode:
+        raise RunError(f"pretrain.py {' '.join(arguments)} ended with exit code {process.returncode}; see above.")
+
+
+def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> Comparison:
+    """Run and measure everything; `pretrain` runs one list of arguments."""
+    found = Comparison({}, {}, {metric: {} for metric in COURSES})
+    for name, arguments in config.arguments().items():
+        scores: dict[str, dict[str, list[float]]] = {key: {subject: [] for subject in SUBJECTS} for key in EVALUATORS}
+        rows = []
+        for seed in config.seeds:
+            run = config.output / f"{name}-seed{seed}"
+            pretrain([*arguments, f"seed={seed}", f"output={run}"])
+            _evaluate(config, run)
+            for evaluator, top1 in read_top1(run).items():
+                for subject in SUBJECTS:
+                    scores[evaluator][subject].append(top1[subject])
+            rows.append(_read_metrics(run))
+        found.top1[name] = scores
+        found.classifier[name] = [row[-1]["classifier_top1"] for row in rows if row and "classifier_top1" in row[-1]]
+        for metric, curves in found.curves.items():
+            if course := _course(rows, metric):
+                curves[name] = course
+    return found
+
+
+def summary(found: Comparison, seeds: int) -> str:
+    """One row per run and evaluator: raw pixels, random initialisation, pretrained; mean and spread over seeds."""
+    rows = []
+    for name, scores in found.top1.items():
+        for evaluator, title in EVALUATORS.items():
+            rows.append((name, title, *(_mean_and_spread(scores[evaluator][subject]) for subject in SUBJECTS)))
+        if found.classifier[name]:
+            rows.append((name, "own classifier top-1", "-", "-", _mean_and_spread(found.classifier[name])))
+    spread = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    lines = [
+        format_table(("run", "", *SUBJECTS.values()), rows),
+        "",
+        f"Top-1 of the last step, never of the best one; {spread}.",
+    ]
+    for metric, curves in found.curves.items():
+        if curves:
+            lines += ["", f"{COURSES[metric]} top-1 in percent during the runs, as its monitor has it (epoch: top-1):"]
+            lines += [f"  {name}: {_curve(points)}" for name, points in curves.items()]
+    return "\n".join(lines)
+
+
+def _read_metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of the run's metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _course(rows: Sequence[Sequence[Mapping[str, float]]], metric: str) -> list[tuple[float, float]]:
+    """Each epoch in which all seeds have the metric, and its mean over them; rows: the logged ones, by seed."""
+    courses = [{row["epoch"]: row[metric] for row in seed_rows if metric in row} for seed_rows in rows]
+    measured_in_all = sorted(set.intersection(*map(set, courses)))
+    return [(epoch, mean(course[epoch] for course in courses)) for epoch in measured_in_all]
+
+
+def _key(argument: str) -> str:
+    return argument.partition("=")[0]
+
+
+def _curve(points: Sequence[tuple[float, float]]) -> str:
+    """At most CURVE_POINTS of the points, spread evenly, the last one among them."""
+    count = min(len(points), CURVE_POINTS)
+    chosen = [points[(number + 1) * len(points) // count - 1] for number in range(count)]
+    return "  ".join(f"{epoch:.3g}: {top1:.1f}" for epoch, top1 in chosen)
+
+
+def _evaluate(config: CompareConfig, run: Path) -> None:
+    """Write the run's eval/knn.json and eval/linear.json."""
+    knn = KnnConfig(
+        run=run, train=config.train, test=config.test, baselines=True, k=(config.k,), temperature=config.temperature
+    )
+    write_report(knn, "knn", evaluate_knn(knn))
+    linear = LinearConfig(run=run, train=config.train, test=config.test, baselines=True)
+    write_report(linear, "linear", evaluate_linear(linear))
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    return percent(mean(values)) + (f" +- {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main(config: CompareConfig) -> None:
+    found = compare(config)
+    text = summary(found, len(config.seeds))
+    print(text)
+    report: JSON = {**asdict(found), "protocol": config.model_dump(mode="json")}
+    write_json(config.output / "compare.json", report)
+    write_text(config.output / "compare.txt", text + "\n")
+    print(f"written to {config.output}/compare.json and compare.txt")
+
+
+def command() -> int:
+    """The command line; returns the exit code."""
+    return run_command(CompareConfig, main, command="python -m eval.compare", recipes=COMPARISONS)

@@ -1,0 +1,106 @@
+"""Features of an image set by a frozen backbone, computed by all ranks together."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ssl_pipeline.backbones import Preprocessing
+from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
+from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.distributed import gather, rank, world_size
+
+Item = TypeVar("Item")
+Precision = Literal["no", "bf16", "fp16"]
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+GATHERED_ROWS = 65_536  # per rank and collective: the device never holds the features of all images
+
+
+def extract_features(
+    backbone: nn.Module,
+    index: ShardIndex,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device | str = "cpu",
+    precision: Precision = "no",
+    description: str = "features",
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) float32 and labels (N,) int64 of every image, in the order of `index`, on the CPU.
+
+    `backbone` maps (B, 3, S, S) on `device` to (B, D). It runs in eval mode; every module gets its own mode back
+    afterwards, and the global random state is not touched. With a process group each rank computes a contiguous
+    share and all ranks return everything. A label of -1 means that the image has none.
+    """
+    device = torch.device(device)
+    share = -(-len(index) // world_size())  # rounded up: the last shares may be smaller, or empty
+    positions = range(len(index))[rank() * share : (rank() + 1) * share] or range(1)
+    features, labels = torch.empty(0), torch.full((share,), -1)
+    batches = evaluation_batches(
+        EvaluationSet(index, preprocessing.size),
+        positions,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
+    autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")
+    done = 0
+    with (
+        tqdm(total=len(positions), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
+        eval_mode(backbone),
+        torch.no_grad(),  # not inference_mode: what a backbone keeps (a position table) must serve training later
+        autocast,
+    ):
+        outputs = (
+            (
+                backbone(pixels.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)).float(),
+                batch_labels,
+            )
+            for pixels, batch_labels, _ in batches
+        )
+        for output, batch_labels in _one_late(outputs):
+            end = done + len(output)
+            if done == 0:
+                features = torch.zeros(share, output.shape[1])
+            features[done:end] = output.cpu()
+            labels[done:end] = batch_labels
+            bar.update(end - done)
+            done = end
+    return _all_shares(features, device)[: len(index)], _all_shares(labels, device)[: len(index)]
+
+
+def _one_late(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each once the next is under way: a GPU computes that one while this one is copied to the host."""
+    waiting: list[Item] = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every submodule is in its own mode again."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _all_shares(share: Tensor, device: torch.device) -> Tensor:
+    """The equal shares of all ranks, one after the other, on the CPU."""
+    if world_size() == 1:
+        return share
+    whole = share.new_empty(world_size(), *share.shape)
+    for start in range(0, len(share), GATHERED_ROWS):
+        rows = share[start : start + GATHERED_ROWS].to(device)
+        whole[:, start : start + len(rows)] = gather(rows).unflatten(0, (world_size(), -1)).cpu()
+    return whole.flatten(0, 1)

@@ -1,0 +1,164 @@
+"""What an evaluator measures: a run's backbone, a timm model, or the two baselines that need no pretraining."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import yaml
+from pydantic import Field, model_validator
+from torch import nn
+
+from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
+from ssl_pipeline.config import Config, ConfigError, validate
+from ssl_pipeline.eval.features.cache import file_checksum
+from ssl_pipeline.files import JSON
+
+RAW_PIXELS = "raw_pixels"
+RAW_PIXELS_SIDE = 32
+RANDOM_SEED = 0
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class SubjectConfig(Config):
+    """The backbone to measure: a run's, or a timm model."""
+
+    run: Path | None = None
+    """A run's directory: its exported backbone (`backbone.safetensors`) is measured."""
+    backbone: str | None = None
+    """Instead of a run: a timm model by name, or `raw_pixels`."""
+    arguments: dict[str, bool | int | float | str] = Field(default={})
+    """With `backbone`: the model's arguments, `arguments.img_size=32`."""
+    small_images: bool = False
+    """With `backbone`: a CNN's 3x3 stem without max-pool."""
+    weights: str | None = None
+    """With `backbone`: a weights file or a timm pretrained tag; without it the model is at random initialisation."""
+    size: Annotated[int, Field(gt=0)] | None = None
+    """Side of the images in pixels; by default the run's evaluation size, or 224."""
+    mean: tuple[float, float, float] | None = None
+    """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """With `backbone`: standard deviation of the colour channels; by default as `mean`."""
+
+    @model_validator(mode="after")
+    def _one_subject(self) -> "SubjectConfig":
+        if (self.run is None) == (self.backbone is None):
+            raise ValueError("Give either run=DIR or backbone=NAME.")
+        given = [name for name in ("arguments", "small_images", "weights", "mean", "std") if getattr(self, name)]
+        if self.run is not None and given:
+            raise ValueError(f"{given[0]} belongs to backbone=NAME. run=DIR brings its own.")
+        return self
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A frozen network with what its images need.
+
+    `about` is JSON that tells it from any other one; `config` builds the same architecture anew, None for raw pixels.
+    """
+
+    label: str
+    backbone: nn.Module
+    preprocessing: Preprocessing
+    about: dict[str, JSON]
+    config: BackboneConfig | None
+
+
+def open_subject(config: SubjectConfig) -> Subject:
+    """The backbone that the config names, ready to be measured."""
+    if config.run is not None:
+        return _run_subject(config.run, config.size)
+    assert config.backbone is not None
+    if config.backbone == RAW_PIXELS:
+        return raw_pixels(config.size or 224)
+    architecture = validate(
+        BackboneConfig,
+        {
+            "name": config.backbone,
+            "arguments": dict(config.arguments),
+            "small_images": config.small_images,
+            "weights": config.weights,
+        },
+    )
+    if config.weights is None:
+        subject = random_initialisation(architecture, _preprocessing(config))
+        return replace(subject, label=f"{config.backbone} at random initialisation")
+    backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
+    about: dict[str, JSON] = {"backbone": architecture.model_dump(mode="json"), "weights": config.weights}
+    if Path(config.weights).is_file():
+        about["weights_sha256"] = file_checksum(Path(config.weights))
+    return Subject(config.backbone, backbone, _preprocessing(config), about, architecture)
+
+
+def _preprocessing(config: SubjectConfig) -> Preprocessing:
+    """The size, mean and deviation that are given, else those of the pretrained tag, else ImageNet's at 224 pixels."""
+    published = None
+    if config.weights is not None and not Path(config.weights).is_file():
+        published = timm.get_pretrained_cfg(f"{str(config.backbone).split('.')[0]}.{config.weights}")
+    mean, std = (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
+    return Preprocessing(config.size or 224, config.mean or _three(mean), config.std or _three(std))
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _run_subject(run: Path, size: int | None) -> Subject:
+    file = run / "backbone.safetensors"
+    if not file.is_file():
+        raise ConfigError(
+            f"run={run} has no backbone.safetensors, which pretraining writes when it ends. "
+            f"Let it end first: accelerate launch pretrain.py recipe=NAME output={run}"
+        )
+    backbone, architecture, preprocessing = load_backbone(run)
+    if size is not None:
+        preprocessing = replace(preprocessing, size=size)
+    about: dict[str, JSON] = {
+        "run": str(run),
+        "method": _method_of(run),
+        "backbone": architecture.model_dump(mode="json"),
+        "weights": "the run's evaluated backbone (backbone.safetensors)",
+        "weights_sha256": file_checksum(file),
+    }
+    return Subject("pretrained", backbone, preprocessing, about, architecture)
+
+
+def _method_of(run: Path) -> str | None:
+    """What pretrained the run's backbone, as far as its config says."""
+    try:
+        return str(yaml.safe_load((run / "config.yaml").read_text())["method"]["name"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def baselines_of(subject: Subject) -> dict[str, Subject]:
+    """The yardsticks: the pixels themselves, and the same architecture at random initialisation."""
+    baselines = {RAW_PIXELS: raw_pixels(subject.preprocessing.size)}
+    if subject.config is not None:
+        baselines["random"] = random_initialisation(subject.config, subject.preprocessing)
+    return baselines
+
+
+def raw_pixels(size: int) -> Subject:
+    """Pixels between 0 and 1, not centred, of the image resized to at most 32 x 32."""
+    size = min(size, RAW_PIXELS_SIDE)
+    images = f"{size} x {size} pixels between 0 and 1, not centred"
+    about: dict[str, JSON] = {"backbone": RAW_PIXELS, "images": images}
+    preprocessing = Preprocessing(size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return Subject("raw pixels", nn.Flatten(), preprocessing, about, None)
+
+
+def random_initialisation(architecture: BackboneConfig, preprocessing: Preprocessing) -> Subject:
+    """The architecture as it is before any training, from a fixed seed."""
+    architecture = architecture.model_copy(update={"weights": None})
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(RANDOM_SEED)
+        backbone = create_backbone(architecture)
+    about: dict[str, JSON] = {
+        "backbone": architecture.model_dump(mode="json"),
+        "weights": f"random initialisation, seed {RANDOM_SEED}",
+    }
+    return Subject("random initialisation", backbone, preprocessing, about, architecture)

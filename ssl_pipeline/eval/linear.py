@@ -1,0 +1,232 @@
+"""Linear probe: the accuracy of the best linear classifier on frozen features, chosen without the test images."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.eval.accuracy import top_k_accuracy
+from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
+from ssl_pipeline.eval.protocol import (
+    EvaluationConfig,
+    LabelledFeatures,
+    choose_device,
+    measure_subjects,
+    open_labelled,
+    write_report,
+)
+from ssl_pipeline.eval.table import format_table, percent
+from ssl_pipeline.files import JSON
+
+LARGEST_LOGISTIC = 4_000_000  # numbers in the training features up to which `solver=auto` takes L-BFGS: a minute or so
+
+ABOUT_SOLVER = {
+    "sgd": "SGD, momentum 0.9, cosine to zero, heads start at zero, features as they are, no augmentation",
+    "logistic": "scikit-learn's L-BFGS logistic regression on standardised features, no augmentation",
+}
+
+Setting = dict[str, float]
+ScoresOf = Callable[[Tensor, Tensor, Tensor, list[Setting]], Iterator[Tensor]]
+"""Training features, their labels, other features, settings -> class scores (N, C) of the others, per setting."""
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ProbeConfig(Config):
+    """The settings that the probe tries, and how it trains them."""
+
+    solver: Literal["auto", "sgd", "logistic"] = "auto"
+    """`logistic` is scikit-learn's L-BFGS, `sgd` the sweep; `auto` takes logistic for up to 4 million training
+    features (images * dimensions)."""
+    learning_rates: tuple[Positive, ...] = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
+    """`sgd`: learning rates for 256 images, all trained at once; the rate in use is this * sgd_batch_size / 256."""
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-4)
+    """`sgd`: weight decays, each with every learning rate."""
+    epochs: Annotated[int, Field(gt=0)] = 100
+    """`sgd`: passes over the training features; the learning rate falls to zero along a cosine."""
+    sgd_batch_size: Annotated[int, Field(gt=0)] = 1024
+    """`sgd`: images per step."""
+    inverse_penalties: tuple[Positive, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    """`logistic`: values of scikit-learn's C."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of every class of the training set that the settings are chosen on."""
+    seed: int = 0
+    """Seed of the validation split and of the order of the batches."""
+
+
+class LinearConfig(EvaluationConfig, ProbeConfig):
+    """Linear-probe accuracy of frozen features: a run's backbone, or a timm model."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Percent on the test images, of the setting that was best on the validation split, retrained on everything."""
+
+    top1: float
+    top5: float
+    solver: str
+    chosen: dict[str, float]
+    validation_top1: float
+    sweep: list[dict[str, float]]
+
+
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    num_classes: int,
+    config: ProbeConfig,
+    device: torch.device | str = "cpu",
+) -> ProbeResult:
+    """Fit every setting on a part of the training features, choose on the rest, refit on all, test once.
+
+    Shapes: `train` (M, D), `test` (N, D), labels (M,) and (N,). Equal validation accuracies are decided by the
+    validation loss. Raises ConfigError if features are not finite or if every setting diverges.
+    """
+    if not (train.isfinite().all() and test.isfinite().all()):
+        raise ConfigError("The linear probe needs finite features. Some have NaN or infinity.")
+    if len(train_labels.unique()) < 2:
+        raise ConfigError("The linear probe needs two classes or more in the training set. Got one.")
+    solver = config.solver
+    if solver == "auto":
+        solver = "logistic" if train.numel() <= LARGEST_LOGISTIC else "sgd"
+    settings, scores_of = (_logistic if solver == "logistic" else _sgd)(config, num_classes)
+    train, train_labels, test = (x.to(device) for x in (train, train_labels, test))
+
+    kept, held_out = (
+        rows.to(device)
+        for rows in stratified_split(train_labels.cpu(), fraction=config.validation_fraction, seed=config.seed)
+    )
+    candidates = scores_of(train[kept], train_labels[kept], train[held_out], settings)
+    best, accuracies = choose(candidates, train_labels[held_out])
+    scores = next(scores_of(train, train_labels, test, settings[best : best + 1]))
+    return ProbeResult(
+        **top_k_accuracy(scores.cpu(), test_labels.cpu()),
+        solver=solver,
+        chosen=settings[best],
+        validation_top1=accuracies[best],
+        sweep=[
+            {**setting, "validation_top1": accuracy} for setting, accuracy in zip(settings, accuracies, strict=True)
+        ],
+    )
+
+
+def choose(candidates: Iterable[Tensor], labels: Tensor) -> tuple[int, list[float]]:
+    """The number of the best of several class scores (N, C), and the top-1 accuracy of each.
+
+    The highest accuracy wins, then the lowest cross-entropy. Scores with NaN come last.
+    """
+    accuracies, losses = [], []
+    for scores_NC in candidates:
+        accuracies.append(top_k_accuracy(scores_NC, labels)["top1"])
+        losses.append(cross_entropy(scores_NC, labels).nan_to_num(nan=torch.inf).item())
+    best = max(range(len(losses)), key=lambda number: (accuracies[number], -losses[number]))
+    if losses[best] == torch.inf and accuracies[best] == 0.0:
+        raise ConfigError(
+            f"Every setting of the linear probe diverged ({len(losses)} tried). Try smaller learning_rates."
+        )
+    return best, accuracies
+
+
+def _sgd(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], ScoresOf]:
+    def scores_of(features: Tensor, labels: Tensor, test: Tensor, settings: list[Setting]) -> Iterator[Tensor]:
+        weights, biases = train_linear_heads(
+            features,
+            labels,
+            learning_rates=[setting["learning_rate"] for setting in settings],
+            weight_decays=[setting["weight_decay"] for setting in settings],
+            num_classes=num_classes,
+            epochs=config.epochs,
+            batch_size=config.sgd_batch_size,
+            seed=config.seed,
+        )
+        for weight, bias in zip(weights, biases, strict=True):  # one at a time: together they may not fit
+            yield test @ weight + bias
+
+    return [
+        {"learning_rate": rate, "weight_decay": decay}
+        for rate, decay in product(config.learning_rates, config.weight_decays)
+    ], scores_of
+
+
+def _logistic(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], ScoresOf]:
+    def scores_of(features: Tensor, labels: Tensor, test: Tensor, settings: list[Setting]) -> Iterator[Tensor]:
+        for setting in settings:
+            scores = logistic_regression(
+                features, labels, test, inverse_penalty=setting["inverse_penalty"], num_classes=num_classes
+            )
+            yield scores.to(labels.device)
+
+    return [{"inverse_penalty": penalty} for penalty in config.inverse_penalties], scores_of
+
+
+def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
+    """The linear-probe report of the config's subject, as it stands in `eval/linear.json`, with a table on stdout."""
+    import sklearn
+
+    def measure(features: LabelledFeatures) -> ProbeResult:
+        return linear_probe(
+            features.train,
+            features.train_labels,
+            features.test,
+            features.test_labels,
+            num_classes=features.num_classes,
+            config=config,
+            device=choose_device(config.device),
+        )
+
+    images = open_labelled(config.train, config.test, task="the linear probe")
+    measured = measure_subjects(config, images, measure, task="the linear probe")
+    protocol = measured.result.solver
+    settings: dict[str, JSON] = {
+        "solver": protocol,
+        "about": ABOUT_SOLVER[protocol],
+        "selection": (
+            f"best top-1 on a stratified {100 * config.validation_fraction:g} % of the training images, "
+            "then retrained on all of them"
+        ),
+        **config.model_dump(include=set(ProbeConfig.model_fields) - {"solver"}, mode="json"),
+        "scikit-learn": sklearn.__version__,
+    }
+    rows = [
+        [label, percent(result.top1), percent(result.top5), percent(result.validation_top1), _plain(result)]
+        for label, result in measured.rows()
+    ]
+    print(format_table(["linear probe", "top-1", "top-5", "validation top-1", "chosen"], rows))
+    print("\n" + sweep_table(measured.result))
+    return measured.report(asdict, settings)
+
+
+def sweep_table(result: ProbeResult) -> str:
+    """One row per setting that was tried, measured on the held-out training images; `*` marks the chosen one."""
+    rows = [
+        [
+            ("* " if all(tried[name] == value for name, value in result.chosen.items()) else "  ")
+            + " / ".join(f"{tried[name]:g}" for name in result.chosen),
+            percent(tried["validation_top1"]),
+        ]
+        for tried in result.sweep
+    ]
+    names = " / ".join(name.replace("_", " ") for name in result.chosen)
+    return format_table([f"  {names}", "validation top-1"], rows)
+
+
+def _plain(result: ProbeResult) -> str:
+    return f"{result.solver}, " + ", ".join(f"{name} {value:g}" for name, value in result.chosen.items())
+
+
+def main(config: LinearConfig) -> None:
+    write_report(config, "linear", evaluate_linear(config))
+
+
+def command() -> int:
+    """The command line; returns the exit code."""
+    return run_command(LinearConfig, main, command="python -m eval.linear")

@@ -1,0 +1,203 @@
+"""What all evaluators share: labelled images, features of the subject and its baselines, the report."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Generic, TypeVar
+
+import timm
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.eval.features.cache import cached
+from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.features.models import Subject, SubjectConfig, baselines_of, open_subject
+from ssl_pipeline.files import JSON, write_json
+
+Result = TypeVar("Result")
+
+
+class EvaluationConfig(SubjectConfig):
+    """A subject with the labelled images to measure it on."""
+
+    train: str
+    """Shards of labelled training images."""
+    test: str
+    """Shards of labelled test images, with the same classes."""
+    baselines: bool = False
+    """Whether raw pixels and the same backbone at random initialisation are measured too."""
+    batch_size: Annotated[int, Field(gt=0)] = 256
+    """Images per forward pass."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read and decode images."""
+    device: str = "auto"
+    """Device of the backbone: `auto` takes the GPU if there is one."""
+    precision: Precision = "no"
+    """Autocast of the backbone: `no` is float32."""
+    output: Path | None = None
+    """Where `eval/` goes with the report and cached features; by default the run, without a run nothing is written."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Training and test images that share their classes."""
+
+    train: ShardIndex
+    test: ShardIndex
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features (M, D) and (N, D) with labels (M,) and (N,) below `num_classes`."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    num_classes: int
+
+
+def open_labelled(train: str, test: str, *, task: str) -> LabelledImages:
+    """Both sets, after checking that `task` can be measured on them: labels, and the same class names.
+
+    Raises ConfigError otherwise.
+    """
+    images = LabelledImages(open_shards(train), open_shards(test))
+    for directory, index in ((train, images.train), (test, images.test)):
+        if not index.has_labels:
+            raise ConfigError(f"{directory} has no labels; {task} needs them in train and test.")
+    names, test_names = images.train.class_names, images.test.class_names
+    if names is not None and test_names is not None and names != test_names:
+        only = sorted(set(names) ^ set(test_names))
+        difference = f"only one has {only[0]!r}" if only else "the order differs"
+        raise ConfigError(
+            f"{train} and {test} must name the same classes. "
+            f"Got {len(names)} and {len(test_names)} names; {difference}."
+        )
+    return images
+
+
+def count_classes(images: LabelledImages, train_labels: Tensor, test_labels: Tensor, *, task: str) -> int:
+    """The number of classes by names and labels; ConfigError if a label is missing, or lies beyond the names."""
+    for name, labels in (("training", train_labels), ("test", test_labels)):
+        missing = int((labels < 0).sum())
+        if missing:
+            raise ConfigError(f"{missing} of {len(labels)} {name} images have no label; {task} needs all of them.")
+    largest = int(torch.cat((train_labels, test_labels)).max())
+    names = images.train.class_names or images.test.class_names
+    if names is not None and largest >= len(names):
+        raise ConfigError(f"Labels must lie below the number of class names ({len(names)}). Got {largest}.")
+    return largest + 1 if names is None else len(names)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu or cuda. Got '{name}'.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name} needs a GPU that torch can use. There is none; try device=cpu.")
+    return device
+
+
+@dataclass(frozen=True)
+class Measured(Generic[Result]):
+    """An evaluator's results: the subject's, the baselines', and how they were obtained."""
+
+    label: str
+    result: Result
+    baselines: dict[str, tuple[Subject, Result]]
+    protocol: dict[str, JSON]
+
+    def rows(self) -> list[tuple[str, Result]]:
+        """Labels and results for a table, the subject last."""
+        return [(subject.label, result) for subject, result in self.baselines.values()] + [(self.label, self.result)]
+
+    def report(self, to_json: Callable[[Result], dict[str, JSON]], settings: dict[str, JSON]) -> dict[str, JSON]:
+        """What is written to `eval/NAME.json`; `settings` are the evaluator's part of the protocol."""
+        baselines = {
+            name: {**to_json(result), "about": subject.about} for name, (subject, result) in self.baselines.items()
+        }
+        return {**to_json(self.result), "baselines": baselines, "protocol": {**settings, **self.protocol}}
+
+
+def measure_subjects(
+    config: EvaluationConfig,
+    images: LabelledImages,
+    measure: Callable[[LabelledFeatures], Result],
+    *,
+    task: str,
+) -> Measured[Result]:
+    """`measure` on the features of the subject and, if asked for, of its baselines."""
+    subject = open_subject(config)
+    features = subject_features(config, subject, images, task=task)
+    baselines = {
+        name: (baseline, measure(subject_features(config, baseline, images, task=task)))
+        for name, baseline in (baselines_of(subject) if config.baselines else {}).items()
+    }
+    protocol: dict[str, JSON] = {
+        "subject": subject.about,
+        "size": subject.preprocessing.size,
+        "mean": subject.preprocessing.mean,
+        "std": subject.preprocessing.std,
+        "precision": config.precision,
+        "train": config.train,
+        "num_train": len(features.train),
+        "test": config.test,
+        "num_test": len(features.test),
+        "num_classes": features.num_classes,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    return Measured(subject.label, measure(features), baselines, protocol)
+
+
+def subject_features(
+    config: EvaluationConfig, subject: Subject, images: LabelledImages, *, task: str
+) -> LabelledFeatures:
+    """Features of both sets, from the cache in `DIR/eval/cache` where it has them."""
+    device = choose_device(config.device)
+    directory = config.output or config.run
+    backbone = subject.backbone.to(device)
+    found: list[Tensor] = []
+    for name, index in (("training", images.train), ("test", images.test)):
+        identity = {
+            "subject": {key: value for key, value in subject.about.items() if key != "run"},
+            "preprocessing": asdict(subject.preprocessing),
+            "precision": config.precision,
+            "images": index.checksums,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        }
+        compute = partial(
+            extract_features,
+            backbone,
+            index,
+            subject.preprocessing,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=device,
+            precision=config.precision,
+            description=f"{subject.label}, {name} images",
+        )
+        found += cached(directory and directory / "eval" / "cache", identity, compute)
+    train, train_labels, test, test_labels = found
+    num_classes = count_classes(images, train_labels, test_labels, task=task)
+    return LabelledFeatures(train, train_labels, test, test_labels, num_classes)
+
+
+def write_report(config: EvaluationConfig, name: str, report: dict[str, JSON]) -> None:
+    """`DIR/eval/NAME.json` in the run, or in `output`; nothing without either."""
+    directory = config.output or config.run
+    if directory is not None:
+        path = directory / "eval" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, report)
+        print(f"written to {path}")

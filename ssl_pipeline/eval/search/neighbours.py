@@ -1,0 +1,96 @@
+"""Exact nearest neighbours by inner product: FAISS, or blocks where the hardware multiplies bfloat16 fast."""
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.eval.search.blocks import SEARCH_MEMORY, block_neighbours
+
+Search = Literal["auto", "faiss", "blocks"]
+ChosenSearch = Literal["faiss", "blocks"]
+
+ENOUGH_QUERIES = 1000  # in a FAISS call; with a few hundred it multiplies vector by vector, 18x slower per query
+CPU_INFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
+
+# Axes: M training images, N queries, D feature dimensions, K neighbours.
+
+
+def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int, search: Search = "auto") -> tuple[Tensor, Tensor]:
+    """Similarities and training image numbers (N, k), most similar first, found exactly on the device of `test_ND`.
+
+    `faiss` is the flat index of FAISS, on the CPU. `blocks` scores in bfloat16 where there are units for it and in
+    float32 elsewhere, then decides in float32 (see `eval.blocks`); of equally similar images the lower number comes
+    first. `auto` takes blocks on a GPU, on CPUs with bfloat16 units, and for fewer than 1,000 queries.
+    """
+    require_k(k, len(train_MD))
+    require_finite(train_MD, test_ND)
+    if choose_search(search, test_ND.device, num_queries=len(test_ND)) == "faiss":
+        return faiss_neighbours(train_MD, test_ND, k=k)
+    dtype = torch.bfloat16 if has_bfloat16_units(test_ND.device) else torch.float32
+    return block_neighbours(train_MD.to(test_ND.device), test_ND, k=k, dtype=dtype)
+
+
+def choose_search(search: Search, device: torch.device, *, num_queries: int) -> ChosenSearch:
+    """What `auto` means on this device; anything else is itself."""
+    if search != "auto":
+        return search
+    blocks = device.type != "cpu" or has_bfloat16_units(device) or num_queries < ENOUGH_QUERIES
+    return "blocks" if blocks else "faiss"
+
+
+def faiss_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """FAISS's exhaustive search, all queries in one call: it works in tiles of some MB and copies no feature."""
+    import faiss
+
+    test, train = (features.float().contiguous().cpu().numpy() for features in (test_ND, train_MD))
+    similarities, neighbours = faiss.knn(test, train, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(similarities).to(test_ND.device), torch.from_numpy(neighbours).to(test_ND.device)
+
+
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether bfloat16 matrices multiply faster than float32 ones: GPUs since Ampere, CPUs by their flags."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and bool(cpu_flags() & BFLOAT16_FLAGS)
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What the kernel says that the CPU can do; nothing on systems without /proc/cpuinfo."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def search_device(train_MD: Tensor, test_ND: Tensor, device: torch.device | str) -> torch.device:
+    """`device` where it is a GPU with room for the features, their coarse copy and the search; else the CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return torch.device("cpu")
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    needed = 10 * train_MD.numel() + 8 * test_ND.numel() + 2 * SEARCH_MEMORY  # float32 twice, for normalising
+    return device if needed <= free else torch.device("cpu")
+
+
+def require_k(k: int, num_train: int) -> None:
+    """Raises ConfigError if there are not k training images."""
+    if not 1 <= k <= num_train:
+        raise ConfigError(f"k-NN needs k between 1 and the number of training images ({num_train}). Got k={k}.")
+
+
+def require_finite(train_MD: Tensor, test_ND: Tensor) -> None:
+    """Raises ConfigError if a feature is NaN or infinite."""
+    for name, features in (("training", train_MD), ("test", test_ND)):
+        broken = int((~features.isfinite()).any(dim=1).sum())
+        if broken:
+            raise ConfigError(
+                f"k-NN needs finite features: {broken} of {len(features)} {name} images have NaN or infinity."
+            )

@@ -1,0 +1,107 @@
+"""One table of what a run has learnt, from the files that eval.knn and eval.linear have written."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ssl_pipeline.config import Config, ConfigError, run_command
+
+SUBJECTS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
+EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1"}
+
+
+class TableConfig(Config):
+    """Raw pixels, random initialisation and the pretrained backbone of a run, under k-NN and linear probe."""
+
+    positional = "run"
+
+    run: Path
+    """The run's directory, after eval.knn and eval.linear with baselines=true."""
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines of text with the first column to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+    return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:]))
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def read_top1(run: Path) -> dict[str, dict[str, float]]:
+    """`{"knn": {"raw_pixels": percent, "random": ..., "pretrained": ...}, "linear": ...}`, as far as it was measured.
+
+    Raises ConfigError if neither evaluator has run, or if a file is not an evaluator's.
+    """
+    top1 = {}
+    for name in EVALUATORS:
+        path = run / "eval" / f"{name}.json"
+        if not path.is_file():
+            continue
+        try:
+            report = json.loads(path.read_text())
+            top1[name] = {subject: float(result["top1"]) for subject, result in report["baselines"].items()}
+            top1[name]["pretrained"] = float(report["top1"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
+            ) from None
+    if not top1:
+        raise ConfigError(
+            f"{run} has neither eval/knn.json nor eval/linear.json. "
+            f"Run first: python -m eval.knn run={run} train=SHARDS test=SHARDS baselines=true"
+        )
+    return top1
+
+
+def summary(top1: Mapping[str, Mapping[str, float]]) -> str:
+    """The table, where raw pixels are ahead, and how many times smaller the k-NN error became."""
+    measured = {name: title for name, title in EVALUATORS.items() if name in top1}
+    rows = [(label, *(percent(top1[name].get(subject)) for name in measured)) for subject, label in SUBJECTS.items()]
+    lines = [format_table(("", *measured.values()), rows), ""]
+    lines += compare_with_raw_pixels(top1)
+    if "random" in top1.get("knn", {}):
+        random, pretrained = (100.0 - top1["knn"][subject] for subject in ("random", "pretrained"))
+        ratio = f"{random / pretrained:.1f} times smaller" if pretrained else "none is left"
+        if 0 < random < pretrained:
+            ratio = f"{pretrained / random:.1f} times larger"
+        lines.append(f"k-NN error: {random:.2f} % at random initialisation, {pretrained:.2f} % pretrained: {ratio}.")
+    return "\n".join(lines)
+
+
+def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
+    compared = [name for name in EVALUATORS if "raw_pixels" in top1.get(name, {})]
+    if not compared:
+        return ["No baselines were measured: run the evaluators with baselines=true."]
+    lines, lost = [], []
+    for name in compared:
+        raw, pretrained = top1[name]["raw_pixels"], top1[name]["pretrained"]
+        if raw < pretrained:
+            lost.append(EVALUATORS[name])
+        else:
+            relation = "equal" if raw == pretrained else "beat"
+            lines.append(
+                f"Raw pixels {relation} the pretrained backbone in {EVALUATORS[name]}: "
+                f"{percent(raw)} against {percent(pretrained)}."
+            )
+    if lost:
+        lines.append(f"The pretrained backbone is ahead of raw pixels in {' and '.join(lost)}.")
+    return lines
+
+
+def main(config: TableConfig) -> None:
+    print(summary(read_top1(config.run)))
+
+
+def command() -> int:
+    """The command line; returns the exit code."""
+    return run_command(TableConfig, main, command="python -m eval.table")

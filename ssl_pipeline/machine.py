@@ -1,0 +1,82 @@
+"""Memory that this process may still take: of a GPU, or its share of what the machine or its container has left."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ssl_pipeline.distributed import processes_here
+
+ROOT = Path("/")
+LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # control groups v2, v1
+RECLAIMABLE = ("inactive_file", "active_file")  # read from disk, and given up for whoever needs the memory
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of a GPU what nothing uses, of the host this process's share; None for other devices, of which nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_host_bytes() if device.type == "cpu" else None
+
+
+def free_host_bytes() -> int:
+    """What the machine has left, or the container if that is less; the processes of a machine share it equally."""
+    return max(min([_left_on_machine(), *_left_in_groups()]), 0) // processes_here()
+
+
+def _left_on_machine() -> int:
+    try:
+        lines = dict(line.split(":") for line in (ROOT / "proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux, or an old one: all that there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_in_groups() -> Iterator[int]:
+    """For each limit on this process's control groups and those around them, what is left of it.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html; a container may see its own group as the root.
+    """
+    try:
+        lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = ["0::/"]
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = ROOT / "sys/fs/cgroup" / controllers
+        for group in (Path(path), *Path(path).parents):
+            yield from _left_in(top / group.relative_to("/"))
+
+
+def _left_in(group: Path) -> Iterator[int]:
+    for limit, used in LIMITS.items():
+        try:
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+        except (OSError, ValueError):  # no such file, or "max" for a limit
+            continue
+        yield left + _reclaimable(group)
+
+
+def _reclaimable(group: Path) -> int:
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return sum(int(statistics.get(f"total_{name}", statistics.get(name, 0))) for name in RECLAIMABLE)
+
+
+def cores_per_process() -> float:
+    """The CPU cores that each training process of this machine may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _container_cores()) / processes_here()
+
+
+def _container_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """The cores that a container is held to (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
+    try:
+        quota, period = limit.read_text().split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):  # no such file, or "max" for a quota
+        return float("inf")

@@ -1,0 +1,121 @@
+"""Networks that stand on a backbone during pretraining only: projectors, predictors, prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LastBatchNorm = Literal["none", "no_affine", "no_shift", "affine"]
+
+
+class MLPHead(nn.Sequential):
+    """Linear layers with ReLU between them: the projectors and predictors of SimCLR, MoCo, BYOL and SimSiam.
+
+    dims: width of the input, of each hidden layer, of the output.
+    batch_norm: batch norm after each hidden linear layer.
+    last_batch_norm: after the output nothing ("none"), normalisation alone ("no_affine": MoCo v3, SimSiam), with a
+        scale ("no_shift": SimCLR), or with scale and shift ("affine").
+    bias, last_bias: whether the hidden linear layers, the last linear layer have a bias.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int],
+        *,
+        batch_norm: bool = True,
+        last_batch_norm: LastBatchNorm = "none",
+        bias: bool = False,
+        last_bias: bool = False,
+    ) -> None:
+        if len(dims) < 2:
+            raise ValueError(f"MLPHead needs the widths of input and output at least. Got {tuple(dims)}.")
+        layers: list[nn.Module] = []
+        in_dim, *hidden_dims, out_dim = dims
+        for hidden_dim in hidden_dims:
+            layers.append(nn.Linear(in_dim, hidden_dim, bias=bias))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.ReLU(inplace=True))
+            in_dim = hidden_dim
+        layers.append(nn.Linear(in_dim, out_dim, bias=last_bias))
+        if last_batch_norm != "none":
+            norm = nn.BatchNorm1d(out_dim, affine=last_batch_norm != "no_affine")
+            if last_batch_norm == "no_shift":
+                norm.bias.requires_grad_(False)
+            layers.append(norm)
+        super().__init__(*layers)
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head: an MLP to a unit-length bottleneck, then its cosine with each prototype.
+
+    (B, in_dim) -> (B, num_prototypes) logits. The prototypes are the parameters under the prefix `last_layer.`. With
+    `fixed_scale` their rows have length 1 whatever the values of `weight_v`; without it the lengths are trained too.
+    Parameter names are the official ones (mlp.0.weight, ..., last_layer.weight_g, last_layer.weight_v).
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_prototypes: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        batch_norm: bool = False,
+        fixed_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"PrototypeHead needs num_layers of at least 1. Got {num_layers}.")
+        layers: list[nn.Module] = []
+        for _ in range(num_layers - 1):
+            layers.append(_official_linear(in_dim, hidden_dim))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(hidden_dim))
+            layers.append(nn.GELU())
+            in_dim = hidden_dim
+        layers.append(_official_linear(in_dim, bottleneck_dim))
+        self.mlp = nn.Sequential(*layers)
+        self.last_layer = WeightNormLinear(bottleneck_dim, num_prototypes, fixed_scale=fixed_scale)
+
+    @property
+    def prototypes(self) -> Tensor:
+        """(num_prototypes, bottleneck_dim)."""
+        return self.last_layer.weight
+
+    def bottleneck(self, features: Tensor) -> Tensor:
+        """(B, in_dim) -> (B, bottleneck_dim) of unit length: what is compared with the prototypes."""
+        return F.normalize(self.mlp(features), dim=-1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last_layer(self.bottleneck(features))
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer without bias; row k of its weight is weight_g[k] * weight_v[k] / |weight_v[k]|."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, fixed_scale: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not fixed_scale)
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        nn.init.uniform_(self.weight_v, -(in_dim**-0.5), in_dim**-0.5)
+
+    @property
+    def weight(self) -> Tensor:
+        # what torch.nn.utils.parametrizations.weight_norm calls; a norm and a division would take twice the time
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight)
+
+
+def _official_linear(in_dim: int, out_dim: int) -> nn.Linear:
+    linear = nn.Linear(in_dim, out_dim)
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear

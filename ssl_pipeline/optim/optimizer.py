@@ -1,0 +1,117 @@
+"""Optimizers: parameter groups from rules, and the values that are written into them before every step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.optim.lars import LARS
+from ssl_pipeline.optim.rules import ParamRule, Trained
+from ssl_pipeline.schedule import Progress, Schedule, steps_in
+
+
+class OptimConfig(Config):
+    """The optimizer with its schedules."""
+
+    name: Literal["adamw", "sgd", "lars"]
+    """The update rule; LARS is MoCo v3's (decay before the trust ratio, 1-D tensors plain)."""
+    lr: Schedule
+    """The learning rate, before scaling by the batch."""
+    lr_reference_batch: int | None = Field(None, gt=0)
+    """The effective lr is lr * global batch / this; null uses lr as it is."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """Whether lr grows with the batch or with its square root."""
+    weight_decay: Schedule = Schedule(value=0.0)
+    """Weight decay; decoupled for AdamW, part of the gradient for SGD and LARS."""
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """`matrices` spares biases and 1-D tensors (norms); `all` decays every tensor."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averages."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's stabiliser."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD and LARS."""
+    nesterov: bool = False
+    """Nesterov momentum for SGD."""
+    trust_coefficient: float = Field(0.001, gt=0)
+    """LARS's eta."""
+    clip_norm: float | None = Field(None, gt=0)
+    """The largest gradient norm; null does not clip."""
+    clip_each: bool = False
+    """Whether `clip_norm` holds for each parameter on its own (DINO's official code) instead of for all together."""
+
+    @model_validator(mode="after")
+    def _clip_each_needs_norm(self) -> OptimConfig:
+        if self.clip_each and self.clip_norm is None:
+            raise ValueError(
+                "clip_each says how to clip, but clip_norm is not set. Set clip_norm or leave clip_each out."
+            )
+        return self
+
+    def effective_lr(self, global_batch: int) -> Schedule:
+        """The learning-rate schedule at this global batch (images per optimizer step over all processes)."""
+        if self.lr_reference_batch is None:
+            return self.lr
+        ratio = global_batch / self.lr_reference_batch
+        return self.lr.times(ratio if self.lr_scaling == "linear" else ratio**0.5)
+
+
+def build_optimizer(method: Trained, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters of `method`, grouped by the rules that apply to them."""
+    rules = (*method.param_rules(), ParamRule(prefix=""))
+    groups: dict[tuple[ParamRule, bool], list[nn.Parameter]] = {}
+    used = set()
+    for name, parameter in method.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rule = next(rule for rule in rules if name.startswith(rule.prefix))
+        used.add(rule.prefix)
+        spared = config.weight_decay_on == "matrices" and (parameter.ndim <= 1 or name.endswith(".bias"))
+        groups.setdefault((rule, not spared), []).append(parameter)
+    for rule in rules[:-1]:
+        if rule.prefix not in used:
+            raise ConfigError(f"the rule for parameters '{rule.prefix}*' fits no trainable parameter of the method.")
+    param_groups = [
+        {"params": parameters, "rule": rule, "decays": decays} for (rule, decays), parameters in groups.items()
+    ]
+    lr = config.lr.value
+    if config.name == "adamw":
+        return torch.optim.AdamW(param_groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(param_groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    return LARS(
+        param_groups, lr, momentum=config.momentum, weight_decay=0.0, trust_coefficient=config.trust_coefficient
+    )
+
+
+def write_values(optimizer: torch.optim.Optimizer, config: OptimConfig, lr: Schedule, progress: Progress) -> float:
+    """Write this step's learning rate and weight decay into the groups; returns the learning rate before rules."""
+    now = lr(progress)
+    weight_decay = config.weight_decay(progress)
+    for group in optimizer.param_groups:
+        rule: ParamRule = group["rule"]
+        group["lr"] = (lr.value if rule.constant_lr else now) * rule.lr_scale
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+    return now
+
+
+def prepare_gradients(optimizer: torch.optim.Optimizer, config: OptimConfig, progress: Progress) -> Tensor:
+    """Clip the gradients and drop those of frozen parameters; returns the norm of all gradients before clipping."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    if config.clip_norm is not None:
+        if config.clip_each:
+            factors = (config.clip_norm / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, list(factors.unbind()))
+        else:
+            torch._foreach_mul_(gradients, (config.clip_norm / (total + 1e-6)).clamp(max=1.0))
+    for group in optimizer.param_groups:
+        if progress.step < steps_in(group["rule"].frozen_for, progress):
+            for parameter in group["params"]:
+                parameter.grad = None
+    return total

@@ -1,0 +1,62 @@
+"""Random numbers that depend on a key alone, from SplitMix64 (Steele et al., OOPSLA 2014)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE, LABELLED, SPLIT = (np.uint64(domain) for domain in range(1, 7))
+
+
+def splitmix64(x: ArrayLike) -> NDArray[np.uint64]:
+    """First output of the SplitMix64 generator seeded with `x`, element by element."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(x, dtype=np.uint64) + GOLDEN_GAMMA
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def hash64(*values: ArrayLike) -> NDArray[np.uint64]:
+    """Hash of the values in their order; arrays broadcast against each other."""
+    state = np.zeros((), dtype=np.uint64)
+    for value in values:
+        state = splitmix64(state ^ np.asarray(value).astype(np.uint64))
+    return state
+
+
+def generate(state: ArrayLike, count: int) -> NDArray[np.uint64]:
+    """The first `count` outputs of SplitMix64 from each state: (..., count)."""
+    with np.errstate(over="ignore"):
+        steps = np.arange(count, dtype=np.uint64) * GOLDEN_GAMMA
+        return splitmix64(np.asarray(state, dtype=np.uint64)[..., None] + steps)
+
+
+def permutation(count: int, *key: ArrayLike) -> NDArray[np.int64]:
+    """A permutation of range(count) that depends on nothing but the key: no library, no platform, no version."""
+    return np.argsort(generate(hash64(*key), count), kind="stable")
+
+
+def uniforms(
+    seed: int, epochs_B: ArrayLike, samples_B: ArrayLike, *, views: int, count: int, stream: int = 0
+) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) with 53 random bits: (V, B, U), V = views, U = count.
+
+    Those of a sample depend on (seed, stream, epoch, sample id) alone, never on its neighbours in the batch;
+    `epochs_B` is one epoch or one per sample. View v reads numbers v*U to (v+1)*U of the sample's own generator.
+    """
+    states_B = hash64(seed, AUGMENTATION, stream, epochs_B, samples_B)
+    numbers_BN = (generate(states_B, views * count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers_BN.reshape(-1, views, count).swapaxes(0, 1)
+
+
+def seed_everything(*key: int) -> None:
+    """Seed the model's own randomness (drop path, masks) from the step, so that nothing of it needs saving."""
+    seed = int(hash64(*key)) >> 1
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)

@@ -1,0 +1,114 @@
+"""A run's directory: one run at a time, its file names, and what an operator reads about its state."""
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.files import JSON, write_json, write_text
+
+SECONDS_BETWEEN_HEARTBEATS = 5.0
+
+State = Literal["running", "done", "preempted", "failed"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a run last said about itself; `time` is UTC in ISO 8601."""
+
+    state: State
+    step: int
+    reason: str
+    time: str
+
+
+class RunDirectory:
+    """Holds one run's output directory for as long as the object lives, so that no second run writes into it.
+
+    The lock is POSIX's (fcntl), not flock's: forked data workers do not inherit it, so a trainer killed
+    with SIGKILL sets the directory free at once, while its orphaned workers still live for some seconds.
+    Such a lock belongs to the process: whoever opens and closes `.lock` in the same process gives it back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(f"output={path} must be a directory. It is, or lies under, a file.") from None
+        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows either for "somebody has it"
+            holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise ConfigError(
+                f"{path} is in use by another run ({holder or 'it starts right now'}). "
+                "Stop it or choose another output=DIR."
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        self._last_heartbeat = -SECONDS_BETWEEN_HEARTBEATS
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "eval"
+
+    def write_config(self, yaml_text: str) -> None:
+        write_text(self.config_path, yaml_text)
+
+    def status(self, state: State, *, step: int, reason: str = "") -> None:
+        """Write `status.json`: what an operator, or the script that restarts the run, goes by."""
+        write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason, "time": _utc_now()})
+
+    def heartbeat(self, *, step: int) -> None:
+        """Write `heartbeat.json` if the last one is a few seconds old; call it in every step."""
+        now = time.monotonic()
+        if now - self._last_heartbeat < SECONDS_BETWEEN_HEARTBEATS:
+            return
+        self._last_heartbeat = now
+        beat: JSON = {"time": _utc_now(), "step": step, "pid": os.getpid()}
+        write_json(self.path / "heartbeat.json", beat, durable=False)
+
+
+def read_status(path: Path) -> Status | None:
+    """The status of the run in `path`, None where no run has written one.
+
+    After a SIGKILL it still says "running": compare the age of `heartbeat.json`.
+    """
+    try:
+        return Status(**json.loads((path / "status.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path / 'status.json'} is not a run's status: {error}") from None
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

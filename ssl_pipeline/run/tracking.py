@@ -1,0 +1,262 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, a progress line and, on request, W&B."""
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.files import without_nan, write_text
+
+SECONDS_BETWEEN_LINES = 10.0
+NUMBERS = {
+    "epoch": "epoch {:.2f}",
+    "loss": "loss {:.4f}",
+    "learning_rate": "learning rate {:.3g}",
+    "images_per_second": "{:.0f} images/s",
+    "data_wait": "data wait {:.0%}",
+}
+FEW_NUMBERS = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "wait {:.0%}"}
+
+Row = Mapping[str, float | int]
+
+
+class Sink(Protocol):
+    """A place that rows go to."""
+
+    def log(self, row: Row) -> None: ...
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Sends each logged row to every place that shows it; on the ranks where `enabled` is false, nowhere.
+
+    A row is a flat mapping with at least "step" and "position" (images seen). `metrics.jsonl` gets it as one
+    line at once, floats unrounded, NaN and infinity as null. At resume the rows behind `resumed_position` go.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        total_steps: int,
+        resumed_position: int,
+        global_batch: int,
+        wandb: bool = False,
+        enabled: bool = True,
+    ) -> None:
+        self._progress: ProgressBar | ProgressLines | None = None
+        self._sinks: list[Sink] = []
+        if not enabled:
+            return
+        first_step = resumed_position // global_batch
+        last_logged = cut_back(directory / "metrics.jsonl", position=resumed_position)
+        self._sinks.append(MetricsFile(directory / "metrics.jsonl"))
+        self._sinks.append(TensorBoard(directory, first_step=last_logged + 1))
+        if wandb:
+            self._sinks.append(WeightsAndBiases(directory))
+        progress = ProgressBar if sys.stderr.isatty() else ProgressLines
+        self._progress = progress(sys.stderr, total_steps=total_steps, first_step=first_step)
+        self._sinks.append(self._progress)
+
+    def log(self, row: Row) -> None:
+        assert {"step", "position"} <= set(row), sorted(row)
+        for sink in self._sinks:
+            sink.log(row)
+
+    def advance(self, step: int) -> None:
+        """Move the progress display to `step`; cheap enough for every step, logged or not."""
+        if self._progress is not None:
+            self._progress.advance(step)
+
+    def message(self, text: str) -> None:
+        """Print one line for the person who watches, without tearing the progress bar."""
+        if self._progress is not None:
+            self._progress.message(text)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def cut_back(path: Path, *, position: int) -> int:
+    """Drop the rows of `path` behind `position`, and what is not a whole row; returns the last step kept, or -1."""
+    if not path.exists():
+        return -1
+    kept: list[str] = []
+    last_step = -1
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            if row["position"] <= position and line.endswith("\n"):
+                last_step = max(last_step, int(row["step"]))
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    if "".join(kept) != text:
+        write_text(path, "".join(kept))
+    return last_step
+
+
+class MetricsFile:
+    """One JSON object per line, on disk for whoever tails the file as soon as it is logged."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, row: Row) -> None:
+        self._file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars in an events file of the run directory; what an earlier start logged from `first_step` on is hidden."""
+
+    def __init__(self, directory: Path, *, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
+
+        self._writer = SummaryWriter(str(directory), purge_step=first_step)
+
+    def log(self, row: Row) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """The same rows at wandb.ai; a resumed run continues there under the identity kept in `wandb_id`."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                "Logging to Weights & Biases needs its package. Install it with: pip install wandb "
+                "(the extra 'wandb' of this project), or switch it off."
+            ) from None
+        identity = directory / "wandb_id"
+        if not identity.exists():
+            write_text(identity, secrets.token_hex(4))
+        self._run = wandb.init(
+            project="ssl-pipeline",
+            name=directory.name,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(directory),
+        )
+        self._run.define_metric("*", step_metric="step")  # its own counter would refuse the steps done again
+
+    def log(self, row: Row) -> None:
+        self._run.log(dict(row))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class ProgressBar:
+    """The progress line of a terminal; on a narrow one with fewer numbers, and without the bar itself."""
+
+    def __init__(self, stream: TextIO, *, total_steps: int, first_step: int) -> None:
+        from tqdm import tqdm
+
+        self._room = _columns(stream) - len(" 12% step 12345/123456 [12:34:56<12:34:56, ]")
+        bar = "|{bar}|" if self._room > 50 else ""
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            file=stream,
+            dynamic_ncols=True,
+            bar_format=f"{{percentage:3.0f}}%{bar} step {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}{{postfix}}]",
+        )
+
+    def log(self, row: Row) -> None:
+        text = summary(row)
+        if len(text) > self._room - 10:  # what the bar needs to be one
+            text = summary(row, forms=FEW_NUMBERS)
+        if text:
+            self._bar.set_postfix_str(text, refresh=False)
+        self.advance(int(row["step"]))
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def message(self, text: str) -> None:
+        self._bar.write(text, file=self._bar.fp)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class ProgressLines:
+    """The progress line of a log file: a plain line now and then, and one at the end."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        total_steps: int,
+        first_step: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream
+        self._total_steps = total_steps
+        self._first_step = self._step = self._printed_step = first_step
+        self._clock = clock
+        self._started = self._printed = clock()
+        self._summary = ""
+
+    def log(self, row: Row) -> None:
+        self._summary = summary(row) or self._summary
+        self.advance(int(row["step"]))
+
+    def advance(self, step: int) -> None:
+        self._step = step
+        if self._clock() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._print()
+
+    def message(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._step != self._printed_step:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = self._clock()
+        self._printed_step = self._step
+        parts = [f"step {self._step}/{self._total_steps}", self._summary]
+        done = self._step - self._first_step
+        if done > 0 and self._step < self._total_steps:
+            left = (self._printed - self._started) / done * (self._total_steps - self._step)
+            parts.append(f"{duration(left)} left")
+        self.message(", ".join(part for part in parts if part))
+
+
+def summary(row: Row, *, forms: Mapping[str, str] = NUMBERS) -> str:
+    """The part of a row that tells whether a run goes well: "loss 2.31, learning rate 0.0005, 812 images/s, ..." """
+    return ", ".join(form.format(row[name]) for name, form in forms.items() if name in row)
+
+
+def _columns(stream: TextIO) -> int:
+    """How wide a terminal is; something that is none has room for all."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 200
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 3725 is "1:02:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

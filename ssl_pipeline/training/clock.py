@@ -1,0 +1,33 @@
+"""From the position in the stream to the progress of the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ssl_pipeline.schedule import Progress, steps_in
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Translates the position in the stream into progress."""
+
+    num_samples: int
+    global_batch: int
+    end: int
+
+    def progress(self, position: int) -> Progress:
+        return Progress(
+            step=position // self.global_batch,
+            total_steps=math.ceil(self.end / self.global_batch),
+            steps_per_epoch=self.num_samples / self.global_batch,
+        )
+
+    def is_due(self, every: int | str, position: int) -> bool:
+        """Whether what happens `every` so often happens after the step that ends at `position`."""
+        done = self.progress(position)
+        return done.step % max(steps_in(every, done), 1) == 0
+
+    def is_last(self, position: int) -> bool:
+        """Whether the run ends at `position`."""
+        return position >= self.end

@@ -1,0 +1,414 @@
+"""The command as an operator knows it: killed, stopped, misused, and run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ssl_pipeline.run.directory import RunDirectory
+from tests.ranks import Child, start, start_ranks
+from tests.runs import (
+    Happening,
+    command,
+    equal,
+    final_state,
+    losses,
+    rows,
+    status,
+    wait_until,
+    write_recipe,
+)
+from tests.tiny import write_shards
+
+NUM_IMAGES = 48
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("images") / "shards")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, shards) -> str:
+    return f"recipe={write_recipe(tmp_path_factory.mktemp('recipe') / 'tiny.yaml', 'dino', shards)}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, recipe) -> Path:
+    """The run that others must be equal to."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert start(command, [recipe, f"output={output}"]).wait() == 0
+    return output
+
+
+def run(*argv: str, happening: Happening | None = None) -> tuple[int, str]:
+    """Exit code and output of one run."""
+    child = start(command, list(argv), happening)
+    return child.wait(), child.printed()
+
+
+def check_same(output: Path, expected: Path) -> None:
+    assert losses(output) == losses(expected)
+    assert equal(final_state(output), final_state(expected))
+    assert status(output)["state"] == "done"
+    assert (output / "backbone.safetensors").read_bytes() == (expected / "backbone.safetensors").read_bytes()
+
+
+def error_of(printed: str) -> str:
+    """The one line of an error; nothing like a traceback may stand beside it."""
+    assert "Traceback" not in printed, printed
+    errors = [line for line in printed.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, printed
+    return errors[0]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All but the lock, which a refused run may touch."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def has_other_rows(output: Path, num_rows: int, child: Child) -> bool:
+    return len(rows(output)) != num_rows or child.process.exitcode is not None
+
+
+# Stopped and run again
+
+
+def test_a_run_leaves_what_others_read(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "status.json", "heartbeat.json", "checkpoints"} <= names
+    assert {"backbone.safetensors", "backbone.json"} <= names
+    assert [row["step"] for row in rows(uninterrupted)] == list(range(1, 13))
+    needed = {"step", "epoch", "position", "loss", "learning_rate", "images_per_second", "data_wait"}
+    assert all(needed <= row.keys() for row in rows(uninterrupted))
+    assert status(uninterrupted) | {"time": ""} == {"state": "done", "step": 12, "reason": "", "time": ""}
+
+
+def test_the_same_command_gives_the_same_run(tmp_path, recipe, uninterrupted):
+    assert run(recipe, f"output={tmp_path}")[0] == 0
+    check_same(tmp_path, uninterrupted)
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, recipe, uninterrupted):
+    moments = random.Random(0)
+    argv = [recipe, f"output={tmp_path}", "data.workers=1"]
+    for _ in range(4):
+        rows_before = len(rows(tmp_path))
+        child = start(command, argv)
+        wait_until(partial(has_other_rows, tmp_path, rows_before, child))
+        child.process.join(moments.uniform(0, 0.15))
+        child.process.kill()
+        if child.wait() == 0:
+            break
+    assert start(command, argv).wait() == 0
+    check_same(tmp_path, uninterrupted)
+
+
+def test_a_run_that_is_killed_inside_a_checkpoint_goes_on_bit_for_bit(tmp_path, recipe, uninterrupted):
+    output, half_written = tmp_path / "run", tmp_path / "half written"
+    assert run(recipe, f"output={output}", happening=Happening("SIGTERM", at=5))[0] == 128 + signal.SIGTERM
+    child = start(command, [recipe, f"output={output}"], Happening(slow_save=half_written))
+    wait_until(half_written.exists)
+    assert list((output / "checkpoints").glob(".tmp-*"))
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert status(output)["state"] == "running"
+    assert run(recipe, f"output={output}")[0] == 0
+    check_same(output, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_stops_the_run_in_good_order(tmp_path, recipe, uninterrupted, name):
+    code, printed = run(recipe, f"output={tmp_path}", happening=Happening(name, at=5))
+    number = signal.Signals[name]
+    assert code == 128 + number
+    assert status(tmp_path)["state"] == "preempted"
+    assert status(tmp_path)["step"] == 6, "the step that the signal found is finished"
+    assert f"Stopped by signal {int(number)} after step 6; run again to go on." in printed
+    assert len(rows(tmp_path)) == 6
+    code, printed = run(recipe, f"output={tmp_path}")
+    assert code == 0
+    assert "Resuming after step 6" in printed
+    check_same(tmp_path, uninterrupted)
+
+
+def test_a_complete_run_is_left_as_it_is(tmp_path, recipe):
+    argv = [recipe, f"output={tmp_path}", "train.steps=3"]
+    assert run(*argv)[0] == 0
+    kept = {name: content for name, content in files_of(tmp_path).items() if "tfevents" not in name}
+    code, printed = run(*argv)
+    assert code == 0
+    assert "complete already" in printed
+    after = files_of(tmp_path)
+    assert {name for name in kept if after[name] != kept[name]} <= {"status.json", "heartbeat.json"}
+
+
+def test_a_longer_run_continues_a_complete_one(tmp_path, recipe):
+    assert run(recipe, f"output={tmp_path}", "train.steps=2")[0] == 0
+    assert run(recipe, f"output={tmp_path}", "train.steps=4")[0] == 0
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+# Checkpoints
+
+
+def damage(checkpoint: Path) -> None:
+    file = checkpoint / "method.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_of_two_checkpoints_the_damaged_one_is_passed_over(tmp_path, recipe, uninterrupted):
+    assert run(recipe, f"output={tmp_path}", happening=Happening("SIGTERM", at=9))[0] == 143
+    newest = max((tmp_path / "checkpoints").glob("step-*"))
+    damage(newest)
+    code, printed = run(recipe, f"output={tmp_path}")
+    assert code == 0
+    assert f"{newest} is not used: method.safetensors is damaged" in printed
+    assert "Resuming after step 8" in printed
+    check_same(tmp_path, uninterrupted)
+
+
+def test_without_a_usable_checkpoint_the_run_does_not_start_over(tmp_path, recipe):
+    assert run(recipe, f"output={tmp_path}", happening=Happening("SIGTERM", at=9))[0] == 143
+    for checkpoint in (tmp_path / "checkpoints").glob("step-*"):
+        damage(checkpoint)
+    before = files_of(tmp_path)
+    code, printed = run(recipe, f"output={tmp_path}")
+    assert code == 2
+    assert "None of the 2 checkpoints" in error_of(printed)
+    assert files_of(tmp_path) == before
+
+
+# Directories
+
+
+def test_a_directory_in_use_is_refused(tmp_path, recipe, uninterrupted):
+    before = files_of(uninterrupted)
+    with RunDirectory(uninterrupted):
+        code, printed = run(recipe, f"output={uninterrupted}")
+    assert code == 2
+    assert f"{uninterrupted} is in use by another run (pid {os.getpid()} on " in error_of(printed)
+    assert files_of(uninterrupted) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["seed=1"], "holds a run with seed 0; this one has 1."),
+        (["backbone.arguments.depth=2"], "holds a run with backbone vit_tiny_patch16_224"),
+        (["method.head_hidden_dim=8"], "holds a run whose 'student.head.mlp.0.weight' has shape (16, 24); this one's"),
+        (["optim.name=sgd"], "holds a run with optimizer AdamW on "),
+        (["optim.weight_decay_on=all"], "holds a run with optimizer AdamW on "),
+    ],
+)
+def test_another_run_in_the_directory_is_refused_and_kept(recipe, uninterrupted, argv, sentence):
+    before = files_of(uninterrupted)
+    code, printed = run(recipe, f"output={uninterrupted}", *argv)
+    assert code == 2
+    assert sentence in error_of(printed)
+    assert files_of(uninterrupted) == before
+
+
+def test_another_method_in_the_directory_is_refused_and_kept(tmp_path, shards, uninterrupted):
+    other = write_recipe(tmp_path / "simclr.yaml", "simclr", shards)
+    before = files_of(uninterrupted)
+    code, printed = run(f"recipe={other}", f"output={uninterrupted}")
+    assert code == 2
+    assert f"{uninterrupted} holds a run with method dino; this one has simclr." in error_of(printed)
+    assert files_of(uninterrupted) == before
+
+
+@pytest.mark.parametrize(("shard_sizes", "number"), [((20, 9), 29), ((24, 24), 48)])
+def test_other_images_in_the_directory_are_refused_and_kept(tmp_path, recipe, uninterrupted, shard_sizes, number):
+    before = files_of(uninterrupted)
+    other = write_shards(tmp_path / "other", shard_sizes)
+    code, printed = run(recipe, f"output={uninterrupted}", f"data.shards={other}")
+    assert code == 2
+    assert re.search(rf"holds a run with images 48 \(\w{{8}}\); this one has {number} \(\w{{8}}\)\.", error_of(printed))
+    assert files_of(uninterrupted) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "a: 1\n"], ids=["empty", "no YAML", "other keys"])
+def test_a_directory_with_an_unreadable_config_is_refused_and_kept(tmp_path, recipe, content):
+    (tmp_path / "config.yaml").write_text(content)
+    code, printed = run(recipe, f"output={tmp_path}")
+    assert code == 2
+    assert f"{tmp_path / 'config.yaml'} is not readable as the settings of a run" in error_of(printed)
+    assert (tmp_path / "config.yaml").read_text() == content
+
+
+# Mistakes
+
+MISTAKES = {
+    "batch": (
+        ["data.batch_size=49"],
+        "The global batch is larger than the data set: 49 per process * 1 processes * 1 ",
+    ),
+    "accumulated batch": (["train.accumulate=7"], "8 per process * 1 processes * 7 accumulated = 56, but "),
+    "missing group": (["augment.global=null", "augment.view.size=16"], "Dino needs the view group augment.global."),
+    "unneeded group": (["augment.third.size=16"], "Dino has no use for the view group augment.third."),
+    "backbone": (["backbone.name=vit_tiny_patch16_242"], "No timm model 'vit_tiny_patch16_242'. Did you mean"),
+    "shards": (["data.shards=/nowhere"], "/nowhere"),
+    "neither epochs nor steps": (["train.steps=null"], "set either epochs or steps. Got neither"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(tmp_path, recipe, mistake):
+    argv, sentence = MISTAKES[mistake]
+    code, printed = run(recipe, f"output={tmp_path / 'run'}", *argv)
+    assert code == 2
+    assert sentence in error_of(printed)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_half_a_launcher_is_refused(tmp_path, recipe):
+    child = start(launched_apart, [recipe, f"output={tmp_path / 'run'}"])
+    assert child.wait() == 2
+    assert "The environment has WORLD_SIZE=2, but no RANK, LOCAL_RANK" in error_of(child.printed())
+
+
+def launched_apart(argv: list[str]) -> None:
+    os.environ["WORLD_SIZE"] = "2"  # but no rank, no address
+    command(argv)
+
+
+# Faults
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path, recipe):
+    assert run(recipe, f"output={tmp_path}", happening=Happening("SIGTERM", at=5))[0] == 143
+    checkpoints = files_of(tmp_path / "checkpoints")
+    code, printed = run(recipe, f"output={tmp_path}", "data.workers=1", happening=Happening("nan", at=3))
+    assert code == 1
+    error = error_of(printed)
+    assert "Step 10 was not made: on rank 0 the loss is nan" in error
+    assert error.count(".tar, key '0") == 4
+    assert "and 4 more" in error
+    new = files_of(tmp_path / "checkpoints")
+    assert all(new.get(name, content) == content for name, content in checkpoints.items())
+    assert max((tmp_path / "checkpoints").glob("step-*")).name == "step-00000008"
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 10))
+    assert status(tmp_path)["state"] == "failed"
+    assert status(tmp_path)["reason"] == error.removeprefix("error: ")
+
+
+def test_a_killed_data_worker_ends_the_run_with_one_line(tmp_path, recipe):
+    code, printed = run(recipe, f"output={tmp_path}", "data.workers=1", happening=Happening("kill a worker", at=3))
+    assert code == 2
+    assert "A data worker died" in error_of(printed)
+    assert status(tmp_path)["state"] == "failed"
+
+
+def test_a_hang_ends_the_process_and_shows_where(tmp_path, recipe):
+    code, printed = run(recipe, f"output={tmp_path}", "train.hang_timeout=1", happening=Happening("hang", at=2))
+    assert code == 1
+    assert "Timeout (0:00:01)!" in printed
+    assert "_accumulate" in printed
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_stops_the_run_naming_it(tmp_path, recipe, workers):
+    folder = write_shards(tmp_path / "shards", corrupt=(5,))
+    code, printed = run(recipe, f"output={tmp_path / 'run'}", f"data.shards={folder}", f"data.workers={workers}")
+    assert code == 2
+    assert "Cannot decode part-000000.tar, key '0005', byte" in error_of(printed)
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+def test_a_corrupt_image_is_replaced_on_request_and_noted(tmp_path, recipe):
+    folder = write_shards(tmp_path / "shards", corrupt=(5,))
+    argv = [recipe, f"data.shards={folder}", "data.bad_samples=substitute"]
+    assert run(*argv, f"output={tmp_path / 'run'}", "data.bad_sample_budget=0.1")[0] == 0
+    noted = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(entry["sample"], entry["key"]) for entry in noted] == [(5, "0005")]
+    code, printed = run(*argv, f"output={tmp_path / 'other'}", "data.bad_sample_budget=0.01")
+    assert code == 2
+    assert "1 of 48 images cannot be decoded, more than data.bad_sample_budget=0.01 allows" in error_of(printed)
+
+
+# Several processes
+
+
+def run_together(*argv: str, happening: Happening | None = None) -> tuple[list[int], str]:
+    children = start_ranks(command, list(argv), happening)
+    codes = [child.wait() for child in children]
+    return codes, "".join(child.printed() for child in children)
+
+
+def test_a_signal_that_one_rank_gets_stops_all_in_the_same_step(tmp_path, recipe):
+    argv = [recipe, f"output={tmp_path}", "data.batch_size=4"]
+    codes, _ = run_together(*argv, happening=Happening("SIGTERM", at=5, on_rank=1))
+    assert codes == [143, 143]
+    assert status(tmp_path)["step"] == 6
+    codes, printed = run_together(*argv)
+    assert codes == [0, 0]
+    assert "Resuming after step 6" in printed
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+
+
+def test_a_loss_that_is_not_a_number_on_one_rank_stops_all_and_names_that_rank(tmp_path, recipe):
+    record = tmp_path / "ids"
+    argv = [recipe, f"output={tmp_path / 'run'}", "data.batch_size=4"]
+    codes, printed = run_together(*argv, happening=Happening("nan", at=2, on_rank=1, record=record))
+    assert codes == [1, 1]
+    assert "Traceback" not in printed
+    assert "Step 3 was not made: on rank 1 the loss is nan" in printed
+    there = json.loads(record.with_suffix(".1").read_text().splitlines()[2])
+    assert all(f"key '{sample:04d}'" in printed for sample in there)
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path, recipe, uninterrupted):
+    argv = [recipe, f"output={tmp_path}", "data.batch_size=4"]
+    codes, printed = run_together(*argv, happening=Happening("SIGKILL", at=6, on_rank=1))
+    assert codes == [1, -signal.SIGKILL]
+    assert "Another process of this run has ended" in error_of(printed)
+    assert status(tmp_path)["state"] == "failed"
+    assert run_together(*argv)[0] == [0, 0]
+    assert dict(losses(tmp_path)) == pytest.approx(dict(losses(uninterrupted)), rel=1e-5)
+
+
+def test_one_two_and_one_process_see_every_image_once_per_epoch(tmp_path, recipe):
+    record = tmp_path / "ids"
+    argv = [recipe, f"output={tmp_path / 'run'}", "train.steps=null", "train.epochs=2"]
+    stop = {"what": "SIGTERM", "record": record}
+    assert run(*argv, "data.batch_size=8", happening=Happening(at=2, **stop))[0] == 143  # 24 images
+    codes, _ = run_together(*argv, "data.batch_size=2", happening=Happening(at=4, **stop))  # 20 images
+    assert codes == [143, 143]
+    assert run(*argv, "data.batch_size=13", "data.workers=2", happening=Happening(record=record))[0] == 0  # 52
+    first, second = ([json.loads(line) for line in record.with_suffix(f".{rank}").open()] for rank in (0, 1))
+    together = [half for halves in zip(first[3:8], second, strict=True) for half in halves]
+    order = list(chain(*first[:3], *together, *first[8:]))
+    assert len(order) == 2 * NUM_IMAGES
+    assert sorted(order[:NUM_IMAGES]) == sorted(order[NUM_IMAGES:]) == list(range(NUM_IMAGES))
+    assert order[:NUM_IMAGES] != order[NUM_IMAGES:]
+
+
+def test_two_processes_take_the_settings_of_one(tmp_path, recipe):
+    assert run_together(recipe, f"output={tmp_path}", "data.batch_size=4", "train.steps=2")[0] == [0, 0]
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["data"]["batch_size"] == 4
+
+
+def test_a_refusal_on_the_first_rank_is_no_traceback_on_the_others(tmp_path, recipe):
+    with RunDirectory(tmp_path):
+        codes, printed = run_together(recipe, f"output={tmp_path}", "data.batch_size=4")
+    assert codes == [2, 1]
+    assert "is in use by another run" in printed
+    assert "error on rank 1: Another process of this run has ended" in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,272 @@
+"""Workers that only decode, and data sets that stay decoded: the same batches as those that workers crop."""
+
+import pickle
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+from ssl_pipeline import machine
+from ssl_pipeline.augment.draw import crop_boxes, group_uniforms
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data import decode_reader, device_cache
+from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, estimate_image_bytes
+from ssl_pipeline.data.device_cache import decode_all
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.order import Order
+from ssl_pipeline.data.samples import Samples
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+
+GROUPS = {"global": ViewGroup(count=2, size=8), "local": ViewGroup(count=3, size=4, blur_prob=0.5)}
+SIZES = [(12, 10), (30, 7), (9, 40), (16, 16)]  # (width, height)
+
+
+@pytest.fixture
+def varied(tmp_path: Path, write_tar: Callable, encoded: Callable) -> ShardIndex:
+    """16 images of four sizes, all of them labelled."""
+    members = {}
+    for number in range(16):
+        members[f"{number:04d}.png"] = encoded(number, size=SIZES[number % 4], format="PNG")
+        members[f"{number:04d}.cls"] = str(number % 3).encode()
+    write_tar(tmp_path / "a.tar", members)
+    return open_shards(tmp_path)
+
+
+def reader_of(index: ShardIndex, *, slot_bytes: int = 100_000, groups: dict[str, ViewGroup] = GROUPS) -> DecodedReader:
+    samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
+    return DecodedReader(samples, groups, batch_size=6, slot_bytes=slot_bytes)
+
+
+def read(reader: DecodedReader, positions: range) -> DecodedBatch:
+    """By way of a slot of shared memory and a pipe, which hold an older batch."""
+    slot = {
+        name: torch.full(shape, 1, dtype=dtype) if dtype == torch.bool else torch.full(shape, 77, dtype=dtype)
+        for name, (shape, dtype) in reader.layout().items()
+    }
+    reader = pickle.loads(pickle.dumps(reader))
+    return reader.batch(slot, pickle.loads(pickle.dumps(reader(positions, slot))))
+
+
+def images_of(batch: DecodedBatch) -> list[np.ndarray]:
+    table = batch.images
+    return [
+        batch.pixels[offset : offset + 3 * height * width].numpy().reshape(height, width, 3)
+        for offset, height, width in zip(table.offsets, table.heights, table.widths, strict=True)
+    ]
+
+
+def assert_equal(first: DecodedBatch, second: DecodedBatch) -> None:
+    for one, other in zip(images_of(first), images_of(second), strict=True):
+        assert one.tolist() == other.tolist()
+    for name in GROUPS:
+        assert first.boxes[name].tolist() == second.boxes[name].tolist()
+        assert first.flips[name].tolist() == second.flips[name].tolist()
+        assert torch.equal(first.parameters[name], second.parameters[name])
+    assert first.labels.tolist() == second.labels.tolist()
+    assert first.index.tolist() == second.index.tolist()
+    assert first.bad == second.bad
+
+
+def test_a_batch_holds_the_decoded_images_one_after_another(varied: ShardIndex, encoded: Callable) -> None:
+    reader = reader_of(varied)
+    batch = read(reader, range(6))
+    samples = reader.samples.locate(range(6))[1].tolist()
+    assert batch.index.tolist() == samples
+    assert batch.labels.tolist() == [sample % 3 for sample in samples]
+    for sample, image in zip(samples, images_of(batch), strict=True):
+        width, height = SIZES[sample % 4]
+        noise = np.random.default_rng(sample).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        assert image.tolist() == noise.tolist()
+
+
+def test_boxes_lie_in_their_images(varied: ShardIndex) -> None:
+    batch = read(reader_of(varied), range(6))
+    for boxes_VB4 in batch.boxes.values():
+        assert (boxes_VB4[..., :2] >= 0).all()
+        assert (boxes_VB4[..., 0] + boxes_VB4[..., 2] <= batch.images.heights).all()
+        assert (boxes_VB4[..., 1] + boxes_VB4[..., 3] <= batch.images.widths).all()
+
+
+def test_only_what_is_used_of_a_slot_travels_to_the_device(varied: ShardIndex) -> None:
+    batch = read(reader_of(varied), range(6))
+    used = 3 * int((batch.images.heights * batch.images.widths).sum())
+    assert len(batch.pixels) == used + 3 * batch.images.widths.max()
+    moved = batch.to("meta")
+    assert moved.pixels.is_meta
+    assert moved.pixels.shape == batch.pixels.shape
+    assert moved.parameters["local"].is_meta
+    assert moved.labels.is_meta
+    assert moved.index.is_meta
+    assert moved.cropped(GROUPS)["local"].shape == (3, 6, 3, 4, 4)  # and nothing is asked of the device
+
+
+@pytest.mark.parametrize("slot_bytes", [1, 500, 2000, 4000])
+def test_a_batch_that_does_not_fit_its_slot_is_the_same(varied: ShardIndex, slot_bytes: int) -> None:
+    small = reader_of(varied, slot_bytes=slot_bytes)
+    fitting = reader_of(varied)
+    overflows = 0
+    for start in (0, 6, 12):
+        slot = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in small.layout().items()}
+        outcome = small(range(start, start + 6), slot)
+        overflows += outcome.overflow is not None
+        assert_equal(small.batch(slot, outcome), read(fitting, range(start, start + 6)))
+    assert overflows
+
+
+def test_slots_are_planned_from_the_images(varied: ShardIndex, shards: Path) -> None:
+    same = estimate_image_bytes(open_shards(shards))  # 12x10
+    assert (same.mean, same.deviation, same.longest_row) == (360, 0, 36)
+    assert same.of(20) == 20 * 360 + 36
+    mixed = estimate_image_bytes(varied)
+    sizes = [3 * width * height for width, height in SIZES]
+    assert mixed.mean == pytest.approx(np.mean(sizes))
+    assert mixed.of(64) > 64 * np.mean(sizes) + 3 * 8 * np.std(sizes)
+
+
+def test_a_remote_set_is_planned_from_its_first_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, wanted = open_shards(shards), list[int]()  # 7, 5 and 8 images
+    read_here = index.read
+    monkeypatch.setattr(index, "read", lambda sample: wanted.append(sample) or read_here(sample))
+    monkeypatch.setattr(decode_reader, "is_url", lambda source: True)
+    assert estimate_image_bytes(index).mean == 360
+    assert wanted == list(range(7))
+
+
+def test_a_damaged_image_does_not_spoil_the_plan(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
+    write_tar(tmp_path / "a.tar", {"a.jpg": b"?" * 90, "b.jpg": encoded(0)})
+    assert estimate_image_bytes(open_shards(tmp_path)).mean == 360
+
+
+def test_an_image_that_will_be_refused_does_not_enlarge_the_slots(
+    tmp_path: Path, write_tar: Callable, encoded: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_reader, "MAX_PIXELS", 1000)
+    write_tar(tmp_path / "a.tar", {"a.png": encoded(0, size=(40, 40), format="PNG"), "b.jpg": encoded(0)})
+    assert estimate_image_bytes(open_shards(tmp_path)).mean == 360
+
+
+def test_on_a_device_the_crops_are_those_of_the_cpu_before_rounding(
+    varied: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {"pad": ViewGroup(count=2, size=20, crop="pad"), "view": ViewGroup(count=2, size=20, scale=(0.5, 1.0))}
+    batch = read(reader_of(varied, groups=groups), range(6))
+    rounded = batch.cropped(groups)
+    monkeypatch.setattr(decode_reader, "_crops_in_8_bits", decode_reader._crops_at_once)
+    exact = batch.cropped(groups)
+    for name in groups:
+        assert rounded[name].dtype == torch.uint8
+        assert exact[name].dtype == torch.float32
+        assert exact[name].shape == rounded[name].shape == (2, 6, 3, 20, 20)
+        # noise overshoots, which 8 bits cut off between the rows and the columns
+        assert (exact[name] - rounded[name]).abs().mean() < 1.0
+
+
+def test_a_kept_batch_is_not_overwritten(varied: ShardIndex) -> None:
+    reader = reader_of(varied)
+    slot = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in reader.layout().items()}
+    kept = reader.batch(slot, reader(range(6), slot)).clone()
+    reader(range(6, 12), slot)
+    assert_equal(kept, read(reader, range(6)))
+
+
+# the cache
+
+
+def everything(
+    index: ShardIndex, *, workers: int = 0, sign_of_life: Callable[[], None] = lambda: None
+) -> device_cache.CachedImages:
+    samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
+    return decode_all(samples, device=torch.device("cpu"), workers=workers, rank=0, sign_of_life=sign_of_life)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("slot_bytes", [1, 2000, 10**6])
+def test_the_cache_holds_every_image(
+    varied: ShardIndex, workers: int, slot_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_cache, "SLOT_BYTES", slot_bytes)
+    cache = everything(varied, workers=workers)
+    assert cache.labels.tolist() == [number % 3 for number in range(16)]
+    assert cache.index.tolist() == list(range(16))
+    for number in range(16):
+        width, height = SIZES[number % 4]
+        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        offset = cache.images.offsets[number]
+        assert cache.pixels[offset : offset + noise.size].tolist() == noise.ravel().tolist()
+        assert (cache.images.heights[number], cache.images.widths[number]) == (height, width)
+
+
+def test_the_cache_grows_where_its_estimate_is_too_low(varied: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = everything(varied)
+    monkeypatch.setattr(device_cache, "estimate_image_bytes", lambda _index: decode_reader.ImageBytes(10.0, 0.0, 10))
+    monkeypatch.setattr(device_cache, "SLOT_BYTES", 50)
+    grown = everything(varied)
+    assert torch.equal(grown.pixels[: 3 * 600], whole.pixels[: 3 * 600])
+    assert len(grown.pixels) == len(whole.pixels)
+
+
+def test_a_cache_that_does_not_fit_is_refused(varied: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_cache, "free_bytes", lambda _device: 4000)
+    with pytest.raises(DataError) as error:
+        everything(varied)
+    sentence = str(error.value)
+    assert sentence.startswith("data.cache=true needs about 1.")
+    assert "for the 16 decoded images of" in sentence
+    assert "more than half of the 4e-06 GB that one may still take on cpu. Leave it out" in sentence
+    assert "\n" not in sentence
+
+
+def test_a_cache_is_held_to_the_memory_of_the_container(varied: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_left_in_groups", lambda: iter([4000]))
+    with pytest.raises(DataError, match=r"more than half of the 4e-06 GB"):
+        everything(varied)
+
+
+def test_a_cache_that_fills_gives_signs_of_life_and_shows_how_far_it_is(
+    varied: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars, progress = list[tqdm](), list[int]()
+
+    def quiet(**options: object) -> tqdm:
+        bars.append(tqdm(**options | {"file": StringIO()}))
+        return bars[0]
+
+    monkeypatch.setattr(device_cache, "SLOT_BYTES", 3000)  # four images
+    monkeypatch.setattr(device_cache, "tqdm", quiet)
+    everything(varied, sign_of_life=lambda: progress.append(bars[0].n))
+    assert progress == [4, 8, 12, 16]
+    assert (bars[0].total, bars[0].desc) == (16, f"decoding {varied.source}")
+
+
+def test_chains_of_substitutes_belong_to_the_sample_that_was_asked_for() -> None:
+    entries = [
+        device_cache.BadSample(sample, "", "", 0, "", to) for sample, to in ((3, 9), (9, 4), (7, 3), (3, 5), (8, 2))
+    ]
+    bad = dict[int, list[device_cache.BadSample]]()
+    device_cache._add_chains(bad, entries)
+    assert {sample: [entry.substitute for entry in chain] for sample, chain in bad.items()} == {
+        3: [9, 4],
+        7: [3, 5],
+        8: [2],
+    }
+
+
+def test_crop_boxes_follow_the_images_own_size(varied: ShardIndex) -> None:
+    # what a worker draws before cropping is what a decoding worker sends
+    reader = reader_of(varied)
+    batch = read(reader, range(6))
+    epochs, samples = reader.samples.locate(range(6))
+    numbers = group_uniforms("local", GROUPS["local"], seed=0, epochs_B=epochs, samples_B=samples)
+    boxes, flips = crop_boxes(numbers, batch.images.heights, batch.images.widths, GROUPS["local"])
+    assert batch.boxes["local"].tolist() == boxes.tolist()
+    assert batch.flips["local"].tolist() == flips.tolist()
+
+
+def test_a_rare_giant_does_not_enlarge_the_slots(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
+    files = {f"{number}.png": encoded(number, size=(10, 10), format="PNG") for number in range(9)}
+    write_tar(tmp_path / "a.tar", {**files, "giant.png": encoded(9, size=(400, 400), format="PNG")})
+    assert estimate_image_bytes(open_shards(tmp_path)).mean == (9 * 300 + 1200) / 10

@@ -1,0 +1,94 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_pipeline.backbones import load_backbone, save_backbone
+from ssl_pipeline.config import load
+from ssl_pipeline.eval.features.models import SubjectConfig, baselines_of, open_subject, raw_pixels
+from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+
+TINY_VIT = "{img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"
+
+
+def subject_config(*arguments: str) -> SubjectConfig:
+    return load(SubjectConfig, arguments)
+
+
+def test_a_run_brings_its_weights_and_preprocessing(run: Path) -> None:
+    subject = open_subject(subject_config(f"run={run}"))
+    backbone, _, preprocessing = load_backbone(run)
+    assert subject.preprocessing == preprocessing
+    torch.testing.assert_close(subject.backbone.state_dict(), backbone.state_dict())
+
+
+def test_size_overrides_that_of_the_run(run: Path) -> None:
+    assert open_subject(subject_config(f"run={run}", "size=24")).preprocessing.size == 24
+
+
+def test_a_weights_file_gives_the_network_of_the_run(run: Path) -> None:
+    file = run / "backbone.safetensors"
+    arguments = ["backbone=vit_tiny_patch16_224", f"arguments={TINY_VIT}", f"weights={file}", "size=16"]
+    subject = open_subject(subject_config(*arguments, "mean=0.5,0.5,0.5", "std=0.25,0.25,0.25"))
+    expected = open_subject(subject_config(f"run={run}"))
+    assert subject.preprocessing == expected.preprocessing
+    torch.testing.assert_close(subject.backbone.state_dict(), expected.backbone.state_dict())
+
+
+def test_the_random_baseline_has_the_architecture_and_not_the_weights(run: Path) -> None:
+    subject = open_subject(subject_config(f"run={run}"))
+    random = baselines_of(subject)["random"]
+    shapes, expected = (
+        {name: value.shape for name, value in network.state_dict().items()}
+        for network in (random.backbone, subject.backbone)
+    )
+    assert shapes == expected
+    weight = "model.patch_embed.proj.weight"
+    assert not torch.equal(random.backbone.state_dict()[weight], subject.backbone.state_dict()[weight])
+
+
+def test_making_a_random_baseline_leaves_the_random_state_alone(run: Path) -> None:
+    subject = open_subject(subject_config(f"run={run}"))
+    state = torch.get_rng_state()
+    baselines_of(subject)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("size", "side"), [(224, 32), (16, 16)])
+def test_raw_pixels_are_at_most_32_by_32(size: int, side: int) -> None:
+    subject = raw_pixels(size)
+    assert subject.preprocessing.size == side
+    image = torch.rand(2, 3, side, side)
+    assert torch.equal(subject.backbone(image), image.flatten(1))
+    assert f"{side} x {side}" in str(subject.about["images"])
+
+
+def test_other_weights_or_images_never_meet_old_features(
+    run: Path, train: str, test: str, write_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = run / "eval" / "cache"
+    config = KnnConfig(run=run, train=train, test=test, k=(5,), workers=0)
+    evaluate_knn(config)
+    evaluate_knn(config)
+    assert len(list(cache.iterdir())) == 2  # training and test images
+    backbone, architecture, preprocessing = load_backbone(run)
+    with torch.no_grad():
+        backbone.model.norm.weight.mul_(2.0)
+    save_backbone(run, backbone, architecture, preprocessing)
+    evaluate_knn(config)
+    assert len(list(cache.iterdir())) == 4
+    others = str(write_shards(tmp_path / "others", [0, 1, 2], seed=9))
+    evaluate_knn(config.model_copy(update={"test": others}))
+    assert len(list(cache.iterdir())) == 5
+    evaluate_knn(config.model_copy(update={"size": 24}))
+    assert len(list(cache.iterdir())) == 7
+
+
+def test_a_moved_run_keeps_its_features(run: Path, train: str, test: str, tmp_path: Path) -> None:
+    evaluate_knn(KnnConfig(run=run, train=train, test=test, k=(5,), workers=0))
+    moved = run.rename(tmp_path / "moved")
+    report = evaluate_knn(KnnConfig(run=moved, train=train, test=test, k=(5,), workers=0))
+    assert len(list((moved / "eval" / "cache").iterdir())) == 2
+    assert json.loads(json.dumps(report))["protocol"]["subject"]["run"] == str(moved)

@@ -1,0 +1,167 @@
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssl_pipeline.eval.search.blocks import (
+    SEARCH_MEMORY,
+    CoarseFeatures,
+    block_neighbours,
+    exhaustive_neighbours,
+    plan_search,
+)
+
+DTYPES = [torch.float32, torch.bfloat16]
+KINDS = ["random", "clustered", "duplicates", "equal", "collapsed", "sorted by cluster", "long and short"]
+
+
+def features_of(kind: str, *, num_train: int = 1501, num_test: int = 60, dim: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randn(count, dim, generator=generator) for count in (num_train, num_test))
+    if kind in ("clustered", "sorted by cluster"):
+        centres = torch.randn(7, dim, generator=generator)
+        train = centres[torch.randint(0, 7, (num_train,), generator=generator)] + 0.1 * train
+        test = centres[torch.randint(0, 7, (num_test,), generator=generator)] + 0.1 * test
+    if kind == "sorted by cluster":
+        train = train[(normalize(train, dim=1) @ test[0]).argsort()]
+    if kind == "duplicates":
+        train = train[torch.randint(0, 30, (num_train,), generator=generator)]
+    if kind == "equal":
+        train = train[:1].repeat(num_train, 1)
+    if kind == "collapsed":
+        train, test = 1 + 1e-2 * train, 1 + 1e-2 * test
+    if kind == "long and short":
+        return train * torch.rand(num_train, 1, generator=generator) ** 4, 3 * test
+    return normalize(train, dim=1), normalize(test, dim=1)
+
+
+def brute_force(train: Tensor, test: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Float64, of equal similarities the lower number first."""
+    best = (test.double() @ train.double().T).sort(dim=1, descending=True, stable=True)
+    return best.values[:, :k], best.indices[:, :k]
+
+
+def recall(train: Tensor, test: Tensor, neighbours: Tensor, k: int) -> float:
+    """Share of the neighbours that are among the k best, up to the last digit of a float32 product."""
+    kth = brute_force(train, test, k)[0][:, -1:]
+    similarities = (test.double() @ train.double().T).gather(1, neighbours)
+    digit = 2e-7 * float(test.norm(dim=1).max() * train.norm(dim=1).max())
+    return float((similarities >= kth - digit).double().mean())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recall_is_one(kind: str, dtype: torch.dtype) -> None:
+    train, test = features_of(kind)
+    for k in (1, 20, 200):
+        similarities, neighbours = block_neighbours(train, test, k=k, dtype=dtype)
+        assert recall(train, test, neighbours, k) == 1.0
+        assert all(len(set(row)) == k for row in neighbours.tolist())
+        torch.testing.assert_close(similarities.double(), brute_force(train, test, k)[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_image_can_be_a_neighbour(dtype: torch.dtype) -> None:
+    train, test = features_of("random", num_train=37, num_test=5)
+    _, neighbours = block_neighbours(train, test, k=37, dtype=dtype)
+    assert torch.equal(neighbours.sort(dim=1).values, torch.arange(37).expand(5, 37))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_equal_images_the_first_are_taken(dtype: torch.dtype) -> None:
+    few = torch.eye(4)
+    train = few[torch.arange(2000) % 4]  # 500 of each, more than the candidates of k=3 and fewer than those of k=100
+    for k in (3, 100):
+        _, neighbours = block_neighbours(train, few, k=k, dtype=dtype)
+        assert torch.equal(neighbours, torch.stack([torch.arange(first, first + 4 * k, 4) for first in range(4)]))
+
+
+def test_the_exhaustive_search_is_the_stable_sort() -> None:
+    train, test = features_of("duplicates")
+    similarities, neighbours = exhaustive_neighbours(train, test, k=90, memory=1)
+    expected, numbers = brute_force(train, test, 90)
+    torch.testing.assert_close(similarities, expected.float())
+    assert torch.equal(neighbours, numbers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coarse_scores_lie_within_their_error(kind: str) -> None:
+    train, test = features_of(kind)
+    coarse = CoarseFeatures.of(train, torch.bfloat16)
+    rounded, error = coarse.round_queries(test)
+    true = test.double() @ (train - train.mean(dim=0)).double().T
+    assert ((rounded.double() @ coarse.rows.double().T - true).abs() <= error[:, None]).all()
+    assert (error <= 0.02 * test.norm(dim=1) * train.norm(dim=1).max()).all()  # and the error is worth knowing
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_cut_into_queries_changes_nothing(dtype: torch.dtype) -> None:
+    train, test = features_of("clustered")
+    whole, parts = (block_neighbours(train, test, k=20, dtype=dtype, memory=memory) for memory in (2**30, 2**18))
+    torch.testing.assert_close(whole[0], parts[0], rtol=0, atol=0)
+    assert torch.equal(whole[1], parts[1])
+
+
+def test_no_query_has_no_neighbours() -> None:
+    similarities, neighbours = block_neighbours(torch.eye(3), torch.empty(0, 3), k=2, dtype=torch.float32)
+    assert similarities.shape == neighbours.shape == (0, 2)
+
+
+@pytest.mark.parametrize("k", [20, 200])
+@pytest.mark.parametrize("dim", [384, 2048])
+def test_imagenet_fits_a_gibibyte(k: int, dim: int) -> None:
+    for itemsize, least in ((2, 200), (4, 100)):
+        plan = plan_search(1_281_167, dim, k=k, itemsize=itemsize, rescored=2**21, memory=SEARCH_MEMORY)
+        assert plan.bytes <= SEARCH_MEMORY
+        assert plan.queries >= least
+        assert plan.block * plan.blocks >= 1_281_167
+        assert plan.blocks >= k
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.seen: set[int] = set()
+
+    def release(self, pointer: int, size: int) -> None:
+        self.seen.discard(pointer)
+        self.held -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.seen and storage.nbytes():
+                    self.seen.add(storage.data_ptr())
+                    self.held += storage.nbytes()
+                    self.peak = max(self.peak, self.held)
+                    weakref.finalize(storage, self.release, storage.data_ptr(), storage.nbytes())
+        return outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "duplicates"])
+def test_temporary_tensors_stay_within_the_memory(kind: str, dtype: torch.dtype) -> None:
+    train, test = features_of(kind, num_train=20_000, num_test=256)
+    memory = 2**23
+    with PeakBytes() as counted:
+        block_neighbours(train, test, k=20, dtype=dtype, memory=memory)
+    copies = 2 * train.nbytes if dtype == torch.bfloat16 else train.nbytes  # made before the search, or besides it
+    results = 3 * test.shape[0] * 20 * 12
+    assert memory // 8 < counted.peak <= memory + copies + results
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_finds_the_same(kind: str) -> None:
+    train, test = features_of(kind)
+    for k in (1, 20, 200):
+        _, neighbours = block_neighbours(train.cuda(), test.cuda(), k=k, dtype=torch.bfloat16)
+        assert recall(train, test, neighbours.cpu(), k) == 1.0

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from ssl_pipeline.eval.search import neighbours as module
+from ssl_pipeline.eval.search.neighbours import (
+    choose_search,
+    cpu_flags,
+    has_bfloat16_units,
+    nearest_neighbours,
+    search_device,
+)
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("num_queries", [3, 1200])
+def test_all_searches_find_the_same(num_queries: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = (normalize(torch.randn(count, 16, generator=generator), dim=1) for count in (900, num_queries))
+    expected = (test.double() @ train.double().T).topk(30)
+    for search in ("faiss", "blocks", "auto"):
+        similarities, neighbours = nearest_neighbours(train, test, k=30, search=search)
+        torch.testing.assert_close(similarities.double(), expected.values, rtol=1e-6, atol=1e-6)
+        assert (neighbours == expected.indices).double().mean() > 0.999  # the order of all but equal ones
+
+
+@pytest.mark.parametrize(
+    ("device", "units", "num_queries", "expected"),
+    [
+        (CPU, False, 1000, "faiss"),
+        (CPU, False, 999, "blocks"),  # FAISS would search vector by vector
+        (CPU, True, 50_000, "blocks"),
+        (GPU, True, 50_000, "blocks"),
+        (GPU, False, 50_000, "blocks"),  # faiss-cpu would copy the features to the host
+    ],
+)
+def test_auto_follows_the_hardware_and_the_number_of_queries(
+    device: torch.device, units: bool, num_queries: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_bfloat16_units", lambda _: units)
+    assert choose_search("auto", device, num_queries=num_queries) == expected
+    assert choose_search("faiss", device, num_queries=num_queries) == "faiss"
+    assert choose_search("blocks", device, num_queries=num_queries) == "blocks"
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("amx_bf16", True), ("avx512_bf16", True), ("avx512_vnni", False)])
+def test_a_cpu_has_bfloat16_units_if_its_flags_say_so(
+    flag: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu sse2 {flag} avx\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(module, "CPU_INFO", tmp_path / "cpuinfo")
+    cpu_flags.cache_clear()
+    assert has_bfloat16_units(CPU) is expected
+    monkeypatch.setattr(module, "CPU_INFO", tmp_path / "absent")
+    cpu_flags.cache_clear()
+    assert not has_bfloat16_units(CPU)
+    cpu_flags.cache_clear()
+
+
+def test_a_cpu_searches_where_its_features_are() -> None:
+    assert search_device(torch.ones(3, 2), torch.ones(1, 2), "cpu") == CPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_features_too_large_for_the_gpu_are_searched_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = torch.ones(3, 2), torch.ones(1, 2)
+    assert search_device(train, test, "cuda").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 2**36))
+    assert search_device(train, test, "cuda") == CPU

@@ -1,0 +1,125 @@
+"""One run per directory, also after SIGKILL, and status files that a reader can trust."""
+
+import json
+import os
+import signal
+from contextlib import contextmanager
+
+import pytest
+
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.run import directory
+from ssl_pipeline.run.directory import RunDirectory, Status, read_status
+
+
+@contextmanager
+def trainer(path, *, with_worker=False):
+    """A forked process that holds the run directory; with a worker forked from it, as a DataLoader does."""
+    ready, tell_ready = os.pipe()
+    stop, tell_stop = os.pipe()
+    child = os.fork()
+    if child == 0:
+        run = RunDirectory(path)  # must stay alive
+        if not with_worker or os.fork() > 0:
+            os.write(tell_ready, b"1")
+        os.close(tell_stop)
+        os.read(stop, 1)  # returns when the test ends, however it ends
+        os._exit(0 if run.path == path else 1)
+    os.read(ready, 1)
+    try:
+        yield child
+    finally:
+        os.close(tell_stop)
+        os.waitpid(child, 0)
+        for descriptor in (ready, tell_ready, stop):
+            os.close(descriptor)
+
+
+def test_a_directory_in_use_is_refused_with_the_pid(tmp_path):
+    path = tmp_path / "runs" / "x"
+    with trainer(path) as pid:
+        sentence = rf"runs/x is in use by another run \(pid {pid} on .*\). Stop it or choose another output=DIR."
+        with pytest.raises(ConfigError, match=sentence):
+            RunDirectory(path)
+    with RunDirectory(path):
+        pass
+
+
+def test_a_refused_run_does_not_disturb_the_one_that_holds_the_directory(tmp_path):
+    with trainer(tmp_path):
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="in use"):
+                RunDirectory(tmp_path)
+
+
+def test_a_killed_trainer_sets_its_directory_free_though_its_worker_lives(tmp_path):
+    with trainer(tmp_path, with_worker=True) as pid:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie still
+        with RunDirectory(tmp_path) as run:
+            run.status("running", step=0)
+
+
+def test_a_worker_that_ends_does_not_free_the_directory(tmp_path):
+    with RunDirectory(tmp_path):
+        worker = os.fork()
+        if worker == 0:
+            os.closerange(3, 100)  # all it inherited, the lock's descriptor with it
+            os._exit(0)
+        os.waitpid(worker, 0)
+        other = os.fork()
+        if other == 0:
+            try:
+                RunDirectory(tmp_path)
+            except ConfigError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(other, 0)[1] == 0, "a second run got in"
+
+
+def test_a_file_in_the_place_of_the_directory_is_a_one_line_error(tmp_path):
+    (tmp_path / "x").write_text("")
+    for path in (tmp_path / "x", tmp_path / "x" / "y"):
+        with pytest.raises(ConfigError, match="must be a directory"):
+            RunDirectory(path)
+
+
+def test_the_layout_is_the_one_that_others_read(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.write_config("seed: 0\n")
+        assert run.config_path == tmp_path / "config.yaml"
+        assert run.config_path.read_text() == "seed: 0\n"
+        assert run.metrics_path == tmp_path / "metrics.jsonl"
+        assert run.checkpoints == tmp_path / "checkpoints"
+        assert run.evaluation == tmp_path / "eval"
+
+
+def test_status_is_what_was_said_last(tmp_path):
+    assert read_status(tmp_path) is None
+    with RunDirectory(tmp_path) as run:
+        run.status("running", step=0)
+        run.status("failed", step=12, reason="loss is NaN at step 12")
+    status = read_status(tmp_path)
+    assert status == Status("failed", 12, "loss is NaN at step 12", status.time)
+    assert status.time.endswith("+00:00")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}', "null"])
+def test_a_status_file_of_something_else_is_a_one_line_error(tmp_path, text):
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(ConfigError, match="is not a run's status"):
+        read_status(tmp_path)
+
+
+def test_the_heart_beats_at_most_once_in_a_few_seconds(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(directory.time, "monotonic", lambda: now)
+    steps_seen = []
+    with RunDirectory(tmp_path) as run:
+        for step in range(1, 13):
+            run.heartbeat(step=step)
+            beat = json.loads((tmp_path / "heartbeat.json").read_text())
+            steps_seen.append(beat["step"])
+            now += 1.25
+    assert steps_seen == [1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9]
+    assert beat["pid"] == os.getpid()
