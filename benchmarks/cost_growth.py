@@ -147,7 +147,7 @@ def _work_of_ranks(folder: Path, world_size: int) -> dict[str, JSON]:
         index = _CountingIndex.of(open_shards(place))
         batches = len(index) // (BATCH_SIZE * world_size)
         for batch in _batches(index, workers=0, rank=rank, world_size=world_size, batches=batches):
-            seen.update(batch.index.tolist())
+            seen.update(batch.sample_ids.tolist())
         reads.append(index.reads)
     return {"world_size": world_size, "samples": samples, "samples_read": len(seen), "reads_of_ranks": reads}
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from benchmarks.training_steps import TrainingStep, copy_of_model, copy_of_vit, copy_weights, decayed_groups, everything
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.methods.dino import Dino
-from ssl_pipeline.methods.mae import Mae
-from ssl_pipeline.methods.moco import Moco
-from ssl_pipeline.methods.simclr import Simclr
+from ssl_pipeline.methods.dino import DINO
+from ssl_pipeline.methods.mae import MAE
+from ssl_pipeline.methods.moco import MoCo
+from ssl_pipeline.methods.simclr import SimCLR
 
 
-def lightly_dino(method: Dino) -> TrainingStep:
+def lightly_dino(method: DINO) -> TrainingStep:
     """DINOProjectionHead, DINOLoss and update_momentum around a timm ViT; every crop in a pass of its own."""
     from lightly.models.utils import update_momentum
 
@@ -43,7 +43,7 @@ def lightly_dino(method: Dino) -> TrainingStep:
     return TrainingStep(loss, optimizer, follow=follow)
 
 
-def dino_head(method: Dino) -> nn.Module:
+def dino_head(method: DINO) -> nn.Module:
     """lightly's head with the weights of ours."""
     from lightly.models.modules import DINOProjectionHead
 
@@ -56,7 +56,7 @@ def dino_head(method: Dino) -> nn.Module:
     return head
 
 
-def dino_loss(method: Dino) -> nn.Module:
+def dino_loss(method: DINO) -> nn.Module:
     """lightly's loss, with the teacher's temperature at its end."""
     from lightly.loss import DINOLoss
 
@@ -66,7 +66,7 @@ def dino_loss(method: Dino) -> nn.Module:
 class LightlyMae(nn.Module):
     """MaskedVisionTransformerTIMM and its decoder; the class token is one of the tokens that are kept."""
 
-    def __init__(self, method: Mae) -> None:
+    def __init__(self, method: MAE) -> None:
         super().__init__()
         from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
 
@@ -98,14 +98,14 @@ class LightlyMae(nn.Module):
         return nn.functional.mse_loss(prediction, target)
 
 
-def lightly_mae(method: Mae) -> TrainingStep:
+def lightly_mae(method: MAE) -> TrainingStep:
     """The example's step; its targets are plain pixels."""
     network = LightlyMae(method)
     optimizer = torch.optim.AdamW(decayed_groups([network], 0.05), lr=1.5e-4, betas=(0.9, 0.95))
     return TrainingStep(lambda batch: network(batch.views["image"][0]), optimizer)
 
 
-def lightly_simclr(method: Simclr) -> TrainingStep:
+def lightly_simclr(method: SimCLR) -> TrainingStep:
     """SimCLRProjectionHead and NTXentLoss; each view in a pass of its own."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
@@ -128,7 +128,7 @@ def lightly_simclr(method: Simclr) -> TrainingStep:
     return TrainingStep(loss, torch.optim.SGD(everything([backbone, head]), lr=0.03, momentum=0.9, weight_decay=5e-4))
 
 
-def lightly_moco(method: Moco) -> TrainingStep:
+def lightly_moco(method: MoCo) -> TrainingStep:
     """MoCoProjectionHead, update_momentum and NTXentLoss with its memory bank."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead

@@ -29,10 +29,10 @@ from benchmarks.training_steps import (
 )
 from ssl_pipeline.backbones.positions import sincos_position_embedding
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.methods.dino import Dino
-from ssl_pipeline.methods.mae import Mae
-from ssl_pipeline.methods.moco import Moco
-from ssl_pipeline.methods.simclr import Simclr
+from ssl_pipeline.methods.dino import DINO
+from ssl_pipeline.methods.mae import MAE
+from ssl_pipeline.methods.moco import MoCo
+from ssl_pipeline.methods.simclr import SimCLR
 from ssl_pipeline.modules.heads import PrototypeHead
 
 TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.04, 0.1
@@ -118,7 +118,7 @@ class DinoLoss(nn.Module):
         return total / pairs
 
 
-def dino_head(method: Dino) -> DinoHead:
+def dino_head(method: DINO) -> DinoHead:
     """The official head with the weights of ours."""
     own = method.student.get_submodule("head")
     assert isinstance(own, PrototypeHead)
@@ -128,7 +128,7 @@ def dino_head(method: Dino) -> DinoHead:
     return head
 
 
-def official_dino(method: Dino, *, num_crops: int) -> TrainingStep:
+def official_dino(method: DINO, *, num_crops: int) -> TrainingStep:
     """main_dino.py's step."""
     backbone = method.student.get_submodule("backbone")
     student, teacher = (MultiCrop(DinoVit(copy_of_vit(backbone)), dino_head(method)) for _ in range(2))
@@ -158,7 +158,7 @@ class MaskedAutoencoder(nn.Module):
     encode_all: the removed patches become mask tokens before the encoder instead, which then sees all of them.
     """
 
-    def __init__(self, method: Mae, *, encode_all: bool) -> None:
+    def __init__(self, method: MAE, *, encode_all: bool) -> None:
         super().__init__()
         self.encoder, self.decoder = copy_of_vit(method.backbone), deepcopy(method.decoder)
         self.mask_ratio, self.patch_size = method.config.mask_ratio, method.backbone.patch_size
@@ -205,14 +205,14 @@ class MaskedAutoencoder(nn.Module):
         return (error * mask).sum() / mask.sum()
 
 
-def official_mae(method: Mae, *, encode_all: bool = False) -> TrainingStep:
+def official_mae(method: MAE, *, encode_all: bool = False) -> TrainingStep:
     """main_pretrain.py's step."""
     network = MaskedAutoencoder(method, encode_all=encode_all)
     optimizer = torch.optim.AdamW(decayed_groups([network], 0.05), lr=1.5e-4, betas=(0.9, 0.95))
     return TrainingStep(lambda batch: network(batch.views["image"][0]), optimizer)
 
 
-def plain_simclr(method: Simclr) -> TrainingStep:
+def plain_simclr(method: SimCLR) -> TrainingStep:
     """Both views in one pass and the whole matrix of similarities, in torch's default memory layout."""
     backbone = copy_of_model(method.backbone)
     projector = deepcopy(method.projector)
@@ -232,7 +232,7 @@ def plain_simclr(method: Simclr) -> TrainingStep:
     return TrainingStep(loss, _sgd([backbone, projector]))
 
 
-def official_moco(method: Moco) -> TrainingStep:
+def official_moco(method: MoCo) -> TrainingStep:
     """moco/builder.py's step on one process, keys shuffled for batch norm as there."""
     student = nn.Sequential(copy_of_model(method.backbone), deepcopy(method.projector))
     teacher = deepcopy(student).requires_grad_(False)

@@ -18,7 +18,7 @@ from benchmarks.training_steps import PROGRESS, follow_in_a_loop
 from ssl_pipeline.backbones import Backbone, BackboneConfig, create_backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.losses import nt_xent
-from ssl_pipeline.methods.dino import Dino, DinoConfig
+from ssl_pipeline.methods.dino import DINO, DINOConfig
 from ssl_pipeline.modules.teacher import Teacher
 
 EMA_BACKBONE: dict[Size, BackboneConfig] = {
@@ -101,8 +101,8 @@ def compare_head(config: BenchmarkConfig) -> Iterator[Comparison]:
     num_images, dim, num_prototypes = HEAD[config.chosen_size()]
     device, left_out = config.torch_device(), missing("lightly")
     torch.manual_seed(0)
-    settings = DinoConfig(name="dino", num_prototypes=num_prototypes, head_hidden_dim=min(2048, 8 * dim))
-    method = Dino(settings, Backbone(_Features(dim))).to(device)
+    settings = DINOConfig(name="dino", num_prototypes=num_prototypes, head_hidden_dim=min(2048, 8 * dim))
+    method = DINO(settings, Backbone(_Features(dim))).to(device)
     features = torch.randn(CROPS, num_images, dim, device=device)
     views = {"global": features[:GLOBAL_CROPS], "local": features[GLOBAL_CROPS:]}
     nowhere = torch.zeros(num_images, dtype=torch.long, device=device)
@@ -132,7 +132,7 @@ def compare_head(config: BenchmarkConfig) -> Iterator[Comparison]:
     yield Comparison("head", "images", contestants, ("official",), left_out, setting=setting)
 
 
-def _official_head(method: Dino, features: Tensor) -> Callable[[], Tensor]:
+def _official_head(method: DINO, features: Tensor) -> Callable[[], Tensor]:
     student, teacher = (official_steps.dino_head(method) for _ in range(2))
     criterion = official_steps.DinoLoss(method.config.num_prototypes, CROPS).to(features.device)
 
@@ -144,7 +144,7 @@ def _official_head(method: Dino, features: Tensor) -> Callable[[], Tensor]:
     return loss
 
 
-def _lightly_head(method: Dino, features: Tensor) -> Callable[[], Tensor]:
+def _lightly_head(method: DINO, features: Tensor) -> Callable[[], Tensor]:
     student, teacher = (lightly_steps.dino_head(method) for _ in range(2))
     criterion = lightly_steps.dino_loss(method)
 

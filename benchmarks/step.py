@@ -19,10 +19,10 @@ from ssl_pipeline.backbones.attention import choose_attention
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.methods.dino import Dino
-from ssl_pipeline.methods.mae import Mae
-from ssl_pipeline.methods.moco import Moco
-from ssl_pipeline.methods.simclr import Simclr
+from ssl_pipeline.methods.dino import DINO
+from ssl_pipeline.methods.mae import MAE
+from ssl_pipeline.methods.moco import MoCo
+from ssl_pipeline.methods.simclr import SimCLR
 
 SAME = 1e-4  # largest relative gap between losses that are called the same
 SAME_BY = "copies of our weights, one batch, float32"
@@ -65,24 +65,24 @@ def make_batch(setting: StepSetting, device: torch.device) -> Batch:
 
 def peers_of(method: Method, setting: StepSetting) -> Peers:
     """The other code for a method, by name; made when called, with copies of the method's weights."""
-    if isinstance(method, Dino):
+    if isinstance(method, DINO):
         num_crops = sum(count for count, _ in setting.views.values())
         return {
             "official": partial(official_steps.official_dino, method, num_crops=num_crops),
             "lightly": partial(lightly_steps.lightly_dino, method),
         }
-    if isinstance(method, Mae):
+    if isinstance(method, MAE):
         return {
             "official": partial(official_steps.official_mae, method),
             "encode all": partial(official_steps.official_mae, method, encode_all=True),
             "lightly": partial(lightly_steps.lightly_mae, method),
         }
-    if isinstance(method, Simclr):
+    if isinstance(method, SimCLR):
         return {
             "plain PyTorch": partial(official_steps.plain_simclr, method),
             "lightly": partial(lightly_steps.lightly_simclr, method),
         }
-    assert isinstance(method, Moco)
+    assert isinstance(method, MoCo)
     return {
         "official": partial(official_steps.official_moco, method),
         "lightly": partial(lightly_steps.lightly_moco, method),

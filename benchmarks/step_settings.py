@@ -9,10 +9,10 @@ from typing import Literal
 from benchmarks.settings import Size
 from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.config import Config
-from ssl_pipeline.methods.dino import DinoConfig
-from ssl_pipeline.methods.mae import MaeConfig
-from ssl_pipeline.methods.moco import MocoConfig
-from ssl_pipeline.methods.simclr import SimclrConfig
+from ssl_pipeline.methods.dino import DINOConfig
+from ssl_pipeline.methods.mae import MAEConfig
+from ssl_pipeline.methods.moco import MoCoConfig
+from ssl_pipeline.methods.simclr import SimCLRConfig
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.schedule import Schedule
 
@@ -51,8 +51,8 @@ MULTI_CROP = {"global": (2, 224), "local": (8, 96)}
 PAIR = {"view": (2, 32)}
 
 
-def _simclr(*, hidden_dim: int = 512) -> SimclrConfig:
-    return SimclrConfig(
+def _simclr(*, hidden_dim: int = 512) -> SimCLRConfig:
+    return SimCLRConfig(
         name="simclr",
         temperature=0.5,
         projector_hidden_dim=hidden_dim,
@@ -62,14 +62,14 @@ def _simclr(*, hidden_dim: int = 512) -> SimclrConfig:
     )
 
 
-def _moco(*, queue_size: int) -> MocoConfig:
-    return MocoConfig(
+def _moco(*, queue_size: int) -> MoCoConfig:
+    return MoCoConfig(
         name="moco", queue_size=queue_size, projector_hidden_dim=512, projector_dim=128, projector_layers=2
     )
 
 
-def _mae(dim: int, depth: int, heads: int) -> MaeConfig:
-    return MaeConfig(name="mae", decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
+def _mae(dim: int, depth: int, heads: int) -> MAEConfig:
+    return MAEConfig(name="mae", decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
 
 
 ADAMW = OptimConfig(
@@ -77,8 +77,8 @@ ADAMW = OptimConfig(
 )
 MAE_ADAMW = OptimConfig(name="adamw", lr=Schedule(value=1.5e-4), weight_decay=Schedule(value=0.05), betas=(0.9, 0.95))
 SGD = OptimConfig(name="sgd", lr=Schedule(value=0.03), weight_decay=Schedule(value=5e-4), weight_decay_on="all")
-DINO = DinoConfig(name="dino")
-TOY_DINO = DinoConfig(name="dino", num_prototypes=64, head_hidden_dim=16, head_bottleneck_dim=8)
+DINO = DINOConfig(name="dino")
+TOY_DINO = DINOConfig(name="dino", num_prototypes=64, head_hidden_dim=16, head_bottleneck_dim=8)
 
 SETTINGS: dict[Size, tuple[StepSetting, ...]] = {
     "tiny": (

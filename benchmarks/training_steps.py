@@ -35,7 +35,7 @@ class TrainingStep:
 
     def __call__(self, batch: Batch, *, autocast: bool) -> None:
         """Make one step."""
-        device_type = batch.index.device.type
+        device_type = batch.sample_ids.device.type
         with torch.autocast(device_type, dtype=torch.bfloat16, enabled=autocast):
             loss = self.loss(batch)
         loss.backward()

@@ -1,10 +1,83 @@
-"""What a method is given: the views of some images, by the name of their group."""
+"""What a method says it needs, and what it is given: the views of some images by the name of their group."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
+
+# Axes: V views of each of B images, L patches row by row.
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How the patches of a view are masked. The data path draws the masks, from the sample and never from the rank.
+
+    random: `ratio` of the patches, L - int(L * (1 - ratio)) of them (MAE).
+    units: ceil(U * ratio) of the U squares of `unit` x `unit` patches (SimMIM).
+    blocks: rectangles until `num_masked`, or ratio * L, patches are masked (BEiT, iBOT, DINOv2).
+    """
+
+    kind: Literal["random", "blocks", "units"]
+    patch_size: int
+    """Side of a patch in pixels: a view of S pixels has (S / patch_size)^2 patches."""
+    ratio: float | tuple[float, float] = 0.0
+    """Share of the patches that is masked; a pair: drawn uniformly in between, for each view of each image."""
+    num_masked: int | None = None
+    """blocks only: how many patches are masked, in place of `ratio` (BEiT: 75)."""
+    probability: float = 1.0
+    """Share of the views that get a mask at all."""
+    stratified: bool = False
+    """Whether the optimizer step's whole global batch has exactly that share of masked views, with ratios spread evenly
+    (DINOv2); else each view draws for itself."""
+    unit: int = 1
+    """units only: side of a unit in patches."""
+    min_block: int = 4
+    """blocks only: smallest area of a block in patches."""
+    max_block: int | None = None
+    """blocks only: largest area of a block in patches; null: no bound."""
+    min_aspect: float = 0.3
+    """blocks only: smallest height / width of a block."""
+    max_aspect: float | None = None
+    """blocks only: largest height / width of a block; null: 1 / min_aspect."""
+    exact: bool = False
+    """blocks only: whether patches at random make up for what the blocks leave (BEiT v2)."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """A group of views that a method reads."""
+
+    name: str
+    count: int | None = None
+    """How many views of an image there must be; None: as many as the recipe says."""
+    optional: bool = False
+    """Whether a recipe may leave the group out."""
+    labelled: bool = False
+    """Whether the views are of the labelled images, in `batch.labelled`."""
+    evaluated: bool = False
+    """Whether evaluators show the backbone images of this group's size; without any, that of the first group."""
+    mask: MaskRule | None = None
+    """How its views are masked; None: not at all."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a method may want to know of a run before it begins.
+
+    num_images: of the (unlabelled) set. num_classes: of the labelled images, None where no label is known.
+    global_batch: images per optimizer step, over all processes and micro-batches.
+    view_sizes: the sides in pixels of each group of views, one or several. mean, std: of the normalisation.
+    """
+
+    num_images: int
+    num_classes: int | None
+    global_batch: int
+    view_sizes: Mapping[str, tuple[int, ...]]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -12,12 +85,24 @@ class Batch:
     """B images as named groups of views.
 
     views: group name -> (V, B, C, H, W), normalised; V is the group's count, and all views of a group have one size.
-    labels: (B,) int64, -1 where an image has none.
-    index: (B,) int64, the number of each image in the data set.
+    labels: (B,) int64, -1 where an image has none; or (B, classes) float32 of soft labels.
+    sample_ids: (B,) int64, the number of each image in the data set.
+    masks: group name -> (V, B, L) bool, True = masked, for groups that have a MaskRule.
     labelled: a second batch, of labelled images, for semi-supervised methods.
     """
 
     views: dict[str, Tensor]
     labels: Tensor
-    index: Tensor
+    sample_ids: Tensor
+    masks: dict[str, Tensor] = field(default_factory=dict)
     labelled: Batch | None = None
+
+    def one(self, name: str) -> Tensor:
+        """The single view (B, C, H, W) of a group."""
+        (view,) = self.views[name]
+        return view
+
+    def two(self, name: str) -> tuple[Tensor, Tensor]:
+        """The two views of a group, each (B, C, H, W)."""
+        first, second = self.views[name]
+        return first, second

@@ -189,7 +189,7 @@ def happens(happening: Happening) -> Iterator[None]:
         batch = original(images, augment, **normalisation)
         if happening.record is not None:
             with happening.record.with_suffix(f".{rank()}").open("a") as file:
-                file.write(json.dumps(batch.index.tolist()) + "\n")
+                file.write(json.dumps(batch.sample_ids.tolist()) + "\n")
         if happening.float64:
             batch = _double(batch)
         if next(made) == happening.at and happening.on_rank in (None, rank()):

@@ -101,10 +101,10 @@ def test_a_view_group_that_is_missing_or_unread_is_told():
     method = on_meta(config)
     views = dict(config.augment)
     check_view_groups(method, {"global": views["global"]})  # local crops are optional
-    with pytest.raises(ConfigError, match=r"^Dino needs the view group augment\.global\. The recipe has local\.$"):
+    with pytest.raises(ConfigError, match=r"^DINO needs the view group augment\.global\. The recipe has local\.$"):
         check_view_groups(method, {"local": views["local"]})
     with pytest.raises(
-        ConfigError, match=r"^Dino has no use for the view group augment\.locla\. It reads global, local\.$"
+        ConfigError, match=r"^DINO has no use for the view group augment\.locla\. It reads global, local\.$"
     ):
         check_view_groups(method, views | {"locla": views["local"]})
 

@@ -78,16 +78,16 @@ def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dt
     method = METHODS[CONFIGS[name]]
     views = draw(group for group in row(name).views if group in (*method.view_groups, *method.optional_view_groups))
     labelled = draw(method.labelled_view_groups)
-    return Batch(views, labels, index, Batch(labelled, labels, index) if labelled else None)
+    return Batch(views, labels, index, labelled=Batch(labelled, labels, index) if labelled else None)
 
 
 def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
     """The images of one rank: the rank-th of equal slices."""
-    size = len(batch.index) // world_size
+    size = len(batch.sample_ids) // world_size
     here = slice(rank * size, (rank + 1) * size)
     views = {group: tensor[:, here] for group, tensor in batch.views.items()}
     labelled = share_of(batch.labelled, rank, world_size) if batch.labelled is not None else None
-    return Batch(views, batch.labels[here], batch.index[here], labelled)
+    return Batch(views, batch.labels[here], batch.sample_ids[here], labelled=labelled)
 
 
 def progress_at(step: int) -> Progress:

@@ -20,19 +20,19 @@ class StreamBatch(Protocol):
 
     parameters: photometric parameters (V,B,P) float32 of each group of views.
     labels: (B,) int64, -1 where an image has none.
-    index: (B,) int64, the sample ids.
+    sample_ids: (B,) int64.
     bad: the samples that others stand in for.
     labelled: a batch of the labelled set, if there is one.
     """
 
     parameters: dict[str, Tensor]
     labels: Tensor
-    index: Tensor
+    sample_ids: Tensor
     bad: list[BadSample]
     labelled: StreamBatch | None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> StreamBatch:
-        """The same batch on a device; labels and index, which outlive a step, are copies in any case."""
+        """The same batch on a device; labels and sample ids, which outlive a step, are copies in any case."""
         ...
 
     def clone(self) -> StreamBatch:
@@ -57,4 +57,4 @@ def _make_part(images: StreamBatch, augment: Mapping[str, ViewGroup], *, mean: C
         name: apply_photometric(crops, images.parameters[name], augment[name], mean=mean, std=std)
         for name, crops in images.cropped(augment).items()
     }
-    return Batch(views, images.labels, images.index)
+    return Batch(views, images.labels, images.sample_ids)

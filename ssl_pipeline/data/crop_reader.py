@@ -27,14 +27,14 @@ class CropBatch:
     """One process's share of a micro-batch, ready for the photometric part on the device.
 
     Per group crops (V,B,3,S,S) uint8, channels-last in memory, and photometric parameters (V,B,P) float32; labels (B,)
-    int64, -1 = none; index (B,) int64, the sample ids; `bad` lists the samples that others stand in for; `labelled` is
+    int64, -1 = none; sample_ids (B,) int64; `bad` lists the samples that others stand in for; `labelled` is
     a batch of the labelled set, if there is one.
     """
 
     crops: dict[str, Tensor]
     parameters: dict[str, Tensor]
     labels: Tensor
-    index: Tensor
+    sample_ids: Tensor
     bad: list[BadSample]
     labelled: StreamBatch | None = None
 
@@ -43,7 +43,7 @@ class CropBatch:
         return self.crops
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CropBatch":
-        """The same batch on a device; labels and index, which outlive a step, are copies in any case."""
+        """The same batch on a device; labels and sample ids, which outlive a step, are copies in any case."""
         non_blocking = non_blocking and torch.device(device).type == "cuda"  # other devices' copies nobody waits for
         return replace(
             self,
@@ -52,7 +52,7 @@ class CropBatch:
                 group: values.to(device, non_blocking=non_blocking) for group, values in self.parameters.items()
             },
             labels=self.labels.to(device, non_blocking=non_blocking, copy=True),
-            index=self.index.to(device, non_blocking=non_blocking, copy=True),
+            sample_ids=self.sample_ids.to(device, non_blocking=non_blocking, copy=True),
             labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
         )
 
@@ -63,7 +63,7 @@ class CropBatch:
             crops={group: crops.clone() for group, crops in self.crops.items()},
             parameters={group: values.clone() for group, values in self.parameters.items()},
             labels=self.labels.clone(),
-            index=self.index.clone(),
+            sample_ids=self.sample_ids.clone(),
             labelled=self.labelled and self.labelled.clone(),
         )
 
@@ -77,13 +77,13 @@ class CropReader:
         self.batch_size = batch_size
 
     def layout(self) -> Layout:
-        """Crops and parameters of each group, labels and index."""
+        """Crops and parameters of each group, labels and sample ids."""
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, group in self.groups.items():
             views = (group.count, self.batch_size)
             layout[f"crops.{name}"] = (*views, group.size, group.size, 3), torch.uint8
             layout[f"parameters.{name}"] = (*views, num_parameters(group)), torch.float32
-        return layout | {name: ((self.batch_size,), torch.int64) for name in ("labels", "index")}
+        return layout | {name: ((self.batch_size,), torch.int64) for name in ("labels", "sample_ids")}
 
     def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor]) -> list[BadSample]:
         """Read, decode and crop; raises DataError for what cannot be read or, under `stop`, decoded."""
@@ -104,14 +104,14 @@ class CropReader:
                 crop_images(images, of.boxes, of.flips, group, out=slot[f"crops.{name}"][:, here])
                 slot[f"parameters.{name}"][:, here] = torch.from_numpy(of.parameters)
         slot["labels"].copy_(torch.tensor(labels))
-        slot["index"].copy_(torch.tensor(taken))
+        slot["sample_ids"].copy_(torch.tensor(taken))
         return bad
 
     def batch(self, slot: Mapping[str, Tensor], bad: list[BadSample]) -> CropBatch:
         """A slot that was read, as a batch."""
         crops = {name: channels_first(slot[f"crops.{name}"]) for name in self.groups}
         parameters = {name: slot[f"parameters.{name}"] for name in self.groups}
-        return CropBatch(crops, parameters, slot["labels"], slot["index"], bad)
+        return CropBatch(crops, parameters, slot["labels"], slot["sample_ids"], bad)
 
     @cached_property
     def _room(self) -> NDArray[np.uint8]:

@@ -54,7 +54,7 @@ class DecodedBatch:
     """One process's share of a micro-batch, decoded and not yet cropped.
 
     `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the parameters (V,B,P) of
-    each group, labels (B,) int64, -1 = none, and index (B,) int64, the sample ids, move to the device. Boxes (V,B,4)
+    each group, labels (B,) int64, -1 = none, and sample_ids (B,) int64, move to the device. Boxes (V,B,4)
     and flips (V,B) stay on the host. `bad` lists the samples that others stand in for; `labelled` is a batch of the
     labelled set.
     """
@@ -65,19 +65,19 @@ class DecodedBatch:
     flips: dict[str, NDArray[np.bool_]]
     parameters: dict[str, Tensor]
     labels: Tensor
-    index: Tensor
+    sample_ids: Tensor
     bad: list[BadSample]
     labelled: StreamBatch | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "DecodedBatch":
-        """The same batch on a device; labels and index, which outlive a step, are copies in any case."""
+        """The same batch on a device; labels and sample ids, which outlive a step, are copies in any case."""
         non_blocking = non_blocking and torch.device(device).type == "cuda"  # other devices' copies nobody waits for
         return replace(
             self,
             pixels=self.pixels.to(device, non_blocking=non_blocking),
             parameters={name: values.to(device, non_blocking=non_blocking) for name, values in self.parameters.items()},
             labels=self.labels.to(device, non_blocking=non_blocking, copy=True),
-            index=self.index.to(device, non_blocking=non_blocking, copy=True),
+            sample_ids=self.sample_ids.to(device, non_blocking=non_blocking, copy=True),
             labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
         )
 
@@ -91,7 +91,7 @@ class DecodedBatch:
             flips={name: flips_VB.copy() for name, flips_VB in self.flips.items()},
             parameters={name: values.clone() for name, values in self.parameters.items()},
             labels=self.labels.clone(),
-            index=self.index.clone(),
+            sample_ids=self.sample_ids.clone(),
             labelled=self.labelled and self.labelled.clone(),
         )
 
@@ -156,7 +156,7 @@ class DecodedReader:
             "pixels": ((self.slot_bytes,), torch.uint8),
             "sizes": ((self.batch_size, 2), torch.int64),
             "labels": ((self.batch_size,), torch.int64),
-            "index": ((self.batch_size,), torch.int64),
+            "sample_ids": ((self.batch_size,), torch.int64),
         }
         for name, group in self.groups.items():
             shape = (group.count, self.batch_size)
@@ -169,10 +169,10 @@ class DecodedReader:
         """Read and decode into the slot; raises DataError for what cannot be read or, under `stop`, decoded."""
         epochs_B, samples_B = self.samples.locate(positions)
         room = pixels = slot["pixels"].numpy()
-        sizes_B2, labels_B, index_B = (slot[name].numpy() for name in ("sizes", "labels", "index"))
+        sizes_B2, labels_B, sample_ids_B = (slot[name].numpy() for name in ("sizes", "labels", "sample_ids"))
         used, bad = 0, list[BadSample]()
         for number, sample in enumerate(samples_B.tolist()):
-            image, labels_B[number], index_B[number] = self.samples.decode(sample, bad, pixels[used:])
+            image, labels_B[number], sample_ids_B[number] = self.samples.decode(sample, bad, pixels[used:])
             if image.size > len(pixels) - used:
                 pixels = np.concatenate((pixels[:used], np.empty(max(image.size, len(pixels)), np.uint8)))
                 pixels[used : used + image.size] = image.ravel()
@@ -208,7 +208,7 @@ class DecodedReader:
             {name: slot[f"flips.{name}"].numpy() for name in self.groups},
             {name: slot[f"parameters.{name}"] for name in self.groups},
             slot["labels"][: decoded.num_images],
-            slot["index"][: decoded.num_images],
+            slot["sample_ids"][: decoded.num_images],
             decoded.bad,
         )
 

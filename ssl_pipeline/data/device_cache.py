@@ -35,7 +35,7 @@ class CachedImages:
     pixels: Tensor
     images: ImageTable
     labels: Integers
-    index: Integers
+    sample_ids: Integers
     bad: dict[int, list[BadSample]]
 
 
@@ -83,7 +83,7 @@ def _draw_batch(
         {name: group.flips for name, group in drawn.items()},
         {name: prepared(group.parameters) for name, group in drawn.items()},
         prepared(cache.labels[samples_B]),
-        prepared(cache.index[samples_B]),
+        prepared(cache.sample_ids[samples_B]),
         [bad for sample in samples_B.tolist() for bad in cache.bad.get(sample, ())],
     )
 
@@ -117,7 +117,7 @@ def decode_all(
             done += decoded.num_images
             pixels.append(batch.pixels[: decoded.used], done)
             heights[here], widths[here] = batch.images.heights, batch.images.widths
-            labels[here], ids[here] = batch.labels.numpy(), batch.index.numpy()
+            labels[here], ids[here] = batch.labels.numpy(), batch.sample_ids.numpy()
             _add_chains(bad, decoded.bad)
             bar.update(decoded.num_images)
             sign_of_life()

@@ -9,24 +9,24 @@ from pydantic import Field
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.config import Config
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.methods.byol import Byol, ByolConfig
-from ssl_pipeline.methods.dino import Dino, DinoConfig
+from ssl_pipeline.methods.byol import BYOL, BYOLConfig
+from ssl_pipeline.methods.dino import DINO, DINOConfig
 from ssl_pipeline.methods.fixmatch import FixMatch, FixMatchConfig
-from ssl_pipeline.methods.mae import Mae, MaeConfig
-from ssl_pipeline.methods.moco import Moco, MocoConfig
-from ssl_pipeline.methods.moco_v3 import MocoV3, MocoV3Config
-from ssl_pipeline.methods.simclr import Simclr, SimclrConfig
-from ssl_pipeline.methods.simsiam import Simsiam, SimsiamConfig
+from ssl_pipeline.methods.mae import MAE, MAEConfig
+from ssl_pipeline.methods.moco import MoCo, MoCoConfig
+from ssl_pipeline.methods.moco_v3 import MoCoV3, MoCoV3Config
+from ssl_pipeline.methods.simclr import SimCLR, SimCLRConfig
+from ssl_pipeline.methods.simsiam import SimSiam, SimSiamConfig
 
 METHODS: dict[type[Config], type[Method]] = {
-    ByolConfig: Byol,
-    DinoConfig: Dino,
+    BYOLConfig: BYOL,
+    DINOConfig: DINO,
     FixMatchConfig: FixMatch,
-    MaeConfig: Mae,
-    MocoConfig: Moco,
-    MocoV3Config: MocoV3,
-    SimclrConfig: Simclr,
-    SimsiamConfig: Simsiam,
+    MAEConfig: MAE,
+    MoCoConfig: MoCo,
+    MoCoV3Config: MoCoV3,
+    SimCLRConfig: SimCLR,
+    SimSiamConfig: SimSiam,
 }
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
 
 
-class ByolConfig(Config):
+class BYOLConfig(Config):
     """BYOL: each view predicts what the teacher makes of the other view; there are no negatives."""
 
     name: Literal["byol"]
@@ -33,13 +33,13 @@ class ByolConfig(Config):
     """Width of the predictor's hidden layer."""
 
 
-class Byol(Method):
+class BYOL(Method):
     """A backbone, a projector and a predictor, and a teacher of the first two with batch statistics of its own."""
 
     view_groups = ("view",)
     view_counts = {"view": 2}  # noqa: RUF012
 
-    def __init__(self, config: ByolConfig, backbone: Backbone) -> None:
+    def __init__(self, config: BYOLConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone

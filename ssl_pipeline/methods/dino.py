@@ -21,7 +21,7 @@ from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
-class DinoConfig(Config):
+class DINOConfig(Config):
     """DINO: a student sees small and large crops and predicts what its slow-moving teacher says of the large ones."""
 
     name: Literal["dino"]
@@ -49,13 +49,13 @@ class DinoConfig(Config):
     """Share of the centre that an update keeps."""
 
 
-class Dino(Method):
+class DINO(Method):
     """Student and teacher, each a backbone with a prototype head; the teacher's mean output is kept as `centre`."""
 
     view_groups = ("global",)
     optional_view_groups = ("local",)
 
-    def __init__(self, config: DinoConfig, backbone: Backbone) -> None:
+    def __init__(self, config: DINOConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
         head = PrototypeHead(

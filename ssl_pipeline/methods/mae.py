@@ -19,7 +19,7 @@ from ssl_pipeline.modules.pixel_decoder import PixelDecoder
 from ssl_pipeline.schedule import Progress
 
 
-class MaeConfig(Config):
+class MAEConfig(Config):
     """MAE: a ViT sees a quarter of an image's patches, and a small decoder paints the rest."""
 
     name: Literal["mae"]
@@ -35,7 +35,7 @@ class MaeConfig(Config):
     """Attention heads of the decoder."""
 
 
-class Mae(Method):
+class MAE(Method):
     """A ViT that encodes the kept patches alone, and a decoder that predicts the pixels of the removed ones.
 
     The official encoder has `fixed_positions` and `initial_weights: mae`: settings of the backbone.
@@ -44,7 +44,7 @@ class Mae(Method):
     view_groups = ("image",)
     backbone: TokenBackbone
 
-    def __init__(self, config: MaeConfig, backbone: Backbone) -> None:
+    def __init__(self, config: MAEConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
         self.backbone = _with_trained_tokens(backbone)

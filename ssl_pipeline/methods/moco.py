@@ -24,7 +24,7 @@ from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
 
 
-class MocoConfig(Config):
+class MoCoConfig(Config):
     """MoCo: a view finds the teacher's key of the other view among the keys of earlier batches.
 
     The defaults are v2's; v1 has projector_layers 1 and temperature 0.07.
@@ -47,7 +47,7 @@ class MocoConfig(Config):
     """Whether both views are queries; the loss is then the mean of both and the keys of both enter the queue."""
 
 
-class Moco(Method):
+class MoCo(Method):
     """A backbone and a projector that give queries, a teacher of both that gives keys, and a queue of earlier keys.
 
     Every micro-batch of a step reads the queue as it was before the step, so k micro-batches are one big batch here,
@@ -57,7 +57,7 @@ class Moco(Method):
     view_groups = ("view",)
     view_counts = {"view": 2}  # noqa: RUF012
 
-    def __init__(self, config: MocoConfig, backbone: Backbone) -> None:
+    def __init__(self, config: MoCoConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone

@@ -20,7 +20,7 @@ from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
 
 
-class MocoV3Config(Config):
+class MoCoV3Config(Config):
     """MoCo v3: each view finds the teacher's key of the other view among the keys of the global batch.
 
     The defaults are those of ViTs; ResNets have temperature 1.0, projector_layers 2 and no last batch norm in the
@@ -44,7 +44,7 @@ class MocoV3Config(Config):
     """Batch norm after the predictor's last layer."""
 
 
-class MocoV3(Method):
+class MoCoV3(Method):
     """A backbone, a projector and a predictor that give queries, and a teacher of the first two that gives keys.
 
     With accumulation the negatives are those of the micro-batch: k micro-batches are not one big batch here.
@@ -53,7 +53,7 @@ class MocoV3(Method):
     view_groups = ("view",)
     view_counts = {"view": 2}  # noqa: RUF012
 
-    def __init__(self, config: MocoV3Config, backbone: Backbone) -> None:
+    def __init__(self, config: MoCoV3Config, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone

@@ -15,7 +15,7 @@ from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
 from ssl_pipeline.schedule import Progress
 
 
-class SimclrConfig(Config):
+class SimCLRConfig(Config):
     """SimCLR: two views of an image find each other among all images of the global batch."""
 
     name: Literal["simclr"]
@@ -31,7 +31,7 @@ class SimclrConfig(Config):
     """Batch norm after the last layer (official code: scaled, not shifted)."""
 
 
-class Simclr(Method):
+class SimCLR(Method):
     """A backbone and a projector under NT-Xent; the negatives are the other images of the global batch.
 
     With accumulation the negatives are those of the micro-batch: k micro-batches are not one big batch here.
@@ -40,7 +40,7 @@ class Simclr(Method):
     view_groups = ("view",)
     view_counts = {"view": 2}  # noqa: RUF012
 
-    def __init__(self, config: SimclrConfig, backbone: Backbone) -> None:
+    def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone

@@ -16,7 +16,7 @@ from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Progress
 
 
-class SimsiamConfig(Config):
+class SimSiamConfig(Config):
     """SimSiam: each view predicts the projection of the other view; no negatives and no teacher."""
 
     name: Literal["simsiam"]
@@ -34,13 +34,13 @@ class SimsiamConfig(Config):
     """Whether the predictor's learning rate stays at its base value."""
 
 
-class Simsiam(Method):
+class SimSiam(Method):
     """A backbone, a projector and a predictor; no gradient flows through the projections that are predicted."""
 
     view_groups = ("view",)
     view_counts = {"view": 2}  # noqa: RUF012
 
-    def __init__(self, config: SimsiamConfig, backbone: Backbone) -> None:
+    def __init__(self, config: SimSiamConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone

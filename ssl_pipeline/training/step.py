@@ -91,7 +91,7 @@ class TrainingStep:
                 with phase("backward"):
                     run.accelerator.backward(output.loss / run.config.accumulate)
             outputs.append(StepOutput(output.loss.detach(), output.metrics, output.carry))
-            indices.append(batch.index)
+            indices.append(batch.sample_ids)
             self.sign_of_life()
         return outputs, torch.cat(indices), waited
 

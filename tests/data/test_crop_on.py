@@ -41,7 +41,7 @@ def assert_equal(first: StreamBatch, second: StreamBatch) -> None:
         assert torch.equal(crops[name], others[name])
         assert torch.equal(first.parameters[name], second.parameters[name])
     assert first.labels.tolist() == second.labels.tolist()
-    assert first.index.tolist() == second.index.tolist()
+    assert first.sample_ids.tolist() == second.sample_ids.tolist()
     assert first.bad == second.bad
 
 
@@ -61,7 +61,9 @@ def test_each_epoch_has_every_sample_once(shards: Path, world_size: int, mode: d
     index = open_shards(shards)
     settings = config(4 // world_size, **mode)
     where = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
-    seen = [number for at in where for batch in batches(index, settings, 5, **at) for number in batch.index.tolist()]
+    seen = [
+        number for at in where for batch in batches(index, settings, 5, **at) for number in batch.sample_ids.tolist()
+    ]
     assert sorted(seen) == list(range(20))
 
 
@@ -72,7 +74,7 @@ def test_ranks_share_the_batch_of_one_process(shards: Path, mode: dict[str, obje
     for rank in (0, 1):
         for number, part in enumerate(batches(index, config(3, **mode), 4, rank=rank, world_size=2)):
             here = slice(3 * rank, 3 * rank + 3)
-            assert part.index.tolist() == whole[number].index[here].tolist()
+            assert part.sample_ids.tolist() == whole[number].sample_ids[here].tolist()
             assert torch.equal(part.cropped(GROUPS)["global"], whole[number].cropped(GROUPS)["global"][:, here])
 
 
@@ -122,7 +124,7 @@ def test_a_labelled_stream_keeps_step(shards: Path, mode: dict[str, object]) -> 
         made.append([batch.clone() for batch in with_labelled(unlabelled, labelled)])
     for first, second in zip(*made, strict=True):
         assert_equal(first, second)
-        assert first.labelled.index.tolist() == second.labelled.index.tolist()
+        assert first.labelled.sample_ids.tolist() == second.labelled.sample_ids.tolist()
         assert torch.equal(first.labelled.cropped(GROUPS)["pad"], second.labelled.cropped(GROUPS)["pad"])
         assert second.to("meta").labelled.pixels.is_meta
 

@@ -67,7 +67,7 @@ def assert_equal(first: DecodedBatch, second: DecodedBatch) -> None:
         assert first.flips[name].tolist() == second.flips[name].tolist()
         assert torch.equal(first.parameters[name], second.parameters[name])
     assert first.labels.tolist() == second.labels.tolist()
-    assert first.index.tolist() == second.index.tolist()
+    assert first.sample_ids.tolist() == second.sample_ids.tolist()
     assert first.bad == second.bad
 
 
@@ -75,7 +75,7 @@ def test_a_batch_holds_the_decoded_images_one_after_another(varied: ShardIndex, 
     reader = reader_of(varied)
     batch = read(reader, range(6))
     samples = reader.samples.locate(range(6))[1].tolist()
-    assert batch.index.tolist() == samples
+    assert batch.sample_ids.tolist() == samples
     assert batch.labels.tolist() == [sample % 3 for sample in samples]
     for sample, image in zip(samples, images_of(batch), strict=True):
         width, height = SIZES[sample % 4]
@@ -100,7 +100,7 @@ def test_only_what_is_used_of_a_slot_travels_to_the_device(varied: ShardIndex) -
     assert moved.pixels.shape == batch.pixels.shape
     assert moved.parameters["local"].is_meta
     assert moved.labels.is_meta
-    assert moved.index.is_meta
+    assert moved.sample_ids.is_meta
     assert moved.cropped(GROUPS)["local"].shape == (3, 6, 3, 4, 4)  # and nothing is asked of the device
 
 
@@ -191,7 +191,7 @@ def test_the_cache_holds_every_image(
     monkeypatch.setattr(device_cache, "SLOT_BYTES", slot_bytes)
     cache = everything(varied, workers=workers)
     assert cache.labels.tolist() == [number % 3 for number in range(16)]
-    assert cache.index.tolist() == list(range(16))
+    assert cache.sample_ids.tolist() == list(range(16))
     for number in range(16):
         width, height = SIZES[number % 4]
         noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)

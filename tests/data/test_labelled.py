@@ -30,13 +30,15 @@ def take(index: ShardIndex, settings: DataConfig, count: int, **where: int) -> l
 
 
 def same(first: CropBatch, second: CropBatch) -> bool:
-    return first.index.tolist() == second.index.tolist() and torch.equal(first.crops["weak"], second.crops["weak"])
+    return first.sample_ids.tolist() == second.sample_ids.tolist() and torch.equal(
+        first.crops["weak"], second.crops["weak"]
+    )
 
 
 def test_batches_larger_than_the_set_repeat_it_with_new_views(shards: Path) -> None:
     index = open_shards(shards)  # 20 images
     (batch,) = take(index, config(shards, labelled=50), 1)
-    numbers = batch.index.tolist()
+    numbers = batch.sample_ids.tolist()
     assert [sorted(numbers[start : start + 20]) for start in (0, 20)] == [list(range(20))] * 2
     assert sorted(set(numbers[40:])) == sorted(numbers[40:])
     assert numbers[:20] != numbers[20:40]
@@ -65,7 +67,7 @@ def test_ranks_share_the_batch_of_one_process(shards: Path) -> None:
     for rank in (0, 1):
         for number, part in enumerate(take(index, config(shards, labelled=4), 2, rank=rank, world_size=2)):
             here = slice(4 * rank, 4 * rank + 4)
-            assert part.index.tolist() == whole[number].index[here].tolist()
+            assert part.sample_ids.tolist() == whole[number].sample_ids[here].tolist()
             assert torch.equal(part.crops["weak"], whole[number].crops["weak"][:, here])
 
 
@@ -74,7 +76,7 @@ def test_its_order_and_views_are_not_those_of_the_unlabelled_stream(shards: Path
     (labelled,) = take(index, settings, 1)
     plain = DataConfig(shards="", batch_size=20, workers=0)
     unlabelled = next(open_stream(index, GROUPS, plain, seed=0, position=0, rank=0, world_size=1))
-    assert labelled.index.tolist() != unlabelled.index.tolist()
+    assert labelled.sample_ids.tolist() != unlabelled.sample_ids.tolist()
     for number in range(20):
         place = unlabelled.index.tolist().index(number)
         own = labelled.index.tolist().index(number)

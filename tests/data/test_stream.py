@@ -40,7 +40,7 @@ def assert_equal(first: CropBatch, second: CropBatch) -> None:
         assert_close(first.crops[name], second.crops[name], rtol=0, atol=0)
         assert_close(first.parameters[name], second.parameters[name], rtol=0, atol=0)
     assert first.labels.tolist() == second.labels.tolist()
-    assert first.index.tolist() == second.index.tolist()
+    assert first.sample_ids.tolist() == second.sample_ids.tolist()
     assert first.bad == second.bad
 
 
@@ -50,7 +50,7 @@ def joined(batches: list[CropBatch]) -> CropBatch:
         {name: torch.cat([batch.crops[name] for batch in batches], dim=1) for name in GROUPS},
         {name: torch.cat([batch.parameters[name] for batch in batches], dim=1) for name in GROUPS},
         torch.cat([batch.labels for batch in batches]),
-        torch.cat([batch.index for batch in batches]),
+        torch.cat([batch.sample_ids for batch in batches]),
         [bad for batch in batches for bad in batch.bad],
     )
 
@@ -63,8 +63,8 @@ def test_a_batch_holds_every_group(shards: Path) -> None:
     assert batch.crops["local"].dtype == torch.uint8
     assert batch.parameters["global"].shape[:2] == (2, 5)
     assert batch.parameters["local"].dtype == torch.float32
-    assert batch.labels.dtype == batch.index.dtype == torch.int64
-    assert batch.labels.tolist() == (batch.index % 4).tolist()
+    assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+    assert batch.labels.tolist() == (batch.sample_ids % 4).tolist()
     assert batch.bad == []
     # views differ from each other, and so do the views of one sample in two epochs
     assert not torch.equal(batch.crops["global"][0], batch.crops["global"][1])
@@ -78,7 +78,7 @@ def test_each_epoch_has_every_sample_once(shards: Path, world_size: int, batch_s
         number
         for rank in range(world_size)
         for batch in stream(index, config(batch_size), rank=rank, world_size=world_size, batches=batches)
-        for number in batch.index.tolist()
+        for number in batch.sample_ids.tolist()
     ]
     assert sorted(seen) == list(range(20))
 
@@ -115,8 +115,8 @@ def test_reading_goes_on_from_a_position(shards: Path) -> None:
 
 def test_samples_have_other_crops_in_the_next_epoch(shards: Path) -> None:
     first, second = stream(open_shards(shards), config(20), batches=2)
-    order = torch.argsort(first.index), torch.argsort(second.index)
-    assert first.index.tolist() != second.index.tolist()
+    order = torch.argsort(first.sample_ids), torch.argsort(second.sample_ids)
+    assert first.sample_ids.tolist() != second.sample_ids.tolist()
     crops = [batch.crops["global"][:, by] for batch, by in zip((first, second), order, strict=True)]
     assert not any(torch.equal(crops[0][:, i], crops[1][:, i]) for i in range(20))
 
@@ -124,7 +124,7 @@ def test_samples_have_other_crops_in_the_next_epoch(shards: Path) -> None:
 def test_the_seed_changes_order_and_crops(shards: Path) -> None:
     index = open_shards(shards)
     first, second = (stream(index, config(20), seed=seed, batches=1)[0] for seed in (0, 1))
-    assert first.index.tolist() != second.index.tolist()
+    assert first.sample_ids.tolist() != second.sample_ids.tolist()
     assert not torch.equal(first.crops["global"], second.crops["global"])
 
 
@@ -198,12 +198,12 @@ def test_a_corrupt_image_can_be_substituted(damaged: ShardIndex) -> None:
     order = Order(damaged.shard_counts, 0, settings.block_shards).locate(range(20))[1]
     for bad in batch.bad:
         place = int(np.flatnonzero(order == bad.sample)[0])
-        assert batch.index[place] == bad.substitute
+        assert batch.sample_ids[place] == bad.substitute
         assert batch.labels[place] == bad.substitute % 4
         assert (bad.key, bad.byte) == (damaged.read(bad.sample).key, damaged.read(bad.sample).byte)
         assert bad.reason == "no JPEG, PNG or WebP image"
     untouched = ~np.isin(order, [3, 9])
-    assert batch.index.numpy()[untouched].tolist() == order[untouched].tolist()
+    assert batch.sample_ids.numpy()[untouched].tolist() == order[untouched].tolist()
 
 
 def test_nothing_but_corrupt_images_is_an_error(tmp_path: Path, write_tar: Callable) -> None:
@@ -239,14 +239,14 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
 def test_a_batch_moves_to_a_device(shards: Path) -> None:
     batch = stream(open_shards(shards), config(4), batches=1)[0].to("meta")
     assert batch.crops["global"].device.type == "meta"
-    assert batch.parameters["local"].device.type == batch.labels.device.type == batch.index.device.type == "meta"
+    assert batch.parameters["local"].device.type == batch.labels.device.type == batch.sample_ids.device.type == "meta"
 
 
 def test_what_outlives_a_step_is_copied_even_on_the_device_that_it_is_on(shards: Path) -> None:
     batch = stream(open_shards(shards), config(4), batches=1)[0]
     moved = batch.to("cpu")
     assert moved.crops["global"].data_ptr() == batch.crops["global"].data_ptr()
-    for kept, source in ((moved.labels, batch.labels), (moved.index, batch.index)):
+    for kept, source in ((moved.labels, batch.labels), (moved.sample_ids, batch.sample_ids)):
         assert kept.tolist() == source.tolist()
         assert kept.data_ptr() != source.data_ptr()
 

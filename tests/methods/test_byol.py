@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ssl_pipeline.methods.byol import Byol, ByolConfig
+from ssl_pipeline.methods.byol import BYOL, BYOLConfig
 from ssl_pipeline.schedule import Progress, Schedule
 from tests.methods.toys import assert_same_tensors, copies, descend, follow, toy_batches, toy_method, train
 
@@ -13,7 +13,7 @@ from tests.methods.toys import assert_same_tensors, copies, descend, follow, toy
 def byol(**changes):
     widths = {"projector_hidden_dim": 7, "projector_dim": 5, "predictor_hidden_dim": 8}
     momentum = {"teacher_momentum": Schedule(value=0.7, final=1.0)}
-    return toy_method(Byol, ByolConfig(name="byol", **(widths | momentum | changes)))
+    return toy_method(BYOL, BYOLConfig(name="byol", **(widths | momentum | changes)))
 
 
 def squared_distance(prediction, target):
@@ -43,7 +43,7 @@ def test_steps_follow_the_official_code():
 
 
 def test_the_defaults_are_those_of_the_longest_run():
-    config = ByolConfig(name="byol")
+    config = BYOLConfig(name="byol")
     assert (config.projector_hidden_dim, config.projector_dim, config.predictor_hidden_dim) == (4096, 256, 4096)
     momentum = [config.teacher_momentum(Progress(step, 10, 1)) for step in (0, 5, 10)]
     torch.testing.assert_close(momentum, [0.996, 0.998, 1.0])

@@ -10,10 +10,10 @@ from torch import nn
 
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.methods.base import Method, StepOutput
-from ssl_pipeline.methods.byol import Byol
-from ssl_pipeline.methods.dino import Dino
-from ssl_pipeline.methods.moco import Moco
-from ssl_pipeline.methods.simclr import Simclr
+from ssl_pipeline.methods.byol import BYOL
+from ssl_pipeline.methods.dino import DINO
+from ssl_pipeline.methods.moco import MoCo
+from ssl_pipeline.methods.simclr import SimCLR
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import load_optimizer_tensors, optimizer_tensors
@@ -194,27 +194,27 @@ def test_a_fresh_copy_has_the_same_state_names_and_shapes(name):
 # Mutations: what must not go unnoticed
 
 
-class CentreAsAttribute(Dino):
+class CentreAsAttribute(DINO):
     def __init__(self, config, backbone):
         super().__init__(config, backbone)
         del self._buffers["centre"]
         self.centre = torch.zeros(config.num_prototypes)
 
 
-class CentreMovedByForward(Dino):
+class CentreMovedByForward(DINO):
     def forward(self, batch, progress):
         output = super().forward(batch, progress)
         self.centre.lerp_(output.carry["teacher_mean"], 0.1)
         return output
 
 
-class UnusedLayer(Simclr):
+class UnusedLayer(SimCLR):
     def __init__(self, config, backbone):
         super().__init__(config, backbone)
         self.unused = nn.Linear(3, 3)
 
 
-class DeadLayer(Simclr):
+class DeadLayer(SimCLR):
     def __init__(self, config, backbone):
         super().__init__(config, backbone)
         self.dead = nn.Linear(3, 3)
@@ -224,36 +224,36 @@ class DeadLayer(Simclr):
         return StepOutput(output.loss + 0 * self.dead(torch.ones(1, 3)).sum(), output.metrics, output.carry)
 
 
-class TrainedTeacher(Byol):
+class TrainedTeacher(BYOL):
     def __init__(self, config, backbone):
         super().__init__(config, backbone)
         self.teacher.requires_grad_(True)
 
 
-class UpdateOfTheStudent(Byol):
+class UpdateOfTheStudent(BYOL):
     def after_step(self, carries, progress):
         for student, teacher in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
             student.add_(teacher, alpha=0.1)
 
 
-class AttachedMetric(Simclr):
+class AttachedMetric(SimCLR):
     def forward(self, batch, progress):
         output = super().forward(batch, progress)
         return StepOutput(output.loss, {**output.metrics, "same": output.loss * 1}, output.carry)
 
 
-class NoCollapseSignal(Simclr):
+class NoCollapseSignal(SimCLR):
     def forward(self, batch, progress):
         return StepOutput(super().forward(batch, progress).loss)
 
 
-class PositionNotSaved(Moco):
+class PositionNotSaved(MoCo):
     def __init__(self, config, backbone):
         super().__init__(config, backbone)
         self.queue._non_persistent_buffers_set.add("position")
 
 
-class CountOfUpdates(Byol):
+class CountOfUpdates(BYOL):
     """A momentum that depends on a counter of its own."""
 
     updates = 0

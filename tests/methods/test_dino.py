@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.losses import centred_softmax, prototypes, self_distillation
-from ssl_pipeline.methods.dino import Dino, DinoConfig
+from ssl_pipeline.methods.dino import DINO, DINOConfig
 from ssl_pipeline.schedule import Schedule
 from tests.tiny import CNN, VIT, make_batch, progress_at
 
@@ -14,8 +14,8 @@ from tests.tiny import CNN, VIT, make_batch, progress_at
 def dino(backbone=VIT, **changes):
     settings = {"num_prototypes": 12, "head_hidden_dim": 16, "head_bottleneck_dim": 8} | changes
     torch.manual_seed(0)
-    method = Dino(
-        DinoConfig(name="dino", teacher_temperature=Schedule(value=0.05), **settings), create_backbone(backbone)
+    method = DINO(
+        DINOConfig(name="dino", teacher_temperature=Schedule(value=0.05), **settings), create_backbone(backbone)
     )
     torch.manual_seed(1)
     with torch.no_grad():

@@ -47,7 +47,7 @@ def batch_of(num_labelled=4, num_unlabelled=6, seed=0):
     labels = torch.randint(0, 3, (num_labelled + num_unlabelled,), generator=generator)
     labelled = Batch({"weak": views(num_labelled)}, labels[:num_labelled], torch.arange(num_labelled))
     unlabelled = {"weak": views(num_unlabelled), "strong": views(num_unlabelled)}
-    return Batch(unlabelled, labels[num_labelled:], torch.arange(num_unlabelled), labelled)
+    return Batch(unlabelled, labels[num_labelled:], torch.arange(num_unlabelled), labelled=labelled)
 
 
 def test_the_loss_is_that_of_one_pass_over_all_three_parts():
@@ -86,7 +86,7 @@ def test_batch_norm_sees_one_distribution():
 
 def test_labels_of_unlabelled_images_change_metrics_alone():
     method, batch = fixmatch(threshold=0.0), batch_of()
-    unknown = Batch(batch.views, torch.full((6,), -1), batch.index, batch.labelled)
+    unknown = Batch(batch.views, torch.full((6,), -1), batch.sample_ids, labelled=batch.labelled)
     with_labels, without = method(batch, START), method(unknown, START)
     assert torch.equal(with_labels.loss, without.loss)
     assert without.metrics["kept_right"] == 0
@@ -143,14 +143,14 @@ def test_what_is_evaluated_is_the_moving_average():
 def test_views_that_do_not_fit_are_told(views, sentence):
     batch = batch_of()
     with pytest.raises(ConfigError) as error:
-        fixmatch()(Batch(batch.views | views, batch.labels, batch.index, batch.labelled), START)
+        fixmatch()(Batch(batch.views | views, batch.labels, batch.sample_ids, labelled=batch.labelled), START)
     assert str(error.value) == sentence
 
 
 def test_without_labelled_images_forward_refuses():
     batch = batch_of()
     with pytest.raises(ConfigError, match=r"needs labelled images"):
-        fixmatch()(Batch(batch.views, batch.labels, batch.index), START)
+        fixmatch()(Batch(batch.views, batch.labels, batch.sample_ids), START)
 
 
 # The recipe
@@ -329,9 +329,9 @@ def write_bare(folder):
 def test_methods_without_labels_refuse_them(tmp_path, shards, labelled):
     argv = ["recipe=cifar10_simclr_resnet18", f"data.shards={shards}", f"output={tmp_path / 'run'}", "knn=null"]
     config = load(PretrainConfig, [*argv, f"data.labelled.shards={labelled}"], recipes=RECIPES)
-    assert refusal(config) == "Simclr has no use for data.labelled. Leave it out, or set data.labelled=null."
+    assert refusal(config) == "SimCLR has no use for data.labelled. Leave it out, or set data.labelled=null."
     config = load(PretrainConfig, [*argv, f"classifier={{every: 1ep, val: {shards}}}"], recipes=RECIPES)
-    assert refusal(config) == ("Simclr learns no classifier to measure. Leave classifier out; knn suits any method.")
+    assert refusal(config) == ("SimCLR learns no classifier to measure. Leave classifier out; knn suits any method.")
 
 
 def test_the_classifier_begins_xavier_normal():

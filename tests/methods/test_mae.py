@@ -11,7 +11,7 @@ from ssl_pipeline.backbones.positions import sincos_position_embedding
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.losses import mae_loss
-from ssl_pipeline.methods.mae import Mae, MaeConfig
+from ssl_pipeline.methods.mae import MAE, MAEConfig
 from ssl_pipeline.schedule import Progress
 
 TINY_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -26,7 +26,7 @@ def tiny_vit(**changes):
 
 def mae(backbone=None, **changes):
     settings = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2} | changes
-    return Mae(MaeConfig(name="mae", **settings), backbone or tiny_vit(initial_weights="mae", fixed_positions=True))
+    return MAE(MAEConfig(name="mae", **settings), backbone or tiny_vit(initial_weights="mae", fixed_positions=True))
 
 
 def image_batch(size=16, count=3):
@@ -83,7 +83,7 @@ def test_the_value_is_that_of_the_public_loss_on_all_patches():
     method, batch = mae().double(), image_batch()
     images = batch.views["image"][0].double()
     torch.manual_seed(5)
-    output = method(Batch({"image": images[None]}, batch.labels, batch.index), PROGRESS)
+    output = method(Batch({"image": images[None]}, batch.labels, batch.sample_ids), PROGRESS)
     torch.manual_seed(5)
     kept, mask, restore = random_masking(torch.rand(3, 16), ratio=0.75)
     encoded = method.backbone.encode(take_patches(method.backbone.embed(images), kept))
@@ -145,7 +145,7 @@ def test_the_evaluated_feature_is_the_class_token_after_the_norm():
 
 
 def test_the_defaults_are_the_published_ones():
-    config = MaeConfig(name="mae")
+    config = MAEConfig(name="mae")
     assert (config.mask_ratio, config.normalize_targets) == (0.75, True)
     assert (config.decoder_dim, config.decoder_depth, config.decoder_heads) == (512, 8, 16)
 

@@ -7,7 +7,7 @@ import torch
 
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.methods.moco import Moco, MocoConfig
+from ssl_pipeline.methods.moco import MoCo, MoCoConfig
 from ssl_pipeline.schedule import Progress, Schedule
 from tests.methods.toys import assert_same_tensors, copies, descend, follow, toy_batches, toy_method, train
 
@@ -15,7 +15,7 @@ from tests.methods.toys import assert_same_tensors, copies, descend, follow, toy
 def moco(*, batch_norm=True, **changes):
     settings = {"queue_size": 12, "projector_hidden_dim": 7, "projector_dim": 5, "temperature": 0.3}
     settings["teacher_momentum"] = Schedule(value=0.8)
-    return toy_method(Moco, MocoConfig(name="moco", **(settings | changes)), batch_norm=batch_norm)
+    return toy_method(MoCo, MoCoConfig(name="moco", **(settings | changes)), batch_norm=batch_norm)
 
 
 def cross_entropy_of_first(query, key, queue, temperature):
@@ -88,7 +88,7 @@ def test_micro_batches_are_one_big_batch_without_batch_norm(symmetric):
     whole.after_step([output.carry], progress)
     parted, carries = moco(batch_norm=False, symmetric=symmetric), []
     for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
-        micro = Batch({"view": batch.views["view"][:, part]}, batch.labels[part], batch.index[part])
+        micro = Batch({"view": batch.views["view"][:, part]}, batch.labels[part], batch.sample_ids[part])
         output = parted(micro, progress)
         (output.loss / 3).backward()
         carries.append(output.carry)
@@ -107,7 +107,7 @@ def test_forward_leaves_queue_and_teacher_alone():
 
 
 def test_the_defaults_are_those_of_version_2():
-    config = MocoConfig(name="moco")
+    config = MoCoConfig(name="moco")
     assert (config.queue_size, config.temperature, config.projector_dim) == (65536, 0.2, 128)
     assert [config.teacher_momentum(Progress(step, 10, 1)) for step in (0, 9)] == [0.999, 0.999]
     layers = [type(layer).__name__ for layer in moco().projector]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ssl_pipeline.methods.moco_v3 import MocoV3, MocoV3Config
+from ssl_pipeline.methods.moco_v3 import MoCoV3, MoCoV3Config
 from ssl_pipeline.schedule import Progress, Schedule
 from tests.methods.toys import assert_same_tensors, copies, descend, follow, toy_batches, toy_method, train
 
@@ -13,7 +13,7 @@ from tests.methods.toys import assert_same_tensors, copies, descend, follow, toy
 def moco_v3(**changes):
     widths = {"projector_hidden_dim": 7, "projector_dim": 5, "predictor_hidden_dim": 8}
     momentum = {"teacher_momentum": Schedule(value=0.7, final=1.0)}
-    return toy_method(MocoV3, MocoV3Config(name="moco_v3", temperature=0.3, **(widths | momentum | changes)))
+    return toy_method(MoCoV3, MoCoV3Config(name="moco_v3", temperature=0.3, **(widths | momentum | changes)))
 
 
 def one_direction(queries, keys, temperature):
@@ -58,7 +58,7 @@ def test_the_teacher_has_no_predictor():
 
 
 def test_the_defaults_are_those_of_vits():
-    config = MocoV3Config(name="moco_v3")
+    config = MoCoV3Config(name="moco_v3")
     assert (config.temperature, config.projector_layers, config.predictor_last_batch_norm) == (0.2, 3, "no_affine")
     assert (config.projector_hidden_dim, config.projector_dim, config.predictor_hidden_dim) == (4096, 256, 4096)
     momentum = [config.teacher_momentum(Progress(step, 10, 1)) for step in (0, 5, 10)]

@@ -108,7 +108,9 @@ def check(name: str, backbone, optimizer_name: str, device: str, waits, **autoca
 def to(batch: Batch, device: str) -> Batch:
     labelled = to(batch.labelled, device) if batch.labelled is not None else None
     views = {name: views.to(device) for name, views in batch.views.items()}
-    return replace(batch, views=views, labels=batch.labels.to(device), index=batch.index.to(device), labelled=labelled)
+    return replace(
+        batch, views=views, labels=batch.labels.to(device), sample_ids=batch.sample_ids.to(device), labelled=labelled
+    )
 
 
 CASES = [(name, VIT, "adamw") for name in sorted(CONFIGS)]

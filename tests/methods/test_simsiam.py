@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_pipeline.methods.simsiam import Simsiam, SimsiamConfig
+from ssl_pipeline.methods.simsiam import SimSiam, SimSiamConfig
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, write_values
 from ssl_pipeline.schedule import Progress, Schedule
 from tests.methods.toys import assert_same_tensors, copies, descend, toy_batches, toy_method, train
@@ -12,7 +12,7 @@ from tests.methods.toys import assert_same_tensors, copies, descend, toy_batches
 
 def simsiam(**changes):
     widths = {"projector_hidden_dim": 7, "projector_dim": 5, "predictor_hidden_dim": 4}
-    return toy_method(Simsiam, SimsiamConfig(name="simsiam", **(widths | changes)))
+    return toy_method(SimSiam, SimSiamConfig(name="simsiam", **(widths | changes)))
 
 
 def cosine(prediction, projection):
@@ -39,7 +39,7 @@ def test_steps_follow_the_pseudocode():
 
 
 def test_the_defaults_are_the_published_ones():
-    config = SimsiamConfig(name="simsiam")
+    config = SimSiamConfig(name="simsiam")
     assert (config.projector_hidden_dim, config.projector_dim, config.predictor_hidden_dim) == (2048, 2048, 512)
     assert (config.projector_layers, config.constant_predictor_lr) == (3, True)
 
