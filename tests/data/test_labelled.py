@@ -78,8 +78,8 @@ def test_its_order_and_views_are_not_those_of_the_unlabelled_stream(shards: Path
     unlabelled = next(open_stream(index, GROUPS, plain, seed=0, position=0, rank=0, world_size=1))
     assert labelled.sample_ids.tolist() != unlabelled.sample_ids.tolist()
     for number in range(20):
-        place = unlabelled.index.tolist().index(number)
-        own = labelled.index.tolist().index(number)
+        place = unlabelled.sample_ids.tolist().index(number)
+        own = labelled.sample_ids.tolist().index(number)
         assert not torch.equal(labelled.crops["weak"][0, own], unlabelled.crops["weak"][0, place])
 
 
