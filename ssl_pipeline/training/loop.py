@@ -218,6 +218,7 @@ class _Loop:
             position=position,
             rank=rank(),
             world_size=world_size(),
+            accumulate=run.config.accumulate,
             batches=math.ceil((self.clock.end - position) / self.clock.global_batch) * run.config.accumulate,
             device=run.accelerator.device,
             sign_of_life=self._sign_of_life,
