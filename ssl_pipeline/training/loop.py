@@ -209,7 +209,7 @@ class _Loop:
     def _open_stream(self, position: int) -> Iterator[StreamBatch]:
         """The micro-batches from a position to the end of the run, each with its labelled one if there is any."""
         run, method = self.run, self.run.method
-        read = {*method.view_groups, *method.optional_view_groups}
+        read = {needed.name for needed in method.needs if not needed.labelled}
         stream = open_stream(
             run.index,
             {name: group for name, group in run.augment.items() if name in read},
@@ -226,7 +226,7 @@ class _Loop:
             return stream
         labelled = open_labelled_stream(
             run.labelled_index,
-            {name: run.augment[name] for name in method.labelled_view_groups},
+            {needed.name: run.augment[needed.name] for needed in method.needs if needed.labelled},
             run.data,
             seed=run.seed,
             step=position // self.clock.global_batch,

@@ -70,7 +70,7 @@ def batches(run: Run, **settings: object) -> list[StreamBatch]:
     run.data = run.data.model_copy(update=settings)
     options = {"seed": 0, "position": 0, "rank": 0, "world_size": 1, "batches": 2}
     made = [batch.clone() for batch in open_stream(run.index, run.augment, run.data, **options)]
-    for batch in made if run.method.labelled_view_groups else ():
+    for batch in made if any(views.labelled for views in run.method.needs) else ():
         batch.labelled = batch.clone()
     return made
 
