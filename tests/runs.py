@@ -136,7 +136,7 @@ def make_run(
         augment={group: ViewGroup(count=count, size=size) for group, (count, size) in row(name).views.items()},
         data=data,
         optim=validate(OptimConfig, dict(optim)),
-        config=config,
+        train=config,
         accelerator=accelerator,
         output=output,
         directory=directory,
