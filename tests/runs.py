@@ -140,7 +140,7 @@ def make_run(
         augment=tiny_views(name),
         data=data,
         optim=validate(OptimConfig, dict(optim)),
-        config=config,
+        train=config,
         accelerator=accelerator,
         output=output,
         directory=directory,

@@ -121,7 +121,7 @@ def pretrain(config: PretrainConfig) -> int:
                 augment=config.augment,
                 data=config.data,
                 optim=config.optim,
-                config=config.train,
+                train=config.train,
                 accelerator=accelerator,
                 output=output,
                 directory=directory,

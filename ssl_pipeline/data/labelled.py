@@ -22,7 +22,7 @@ def open_labelled_stream(
     world_size: int,
     accumulate: int,
     device: torch.device | str = "cpu",
-    sign_of_life: Callable[[], None] = lambda: None,
+    keepalive: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
 
@@ -49,7 +49,7 @@ def open_labelled_stream(
         world_size=world_size,
         repeat=True,
         device=device,
-        sign_of_life=sign_of_life,
+        keepalive=keepalive,
     )
 
 
