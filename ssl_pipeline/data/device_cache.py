@@ -47,12 +47,12 @@ def cached_stream(
     device: torch.device,
     workers: int,
     rank: int,
-    sign_of_life: Callable[[], None],
+    keepalive: Callable[[], None],
 ) -> Iterator[DecodedBatch]:
     """The images at the positions of batch 0, 1, ...; of `batches`, or without end. They are decoded at the first."""
     cache = None
     for number in itertools.count() if batches is None else range(batches):
-        cache = cache or decode_all(samples, device=device, workers=workers, rank=rank, sign_of_life=sign_of_life)
+        cache = cache or decode_all(samples, device=device, workers=workers, rank=rank, keepalive=keepalive)
         yield _draw_batch(cache, samples, sampler, positions_of(number))
 
 
@@ -82,9 +82,9 @@ def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, pos
 
 
 def decode_all(
-    samples: Samples, *, device: torch.device, workers: int, rank: int, sign_of_life: Callable[[], None]
+    samples: Samples, *, device: torch.device, workers: int, rank: int, keepalive: Callable[[], None]
 ) -> CachedImages:
-    """Decode every sample of the index onto the device, under a progress bar and with a sign of life now and then.
+    """Decode every sample of the index onto the device, under a progress bar and with a keepalive now and then.
 
     Raises DataError if the images do not fit there, from an estimate before anything is decoded.
     """
@@ -114,7 +114,7 @@ def decode_all(
             labels[here], ids[here] = batch.labels.numpy(), batch.sample_ids.numpy()
             _add_chains(bad, decoded.bad)
             bar.update(decoded.num_images)
-            sign_of_life()
+            keepalive()
     whole = pixels.whole(row=3 * int(widths.max()))
     return CachedImages(whole, ImageTable.dense(heights, widths), labels, ids, bad)
 

@@ -24,7 +24,7 @@ def open_labelled_stream(
     accumulate: int,
     masks: Mapping[str, MaskRule] = NO_MASKS,
     device: torch.device | str = "cpu",
-    sign_of_life: Callable[[], None] = lambda: None,
+    keepalive: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
 
@@ -53,7 +53,7 @@ def open_labelled_stream(
         accumulate=accumulate,
         repeat=True,
         device=device,
-        sign_of_life=sign_of_life,
+        keepalive=keepalive,
     )
 
 

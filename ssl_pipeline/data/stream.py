@@ -102,7 +102,7 @@ def open_stream(
     batches: int | None = None,
     repeat: bool = False,
     device: torch.device | str = "cpu",
-    sign_of_life: Callable[[], None] = lambda: None,
+    keepalive: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each micro-batch from `position` on: `batches` of them, or without end.
 
@@ -111,7 +111,7 @@ def open_stream(
     micro-batches are an optimizer step. `masks` has the rules of the groups whose views are masked. Data sets smaller
     than G are refused, unless samples may `repeat` within a batch. `device` is where batches will be taken, which
     decides where crops are cut out. A batch lasts until the next one is asked for, which may overwrite it; `clone()`
-    keeps one for longer. The first may take long, where all images are decoded for it: `sign_of_life` is called
+    keeps one for longer. The first may take long, where all images are decoded for it: `keepalive` is called
     meanwhile.
     """
     step, device = config.batch_size * world_size, torch.device(device)
@@ -141,7 +141,7 @@ def open_stream(
             device=device,
             workers=config.workers,
             rank=rank,
-            sign_of_life=sign_of_life,
+            keepalive=keepalive,
         )
     if config.crops_on_device(device):
         slot_bytes = estimate_image_bytes(index).of(config.batch_size)

@@ -96,7 +96,7 @@ class Run:
     augment: Mapping[str, ViewGroup]
     data: DataConfig
     optim: OptimConfig
-    config: TrainConfig
+    train: TrainConfig
     accelerator: Accelerator
     output: Path
     directory: RunDirectory | None  # rank 0 alone
