@@ -101,7 +101,7 @@ def kornia_colours(group: ViewGroup, view: int) -> nn.Module:
     if value("gray_prob"):
         steps.append(augmentation.RandomGrayscale(p=value("gray_prob")))
     if value("blur_prob"):
-        kernel = (group.blur_kernel_size(),) * 2
+        kernel = (group.blur_kernel_size(group.size),) * 2
         steps.append(augmentation.RandomGaussianBlur(kernel, group.blur_sigma, p=value("blur_prob")))
     if value("solarize_prob"):
         steps.append(augmentation.RandomSolarize(0.0, 0.0, p=value("solarize_prob")))

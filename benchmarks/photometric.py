@@ -18,7 +18,7 @@ from benchmarks.peers import missing, why_not_compiled
 from benchmarks.rounds import Comparison, Contestant
 from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.torchvision_views import MEAN, STD, v2_colours
-from ssl_pipeline.augment.draw import draw_parameters
+from ssl_pipeline.augment.draw import draw_operations, num_uniforms
 from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.batches import make_batch
@@ -51,7 +51,7 @@ def compare_photometric(config: BenchmarkConfig) -> Iterator[Comparison]:
     contestants = [contestant("torchvision v2", _one_by_one(groups), "float, one view of one image at a time")]
     if not left_out:
         contestants.append(contestant("kornia", _batched(groups), "batched"))
-    contestants.append(contestant("ours", _ours(groups, num_images, device), "parameters from the host"))
+    contestants.append(contestant("ours", _ours(groups, num_images, device), "numbers from the host"))
     why_not = why_not_compiled(device) if config.compiles() else "compile=true measures it"
     if device.type == "cpu":
         why_not = "on a CPU only the samples that an operation concerns are computed, which compiles badly"
@@ -97,16 +97,13 @@ def _ours(
     groups: Mapping[str, ViewGroup], num_images: int, device: torch.device, *, compiled: bool = False
 ) -> Callable[[str, Tensor], None]:
     generator = np.random.default_rng(0)
-    parameters = {
-        name: torch.from_numpy(
-            draw_parameters(generator.random((group.count, num_images, group.num_uniforms())), group)
-        )
-        for name, group in groups.items()
-    }
-    parameters = {name: values.to(device) for name, values in parameters.items()}
+    draws = {}
+    for name, group in groups.items():
+        uniforms = generator.random((group.count, num_images, num_uniforms(group)))
+        draws[name] = torch.from_numpy(draw_operations(uniforms, group, size=group.size)).to(device)
 
     def colour(name: str, crops: Tensor) -> None:
-        apply_photometric(crops, parameters[name], groups[name], mean=MEAN, std=STD, compile=compiled)
+        apply_photometric(crops, draws[name], groups[name], mean=MEAN, std=STD, compile=compiled)
 
     return colour
 

@@ -143,7 +143,7 @@ def _v2_jitter(group: ViewGroup, view: int) -> list[Callable]:
 def _v2_filters(group: ViewGroup, view: int, *, threshold: float) -> list[Callable]:
     filters: list[Callable] = []
     if blur := group.per_view(group.blur_prob)[view]:
-        filters.append(v2.RandomApply([v2.GaussianBlur(group.blur_kernel_size(), group.blur_sigma)], p=blur))
+        filters.append(v2.RandomApply([v2.GaussianBlur(group.blur_kernel_size(group.size), group.blur_sigma)], p=blur))
     if solarize := group.per_view(group.solarize_prob)[view]:
         filters.append(v2.RandomSolarize(threshold, p=solarize))
     return filters

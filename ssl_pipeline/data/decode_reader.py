@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.augment.draw import ViewSampler, num_parameters
+from ssl_pipeline.augment.draw import ViewSampler, num_draws
 from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
@@ -23,7 +23,7 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.shards.remote import is_url
 from ssl_pipeline.data.workers.ring import Layout
 
-# V views of each of B images, P photometric parameters, S pixels, L patches
+# V views of each of B images, P draws of the operations, S pixels, L patches
 
 HEADERS_READ = 64
 USUAL_SIZE = (500, 400)  # of an ImageNet photograph, where no header tells
@@ -53,7 +53,7 @@ class ImageTable:
 class DecodedBatch:
     """One process's share of a micro-batch, decoded and not yet cropped.
 
-    `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the parameters (V,B,P) of
+    `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the draws (V,B,P) of
     each group, its masks (V,B,L) if it has some, labels (B,) int64, -1 = none, and sample_ids (B,) int64, move to the
     device. Boxes (V,B,4) and flips (V,B) stay on the host. `bad` lists the samples that others stand in for;
     `labelled` is a batch of the labelled set.
@@ -63,7 +63,7 @@ class DecodedBatch:
     images: ImageTable
     boxes: dict[str, Integers]
     flips: dict[str, NDArray[np.bool_]]
-    parameters: dict[str, Tensor]
+    draws: dict[str, Tensor]
     masks: dict[str, Tensor]
     labels: Tensor
     sample_ids: Tensor
@@ -76,7 +76,7 @@ class DecodedBatch:
         return replace(
             self,
             pixels=self.pixels.to(device, non_blocking=non_blocking),
-            parameters={name: values.to(device, non_blocking=non_blocking) for name, values in self.parameters.items()},
+            draws={name: values.to(device, non_blocking=non_blocking) for name, values in self.draws.items()},
             masks={name: masks.to(device, non_blocking=non_blocking) for name, masks in self.masks.items()},
             labels=self.labels.to(device, non_blocking=non_blocking, copy=True),
             sample_ids=self.sample_ids.to(device, non_blocking=non_blocking, copy=True),
@@ -91,7 +91,7 @@ class DecodedBatch:
             images=ImageTable.dense(self.images.heights.copy(), self.images.widths.copy()),
             boxes={name: boxes_VB4.copy() for name, boxes_VB4 in self.boxes.items()},
             flips={name: flips_VB.copy() for name, flips_VB in self.flips.items()},
-            parameters={name: values.clone() for name, values in self.parameters.items()},
+            draws={name: values.clone() for name, values in self.draws.items()},
             masks={name: masks.clone() for name, masks in self.masks.items()},
             labels=self.labels.clone(),
             sample_ids=self.sample_ids.clone(),
@@ -165,7 +165,7 @@ class DecodedReader:
             shape = (group.count, self.batch_size)
             layout[f"boxes.{name}"] = ((*shape, 4), torch.int64)
             layout[f"flips.{name}"] = (shape, torch.bool)
-            layout[f"parameters.{name}"] = ((*shape, num_parameters(group)), torch.float32)
+            layout[f"draws.{name}"] = ((*shape, num_draws(group)), torch.float32)
             if name in self.sampler.masks:
                 layout[f"masks.{name}"] = ((*shape, self.sampler.num_patches(name)), torch.bool)
         return layout
@@ -191,7 +191,7 @@ class DecodedReader:
         for name, group in drawn.items():
             slot[f"boxes.{name}"].numpy()[:] = group.boxes
             slot[f"flips.{name}"].numpy()[:] = group.flips
-            slot[f"parameters.{name}"].numpy()[:] = group.parameters
+            slot[f"draws.{name}"].numpy()[:] = group.draws
             if group.masks is not None:
                 slot[f"masks.{name}"].numpy()[:] = group.masks
         return Decoded(num_images, used, bad, None if pixels is room else pixels[:used])
@@ -209,7 +209,7 @@ class DecodedReader:
             ImageTable.dense(heights_B, widths_B),
             {name: slot[f"boxes.{name}"].numpy() for name in groups},
             {name: slot[f"flips.{name}"].numpy() for name in groups},
-            {name: slot[f"parameters.{name}"] for name in groups},
+            {name: slot[f"draws.{name}"] for name in groups},
             {name: slot[f"masks.{name}"] for name in groups if name in self.sampler.masks},
             slot["labels"][: decoded.num_images],
             slot["sample_ids"][: decoded.num_images],
