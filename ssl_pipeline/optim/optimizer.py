@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.optim.lars import LARS
 from ssl_pipeline.optim.rules import ParamRule, Trained
-from ssl_pipeline.schedule import Progress, Schedule, steps_in
+from ssl_pipeline.schedule import Progress, Schedule
 
 
 class OptimConfig(Config):
@@ -111,7 +111,7 @@ def prepare_gradients(optimizer: torch.optim.Optimizer, config: OptimConfig, pro
         else:
             torch._foreach_mul_(gradients, (config.clip_norm / (total + 1e-6)).clamp(max=1.0))
     for group in optimizer.param_groups:
-        if progress.step < steps_in(group["rule"].frozen_for, progress):
+        if group["rule"].is_frozen(progress):
             for parameter in group["params"]:
                 parameter.grad = None
     return total

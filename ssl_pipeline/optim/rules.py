@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import nn
+
+from ssl_pipeline.schedule import Duration, Progress
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,17 @@ class ParamRule:
     """Factor on the learning rate."""
     constant_lr: bool = False
     """Whether the learning rate stays at its base value, without warm-up and decay."""
-    frozen_for: int | str = 0
+    frozen_for: Duration | int | str = 0
     """Duration from the start in which the parameters get no update at all: no decay and no momentum either."""
+    _frozen_for: Duration = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        frozen_for = self.frozen_for if isinstance(self.frozen_for, Duration) else Duration(self.frozen_for)
+        object.__setattr__(self, "_frozen_for", frozen_for)
+
+    def is_frozen(self, progress: Progress) -> bool:
+        """Whether the parameters get no update in the step at `progress`."""
+        return progress.step < self._frozen_for.steps(progress)
 
 
 class Trained(Protocol):
