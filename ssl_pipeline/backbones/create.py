@@ -41,7 +41,8 @@ class BackboneConfig(Config):
     initial_weights: Literal["mae", "moco_v3"] | None = None
     """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
     fixed_positions: bool = False
-    """ViTs only: a table of sines that is not trained, instead of learnt positions (MAE, MoCo v3)."""
+    """ViTs only: a table of sines that is not trained, instead of learnt positions: MAE's, and MoCo v3's with its
+    initial_weights."""
     frozen_patch_embed: bool = False
     """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
     checkpoint_activations: bool = False
@@ -123,7 +124,7 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
         if config.initial_weights is not None:
             initialise(backbone.model, config.initial_weights)
         if config.fixed_positions:
-            fix_positions(backbone.model)
+            fix_positions(backbone.model, first_half="row" if config.initial_weights == "moco_v3" else "column")
         if config.frozen_patch_embed:
             backbone.model.patch_embed.requires_grad_(False)
 
