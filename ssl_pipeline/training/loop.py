@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ssl_pipeline.config import ConfigError
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
+from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
