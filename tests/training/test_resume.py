@@ -58,8 +58,8 @@ def test_without_a_checkpoint_nothing_changes(tmp_path):
 def test_another_order_of_parameters_is_refused(tmp_path):
     save(tmp_path)
     method = make_method("simclr")
-    modules = method._modules
-    method._modules = {name: modules[name] for name in reversed(modules)}
+    modules = method.encoder._modules
+    method.encoder._modules = {name: modules[name] for name in reversed(modules)}
     with pytest.raises(
         ConfigError, match=r"holds a run with optimizer AdamW on \d+ tensors \(.*\); this one has AdamW"
     ):
@@ -77,11 +77,11 @@ def test_another_network_is_refused_in_one_sentence_and_keeps_its_weights(tmp_pa
     save(tmp_path)
     method = make_method("simclr")
     if change == "shape":
-        method.projector = nn.Linear(24, 9)
+        method.encoder.head = nn.Linear(24, 9)
     elif change == "more":
         method.more = nn.Linear(2, 2)
     else:
-        del method.projector
+        del method.encoder.head
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     with pytest.raises(ConfigError, match=r"holds a run whose '.*' has shape .*; this one's has") as error:
         load(tmp_path, method)

@@ -69,6 +69,7 @@ def batches(run: Run, **settings: object) -> list[StreamBatch]:
     """Micro-batches for two steps, with their labelled ones."""
     run.data = run.data.model_copy(update=settings)
     options = {"seed": 0, "position": 0, "rank": 0, "world_size": 1, "batches": 2}
+    options["masks"] = {needed.name: needed.mask for needed in run.method.needs if needed.mask is not None}
     made = [batch.clone() for batch in open_stream(run.index, run.augment, run.data, **options)]
     for batch in made if any(views.labelled for views in run.method.needs) else ():
         batch.labelled = batch.clone()
