@@ -76,8 +76,8 @@ class CropReader:
         self.groups = dict(groups)
         self.batch_size = batch_size
 
-    def layout(self) -> Layout:
-        """Crops and parameters of each group, labels and sample ids."""
+    def layout(self, positions: Sequence[int] | None = None) -> Layout:
+        """Crops and parameters of each group, labels and sample ids; the same for every batch."""
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, group in self.groups.items():
             views = (group.count, self.batch_size)

@@ -48,17 +48,16 @@ class EvaluationReader:
         self.images = images
         self.batch_size = batch_size
 
-    def layout(self) -> Layout:
-        size = self.images.size
-        numbers = (self.batch_size,), torch.int64
-        return {"images": ((self.batch_size, 3, size, size), torch.uint8), "labels": numbers, "ids": numbers}
+    def layout(self, samples: Sequence[int] | None = None) -> Layout:
+        """Images (B,3,S,S), labels (B,) and ids (B,)."""
+        size, num_images = self.images.size, self.batch_size if samples is None else len(samples)
+        numbers = (num_images,), torch.int64
+        return {"images": ((num_images, 3, size, size), torch.uint8), "labels": numbers, "ids": numbers}
 
-    def __call__(self, samples: Sequence[int], slot: Mapping[str, Tensor]) -> int:
-        """Fill the slot from its beginning; returns the number of images."""
+    def __call__(self, samples: Sequence[int], batch: Mapping[str, Tensor]) -> None:
         for place, sample in enumerate(samples):
-            image, slot["labels"][place], slot["ids"][place] = self.images[sample]
-            slot["images"][place].copy_(image)
-        return len(samples)
+            image, batch["labels"][place], batch["ids"][place] = self.images[sample]
+            batch["images"][place].copy_(image)
 
 
 def evaluation_batches(
@@ -75,9 +74,7 @@ def evaluation_batches(
 
     batches = -(-len(samples) // batch_size)
     read = read_batches(EvaluationReader(images, batch_size), samples_of, batches=batches, workers=workers)
-    return (
-        (slot["images"][:count], slot["labels"][:count].clone(), slot["ids"][:count].clone()) for slot, count in read
-    )
+    return ((batch["images"], batch["labels"].clone(), batch["ids"].clone()) for batch, _ in read)
 
 
 def central_crop(image_HWC: Tensor, size: int) -> Tensor:

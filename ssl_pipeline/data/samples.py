@@ -10,6 +10,7 @@ from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.order import Order
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.shards.rows import pixel_bytes
 from ssl_pipeline.randomness import SUBSTITUTE, hash64
 
 # V views of each of B images, P photometric parameters
@@ -36,6 +37,20 @@ class Samples:
             return self.order.locate(positions)
         epochs_B, samples_B = np.divmod(np.asarray(positions, dtype=np.int64), len(self.index))
         return epochs_B, samples_B
+
+    def pixel_bytes(self, positions: Sequence[int]) -> Integers:
+        """Bytes of the decoded image (B,) at each position, where no other one has to stand in for it."""
+        return pixel_bytes(self.index.sizes(self.locate(positions)[1]))
+
+    def usual_pixel_bytes(self) -> float:
+        """Bytes of a decoded image, the mean over the block of shards that has the largest ones.
+
+        The images of a batch come from one block, or two: few batches are much larger than this says.
+        """
+        bytes_S, counts_S = self.index.shard_pixel_bytes, self.index.shard_counts
+        block_shards = 1 if self.order is None else self.order.block_shards
+        heaviest = np.argsort(-bytes_S / np.maximum(counts_S, 1))[:block_shards]
+        return float(bytes_S[heaviest].sum() / max(counts_S[heaviest].sum(), 1))
 
     def decode(
         self, sample: int, bad: list[BadSample], out: NDArray[np.uint8] | None = None

@@ -86,9 +86,14 @@ class ShardIndex:
         return int(self._table.image_bytes.sum())
 
     @property
-    def pixel_bytes(self) -> int:
-        """Bytes of all images when they are decoded, three per pixel."""
-        return int(self._table.pixel_bytes.sum())
+    def shard_pixel_bytes(self) -> NDArray[np.int64]:
+        """Bytes of the images of each shard when they are decoded, three per pixel."""
+        return self._table.pixel_bytes
+
+    @property
+    def widest(self) -> int:
+        """Pixels of the longest row of an image."""
+        return int(self._table.widest.max())
 
     def labels(self) -> NDArray[np.int64]:
         """The labels of all samples (N,), -1 for none; no image is read."""
