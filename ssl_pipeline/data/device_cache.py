@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_pipeline.augment.draw import draw_views
-from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.augment.draw import ViewSampler
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, ImageTable
 from ssl_pipeline.data.errors import DataError
@@ -43,34 +42,27 @@ class CachedImages:
 
 def cached_stream(
     samples: Samples,
-    groups: Mapping[str, ViewGroup],
+    sampler: ViewSampler,
     positions_of: Callable[[int], Sequence[int]],
     *,
     batches: int | None,
     device: torch.device,
     workers: int,
     rank: int,
-    sign_of_life: Callable[[], None],
+    keepalive: Callable[[], None],
 ) -> Iterator[DecodedBatch]:
     """The images at the positions of batch 0, 1, ...; of `batches`, or without end. They are decoded at the first."""
     cache = None
     for number in itertools.count() if batches is None else range(batches):
-        cache = cache or decode_all(samples, device=device, workers=workers, rank=rank, sign_of_life=sign_of_life)
-        yield _draw_batch(cache, samples, groups, positions_of(number))
+        cache = cache or decode_all(samples, device=device, workers=workers, rank=rank, keepalive=keepalive)
+        yield _draw_batch(cache, samples, sampler, positions_of(number))
 
 
-def _draw_batch(
-    cache: CachedImages, samples: Samples, groups: Mapping[str, ViewGroup], positions: Sequence[int]
-) -> DecodedBatch:
+def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, positions: Sequence[int]) -> DecodedBatch:
     epochs_B, samples_B = samples.locate(positions)
     images = cache.images.of(samples_B)
-    drawn = draw_views(
-        groups,
-        seed=samples.seed,
-        epochs_B=epochs_B,
-        samples_B=samples_B,
-        heights_B=images.heights,
-        widths_B=images.widths,
+    drawn = sampler.draw(
+        positions, epochs_B=epochs_B, samples_B=samples_B, heights_B=images.heights, widths_B=images.widths
     )
 
     def prepared(values: np.ndarray) -> Tensor:
@@ -83,6 +75,7 @@ def _draw_batch(
         {name: group.boxes for name, group in drawn.items()},
         {name: group.flips for name, group in drawn.items()},
         {name: prepared(group.parameters) for name, group in drawn.items()},
+        {name: prepared(group.masks) for name, group in drawn.items() if group.masks is not None},
         prepared(cache.labels[samples_B]),
         prepared(cache.sample_ids[samples_B]),
         [bad for sample in samples_B.tolist() for bad in cache.bad.get(sample, ())],
@@ -90,9 +83,9 @@ def _draw_batch(
 
 
 def decode_all(
-    samples: Samples, *, device: torch.device, workers: int, rank: int, sign_of_life: Callable[[], None]
+    samples: Samples, *, device: torch.device, workers: int, rank: int, keepalive: Callable[[], None]
 ) -> CachedImages:
-    """Decode every sample of the index onto the device, under a progress bar and with a sign of life now and then.
+    """Decode every sample of the index onto the device, under a progress bar and with a keepalive now and then.
 
     A sample that cannot be decoded points to the pixels of the one that stands in for it. Raises DataError if the
     images do not fit there, before anything is decoded.
@@ -104,7 +97,8 @@ def decode_all(
     pixels = _reserve(index, device, needed=total + 3 * index.widest)  # a row is read past the end, for nothing
     in_order = Samples(index, None, seed=samples.seed, substitutes=samples.substitutes)
     step = min(max(SLOT_BYTES * len(index) // max(total, 1), 1), 1024, len(index))
-    reader = DecodedReader(in_order, {}, batch_size=step)
+    no_views = ViewSampler({}, {}, samples.seed, global_batch=step)
+    reader = DecodedReader(in_order, no_views, batch_size=step)
     read = read_batches(
         reader,
         lambda number: range(number * step, min((number + 1) * step, len(index))),
@@ -124,7 +118,7 @@ def decode_all(
             done = here.stop
             _add_chains(bad, decoded.bad)
             bar.update(len(batch.labels))
-            sign_of_life()
+            keepalive()
     return CachedImages(pixels, images.of(ids), labels, ids, bad)
 
 
