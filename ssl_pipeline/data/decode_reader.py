@@ -17,7 +17,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.crop_reader import channels_first, crop_images
-from ssl_pipeline.data.samples import Integers, Samples
+from ssl_pipeline.data.samples import Integers, Samples, labels_layout
 from ssl_pipeline.data.workers.ring import Layout
 
 # V views of each of B images, P photometric parameters, S pixels, L patches
@@ -52,9 +52,9 @@ class DecodedBatch:
     """One process's share of a micro-batch, decoded and not yet cropped.
 
     `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the parameters (V,B,P) of
-    each group, its masks (V,B,L) if it has some, labels (B,) int64, -1 = none, and sample_ids (B,) int64, move to the
-    device. Boxes (V,B,4) and flips (V,B) stay on the host. `bad` lists the samples that others stand in for;
-    `labelled` is a batch of the labelled set.
+    each group, its masks (V,B,L) if it has some, labels (B,) int64, -1 = none, or soft ones (B,C) float32, and
+    sample_ids (B,) int64, move to the device. Boxes (V,B,4) and flips (V,B) stay on the host. `bad` lists the samples
+    that others stand in for; `labelled` is a batch of the labelled set.
     """
 
     pixels: Tensor
@@ -163,7 +163,7 @@ class DecodedReader:
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "pixels": ((used + self.row_bytes,), torch.uint8),
             "sizes": ((num_images, 2), torch.int64),
-            "labels": ((num_images,), torch.int64),
+            "labels": labels_layout(self.samples.index, num_images),
             "sample_ids": ((num_images,), torch.int64),
         }
         for name, group in self.sampler.groups.items():

@@ -20,8 +20,9 @@ from ssl_pipeline.augment.draw import ViewSampler
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, ImageTable
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.samples import Integers, Samples
+from ssl_pipeline.data.samples import Integers, Samples, labels_layout
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.shards.overlay import Labels
 from ssl_pipeline.data.workers.pool import read_batches
 from ssl_pipeline.machine import free_bytes
 
@@ -31,11 +32,11 @@ SHARE = 0.5  # of the memory that this process may still take, for the images; t
 
 @dataclass(frozen=True)
 class CachedImages:
-    """N decoded images in a flat buffer on a device; labels (N,), ids (N,) of what is there, and what is damaged."""
+    """N decoded images in a flat buffer on a device; labels (N,) or (N,C) and ids (N,) of what is there; the damage."""
 
     pixels: Tensor
     images: ImageTable
-    labels: Integers
+    labels: Labels
     sample_ids: Integers
     bad: dict[int, list[BadSample]]
 
@@ -105,7 +106,8 @@ def decode_all(
         batches=math.ceil(len(index) / step),
         workers=workers,
     )
-    labels, ids = np.empty(len(index), np.int64), np.empty(len(index), np.int64)
+    shape, dtype = labels_layout(index, len(index))
+    labels, ids = torch.empty(shape, dtype=dtype).numpy(), np.empty(len(index), np.int64)
     bad, done = dict[int, list[BadSample]](), 0
     with tqdm(
         total=len(index), desc=f"decoding {index.source}", unit="image", leave=False, delay=1.0, disable=rank > 0

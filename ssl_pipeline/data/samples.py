@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ssl_pipeline.data.bad_samples import BadSample
@@ -16,7 +17,15 @@ from ssl_pipeline.randomness import SUBSTITUTE, hash64
 # V views of each of B images, P photometric parameters
 
 Integers = NDArray[np.int64]
+Label = int | NDArray[np.float32]  # -1 = none; a row (C,) of soft labels
 MAX_SUBSTITUTES = 16
+
+
+def labels_layout(index: ShardIndex, num_images: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of the labels of so many images: (B,) int64, or soft ones (B,C) float32."""
+    if index.num_soft_classes is None:
+        return (num_images,), torch.int64
+    return (num_images, index.num_soft_classes), torch.float32
 
 
 class Samples:
@@ -54,8 +63,8 @@ class Samples:
 
     def decode(
         self, sample: int, bad: list[BadSample], out: NDArray[np.uint8] | None = None
-    ) -> tuple[NDArray[np.uint8], int, int]:
-        """Pixels (H,W,3), label (-1 = none) and id of the sample, or of the first of its substitutes that decodes.
+    ) -> tuple[NDArray[np.uint8], Label, int]:
+        """Pixels (H,W,3), label and id of the sample, or of the first of its substitutes that decodes.
 
         Those that do not are appended to `bad`; without substitutes they are a DataError. The pixels lie at the start
         of `out`, a flat array, if it is given and they fit.
