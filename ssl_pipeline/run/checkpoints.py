@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import JSON, sync_directory
+from ssl_pipeline.files import JSON, sync
 from ssl_pipeline.run.checkpoint_files import (
     CheckpointError,
     SavedState,
@@ -50,7 +50,7 @@ class Checkpoints:
             for name, entries in tensors.items():
                 write_tensors(unfinished / f"{name}.safetensors", entries)
             write_manifest(unfinished, {**facts, "step": step})
-            sync_directory(unfinished)
+            sync(unfinished)
             saved = self._publish(unfinished, self.directory / f"step-{step:08d}")
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -91,7 +91,7 @@ class Checkpoints:
                 self._known_valid.remove(final)
                 self._known_valid.add(older)
         unfinished.rename(final)
-        sync_directory(self.directory)
+        sync(self.directory)
         return final
 
     def _newest_first(self) -> list[Path]:
