@@ -23,7 +23,7 @@ def lightly_dino(method: DINO) -> TrainingStep:
     """DINOProjectionHead, DINOLoss and update_momentum around a timm ViT; every crop in a pass of its own."""
     from lightly.models.utils import update_momentum
 
-    student_backbone, teacher_backbone = (copy_of_vit(method.student.get_submodule("backbone")) for _ in range(2))
+    student_backbone, teacher_backbone = (copy_of_vit(method.student.backbone) for _ in range(2))
     student_head, teacher_head = dino_head(method), dino_head(method)
     for part in (teacher_backbone, teacher_head):
         part.requires_grad_(False)
@@ -47,8 +47,8 @@ def dino_head(method: DINO) -> nn.Module:
     """lightly's head with the weights of ours."""
     from lightly.models.modules import DINOProjectionHead
 
-    config, own = method.config, method.student.get_submodule("head")
-    width = method.student.get_submodule("backbone").embed_dim
+    config, own = method.config, method.student.head
+    width = method.student.backbone.embed_dim
     assert isinstance(width, int)
     head = DINOProjectionHead(width, config.head_hidden_dim, config.head_bottleneck_dim, config.num_prototypes)
     head.to(method.centre.device)
@@ -118,7 +118,7 @@ def lightly_simclr(method: SimCLR) -> TrainingStep:
         config.projector_dim,
         num_layers=config.projector_layers,
     ).to(next(backbone.parameters()).device)
-    copy_weights(method.projector, head)
+    copy_weights(method.encoder.head, head)
     criterion = NTXentLoss(temperature=config.temperature)
 
     def loss(batch: Batch) -> Tensor:
@@ -142,7 +142,7 @@ def lightly_moco(method: MoCo) -> TrainingStep:
         config.projector_dim,
         num_layers=config.projector_layers,
     ).to(device)
-    copy_weights(method.projector, head)
+    copy_weights(method.student.head, head)
     teacher_backbone, teacher_head = (deepcopy(part).requires_grad_(False) for part in (backbone, head))
     criterion = NTXentLoss(
         temperature=config.temperature, memory_bank_size=(config.queue_size, config.projector_dim)

@@ -120,7 +120,7 @@ class DinoLoss(nn.Module):
 
 def dino_head(method: DINO) -> DinoHead:
     """The official head with the weights of ours."""
-    own = method.student.get_submodule("head")
+    own = method.student.head
     assert isinstance(own, PrototypeHead)
     num_prototypes, bottleneck_dim = own.last_layer.weight_v.shape
     head = DinoHead(deepcopy(own.mlp), bottleneck_dim, num_prototypes).to(method.centre.device)
@@ -130,7 +130,7 @@ def dino_head(method: DINO) -> DinoHead:
 
 def official_dino(method: DINO, *, num_crops: int) -> TrainingStep:
     """main_dino.py's step."""
-    backbone = method.student.get_submodule("backbone")
+    backbone = method.student.backbone
     student, teacher = (MultiCrop(DinoVit(copy_of_vit(backbone)), dino_head(method)) for _ in range(2))
     teacher.requires_grad_(False)
     criterion = DinoLoss(method.config.num_prototypes, num_crops).to(method.centre.device)
@@ -160,9 +160,9 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, method: MAE, *, encode_all: bool) -> None:
         super().__init__()
-        self.encoder, self.decoder = copy_of_vit(method.backbone), deepcopy(method.decoder)
-        self.mask_ratio, self.patch_size = method.config.mask_ratio, method.backbone.patch_size
-        positions = sincos_position_embedding(self.decoder.mask_token.shape[-1], method.backbone.grid, class_token=True)
+        self.encoder, self.decoder = copy_of_vit(method.encoder), deepcopy(method.decoder)
+        self.mask_ratio, self.patch_size = method.config.mask_ratio, method.encoder.patch_size
+        positions = sincos_position_embedding(self.decoder.mask_token.shape[-1], method.encoder.grid, class_token=True)
         self.decoder_positions: Tensor
         self.register_buffer("decoder_positions", positions[None].to(self.decoder.mask_token))
         self.encode_all = encode_all
@@ -215,7 +215,7 @@ def official_mae(method: MAE, *, encode_all: bool = False) -> TrainingStep:
 def plain_simclr(method: SimCLR) -> TrainingStep:
     """Both views in one pass and the whole matrix of similarities, in torch's default memory layout."""
     backbone = copy_of_model(method.backbone)
-    projector = deepcopy(method.projector)
+    projector = deepcopy(method.encoder.head)
     temperature = method.config.temperature
 
     def loss(batch: Batch) -> Tensor:
@@ -234,7 +234,7 @@ def plain_simclr(method: SimCLR) -> TrainingStep:
 
 def official_moco(method: MoCo) -> TrainingStep:
     """moco/builder.py's step on one process, keys shuffled for batch norm as there."""
-    student = nn.Sequential(copy_of_model(method.backbone), deepcopy(method.projector))
+    student = nn.Sequential(copy_of_model(method.backbone), deepcopy(method.student.head))
     teacher = deepcopy(student).requires_grad_(False)
     queue = method.queue.features.T.clone()
     temperature, position = method.config.temperature, 0

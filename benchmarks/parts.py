@@ -65,7 +65,7 @@ def compare_ema(config: BenchmarkConfig) -> Iterator[Comparison]:
 
         note = "_foreach_mul_ and _foreach_add_"
         contestants.append(contestant("lightly", lambda teacher: update_momentum(student, teacher, m=0.9), note))
-    ours = Teacher(student)
+    ours: Teacher[nn.Module] = Teacher(student)
 
     def our_update(teacher: nn.Module) -> None:
         ours.network = teacher

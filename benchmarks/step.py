@@ -92,10 +92,10 @@ def peers_of(method: Method, setting: StepSetting) -> Peers:
 def compare_losses(theirs: float, ours: float, difference: str) -> str:
     """What is said of a peer's loss on our weights and batch."""
     same = abs(theirs - ours) <= SAME * abs(ours)
-    verdict = f"loss {theirs:.6f}, {'the same as ours' if same else f'ours {ours:.6f}'} ({SAME_BY})"
+    outcome = f"loss {theirs:.6f}, {'the same as ours' if same else f'ours {ours:.6f}'} ({SAME_BY})"
     if not same and not difference:
-        raise ValueError(f"{verdict}: the two do not do the same work, so a ratio of their times says nothing")
-    return f"{verdict}; {difference}" if difference else verdict
+        raise ValueError(f"{outcome}: the two do not do the same work, so a ratio of their times says nothing")
+    return f"{outcome}; {difference}" if difference else outcome
 
 
 def _contestants(config: BenchmarkConfig, setting: StepSetting, left_out: dict[str, str]) -> list[Contestant]:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from ssl_pipeline.config import ConfigError
+
 # Axes: V views of each of B images, L patches row by row.
 
 
@@ -67,7 +69,9 @@ class Views:
 class RunFacts:
     """What a method may want to know of a run before it begins.
 
-    num_images: of the (unlabelled) set. num_classes: of the labelled images, None where no label is known.
+    num_images: of the (unlabelled) set.
+    num_classes: of the labelled images: as many as `class_names`, or the largest label + 1 where no names are known;
+        None without labelled images.
     global_batch: images per optimizer step, over all processes and micro-batches.
     view_sizes: the sides in pixels of each group of views, one or several. mean, std: of the normalisation.
     """
@@ -78,6 +82,19 @@ class RunFacts:
     view_sizes: Mapping[str, tuple[int, ...]]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    class_names: tuple[str, ...] | None = None
+
+    def classes(self, wanted: int | None) -> int:
+        """The number of classes: `wanted`, or the labelled images' if it is None; ConfigError if the two disagree."""
+        found = self.num_classes
+        if found is None:
+            raise ConfigError("The number of classes is not known without labelled images. Set data.labelled.")
+        if wanted is None or wanted == found or (self.class_names is None and wanted > found):
+            return wanted or found
+        raise ConfigError(
+            f"method.num_classes must be the number of classes of the labelled images, {found}. Got {wanted}; leave it "
+            "out to take theirs."
+        )
 
 
 @dataclass(frozen=True)

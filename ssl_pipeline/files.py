@@ -1,5 +1,6 @@
 """Files that are either the old one or the new one, never half of it: write aside, fsync, rename."""
 
+import hashlib
 import json
 import math
 import os
@@ -58,3 +59,9 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

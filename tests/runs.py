@@ -28,14 +28,14 @@ from ssl_pipeline.config import RECIPES, Tree, run_command, validate
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig, StreamBatch
 from ssl_pipeline.distributed import rank
-from ssl_pipeline.methods import METHODS, build_method
+from ssl_pipeline.methods import build_method
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.training import loop, step
 from ssl_pipeline.training.launch import start_accelerator
 from ssl_pipeline.training.run import Monitor, Run, TrainConfig, start_clock
-from tests.tiny import CONFIGS, VIT, GlobalNoise, make_method, row
+from tests.tiny import VIT, make_method, needs, tiny_settings, view_shape
 
 SGD = {"name": "sgd", "lr": {"value": 0.02, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
 ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
@@ -49,7 +49,6 @@ class Happening:
     on_rank: only there.
     record: files (suffix: the rank) that get the sample ids of each micro-batch.
     slow_save: a file that appears when a checkpoint is half written; the process then waits to be killed.
-    global_noise: masks are the rank's rows of those of the global batch.
     float64: everything behind the augmentation is computed in double precision.
     """
 
@@ -58,16 +57,21 @@ class Happening:
     on_rank: int | None = None
     record: Path | None = None
     slow_save: Path | None = None
-    global_noise: bool = False
     float64: bool = False
+
+
+def tiny_views(name: str) -> dict[str, ViewGroup]:
+    """The groups of views that a method needs, in their smallest form."""
+    shapes = {views.name: view_shape(views) for views in needs(name)}
+    return {group: ViewGroup(count=count, size=size) for group, (count, size) in shapes.items()}
 
 
 def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Path:
     """A complete recipe for the method `name` in its smallest form; `sections` replace its sections."""
     tree: dict[str, object] = {
-        "method": {"name": name, **row(name).settings},
+        "method": tiny_settings(name),
         "backbone": VIT.model_dump(mode="json", include={"name", "arguments"}),
-        "augment": {group: {"count": count, "size": size} for group, (count, size) in row(name).views.items()},
+        "augment": {group: view.model_dump(include={"count", "size"}) for group, view in tiny_views(name).items()},
         "data": _data(name, shards, batch_size=8),
         "optim": ADAMW,
         "train": {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0},
@@ -101,7 +105,7 @@ def _pretrain(argv: list[str]) -> int:
 
 
 def needs_labels(name: str) -> bool:
-    return bool(METHODS[CONFIGS[name]].labelled_view_groups)
+    return bool(any(views.labelled for views in needs(name)))
 
 
 def _data(name: str, shards: Path, *, batch_size: int) -> Tree:
@@ -133,10 +137,10 @@ def make_run(
         clock=start_clock(index, data, config),
         index=index,
         labelled_index=open_shards(data.labelled.shards) if data.labelled is not None else None,
-        augment={group: ViewGroup(count=count, size=size) for group, (count, size) in row(name).views.items()},
+        augment=tiny_views(name),
         data=data,
         optim=validate(OptimConfig, dict(optim)),
-        config=config,
+        train=config,
         accelerator=accelerator,
         output=output,
         directory=directory,
@@ -205,9 +209,6 @@ def happens(happening: Happening) -> Iterator[None]:
         stack.enter_context(mock.patch.object(step, "make_batch", make_batch))
         if happening.float64:
             stack.enter_context(mock.patch.object(pretrain, "build_method", lambda *a: build_method(*a).double()))
-        if happening.global_noise:
-            noise = GlobalNoise(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-            stack.enter_context(mock.patch("torch.rand", noise))
         if happening.slow_save is not None:
             stack.enter_context(mock.patch("ssl_pipeline.run.checkpoints.write_manifest", write_manifest))
         yield

@@ -21,11 +21,10 @@ from ssl_pipeline.distributed import (
     world_size,
 )
 from ssl_pipeline.losses import moco_v3_loss, nt_xent
-from ssl_pipeline.methods import METHODS
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from tests.ranks import run_on_ranks
-from tests.tiny import CNN, CONFIGS, VIT, GlobalNoise, make_batch, make_method, progress_at, share_of
+from tests.tiny import CLASSES, CNN, CONFIGS, VIT, make_batch, make_method, progress_at, share_of
 
 NAMES = sorted(CONFIGS)
 NUM_IMAGES = 8
@@ -148,10 +147,7 @@ def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[st
         network = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
     batch = share_of(make_batch(name, num_images=NUM_IMAGES, dtype=torch.float64), rank(), world_size())
     gathers = detach_the_others if wrong == "gather" else gather_with_grad
-    with (
-        mock.patch("ssl_pipeline.losses.contrastive.gather_with_grad", gathers),
-        mock.patch("torch.rand", GlobalNoise(rank(), world_size())),
-    ):
+    with mock.patch("ssl_pipeline.losses.contrastive.gather_with_grad", gathers):
         network(batch, progress_at(1)).loss.backward()
     return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
 
@@ -199,14 +195,14 @@ def after_steps(name: str) -> dict[str, Tensor]:
         carries = []
         for micro in (0, 1):
             batch = make_batch(name, num_images=NUM_IMAGES, seed=10 * step + micro, dtype=torch.float64)
-            with torch.no_grad(), mock.patch("torch.rand", GlobalNoise(rank(), world_size())):
+            with torch.no_grad():
                 carries.append(method(share_of(batch, rank(), world_size()), progress_at(step)).carry)
         with torch.no_grad():
             method.after_step(carries, progress_at(step))
     return {key: value for key, value in method.state_dict().items() if "running_" not in key}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if METHODS[CONFIGS[n]].after_step is not Method.after_step])
+@pytest.mark.parametrize("name", [n for n in NAMES if CLASSES[n].after_step is not Method.after_step])
 def test_teachers_queues_and_centres_are_those_of_one_process(name):
     expected = after_steps(name)
     first, second = run_on_ranks(after_steps, name)
@@ -217,4 +213,4 @@ def test_teachers_queues_and_centres_are_those_of_one_process(name):
 
 @pytest.mark.parametrize("name", ["moco_v3", "simclr"])
 def test_methods_for_which_accumulation_is_no_bigger_batch_say_so(name):
-    assert "k micro-batches are not one big batch" in inspect.getdoc(METHODS[CONFIGS[name]])
+    assert "k micro-batches are not one big batch" in inspect.getdoc(CLASSES[name])

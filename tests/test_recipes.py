@@ -20,14 +20,15 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import COMPARISONS, RECIPES, ConfigError, dump, load, read_yaml, recipe_files, validate
 from ssl_pipeline.eval.compare import CompareConfig
-from ssl_pipeline.methods import METHODS, build_method
+from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
-from ssl_pipeline.training.preflight import check_view_groups
+from ssl_pipeline.training.preflight import check_recipe
 from tests.tiny import write_shards
 
 FILES = recipe_files(RECIPES)
@@ -91,8 +92,8 @@ def test_a_recipe_is_complete(name):
 def test_a_recipe_builds_and_has_the_views_that_its_method_reads(name):
     config = recipe(name)
     method = on_meta(config)
-    assert isinstance(method, METHODS[type(config.method)])
-    check_view_groups(method, config.augment)
+    assert type(method).config_class is type(config.method)
+    check_recipe(method, method.backbone, config.augment, config.data)
     assert all(parameter.is_meta for parameter in method.parameters())
 
 
@@ -100,13 +101,17 @@ def test_a_view_group_that_is_missing_or_unread_is_told():
     config = recipe("dino_vits16")
     method = on_meta(config)
     views = dict(config.augment)
-    check_view_groups(method, {"global": views["global"]})  # local crops are optional
+
+    def check(views: dict[str, ViewGroup]) -> None:
+        check_recipe(method, method.backbone, views, config.data)
+
+    check({"global": views["global"]})  # local crops are optional
     with pytest.raises(ConfigError, match=r"^DINO needs the view group augment\.global\. The recipe has local\.$"):
-        check_view_groups(method, {"local": views["local"]})
+        check({"local": views["local"]})
     with pytest.raises(
         ConfigError, match=r"^DINO has no use for the view group augment\.locla\. It reads global, local\.$"
     ):
-        check_view_groups(method, views | {"locla": views["local"]})
+        check(views | {"locla": views["local"]})
 
 
 # the official numbers
@@ -296,4 +301,5 @@ def test_the_runs_of_a_comparison_are_valid_and_build(name):
     comparison = load(CompareConfig, [f"recipe={name}"], recipes=COMPARISONS)
     for arguments in comparison.arguments().values():
         config = load(PretrainConfig, [*arguments, "seed=0", "output=out"], recipes=RECIPES)
-        check_view_groups(on_meta(config), config.augment)
+        method = on_meta(config)
+        check_recipe(method, method.backbone, config.augment, config.data)

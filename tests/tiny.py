@@ -1,11 +1,10 @@
-"""Every method in its smallest form, and images for it: one row of TINY per method of METHODS."""
+"""Every method in its smallest form, and images for it, worked out from its config and from what it needs."""
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, MaskRule, Views
 from ssl_pipeline.config import Config
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.methods.base import Method
@@ -25,60 +24,67 @@ VIT = BackboneConfig(
     arguments={"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
 )
 CNN = BackboneConfig(name="resnet10t", arguments={"stem_type": ""}, small_images=True)
-PROJECTOR = {"projector_hidden_dim": 16, "projector_dim": 8}
+# by the end of a setting's name: a size that takes a CPU a moment
+SMALL = {"_dim": 16, "num_prototypes": 12, "queue_size": 64, "_depth": 1, "_heads": 2, "num_classes": 3}
+OWN = {"dino": {"freeze_prototypes_for": 1}, "fixmatch": {"threshold": 0.4}, "moco": {"symmetric": True}}
+"""What a method's tests need beside that."""
+COUNTS = {"global": 2, "local": 3}
+SIZES = {"local": 8}
 
-
-@dataclass(frozen=True)
-class Tiny:
-    """Settings of a method, and of each group of views its number and size in pixels."""
-
-    settings: dict[str, object]
-    views: dict[str, tuple[int, int]]
-
-
-TINY = {
-    "byol": Tiny({**PROJECTOR, "predictor_hidden_dim": 16}, {"view": (2, 16)}),
-    "dino": Tiny(
-        {"num_prototypes": 12, "head_hidden_dim": 16, "head_bottleneck_dim": 8, "freeze_prototypes_for": 1},
-        {"global": (2, 16), "local": (3, 8)},
-    ),
-    "fixmatch": Tiny({"num_classes": 3, "threshold": 0.4}, {"weak": (1, 16), "strong": (1, 16)}),
-    "mae": Tiny({"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}, {"image": (1, 16)}),
-    "moco": Tiny({**PROJECTOR, "queue_size": 64, "symmetric": True}, {"view": (2, 16)}),
-    "moco_v3": Tiny({**PROJECTOR, "predictor_hidden_dim": 16}, {"view": (2, 16)}),
-    "simclr": Tiny(dict(PROJECTOR), {"view": (2, 16)}),
-    "simsiam": Tiny({**PROJECTOR, "predictor_hidden_dim": 8}, {"view": (2, 16)}),
+CONFIGS: dict[str, type[Config]] = {
+    get_args(method.config_class.model_fields["name"].annotation)[0]: method.config_class for method in METHODS
+}
+CLASSES: dict[str, type[Method]] = {
+    name: method for method in METHODS for name in CONFIGS if CONFIGS[name] is method.config_class
 }
 
-CONFIGS: dict[str, type[Config]] = {get_args(config.model_fields["name"].annotation)[0]: config for config in METHODS}
 
-
-def row(name: str) -> Tiny:
-    assert name in TINY, f"tests/tiny.py has no row for the method '{name}': add one to TINY"
-    return TINY[name]
+def tiny_settings(name: str) -> dict[str, object]:
+    """The settings of the method `name` in its smallest form."""
+    fields = CONFIGS[name].model_fields
+    small = {field: value for field in fields for end, value in SMALL.items() if field.endswith(end)}
+    return {"name": name, **small, **OWN.get(name, {})}
 
 
 def make_method(name: str, *, backbone: BackboneConfig = VIT, seed: int = 0) -> Method:
     torch.manual_seed(seed)
-    return build_method(CONFIGS[name](name=name, **row(name).settings), create_backbone(backbone))
+    return build_method(CONFIGS[name](**tiny_settings(name)), create_backbone(backbone))
+
+
+@cache
+def needs(name: str) -> tuple[Views, ...]:
+    return make_method(name).needs
+
+
+def view_shape(views: Views) -> tuple[int, int]:
+    """How many tiny views a group has, and their side in pixels."""
+    return views.count or COUNTS.get(views.name, 1), SIZES.get(views.name, 16)
 
 
 def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
-    """Random views for the method `name`; those of its labelled groups in a batch of their own."""
+    """Random views and masks for the method `name`; those of its labelled groups in a batch of their own."""
     generator = torch.Generator().manual_seed(seed)
+    views: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}
+    masks = {}
+    for group in needs(name):
+        count, size = view_shape(group)
+        drawn = torch.randn(count, num_images, 3, size, size, generator=generator, dtype=torch.float64)
+        views[group.labelled][group.name] = drawn.to(dtype)
+        if group.mask is not None:
+            masks[group.name] = make_masks(group.mask, count, num_images, size, generator=generator)
+    labels, sample_ids = torch.arange(num_images) % 3, torch.arange(num_images)
+    labelled = Batch(views[True], labels, sample_ids) if views[True] else None
+    return Batch(views[False], labels, sample_ids, masks, labelled)
 
-    def draw(groups: Iterable[str]) -> dict[str, torch.Tensor]:
-        sizes = {group: row(name).views[group] for group in groups}
-        return {
-            group: torch.randn(count, num_images, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
-            for group, (count, size) in sizes.items()
-        }
 
-    labels, index = torch.arange(num_images) % 3, torch.arange(num_images)
-    method = METHODS[CONFIGS[name]]
-    views = draw(group for group in row(name).views if group in (*method.view_groups, *method.optional_view_groups))
-    labelled = draw(method.labelled_view_groups)
-    return Batch(views, labels, index, labelled=Batch(labelled, labels, index) if labelled else None)
+def make_masks(
+    rule: MaskRule, num_views: int, num_images: int, size: int, *, generator: torch.Generator
+) -> torch.Tensor:
+    """(V, B, L) masks with as many patches as `ratio` says, at random places."""
+    assert isinstance(rule.ratio, float)
+    num_patches = (size // rule.patch_size) ** 2
+    order = torch.rand(num_views, num_images, num_patches, generator=generator).argsort(dim=-1)
+    return order >= int(num_patches * (1 - rule.ratio))
 
 
 def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
@@ -86,25 +92,13 @@ def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
     size = len(batch.sample_ids) // world_size
     here = slice(rank * size, (rank + 1) * size)
     views = {group: tensor[:, here] for group, tensor in batch.views.items()}
+    masks = {group: tensor[:, here] for group, tensor in batch.masks.items()}
     labelled = share_of(batch.labelled, rank, world_size) if batch.labelled is not None else None
-    return Batch(views, batch.labels[here], batch.sample_ids[here], labelled=labelled)
+    return Batch(views, batch.labels[here], batch.sample_ids[here], masks, labelled)
 
 
 def progress_at(step: int) -> Progress:
     return Progress(step=step, total_steps=10, steps_per_epoch=5)
-
-
-class GlobalNoise:
-    """Stands in for `torch.rand`: (B, ...) uniforms that are this rank's rows of those of the global batch."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size, self.calls = rank, world_size, 0
-
-    def __call__(self, size: tuple[int, ...], *, device: torch.device | str | None = None) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.calls)
-        self.calls += 1
-        numbers = torch.empty(self.world_size * size[0], *size[1:]).uniform_(generator=generator)
-        return numbers.chunk(self.world_size)[self.rank].to(device)
 
 
 def write_shards(folder: Path, counts: tuple[int, ...] = (20, 17, 11), *, corrupt: tuple[int, ...] = ()) -> Path:

@@ -105,6 +105,11 @@ class ViewGroup(Config):
             raise ValueError(" ".join(mistakes))
         return self
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sides that a view may have."""
+        return (self.size,)
+
     def per_view(self, value: PerView) -> tuple[float, ...]:
         """One value for each of the `count` views."""
         values = value if isinstance(value, tuple) else (value,)

@@ -12,12 +12,16 @@ from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.attention import choose_attention
+from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.patches import take_patches
 from ssl_pipeline.backbones.positions import Grid, resample_positions
 
 
 class Backbone(nn.Module):
     """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim)."""
+
+    config: BackboneConfig
+    """What `create_backbone` made it from, so that it can make another one."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -39,16 +39,25 @@ def random_masking(noise: Tensor, *, ratio: float) -> tuple[Tensor, Tensor, Tens
         mask     (N, L) float32, 1 = removed, 0 = kept
         restore  (N, L): row r of [kept patches, removed patches] gathered at restore[r] is in image order again
     """
-    kept, _, restore = random_split(noise, ratio=ratio)
-    return kept, (restore >= kept.shape[1]).float(), restore
-
-
-def random_split(noise: Tensor, *, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`random_masking` with (N, L - K) indices of the removed patches, by ascending noise, in place of the mask."""
     if not 0 <= ratio < 1:
         raise ValueError(f"a masking ratio must be at least 0 and below 1. Got {ratio}.")
     num_kept = int(noise.shape[1] * (1 - ratio))
     order = torch.argsort(noise, dim=1, stable=True)
+    restore = torch.argsort(order, dim=1)
+    return order[:, :num_kept], (restore >= num_kept).float(), restore
+
+
+def split_by_mask(mask_NL: Tensor, *, num_kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the kept and the masked patches of each image are; every image has the same number of them.
+
+    mask_NL: bool, True = masked, with `num_kept` False in each row: a number that the host knows, so that nothing waits
+    for the device. Returns, each in image order,
+
+        kept     (N, K) indices of the kept patches
+        masked   (N, L - K) indices of the masked ones
+        restore  (N, L): row r of [kept patches, masked patches] gathered at restore[r] is in image order again
+    """
+    order = torch.argsort(mask_NL.byte(), dim=1, stable=True)
     return order[:, :num_kept], order[:, num_kept:], torch.argsort(order, dim=1)
 
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone, save_backbone
+from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone
 from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig
@@ -34,9 +34,10 @@ from ssl_pipeline.training.launch import start_accelerator
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
-    check_labelled_settings,
-    check_view_groups,
+    check_recipe,
+    evaluation_size,
     open_labelled_images,
+    run_facts,
 )
 from ssl_pipeline.training.resume import check_identity
 from ssl_pipeline.training.run import Monitor, Run, TrainConfig, start_clock
@@ -90,9 +91,7 @@ def pretrain(config: PretrainConfig) -> int:
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
-        check_view_groups(method, config.augment)
-        method.check_view_sizes({name: group.size for name, group in config.augment.items()})
-        check_labelled_settings(method, config.data, measures_classifier=config.classifier is not None)
+        check_recipe(method, backbone, config.augment, config.data)
         output = config.run_directory
         identity = _identity(config)
         directory = None
@@ -103,18 +102,12 @@ def pretrain(config: PretrainConfig) -> int:
         index = open_shards(config.data.shards, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb)
         index_seconds = time.perf_counter() - asked
         identity["images"] = _images(index)
-        labelled_index = open_labelled_images(method, config.data)
+        labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
         clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
-        method.check(global_batch=clock.global_batch)
-        check_batch_norm(
-            method,
-            config.data,
-            backbone=config.backbone.name,
-            sync_batch_norm=config.train.sync_batch_norm,
-            num_processes=accelerator.num_processes,
-        )
+        method.prepare(run_facts(index, labelled_index, config.augment, config.data, global_batch=clock.global_batch))
+        check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = _monitors(config, method, preprocessing, accelerator)
         if directory is not None:
@@ -128,7 +121,7 @@ def pretrain(config: PretrainConfig) -> int:
                 augment=config.augment,
                 data=config.data,
                 optim=config.optim,
-                config=config.train,
+                train=config.train,
                 accelerator=accelerator,
                 output=output,
                 directory=directory,
@@ -142,16 +135,10 @@ def pretrain(config: PretrainConfig) -> int:
             )
         )
         if signal_number == 0 and directory is not None:
-            assert isinstance(method.backbone, Backbone)
             save_backbone(output, method.backbone, config.backbone, preprocessing)
             print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
-
-
-def evaluation_size(method: Method, augment: Mapping[str, ViewGroup]) -> int:
-    """Side in pixels of the images that evaluators show the backbone: that of the method's first group of views."""
-    return augment[method.view_groups[0]].size
 
 
 def describe(config: PretrainConfig, method: Method, clock: Clock, num_processes: int) -> None:
@@ -216,13 +203,16 @@ def _monitors(
             )
         )
     if config.classifier is not None:
-        assert method.classifier is not None
+        if method.classifier is None:
+            raise ConfigError(
+                f"{type(method).__name__} learns no classifier to measure. Leave classifier out; knn suits any method."
+            )
         monitors.append(
             ClassifierMonitor(
                 config.classifier,
                 preprocessing,
                 classifier=method.classifier,
-                num_classes=method.num_classes,
+                num_classes=method.classifier.out_features,
                 workers=config.data.workers,
                 device=accelerator.device,
             )

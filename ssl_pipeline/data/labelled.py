@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.data.stream import DataConfig, open_stream
+from ssl_pipeline.data.stream import NO_MASKS, DataConfig, open_stream
 from ssl_pipeline.randomness import LABELLED, hash64
 
 
@@ -21,8 +22,9 @@ def open_labelled_stream(
     rank: int,
     world_size: int,
     accumulate: int,
+    masks: Mapping[str, MaskRule] = NO_MASKS,
     device: torch.device | str = "cpu",
-    sign_of_life: Callable[[], None] = lambda: None,
+    keepalive: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
 
@@ -47,9 +49,11 @@ def open_labelled_stream(
         position=step * own.batch_size * world_size * accumulate,
         rank=rank,
         world_size=world_size,
+        masks=masks,
+        accumulate=accumulate,
         repeat=True,
         device=device,
-        sign_of_life=sign_of_life,
+        keepalive=keepalive,
     )
 
 

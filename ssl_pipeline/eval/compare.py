@@ -15,14 +15,14 @@ from ssl_pipeline.config import COMPARISONS, Config, RunError, run_command
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
 from ssl_pipeline.eval.protocol import write_report
-from ssl_pipeline.eval.table import EVALUATORS, SUBJECTS, format_table, percent, read_top1
+from ssl_pipeline.eval.table import EVALUATORS, MODELS, format_table, percent, read_top1
 from ssl_pipeline.files import JSON, write_json, write_text
 
 COURSES = {"knn_top1": "k-NN", "classifier_top1": "own classifier"}
 CURVE_POINTS = 6
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
-"""Evaluator -> subject -> top-1 in percent, one per seed."""
+"""Evaluator -> model -> top-1 in percent, one per seed."""
 
 
 class CompareConfig(Config):
@@ -103,15 +103,15 @@ def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = r
     """Run and measure everything; `pretrain` runs one list of arguments."""
     found = Comparison({}, {}, {metric: {} for metric in COURSES})
     for name, arguments in config.arguments().items():
-        scores: dict[str, dict[str, list[float]]] = {key: {subject: [] for subject in SUBJECTS} for key in EVALUATORS}
+        scores: dict[str, dict[str, list[float]]] = {key: {model: [] for model in MODELS} for key in EVALUATORS}
         rows = []
         for seed in config.seeds:
             run = config.output / f"{name}-seed{seed}"
             pretrain([*arguments, f"seed={seed}", f"output={run}"])
             _evaluate(config, run)
             for evaluator, top1 in read_top1(run).items():
-                for subject in SUBJECTS:
-                    scores[evaluator][subject].append(top1[subject])
+                for model in MODELS:
+                    scores[evaluator][model].append(top1[model])
             rows.append(_read_metrics(run))
         found.top1[name] = scores
         found.classifier[name] = [row[-1]["classifier_top1"] for row in rows if row and "classifier_top1" in row[-1]]
@@ -126,12 +126,12 @@ def summary(found: Comparison, seeds: int) -> str:
     rows = []
     for name, scores in found.top1.items():
         for evaluator, title in EVALUATORS.items():
-            rows.append((name, title, *(_mean_and_spread(scores[evaluator][subject]) for subject in SUBJECTS)))
+            rows.append((name, title, *(_mean_and_spread(scores[evaluator][model]) for model in MODELS)))
         if found.classifier[name]:
             rows.append((name, "own classifier top-1", "-", "-", _mean_and_spread(found.classifier[name])))
     spread = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     lines = [
-        format_table(("run", "", *SUBJECTS.values()), rows),
+        format_table(("run", "", *MODELS.values()), rows),
         "",
         f"Top-1 of the last step, never of the best one; {spread}.",
     ]

@@ -17,7 +17,7 @@ from ssl_pipeline.eval.protocol import (
     LabelledFeatures,
     choose_device,
     count_classes,
-    measure_subjects,
+    measure_models,
     open_labelled,
     write_report,
 )
@@ -114,7 +114,7 @@ class KnnConfig(EvaluationConfig):
 
 
 def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
-    """The k-NN report of the config's subject, as it stands in `eval/knn.json`, with a table on stdout."""
+    """The k-NN report of the config's model, as it stands in `eval/knn.json`, with a table on stdout."""
     import faiss
 
     def measure(features: LabelledFeatures) -> dict[int, dict[str, float]]:
@@ -132,7 +132,7 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
 
     images = open_labelled(config.train, config.test, task="k-NN")
     require_k(max(config.k), len(images.train))
-    measured = measure_subjects(config, images, measure, task="k-NN")
+    measured = measure_models(config, images, measure, task="k-NN")
     settings: dict[str, JSON] = {
         "k": config.k,
         "temperature": config.temperature,

@@ -17,7 +17,7 @@ from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
     choose_device,
-    measure_subjects,
+    measure_models,
     open_labelled,
     write_report,
 )
@@ -169,7 +169,7 @@ def _logistic(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], Sco
 
 
 def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
-    """The linear-probe report of the config's subject, as it stands in `eval/linear.json`, with a table on stdout."""
+    """The linear-probe report of the config's model, as it stands in `eval/linear.json`, with a table on stdout."""
     import sklearn
 
     def measure(features: LabelledFeatures) -> ProbeResult:
@@ -184,7 +184,7 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
         )
 
     images = open_labelled(config.train, config.test, task="the linear probe")
-    measured = measure_subjects(config, images, measure, task="the linear probe")
+    measured = measure_models(config, images, measure, task="the linear probe")
     protocol = measured.result.solver
     settings: dict[str, JSON] = {
         "solver": protocol,

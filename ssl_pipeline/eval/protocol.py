@@ -1,4 +1,4 @@
-"""What all evaluators share: labelled images, features of the subject and its baselines, the report."""
+"""What all evaluators share: labelled images, features of the model and its baselines, the report."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,14 +15,14 @@ from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.features.cache import cached
 from ssl_pipeline.eval.features.extract import Precision, extract_features
-from ssl_pipeline.eval.features.models import Subject, SubjectConfig, baselines_of, open_subject
+from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig, baselines_of, open_model
 from ssl_pipeline.files import JSON, write_json
 
 Result = TypeVar("Result")
 
 
-class EvaluationConfig(SubjectConfig):
-    """A subject with the labelled images to measure it on."""
+class EvaluationConfig(ModelConfig):
+    """A model with the labelled images to measure it on."""
 
     train: str
     """Shards of labelled training images."""
@@ -109,44 +109,44 @@ def choose_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Measured(Generic[Result]):
-    """An evaluator's results: the subject's, the baselines', and how they were obtained."""
+    """An evaluator's results: the model's, the baselines', and how they were obtained."""
 
     label: str
     result: Result
-    baselines: dict[str, tuple[Subject, Result]]
+    baselines: dict[str, tuple[EvaluatedModel, Result]]
     protocol: dict[str, JSON]
 
     def rows(self) -> list[tuple[str, Result]]:
-        """Labels and results for a table, the subject last."""
-        return [(subject.label, result) for subject, result in self.baselines.values()] + [(self.label, self.result)]
+        """Labels and results for a table, the model last."""
+        return [(model.label, result) for model, result in self.baselines.values()] + [(self.label, self.result)]
 
     def report(self, to_json: Callable[[Result], dict[str, JSON]], settings: dict[str, JSON]) -> dict[str, JSON]:
         """What is written to `eval/NAME.json`; `settings` are the evaluator's part of the protocol."""
         baselines = {
-            name: {**to_json(result), "about": subject.about} for name, (subject, result) in self.baselines.items()
+            name: {**to_json(result), "about": model.about} for name, (model, result) in self.baselines.items()
         }
         return {**to_json(self.result), "baselines": baselines, "protocol": {**settings, **self.protocol}}
 
 
-def measure_subjects(
+def measure_models(
     config: EvaluationConfig,
     images: LabelledImages,
     measure: Callable[[LabelledFeatures], Result],
     *,
     task: str,
 ) -> Measured[Result]:
-    """`measure` on the features of the subject and, if asked for, of its baselines."""
-    subject = open_subject(config)
-    features = subject_features(config, subject, images, task=task)
+    """`measure` on the features of the model and, if asked for, of its baselines."""
+    model = open_model(config)
+    features = model_features(config, model, images, task=task)
     baselines = {
-        name: (baseline, measure(subject_features(config, baseline, images, task=task)))
-        for name, baseline in (baselines_of(subject) if config.baselines else {}).items()
+        name: (baseline, measure(model_features(config, baseline, images, task=task)))
+        for name, baseline in (baselines_of(model) if config.baselines else {}).items()
     }
     protocol: dict[str, JSON] = {
-        "subject": subject.about,
-        "size": subject.preprocessing.size,
-        "mean": subject.preprocessing.mean,
-        "std": subject.preprocessing.std,
+        "subject": model.about,
+        "size": model.preprocessing.size,
+        "mean": model.preprocessing.mean,
+        "std": model.preprocessing.std,
         "precision": config.precision,
         "train": config.train,
         "num_train": len(features.train),
@@ -156,21 +156,21 @@ def measure_subjects(
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    return Measured(subject.label, measure(features), baselines, protocol)
+    return Measured(model.label, measure(features), baselines, protocol)
 
 
-def subject_features(
-    config: EvaluationConfig, subject: Subject, images: LabelledImages, *, task: str
+def model_features(
+    config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages, *, task: str
 ) -> LabelledFeatures:
     """Features of both sets, from the cache in `DIR/eval/cache` where it has them."""
     device = choose_device(config.device)
     directory = config.output or config.run
-    backbone = subject.backbone.to(device)
+    backbone = model.backbone.to(device)
     found: list[Tensor] = []
     for name, index in (("training", images.train), ("test", images.test)):
         identity = {
-            "subject": {key: value for key, value in subject.about.items() if key != "run"},
-            "preprocessing": asdict(subject.preprocessing),
+            "subject": {key: value for key, value in model.about.items() if key != "run"},
+            "preprocessing": asdict(model.preprocessing),
             "precision": config.precision,
             "images": index.checksums,
             "torch": torch.__version__,
@@ -180,12 +180,12 @@ def subject_features(
             extract_features,
             backbone,
             index,
-            subject.preprocessing,
+            model.preprocessing,
             batch_size=config.batch_size,
             workers=config.workers,
             device=device,
             precision=config.precision,
-            description=f"{subject.label}, {name} images",
+            description=f"{model.label}, {name} images",
         )
         found += cached(directory and directory / "eval" / "cache", identity, compute)
     train, train_labels, test, test_labels = found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, run_command
 
-SUBJECTS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
+MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
 EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1"}
 
 
@@ -48,7 +48,7 @@ def read_top1(run: Path) -> dict[str, dict[str, float]]:
             continue
         try:
             report = json.loads(path.read_text())
-            top1[name] = {subject: float(result["top1"]) for subject, result in report["baselines"].items()}
+            top1[name] = {model: float(result["top1"]) for model, result in report["baselines"].items()}
             top1[name]["pretrained"] = float(report["top1"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
@@ -65,11 +65,11 @@ def read_top1(run: Path) -> dict[str, dict[str, float]]:
 def summary(top1: Mapping[str, Mapping[str, float]]) -> str:
     """The table, where raw pixels are ahead, and how many times smaller the k-NN error became."""
     measured = {name: title for name, title in EVALUATORS.items() if name in top1}
-    rows = [(label, *(percent(top1[name].get(subject)) for name in measured)) for subject, label in SUBJECTS.items()]
+    rows = [(label, *(percent(top1[name].get(model)) for name in measured)) for model, label in MODELS.items()]
     lines = [format_table(("", *measured.values()), rows), ""]
     lines += compare_with_raw_pixels(top1)
     if "random" in top1.get("knn", {}):
-        random, pretrained = (100.0 - top1["knn"][subject] for subject in ("random", "pretrained"))
+        random, pretrained = (100.0 - top1["knn"][model] for model in ("random", "pretrained"))
         ratio = f"{random / pretrained:.1f} times smaller" if pretrained else "none is left"
         if 0 < random < pretrained:
             ratio = f"{pretrained / random:.1f} times larger"

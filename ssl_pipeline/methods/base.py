@@ -1,23 +1,23 @@
-"""The contract between a method and the engine.
+"""The contract between a method and the training loop.
 
-A method is a network with its loss. `forward` computes the loss of one micro-batch and changes nothing; what it finds
-on the way (keys, teacher means) travels in `StepOutput.carry` to `after_step`, which updates teachers, queues and
-centres once per optimizer step. So accumulation, activation checkpointing and a second evaluation of a batch are right
-by construction.
+A method is a network with its loss. It says which views it needs; `forward` computes the loss of one micro-batch and
+changes nothing; what it finds on the way (keys, teacher means) travels in `StepOutput.carry` to `after_step`, which
+updates teachers, queues and centres once per optimizer step. So accumulation, activation checkpointing and a second
+evaluation of a batch are right by construction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.backbones import Backbone, TokenBackbone
-from ssl_pipeline.batch import Batch
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch, RunFacts, Views
+from ssl_pipeline.config import Config
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Progress
 
@@ -32,43 +32,37 @@ class StepOutput:
 
 
 class Method(nn.Module):
-    """A network with its loss: `forward` computes, `after_step` updates what is not trained."""
+    """A network with its loss: `forward` computes, `after_step` updates what is not trained.
 
-    view_groups: ClassVar[tuple[str, ...]]
-    """Groups of `batch.views` that forward needs."""
-    optional_view_groups: ClassVar[tuple[str, ...]] = ()
-    """Groups that forward uses where a recipe has them."""
-    view_counts: ClassVar[dict[str, int]] = {}
-    """How many views of a group forward needs, where the number matters."""
-    labelled_view_groups: ClassVar[tuple[str, ...]] = ()
-    """The same of `batch.labelled.views`."""
+    A method is made from its config and a backbone. Before the run begins a recipe is checked against `needs`, so
+    `forward` trusts the batch that it gets.
+    """
 
-    backbone: nn.Module
-    """(B, C, H, W) -> (B, D): what is evaluated and exported; an attribute or a property."""
-    classifier: nn.Module | None = None
-    """Features (B, D) of `backbone` -> (B, num_classes), where a method learns to classify; evaluated with it."""
-    num_classes: int = 0
-    """What the labels of `batch.labelled` must lie below, for methods that have some."""
+    config_class: ClassVar[type[Config]]
+    """The settings of the method; `name: Literal[...]` in it is what recipes call the method."""
+    needs: tuple[Views, ...]
+    """The groups of views that forward reads; in the class where they are fixed, else set by `__init__`."""
+    projected: ClassVar[tuple[str, ...]] = ()
+    """Trained parameters that `after_step` may change, by name: SwAV's prototypes, which it puts on the sphere."""
 
-    def check(self, *, global_batch: int) -> None:
-        """Raise ConfigError before the first step if the settings do not fit the run.
+    classifier: nn.Linear | None = None
+    """Features (B, D) of `backbone` -> (B, classes), where a method learns to classify; evaluated with it."""
 
-        global_batch: images per optimizer step, over all processes and micro-batches.
+    def prepare(self, facts: RunFacts) -> None:
+        """Take in what is known of the run; called once, before the optimizer is built.
+
+        The place for buffers with an entry per image and for what depends on the number of classes. Raises ConfigError
+        if the settings do not fit the run.
         """
 
-    def check_view_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Raise ConfigError before the first step if the backbone cannot take views of these sides in pixels.
+    def backbones(self) -> dict[str, Backbone]:
+        """What can be evaluated, by name ("student", "teacher"); the first is exported and evaluated by default."""
+        raise NotImplementedError
 
-        sizes: of each group of views that forward reads.
-        """
-        patch_size = next((part.patch_size for part in self.modules() if isinstance(part, TokenBackbone)), 1)
-        for group, size in sizes.items():
-            if size % patch_size:
-                nearest = max(1, round(size / patch_size)) * patch_size
-                raise ConfigError(
-                    f"augment.{group}.size must be a multiple of the backbone's patch size {patch_size}. "
-                    f"Got {size}; try {nearest}."
-                )
+    @property
+    def backbone(self) -> Backbone:
+        """The first of `backbones`: (B, C, H, W) -> (B, D)."""
+        return next(iter(self.backbones().values()))
 
     def parts_to_compile(self) -> list[nn.Module]:
         """The parts whose own `compile` speeds up `forward`: the backbones, and what else takes much of a step."""
@@ -87,14 +81,6 @@ class Method(nn.Module):
     def param_rules(self) -> tuple[ParamRule, ...]:
         """Exceptions from the optimizer's settings, by parameter name."""
         return ()
-
-
-def two_views(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The two views of the group `view`, each (B, C, H, W)."""
-    views = batch.views["view"]
-    if len(views) != 2:
-        raise ConfigError(f"augment.view.count must be 2 for this method. Got {len(views)}.")
-    return views[0], views[1]
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.config import Config
 from ssl_pipeline.losses import byol_loss
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import MLPHead
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
@@ -36,27 +37,25 @@ class BYOLConfig(Config):
 class BYOL(Method):
     """A backbone, a projector and a predictor, and a teacher of the first two with batch statistics of its own."""
 
-    view_groups = ("view",)
-    view_counts = {"view": 2}  # noqa: RUF012
+    config_class = BYOLConfig
+    needs = (Views("view", count=2),)
 
     def __init__(self, config: BYOLConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbone
-        self.projector = MLPHead((backbone.embed_dim, config.projector_hidden_dim, config.projector_dim), bias=True)
+        projector = MLPHead((backbone.embed_dim, config.projector_hidden_dim, config.projector_dim), bias=True)
+        self.student = Encoder(backbone, projector)
         self.predictor = MLPHead((config.projector_dim, config.predictor_hidden_dim, config.projector_dim), bias=True)
         self.teacher = Teacher(self.student)
 
-    @property
-    def student(self) -> nn.Sequential:
-        """What the teacher follows: all but the predictor."""
-        return nn.Sequential(self.backbone, self.projector)
+    def backbones(self) -> dict[str, Backbone]:
+        return {"student": self.student.backbone, "teacher": self.teacher.network.backbone}
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        views = two_views(batch)
+        views = batch.two("view")
         # each view in a pass of its own, as the official code: batch norm sees one view at a time
-        features = [self.backbone(view) for view in views]
-        p1, p2 = [self.predictor(self.projector(features_of_view)) for features_of_view in features]
+        features = [self.student.backbone(view) for view in views]
+        p1, p2 = [self.predictor(self.student.head(features_of_view)) for features_of_view in features]
         z1, z2 = [self.teacher(view) for view in views]
         return StepOutput(byol_loss(p1, p2, z1, z2), {"feature_std": feature_std(features[0])})
 

@@ -7,14 +7,15 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.config import Config
 from ssl_pipeline.distributed import mean_over_ranks
 from ssl_pipeline.losses import mean_logits, prototype_distillation
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.optim.rules import ParamRule
@@ -37,7 +38,7 @@ class DINOConfig(Config):
     """Batch norm in the head's hidden layers."""
     fixed_prototype_scale: bool = True
     """Whether all prototypes have length 1 (`norm_last_layer` of the official code)."""
-    freeze_prototypes_for: Duration = "1ep"
+    freeze_prototypes_for: Duration = Duration("1ep")
     """How long the student's last layer stays as it was initialised."""
     student_temperature: float = Field(0.1, gt=0)
     """Temperature of the student's softmax."""
@@ -52,8 +53,8 @@ class DINOConfig(Config):
 class DINO(Method):
     """Student and teacher, each a backbone with a prototype head; the teacher's mean output is kept as `centre`."""
 
-    view_groups = ("global",)
-    optional_view_groups = ("local",)
+    config_class = DINOConfig
+    needs = (Views("global"), Views("local", optional=True))
 
     def __init__(self, config: DINOConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -67,31 +68,28 @@ class DINO(Method):
             batch_norm=config.head_batch_norm,
             fixed_scale=config.fixed_prototype_scale,
         )
-        self.student = nn.Sequential()
-        self.student.add_module("backbone", backbone)
-        self.student.add_module("head", head)
+        self.student = Encoder(backbone, head)
         self.teacher = Teacher(self.student)
         self.centre: Tensor
         self.register_buffer("centre", torch.zeros(config.num_prototypes))
 
-    @property
-    def backbone(self) -> nn.Module:  # type: ignore[override]
-        """The teacher's: what the official evaluation loads."""
-        return self.teacher.network.get_submodule("backbone")
+    def backbones(self) -> dict[str, Backbone]:
+        # the teacher first: what the official evaluation loads
+        return {"teacher": self.teacher.network.backbone, "student": self.student.backbone}
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         global_views = batch.views["global"]
-        student_head, teacher_head = self._head_of(self.student), self._head_of(self.teacher.network)
+        student, teacher = self.student, self.teacher.network
         with torch.no_grad():
-            features = self.backbone(global_views.flatten(0, 1))
-            teacher_TBD = teacher_head.bottleneck(features).unflatten(0, global_views.shape[:2])
-            teacher_prototypes = teacher_head.prototypes
+            features = teacher.backbone(global_views.flatten(0, 1))
+            teacher_TBD = teacher.head.bottleneck(features).unflatten(0, global_views.shape[:2])
+            teacher_prototypes = teacher.head.prototypes
         # the backbone once per resolution, the head once for all, as the official code
-        backbone = self.student.get_submodule("backbone")
-        student_features = torch.cat([backbone(views.flatten(0, 1)) for views in self._student_views(batch)])
+        crops = [batch.views[name].flatten(0, 1) for name in ("global", "local") if name in batch.views]
+        student_features = torch.cat([student.backbone(views) for views in crops])
         loss, target_entropy = prototype_distillation(
-            student_head.bottleneck(student_features).unflatten(0, (-1, global_views.shape[1])),
-            student_head.prototypes,
+            student.head.bottleneck(student_features).unflatten(0, (-1, global_views.shape[1])),
+            student.head.prototypes,
             teacher_TBD,
             teacher_prototypes,
             self.centre,
@@ -109,11 +107,3 @@ class DINO(Method):
 
     def param_rules(self) -> tuple[ParamRule, ...]:
         return (ParamRule("student.head.last_layer.", frozen_for=self.config.freeze_prototypes_for),)
-
-    def _head_of(self, network: nn.Module) -> PrototypeHead:
-        head = network.get_submodule("head")
-        assert isinstance(head, PrototypeHead)
-        return head
-
-    def _student_views(self, batch: Batch) -> list[Tensor]:
-        return [batch.views[name] for name in ("global", "local") if name in batch.views]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.losses import fixmatch_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
 
@@ -22,8 +23,8 @@ class FixMatchConfig(Config):
     """FixMatch: what a classifier says with confidence of a weakly augmented image is the label of a strong view."""
 
     name: Literal["fixmatch"]
-    num_classes: int = Field(gt=1)
-    """Classes of the labelled images."""
+    num_classes: int | None = Field(None, gt=1)
+    """Classes of the labelled images; null takes as many as their shards have."""
     threshold: float = Field(0.95, ge=0, le=1)
     """Smallest probability of a class that makes it a pseudo-label."""
     unlabelled_weight: float = Field(1.0, ge=0)
@@ -38,42 +39,50 @@ class FixMatch(Method):
     The moving average takes no part in training. Unlabelled images may come with labels: these serve the metrics alone.
     """
 
-    view_groups = ("weak", "strong")
-    labelled_view_groups = ("weak",)
+    config_class = FixMatchConfig
+    needs = (
+        Views("weak", count=1, evaluated=True),
+        Views("strong", count=1),
+        Views("weak", count=1, labelled=True),
+    )
 
     def __init__(self, config: FixMatchConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.num_classes = config.num_classes
-        classifier = nn.Linear(backbone.embed_dim, config.num_classes)
+        self._backbone = (backbone,)  # not a part of this module until its classifier is made
+        if config.num_classes is not None:
+            self._build(config.num_classes)
+
+    def prepare(self, facts: RunFacts) -> None:
+        num_classes = facts.classes(self.config.num_classes)
+        if self.config.num_classes is None:
+            self._build(num_classes)
+        if facts.view_sizes["weak"] != facts.view_sizes["strong"]:
+            weak, strong = (" or ".join(map(str, facts.view_sizes[name])) for name in ("weak", "strong"))
+            raise ConfigError(f"augment.weak.size and augment.strong.size must be the same. Got {weak} and {strong}.")
+
+    def _build(self, num_classes: int) -> None:
+        (backbone,) = self._backbone
+        classifier = nn.Linear(backbone.embed_dim, num_classes)
         nn.init.xavier_normal_(classifier.weight)
         nn.init.zeros_(classifier.bias)
-        self.student = nn.Sequential()
-        self.student.add_module("backbone", backbone)
-        self.student.add_module("classifier", classifier)
+        self.student = Encoder(backbone, classifier)
         self.teacher = Teacher(self.student, buffers="copy")
 
-    @property
-    def backbone(self) -> nn.Module:  # type: ignore[override]
-        """The moving average's."""
-        return self.teacher.network.get_submodule("backbone")
+    def backbones(self) -> dict[str, Backbone]:
+        return {"teacher": self.teacher.network.backbone, "student": self.student.backbone}
 
     @property
-    def classifier(self) -> nn.Module:  # type: ignore[override]
+    def classifier(self) -> nn.Linear:  # type: ignore[override]
         """The moving average's."""
-        return self.teacher.network.get_submodule("classifier")
+        return self.teacher.network.head
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        if batch.labelled is None:
-            raise ConfigError("FixMatch needs labelled images beside the unlabelled ones. Set data.labelled.")
-        images = [
-            _only_view(part, name) for part, name in ((batch.labelled, "weak"), (batch, "weak"), (batch, "strong"))
-        ]
-        self.check_view_sizes({"weak": images[1].shape[-1], "strong": images[2].shape[-1]})
+        assert batch.labelled is not None
+        images = [batch.labelled.one("weak"), batch.one("weak"), batch.one("strong")]
         # one pass, so batch norm sees one distribution
-        features = self.student.get_submodule("backbone")(torch.cat(images))
-        sizes_of_parts = [len(views) for views in images]
-        labelled, weak, strong = self.student.get_submodule("classifier")(features).split(sizes_of_parts)
+        features = self.student.backbone(torch.cat(images))
+        labelled, weak, strong = self.student.head(features).split([len(views) for views in images])
         loss, kept = fixmatch_loss(
             labelled,
             batch.labelled.labels,
@@ -91,22 +100,6 @@ class FixMatch(Method):
         }
         return StepOutput(loss, metrics)
 
-    def check_view_sizes(self, sizes: Mapping[str, int]) -> None:
-        super().check_view_sizes(sizes)
-        if sizes["weak"] != sizes["strong"]:
-            raise ConfigError(
-                f"augment.weak.size and augment.strong.size must be the same. "
-                f"Got {sizes['weak']} and {sizes['strong']}."
-            )
-
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
         self.teacher.update(self.student, self.config.teacher_momentum(progress))
-
-
-def _only_view(batch: Batch, name: str) -> Tensor:
-    """(B, C, H, W)."""
-    views = batch.views[name]
-    if len(views) != 1:
-        raise ConfigError(f"augment.{name}.count must be 1 for FixMatch. Got {len(views)}.")
-    return views[0]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from ssl_pipeline.backbones import Backbone, TokenBackbone
-from ssl_pipeline.backbones.patches import patchify, random_split, take_patches
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.backbones.patches import patchify, split_by_mask, take_patches
+from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.losses import removed_patches_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
@@ -41,46 +39,50 @@ class MAE(Method):
     The official encoder has `fixed_positions` and `initial_weights: mae`: settings of the backbone.
     """
 
-    view_groups = ("image",)
-    backbone: TokenBackbone
+    config_class = MAEConfig
 
     def __init__(self, config: MAEConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.backbone = _with_trained_tokens(backbone)
+        self.encoder = _with_trained_tokens(backbone)
+        mask = MaskRule("random", self.encoder.patch_size, ratio=config.mask_ratio)
+        self.needs = (Views("image", mask=mask),)
         self.decoder = PixelDecoder(
             backbone.embed_dim,
-            self.backbone.grid,
-            self.backbone.patch_size,
+            self.encoder.grid,
+            self.encoder.patch_size,
             dim=config.decoder_dim,
             depth=config.decoder_depth,
             num_heads=config.decoder_heads,
-            num_prefix_tokens=self.backbone.num_prefix_tokens,
+            num_prefix_tokens=self.encoder.num_prefix_tokens,
         )
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         images = batch.views["image"].flatten(0, 1)
-        self.check_view_sizes({"image": images.shape[-1]})
-        patches = patchify(images, self.backbone.patch_size)
-        noise = torch.rand(patches.shape[:2], device=patches.device)
-        kept, removed, restore = random_split(noise, ratio=self.config.mask_ratio)
-        encoded = self.backbone.encode(self.backbone.embed_patches(take_patches(patches, kept), kept))
+        patches = patchify(images, self.encoder.patch_size)
+        mask_NL = batch.masks["image"].flatten(0, 1)
+        kept, removed, restore = split_by_mask(mask_NL, num_kept=int(mask_NL.shape[1] * (1 - self.config.mask_ratio)))
+        encoded = self.encoder.encode(self.encoder.embed_patches(take_patches(patches, kept), kept))
         loss = removed_patches_loss(
             take_patches(patches, removed),
             self.decoder(encoded, restore, removed),
             normalize_targets=self.config.normalize_targets,
         )
-        features = self.backbone.model.forward_head(encoded.detach(), pre_logits=True)
+        features = self.encoder.model.forward_head(encoded.detach(), pre_logits=True)
         return StepOutput(loss, {"feature_std": feature_std(features)})
 
-    def check_view_sizes(self, sizes: Mapping[str, int]) -> None:
-        rows, columns = self.backbone.grid
-        size, needed = sizes["image"], rows * self.backbone.patch_size
-        if rows != columns or size != needed:
-            raise ConfigError(
-                f"augment.image.size must be that of the backbone, {rows} * {self.backbone.patch_size} pixels. "
-                f"Got {size}; try backbone.arguments.img_size={size}."
-            )
+    def prepare(self, facts: RunFacts) -> None:
+        rows, columns = self.encoder.grid
+        needed = rows * self.encoder.patch_size
+        for size in facts.view_sizes["image"]:
+            if rows != columns or size != needed:
+                raise ConfigError(
+                    f"augment.image.size must be that of the backbone, {rows} * {self.encoder.patch_size} pixels. "
+                    f"Got {size}; try backbone.arguments.img_size={size}."
+                )
+
+    def backbones(self) -> dict[str, Backbone]:
+        return {"encoder": self.encoder}
 
     def parts_to_compile(self) -> list[nn.Module]:
         return [*super().parts_to_compile(), self.decoder]

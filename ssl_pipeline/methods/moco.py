@@ -10,14 +10,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import info_nce
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import MLPHead
 from ssl_pipeline.modules.memory import FeatureQueue
 from ssl_pipeline.modules.teacher import Teacher
@@ -54,42 +55,39 @@ class MoCo(Method):
     batch norm aside.
     """
 
-    view_groups = ("view",)
-    view_counts = {"view": 2}  # noqa: RUF012
+    config_class = MoCoConfig
+    needs = (Views("view", count=2),)
 
     def __init__(self, config: MoCoConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbone
         hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
         dims = (backbone.embed_dim, *hidden, config.projector_dim)
-        self.projector = MLPHead(dims, batch_norm=False, bias=True, last_bias=True)
+        self.student = Encoder(backbone, MLPHead(dims, batch_norm=False, bias=True, last_bias=True))
         self.teacher = Teacher(self.student)
         self.queue = FeatureQueue(config.queue_size, config.projector_dim)
 
-    @property
-    def student(self) -> nn.Sequential:
-        """What the teacher follows."""
-        return nn.Sequential(self.backbone, self.projector)
+    def backbones(self) -> dict[str, Backbone]:
+        return {"student": self.student.backbone, "teacher": self.teacher.network.backbone}
 
-    def check(self, *, global_batch: int) -> None:
-        num_keys = global_batch * (2 if self.config.symmetric else 1)
+    def prepare(self, facts: RunFacts) -> None:
+        num_keys = facts.global_batch * (2 if self.config.symmetric else 1)
         if self.config.queue_size % num_keys:
             nearest = max(1, round(self.config.queue_size / num_keys)) * num_keys
             raise ConfigError(
                 f"method.queue_size must be a multiple of the {num_keys} keys that a step brings "
-                f"(global batch {global_batch}). Got {self.config.queue_size}; try {nearest}."
+                f"(global batch {facts.global_batch}). Got {self.config.queue_size}; try {nearest}."
             )
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        first, second = two_views(batch)
+        first, second = batch.two("view")
         pairs = [(first, second), (second, first)] if self.config.symmetric else [(first, second)]
         losses, keys = [], []
         for query_view, key_view in pairs:  # each view in a pass of its own, as the official code
-            features = self.backbone(query_view)
+            features = self.student.backbone(query_view)
             keys.append(F.normalize(self.teacher(key_view), dim=1))
             loss = info_nce(
-                self.projector(features), keys[-1], self.queue.features, temperature=self.config.temperature
+                self.student.head(features), keys[-1], self.queue.features, temperature=self.config.temperature
             )
             losses.append(loss)
         metrics = {"feature_std": feature_std(features)}

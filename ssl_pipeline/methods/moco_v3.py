@@ -8,13 +8,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.config import Config
 from ssl_pipeline.losses import moco_v3_loss
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
@@ -50,31 +51,29 @@ class MoCoV3(Method):
     With accumulation the negatives are those of the micro-batch: k micro-batches are not one big batch here.
     """
 
-    view_groups = ("view",)
-    view_counts = {"view": 2}  # noqa: RUF012
+    config_class = MoCoV3Config
+    needs = (Views("view", count=2),)
 
     def __init__(self, config: MoCoV3Config, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbone
         hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        self.projector = MLPHead((backbone.embed_dim, *hidden, config.projector_dim), last_batch_norm="no_affine")
+        projector = MLPHead((backbone.embed_dim, *hidden, config.projector_dim), last_batch_norm="no_affine")
+        self.student = Encoder(backbone, projector)
         self.predictor = MLPHead(
             (config.projector_dim, config.predictor_hidden_dim, config.projector_dim),
             last_batch_norm=config.predictor_last_batch_norm,
         )
         self.teacher = Teacher(self.student)
 
-    @property
-    def student(self) -> nn.Sequential:
-        """What the teacher follows: all but the predictor."""
-        return nn.Sequential(self.backbone, self.projector)
+    def backbones(self) -> dict[str, Backbone]:
+        return {"student": self.student.backbone, "teacher": self.teacher.network.backbone}
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        views = two_views(batch)
+        views = batch.two("view")
         # each view in a pass of its own, as the official code: batch norm sees one view at a time
-        features = [self.backbone(view) for view in views]
-        q1, q2 = [self.predictor(self.projector(features_of_view)) for features_of_view in features]
+        features = [self.student.backbone(view) for view in views]
+        q1, q2 = [self.predictor(self.student.head(features_of_view)) for features_of_view in features]
         k1, k2 = [self.teacher(view) for view in views]
         loss = moco_v3_loss(q1, q2, k1, k2, temperature=self.config.temperature)
         return StepOutput(loss, {"feature_std": feature_std(features[0])})

@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.config import Config
 from ssl_pipeline.losses import nt_xent
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
 from ssl_pipeline.schedule import Progress
 
@@ -37,21 +38,23 @@ class SimCLR(Method):
     With accumulation the negatives are those of the micro-batch: k micro-batches are not one big batch here.
     """
 
-    view_groups = ("view",)
-    view_counts = {"view": 2}  # noqa: RUF012
+    config_class = SimCLRConfig
+    needs = (Views("view", count=2),)
 
     def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbone
         hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
         dims = (backbone.embed_dim, *hidden, config.projector_dim)
-        self.projector = MLPHead(dims, last_batch_norm=config.projector_last_batch_norm)
+        self.encoder = Encoder(backbone, MLPHead(dims, last_batch_norm=config.projector_last_batch_norm))
+
+    def backbones(self) -> dict[str, Backbone]:
+        return {"encoder": self.encoder.backbone}
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         views = batch.views["view"]
         # one pass over both views, so batch norm sees one distribution
-        features = self.backbone(views.flatten(0, 1))
-        z1, z2 = self.projector(features).unflatten(0, views.shape[:2])
+        features = self.encoder.backbone(views.flatten(0, 1))
+        z1, z2 = self.encoder.head(features).unflatten(0, views.shape[:2])
         loss = nt_xent(z1, z2, temperature=self.config.temperature)
         return StepOutput(loss, {"feature_std": feature_std(features)})

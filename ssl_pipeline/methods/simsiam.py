@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.config import Config
 from ssl_pipeline.losses import simsiam_loss
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std, two_views
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Progress
@@ -37,25 +38,26 @@ class SimSiamConfig(Config):
 class SimSiam(Method):
     """A backbone, a projector and a predictor; no gradient flows through the projections that are predicted."""
 
-    view_groups = ("view",)
-    view_counts = {"view": 2}  # noqa: RUF012
+    config_class = SimSiamConfig
+    needs = (Views("view", count=2),)
 
     def __init__(self, config: SimSiamConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbone
         hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        self.projector = MLPHead(
-            (backbone.embed_dim, *hidden, config.projector_dim), last_batch_norm=config.projector_last_batch_norm
-        )
+        dims = (backbone.embed_dim, *hidden, config.projector_dim)
+        self.encoder = Encoder(backbone, MLPHead(dims, last_batch_norm=config.projector_last_batch_norm))
         self.predictor = MLPHead(
             (config.projector_dim, config.predictor_hidden_dim, config.projector_dim), last_bias=True
         )
 
+    def backbones(self) -> dict[str, Backbone]:
+        return {"encoder": self.encoder.backbone}
+
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         # each view in a pass of its own, as the official code: batch norm sees one view at a time
-        features = [self.backbone(view) for view in two_views(batch)]
-        z1, z2 = [self.projector(features_of_view) for features_of_view in features]
+        features = [self.encoder.backbone(view) for view in batch.two("view")]
+        z1, z2 = [self.encoder.head(features_of_view) for features_of_view in features]
         loss = simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
         return StepOutput(loss, {"feature_std": feature_std(features[0])})
 

@@ -19,7 +19,7 @@ class Interruption:
 
     A launcher may pass on a signal that its whole process group got already, so repeated signals change nothing, but
     for Ctrl-C: pressed again, a second or more after the first, it acts as usual. With `hang_timeout` seconds and no
-    sign of life in between, the process prints where every thread stands and exits.
+    keepalive in between, the process prints where every thread stands and exits.
     """
 
     def __init__(self, *, hang_timeout: float) -> None:
@@ -30,7 +30,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
-        self.sign_of_life()
+        self.keepalive()
         return self
 
     def __exit__(
@@ -53,19 +53,19 @@ class Interruption:
             self.signal_number = signal.SIGTERM
         return self.signal_number
 
-    def sign_of_life(self) -> None:
+    def keepalive(self) -> None:
         """Start the time until a hang is assumed anew."""
         if self.hang_timeout > 0:
             faulthandler.dump_traceback_later(self.hang_timeout, exit=True)
 
 
-class Watched(nn.Module):
-    """A backbone that gives a sign of life with each batch: a monitor may well take longer than `hang_timeout`."""
+class WithKeepalive(nn.Module):
+    """A backbone that sends a keepalive with each batch: a monitor may well take longer than `hang_timeout`."""
 
-    def __init__(self, backbone: nn.Module, sign_of_life: Callable[[], None]) -> None:
+    def __init__(self, backbone: nn.Module, keepalive: Callable[[], None]) -> None:
         super().__init__()
-        self.backbone, self.sign_of_life = backbone, sign_of_life
+        self.backbone, self.keepalive = backbone, keepalive
 
     def forward(self, images: Tensor) -> Tensor:
-        self.sign_of_life()
+        self.keepalive()
         return self.backbone(images)

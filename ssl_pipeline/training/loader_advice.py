@@ -14,7 +14,7 @@ from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.machine import cores_per_process, free_bytes
 
 TOO_MUCH = 0.10  # of the time spent waiting: the loader is the bottleneck
-ENOUGH = 0.05  # it no longer is; in between, what was said last stands
+ENOUGH = 0.05  # it no longer is; in between, the last message stands
 STEPS_TO_JUDGE = 10  # one slow batch is no bottleneck
 LARGE_IMAGE = 80_000  # bytes; ImageNet's have 110,000, packed ones 42,000
 SMALL = 0.25  # of the free memory: a set that can stay decoded on the device
@@ -29,7 +29,7 @@ class LoaderWatch:
 
     def __init__(self, advise: Callable[[], str]) -> None:
         self._advise = advise
-        self._is_warm = self._is_bottleneck = False
+        self._is_warm = self._is_slow = False
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
 
     def observe(self, *, steps: int, seconds: float, data_wait: float) -> str | None:
@@ -44,13 +44,13 @@ class LoaderWatch:
             return None
         share, of_steps = self._waited / self._seconds, f"of the last {self._steps} steps' time"
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        if share > TOO_MUCH and not self._is_bottleneck:
-            self._is_bottleneck = True
+        if share > TOO_MUCH and not self._is_slow:
+            self._is_slow = True
             return (
                 f"The loader is the bottleneck: {share:.0%} {of_steps} was spent waiting for images. {self._advise()}"
             )
-        if share < ENOUGH and self._is_bottleneck:
-            self._is_bottleneck = False
+        if share < ENOUGH and self._is_slow:
+            self._is_slow = False
             return f"The loader keeps up now: {share:.0%} {of_steps} was spent waiting for images."
         return None
 

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
@@ -36,23 +38,23 @@ from ssl_pipeline.training.reporting import Reporter
 from ssl_pipeline.training.resume import changed_settings, load_newest, optimizer_identity
 from ssl_pipeline.training.run import Run
 from ssl_pipeline.training.step import TrainingStep
-from ssl_pipeline.training.step_checks import BrokenStepError, Verdicts, lag_on
+from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_on
 
 
 def train(run: Run) -> int:
     """Train to the end, from the newest checkpoint if there is one; returns the signal that cut it short, or 0."""
     clock, method, device = run.clock, run.method, run.accelerator.device
-    if run.config.sync_batch_norm:
+    if run.train.sync_batch_norm:
         synchronize_batch_norm(method, device)
     method.to(device)
     optimizer = build_optimizer(method, run.optim)
-    checkpoints = Checkpoints(run.output / "checkpoints", keep=run.config.keep_checkpoints, report=_say)
+    checkpoints = Checkpoints(run.output / "checkpoints", keep=run.train.keep_checkpoints, report=_say)
     identity = {**run.identity, **optimizer_identity(method, optimizer)}
     saved = load_newest(checkpoints, method, optimizer, run.identity)
     position = saved.position if saved is not None else 0
     if run.directory is not None:
         _write_settings(run.directory, run.settings, complete=position >= clock.end)
-    if run.config.compile:
+    if run.train.compile:
         for part in method.parts_to_compile():
             part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
     with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; Accelerate knows the old name alone
@@ -70,7 +72,7 @@ def train(run: Run) -> int:
     )
     if saved is not None and position < clock.end:
         tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
-    with Interruption(hang_timeout=run.config.hang_timeout) as interruption:
+    with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
         loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity)
         try:
             return loop.go(position)
@@ -121,23 +123,23 @@ class _Loop:
         self.run, self.clock, self.checkpoints, self.tracker = run, run.clock, checkpoints, tracker
         self.optimizer, self.interruption, self.identity = optimizer, interruption, identity
         self.position = 0
-        self.verdicts = Verdicts(run.index)
-        self.times = StepTimes(run.accelerator.device, every=run.config.time_steps)
+        self.checks = StepChecks(run.index)
+        self.times = StepTimes(run.accelerator.device, every=run.train.time_steps)
         self.step = TrainingStep(
             run,
             network,
             optimizer,
             lr=run.optim.effective_lr(run.clock.global_batch),
-            verdicts=self.verdicts,
+            checks=self.checks,
             lag=lag_on(run.accelerator.device),
             times=self.times,
             bad_samples=BadSampleLog(
                 run.output / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
             ),
-            sign_of_life=self._sign_of_life,
+            keepalive=self._keepalive,
             requested=interruption.requested,
         )
-        self.reporter = Reporter(run, tracker, self.times, self._sign_of_life)
+        self.reporter = Reporter(run, tracker, self.times, self._keepalive)
 
     def go(self, position: int) -> int:
         """Step until the end of the run or until a signal; returns the signal."""
@@ -166,10 +168,10 @@ class _Loop:
             result = self.step(stream, progress)
             self.position += self.clock.global_batch
             last = self.clock.is_last(self.position)
-            save_due = last or self.clock.is_due(self.run.config.save_every, self.position)
+            save_due = last or self.clock.is_due(self.run.train.save_every, self.position)
             signal_number = result.signal_number
             if signal_number or save_due or self.reporter.is_due(self.position):
-                signal_number = self.verdicts.read() or signal_number  # before anything is told or kept of this step
+                signal_number = self.checks.read() or signal_number  # before anything is told or kept of this step
             profile.step_done()
             if signal_number and not last:
                 self._save()  # before the monitors, which may outlast the time that a preempted run is given
@@ -187,7 +189,7 @@ class _Loop:
     def _profile(self) -> Profile:
         return Profile(
             self.run.output / "profile",
-            num_steps=self.run.config.profile if self.run.directory is not None else 0,
+            num_steps=self.run.train.profile if self.run.directory is not None else 0,
             first_step=self.clock.progress(self.position).step,
             device=self.run.accelerator.device,
             report=self.tracker.message,
@@ -208,33 +210,37 @@ class _Loop:
 
     def _open_stream(self, position: int) -> Iterator[StreamBatch]:
         """The micro-batches from a position to the end of the run, each with its labelled one if there is any."""
-        run, method = self.run, self.run.method
-        read = {*method.view_groups, *method.optional_view_groups}
+        run = self.run
+        groups, masks = _read_groups(run, labelled=False)
         stream = open_stream(
             run.index,
-            {name: group for name, group in run.augment.items() if name in read},
+            groups,
             run.data,
+            masks=masks,
             seed=run.seed,
             position=position,
             rank=rank(),
             world_size=world_size(),
-            batches=math.ceil((self.clock.end - position) / self.clock.global_batch) * run.config.accumulate,
+            accumulate=run.train.accumulate,
+            batches=math.ceil((self.clock.end - position) / self.clock.global_batch) * run.train.accumulate,
             device=run.accelerator.device,
-            sign_of_life=self._sign_of_life,
+            keepalive=self._keepalive,
         )
         if run.labelled_index is None:
             return stream
+        groups, masks = _read_groups(run, labelled=True)
         labelled = open_labelled_stream(
             run.labelled_index,
-            {name: run.augment[name] for name in method.labelled_view_groups},
+            groups,
             run.data,
+            masks=masks,
             seed=run.seed,
             step=position // self.clock.global_batch,
             rank=rank(),
             world_size=world_size(),
-            accumulate=run.config.accumulate,
+            accumulate=run.train.accumulate,
             device=run.accelerator.device,
-            sign_of_life=self._sign_of_life,
+            keepalive=self._keepalive,
         )
         return with_labelled(stream, labelled)
 
@@ -257,10 +263,17 @@ class _Loop:
         if self.run.directory is not None:
             self.run.directory.status(state, step=self.position // self.clock.global_batch, reason=reason)
 
-    def _sign_of_life(self) -> None:
-        self.interruption.sign_of_life()
+    def _keepalive(self) -> None:
+        self.interruption.keepalive()
         if self.run.directory is not None:
             self.run.directory.heartbeat(step=self.position // self.clock.global_batch)
+
+
+def _read_groups(run: Run, *, labelled: bool) -> tuple[dict[str, ViewGroup], dict[str, MaskRule]]:
+    """The groups of views that the method reads of the labelled or of the other images, and their masks."""
+    needs = [needed for needed in run.method.needs if needed.labelled == labelled and needed.name in run.augment]
+    groups = {needed.name: run.augment[needed.name] for needed in needs}
+    return groups, {needed.name: needed.mask for needed in needs if needed.mask is not None}
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether a recipe, its method and its images fit together: told before the first step."""
+"""Whether a recipe, its method and its images fit together: told in one sentence before the first step."""
 
 from __future__ import annotations
 
@@ -7,73 +7,108 @@ from collections.abc import Mapping
 from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import Backbone, TokenBackbone
+from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.training.run import TrainConfig
+
+Augment = Mapping[str, ViewGroup]
 
 
-def check_view_groups(method: Method, augment: Mapping[str, ViewGroup]) -> None:
-    """Raises ConfigError if a recipe lacks a group of views that the method reads, or has one that it does not."""
+def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: DataConfig) -> None:
+    """Raises ConfigError if the recipe's views or labelled images are not what the method needs.
+
+    Reads no image. Afterwards `forward` finds each group of `method.needs` as it asks for it.
+    """
     name = type(method).__name__
-    for needed in (*method.view_groups, *method.labelled_view_groups):
-        if needed not in augment:
-            raise ConfigError(
-                f"{name} needs the view group augment.{needed}. The recipe has {', '.join(augment) or 'none'}."
-            )
-    for group, count in method.view_counts.items():
-        if augment[group].count != count:
-            raise ConfigError(f"augment.{group}.count must be {count} for {name}. Got {augment[group].count}.")
-    known = {*method.view_groups, *method.optional_view_groups, *method.labelled_view_groups}
+    for needed in method.needs:
+        _check_group(name, needed, augment)
+    known = {needed.name for needed in method.needs}
     for given in augment:
         if given not in known:
             raise ConfigError(
                 f"{name} has no use for the view group augment.{given}. It reads {', '.join(sorted(known))}."
             )
-
-
-def check_labelled_settings(method: Method, data: DataConfig, *, measures_classifier: bool) -> None:
-    """Raises ConfigError if a method lacks the labelled images that it needs, or is given what it has no use for."""
-    name = type(method).__name__
-    if method.labelled_view_groups and data.labelled is None:
+    _check_sizes(method, backbone, augment)
+    reads_labelled = any(needed.labelled for needed in method.needs)
+    if reads_labelled and data.labelled is None:
         raise ConfigError(
             f"{name} needs labelled images: set data.labelled.shards=DIR "
             "(python -m data_tools.split_labels makes them)."
         )
-    if not method.labelled_view_groups and data.labelled is not None:
+    if not reads_labelled and data.labelled is not None:
         raise ConfigError(f"{name} has no use for data.labelled. Leave it out, or set data.labelled=null.")
-    if method.classifier is None and measures_classifier:
-        raise ConfigError(f"{name} learns no classifier to measure. Leave classifier out; knn suits any method.")
 
 
-def open_labelled_images(method: Method, data: DataConfig) -> ShardIndex | None:
-    """The labelled images of a semi-supervised method; ConfigError if a label is missing or beyond its classes."""
+def _check_group(name: str, needed: Views, augment: Augment) -> None:
+    group = augment.get(needed.name)
+    if group is None:
+        if needed.optional:
+            return
+        raise ConfigError(
+            f"{name} needs the view group augment.{needed.name}. The recipe has {', '.join(augment) or 'none'}."
+        )
+    if needed.count is not None and group.count != needed.count:
+        raise ConfigError(f"augment.{needed.name}.count must be {needed.count} for {name}. Got {group.count}.")
+
+
+def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
+    """The backbone's patches, and those of a mask, must cover a view exactly."""
+    of_backbone = backbone.patch_size if isinstance(backbone, TokenBackbone) else 1
+    masked = {needed.name: needed.mask.patch_size for needed in method.needs if needed.mask is not None}
+    for group, views in augment.items():
+        for patch_size in {of_backbone, masked.get(group, 1)}:
+            for size in views.sizes:
+                if size % patch_size:
+                    nearest = max(1, round(size / patch_size)) * patch_size
+                    raise ConfigError(
+                        f"augment.{group}.size must be a multiple of the backbone's patch size {patch_size}. "
+                        f"Got {size}; try {nearest}."
+                    )
+
+
+def open_labelled_images(data: DataConfig) -> ShardIndex | None:
+    """The labelled images of a semi-supervised method; ConfigError if one of them has no label."""
     if data.labelled is None:
         return None
     shards = data.labelled.shards
     index = open_shards(shards, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
     if not index.has_labels:
         raise ConfigError(f"data.labelled.shards={shards} has images without labels; all of them need one.")
-    if index.class_names is not None and len(index.class_names) != method.num_classes:
-        raise ConfigError(
-            f"method.num_classes must be the number of classes of data.labelled.shards={shards}, "
-            f"{len(index.class_names)}. Got {method.num_classes}."
-        )
-    largest = int(index.labels().max())
-    if largest >= method.num_classes:
-        raise ConfigError(
-            f"method.num_classes={method.num_classes} is too small: data.labelled.shards={shards} has label {largest}."
-        )
     return index
 
 
-def check_batch_norm(
-    method: Method, data: DataConfig, *, backbone: str, sync_batch_norm: bool, num_processes: int
-) -> None:
+def run_facts(
+    index: ShardIndex, labelled: ShardIndex | None, augment: Augment, data: DataConfig, *, global_batch: int
+) -> RunFacts:
+    """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes."""
+    num_classes = names = None
+    if labelled is not None:
+        names, largest = labelled.class_names, int(labelled.labels().max())
+        num_classes = largest + 1 if names is None else len(names)
+        if largest >= num_classes:
+            raise ConfigError(
+                f"The labelled images in {labelled.source} have label {largest}, but only {num_classes} classes have a "
+                "name. Make the shards anew, or mend the class names in their manifest."
+            )
+    sizes = {name: group.sizes for name, group in augment.items()}
+    return RunFacts(len(index), num_classes, global_batch, sizes, data.mean, data.std, names)
+
+
+def check_batch_norm(method: Method, data: DataConfig, train: TrainConfig, *, num_processes: int) -> None:
     """Raises ConfigError if a batch norm of the method would see one image at a time."""
-    num_images = data.batch_size * (num_processes if sync_batch_norm else 1)
+    num_images = data.batch_size * (num_processes if train.sync_batch_norm else 1)
     if num_images == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in method.modules()):
         raise ConfigError(
-            f"{type(method).__name__} with {backbone} has batch norm, which needs more than one image. "
-            "Got data.batch_size=1; raise it, or set train.sync_batch_norm=true with several processes."
+            f"{type(method).__name__} with {method.backbone.config.name} has batch norm, which needs more than one "
+            "image. Got data.batch_size=1; raise it, or set train.sync_batch_norm=true with several processes."
         )
+
+
+def evaluation_size(method: Method, augment: Augment) -> int:
+    """Side in pixels of the images that evaluators show the backbone, by `Views.evaluated`."""
+    evaluated = next((needed for needed in method.needs if needed.evaluated), method.needs[0])
+    return max(augment[evaluated.name].sizes)

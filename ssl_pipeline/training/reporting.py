@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ssl_pipeline.distributed import copy_from_first_rank, max_over_ranks, mean_over_ranks
-from ssl_pipeline.run.interruption import Watched
+from ssl_pipeline.run.interruption import WithKeepalive
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.loader_advice import LoaderWatch, loader_advice, supply_of
@@ -19,9 +19,9 @@ from ssl_pipeline.training.step import StepResult
 class Reporter:
     """Logs a row now and then: the losses and metrics of its step, the speed since the row before, the monitors."""
 
-    def __init__(self, run: Run, tracker: Tracker, times: StepTimes, sign_of_life: Callable[[], None]) -> None:
+    def __init__(self, run: Run, tracker: Tracker, times: StepTimes, keepalive: Callable[[], None]) -> None:
         self._run, self._clock, self._tracker, self._times = run, run.clock, tracker, times
-        self._sign_of_life = sign_of_life
+        self._keepalive = keepalive
         device = run.accelerator.device
         self._loader = LoaderWatch(lambda: loader_advice(run.data, supply_of(run.index, device), device))
         self.start_interval()
@@ -33,7 +33,7 @@ class Reporter:
     def is_due(self, position: int) -> bool:
         """Whether the step that ends at `position` gets a row."""
         step = self._clock.progress(position).step
-        due = step == 1 or step % self._run.config.log_every == 0 or self._clock.is_last(position)
+        due = step == 1 or step % self._run.train.log_every == 0 or self._clock.is_last(position)
         return due or bool(self._due_monitors(position))
 
     def report(self, result: StepResult, position: int) -> None:
@@ -50,7 +50,7 @@ class Reporter:
             self._tracker.log(row | self._monitored(position))
             self.start_interval()
         self._tracker.advance(step)
-        self._sign_of_life()
+        self._keepalive()
 
     def _row(self, result: StepResult, position: int) -> tuple[float, dict[str, float | int]]:
         """The seconds since the row before, and the row, without what monitors add to it."""
@@ -74,7 +74,7 @@ class Reporter:
             copy_from_first_rank(self._run.method.backbone.buffers())
         row: dict[str, float] = {}
         for monitor in monitors:
-            row |= monitor(Watched(self._run.method.backbone, self._sign_of_life), self._clock.progress(position))
+            row |= monitor(WithKeepalive(self._run.method.backbone, self._keepalive), self._clock.progress(position))
         return row
 
     def _due_monitors(self, position: int) -> list[Monitor]:

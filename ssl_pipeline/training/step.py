@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches in, forward and backward, the update and what follows it.
 
-The host waits for a GPU only for the verdict on the step before, which is there by then; and where torch itself does:
+The host waits for a GPU only for the check on the step before, which is there by then; and where torch itself does:
 each batch norm of train.sync_batch_norm asks which processes had images, and with train.precision=fp16 the GradScaler
 asks before a step of LARS (the fused AdamW and SGD look at the overflow on the device).
 """
@@ -24,7 +24,7 @@ from ssl_pipeline.randomness import seed_everything
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.schedule import Progress, Schedule
 from ssl_pipeline.training.run import Run
-from ssl_pipeline.training.step_checks import Verdicts
+from ssl_pipeline.training.step_checks import StepChecks
 
 
 @dataclass(frozen=True)
@@ -37,32 +37,32 @@ class StepResult:
     waited: float
     """Seconds until the images were there."""
     signal_number: int
-    """What any rank received by the steps whose verdicts are in; 0 if nothing."""
+    """What any rank received by the steps whose checks are in; 0 if nothing."""
 
 
 @dataclass
 class TrainingStep:
-    """Makes steps on this rank's share of the images; `lag`: by how many steps verdicts may come late."""
+    """Makes steps on this rank's share of the images; `lag`: by how many steps checks may come late."""
 
     run: Run
     network: nn.Module
     optimizer: torch.optim.Optimizer
     lr: Schedule
-    verdicts: Verdicts
+    checks: StepChecks
     lag: int
     times: StepTimes
     bad_samples: BadSampleLog
-    sign_of_life: Callable[[], None]
+    keepalive: Callable[[], None]
     requested: Callable[[], int]
     """The signal that asks this process to stop, 0 if none."""
 
     def __call__(self, stream: Iterator[StreamBatch], progress: Progress) -> StepResult:
-        """Make one step; raises BrokenStepError if it, or one whose verdict came late, is not finite."""
-        outputs, indices, waited = self._accumulate(stream, progress)
+        """Make one step; raises BrokenStepError if it, or one whose check came late, is not finite."""
+        outputs, sample_ids, waited = self._accumulate(stream, progress)
         with self.times.phase("optimizer"):
             learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
-            gradient_norm = self._prepare(outputs, indices, progress)
-            received = self.verdicts.read(lag=self.lag)
+            gradient_norm = self._prepare(outputs, sample_ids, progress)
+            received = self.checks.read(lag=self.lag)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         with self.times.phase("after_step"), torch.no_grad():
@@ -72,8 +72,8 @@ class TrainingStep:
     def _accumulate(self, stream: Iterator[StreamBatch], progress: Progress) -> tuple[list[StepOutput], Tensor, float]:
         """Forward and backward over the micro-batches of one step; the gradients are those of their mean loss."""
         run, phase = self.run, self.times.phase
-        outputs, indices, waited = list[StepOutput](), list[Tensor](), 0.0
-        for micro in range(run.config.accumulate):
+        outputs, sample_ids, waited = list[StepOutput](), list[Tensor](), 0.0
+        for micro in range(run.train.accumulate):
             started = time.perf_counter()
             with phase("wait"):
                 images = next(stream)
@@ -84,29 +84,29 @@ class TrainingStep:
             with phase("augment"):
                 batch = make_batch(images, run.augment, mean=run.data.mean, std=run.data.std)
             seed_everything(run.seed, progress.step, rank(), micro)
-            last = micro == run.config.accumulate - 1
+            last = micro == run.train.accumulate - 1
             with nullcontext() if last else run.accelerator.no_sync(self.network):
                 with phase("forward"):
                     output: StepOutput = self.network(batch, progress)
                 with phase("backward"):
-                    run.accelerator.backward(output.loss / run.config.accumulate)
+                    run.accelerator.backward(output.loss / run.train.accumulate)
             outputs.append(StepOutput(output.loss.detach(), output.metrics, output.carry))
-            indices.append(batch.sample_ids)
-            self.sign_of_life()
-        return outputs, torch.cat(indices), waited
+            sample_ids.append(batch.sample_ids)
+            self.keepalive()
+        return outputs, torch.cat(sample_ids), waited
 
-    def _prepare(self, outputs: list[StepOutput], indices: Tensor, progress: Progress) -> Tensor:
-        """Make the gradients ready for the optimizer and send the verdict on its way; returns the gradient norm."""
+    def _prepare(self, outputs: list[StepOutput], sample_ids: Tensor, progress: Progress) -> Tensor:
+        """Make the gradients ready for the optimizer and send the check on its way; returns the gradient norm."""
         scaler = self.run.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]
         loss = torch.stack([output.loss for output in outputs]).mean()
         gradient_norm = prepare_gradients(self.optimizer, self.run.optim, progress)
-        self.verdicts.add(
+        self.checks.add(
             progress,
             loss=loss,
             gradient_norm=gradient_norm,
-            indices=indices,
+            sample_ids=sample_ids,
             watched=loss if scaler is not None else loss + gradient_norm,  # a scaler leaves such steps out itself
             signal_number=self.requested(),
         )

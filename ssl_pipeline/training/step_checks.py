@@ -25,7 +25,7 @@ class BrokenStepError(RunError):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepCheck:
     """A step with its two flags, on their way to the host: whether it is broken, and the signal that a rank received.
 
     Apart from the flags everything stays on the device, for the error sentence.
@@ -34,27 +34,27 @@ class Verdict:
     progress: Progress
     loss: Tensor
     gradient_norm: Tensor
-    indices: Tensor
+    sample_ids: Tensor
     flags: Tensor
     arrived: torch.cuda.Event | None
 
 
 def lag_on(device: torch.device) -> int:
-    """By how many steps the verdict on a step may come late.
+    """By how many steps the check on a step may come late.
 
-    A host that asks a GPU in each step leaves it idle until the next step is queued. So there a verdict is read while
+    A host that asks a GPU in each step leaves it idle until the next step is queued. So there a check is read while
     the next step runs: the weights of the process may then have taken a broken step, but nothing that is reported or
-    saved has, because all verdicts are read before. On a CPU the answer costs nothing, and a broken step is not made.
+    saved has, because all checks are read before. On a CPU the answer costs nothing, and a broken step is not made.
     """
     return 1 if device.type == "cuda" else 0
 
 
-class Verdicts:
-    """The verdicts that were not read yet, oldest first."""
+class StepChecks:
+    """The checks that were not read yet, oldest first."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
-        self._waiting: deque[Verdict] = deque()
+        self._waiting: deque[StepCheck] = deque()
 
     @torch.no_grad()
     def add(
@@ -63,11 +63,11 @@ class Verdicts:
         *,
         loss: Tensor,
         gradient_norm: Tensor,
-        indices: Tensor,
+        sample_ids: Tensor,
         watched: Tensor,
         signal_number: int,
     ) -> None:
-        """Send the verdict on a step on its way: it is broken on all ranks if `watched` is not finite on any."""
+        """Send the check on a step on its way: it is broken on all ranks if `watched` is not finite on any."""
         # new_full fills on the device; new_tensor would copy from the host, and wait for that
         flags = torch.stack([(~watched.isfinite()).float(), watched.new_full((), signal_number, dtype=torch.float32)])
         flags = max_over_ranks(flags)
@@ -76,39 +76,39 @@ class Verdicts:
             flags = torch.empty_like(flags, device="cpu", pin_memory=True).copy_(flags, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._waiting.append(Verdict(progress, loss, gradient_norm, indices, flags, arrived))
+        self._waiting.append(StepCheck(progress, loss, gradient_norm, sample_ids, flags, arrived))
 
     def read(self, *, lag: int = 0) -> int:
-        """Read all but the newest `lag` verdicts: the signal that any rank received, 0 if none.
+        """Read all but the newest `lag` checks: the signal that any rank received, 0 if none.
 
         Raises BrokenStepError, on all ranks, naming the first broken step and its images.
         """
         received = 0
         while len(self._waiting) > lag:
-            verdict = self._waiting.popleft()
-            if verdict.arrived is not None:
-                verdict.arrived.synchronize()
-            broken, signal_number = (int(flag) for flag in verdict.flags.tolist())
+            check = self._waiting.popleft()
+            if check.arrived is not None:
+                check.arrived.synchronize()
+            broken, signal_number = (int(flag) for flag in check.flags.tolist())
             if broken:
-                raise self._refusal(verdict)
+                raise self._refusal(check)
             received = max(received, signal_number)
         return received
 
-    def _refusal(self, verdict: Verdict) -> BrokenStepError:
+    def _refusal(self, check: StepCheck) -> BrokenStepError:
         """The error on a broken step, with the images of the first rank whose loss is not finite.
 
         Where all losses are finite the gradients are to blame, and these are averages over all ranks.
         """
-        loss_W = gather(verdict.loss[None])
+        loss_W = gather(check.loss[None])
         broken_rank = int((~loss_W.isfinite()).int().argmax())
-        images = gather(verdict.indices[None])[broken_rank].tolist()
+        images = gather(check.sample_ids[None])[broken_rank].tolist()
         names = "; ".join(self._index.read(image).location for image in images[:NUM_NAMED_IMAGES])
         more = f"; and {len(images) - NUM_NAMED_IMAGES} more" if len(images) > NUM_NAMED_IMAGES else ""
         return BrokenStepError(
-            f"Step {verdict.progress.step + 1} was not made: on rank {broken_rank} the loss is "
-            f"{loss_W[broken_rank].item():g}, and the gradient norm is {verdict.gradient_norm.item():g}. "
+            f"Step {check.progress.step + 1} was not made: on rank {broken_rank} the loss is "
+            f"{loss_W[broken_rank].item():g}, and the gradient norm is {check.gradient_norm.item():g}. "
             f"Images of its batch: {names}{more}. "
             "The checkpoints are untouched; try a lower optim.lr, a longer warm-up, optim.clip_norm, or another "
             "train.precision.",
-            step=verdict.progress.step,
+            step=check.progress.step,
         )

@@ -151,10 +151,10 @@ def test_what_is_kept_of_a_cache_are_the_images_of_the_batch(shards: Path) -> No
     assert_equal(kept, batch)
 
 
-def test_signs_of_life_come_while_a_cache_fills(shards: Path) -> None:
+def test_keepalives_come_while_a_cache_fills(shards: Path) -> None:
     index, signs = open_shards(shards), list[int]()
     settings = config(4, labelled=LabelledConfig(shards=str(shards), batch_size=3), **CACHE)
-    life = {"sign_of_life": lambda: signs.append(1)}
+    life = {"keepalive": lambda: signs.append(1)}
     stream = open_stream(index, GROUPS, settings, seed=0, position=0, rank=0, world_size=1, **life)
     labelled = open_labelled_stream(index, GROUPS, settings, seed=0, step=0, rank=0, world_size=1, accumulate=1, **life)
     for filled, batches in enumerate((stream, labelled), start=1):

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ssl_pipeline import machine
-from ssl_pipeline.augment.draw import crop_boxes, group_uniforms
+from ssl_pipeline.augment.draw import ViewSampler, crop_boxes, group_uniforms
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data import decode_reader, device_cache
 from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, estimate_image_bytes
@@ -38,7 +38,7 @@ def varied(tmp_path: Path, write_tar: Callable, encoded: Callable) -> ShardIndex
 
 def reader_of(index: ShardIndex, *, slot_bytes: int = 100_000, groups: dict[str, ViewGroup] = GROUPS) -> DecodedReader:
     samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
-    return DecodedReader(samples, groups, batch_size=6, slot_bytes=slot_bytes)
+    return DecodedReader(samples, ViewSampler(groups, {}, seed=0, global_batch=6), batch_size=6, slot_bytes=slot_bytes)
 
 
 def read(reader: DecodedReader, positions: range) -> DecodedBatch:
@@ -177,10 +177,10 @@ def test_a_kept_batch_is_not_overwritten(varied: ShardIndex) -> None:
 
 
 def everything(
-    index: ShardIndex, *, workers: int = 0, sign_of_life: Callable[[], None] = lambda: None
+    index: ShardIndex, *, workers: int = 0, keepalive: Callable[[], None] = lambda: None
 ) -> device_cache.CachedImages:
     samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
-    return decode_all(samples, device=torch.device("cpu"), workers=workers, rank=0, sign_of_life=sign_of_life)
+    return decode_all(samples, device=torch.device("cpu"), workers=workers, rank=0, keepalive=keepalive)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -226,7 +226,7 @@ def test_a_cache_is_held_to_the_memory_of_the_container(varied: ShardIndex, monk
         everything(varied)
 
 
-def test_a_cache_that_fills_gives_signs_of_life_and_shows_how_far_it_is(
+def test_a_cache_that_fills_gives_keepalives_and_shows_how_far_it_is(
     varied: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars, progress = list[tqdm](), list[int]()
@@ -237,7 +237,7 @@ def test_a_cache_that_fills_gives_signs_of_life_and_shows_how_far_it_is(
 
     monkeypatch.setattr(device_cache, "SLOT_BYTES", 3000)  # four images
     monkeypatch.setattr(device_cache, "tqdm", quiet)
-    everything(varied, sign_of_life=lambda: progress.append(bars[0].n))
+    everything(varied, keepalive=lambda: progress.append(bars[0].n))
     assert progress == [4, 8, 12, 16]
     assert (bars[0].total, bars[0].desc) == (16, f"decoding {varied.source}")
 

@@ -50,7 +50,7 @@ def test_each_recipe_runs_once_per_seed_with_the_settings(
     ]
     for recipe in ("first", "second"):
         for evaluator in ("knn", "linear"):
-            assert {subject: len(values) for subject, values in found.top1[recipe][evaluator].items()} == {
+            assert {model: len(values) for model, values in found.top1[recipe][evaluator].items()} == {
                 "raw_pixels": 2,
                 "random": 2,
                 "pretrained": 2,

@@ -223,9 +223,9 @@ def test_labels_beyond_the_class_names_are_refused(
 
 
 def test_k_takes_one_value_or_several() -> None:
-    subject = ["backbone=raw_pixels", "train=a", "test=b"]
+    model = ["backbone=raw_pixels", "train=a", "test=b"]
     for text, k in (("20", (20,)), ("10,20", (10, 20)), ("[10,20,100,200]", (10, 20, 100, 200))):
-        assert load(KnnConfig, [*subject, f"k={text}"]).k == k
+        assert load(KnnConfig, [*model, f"k={text}"]).k == k
 
 
 class Pooled(nn.Module):

@@ -9,7 +9,7 @@ from ssl_pipeline.eval.table import TableConfig, format_table, main, read_top1, 
 
 def write(run: Path, name: str, top1: float, **baselines: float) -> None:
     (run / "eval").mkdir(exist_ok=True)
-    report = {"top1": top1, "baselines": {subject: {"top1": value} for subject, value in baselines.items()}}
+    report = {"top1": top1, "baselines": {model: {"top1": value} for model, value in baselines.items()}}
     (run / "eval" / f"{name}.json").write_text(json.dumps(report))
 
 
@@ -22,7 +22,7 @@ def test_columns_are_aligned() -> None:
     ]
 
 
-def test_one_row_per_subject_and_one_column_per_evaluator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_row_per_model_and_one_column_per_evaluator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, "knn", 96.0, raw_pixels=90.0, random=84.0)
     write(tmp_path, "linear", 97.5, raw_pixels=95.0, random=91.25)
     assert run_command(TableConfig, main, command="python -m eval.table", argv=[f"run={tmp_path}"]) == 0

@@ -23,8 +23,8 @@ def squared_distance(prediction, target):
 def test_steps_follow_the_official_code():
     num_steps = 4
     method = byol()
-    online = copies(method.backbone, method.projector, method.predictor)
-    target, losses = copies(method.backbone, method.projector), []
+    online = copies(method.student.backbone, method.student.head, method.predictor)
+    target, losses = copies(method.student.backbone, method.student.head), []
     for step, batch in enumerate(toy_batches(num_steps)):
         first, second = batch.views["view"]
         p1, p2 = online(first), online(second)
@@ -38,7 +38,7 @@ def test_steps_follow_the_official_code():
         losses.append(loss.detach())
 
     torch.testing.assert_close(train(method, toy_batches(num_steps), lr=0.5), torch.stack(losses))
-    assert_same_tensors(nn.Sequential(*method.student, method.predictor), online)
+    assert_same_tensors(nn.Sequential(*method.student.children(), method.predictor), online)
     assert_same_tensors(method.teacher.network, target)
 
 
@@ -50,7 +50,7 @@ def test_the_defaults_are_those_of_the_longest_run():
 
 
 def test_heads_have_the_official_layers():
-    for head in (byol().projector, byol().predictor):
+    for head in (byol().student.head, byol().predictor):
         assert [type(layer) for layer in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
         assert (head[0].bias is not None, head[3].bias is not None) == (True, False)
 

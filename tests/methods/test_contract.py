@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_g
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from ssl_pipeline.schedule import Schedule
-from tests.tiny import CNN, CONFIGS, TINY, VIT, make_batch, make_method, progress_at, row
+from tests.tiny import CNN, CONFIGS, VIT, make_batch, make_method, needs, progress_at
 
 NAMES = sorted(CONFIGS)
 COLLAPSE_SIGNALS = {"feature_std", "target_entropy"}
@@ -62,7 +63,7 @@ def check_forward_is_pure(make: MakeMethod, name: str) -> None:
     before = state_of(method, statistics=False)
     losses = []
     for _ in range(2):
-        torch.manual_seed(0)  # masks
+        torch.manual_seed(0)  # drop path
         output = method(make_batch(name), progress_at(1))
         output.loss.backward()
         losses.append(output.loss.item())
@@ -93,14 +94,19 @@ def check_gradient_reaches_what_is_trained(make: MakeMethod, name: str) -> None:
     assert [name for name, parameter in method.named_parameters() if name in reached and not parameter.grad.any()] == []
 
 
+def trained_weights(method: Method) -> dict[str, torch.Tensor]:
+    """Copies of what the optimizer trains, without what `after_step` may change."""
+    trained = {name: p for name, p in method.named_parameters() if p.requires_grad and name not in method.projected}
+    return {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
 def check_after_step_leaves_trained_weights_alone(make: MakeMethod, name: str) -> None:
     method = make(0)
     output = method(make_batch(name), progress_at(1))
-    trained = {name: p.detach().clone() for name, p in method.named_parameters() if p.requires_grad}
+    trained = trained_weights(method)
     with torch.no_grad():
         method.after_step([output.carry, output.carry], progress_at(1))
-    after = {name: p.detach().clone() for name, p in method.named_parameters() if p.requires_grad}
-    assert differing(trained, after) == []
+    assert differing(trained, trained_weights(method)) == []
 
 
 def check_resume_is_exact(make: MakeMethod, name: str, folder) -> None:
@@ -124,10 +130,6 @@ def check_resume_is_exact(make: MakeMethod, name: str, folder) -> None:
 
 def maker(name: str, backbone=VIT) -> MakeMethod:
     return lambda seed: make_method(name, backbone=backbone, seed=seed)
-
-
-def test_every_method_has_a_row():
-    assert sorted(TINY) == NAMES, "tests/tiny.py needs one row of TINY for each method of METHODS"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,10 +173,44 @@ def test_the_backbone_gives_features_of_its_width(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_groups_of_views_are_those_of_the_row(name):
+def test_a_method_says_what_it_needs(name):
     method = make_method(name)
-    needed = {*method.view_groups, *method.labelled_view_groups}
-    assert needed <= row(name).views.keys() <= needed | set(method.optional_view_groups)
+    names = [(views.name, views.labelled) for views in method.needs]
+    assert names
+    assert len(names) == len(set(names))
+    assert sum(views.evaluated for views in method.needs) <= 1
+    assert not method.needs[0].optional
+    assert not method.needs[0].labelled
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_is_optional_may_be_missing(name):
+    batch = make_batch(name)
+    for views in needs(name):
+        without = {group: tensor for group, tensor in batch.views.items() if group != views.name}
+        if views.optional:
+            assert make_method(name)(replace(batch, views=without), progress_at(1)).loss.isfinite()
+        elif not views.labelled:
+            with pytest.raises(KeyError):
+                make_method(name)(replace(batch, views=without), progress_at(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backbone_has_a_name_and_a_config(name):
+    method = make_method(name)
+    backbones = method.backbones()
+    assert method.backbone is next(iter(backbones.values()))
+    parts = set(method.modules())
+    for backbone in backbones.values():
+        assert backbone in parts
+        assert create_backbone(backbone.config).embed_dim == backbone.embed_dim
+    assert len(set(backbones.values())) == len(backbones)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_after_step_may_change_are_trained_parameters(name):
+    method = make_method(name)
+    assert set(method.projected) <= {name for name, parameter in method.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize("name", NAMES)

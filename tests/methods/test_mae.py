@@ -1,6 +1,7 @@
 """MAE patch by patch, its first weights, and the backbones that it cannot train."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.patches import random_masking, take_patches
 from ssl_pipeline.backbones.positions import sincos_position_embedding
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, RunFacts
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.losses import mae_loss
 from ssl_pipeline.methods.mae import MAE, MAEConfig
@@ -29,9 +30,13 @@ def mae(backbone=None, **changes):
     return MAE(MAEConfig(name="mae", **settings), backbone or tiny_vit(initial_weights="mae", fixed_positions=True))
 
 
+NOISE = torch.rand(3, 16, generator=torch.Generator().manual_seed(5))
+MASKS = NOISE.argsort(dim=1).argsort(dim=1) >= 4  # the four patches of smallest noise are kept
+
+
 def image_batch(size=16, count=3):
     images = torch.randn(1, count, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return Batch({"image": images}, torch.full((count,), -1), torch.arange(count))
+    return Batch({"image": images}, torch.full((count,), -1), torch.arange(count), {"image": MASKS[None]})
 
 
 def patch_of(image, number):
@@ -42,7 +47,7 @@ def patch_of(image, number):
 @torch.no_grad()
 def loss_patch_by_patch(method, images, noise, normalize_targets):
     """The official forward pass, one image and one patch at a time."""
-    model, decoder = method.backbone.model, method.decoder
+    model, decoder = method.encoder.model, method.decoder
     errors = []
     for image, noise_of_image in zip(images, noise, strict=True):
         order = sorted(range(16), key=lambda patch: noise_of_image[patch])
@@ -72,30 +77,34 @@ def loss_patch_by_patch(method, images, noise, normalize_targets):
 @pytest.mark.parametrize("normalize_targets", [True, False])
 def test_the_loss_equals_that_of_single_patches(normalize_targets):
     method, batch = mae(normalize_targets=normalize_targets), image_batch()
-    torch.manual_seed(5)
     output = method(batch, PROGRESS)
-    torch.manual_seed(5)
-    expected = loss_patch_by_patch(method, batch.views["image"][0], torch.rand(3, 16), normalize_targets)
+    expected = loss_patch_by_patch(method, batch.views["image"][0], NOISE, normalize_targets)
     torch.testing.assert_close(output.loss, expected)
 
 
 def test_the_value_is_that_of_the_public_loss_on_all_patches():
     method, batch = mae().double(), image_batch()
     images = batch.views["image"][0].double()
-    torch.manual_seed(5)
-    output = method(Batch({"image": images[None]}, batch.labels, batch.sample_ids), PROGRESS)
-    torch.manual_seed(5)
-    kept, mask, restore = random_masking(torch.rand(3, 16), ratio=0.75)
-    encoded = method.backbone.encode(take_patches(method.backbone.embed(images), kept))
+    output = method(replace(batch, views={"image": images[None]}), PROGRESS)
+    kept, mask, restore = random_masking(NOISE, ratio=0.75)
+    encoded = method.encoder.encode(take_patches(method.encoder.embed(images), kept))
     expected = mae_loss(images, method.decoder(encoded, restore), mask, patch_size=4, normalize_targets=True)
     torch.testing.assert_close(output.loss, expected)
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     torch.testing.assert_close(torch.autograd.grad(output.loss, trained), torch.autograd.grad(expected, trained))
 
 
+def test_the_mask_is_the_samples_own():
+    method, batch = mae(), image_batch()
+    loss = method(batch, PROGRESS).loss
+    assert torch.equal(method(batch, PROGRESS).loss, loss)  # nothing is drawn in a step
+    other = replace(batch, masks={"image": MASKS.flip(1)[None]})
+    assert not torch.equal(method(other, PROGRESS).loss, loss)
+
+
 def test_only_kept_patches_are_embedded_and_only_removed_ones_predicted():
     method, shapes = mae(), []
-    method.backbone.model.patch_embed.norm.register_forward_hook(lambda *call: shapes.append(call[2].shape[1]))
+    method.encoder.model.patch_embed.norm.register_forward_hook(lambda *call: shapes.append(call[2].shape[1]))
     method.decoder.predict.register_forward_hook(lambda *call: shapes.append(call[2].shape[1]))
     method(image_batch(), PROGRESS)
     assert shapes == [4, 12]
@@ -103,7 +112,7 @@ def test_only_kept_patches_are_embedded_and_only_removed_ones_predicted():
 
 def test_the_encoder_sees_a_quarter_of_the_patches():
     method, lengths = mae(), []
-    method.backbone.model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    method.encoder.model.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     method(image_batch(), PROGRESS)
     assert lengths == [1 + 4]
 
@@ -112,12 +121,10 @@ def test_the_removed_pixels_matter_to_the_target_alone():
     method, batch = mae(), image_batch()
     batch.views["image"].requires_grad_()
     seen = []
-    method.backbone.model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    torch.manual_seed(5)
+    method.encoder.model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     method(batch, PROGRESS)
     (gradient,) = torch.autograd.grad(seen[0].square().sum(), batch.views["image"])
-    torch.manual_seed(5)
-    for image, noise in zip(gradient[0], torch.rand(3, 16), strict=True):
+    for image, noise in zip(gradient[0], NOISE, strict=True):
         touched = {patch for patch in range(16) if patch_of(image, patch).any()}
         assert touched == set(noise.argsort()[:4].tolist())
 
@@ -126,8 +133,8 @@ def test_every_trained_parameter_gets_a_gradient_and_the_positions_none():
     method = mae()
     method(image_batch(), PROGRESS).loss.backward()
     without = {name for name, parameter in method.named_parameters() if parameter.grad is None}
-    assert without == {"backbone.model.pos_embed"}
-    assert not method.backbone.model.pos_embed.requires_grad
+    assert without == {"encoder.model.pos_embed"}
+    assert not method.encoder.model.pos_embed.requires_grad
 
 
 def test_registers_and_a_missing_class_token_are_no_obstacle():
@@ -140,8 +147,8 @@ def test_registers_and_a_missing_class_token_are_no_obstacle():
 def test_the_evaluated_feature_is_the_class_token_after_the_norm():
     method, images = mae(), image_batch().views["image"][0]
     method.eval()
-    encoded = method.backbone.encode(method.backbone.embed(images))
-    torch.testing.assert_close(method.backbone(images), encoded[:, 0])
+    encoded = method.encoder.encode(method.encoder.embed(images))
+    torch.testing.assert_close(method.encoder(images), encoded[:, 0])
 
 
 def test_the_defaults_are_the_published_ones():
@@ -165,7 +172,7 @@ def test_weights_behind_the_pooling_are_refused():
 
 def test_another_image_size_than_the_backbones_is_refused():
     with pytest.raises(ConfigError, match=r"that of the backbone, 4 \* 4 pixels\. Got 32; try .*img_size=32\.$"):
-        mae()(image_batch(32), PROGRESS)
+        mae().prepare(RunFacts(100, None, 8, {"image": (32,)}, (0.5,) * 3, (0.5,) * 3))
 
 
 # first weights

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ssl_pipeline.batch import Batch
+from ssl_pipeline.batch import Batch, RunFacts
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.methods.moco import MoCo, MoCoConfig
 from ssl_pipeline.schedule import Progress, Schedule
@@ -18,6 +18,10 @@ def moco(*, batch_norm=True, **changes):
     return toy_method(MoCo, MoCoConfig(name="moco", **(settings | changes)), batch_norm=batch_norm)
 
 
+def facts(global_batch):
+    return RunFacts(100, None, global_batch, {"view": (2,)}, (0.5,) * 3, (0.5,) * 3)
+
+
 def cross_entropy_of_first(query, key, queue, temperature):
     unit = [vector / vector.norm() for vector in (query, key, *queue)]
     scores = [(unit[0] @ other / temperature).exp() for other in unit[1:]]
@@ -27,7 +31,10 @@ def cross_entropy_of_first(query, key, queue, temperature):
 @pytest.mark.parametrize("num_steps", [1, 3, 4])  # the queue holds the keys of three steps
 def test_steps_follow_the_pseudocode(num_steps):
     method = moco()
-    query, key = copies(method.backbone, method.projector), copies(method.backbone, method.projector)
+    query, key = (
+        copies(method.student.backbone, method.student.head),
+        copies(method.student.backbone, method.student.head),
+    )
     queue, next_row, losses = method.queue.features.clone(), 0, []
     for batch in toy_batches(num_steps):
         first, second = batch.views["view"]
@@ -53,7 +60,10 @@ def test_steps_follow_the_pseudocode(num_steps):
 
 def test_a_scheduled_momentum_is_that_of_the_step_that_reads_the_keys():
     method = moco(teacher_momentum=Schedule(value=0.5, final=1.0))
-    query, key = copies(method.backbone, method.projector), copies(method.backbone, method.projector)
+    query, key = (
+        copies(method.student.backbone, method.student.head),
+        copies(method.student.backbone, method.student.head),
+    )
     with torch.no_grad():
         for parameter in (*query.parameters(), *method.student.parameters()):
             parameter.mul_(1.5)
@@ -110,13 +120,13 @@ def test_the_defaults_are_those_of_version_2():
     config = MoCoConfig(name="moco")
     assert (config.queue_size, config.temperature, config.projector_dim) == (65536, 0.2, 128)
     assert [config.teacher_momentum(Progress(step, 10, 1)) for step in (0, 9)] == [0.999, 0.999]
-    layers = [type(layer).__name__ for layer in moco().projector]
+    layers = [type(layer).__name__ for layer in moco().student.head]
     assert layers == ["Linear", "ReLU", "Linear"]
-    assert all(layer.bias is not None for layer in moco().projector if hasattr(layer, "bias"))
+    assert all(layer.bias is not None for layer in moco().student.head if hasattr(layer, "bias"))
 
 
 def test_version_1_has_one_linear_layer():
-    (layer,) = moco(projector_layers=1).projector
+    (layer,) = moco(projector_layers=1).student.head
     assert (layer.in_features, layer.out_features, layer.bias is not None) == (6, 5, True)
 
 
@@ -130,15 +140,9 @@ def test_version_1_has_one_linear_layer():
 )
 def test_a_queue_that_the_keys_of_a_step_do_not_fill_evenly_is_refused(symmetric, global_batch, sentence):
     with pytest.raises(ConfigError, match=r"^method\.queue_size must be a " + sentence):
-        moco(symmetric=symmetric).check(global_batch=global_batch)
+        moco(symmetric=symmetric).prepare(facts(global_batch))
 
 
 def test_a_queue_that_they_fill_evenly_is_taken():
-    moco().check(global_batch=6)
-    moco(symmetric=True).check(global_batch=6)
-
-
-def test_another_number_of_views_is_refused():
-    batch = Batch({"view": torch.randn(3, 4, 3, 2, 2).double()}, torch.zeros(4), torch.zeros(4))
-    with pytest.raises(ConfigError, match=r"^augment\.view\.count must be 2 for this method\. Got 3\.$"):
-        moco()(batch, Progress(0, 1, 1))
+    moco().prepare(facts(6))
+    moco(symmetric=True).prepare(facts(6))

@@ -30,8 +30,8 @@ def one_direction(queries, keys, temperature):
 def test_steps_follow_the_pseudocode():
     num_steps = 4
     method = moco_v3()
-    query = copies(method.backbone, method.projector, method.predictor)
-    key, losses = copies(method.backbone, method.projector), []
+    query = copies(method.student.backbone, method.student.head, method.predictor)
+    key, losses = copies(method.student.backbone, method.student.head), []
     for step, batch in enumerate(toy_batches(num_steps)):
         first, second = batch.views["view"]
         q1, q2 = query(first), query(second)
@@ -46,7 +46,7 @@ def test_steps_follow_the_pseudocode():
         losses.append(loss.detach())
 
     torch.testing.assert_close(train(method, toy_batches(num_steps), lr=0.5), torch.stack(losses))
-    assert_same_tensors(nn.Sequential(*method.student, method.predictor), query)
+    assert_same_tensors(nn.Sequential(*method.student.children(), method.predictor), query)
     # ours is updated for step 4 already, where the momentum is 1
     assert_same_tensors(method.teacher.network, key)
 
@@ -54,7 +54,7 @@ def test_steps_follow_the_pseudocode():
 def test_the_teacher_has_no_predictor():
     method = moco_v3()
     assert len(list(method.teacher.parameters())) == len(list(method.student.parameters()))
-    assert [name.split(".")[0] for name, _ in method.teacher.network.named_children()] == ["0", "1"]
+    assert [name.split(".")[0] for name, _ in method.teacher.network.named_children()] == ["backbone", "head"]
 
 
 def test_the_defaults_are_those_of_vits():
@@ -73,10 +73,10 @@ def layers_of(head):
 def test_heads_have_the_official_layers():
     hidden = ["linear", "norm", "relu"]
     vit = moco_v3()
-    assert layers_of(vit.projector) == [*hidden, *hidden, "linear", "norm plain"]
+    assert layers_of(vit.student.head) == [*hidden, *hidden, "linear", "norm plain"]
     assert layers_of(vit.predictor) == [*hidden, "linear", "norm plain"]
     resnet = moco_v3(projector_layers=2, predictor_last_batch_norm="none")
-    assert layers_of(resnet.projector) == [*hidden, "linear", "norm plain"]
+    assert layers_of(resnet.student.head) == [*hidden, "linear", "norm plain"]
     assert layers_of(resnet.predictor) == [*hidden, "linear"]
-    heads = nn.ModuleList([vit.projector, vit.predictor, resnet.projector, resnet.predictor])
+    heads = nn.ModuleList([vit.student.head, vit.predictor, resnet.student.head, resnet.predictor])
     assert all(layer.bias is None for layer in heads.modules() if isinstance(layer, nn.Linear))

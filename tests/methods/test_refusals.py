@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 from accelerate.state import AcceleratorState
 
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import create_backbone
+from ssl_pipeline.batch import RunFacts
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import RECIPES, ConfigError, load
-from tests.tiny import CNN, CONFIGS, VIT, make_method, row, write_shards
+from ssl_pipeline.data.stream import DataConfig, LabelledConfig
+from ssl_pipeline.training.preflight import check_recipe
+from tests.tiny import CNN, CONFIGS, VIT, make_method, needs, view_shape, write_shards
 
 WIDTHS = {
     "cifar10_byol_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
@@ -65,6 +70,17 @@ def test_local_crops_for_a_method_without_them(tmp_path):
     assert sentence == "BYOL has no use for the view group augment.local. It reads view."
 
 
+def check(name, sizes, backbone=VIT):
+    """What is checked of a recipe with views of these sizes."""
+    method = make_method(name, backbone=backbone)
+    counts = {views.name: view_shape(views)[0] for views in method.needs}
+    views = {group: ViewGroup(count=counts[group], size=size) for group, size in sizes.items()}
+    labelled = LabelledConfig(shards="") if any(views.labelled for views in method.needs) else None
+    check_recipe(method, create_backbone(backbone), views, DataConfig(shards="", batch_size=8, labelled=labelled))
+    facts = RunFacts(100, 3, 8, {group: (size,) for group, size in sizes.items()}, (0.5,) * 3, (0.5,) * 3)
+    method.prepare(facts)
+
+
 @pytest.mark.parametrize(
     ("name", "sizes", "sentence"),
     [
@@ -76,13 +92,27 @@ def test_local_crops_for_a_method_without_them(tmp_path):
 )
 def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        make_method(name).check_view_sizes(sizes)
+        check(name, sizes)
 
 
 @pytest.mark.parametrize("backbone", [VIT, CNN])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_views_that_fit_are_let_through(name, backbone):
     if name != "mae" or backbone is VIT:
-        make_method(name, backbone=backbone).check_view_sizes(
-            {group: size for group, (_, size) in row(name).views.items()}
-        )
+        check(name, {views.name: view_shape(views)[1] for views in needs(name)}, backbone)
+
+
+@pytest.mark.parametrize(
+    ("found", "names", "wanted", "classes"),
+    [(3, None, None, 3), (3, ("a", "b", "c"), None, 3), (3, ("a", "b", "c"), 3, 3), (3, None, 5, 5)],
+)
+def test_the_number_of_classes_is_that_of_the_labelled_images(found, names, wanted, classes):
+    facts = RunFacts(100, found, 8, {}, (0.5,) * 3, (0.5,) * 3, names)
+    assert facts.classes(wanted) == classes
+
+
+@pytest.mark.parametrize(("found", "names", "wanted"), [(3, ("a", "b", "c"), 5), (3, None, 2), (3, ("a", "b", "c"), 2)])
+def test_another_number_of_classes_is_refused(found, names, wanted):
+    facts = RunFacts(100, found, 8, {}, (0.5,) * 3, (0.5,) * 3, names)
+    with pytest.raises(ConfigError, match=rf"number of classes of the labelled images, 3\. Got {wanted}; leave it out"):
+        facts.classes(wanted)

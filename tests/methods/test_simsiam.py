@@ -21,7 +21,7 @@ def cosine(prediction, projection):
 
 def test_steps_follow_the_pseudocode():
     method = simsiam()
-    encoder, predictor = copies(method.backbone, method.projector), copies(method.predictor)
+    encoder, predictor = copies(method.encoder.backbone, method.encoder.head), copies(method.predictor)
     networks, losses = nn.ModuleList([encoder, predictor]), []
     for batch in toy_batches(3):
         first, second = batch.views["view"]
@@ -35,7 +35,7 @@ def test_steps_follow_the_pseudocode():
         losses.append(loss.detach())
 
     torch.testing.assert_close(train(method, toy_batches(3), lr=0.5), torch.stack(losses))
-    assert_same_tensors(nn.ModuleList([method.backbone, method.projector, method.predictor]), networks)
+    assert_same_tensors(nn.ModuleList([method.encoder, method.predictor]), networks)
 
 
 def test_the_defaults_are_the_published_ones():
@@ -46,7 +46,7 @@ def test_the_defaults_are_the_published_ones():
 
 def test_heads_have_the_official_layers():
     hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
-    projector, predictor = simsiam().projector, simsiam().predictor
+    projector, predictor = simsiam().encoder.head, simsiam().predictor
     assert [type(layer) for layer in projector] == [*hidden, *hidden, nn.Linear, nn.BatchNorm1d]
     assert [layer.affine for layer in projector if isinstance(layer, nn.BatchNorm1d)] == [True, True, False]
     assert [type(layer) for layer in predictor] == [*hidden, nn.Linear]

@@ -71,7 +71,7 @@ def wait_with_signs(seconds: float, timeout: float) -> None:
         while time.monotonic() < end:
             time.sleep(0.01)
             if timeout < seconds:
-                interruption.sign_of_life()
+                interruption.keepalive()
 
 
 def hang(timeout: float) -> None:
@@ -86,7 +86,7 @@ def test_a_hang_ends_the_process_with_its_stacks():
     assert "in hang" in child.printed()
 
 
-def test_signs_of_life_put_the_end_off():
+def test_keepalives_put_the_end_off():
     assert start(wait_with_signs, 1.5, 1.0).wait() == 0
 
 

@@ -23,7 +23,7 @@ from ssl_pipeline.randomness import seed_everything
 from ssl_pipeline.run.directory import RunDirectory, read_status
 from ssl_pipeline.run.interruption import Interruption
 from ssl_pipeline.run.step_times import PHASES
-from ssl_pipeline.schedule import Progress
+from ssl_pipeline.schedule import Duration, Progress
 from ssl_pipeline.training import launch, loop, reporting
 from ssl_pipeline.training.clock import Clock
 from ssl_pipeline.training.launch import start_accelerator
@@ -62,7 +62,7 @@ class Recorder:
     """A monitor that notes what it is called with."""
 
     def __init__(self, every: int | str, *, name: str = "seen", look: Callable[[nn.Module], float] = lambda _: 1.0):
-        self.every, self.name, self.look = every, name, look
+        self.every, self.name, self.look = Duration(every), name, look
         self.steps: list[int] = []
 
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
@@ -188,9 +188,9 @@ def test_monitors_leave_the_training_as_it_was(tmp_path, shards):
     assert gap(monitored, train_alone(tmp_path / "plain", "mae", shards, steps=4)) == 0
 
 
-def test_each_batch_of_a_monitor_is_a_sign_of_life(tmp_path, shards, monkeypatch):
+def test_each_batch_of_a_monitor_is_a_keepalive(tmp_path, shards, monkeypatch):
     signs = []
-    monkeypatch.setattr(Interruption, "sign_of_life", lambda self: signs.append(1))
+    monkeypatch.setattr(Interruption, "keepalive", lambda self: signs.append(1))
     counts = []
 
     def look(backbone: nn.Module) -> float:
@@ -205,9 +205,9 @@ def test_each_batch_of_a_monitor_is_a_sign_of_life(tmp_path, shards, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["simclr", "fixmatch"])
-def test_filling_the_cache_gives_signs_of_life(tmp_path, shards, monkeypatch, name):
+def test_filling_the_cache_gives_keepalives(tmp_path, shards, monkeypatch, name):
     signs = []
-    monkeypatch.setattr(Interruption, "sign_of_life", lambda self: signs.append(1))
+    monkeypatch.setattr(Interruption, "keepalive", lambda self: signs.append(1))
     train_alone(tmp_path / "plain", name, shards, steps=1)
     without = len(signs)
     signs.clear()
@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_a_number_changes_no_weight(tmp_path, shards):
 
 @pytest.fixture
 def late(monkeypatch) -> None:
-    """Verdicts are read one step late, as on a GPU."""
+    """Checks are read one step late, as on a GPU."""
     monkeypatch.setattr(loop, "lag_on", lambda device: 1)
 
 
@@ -253,7 +253,7 @@ def steps_saved(output: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
 
 
-def test_late_verdicts_change_nothing_in_a_run_that_goes_well(tmp_path, shards, monkeypatch):
+def test_late_checks_change_nothing_in_a_run_that_goes_well(tmp_path, shards, monkeypatch):
     at_once = train_alone(tmp_path / "at once", "dino", shards, log_every=5)
     monkeypatch.setattr(loop, "lag_on", lambda device: 1)
     assert gap(at_once, train_alone(tmp_path / "late", "dino", shards, log_every=5)) == 0
@@ -411,7 +411,7 @@ def test_the_clock_follows_the_position_through_a_change_of_the_batch():
 
 def test_a_run_has_steps_or_epochs(shards, tmp_path):
     run = make_run(tmp_path / "run", "simclr", shards, steps=None, epochs=1.5)
-    clock = start_clock(run.index, run.data, run.config)
+    clock = start_clock(run.index, run.data, run.train)
     assert (clock.end, clock.progress(0).total_steps) == (72, 9)
     for lengths in ({}, {"steps": 1, "epochs": 1}):
         with pytest.raises(ConfigError, match="set either epochs or steps"):

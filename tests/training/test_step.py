@@ -18,7 +18,7 @@ from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.schedule import Progress, Schedule
 from ssl_pipeline.training.run import Run
 from ssl_pipeline.training.step import TrainingStep
-from ssl_pipeline.training.step_checks import Verdicts, lag_on
+from ssl_pipeline.training.step_checks import StepChecks, lag_on
 from tests.runs import make_run
 from tests.tiny import CONFIGS, write_shards
 
@@ -32,8 +32,8 @@ def shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("images") / "shards")
 
 
-class NeverRead(Verdicts):
-    """Verdicts that stay where they are."""
+class NeverRead(StepChecks):
+    """Checks that stay where they are."""
 
     def add(self, *_: object, loss: Tensor, **__: object) -> None:
         self.loss = loss
@@ -42,7 +42,7 @@ class NeverRead(Verdicts):
         return 0
 
 
-def on_device(run: Run, device: str, verdicts: Verdicts, *, lag: int) -> TrainingStep:
+def on_device(run: Run, device: str, checks: StepChecks, *, lag: int) -> TrainingStep:
     """The step of a run whose method and optimizer are on another device than Accelerate would choose."""
     run.method.to(device)
     run.accelerator = SimpleNamespace(
@@ -56,11 +56,11 @@ def on_device(run: Run, device: str, verdicts: Verdicts, *, lag: int) -> Trainin
         run.method,
         build_optimizer(run.method, run.optim),
         lr=Schedule(value=0.1),
-        verdicts=verdicts,
+        checks=checks,
         lag=lag,
         times=StepTimes(torch.device(device), every=0),
         bad_samples=BadSampleLog(run.output / "bad.jsonl", budget=0.0, total=len(run.index)),
-        sign_of_life=lambda: None,
+        keepalive=lambda: None,
         requested=lambda: 0,
     )
 
@@ -70,7 +70,7 @@ def batches(run: Run, **settings: object) -> list[StreamBatch]:
     run.data = run.data.model_copy(update=settings)
     options = {"seed": 0, "position": 0, "rank": 0, "world_size": 1, "batches": 2}
     made = [batch.clone() for batch in open_stream(run.index, run.augment, run.data, **options)]
-    for batch in made if run.method.labelled_view_groups else ():
+    for batch in made if any(views.labelled for views in run.method.needs) else ():
         batch.labelled = batch.clone()
     return made
 
@@ -88,11 +88,11 @@ def meta(monkeypatch) -> str:
 def test_a_step_asks_its_device_for_nothing(tmp_path, shards, meta, name, crop_on):
     run = make_run(tmp_path / "run", name, shards, batch_size=4, optim=LARS)
     run.augment = {group: view.model_copy(update=ALL_AUGMENTATIONS) for group, view in run.augment.items()}
-    step = on_device(run, meta, verdicts := NeverRead(run.index), lag=1)
+    step = on_device(run, meta, checks := NeverRead(run.index), lag=1)
     stream = iter(batches(run, crop_on=crop_on))
     for number in range(2):
         result = step(stream, run.clock.progress(4 * number))
-    assert verdicts.loss.is_meta
+    assert checks.loss.is_meta
     assert result.gradient_norm.is_meta
 
 
@@ -111,21 +111,21 @@ class NoHostReads(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def test_a_late_verdict_is_sent_without_a_look_at_it(tmp_path, shards):
+def test_a_late_check_is_sent_without_a_look_at_it(tmp_path, shards):
     index = make_run(tmp_path / "run", "simclr", shards).index
-    verdicts, values = Verdicts(index), torch.tensor([1.0, 2.0])
+    checks, values = StepChecks(index), torch.tensor([1.0, 2.0])
     with NoHostReads():
         for step in range(2):
-            verdicts.add(
+            checks.add(
                 Progress(step, 9, 3.0),
                 loss=values[0],
                 gradient_norm=values[1],
-                indices=torch.tensor([0, 1]),
+                sample_ids=torch.tensor([0, 1]),
                 watched=values.sum(),
                 signal_number=15 * step,
             )
-    assert verdicts.read(lag=1) == 0
-    assert verdicts.read() == 15
+    assert checks.read(lag=1) == 0
+    assert checks.read() == 15
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -135,7 +135,7 @@ def test_on_a_gpu_a_step_does_not_synchronise(tmp_path, shards, name, crop_on):
     run = make_run(tmp_path / "run", name, shards, batch_size=4)
     device = torch.device("cuda")
     run.augment = {group: view.model_copy(update=ALL_AUGMENTATIONS) for group, view in run.augment.items()}
-    step = on_device(run, "cuda", Verdicts(run.index), lag=lag_on(device))
+    step = on_device(run, "cuda", StepChecks(run.index), lag=lag_on(device))
     step.times = StepTimes(device, every=1)
     made = [*batches(run, crop_on=crop_on), *batches(run)]
     step(iter(made), run.clock.progress(0))  # chooses kernels, makes the optimizer's state
@@ -147,5 +147,5 @@ def test_on_a_gpu_a_step_does_not_synchronise(tmp_path, shards, name, crop_on):
             step(iter(made), run.clock.progress(4 + 4 * number))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert step.verdicts.read() == 0
+    assert step.checks.read() == 0
     assert step.times.read()["seconds_forward"] > 0

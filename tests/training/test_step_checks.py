@@ -7,7 +7,7 @@ import torch
 
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.schedule import Progress
-from ssl_pipeline.training.step_checks import BrokenStepError, Verdicts, lag_on
+from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_on
 from tests.tiny import write_shards
 
 
@@ -16,12 +16,12 @@ def index(tmp_path_factory) -> ShardIndex:
     return open_shards(write_shards(tmp_path_factory.mktemp("images") / "shards"))
 
 
-def add(verdicts: Verdicts, step: int, *, loss: float = 1.0, gradient_norm: float = 1.0, signal_number: int = 0):
-    verdicts.add(
+def add(checks: StepChecks, step: int, *, loss: float = 1.0, gradient_norm: float = 1.0, signal_number: int = 0):
+    checks.add(
         Progress(step=step, total_steps=9, steps_per_epoch=3.0),
         loss=torch.tensor(loss),
         gradient_norm=torch.tensor(gradient_norm),
-        indices=torch.arange(6) + step,
+        sample_ids=torch.arange(6) + step,
         watched=torch.tensor(loss) + torch.tensor(gradient_norm),
         signal_number=signal_number,
     )
@@ -33,30 +33,30 @@ def test_only_a_gpu_is_read_late():
 
 
 def test_a_signal_is_heard_once_and_with_a_lag_one_step_later(index):
-    verdicts = Verdicts(index)
+    checks = StepChecks(index)
     heard = []
     for step, signal_number in enumerate([0, 15, 0, 0]):
-        add(verdicts, step, signal_number=signal_number)
-        heard.append(verdicts.read(lag=1))
+        add(checks, step, signal_number=signal_number)
+        heard.append(checks.read(lag=1))
     assert heard == [0, 0, 15, 0]
-    assert verdicts.read() == 0
+    assert checks.read() == 0
 
 
 def test_without_a_lag_the_step_itself_is_refused(index):
-    verdicts = Verdicts(index)
-    add(verdicts, 3, loss=float("nan"))
+    checks = StepChecks(index)
+    add(checks, 3, loss=float("nan"))
     with pytest.raises(BrokenStepError, match="Step 4 was not made: on rank 0 the loss is nan") as error:
-        verdicts.read()
+        checks.read()
     assert error.value.step == 3
 
 
 def test_with_a_lag_the_sentence_is_about_the_step_that_broke(index):
-    verdicts = Verdicts(index)
-    add(verdicts, 3, loss=float("inf"), gradient_norm=2.0)
-    assert verdicts.read(lag=1) == 0
-    add(verdicts, 4, loss=float("nan"), gradient_norm=float("nan"))
+    checks = StepChecks(index)
+    add(checks, 3, loss=float("inf"), gradient_norm=2.0)
+    assert checks.read(lag=1) == 0
+    add(checks, 4, loss=float("nan"), gradient_norm=float("nan"))
     with pytest.raises(BrokenStepError) as error:
-        verdicts.read(lag=1)
+        checks.read(lag=1)
     sentence = str(error.value)
     assert sentence.startswith("Step 4 was not made: on rank 0 the loss is inf, and the gradient norm is 2. Images of ")
     assert [f"key '{number:04d}'" in sentence for number in (2, 3, 4, 5, 6, 7)] == [
@@ -71,7 +71,7 @@ def test_with_a_lag_the_sentence_is_about_the_step_that_broke(index):
 
 
 def test_a_gradient_breaks_a_step_too(index: ShardIndex):
-    verdicts = Verdicts(index)
-    add(verdicts, 0, gradient_norm=float("inf"))
+    checks = StepChecks(index)
+    add(checks, 0, gradient_norm=float("inf"))
     with pytest.raises(BrokenStepError, match="the loss is 1, and the gradient norm is inf"):
-        verdicts.read()
+        checks.read()

@@ -38,11 +38,11 @@ def extract_features(
     """
     device = torch.device(device)
     share = -(-len(index) // world_size())  # rounded up: the last shares may be smaller, or empty
-    positions = range(len(index))[rank() * share : (rank() + 1) * share] or range(1)
+    samples = range(len(index))[rank() * share : (rank() + 1) * share] or range(1)
     features, labels = torch.empty(0), torch.full((share,), -1)
     batches = evaluation_batches(
         EvaluationSet(index, preprocessing.size),
-        positions,
+        samples,
         batch_size=batch_size,
         workers=workers,
     )
@@ -50,7 +50,7 @@ def extract_features(
     autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")
     done = 0
     with (
-        tqdm(total=len(positions), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
+        tqdm(total=len(samples), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
         eval_mode(backbone),
         torch.no_grad(),  # not inference_mode: what a backbone keeps (a position table) must serve training later
         autocast,

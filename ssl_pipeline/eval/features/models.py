@@ -22,7 +22,7 @@ RANDOM_SEED = 0
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class SubjectConfig(Config):
+class ModelConfig(Config):
     """The backbone to measure: a run's, or a timm model."""
 
     run: Path | None = None
@@ -43,7 +43,7 @@ class SubjectConfig(Config):
     """With `backbone`: standard deviation of the colour channels; by default as `mean`."""
 
     @model_validator(mode="after")
-    def _one_subject(self) -> "SubjectConfig":
+    def _one_model(self) -> "ModelConfig":
         if (self.run is None) == (self.backbone is None):
             raise ValueError("Give either run=DIR or backbone=NAME.")
         given = [name for name in ("arguments", "small_images", "weights", "mean", "std") if getattr(self, name)]
@@ -53,7 +53,7 @@ class SubjectConfig(Config):
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A frozen network with what its images need.
 
     `about` is JSON that tells it from any other one; `config` builds the same architecture anew, None for raw pixels.
@@ -66,10 +66,10 @@ class Subject:
     config: BackboneConfig | None
 
 
-def open_subject(config: SubjectConfig) -> Subject:
+def open_model(config: ModelConfig) -> EvaluatedModel:
     """The backbone that the config names, ready to be measured."""
     if config.run is not None:
-        return _run_subject(config.run, config.size)
+        return _run_model(config.run, config.size)
     assert config.backbone is not None
     if config.backbone == RAW_PIXELS:
         return raw_pixels(config.size or 224)
@@ -83,16 +83,16 @@ def open_subject(config: SubjectConfig) -> Subject:
         },
     )
     if config.weights is None:
-        subject = random_initialisation(architecture, _preprocessing(config))
-        return replace(subject, label=f"{config.backbone} at random initialisation")
+        model = random_initialisation(architecture, _preprocessing(config))
+        return replace(model, label=f"{config.backbone} at random initialisation")
     backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
     about: dict[str, JSON] = {"backbone": architecture.model_dump(mode="json"), "weights": config.weights}
     if Path(config.weights).is_file():
         about["weights_sha256"] = file_checksum(Path(config.weights))
-    return Subject(config.backbone, backbone, _preprocessing(config), about, architecture)
+    return EvaluatedModel(config.backbone, backbone, _preprocessing(config), about, architecture)
 
 
-def _preprocessing(config: SubjectConfig) -> Preprocessing:
+def _preprocessing(config: ModelConfig) -> Preprocessing:
     """The size, mean and deviation that are given, else those of the pretrained tag, else ImageNet's at 224 pixels."""
     published = None
     if config.weights is not None and not Path(config.weights).is_file():
@@ -106,7 +106,7 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _run_subject(run: Path, size: int | None) -> Subject:
+def _run_model(run: Path, size: int | None) -> EvaluatedModel:
     file = run / "backbone.safetensors"
     if not file.is_file():
         raise ConfigError(
@@ -123,7 +123,7 @@ def _run_subject(run: Path, size: int | None) -> Subject:
         "weights": "the run's evaluated backbone (backbone.safetensors)",
         "weights_sha256": file_checksum(file),
     }
-    return Subject("pretrained", backbone, preprocessing, about, architecture)
+    return EvaluatedModel("pretrained", backbone, preprocessing, about, architecture)
 
 
 def _method_of(run: Path) -> str | None:
@@ -134,24 +134,24 @@ def _method_of(run: Path) -> str | None:
         return None
 
 
-def baselines_of(subject: Subject) -> dict[str, Subject]:
+def baselines_of(model: EvaluatedModel) -> dict[str, EvaluatedModel]:
     """The yardsticks: the pixels themselves, and the same architecture at random initialisation."""
-    baselines = {RAW_PIXELS: raw_pixels(subject.preprocessing.size)}
-    if subject.config is not None:
-        baselines["random"] = random_initialisation(subject.config, subject.preprocessing)
+    baselines = {RAW_PIXELS: raw_pixels(model.preprocessing.size)}
+    if model.config is not None:
+        baselines["random"] = random_initialisation(model.config, model.preprocessing)
     return baselines
 
 
-def raw_pixels(size: int) -> Subject:
+def raw_pixels(size: int) -> EvaluatedModel:
     """Pixels between 0 and 1, not centred, of the image resized to at most 32 x 32."""
     size = min(size, RAW_PIXELS_SIDE)
     images = f"{size} x {size} pixels between 0 and 1, not centred"
     about: dict[str, JSON] = {"backbone": RAW_PIXELS, "images": images}
     preprocessing = Preprocessing(size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return Subject("raw pixels", nn.Flatten(), preprocessing, about, None)
+    return EvaluatedModel("raw pixels", nn.Flatten(), preprocessing, about, None)
 
 
-def random_initialisation(architecture: BackboneConfig, preprocessing: Preprocessing) -> Subject:
+def random_initialisation(architecture: BackboneConfig, preprocessing: Preprocessing) -> EvaluatedModel:
     """The architecture as it is before any training, from a fixed seed."""
     architecture = architecture.model_copy(update={"weights": None})
     with torch.random.fork_rng(devices=[]):
@@ -161,4 +161,4 @@ def random_initialisation(architecture: BackboneConfig, preprocessing: Preproces
         "backbone": architecture.model_dump(mode="json"),
         "weights": f"random initialisation, seed {RANDOM_SEED}",
     }
-    return Subject("random initialisation", backbone, preprocessing, about, architecture)
+    return EvaluatedModel("random initialisation", backbone, preprocessing, about, architecture)

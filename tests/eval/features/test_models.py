@@ -7,62 +7,62 @@ import torch
 
 from ssl_pipeline.backbones import load_backbone, save_backbone
 from ssl_pipeline.config import load
-from ssl_pipeline.eval.features.models import SubjectConfig, baselines_of, open_subject, raw_pixels
+from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model, raw_pixels
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 
 TINY_VIT = "{img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"
 
 
-def subject_config(*arguments: str) -> SubjectConfig:
-    return load(SubjectConfig, arguments)
+def settings(*arguments: str) -> ModelConfig:
+    return load(ModelConfig, arguments)
 
 
 def test_a_run_brings_its_weights_and_preprocessing(run: Path) -> None:
-    subject = open_subject(subject_config(f"run={run}"))
+    model = open_model(settings(f"run={run}"))
     backbone, _, preprocessing = load_backbone(run)
-    assert subject.preprocessing == preprocessing
-    torch.testing.assert_close(subject.backbone.state_dict(), backbone.state_dict())
+    assert model.preprocessing == preprocessing
+    torch.testing.assert_close(model.backbone.state_dict(), backbone.state_dict())
 
 
 def test_size_overrides_that_of_the_run(run: Path) -> None:
-    assert open_subject(subject_config(f"run={run}", "size=24")).preprocessing.size == 24
+    assert open_model(settings(f"run={run}", "size=24")).preprocessing.size == 24
 
 
 def test_a_weights_file_gives_the_network_of_the_run(run: Path) -> None:
     file = run / "backbone.safetensors"
     arguments = ["backbone=vit_tiny_patch16_224", f"arguments={TINY_VIT}", f"weights={file}", "size=16"]
-    subject = open_subject(subject_config(*arguments, "mean=0.5,0.5,0.5", "std=0.25,0.25,0.25"))
-    expected = open_subject(subject_config(f"run={run}"))
-    assert subject.preprocessing == expected.preprocessing
-    torch.testing.assert_close(subject.backbone.state_dict(), expected.backbone.state_dict())
+    model = open_model(settings(*arguments, "mean=0.5,0.5,0.5", "std=0.25,0.25,0.25"))
+    expected = open_model(settings(f"run={run}"))
+    assert model.preprocessing == expected.preprocessing
+    torch.testing.assert_close(model.backbone.state_dict(), expected.backbone.state_dict())
 
 
 def test_the_random_baseline_has_the_architecture_and_not_the_weights(run: Path) -> None:
-    subject = open_subject(subject_config(f"run={run}"))
-    random = baselines_of(subject)["random"]
+    model = open_model(settings(f"run={run}"))
+    random = baselines_of(model)["random"]
     shapes, expected = (
         {name: value.shape for name, value in network.state_dict().items()}
-        for network in (random.backbone, subject.backbone)
+        for network in (random.backbone, model.backbone)
     )
     assert shapes == expected
     weight = "model.patch_embed.proj.weight"
-    assert not torch.equal(random.backbone.state_dict()[weight], subject.backbone.state_dict()[weight])
+    assert not torch.equal(random.backbone.state_dict()[weight], model.backbone.state_dict()[weight])
 
 
 def test_making_a_random_baseline_leaves_the_random_state_alone(run: Path) -> None:
-    subject = open_subject(subject_config(f"run={run}"))
+    model = open_model(settings(f"run={run}"))
     state = torch.get_rng_state()
-    baselines_of(subject)
+    baselines_of(model)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(("size", "side"), [(224, 32), (16, 16)])
 def test_raw_pixels_are_at_most_32_by_32(size: int, side: int) -> None:
-    subject = raw_pixels(size)
-    assert subject.preprocessing.size == side
+    model = raw_pixels(size)
+    assert model.preprocessing.size == side
     image = torch.rand(2, 3, side, side)
-    assert torch.equal(subject.backbone(image), image.flatten(1))
-    assert f"{side} x {side}" in str(subject.about["images"])
+    assert torch.equal(model.backbone(image), image.flatten(1))
+    assert f"{side} x {side}" in str(model.about["images"])
 
 
 def test_other_weights_or_images_never_meet_old_features(
