@@ -1,6 +1,7 @@
 """The networks that are pretrained: any timm model by name, turned into features."""
 
-from ssl_pipeline.backbones.create import BackboneConfig, create_backbone
+from ssl_pipeline.backbones.config import BackboneConfig
+from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, without_drop_path

@@ -3,66 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
-from pydantic import Field, model_validator
 from timm.layers import PatchEmbed
 from timm.models import ResNet, VisionTransformer
 from torch import nn
 
 import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to timm's registry)
+from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone
 from ssl_pipeline.backbones.weights import WEIGHT_SUFFIXES, first_line, load_weights
-from ssl_pipeline.config import Config, ConfigError, nearest
-
-RESERVED_ARGUMENTS = {
-    "num_classes": "the head is always left out",
-    "pretrained": "set backbone.weights",
-    "checkpoint_path": "set backbone.weights",
-    "drop_path_rate": "set backbone.drop_path",
-    "dynamic_img_size": "it is always on where the model has it",
-}
-
-
-class BackboneConfig(Config):
-    name: str
-    """Name of a timm model, for instance resnet18 or vit_small_patch16_224."""
-    arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further arguments of the timm model, for instance {img_size: 32, patch_size: 4}."""
-    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Stochastic depth rate of the last block."""
-    small_images: bool = False
-    """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
-    weights: str | None = None
-    """Weights to start from: a file (.safetensors, .pth, .pt) or the tag of a pretrained timm model."""
-    initial_weights: Literal["mae", "moco_v3"] | None = None
-    """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
-    fixed_positions: bool = False
-    """ViTs only: a table of sines that is not trained, instead of learnt positions: MAE's, and MoCo v3's with its
-    initial_weights."""
-    frozen_patch_embed: bool = False
-    """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
-    checkpoint_activations: bool = False
-    """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
-    fraction of the memory, about a quarter slower. Not for networks with batch norm."""
-
-    @model_validator(mode="after")
-    def _arguments_are_the_models_own(self) -> BackboneConfig:
-        for argument, reason in RESERVED_ARGUMENTS.items():
-            if argument in self.arguments:
-                raise ValueError(f"backbone.arguments must not hold '{argument}': {reason}.")
-        if self.weights and self.initial_weights:
-            raise ValueError(
-                "backbone.weights and initial_weights both say how the weights begin. Leave one of them out."
-            )
-        return self
+from ssl_pipeline.config import ConfigError, nearest
 
 
 def create_backbone(config: BackboneConfig) -> Backbone:
-    """The backbone that `config` describes; TokenBackbone for ViTs. Raises ConfigError for a mistake in it."""
+    """The backbone that `config` describes, which it keeps; TokenBackbone for ViTs.
+
+    Raises ConfigError for a mistake in `config`.
+    """
     if not timm.is_model(config.name):
         raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
     weights_file = _is_file(config.weights)
@@ -77,6 +38,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
         backbone: Backbone = TokenBackbone(model)
     else:  # subclasses and hybrids have forward passes of their own
         backbone = Backbone(model.to(memory_format=torch.channels_last))
+    backbone.config = config
     if weights_file:
         load_weights(backbone.model, Path(str(config.weights)))
     _prepare_vit(backbone, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,18 @@ from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.attention import choose_attention
+from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.patches import take_patches
 from ssl_pipeline.backbones.positions import Grid, resample_positions
 
 
 class Backbone(nn.Module):
     """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim)."""
+
+    config: BackboneConfig
+    """What `create_backbone` made it from, and makes another one from."""
+    forward_methods: ClassVar[tuple[str, ...]] = ()
+    """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -36,6 +43,7 @@ class TokenBackbone(Backbone):
     """
 
     model: VisionTransformer
+    forward_methods = ("embed", "embed_patches", "encode")
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__(model)
