@@ -135,7 +135,7 @@ def pretrain(config: PretrainConfig) -> int:
             )
         )
         if signal_number == 0 and directory is not None:
-            save_backbone(output, method.backbone, config.backbone, preprocessing)
+            save_backbone(output, method.backbone, preprocessing)
             print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
