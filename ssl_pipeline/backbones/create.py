@@ -20,7 +20,10 @@ from ssl_pipeline.config import ConfigError, nearest
 
 
 def create_backbone(config: BackboneConfig) -> Backbone:
-    """The backbone that `config` describes; TokenBackbone for ViTs. Raises ConfigError for a mistake in it."""
+    """The backbone that `config` describes, which it keeps; TokenBackbone for ViTs.
+
+    Raises ConfigError for a mistake in `config`.
+    """
     if not timm.is_model(config.name):
         raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
     weights_file = _is_file(config.weights)
@@ -83,7 +86,7 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
         if config.initial_weights is not None:
             initialise(backbone.model, config.initial_weights)
         if config.fixed_positions:
-            fix_positions(backbone.model)
+            fix_positions(backbone.model, first_half="row" if config.initial_weights == "moco_v3" else "column")
         if config.frozen_patch_embed:
             backbone.model.patch_embed.requires_grad_(False)
 
