@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ssl_pipeline.backbones import Backbone, TokenBackbone
+from ssl_pipeline.backbones import Backbone, TokenBackbone, require_tokens
 from ssl_pipeline.backbones.patches import patchify, random_split, take_patches
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config, ConfigError
@@ -64,7 +64,7 @@ class MAE(Method):
         patches = patchify(images, self.backbone.patch_size)
         noise = torch.rand(patches.shape[:2], device=patches.device)
         kept, removed, restore = random_split(noise, ratio=self.config.mask_ratio)
-        encoded = self.backbone.encode(self.backbone.embed_patches(take_patches(patches, kept), kept))
+        encoded = self.backbone.encode(self.backbone.embed_patches(take_patches(patches, kept), kept), kept)
         loss = removed_patches_loss(
             take_patches(patches, removed),
             self.decoder(encoded, restore, removed),
@@ -88,16 +88,14 @@ class MAE(Method):
 
 def _with_trained_tokens(backbone: Backbone) -> TokenBackbone:
     """The backbone, if all of it takes part in encoding tokens."""
-    name = backbone.model.default_cfg["architecture"]  # type: ignore[index]
-    if not isinstance(backbone, TokenBackbone):
-        raise ConfigError(f"MAE needs a backbone with patch tokens (a ViT). '{name}' has none.")
-    after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part))]
+    with_tokens = require_tokens(backbone, "MAE", some_patches=True)
+    after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
     if after_pooling:
         raise ConfigError(
-            f"MAE trains a ViT's tokens, not what follows their pooling. '{name}' has {' and '.join(after_pooling)} "
-            "there; set backbone.arguments='{global_pool: avg, fc_norm: false}'."
+            f"MAE trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
+            f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
         )
-    return backbone
+    return with_tokens
 
 
 def _has_weights(part: nn.Module | None) -> bool:
