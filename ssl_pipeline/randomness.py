@@ -8,8 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
-
-SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE, LABELLED, SPLIT = (np.uint64(domain) for domain in range(1, 7))
+SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE, LABELLED, SPLIT, MASK = (np.uint64(part) for part in range(1, 8))
 
 
 def splitmix64(x: ArrayLike) -> NDArray[np.uint64]:
@@ -29,11 +28,16 @@ def hash64(*values: ArrayLike) -> NDArray[np.uint64]:
     return state
 
 
-def generate(state: ArrayLike, count: int) -> NDArray[np.uint64]:
-    """The first `count` outputs of SplitMix64 from each state: (..., count)."""
+def generate(state: ArrayLike, count: int, *, start: int = 0) -> NDArray[np.uint64]:
+    """Outputs `start` to `start + count - 1` of SplitMix64 from each state: (..., count)."""
     with np.errstate(over="ignore"):
-        steps = np.arange(count, dtype=np.uint64) * GOLDEN_GAMMA
+        steps = np.arange(start, start + count, dtype=np.uint64) * GOLDEN_GAMMA
         return splitmix64(np.asarray(state, dtype=np.uint64)[..., None] + steps)
+
+
+def generate_uniforms(state: ArrayLike, count: int, *, start: int = 0) -> NDArray[np.float64]:
+    """The outputs of `generate` as numbers in [0, 1) with 53 random bits: (..., count)."""
+    return (generate(state, count, start=start) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(count: int, *key: ArrayLike) -> NDArray[np.int64]:
@@ -50,8 +54,7 @@ def uniforms(
     `epochs_B` is one epoch or one per sample. View v reads numbers v*U to (v+1)*U of the sample's own generator.
     """
     states_B = hash64(seed, AUGMENTATION, stream, epochs_B, samples_B)
-    numbers_BN = (generate(states_B, views * count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return numbers_BN.reshape(-1, views, count).swapaxes(0, 1)
+    return generate_uniforms(states_B, views * count).reshape(-1, views, count).swapaxes(0, 1)
 
 
 def seed_everything(*key: int) -> None:

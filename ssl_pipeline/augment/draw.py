@@ -1,21 +1,24 @@
-"""Every random number of a view: its crop, its flip and what happens to its colours."""
+"""Every random number of a view: its crop, its flip, its mask and what happens to its colours."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_pipeline.augment.masks import draw_counts, draw_masks, grid_of
 from ssl_pipeline.augment.parameters import NUM_PARAMETERS, TURNS, Operation, Parameter
 from ssl_pipeline.augment.rand_augment import HIGHEST, LOWEST, PARAMETERS_PER_ROUND
 from ssl_pipeline.augment.rand_augment import Operation as RandOperation
 from ssl_pipeline.augment.views import CROP_TRIES, UNIFORMS_PER_ROUND, UNIFORMS_PER_VIEW, Uniform, ViewGroup
-from ssl_pipeline.randomness import uniforms
+from ssl_pipeline.batch import MaskRule
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.randomness import MASK, hash64, uniforms
 
-# V views of each of B images, U uniforms in [0, 1), N tries, R rounds, P parameters
+# V views of each of B images, U uniforms in [0, 1), N tries, R rounds, P parameters, L patches
 
 Integers = NDArray[np.int64]
 
@@ -137,36 +140,85 @@ def group_uniforms(
     name: str, group: ViewGroup, *, seed: int, epochs_B: Integers, samples_B: Integers
 ) -> NDArray[np.float64]:
     """The uniforms (V,B,U) of a group of views of each sample, which depend on nothing but the arguments."""
-    # the stream is the group's name: adding a group changes no other
-    stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    return uniforms(seed, epochs_B, samples_B, views=group.count, count=group.num_uniforms(), stream=stream)
+    return uniforms(seed, epochs_B, samples_B, views=group.count, count=group.num_uniforms(), stream=_stream_of(name))
+
+
+def _stream_of(name: str) -> int:
+    """The name of a group as a number of 64 bits: adding a group changes no other."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn on the host for one group: boxes (V,B,4), flips (V,B), photometric parameters (V,B,P) float32."""
+    """What was drawn on the host for one group of views.
+
+    Boxes (V,B,4), flips (V,B), photometric parameters (V,B,P) float32, and masks (V,B,L) where the group has a rule.
+    """
 
     boxes: Integers
     flips: NDArray[np.bool_]
     parameters: NDArray[np.float32]
+    masks: NDArray[np.bool_] | None
 
 
-def draw_views(
-    groups: Mapping[str, ViewGroup],
-    *,
-    seed: int,
-    epochs_B: Integers,
-    samples_B: Integers,
-    heights_B: Integers,
-    widths_B: Integers,
-) -> dict[str, Drawn]:
-    """Everything random about the views of some samples; the same numbers wherever crops are cut out."""
-    drawn = {}
-    for name, group in groups.items():
-        uniforms_VBU = group_uniforms(name, group, seed=seed, epochs_B=epochs_B, samples_B=samples_B)
-        boxes_VB4, flips_VB = crop_boxes(uniforms_VBU, heights_B, widths_B, group)
-        drawn[name] = Drawn(boxes_VB4, flips_VB, draw_parameters(uniforms_VBU, group))
-    return drawn
+@dataclass(frozen=True)
+class ViewSampler:
+    """Everything random about the views of a stream, wherever crops are cut out and whatever process they are for.
+
+    What a view gets follows from the seed, the epoch, the sample and the group. `stratified` masks also depend on the
+    optimizer step and on the image's place among those of the step, which follow from its position in the stream.
+    masks: rules by the name of a group. global_batch: images per optimizer step, over all processes and micro-batches.
+    offset: where in the stream a step begins, as do those `global_batch` positions before and after it.
+    """
+
+    groups: Mapping[str, ViewGroup]
+    masks: Mapping[str, MaskRule]
+    seed: int
+    global_batch: int
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        for name, group in self.groups.items():
+            if name in self.masks:
+                try:
+                    grid_of(self.masks[name], group.size)
+                except ValueError as error:
+                    raise ConfigError(f"augment.{name}: {error}") from None
+
+    def draw(
+        self,
+        positions: Sequence[int],
+        *,
+        epochs_B: Integers,
+        samples_B: Integers,
+        heights_B: Integers,
+        widths_B: Integers,
+    ) -> dict[str, Drawn]:
+        """All groups of views of the samples at some positions of one step; epochs, samples and sizes are theirs."""
+        drawn = {}
+        for name, group in self.groups.items():
+            uniforms_VBU = group_uniforms(name, group, seed=self.seed, epochs_B=epochs_B, samples_B=samples_B)
+            boxes_VB4, flips_VB = crop_boxes(uniforms_VBU, heights_B, widths_B, group)
+            masks_VBL = self._masks(name, positions, epochs_B, samples_B) if name in self.masks else None
+            drawn[name] = Drawn(boxes_VB4, flips_VB, draw_parameters(uniforms_VBU, group), masks_VBL)
+        return drawn
+
+    def num_patches(self, name: str) -> int:
+        """How many patches a view of a group with a mask has: L."""
+        rows, columns = grid_of(self.masks[name], self.groups[name].size)
+        return rows * columns
+
+    def _masks(self, name: str, positions: Sequence[int], epochs_B: Integers, samples_B: Integers) -> NDArray[np.bool_]:
+        rule, group, stream = self.masks[name], self.groups[name], _stream_of(name)
+        views_V1 = np.arange(group.count)[:, None]
+        states_VB = hash64(self.seed, MASK, stream, epochs_B, samples_B, views_V1)
+        counts_VB = None
+        if rule.stratified:
+            step, place = divmod(positions[0] - self.offset, self.global_batch)
+            state = hash64(self.seed, MASK, stream, step)
+            counts = draw_counts(rule, group.size, group.count * self.global_batch, state)
+            counts_VB = counts.reshape(group.count, -1)[:, place : place + len(positions)]
+        return draw_masks(rule, group.size, states_VB, counts_VB=counts_VB)
 
 
 def num_parameters(group: ViewGroup) -> int:

@@ -3,6 +3,7 @@
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
+from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, without_drop_path
 from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose public place is here
 
@@ -12,6 +13,8 @@ __all__ = [
     "Preprocessing",
     "TokenBackbone",
     "create_backbone",
+    "layer_decay_groups",
+    "layer_lr_scale",
     "load_backbone",
     "save_backbone",
     "sincos_position_embedding",

@@ -31,7 +31,8 @@ class BackboneConfig(Config):
     initial_weights: Literal["mae", "moco_v3"] | None = None
     """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
     fixed_positions: bool = False
-    """ViTs only: a table of sines that is not trained, instead of learnt positions (MAE, MoCo v3)."""
+    """ViTs only: a table of sines that is not trained, instead of learnt positions: MAE's, and MoCo v3's with its
+    initial_weights."""
     frozen_patch_embed: bool = False
     """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
     checkpoint_activations: bool = False

@@ -83,7 +83,7 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
         if config.initial_weights is not None:
             initialise(backbone.model, config.initial_weights)
         if config.fixed_positions:
-            fix_positions(backbone.model)
+            fix_positions(backbone.model, first_half="row" if config.initial_weights == "moco_v3" else "column")
         if config.frozen_patch_embed:
             backbone.model.patch_embed.requires_grad_(False)
 

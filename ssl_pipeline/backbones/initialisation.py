@@ -44,11 +44,15 @@ def initialise_as_mae(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fix_positions(model: VisionTransformer) -> None:
-    """Put MAE's sines into the position table and train it no more; class token and registers have position zero."""
+def fix_positions(model: VisionTransformer, *, first_half: Literal["column", "row"] = "column") -> None:
+    """Put sines into the position table and train it no more; class token and registers have position zero.
+
+    first_half: as in `sincos_position_embedding`.
+    """
     if model.pos_embed is None:
         raise ConfigError("backbone.fixed_positions needs a ViT with a position table, and this one has none.")
     grid = model.patch_embed.grid_size
     model.pos_embed.zero_()
-    model.pos_embed[:, -grid[0] * grid[1] :] = sincos_position_embedding(model.embed_dim, grid, class_token=False)
+    table = sincos_position_embedding(model.embed_dim, grid, class_token=False, first_half=first_half)
+    model.pos_embed[:, -grid[0] * grid[1] :] = table
     model.pos_embed.requires_grad_(False)

@@ -1,8 +1,9 @@
-"""Position tables of patch tokens: MAE's fixed sines and the resampling of learnt tables to other image sizes."""
+"""Position tables of patch tokens: fixed sines (MAE, MoCo v3), and learnt tables resampled to other image sizes."""
 
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +12,25 @@ from torch import Tensor
 Grid = tuple[int, int]  # rows, columns of patches
 
 
-def sincos_position_embedding(dim: int, grid: Grid, *, class_token: bool) -> Tensor:
-    """MAE's fixed table (He et al., 2021, https://arxiv.org/abs/2111.06377): (rows * columns, dim), patches row by row.
+def sincos_position_embedding(
+    dim: int, grid: Grid, *, class_token: bool, first_half: Literal["column", "row"] = "column"
+) -> Tensor:
+    """A fixed table of sines and cosines: (rows * columns, dim), patches row by row.
 
-    The first half of the dimensions encodes the column, the second half the row, each as the sines and then the
-    cosines of position / 10000^(4i / dim) for i = 0 ... dim/4 - 1. With `class_token` a row of zeros comes first.
+    The first half of the dimensions encodes the column, the second half the row (MAE, He et al., 2021,
+    https://arxiv.org/abs/2111.06377), or with `first_half="row"` the other way round (MoCo v3, Chen et al., 2021,
+    https://arxiv.org/abs/2104.02057, on a square grid); each as the sines and then the cosines of
+    position / 10000^(4i / dim) for i = 0 ... dim/4 - 1. With `class_token` a row of zeros comes first.
     """
     if dim % 4:
         raise ValueError(f"a sine-cosine position table needs a dim divisible by 4. Got {dim}.")
+    if first_half not in ("column", "row"):
+        raise ValueError(f"first_half must be 'column' or 'row'. Got {first_half!r}.")
     rows, columns = grid
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [position.reshape(-1, 1) * frequencies for position in (column, row)]
+    halves = (column, row) if first_half == "column" else (row, column)
+    angles = [position.reshape(-1, 1) * frequencies for position in halves]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     if class_token:
         table = torch.cat([table.new_zeros(1, dim), table])

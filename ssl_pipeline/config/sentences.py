@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ssl_pipeline.config.arguments import read_arguments
 from ssl_pipeline.config.base import Config, Location, Value, nearest
@@ -151,7 +151,10 @@ def help_page(schema: type[Config], argv: Sequence[str], command: str, recipes: 
 
 
 def _plain(value: object) -> str:
-    plain = value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, Config) else value
-    plain = list(plain) if isinstance(plain, tuple) else str(plain) if isinstance(plain, Path) else plain
-    text = yaml.dump(plain, Dumper=YamlDumper, default_flow_style=True, width=10_000)
+    """A value in one line of YAML, as it would be written in a recipe."""
+    if isinstance(value, Config):
+        value = value.model_dump(mode="json", exclude_defaults=True)
+    elif not isinstance(value, bool | int | float | str | None):
+        value = TypeAdapter(type(value)).dump_python(value, mode="json")
+    text = yaml.dump(value, Dumper=YamlDumper, default_flow_style=True, width=10_000)
     return text.removesuffix("...\n").strip()

@@ -19,6 +19,7 @@ class StreamBatch(Protocol):
     """One process's share of a micro-batch: V views of each of B images, before the photometric part.
 
     parameters: photometric parameters (V,B,P) float32 of each group of views.
+    masks: (V,B,L) bool of each group that has some.
     labels: (B,) int64, -1 where an image has none.
     sample_ids: (B,) int64.
     bad: the samples that others stand in for.
@@ -26,6 +27,7 @@ class StreamBatch(Protocol):
     """
 
     parameters: dict[str, Tensor]
+    masks: dict[str, Tensor]
     labels: Tensor
     sample_ids: Tensor
     bad: list[BadSample]
@@ -57,4 +59,4 @@ def _make_part(images: StreamBatch, augment: Mapping[str, ViewGroup], *, mean: C
         name: apply_photometric(crops, images.parameters[name], augment[name], mean=mean, std=std)
         for name, crops in images.cropped(augment).items()
     }
-    return Batch(views, images.labels, images.sample_ids)
+    return Batch(views, images.labels, images.sample_ids, masks=images.masks)

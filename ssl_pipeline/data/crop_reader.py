@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_pipeline.augment.crops import crop_and_resize
-from ssl_pipeline.augment.draw import draw_views, num_parameters
+from ssl_pipeline.augment.draw import ViewSampler, num_parameters
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.samples import Integers, Samples
 from ssl_pipeline.data.workers.ring import Layout
 
-# V views of each of B images, P photometric parameters, S pixels
+# V views of each of B images, P photometric parameters, S pixels, L patches
 
 CHUNK_BYTES = 48_000_000  # decoded and not yet cropped, per worker: so much and an image, whatever the batch size
 
@@ -26,13 +26,14 @@ CHUNK_BYTES = 48_000_000  # decoded and not yet cropped, per worker: so much and
 class CropBatch:
     """One process's share of a micro-batch, ready for the photometric part on the device.
 
-    Per group crops (V,B,3,S,S) uint8, channels-last in memory, and photometric parameters (V,B,P) float32; labels (B,)
-    int64, -1 = none; sample_ids (B,) int64; `bad` lists the samples that others stand in for; `labelled` is
-    a batch of the labelled set, if there is one.
+    Per group crops (V,B,3,S,S) uint8, channels-last in memory, photometric parameters (V,B,P) float32, and masks
+    (V,B,L) if it has some; labels (B,) int64, -1 = none; sample_ids (B,) int64; `bad` lists the samples that others
+    stand in for; `labelled` is a batch of the labelled set, if there is one.
     """
 
     crops: dict[str, Tensor]
     parameters: dict[str, Tensor]
+    masks: dict[str, Tensor]
     labels: Tensor
     sample_ids: Tensor
     bad: list[BadSample]
@@ -51,6 +52,7 @@ class CropBatch:
             parameters={
                 group: values.to(device, non_blocking=non_blocking) for group, values in self.parameters.items()
             },
+            masks={group: masks.to(device, non_blocking=non_blocking) for group, masks in self.masks.items()},
             labels=self.labels.to(device, non_blocking=non_blocking, copy=True),
             sample_ids=self.sample_ids.to(device, non_blocking=non_blocking, copy=True),
             labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
@@ -62,6 +64,7 @@ class CropBatch:
             self,
             crops={group: crops.clone() for group, crops in self.crops.items()},
             parameters={group: values.clone() for group, values in self.parameters.items()},
+            masks={group: masks.clone() for group, masks in self.masks.items()},
             labels=self.labels.clone(),
             sample_ids=self.sample_ids.clone(),
             labelled=self.labelled and self.labelled.clone(),
@@ -71,18 +74,20 @@ class CropBatch:
 class CropReader:
     """Positions of the endless stream -> their crops, in a slot; the part that runs in the workers."""
 
-    def __init__(self, samples: Samples, groups: Mapping[str, ViewGroup], *, batch_size: int) -> None:
+    def __init__(self, samples: Samples, sampler: ViewSampler, *, batch_size: int) -> None:
         self.samples = samples
-        self.groups = dict(groups)
+        self.sampler = sampler
         self.batch_size = batch_size
 
     def layout(self) -> Layout:
-        """Crops and parameters of each group, labels and sample ids."""
+        """Crops, parameters and masks of each group, labels and sample ids."""
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, group in self.groups.items():
+        for name, group in self.sampler.groups.items():
             views = (group.count, self.batch_size)
             layout[f"crops.{name}"] = (*views, group.size, group.size, 3), torch.uint8
             layout[f"parameters.{name}"] = (*views, num_parameters(group)), torch.float32
+            if name in self.sampler.masks:
+                layout[f"masks.{name}"] = (*views, self.sampler.num_patches(name)), torch.bool
         return layout | {name: ((self.batch_size,), torch.int64) for name in ("labels", "sample_ids")}
 
     def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor]) -> list[BadSample]:
@@ -91,27 +96,30 @@ class CropReader:
         labels, taken, bad = list[int](), list[int](), list[BadSample]()
         for images in self._decoded(samples_B.tolist(), labels, taken, bad):
             here = slice(len(taken) - len(images), len(taken))
-            drawn = draw_views(
-                self.groups,
-                seed=self.samples.seed,
+            drawn = self.sampler.draw(
+                positions[here],
                 epochs_B=epochs_B[here],
                 samples_B=samples_B[here],
                 heights_B=np.array([image.shape[0] for image in images]),
                 widths_B=np.array([image.shape[1] for image in images]),
             )
-            for name, group in self.groups.items():
-                of = drawn[name]
+            for name, of in drawn.items():
+                group = self.sampler.groups[name]
                 crop_images(images, of.boxes, of.flips, group, out=slot[f"crops.{name}"][:, here])
                 slot[f"parameters.{name}"][:, here] = torch.from_numpy(of.parameters)
+                if of.masks is not None:
+                    slot[f"masks.{name}"][:, here] = torch.from_numpy(of.masks)
         slot["labels"].copy_(torch.tensor(labels))
         slot["sample_ids"].copy_(torch.tensor(taken))
         return bad
 
     def batch(self, slot: Mapping[str, Tensor], bad: list[BadSample]) -> CropBatch:
         """A slot that was read, as a batch."""
-        crops = {name: channels_first(slot[f"crops.{name}"]) for name in self.groups}
-        parameters = {name: slot[f"parameters.{name}"] for name in self.groups}
-        return CropBatch(crops, parameters, slot["labels"], slot["sample_ids"], bad)
+        groups = self.sampler.groups
+        crops = {name: channels_first(slot[f"crops.{name}"]) for name in groups}
+        parameters = {name: slot[f"parameters.{name}"] for name in groups}
+        masks = {name: slot[f"masks.{name}"] for name in groups if name in self.sampler.masks}
+        return CropBatch(crops, parameters, masks, slot["labels"], slot["sample_ids"], bad)
 
     @cached_property
     def _room(self) -> NDArray[np.uint8]:

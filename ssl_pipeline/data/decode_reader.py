@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ssl_pipeline.augment.draw import draw_views, num_parameters
+from ssl_pipeline.augment.draw import ViewSampler, num_parameters
 from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
@@ -23,7 +23,7 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.shards.remote import is_url
 from ssl_pipeline.data.workers.ring import Layout
 
-# V views of each of B images, P photometric parameters, S pixels
+# V views of each of B images, P photometric parameters, S pixels, L patches
 
 HEADERS_READ = 64
 USUAL_SIZE = (500, 400)  # of an ImageNet photograph, where no header tells
@@ -54,9 +54,9 @@ class DecodedBatch:
     """One process's share of a micro-batch, decoded and not yet cropped.
 
     `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the parameters (V,B,P) of
-    each group, labels (B,) int64, -1 = none, and sample_ids (B,) int64, move to the device. Boxes (V,B,4)
-    and flips (V,B) stay on the host. `bad` lists the samples that others stand in for; `labelled` is a batch of the
-    labelled set.
+    each group, its masks (V,B,L) if it has some, labels (B,) int64, -1 = none, and sample_ids (B,) int64, move to the
+    device. Boxes (V,B,4) and flips (V,B) stay on the host. `bad` lists the samples that others stand in for;
+    `labelled` is a batch of the labelled set.
     """
 
     pixels: Tensor
@@ -64,6 +64,7 @@ class DecodedBatch:
     boxes: dict[str, Integers]
     flips: dict[str, NDArray[np.bool_]]
     parameters: dict[str, Tensor]
+    masks: dict[str, Tensor]
     labels: Tensor
     sample_ids: Tensor
     bad: list[BadSample]
@@ -76,6 +77,7 @@ class DecodedBatch:
             self,
             pixels=self.pixels.to(device, non_blocking=non_blocking),
             parameters={name: values.to(device, non_blocking=non_blocking) for name, values in self.parameters.items()},
+            masks={name: masks.to(device, non_blocking=non_blocking) for name, masks in self.masks.items()},
             labels=self.labels.to(device, non_blocking=non_blocking, copy=True),
             sample_ids=self.sample_ids.to(device, non_blocking=non_blocking, copy=True),
             labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
@@ -90,6 +92,7 @@ class DecodedBatch:
             boxes={name: boxes_VB4.copy() for name, boxes_VB4 in self.boxes.items()},
             flips={name: flips_VB.copy() for name, flips_VB in self.flips.items()},
             parameters={name: values.clone() for name, values in self.parameters.items()},
+            masks={name: masks.clone() for name, masks in self.masks.items()},
             labels=self.labels.clone(),
             sample_ids=self.sample_ids.clone(),
             labelled=self.labelled and self.labelled.clone(),
@@ -144,9 +147,9 @@ class Decoded:
 class DecodedReader:
     """Positions of the endless stream -> their pixels and what is drawn for them; the part that runs in the workers."""
 
-    def __init__(self, samples: Samples, groups: Mapping[str, ViewGroup], *, batch_size: int, slot_bytes: int) -> None:
+    def __init__(self, samples: Samples, sampler: ViewSampler, *, batch_size: int, slot_bytes: int) -> None:
         self.samples = samples
-        self.groups = dict(groups)
+        self.sampler = sampler
         self.batch_size = batch_size
         self.slot_bytes = slot_bytes
 
@@ -158,11 +161,13 @@ class DecodedReader:
             "labels": ((self.batch_size,), torch.int64),
             "sample_ids": ((self.batch_size,), torch.int64),
         }
-        for name, group in self.groups.items():
+        for name, group in self.sampler.groups.items():
             shape = (group.count, self.batch_size)
             layout[f"boxes.{name}"] = ((*shape, 4), torch.int64)
             layout[f"flips.{name}"] = (shape, torch.bool)
             layout[f"parameters.{name}"] = ((*shape, num_parameters(group)), torch.float32)
+            if name in self.sampler.masks:
+                layout[f"masks.{name}"] = ((*shape, self.sampler.num_patches(name)), torch.bool)
         return layout
 
     def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor]) -> Decoded:
@@ -180,22 +185,20 @@ class DecodedReader:
             used += image.size
         num_images = len(samples_B)
         heights_B, widths_B = sizes_B2[:num_images].T
-        drawn = draw_views(
-            self.groups,
-            seed=self.samples.seed,
-            epochs_B=epochs_B,
-            samples_B=samples_B,
-            heights_B=heights_B,
-            widths_B=widths_B,
+        drawn = self.sampler.draw(
+            positions, epochs_B=epochs_B, samples_B=samples_B, heights_B=heights_B, widths_B=widths_B
         )
         for name, group in drawn.items():
             slot[f"boxes.{name}"].numpy()[:] = group.boxes
             slot[f"flips.{name}"].numpy()[:] = group.flips
             slot[f"parameters.{name}"].numpy()[:] = group.parameters
+            if group.masks is not None:
+                slot[f"masks.{name}"].numpy()[:] = group.masks
         return Decoded(num_images, used, bad, None if pixels is room else pixels[:used])
 
     def batch(self, slot: Mapping[str, Tensor], decoded: Decoded) -> DecodedBatch:
         """What a worker left in a slot, as a batch; its tensors are views of the slot."""
+        groups = self.sampler.groups
         heights_B, widths_B = slot["sizes"][: decoded.num_images].numpy().T
         if decoded.overflow is not None:
             pixels = torch.from_numpy(decoded.overflow)
@@ -204,9 +207,10 @@ class DecodedReader:
         return DecodedBatch(
             pixels,
             ImageTable.dense(heights_B, widths_B),
-            {name: slot[f"boxes.{name}"].numpy() for name in self.groups},
-            {name: slot[f"flips.{name}"].numpy() for name in self.groups},
-            {name: slot[f"parameters.{name}"] for name in self.groups},
+            {name: slot[f"boxes.{name}"].numpy() for name in groups},
+            {name: slot[f"flips.{name}"].numpy() for name in groups},
+            {name: slot[f"parameters.{name}"] for name in groups},
+            {name: slot[f"masks.{name}"] for name in groups if name in self.sampler.masks},
             slot["labels"][: decoded.num_images],
             slot["sample_ids"][: decoded.num_images],
             decoded.bad,

@@ -6,7 +6,7 @@ seed and the position.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_pipeline.augment.draw import draw_views
-from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.augment.draw import ViewSampler
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, ImageTable, estimate_image_bytes
 from ssl_pipeline.data.errors import DataError
@@ -41,7 +40,7 @@ class CachedImages:
 
 def cached_stream(
     samples: Samples,
-    groups: Mapping[str, ViewGroup],
+    sampler: ViewSampler,
     positions_of: Callable[[int], Sequence[int]],
     *,
     batches: int | None,
@@ -54,22 +53,15 @@ def cached_stream(
     cache = None
     for number in itertools.count() if batches is None else range(batches):
         cache = cache or decode_all(samples, device=device, workers=workers, rank=rank, keepalive=keepalive)
-        yield _draw_batch(cache, samples, groups, positions_of(number))
+        yield _draw_batch(cache, samples, sampler, positions_of(number))
 
 
-def _draw_batch(
-    cache: CachedImages, samples: Samples, groups: Mapping[str, ViewGroup], positions: Sequence[int]
-) -> DecodedBatch:
+def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, positions: Sequence[int]) -> DecodedBatch:
     epochs_B, samples_B = samples.locate(positions)
     of_all = cache.images
     images = ImageTable(of_all.offsets[samples_B], of_all.heights[samples_B], of_all.widths[samples_B])
-    drawn = draw_views(
-        groups,
-        seed=samples.seed,
-        epochs_B=epochs_B,
-        samples_B=samples_B,
-        heights_B=images.heights,
-        widths_B=images.widths,
+    drawn = sampler.draw(
+        positions, epochs_B=epochs_B, samples_B=samples_B, heights_B=images.heights, widths_B=images.widths
     )
 
     def prepared(values: np.ndarray) -> Tensor:
@@ -82,6 +74,7 @@ def _draw_batch(
         {name: group.boxes for name, group in drawn.items()},
         {name: group.flips for name, group in drawn.items()},
         {name: prepared(group.parameters) for name, group in drawn.items()},
+        {name: prepared(group.masks) for name, group in drawn.items() if group.masks is not None},
         prepared(cache.labels[samples_B]),
         prepared(cache.sample_ids[samples_B]),
         [bad for sample in samples_B.tolist() for bad in cache.bad.get(sample, ())],
@@ -100,7 +93,8 @@ def decode_all(
     pixels = _Pixels(index, device, needed=estimate.of(len(index)))
     in_order = Samples(index, None, seed=samples.seed, substitutes=samples.substitutes)
     step = min(max(int(SLOT_BYTES / max(estimate.mean, 1)), 1), 1024, len(index))
-    reader = DecodedReader(in_order, {}, batch_size=step, slot_bytes=estimate.of(step))
+    no_views = ViewSampler({}, {}, samples.seed, global_batch=step)
+    reader = DecodedReader(in_order, no_views, batch_size=step, slot_bytes=estimate.of(step))
     read = read_batches(
         reader,
         lambda number: range(number * step, min((number + 1) * step, len(index))),

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.data.stream import DataConfig, open_stream
+from ssl_pipeline.data.stream import NO_MASKS, DataConfig, open_stream
 from ssl_pipeline.randomness import LABELLED, hash64
 
 
@@ -21,6 +22,7 @@ def open_labelled_stream(
     rank: int,
     world_size: int,
     accumulate: int,
+    masks: Mapping[str, MaskRule] = NO_MASKS,
     device: torch.device | str = "cpu",
     keepalive: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamBatch]:
@@ -47,6 +49,8 @@ def open_labelled_stream(
         position=step * own.batch_size * world_size * accumulate,
         rank=rank,
         world_size=world_size,
+        masks=masks,
+        accumulate=accumulate,
         repeat=True,
         device=device,
         keepalive=keepalive,

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
+from ssl_pipeline.augment.draw import ViewSampler
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import Config
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.crop_reader import CropBatch, CropReader
@@ -83,6 +85,9 @@ class DataConfig(Config):
         return self.crop_on == "device" or (self.crop_on == "auto" and device.type == "cuda")
 
 
+NO_MASKS: Mapping[str, MaskRule] = {}
+
+
 def open_stream(
     index: ShardIndex,
     groups: Mapping[str, ViewGroup],
@@ -92,6 +97,8 @@ def open_stream(
     position: int,
     rank: int,
     world_size: int,
+    masks: Mapping[str, MaskRule] = NO_MASKS,
+    accumulate: int = 1,
     batches: int | None = None,
     repeat: bool = False,
     device: torch.device | str = "cpu",
@@ -100,7 +107,8 @@ def open_stream(
     """This rank's share of each micro-batch from `position` on: `batches` of them, or without end.
 
     Item m holds its slice of positions [position + m*G, position + (m+1)*G), G = batch_size * world_size. What it
-    holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Data sets smaller
+    holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Each `accumulate`
+    micro-batches are an optimizer step. `masks` has the rules of the groups whose views are masked. Data sets smaller
     than G are refused, unless samples may `repeat` within a batch. `device` is where batches will be taken, which
     decides where crops are cut out. A batch lasts until the next one is asked for, which may overwrite it; `clone()`
     keeps one for longer. The first may take long, where all images are decoded for it: `keepalive` is called
@@ -117,6 +125,9 @@ def open_stream(
     order = Order(index.shard_counts, seed, config.block_shards)
     samples = Samples(index, order, seed=seed, substitutes=config.bad_samples == "substitute")
 
+    global_batch = step * accumulate
+    sampler = ViewSampler(dict(groups), dict(masks), seed, global_batch, offset=position % global_batch)
+
     def positions_of(batch: int) -> range:
         start = position + batch * step
         return rank_positions(start, rank=rank, world_size=world_size, batch_size=config.batch_size)
@@ -124,7 +135,7 @@ def open_stream(
     if config.cache:
         return cached_stream(
             samples,
-            groups,
+            sampler,
             positions_of,
             batches=batches,
             device=device,
@@ -134,9 +145,9 @@ def open_stream(
         )
     if config.crops_on_device(device):
         slot_bytes = estimate_image_bytes(index).of(config.batch_size)
-        decoder = DecodedReader(samples, groups, batch_size=config.batch_size, slot_bytes=slot_bytes)
+        decoder = DecodedReader(samples, sampler, batch_size=config.batch_size, slot_bytes=slot_bytes)
         decoded = read_batches(decoder, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
         return (decoder.batch(slot, extra) for slot, extra in decoded)
-    cropper = CropReader(samples, groups, batch_size=config.batch_size)
+    cropper = CropReader(samples, sampler, batch_size=config.batch_size)
     cropped = read_batches(cropper, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
     return (cropper.batch(slot, bad) for slot, bad in cropped)

@@ -84,7 +84,7 @@ def check_shard(path: Path, *, decode: bool) -> Checked:
     problems = []
     if decode:
         with path.open("rb") as file:
-            for offset, size, _, start in rows.tolist():
+            for offset, size, _, start, *_ in rows.tolist():
                 file.seek(offset)
                 try:
                     decode_image(file.read(size))

@@ -38,7 +38,7 @@ class DINOConfig(Config):
     """Batch norm in the head's hidden layers."""
     fixed_prototype_scale: bool = True
     """Whether all prototypes have length 1 (`norm_last_layer` of the official code)."""
-    freeze_prototypes_for: Duration = "1ep"
+    freeze_prototypes_for: Duration = Duration("1ep")
     """How long the student's last layer stays as it was initialised."""
     student_temperature: float = Field(0.1, gt=0)
     """Temperature of the student's softmax."""

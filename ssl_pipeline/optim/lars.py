@@ -1,4 +1,4 @@
-"""LARS (You et al., 2017, https://arxiv.org/abs/1708.03888) by the rule of MoCo v3."""
+"""LARS (You et al., 2017, https://arxiv.org/abs/1708.03888) by the rules of MoCo v3 and of SimCLR."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ class LARS(Optimizer):
         m = momentum * m + d
         p = p - lr * m
 
-    The first two lines are left out for parameters of one dimension or none: biases and norms.
+    The first two lines are left out for parameters of one dimension or none: biases and norms. With
+    `lr_before_momentum` the buffer holds steps instead of directions (SimCLR's official code), which differs while the
+    learning rate changes:
+
+        m = momentum * m + lr * d
+        p = p - m
     """
 
     def __init__(
@@ -29,6 +34,8 @@ class LARS(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
+        *,
+        lr_before_momentum: bool = False,
     ) -> None:
         if lr < 0 or momentum < 0 or weight_decay < 0 or trust_coefficient <= 0:
             raise ValueError(
@@ -40,6 +47,7 @@ class LARS(Optimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
+            "lr_before_momentum": lr_before_momentum,
         }
         super().__init__(params, defaults)
 
@@ -56,8 +64,9 @@ class LARS(Optimizer):
             directions = _directions(parameters, group["weight_decay"], group["trust_coefficient"])
             buffers = [self._momentum_buffer(parameter) for parameter in parameters]
             torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, directions)
-            torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
+            lr_now, lr_later = (group["lr"], 1.0) if group["lr_before_momentum"] else (1.0, group["lr"])
+            torch._foreach_add_(buffers, directions, alpha=lr_now)
+            torch._foreach_add_(parameters, buffers, alpha=-lr_later)
         return loss
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:

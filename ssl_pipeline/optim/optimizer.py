@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.optim.lars import LARS
 from ssl_pipeline.optim.rules import ParamRule, Trained
-from ssl_pipeline.schedule import Progress, Schedule, steps_in
+from ssl_pipeline.schedule import Progress, Schedule
 
 
 class OptimConfig(Config):
@@ -39,17 +39,21 @@ class OptimConfig(Config):
     """Nesterov momentum for SGD."""
     trust_coefficient: float = Field(0.001, gt=0)
     """LARS's eta."""
+    lr_before_momentum: bool = False
+    """Whether LARS's momentum averages steps (SimCLR) instead of directions (MoCo v3)."""
     clip_norm: float | None = Field(None, gt=0)
     """The largest gradient norm; null does not clip."""
     clip_each: bool = False
     """Whether `clip_norm` holds for each parameter on its own (DINO's official code) instead of for all together."""
 
     @model_validator(mode="after")
-    def _clip_each_needs_norm(self) -> OptimConfig:
+    def _settings_fit_together(self) -> OptimConfig:
         if self.clip_each and self.clip_norm is None:
             raise ValueError(
                 "clip_each says how to clip, but clip_norm is not set. Set clip_norm or leave clip_each out."
             )
+        if self.lr_before_momentum and self.name != "lars":
+            raise ValueError(f"lr_before_momentum is a setting of LARS. Got name={self.name}; leave it out.")
         return self
 
     def effective_lr(self, global_batch: int) -> Schedule:
@@ -84,7 +88,12 @@ def build_optimizer(method: Trained, config: OptimConfig) -> torch.optim.Optimiz
     if config.name == "sgd":
         return torch.optim.SGD(param_groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     return LARS(
-        param_groups, lr, momentum=config.momentum, weight_decay=0.0, trust_coefficient=config.trust_coefficient
+        param_groups,
+        lr,
+        momentum=config.momentum,
+        weight_decay=0.0,
+        trust_coefficient=config.trust_coefficient,
+        lr_before_momentum=config.lr_before_momentum,
     )
 
 
@@ -111,7 +120,7 @@ def prepare_gradients(optimizer: torch.optim.Optimizer, config: OptimConfig, pro
         else:
             torch._foreach_mul_(gradients, (config.clip_norm / (total + 1e-6)).clamp(max=1.0))
     for group in optimizer.param_groups:
-        if progress.step < steps_in(group["rule"].frozen_for, progress):
+        if group["rule"].is_frozen(progress):
             for parameter in group["params"]:
                 parameter.grad = None
     return total

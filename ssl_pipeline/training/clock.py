@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ssl_pipeline.schedule import Progress, steps_in
+from ssl_pipeline.schedule import Duration, Progress
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Clock:
             steps_per_epoch=self.num_samples / self.global_batch,
         )
 
-    def is_due(self, every: int | str, position: int) -> bool:
+    def is_due(self, every: Duration, position: int) -> bool:
         """Whether what happens `every` so often happens after the step that ends at `position`."""
         done = self.progress(position)
-        return done.step % max(steps_in(every, done), 1) == 0
+        return done.step % max(every.steps(done), 1) == 0
 
     def is_last(self, position: int) -> bool:
         """Whether the run ends at `position`."""

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
@@ -208,26 +210,30 @@ class _Loop:
 
     def _open_stream(self, position: int) -> Iterator[StreamBatch]:
         """The micro-batches from a position to the end of the run, each with its labelled one if there is any."""
-        run, method = self.run, self.run.method
-        read = {needed.name for needed in method.needs if not needed.labelled}
+        run = self.run
+        groups, masks = _read_groups(run, labelled=False)
         stream = open_stream(
             run.index,
-            {name: group for name, group in run.augment.items() if name in read},
+            groups,
             run.data,
+            masks=masks,
             seed=run.seed,
             position=position,
             rank=rank(),
             world_size=world_size(),
+            accumulate=run.train.accumulate,
             batches=math.ceil((self.clock.end - position) / self.clock.global_batch) * run.train.accumulate,
             device=run.accelerator.device,
             keepalive=self._keepalive,
         )
         if run.labelled_index is None:
             return stream
+        groups, masks = _read_groups(run, labelled=True)
         labelled = open_labelled_stream(
             run.labelled_index,
-            {needed.name: run.augment[needed.name] for needed in method.needs if needed.labelled},
+            groups,
             run.data,
+            masks=masks,
             seed=run.seed,
             step=position // self.clock.global_batch,
             rank=rank(),
@@ -261,6 +267,13 @@ class _Loop:
         self.interruption.keepalive()
         if self.run.directory is not None:
             self.run.directory.heartbeat(step=self.position // self.clock.global_batch)
+
+
+def _read_groups(run: Run, *, labelled: bool) -> tuple[dict[str, ViewGroup], dict[str, MaskRule]]:
+    """The groups of views that the method reads of the labelled or of the other images, and their masks."""
+    needs = [needed for needed in run.method.needs if needed.labelled == labelled and needed.name in run.augment]
+    groups = {needed.name: run.augment[needed.name] for needed in needs}
+    return groups, {needed.name: needed.mask for needed in needs if needed.mask is not None}
 
 
 def _say(text: str) -> None:

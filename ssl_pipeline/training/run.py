@@ -40,7 +40,7 @@ class TrainConfig(Config):
     """Whether batch norm sees the images of all processes."""
     compile: bool = False
     """Whether backbones (and MAE's decoder) go through torch.compile."""
-    save_every: Duration = "1ep"
+    save_every: Duration = Duration("1ep")
     """Time between checkpoints; one is written at the end in any case."""
     keep_checkpoints: int = Field(2, ge=2)
     """Newest checkpoints that are kept."""
@@ -64,7 +64,7 @@ class TrainConfig(Config):
 class Monitor(Protocol):
     """Something measured on the backbone from time to time; all ranks call it, rank 0's result is logged."""
 
-    every: int | str
+    every: Duration
 
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]: ...
 

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ssl_pipeline.backbones.positions import resample_positions, sincos_position_embedding
+from tests.backbones.tiny_vit import tiny_vit
 
 
 def test_sincos_positions_equal_the_loop():
@@ -24,6 +26,36 @@ def test_sincos_positions_equal_the_loop():
     assert torch.equal(sincos_position_embedding(dim, (rows, columns), class_token=False), table[1:])
     with pytest.raises(ValueError, match="divisible by 4"):
         sincos_position_embedding(6, (2, 2), class_token=False)
+
+
+def test_sincos_positions_of_moco_v3_begin_with_the_row():
+    dim, side = 8, 3
+    # the official code: meshgrid of widths and heights without a word on indexing, so the slow axis is called width
+    slow, fast = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+    omega = 1 / 10000 ** (np.arange(dim // 4) / (dim // 4))
+    angles = [np.outer(axis.flatten(), omega) for axis in (slow, fast)]
+    expected = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    table = sincos_position_embedding(dim, (side, side), class_token=True, first_half="row")
+    torch.testing.assert_close(table[1:], torch.from_numpy(expected).float())
+    assert not table[0].any()
+
+
+def test_the_two_orders_are_each_others_halves():
+    column, row = (
+        sincos_position_embedding(8, (2, 3), class_token=False, first_half=half) for half in ("column", "row")
+    )
+    assert torch.equal(row, column.roll(4, dims=1))
+    assert not torch.equal(row, column)
+    with pytest.raises(ValueError, match="must be 'column' or 'row'"):
+        sincos_position_embedding(8, (2, 3), class_token=False, first_half="rows")
+
+
+@pytest.mark.parametrize(("initial_weights", "half"), [(None, "column"), ("mae", "column"), ("moco_v3", "row")])
+def test_fixed_positions_have_the_order_of_their_method(initial_weights, half):
+    model = tiny_vit(fixed_positions=True, initial_weights=initial_weights).model
+    expected = sincos_position_embedding(48, (4, 4), class_token=True, first_half=half)
+    assert torch.equal(model.pos_embed[0], expected)
+    assert not model.pos_embed.requires_grad
 
 
 @pytest.mark.parametrize("new", [(6, 6), (9, 14), (20, 17)])

@@ -19,7 +19,7 @@ class DistilConfig(Config):
     """Width of the output."""
     teacher_momentum: Schedule = Schedule(value=0.996, final=1.0, warmup="5%", start=0.9)
     """Share of the teacher that an update keeps."""
-    freeze_for: Duration = "1ep"
+    freeze_for: Duration = Duration("1ep")
 
 
 class ContrastConfig(Config):

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from ssl_pipeline.config import Config, ConfigError, RunError, read_yaml, run_command, validate
+from ssl_pipeline.schedule import Schedule
 
 
 class CheckConfig(Config):
@@ -128,7 +129,8 @@ def test_help_follows_the_recipe(capsys, schema, recipes):
     assert run_command(schema, never, command="toy", argv=["-h", "recipe=distil_small"], recipes=recipes) == 0
     out = capsys.readouterr().out
     assert "  method.num_prototypes (default: 64)\n      Width of the output.\n" in out
-    keys = "      One value, or the keys .value, .final, .warmup, .start, .inclusive, .decay, .every.\n"
+    assert "  method.freeze_for (default: 1ep)\n" in out
+    keys = f"      One value, or the keys {', '.join(f'.{name}' for name in Schedule.model_fields)}.\n"
     assert f"  optim.lr (required)\n      Learning rate.\n{keys}" in out
     assert run_command(schema, never, command="toy", argv=["--help", "recipe=x"], recipes=recipes) == 2
 

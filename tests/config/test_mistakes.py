@@ -50,7 +50,8 @@ TYPOS = [
     ("optim.name=adam", "optim.name must be one of adamw, sgd. Got 'adam'. Did you mean 'adamw'?"),
     (
         "optim.lr.decay=cosin",
-        "optim.lr.decay must be one of cosine, linear, cosine_7_16. Got 'cosin'. Did you mean 'cosine'?",
+        "optim.lr.decay must be one of cosine, linear, cosine_arc, cosine_7_16, steps. Got 'cosin'. "
+        "Did you mean 'cosine'?",
     ),
     ("optim.betas=[1,2,3]", "optim.betas must have 2 values. Got 3."),
     ("optim.betas=0.9", "optim.betas must have 2 values. Got 1."),

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ssl_pipeline import machine
-from ssl_pipeline.augment.draw import crop_boxes, group_uniforms
+from ssl_pipeline.augment.draw import ViewSampler, crop_boxes, group_uniforms
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data import decode_reader, device_cache
 from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, estimate_image_bytes
@@ -38,7 +38,7 @@ def varied(tmp_path: Path, write_tar: Callable, encoded: Callable) -> ShardIndex
 
 def reader_of(index: ShardIndex, *, slot_bytes: int = 100_000, groups: dict[str, ViewGroup] = GROUPS) -> DecodedReader:
     samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
-    return DecodedReader(samples, groups, batch_size=6, slot_bytes=slot_bytes)
+    return DecodedReader(samples, ViewSampler(groups, {}, seed=0, global_batch=6), batch_size=6, slot_bytes=slot_bytes)
 
 
 def read(reader: DecodedReader, positions: range) -> DecodedBatch:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ssl_pipeline.augment.draw import ViewSampler
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.crop_reader import CropBatch, CropReader
 from ssl_pipeline.data.order import Order
@@ -49,6 +50,7 @@ def joined(batches: list[CropBatch]) -> CropBatch:
     return CropBatch(
         {name: torch.cat([batch.crops[name] for batch in batches], dim=1) for name in GROUPS},
         {name: torch.cat([batch.parameters[name] for batch in batches], dim=1) for name in GROUPS},
+        {},
         torch.cat([batch.labels for batch in batches]),
         torch.cat([batch.sample_ids for batch in batches]),
         [bad for batch in batches for bad in batch.bad],
@@ -138,7 +140,7 @@ def test_a_further_group_changes_no_other(shards: Path) -> None:
 def test_a_reader_survives_pickling(shards: Path) -> None:
     index = open_shards(shards)
     samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
-    reader = CropReader(samples, GROUPS, batch_size=4)
+    reader = CropReader(samples, ViewSampler(GROUPS, {}, seed=0, global_batch=4), batch_size=4)
     assert_equal(read(reader, 4), read(pickle.loads(pickle.dumps(reader)), 4))
 
 

@@ -1,11 +1,14 @@
 """The teacher follows the student, and only that way."""
 
+import hashlib
+
 import pytest
 import torch
 from timm.layers import DropPath
 from torch import nn
 
-from ssl_pipeline.modules.teacher import Teacher
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.modules.teacher import Snapshot, Teacher
 
 
 def student_network():
@@ -89,3 +92,66 @@ def test_the_state_dict_brings_the_teacher_back():
     other.load_state_dict(teacher.state_dict())
     for own, restored in zip(teacher.parameters(), other.parameters(), strict=True):
         assert torch.equal(own, restored)
+
+
+# Snapshots
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def weights_file(folder, content=b"some weights"):
+    path = folder / "weights.safetensors"
+    path.write_bytes(content)
+    return path
+
+
+def test_a_snapshot_stays_what_it_was():
+    source, images = network(), torch.randn(5, 3)
+    snapshot = Snapshot(source)
+    expected = snapshot(images)
+    with torch.no_grad():
+        source[0].weight.add_(1)
+    source(images)  # moves the statistics of the source
+    assert torch.equal(snapshot.train()(images), expected)
+    assert not any(parameter.requires_grad for parameter in snapshot.parameters())
+
+
+def test_a_refreshed_snapshot_is_the_network_of_that_moment():
+    snapshot, later, images = Snapshot(network()), network(seed=1), torch.randn(5, 3)
+    later(images)
+    snapshot.refresh(later)
+    assert torch.equal(snapshot(images), later.eval()(images))
+
+
+def test_a_snapshot_taken_in_training_is_saved_with_the_run():
+    snapshot, other = Snapshot(network()), Snapshot(network(seed=1))
+    other.load_state_dict(snapshot.state_dict())
+    torch.testing.assert_close(other.state_dict(), snapshot.state_dict(), rtol=0, atol=0)
+
+
+def test_a_snapshot_from_a_file_is_saved_as_the_sum_of_the_file(tmp_path):
+    path = weights_file(tmp_path)
+    snapshot = Snapshot(network(), source=path)
+    (entry,) = snapshot.state_dict().items()
+    assert entry[0] == "source_sha256"
+    assert bytes(entry[1].tolist()).hex() == hashlib.sha256(b"some weights").hexdigest()
+    assert list(snapshot.parameters()) == []
+    again = Snapshot(network(seed=1), source=path)
+    again.load_state_dict(snapshot.state_dict())
+    assert not torch.equal(again.network[0].weight, snapshot.network[0].weight)  # the file's, whatever was saved
+
+
+def test_a_run_with_another_file_is_refused(tmp_path):
+    state = Snapshot(network(), source=weights_file(tmp_path)).state_dict()
+    other = Snapshot(network(), source=weights_file(tmp_path, b"other weights"))
+    with pytest.raises(ConfigError, match=r"weights\.safetensors' is not the file that this run began with"):
+        other.load_state_dict(state)
+
+
+def test_a_snapshot_from_a_file_moves_with_its_module(tmp_path):
+    holder = nn.ModuleList([Snapshot(network(), source=weights_file(tmp_path))]).double()
+    assert holder[0].network[0].weight.dtype == torch.float64
+    assert holder[0](torch.randn(2, 3, dtype=torch.float64)).dtype == torch.float64

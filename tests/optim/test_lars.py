@@ -23,27 +23,51 @@ def gradients_of_step(step):
     return [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters()]
 
 
-def one_by_one(values, buffers, gradients, lr, momentum, weight_decay, trust_coefficient):
+def one_by_one(values, buffers, gradients, lr, momentum, weight_decay, trust_coefficient, lr_before_momentum=False):
     for value, buffer, gradient in zip(values, buffers, gradients, strict=True):
         direction = gradient
         if value.ndim > 1:
             direction = gradient + weight_decay * value
             if value.norm() > 0 and direction.norm() > 0:
                 direction = direction * trust_coefficient * value.norm() / direction.norm()
-        buffer.copy_(momentum * buffer + direction)
-        value.sub_(lr * buffer)
+        if lr_before_momentum:
+            buffer.copy_(momentum * buffer + lr * direction)
+            value.sub_(buffer)
+        else:
+            buffer.copy_(momentum * buffer + direction)
+            value.sub_(lr * buffer)
 
 
-def test_lars_equals_the_rule_written_out():
+@pytest.mark.parametrize("lr_before_momentum", [False, True])
+def test_lars_equals_the_rule_written_out(lr_before_momentum):
+    settings = {**SETTINGS, "lr_before_momentum": lr_before_momentum}
     ours, values = parameters(), [p.detach().clone() for p in parameters()]
     buffers = [torch.zeros_like(value) for value in values]
-    optimizer = LARS(ours, **SETTINGS)
+    optimizer = LARS(ours, **settings)
     for step in range(4):
+        lr = 0.3 / (step + 1)
+        optimizer.param_groups[0]["lr"] = lr
         for parameter, gradient in zip(ours, gradients_of_step(step), strict=True):
             parameter.grad = gradient
         optimizer.step()
-        one_by_one(values, buffers, gradients_of_step(step), **SETTINGS)
+        one_by_one(values, buffers, gradients_of_step(step), **{**settings, "lr": lr})
         torch.testing.assert_close([p.detach() for p in ours], values)
+
+
+def test_the_place_of_the_learning_rate_matters_only_while_it_changes():
+    def trained(rates, **settings):
+        tensors = parameters()
+        optimizer = LARS(tensors, **SETTINGS, **settings)
+        for step, lr in enumerate(rates):
+            optimizer.param_groups[0]["lr"] = lr
+            for parameter, gradient in zip(tensors, gradients_of_step(step), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        return [tensor.detach() for tensor in tensors]
+
+    torch.testing.assert_close(trained([0.3] * 3), trained([0.3] * 3, lr_before_momentum=True))
+    changing = trained([0.1, 0.2, 0.3]), trained([0.1, 0.2, 0.3], lr_before_momentum=True)
+    assert (changing[0][0] - changing[1][0]).abs().max() > 1e-4
 
 
 def test_a_gradient_of_zero_moves_nothing():

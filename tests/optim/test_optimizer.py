@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from ssl_pipeline.backbones import Backbone, BackboneConfig, create_backbone, layer_lr_scale
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
-from ssl_pipeline.optim.rules import ParamRule
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.optim.rules import ParamRule, layer_decay_rules
+from ssl_pipeline.schedule import Duration, Progress, Schedule
+from tests.backbones.tiny_vit import tiny_vit
 
 START = Progress(0, 100, 10)
 
@@ -104,6 +108,48 @@ def test_a_rule_that_fits_nothing_is_refused():
         build_optimizer(Toy(ParamRule("fixed")), config())
 
 
+# layer-wise rates
+
+
+class WithBackbone(Toy):
+    def __init__(self, rules: Callable[[Backbone], tuple[ParamRule, ...]], **changes: object) -> None:
+        super().__init__()
+        self.student = nn.ModuleDict({"backbone": tiny_vit(**changes)})
+        self.rules = (ParamRule("student.backbone.model.norm.", constant_lr=True), *rules(self.student["backbone"]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"arguments": {"reg_tokens": 2}}, {"frozen_patch_embed": True}])
+def test_each_parameter_of_a_vit_has_the_rate_of_its_layer(changes):
+    method = WithBackbone(
+        lambda backbone: layer_decay_rules(backbone, "student.backbone.", decay=0.5, patch_embed_scale=0.2), **changes
+    )
+    settings = config("adamw", lr=Schedule(value=1.0))
+    optimizer = build_optimizer(method, settings)
+    write_values(optimizer, settings, settings.lr, START)
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            inside = name.removeprefix("student.backbone.model.")
+            expected = layer_lr_scale(inside, num_blocks=2, decay=0.5, patch_embed_scale=0.2)
+            assert group_of(optimizer, parameter)["lr"] == pytest.approx(expected if inside != name else 1.0)
+
+
+def test_layers_of_the_full_rate_need_no_rule():
+    backbone = tiny_vit()
+    assert layer_decay_rules(backbone, "", decay=1.0) == ()
+    assert layer_decay_rules(backbone, "b.", decay=1.0, patch_embed_scale=0.2) == (
+        ParamRule("b.model.patch_embed.", lr_scale=0.2),
+    )
+    prefixes = [rule.prefix for rule in layer_decay_rules(backbone, "", decay=0.9)]
+    assert prefixes == [
+        f"model.{part}" for part in ("cls_token", "pos_embed", "patch_embed.", "blocks.0.", "blocks.1.")
+    ]
+
+
+def test_layer_wise_rates_need_blocks():
+    with pytest.raises(ConfigError, match="need one network with blocks"):
+        layer_decay_rules(create_backbone(BackboneConfig(name="resnet18")), "", decay=0.9)
+
+
 # values of a step
 
 
@@ -148,6 +194,16 @@ def test_the_effective_rate_grows_with_the_batch(settings, batch, expected):
 
 
 # frozen parameters
+
+
+def test_a_rule_knows_when_it_ends():
+    for duration in (5, Duration(5), "0.5ep", "5%"):
+        rule = ParamRule("head.", frozen_for=duration)
+        assert [rule.is_frozen(Progress(step, 100, 10)) for step in (0, 4, 5, 99)] == [True, True, False, False]
+    assert not ParamRule("head.").is_frozen(START)
+    assert ParamRule("head.", frozen_for="1ep") == ParamRule("head.", frozen_for=Duration("1ep"))
+    with pytest.raises(ValueError, match="a duration"):
+        ParamRule("head.", frozen_for="five steps")
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
@@ -260,6 +316,13 @@ def test_sgd_has_momentum_nesterov_and_coupled_decay():
         write_values(optimizer, settings, settings.lr, START)
         optimizer.step()
     assert_close(method.head.weight.detach(), weight)
+
+
+def test_lars_of_a_recipe_can_take_the_rate_before_its_momentum():
+    optimizers = [build_optimizer(Toy(), config("lars", lr_before_momentum=first)) for first in (False, True)]
+    assert [optimizer.param_groups[0]["lr_before_momentum"] for optimizer in optimizers] == [False, True]
+    with pytest.raises(ValidationError, match="lr_before_momentum is a setting of LARS"):
+        config("sgd", lr_before_momentum=True)
 
 
 # settings

@@ -23,7 +23,7 @@ from ssl_pipeline.randomness import seed_everything
 from ssl_pipeline.run.directory import RunDirectory, read_status
 from ssl_pipeline.run.interruption import Interruption
 from ssl_pipeline.run.step_times import PHASES
-from ssl_pipeline.schedule import Progress
+from ssl_pipeline.schedule import Duration, Progress
 from ssl_pipeline.training import launch, loop, reporting
 from ssl_pipeline.training.clock import Clock
 from ssl_pipeline.training.launch import start_accelerator
@@ -62,7 +62,7 @@ class Recorder:
     """A monitor that notes what it is called with."""
 
     def __init__(self, every: int | str, *, name: str = "seen", look: Callable[[nn.Module], float] = lambda _: 1.0):
-        self.every, self.name, self.look = every, name, look
+        self.every, self.name, self.look = Duration(every), name, look
         self.steps: list[int] = []
 
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:

@@ -1,9 +1,12 @@
 """The index of a set of shards, kept beside them: `index.json`, a column per fact, and the rows of each as .npy."""
 
+from __future__ import annotations
+
 import fcntl
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +27,10 @@ from ssl_pipeline.files import write_json
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
+EARLIER_FORMATS = (1, 2)  # without the sizes of the images
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -61,7 +67,7 @@ def list_shards(directory: str | Path) -> tuple[Path, list[str]]:
 
 
 def find_index(folder: Path, pattern: str) -> Path:
-    """The index directory of these shards: the one that exists, else the first that can be written.
+    """The index directory of these shards: the one that exists and can be used, else the first that can be written.
 
     The places are `.index` beside the shards and the user's cache; a pattern of shards has an index of its own.
     """
@@ -70,7 +76,7 @@ def find_index(folder: Path, pattern: str) -> Path:
     in_cache = f"{absolute.name}-{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]}{suffix}"
     places = (folder / f"{INDEX_DIRECTORY}{suffix}", user_cache() / in_cache)
     for place in places:
-        if (place / INDEX_FILE).is_file():
+        if (place / INDEX_FILE).is_file() and (os.access(place, os.W_OK) or read_catalogue(place) is not None):
             return place
     for place in places:
         with suppress(OSError):
@@ -99,13 +105,22 @@ def locked(place: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def build_index(folder: Path, names: Sequence[str], place: Path) -> None:
+def build_index(folder: Path, names: Sequence[str], place: Path) -> Catalogue:
     """Index every shard into the directory `place`; `index.json` comes last, so a torn index is no index."""
     place.mkdir(parents=True, exist_ok=True)
+    say_if_made_again(place)
     entries = map_shards(_index_into(place), [folder / name for name in names], description="indexing shards")
     if not any(entry.samples for entry in entries):
         raise no_samples(str(folder), len(names))
-    write_catalogue(place, Catalogue(ShardTable.of(entries)))
+    catalogue = Catalogue(ShardTable.of(entries))
+    write_catalogue(place, catalogue)
+    return catalogue
+
+
+def say_if_made_again(place: Path) -> None:
+    """One line for who waits, if an index of an earlier format is about to be replaced."""
+    if (place / INDEX_FILE).is_file():
+        logger.warning("The index '%s' is of an earlier version, without image sizes: it is made again.", place)
 
 
 def no_samples(source: str, shards: int) -> DataError:
@@ -118,17 +133,19 @@ def write_catalogue(place: Path, catalogue: Catalogue) -> None:
     write_json(place / INDEX_FILE, content | {"shards": catalogue.table.columns()})
 
 
-def read_catalogue(place: Path) -> Catalogue:
-    """What an index directory holds; raises DataError if it cannot be read."""
+def read_catalogue(place: Path) -> Catalogue | None:
+    """What an index directory holds; None without an index, or with one of an earlier format. DataError if damaged."""
     try:
         content = json.loads((place / INDEX_FILE).read_text(encoding="utf-8"))
-        if content["format"] == 1:  # a list of entries; compared and written anew at the first start
-            return Catalogue(ShardTable.of([ShardEntry(**entry) for entry in content["shards"]]))
+        if content["format"] in EARLIER_FORMATS:
+            return None
         if content["format"] != INDEX_FORMAT:
             raise DataError(f"The index '{place}' has another format. Delete it; it is made again at the next start.")
         names = content["class_names"]
         table = ShardTable.from_columns(content["shards"])
         return Catalogue(table, content["manifest"], None if names is None else tuple(map(str, names)))
+    except FileNotFoundError:
+        return None
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, OverflowError):

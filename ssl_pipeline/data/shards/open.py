@@ -1,25 +1,22 @@
 """WebDataset shards (plain tar files, https://github.com/webdataset/webdataset) read by sample number."""
 
+from __future__ import annotations
+
 import hashlib
-import mmap
-import os
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import Catalogue, find_index, list_shards, read_rows
+from ssl_pipeline.data.shards.opened import OpenShards
 from ssl_pipeline.data.shards.remote import RemoteShards, is_url, open_remote
-from ssl_pipeline.data.shards.rows import NO_LABEL, ShardEntry, key_at
-from ssl_pipeline.data.shards.verification import shard_changed, verified_catalogue
+from ssl_pipeline.data.shards.rows import NO_LABEL, SIZE
+from ssl_pipeline.data.shards.verification import verified_catalogue
 
 __all__ = ["DataError", "RawSample", "ShardIndex", "open_shards"]
-
-OPEN_SHARDS = 64  # per process
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class RawSample:
     label: int | None
     shard: str
     byte: int
-    index: "ShardIndex"
+    index: ShardIndex
     sample: int
 
     @property
@@ -40,15 +37,6 @@ class RawSample:
     @property
     def location(self) -> str:
         return f"{self.shard}, key '{self.key}', byte {self.byte}"
-
-
-@dataclass(frozen=True)
-class OpenShard:
-    """What reading from a shard takes."""
-
-    entry: ShardEntry
-    file: BinaryIO
-    rows: NDArray[np.int64]
 
 
 class ShardIndex:
@@ -63,39 +51,24 @@ class ShardIndex:
         self.class_names = catalogue.class_names
         self.shard_counts = catalogue.table.samples
         self.has_labels = bool((catalogue.table.labelled == catalogue.table.samples).all())
-        self._place = place
-        self._remote = remote
         self._table = catalogue.table
+        self._shards = OpenShards(folder, place, catalogue.table, remote)
         self._ends = np.cumsum(self.shard_counts)
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_open": OrderedDict()}
-
     def read(self, sample: int) -> RawSample:
         """The image bytes and the label (None without one) of sample 0 <= sample < N."""
-        shard, (offset, size, label, _) = self._row(sample)
-        entry, file = shard.entry, shard.file
-        if not 0 <= offset <= offset + size <= entry.bytes:
-            raise DataError(f"The index of shard '{entry.name}' is damaged. Delete '{self._place}' to index again.")
-        try:
-            image = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise DataError(
-                f"Cannot read shard '{self.source}/{entry.name}' at byte {offset}: {error.strerror}."
-            ) from None
-        if len(image) != size:
-            raise shard_changed(f"{self.source}/{entry.name}", self._place)
-        return RawSample(image, None if label == NO_LABEL else label, entry.name, offset, self, sample)
+        shard, (offset, size, label, *_) = self._row(sample)
+        image = self._shards.read(shard, offset, size)
+        name = self._table.name[shard]
+        return RawSample(image, None if label == NO_LABEL else label, name, offset, self, sample)
 
     def key(self, sample: int) -> str:
         """The key of a sample, read from its tar header."""
         shard, row = self._row(sample)
-        with mmap.mmap(shard.file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return key_at(data, row[3], shard=shard.entry.name)
+        return self._shards.key(shard, row[3])
 
     @property
     def checksums(self) -> list[str]:
@@ -107,51 +80,52 @@ class ShardIndex:
         """One SHA-256 for the whole set: of other images, labels, encoding or shards it is another."""
         return hashlib.sha256("".join(self._table.sha256).encode()).hexdigest()
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of all image files."""
+        return int(self._table.image_bytes.sum())
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of all images when they are decoded, three per pixel."""
+        return int(self._table.pixel_bytes.sum())
+
     def labels(self) -> NDArray[np.int64]:
         """The labels of all samples (N,), -1 for none; no image is read."""
-        return np.concatenate([read_rows(self._place, entry)[:, 2] for entry in self._table])
+        return np.concatenate([read_rows(self._shards.place, entry)[:, 2] for entry in self._table])
+
+    def sizes(self, samples: ArrayLike | None = None) -> NDArray[np.int64]:
+        """Height and width (N, 2) of the decoded images of some samples, or of all; no image is read.
+
+        0 and 0 for one whose head says that it cannot be decoded. Damage behind the head is not known here.
+        """
+        if samples is None:
+            return np.concatenate([read_rows(self._shards.place, entry)[:, SIZE] for entry in self._table])
+        samples_N = np.asarray(samples, dtype=np.int64)
+        shards_N = np.searchsorted(self._ends, samples_N, side="right")
+        sizes_N2 = np.empty((len(samples_N), 2), dtype=np.int64)
+        for shard in np.unique(shards_N).tolist():
+            here_N = shards_N == shard
+            first = int(self._ends[shard] - self.shard_counts[shard])
+            sizes_N2[here_N] = self._shards.rows(shard)[samples_N[here_N] - first, SIZE]
+        return sizes_N2
 
     def check_cache(self, block_shards: int) -> None:
         """Raise DataError if the shards are remote and a block of them does not fit into the cache."""
-        block = int(np.sort(self._table.bytes)[-block_shards:].sum())
-        if self._remote is not None and block > self._remote.cache_bytes:
+        block, remote = int(np.sort(self._table.bytes)[-block_shards:].sum()), self._shards.remote
+        if remote is not None and block > remote.cache_bytes:
             raise DataError(
                 f"A block of data.block_shards={block_shards} shards of '{self.source}' takes up to {block / 1e9:.3g} "
-                f"GB, more than data.cache_gb={self._remote.cache_bytes / 1e9:g}. Raise it, or take smaller blocks."
+                f"GB, more than data.cache_gb={remote.cache_bytes / 1e9:g}. Raise it, or take smaller blocks."
             )
 
-    def _row(self, sample: int) -> tuple[OpenShard, list[int]]:
+    def _row(self, sample: int) -> tuple[int, list[int]]:
+        """The shard of a sample, and its row there."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample must lie in [0, {len(self)}). Got {sample}.")
-        number = int(np.searchsorted(self._ends, sample, side="right"))
-        shard = self._opened(number)
-        return shard, shard.rows[sample - int(self._ends[number] - self.shard_counts[number])].tolist()
-
-    def _opened(self, number: int) -> OpenShard:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        entry = self._table[number]
-        while self._open and not self._room_for(entry):
-            self._open.popitem(last=False)[1].file.close()
-        try:
-            if self._remote is None:
-                file: BinaryIO = (self.folder / entry.name).open("rb", buffering=0)
-            else:
-                file = self._remote.open(entry)
-        except OSError as error:
-            raise DataError(f"Cannot open shard '{self.source}/{entry.name}': {error.strerror}.") from None
-        if os.fstat(file.fileno()).st_size != entry.bytes:
-            raise shard_changed(f"{self.source}/{entry.name}", self._place)
-        self._open[number] = OpenShard(entry, file, read_rows(self._place, entry))
-        return self._open[number]
-
-    def _room_for(self, entry: ShardEntry) -> bool:
-        """Whether one more shard may be open; of a remote set no more than the cache holds."""
-        if self._remote is None:
-            return len(self._open) < OPEN_SHARDS
-        held = sum(shard.entry.bytes for shard in self._open.values())
-        return len(self._open) < OPEN_SHARDS and held + entry.bytes <= self._remote.cache_bytes
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        first = int(self._ends[shard] - self.shard_counts[shard])
+        return shard, self._shards.rows(shard)[sample - first].tolist()
 
 
 def open_shards(directory: str | Path, *, cache_dir: Path | None = None, cache_gb: float = 50.0) -> ShardIndex:

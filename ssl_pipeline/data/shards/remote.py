@@ -1,5 +1,7 @@
 """Shards on other machines (http, s3, gs, ... through fsspec), fetched whole into a bounded cache on this one."""
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import hashlib
@@ -19,11 +21,11 @@ from tqdm import tqdm
 
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import (
-    INDEX_FILE,
     Catalogue,
     locked,
     no_samples,
     read_catalogue,
+    say_if_made_again,
     user_cache,
     write_catalogue,
     write_rows,
@@ -78,15 +80,13 @@ class RemoteShards:
         """The index of the shards there, made from one pass over all of them where there is none."""
         content = self._attempt(f"{self.url}/{MANIFEST_FILE}", self._manifest)
         checksum = None if content is None else hashlib.sha256(content).hexdigest()
-        if checksum is not None and (self.place / INDEX_FILE).is_file():
-            catalogue = read_catalogue(self.place)
-            if catalogue.manifest == checksum:
-                return catalogue
+        if checksum is not None:
+            found = read_catalogue(self.place)
+            if found is not None and found.manifest == checksum:
+                return found
         shards, manifest = self._listed(content)
         with locked(self.place):
-            if not (self.place / INDEX_FILE).is_file():
-                self._build_index(shards)
-            known = read_catalogue(self.place)
+            known = read_catalogue(self.place) or self._build_index(shards)
             self._compare(known.table, shards)
             if manifest is None:
                 return Catalogue(known.table)
@@ -127,7 +127,8 @@ class RemoteShards:
         key = hashlib.sha256(f"{self.url}/{shard.name} {shard.bytes}".encode()).hexdigest()
         return self.cache / f"{key[:32]}-{shard.name}"
 
-    def _build_index(self, shards: Sequence[ManifestShard]) -> None:
+    def _build_index(self, shards: Sequence[ManifestShard]) -> Catalogue:
+        say_if_made_again(self.place)
         entries = []
         total = sum(shard.bytes for shard in shards)
         with tqdm(total=total, desc="fetching and indexing shards", unit="B", unit_scale=True, leave=False) as bar:
@@ -139,7 +140,9 @@ class RemoteShards:
                 bar.update(shard.bytes)
         if not any(entry.samples for entry in entries):
             raise no_samples(self.url, len(shards))
-        write_catalogue(self.place, Catalogue(ShardTable.of(entries)))
+        catalogue = Catalogue(ShardTable.of(entries))
+        write_catalogue(self.place, catalogue)
+        return catalogue
 
     def _manifest(self) -> bytes | None:
         system, folder = _connect(self.url, os.getpid())

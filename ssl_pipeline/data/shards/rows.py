@@ -1,5 +1,7 @@
 """Where each image of one shard lies: found once, by walking the headers of its tar file."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import mmap
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_pipeline.data.decode import decoded_size
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.tar import Member, TarBytes, walk
 
@@ -18,13 +21,17 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
 LABEL_KEYS = ("label", "cls")  # of a .json member
 NO_LABEL = -1
-COLUMNS = 4
+COLUMNS = 6
+SIZE = slice(4, 6)  # the columns of height and width
 MAX_LABEL_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard as it was when it was indexed."""
+    """One shard as it was when it was indexed.
+
+    image_bytes: of its image files. pixel_bytes: of the images when they are decoded, three per pixel.
+    """
 
     name: str
     bytes: int
@@ -32,14 +39,16 @@ class ShardEntry:
     sha256: str
     samples: int
     labelled: int
+    image_bytes: int
+    pixel_bytes: int
 
 
 def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArray[np.int64]]:
     """Verify the structure of one shard from end to end and find its samples.
 
-    Rows are int64 (samples, 4): image offset, image size, label or -1, and the byte of the header from which the key
-    can be read again. `name` is the shard's own if the file has another. Raises DataError naming the shard and the
-    byte or key.
+    Rows are int64 (samples, 6): image offset, image size, label or -1, the byte of the header from which the key can
+    be read again, and height and width of the decoded image, 0 and 0 if its head says that it will be refused. `name`
+    is the shard's own if the file has another. Raises DataError naming the shard and the byte or key.
     """
     name = name or path.name
     with path.open("rb") as file:
@@ -50,12 +59,25 @@ def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArra
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             rows = list(_samples(data, name))
     array = np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)
-    labelled = int((array[:, 2] != NO_LABEL).sum())
-    entry = ShardEntry(name, status.st_size, status.st_mtime_ns, sha256, len(array), labelled)
+    entry = ShardEntry(
+        name=name,
+        bytes=status.st_size,
+        modified_ns=status.st_mtime_ns,
+        sha256=sha256,
+        samples=len(array),
+        labelled=int((array[:, 2] != NO_LABEL).sum()),
+        image_bytes=int(array[:, 1].sum()),
+        pixel_bytes=int(pixel_bytes(array[:, SIZE]).sum()),
+    )
     return entry, array
 
 
-def _samples(data: TarBytes, shard: str) -> Iterator[tuple[int, int, int, int]]:
+def pixel_bytes(sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes of each decoded image (N,), from their heights and widths."""
+    return 3 * sizes_N2[:, 0] * sizes_N2[:, 1]
+
+
+def _samples(data: TarBytes, shard: str) -> Iterator[tuple[int, ...]]:
     """One row per sample: adjacent members of one key, in the order of the file."""
     seen = set()
     current, members = "", dict[str, Member]()
@@ -94,7 +116,7 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _row(data: TarBytes, shard: str, key: str, members: dict[str, Member]) -> tuple[int, int, int, int]:
+def _row(data: TarBytes, shard: str, key: str, members: dict[str, Member]) -> tuple[int, ...]:
     images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
     if len(images) != 1:
         start = min(member.start for member in members.values())
@@ -103,7 +125,9 @@ def _row(data: TarBytes, shard: str, key: str, members: dict[str, Member]) -> tu
             f"Shard '{shard}', key '{key}', byte {start}: a sample needs one image "
             f"({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)}). It has {found}."
         )
-    return images[0].offset, images[0].size, _label(data, shard, key, members), images[0].start
+    (image,) = images
+    size = decoded_size(data, image.offset, image.offset + image.size)
+    return image.offset, image.size, _label(data, shard, key, members), image.start, *size
 
 
 def _label(data: TarBytes, shard: str, key: str, members: dict[str, Member]) -> int:

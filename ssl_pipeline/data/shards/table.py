@@ -1,5 +1,7 @@
 """What is known of every shard of a set, a column each: 100,000 shards are read in a tenth of a second."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -19,17 +21,19 @@ class ShardTable:
     sha256: tuple[str, ...]
     samples: NDArray[np.int64]
     labelled: NDArray[np.int64]
+    image_bytes: NDArray[np.int64]
+    pixel_bytes: NDArray[np.int64]
 
     @classmethod
-    def of(cls, entries: Sequence[ShardEntry]) -> "ShardTable":
+    def of(cls, entries: Sequence[ShardEntry]) -> ShardTable:
         return cls.from_columns({name: [getattr(entry, name) for entry in entries] for name in COLUMN_NAMES})
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, list[str] | list[int]]) -> "ShardTable":
+    def from_columns(cls, columns: Mapping[str, list[str] | list[int]]) -> ShardTable:
         """The inverse of `columns`; raises KeyError, TypeError or ValueError for what does not come from there."""
         if len({len(columns[name]) for name in COLUMN_NAMES}) != 1:
             raise ValueError("columns of different lengths")
-        for name in ("name", "sha256"):
+        for name in TEXT_COLUMNS:
             if not set(map(type, columns[name])) <= {str}:
                 raise TypeError(f"{name} must be text")
         return cls(
@@ -39,17 +43,15 @@ class ShardTable:
             sha256=tuple(map(str, columns["sha256"])),
             samples=np.array(columns["samples"], dtype=np.int64),
             labelled=np.array(columns["labelled"], dtype=np.int64),
+            image_bytes=np.array(columns["image_bytes"], dtype=np.int64),
+            pixel_bytes=np.array(columns["pixel_bytes"], dtype=np.int64),
         )
 
     def columns(self) -> dict[str, list[str] | list[int]]:
         """Lists for JSON."""
         return {
-            "name": list(self.name),
-            "bytes": self.bytes.tolist(),
-            "modified_ns": self.modified_ns.tolist(),
-            "sha256": list(self.sha256),
-            "samples": self.samples.tolist(),
-            "labelled": self.labelled.tolist(),
+            name: list(getattr(self, name)) if name in TEXT_COLUMNS else getattr(self, name).tolist()
+            for name in COLUMN_NAMES
         }
 
     def __len__(self) -> int:
@@ -63,6 +65,8 @@ class ShardTable:
             sha256=self.sha256[shard],
             samples=int(self.samples[shard]),
             labelled=int(self.labelled[shard]),
+            image_bytes=int(self.image_bytes[shard]),
+            pixel_bytes=int(self.pixel_bytes[shard]),
         )
 
     def __iter__(self) -> Iterator[ShardEntry]:
@@ -70,3 +74,4 @@ class ShardTable:
 
 
 COLUMN_NAMES = tuple(field.name for field in fields(ShardEntry))
+TEXT_COLUMNS = ("name", "sha256")

@@ -1,5 +1,7 @@
 """Whether shards are still those of their index and of their manifest."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import time
@@ -13,7 +15,6 @@ from numpy.typing import NDArray
 
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import (
-    INDEX_FILE,
     Catalogue,
     build_index,
     locked,
@@ -37,14 +38,11 @@ def verified_catalogue(folder: Path, names: Sequence[str], place: Path, *, whole
     """
     content = manifest_content(folder)
     checksum = "" if content is None else hashlib.sha256(content).hexdigest()
-    if (place / INDEX_FILE).is_file():
-        catalogue = read_catalogue(place)
-        if catalogue.manifest == checksum and _is_current(catalogue.table, folder, names):
-            return catalogue
+    found = read_catalogue(place)
+    if found is not None and found.manifest == checksum and _is_current(found.table, folder, names):
+        return found
     with locked(place):
-        if not (place / INDEX_FILE).is_file():
-            build_index(folder, names, place)
-        known = read_catalogue(place)
+        known = read_catalogue(place) or build_index(folder, names, place)
         table = unchanged(known.table, folder, names, place)
         if table is not known.table:  # whatever comes of the manifest, no shard is verified twice
             _keep(place, replace(known, table=table))

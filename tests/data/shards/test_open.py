@@ -62,19 +62,19 @@ def test_an_index_can_be_sent_to_a_worker(shards: Path) -> None:
 
 
 def test_few_shards_are_open_at_a_time(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_pipeline.data.shards.open.OPEN_SHARDS", 2)
+    monkeypatch.setattr("ssl_pipeline.data.shards.opened.OPEN_SHARDS", 2)
     index = open_shards(shards)
     assert [index.read(number).label for number in (0, 8, 19, 1, 9)] == [0, 0, 3, 1, 1]
-    assert len(index._open) == 2
+    assert len(index._shards.files) == len(index._shards.mapped) == 2
 
 
 def test_rows_are_mapped_and_only_of_open_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_pipeline.data.shards.open.OPEN_SHARDS", 2)
+    monkeypatch.setattr("ssl_pipeline.data.shards.opened.OPEN_SHARDS", 2)
     index = open_shards(shards)
-    assert not index._open
+    assert not index._shards.mapped
     for number in range(20):
         index.read(number)
-    assert [type(shard.rows) for shard in index._open.values()] == [np.memmap, np.memmap]
+    assert [type(rows.base) for rows in index._shards.mapped.values()] == [np.memmap, np.memmap]
 
 
 def test_a_read_only_directory_is_indexed_in_the_cache(
@@ -197,7 +197,7 @@ def test_shards_that_came_or_went_are_errors(shards: Path, write_tar: WriteTar, 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"format": 99}', '{"format": 1, "shards": [{}]}', '{"format": 2, "shards": {"name": ["a.tar"]}}'],
+    ["", "[]", "{}", '{"format": 99}', '{"format": 3, "shards": [{}]}', '{"format": 3, "shards": {"name": ["a.tar"]}}'],
 )
 def test_a_damaged_index_is_an_error(shards: Path, content: str) -> None:
     open_shards(shards)
@@ -209,7 +209,7 @@ def test_a_damaged_index_is_an_error(shards: Path, content: str) -> None:
 def test_damaged_rows_are_an_error(shards: Path) -> None:
     index = open_shards(shards)
     path = shards / ".index" / "part-000000.tar.npy"
-    np.save(path, np.full((7, 4), 2**60))
+    np.save(path, np.full((7, 6), 2**60))
     with pytest.raises(DataError, match=r"index of shard .* is damaged"):
         index.read(0)
     for damage in (b"", b"garbage", pickle.dumps([1])):
@@ -355,3 +355,100 @@ def test_a_foreign_manifest_is_ignored_and_a_torn_one_refused(shards: Path) -> N
     (shards / "manifest.json").write_text('{"shards": [')
     with pytest.raises(DataError, match="is not valid JSON"):
         open_shards(shards)
+
+
+# sizes
+
+
+def test_sizes_are_those_of_the_decoded_images(tmp_path: Path, write_tar: WriteTar, encoded: Encoded) -> None:
+    sizes = [(12, 10), (30, 7), (9, 40), (16, 16)]  # (width, height)
+    files = {
+        f"{number}.{ext}": encoded(number, size=size, format=format)
+        for number, (size, ext, format) in enumerate(
+            zip(sizes, ("jpg", "png", "webp", "jpg"), ("JPEG", "PNG", "WEBP", "JPEG"), strict=True)
+        )
+    }
+    write_tar(tmp_path / "a.tar", dict(list(files.items())[:3]))
+    write_tar(tmp_path / "b.tar", {})
+    write_tar(tmp_path / "c.tar", dict(list(files.items())[3:]) | {"9.jpg": b"no image"})
+    index = open_shards(tmp_path)
+    expected = [[height, width] for width, height in sizes] + [[0, 0]]
+    assert index.sizes().tolist() == expected
+    assert index.sizes([3, 0, 4, 0, 2]).tolist() == [expected[number] for number in (3, 0, 4, 0, 2)]
+    assert index.sizes([]).shape == (0, 2)
+    assert index.pixel_bytes == sum(3 * width * height for width, height in sizes)
+    assert index.image_bytes == sum(len(data) for data in files.values()) + len(b"no image")
+
+
+def test_sizes_touch_no_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = open_shards(shards)
+    for shard in shards.glob("*.tar"):
+        shard.unlink()
+    assert index.sizes().tolist() == index.sizes(range(20)).tolist() == [[10, 12]] * 20
+
+
+def test_an_image_beyond_the_largest_size_has_none(
+    tmp_path: Path, write_tar: WriteTar, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_pipeline.data.decode.MAX_PIXELS", 1000)
+    write_tar(tmp_path / "a.tar", {"a.png": encoded(0, size=(40, 40), format="PNG"), "b.jpg": encoded(0)})
+    assert open_shards(tmp_path).sizes().tolist() == [[0, 0], [10, 12]]
+
+
+# indexes of earlier formats
+
+
+def as_earlier_format(place: Path, format: int) -> None:
+    """The index as that format had it: fewer columns of shards and of rows."""
+    path = place / "index.json"
+    content = json.loads(path.read_text())
+    columns = {name: content["shards"][name] for name in ("name", "bytes", "modified_ns", "sha256", "samples")}
+    columns["labelled"] = content["shards"]["labelled"]
+    if format == 1:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text(json.dumps({"format": 1, "shards": rows}))
+    else:
+        path.write_text(json.dumps(content | {"format": 2, "shards": columns}))
+    for rows in place.glob("*.npy"):
+        np.save(rows, np.load(rows, allow_pickle=False)[:, :4], allow_pickle=False)
+
+
+@pytest.mark.parametrize("format", [1, 2])
+def test_an_index_of_an_earlier_format_is_made_again(
+    shards: Path, format: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = open_shards(shards)
+    as_earlier_format(shards / ".index", format)
+    assert not caplog.records
+    again = open_shards(shards)
+    assert (len(again), again.fingerprint, again.read(19).label) == (20, index.fingerprint, 3)
+    assert again.sizes().tolist() == [[10, 12]] * 20
+    (line,) = caplog.messages
+    assert line.endswith("/.index' is of an earlier version, without image sizes: it is made again.")
+    open_shards(shards)
+    assert len(caplog.messages) == 1
+
+
+def test_an_index_of_an_earlier_format_in_the_cache_is_made_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (shards / ".index").touch()  # no directory can be made there
+    open_shards(shards)
+    (place,) = (tmp_path / "cache" / "ssl_pipeline").iterdir()
+    as_earlier_format(place, 2)
+    assert open_shards(shards).sizes([7]).tolist() == [[10, 12]]
+    assert len(caplog.messages) == 1
+
+
+def test_an_index_of_an_earlier_format_that_cannot_be_written_is_made_in_the_cache(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    open_shards(shards)
+    as_earlier_format(shards / ".index", 2)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: shards not in Path(path).parents and access(path, mode))
+    assert open_shards(shards).sizes([7]).tolist() == [[10, 12]]
+    assert json.loads((shards / ".index" / "index.json").read_text())["format"] == 2
+    assert len(list((tmp_path / "cache" / "ssl_pipeline").glob("shards-*/index.json"))) == 1

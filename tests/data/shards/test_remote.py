@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -158,6 +159,21 @@ def test_only_the_shards_that_are_read_are_fetched(listed: Path, cache: Path) ->
     assert [path.name.split("-", 1)[1] for path in cached(cache)] == ["part-000001.tar"]
 
 
+def test_an_index_of_an_earlier_format_is_made_again(
+    listed: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"file://{listed}"
+    open_shards(url, cache_dir=cache)
+    (path,) = cache.glob("index-*/index.json")
+    content = json.loads(path.read_text())
+    for name in ("image_bytes", "pixel_bytes"):
+        del content["shards"][name]
+    path.write_text(json.dumps(content | {"format": 2}))
+    assert open_shards(url, cache_dir=cache).sizes([7]).tolist() == [[10, 12]]
+    (line,) = caplog.messages
+    assert line.endswith("is of an earlier version, without image sizes: it is made again.")
+
+
 def test_a_file_system_that_can_list_needs_no_manifest(shards: Path, cache: Path) -> None:
     (shards / "notes.txt").touch()
     index = open_shards(f"file://{shards}", cache_dir=cache)
@@ -192,7 +208,7 @@ def test_a_shard_in_use_is_not_evicted(listed: Path, cache: Path) -> None:
         second.read(sample)
         assert held.exists()
     for index in (first, second):
-        index._open.clear()  # closes them
+        index._shards.files.clear()  # closes them
     cached(cache)[1].unlink()
     second.read(8)
     assert not held.exists()

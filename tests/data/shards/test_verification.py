@@ -89,17 +89,6 @@ def test_an_index_that_cannot_be_written_is_compared_each_time(shards: Path, mon
         assert open_shards(shards).class_names == ("a", "b", "c", "d")
 
 
-def test_an_index_of_the_first_format_is_brought_up_to_date(shards: Path) -> None:
-    index = open_shards(shards)
-    path = shards / ".index" / "index.json"
-    columns = json.loads(path.read_text())["shards"]
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    path.write_text(json.dumps({"format": 1, "shards": rows}))
-    again = open_shards(shards)
-    assert (len(again), again.fingerprint, again.read(19).label) == (20, index.fingerprint, 3)
-    assert json.loads(path.read_text())["format"] == 2
-
-
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 @pytest.mark.parametrize("slow", [0.0, 60.0])  # every file system is slow, or none
 def test_the_status_of_files_comes_in_their_order(
