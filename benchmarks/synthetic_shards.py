@@ -44,8 +44,9 @@ def write_synthetic_shards(folder: Path, *, shards: int, samples: int) -> None:
     sizes, times = status_of(folder, names)
     counts = np.full(shards, samples, dtype=np.int64)
     checksums = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
+    widest = np.full(shards, entry.widest, dtype=np.int64)
     image_bytes, pixel_bytes = counts * entry.image_bytes, counts * entry.pixel_bytes
-    table = ShardTable(tuple(names), sizes, times, checksums, counts, counts, image_bytes, pixel_bytes)
+    table = ShardTable(tuple(names), sizes, times, checksums, counts, counts, image_bytes, pixel_bytes, widest)
     write_catalogue(place, Catalogue(table))
     listed = [ManifestShard(name, samples, entry.bytes, sha) for name, sha in zip(names, checksums, strict=True)]
     write_manifest(folder, Manifest(["only"], listed))
