@@ -216,9 +216,9 @@ def _monitors(
     return monitors
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(PretrainConfig, pretrain, command="pretrain.py", recipes=RECIPES)
+def command(name: str = "pretrain.py") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(PretrainConfig, pretrain, command=name, recipes=RECIPES)
 
 
 if __name__ == "__main__":

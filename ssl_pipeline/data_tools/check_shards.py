@@ -116,6 +116,6 @@ def differences(
     return problems
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(CheckShards, check_shards, command="python -m data_tools.check_shards")
+def command(name: str = "python -m data_tools.check_shards") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(CheckShards, check_shards, command=name)

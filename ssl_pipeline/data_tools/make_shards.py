@@ -240,6 +240,6 @@ def _report(
         )
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(MakeShards, make_shards, command="python -m data_tools.make_shards")
+def command(name: str = "python -m data_tools.make_shards") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(MakeShards, make_shards, command=name)
