@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssl_pipeline.augment.parameters import Channels
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import BackboneConfig
+from ssl_pipeline.backbones import BackboneConfig, Preprocessing
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.commands import pretrain
 from ssl_pipeline.config import RECIPES, Tree, run_command, validate
@@ -34,7 +34,7 @@ from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.training import loop, step
 from ssl_pipeline.training.launch import start_accelerator
-from ssl_pipeline.training.run import Monitor, Run, TrainConfig, start_clock
+from ssl_pipeline.training.run import Monitor, Output, Run, TrainConfig, start_clock
 from tests.tiny import VIT, make_method, needs, tiny_settings, view_shape
 
 SGD = {"name": "sgd", "lr": {"value": 0.02, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
@@ -134,6 +134,7 @@ def make_run(
     accelerator, index = start_accelerator(config), open_shards(shards)
     return Run(
         method=make_method(name, backbone=backbone, seed=seed),
+        preprocessing=Preprocessing(16, data.mean, data.std),
         clock=start_clock(index, data, config),
         index=index,
         labelled_index=open_shards(data.labelled.shards) if data.labelled is not None else None,
@@ -141,13 +142,10 @@ def make_run(
         data=data,
         optim=validate(OptimConfig, dict(optim)),
         train=config,
-        accelerator=accelerator,
-        output=output,
-        directory=directory,
-        settings="",
-        identity={},
-        monitors=monitors,
         seed=seed,
+        accelerator=accelerator,
+        output=Output(output, directory),
+        monitors=monitors,
     )
 
 
@@ -200,7 +198,7 @@ def happens(happening: Happening) -> Iterator[None]:
             _happen(happening.what, next(iter(batch.views.values())))
         return batch
 
-    def write_manifest(directory: Path, facts: object) -> None:
+    def write_manifest(directory: Path, state: object) -> None:
         assert happening.slow_save is not None
         happening.slow_save.touch()
         time.sleep(60)

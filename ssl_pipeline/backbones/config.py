@@ -1,4 +1,4 @@
-"""What a recipe says of its backbone."""
+"""What a recipe may say of a backbone."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from ssl_pipeline.training.preflight import (
     run_facts,
 )
 from ssl_pipeline.training.resume import check_identity
-from ssl_pipeline.training.run import Monitor, Run, TrainConfig, start_clock
+from ssl_pipeline.training.run import Monitor, Output, Run, Start, TrainConfig, start_clock
 
 
 class PretrainConfig(Config):
@@ -115,6 +115,7 @@ def pretrain(config: PretrainConfig) -> int:
         signal_number = train(
             Run(
                 method=method,
+                preprocessing=preprocessing,
                 clock=clock,
                 index=index,
                 labelled_index=labelled_index,
@@ -122,20 +123,15 @@ def pretrain(config: PretrainConfig) -> int:
                 data=config.data,
                 optim=config.optim,
                 train=config.train,
-                accelerator=accelerator,
-                output=output,
-                directory=directory,
-                monitors=monitors,
                 seed=config.seed,
-                settings=dump(config),
-                identity=identity,
-                wandb=config.wandb,
-                started=started,
-                index_seconds=index_seconds,
+                accelerator=accelerator,
+                output=Output(output, directory, settings=dump(config), identity=identity, wandb=config.wandb),
+                monitors=monitors,
+                start=Start(started, index_seconds),
             )
         )
         if signal_number == 0 and directory is not None:
-            save_backbone(output, method.backbone, config.backbone, preprocessing)
+            save_backbone(output, method.backbone, preprocessing)
             print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0

@@ -1,52 +1,50 @@
-"""One checkpoint on disk: a directory of safetensors files with a manifest that vouches for each of them."""
+"""One checkpoint on disk: a directory of safetensors files and a manifest with the checksum of each of them."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import JSON
+from ssl_pipeline import __version__
+from ssl_pipeline.files import sha256_of
+from ssl_pipeline.run.state import CheckpointError, RunState
 
-FORMAT = 1
+FORMAT = 2
+FIRST_VERSION = "0.1.0"  # wrote format 1, which does not say so
 TENSOR_FILE = re.compile(r"[a-z][a-z0-9_]*\.safetensors")
 
 
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used, in one sentence."""
+class FormatError(CheckpointError):
+    """A whole checkpoint of another format: the run needs another version of this package."""
 
 
 @dataclass(frozen=True)
-class SavedState:
-    """What one checkpoint holds: tensors (on the CPU) by file stem and name, and the facts saved beside them."""
+class Checkpoint:
+    """A checkpoint in memory: its tensors (on the CPU) by file stem and name, and the SHA-256 of each file."""
 
-    tensors: dict[str, dict[str, Tensor]]
-    facts: dict[str, JSON]
     path: Path
-
-    @property
-    def step(self) -> int:
-        return whole_number(self.facts, "step")
-
-    @property
-    def position(self) -> int:
-        return whole_number(self.facts, "position")
+    state: RunState
+    tensors: dict[str, dict[str, Tensor]]
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` vouches for."""
+    """What `manifest.json` says."""
 
     files: dict[str, tuple[int, str]]  # file name -> bytes, sha256
-    facts: dict[str, JSON]
+    state: RunState
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -64,38 +62,43 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     _sync_file(path)
 
 
-def write_manifest(directory: Path, facts: Mapping[str, JSON]) -> None:
-    """Vouch for the files that a directory holds, and for the facts; synced to disk."""
-    files: dict[str, JSON] = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(directory.iterdir())}
-    body: dict[str, JSON] = {"format": FORMAT, "files": files, "facts": facts}
+def write_manifest(directory: Path, state: RunState) -> None:
+    """Note size and checksum of the files in a directory, and the state of the run; synced to disk."""
+    files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(directory.iterdir())}
+    versions = {"ssl-pipeline": __version__, "torch": torch.__version__}
+    body = {"format": FORMAT, "versions": versions, "files": files, "facts": state.to_facts()}
     path = directory / "manifest.json"
     text = json.dumps({**body, "sha256": _digest(body)}, indent=2, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
     _sync_file(path)
 
 
-def load_checkpoint(path: Path) -> SavedState:
-    """All of a checkpoint, verified; CheckpointError if it is damaged."""
+def load_checkpoint(path: Path, *, files: Collection[str] | None = None) -> Checkpoint:
+    """A checkpoint, verified: all of it, or its manifest and the tensor files of these stems.
+
+    Raises CheckpointError if what is asked for is damaged or missing.
+    """
     manifest = read_manifest(path)
-    verify_files(path, manifest)
+    stems = [name.removesuffix(".safetensors") for name in manifest.files] if files is None else files
+    names = {stem: f"{stem}.safetensors" for stem in stems}
+    verify_files(path, manifest, names.values())
     try:
-        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in manifest.files}
+        tensors = {stem: load_file(path / name) for stem, name in names.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not used: {error}.") from None
-    return SavedState(tensors=tensors, facts=manifest.facts, path=path)
+    return Checkpoint(path, manifest.state, tensors, {stem: manifest.files[name][1] for stem, name in names.items()})
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of one checkpoint, its own hash and every file name in it checked."""
+    """The manifest of one checkpoint, its own checksum and every file name in it checked."""
     try:
         body = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         expected = body.pop("sha256")
         if expected != _digest(body):
             raise CheckpointError(f"{path} is not used: manifest.json is damaged (its sha256 does not fit).")
-        if body["format"] != FORMAT:
-            raise CheckpointError(f"{path} is not used: its format is {body['format']}, needed is {FORMAT}.")
+        _check_format(path, body)
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in body["files"].items()}
-        facts = dict(body["facts"])
+        facts = body["facts"]
     except OSError as error:
         raise CheckpointError(f"{path} is not used: no manifest.json ({error.strerror}).") from None
     except (TypeError, KeyError, AttributeError, RecursionError, ValueError) as error:
@@ -103,43 +106,43 @@ def read_manifest(path: Path) -> Manifest:
             raise
         raise CheckpointError(f"{path} is not used: manifest.json is not a checkpoint's manifest.") from None
     try:
-        whole_number(facts, "position"), whole_number(facts, "step")
+        state = RunState.from_facts(facts)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not used: {error}") from None
     for name in files:
         if not TENSOR_FILE.fullmatch(name):
             raise CheckpointError(f"{path} is not used: its manifest names {name!r}, not a file of its own.")
-    return Manifest(files, facts)
+    return Manifest(files, state)
 
 
-def verify_files(path: Path, manifest: Manifest) -> None:
-    """Raises CheckpointError unless each file has the bytes that the manifest vouches for."""
-    for name, (size, digest) in manifest.files.items():
+def verify_files(path: Path, manifest: Manifest, names: Collection[str]) -> None:
+    """Raises CheckpointError unless each of the files is there with the bytes that the manifest notes."""
+    for name in names:
+        if name not in manifest.files:
+            raise CheckpointError(f"{path} is not used: it has no {name}.")
+        size, digest = manifest.files[name]
         try:
             found = (path / name).stat().st_size
             if found != size:
                 raise CheckpointError(f"{path} is not used: {name} has {found} bytes instead of {size}.")
-            if _sha256(path / name) != digest:
+            if sha256_of(path / name) != digest:
                 raise CheckpointError(f"{path} is not used: {name} is damaged (its sha256 does not fit).")
         except OSError as error:
             raise CheckpointError(f"{path} is not used: {name}: {error.strerror}.") from None
 
 
-def whole_number(facts: Mapping[str, JSON], name: str) -> int:
-    """A fact that every checkpoint has; CheckpointError if this one has not."""
-    value = facts.get(name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CheckpointError(f"A checkpoint needs the whole number {name!r} among its facts. Got {value!r}.")
-    return value
+def _check_format(path: Path, body: Mapping[str, JsonValue]) -> None:
+    if body["format"] != FORMAT:
+        versions = body.get("versions")
+        wrote = versions.get("ssl-pipeline") if isinstance(versions, dict) else FIRST_VERSION
+        raise FormatError(
+            f"{path} has checkpoint format {body['format']} of ssl-pipeline {wrote}, and this is ssl-pipeline "
+            f"{__version__} with format {FORMAT}: go on with ssl-pipeline {wrote}, or choose another output=DIR."
+        )
 
 
-def _digest(body: Mapping[str, JSON]) -> str:
+def _digest(body: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_file(path: Path) -> None:

@@ -1,32 +1,35 @@
 """The checkpoints of a run: complete or not there, verified before use, the newest that is whole, the oldest pruned."""
 
+from __future__ import annotations
+
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import JSON, sync
+from ssl_pipeline.files import sync
 from ssl_pipeline.run.checkpoint_files import (
-    CheckpointError,
-    SavedState,
+    Checkpoint,
+    FormatError,
     load_checkpoint,
     read_manifest,
     verify_files,
-    whole_number,
     write_manifest,
     write_tensors,
 )
+from ssl_pipeline.run.state import CheckpointError, RunState
 
 
 class Checkpoints:
     """The checkpoints of one run, one directory `step-00001234` each, ordered by position in the data.
 
     A directory gets that name only when all of it is on disk, by one rename. `manifest.json` in it holds the
-    size and sha256 of every file, the facts, and the sha256 of itself. Only one process may write.
+    size and sha256 of every file, the RunState, and the sha256 of itself. Only one process may write; others may read
+    meanwhile.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, report: Callable[[str], None] = warnings.warn) -> None:
@@ -37,21 +40,20 @@ class Checkpoints:
         self.report = report
         self._known_valid: set[Path] = set()  # written or verified by this object: not hashed again to prune
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, JSON]) -> Path:
+    def save(self, state: RunState, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
         """Write one checkpoint, then remove those beyond the newest `keep`; if it fails, nothing changes.
 
-        `tensors` has one safetensors file per key. `facts` must hold "position", the images seen so far.
+        `tensors` has one safetensors file per key.
         """
-        whole_number(facts, "position")
         self.directory.mkdir(parents=True, exist_ok=True)
-        unfinished = self.directory / f".tmp-{step:08d}-{secrets.token_hex(4)}"
+        unfinished = self.directory / f".tmp-{state.step:08d}-{secrets.token_hex(4)}"
         try:
             unfinished.mkdir()
             for name, entries in tensors.items():
                 write_tensors(unfinished / f"{name}.safetensors", entries)
-            write_manifest(unfinished, {**facts, "step": step})
+            write_manifest(unfinished, state)
             sync(unfinished)
-            saved = self._publish(unfinished, self.directory / f"step-{step:08d}")
+            saved = self._publish(unfinished, self._path_of(state.step))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -59,28 +61,45 @@ class Checkpoints:
         self._prune(saved)
         return saved
 
-    def load_latest(self) -> SavedState | None:
-        """The newest checkpoint that is whole, None if there is none at all.
+    def load_latest(self, *, files: Collection[str] | None = None) -> Checkpoint | None:
+        """The newest checkpoint that is whole, None if there is none at all; of all its files, or of these stems.
 
-        Each damaged one is reported and left where it is. Raises CheckpointError if all are damaged.
+        Each damaged one is reported and left where it is. Raises CheckpointError if all are damaged, or if one has
+        another format.
         """
         candidates = self._newest_first()
         reason = ""
         for path in candidates:
             try:
-                state = load_checkpoint(path)
+                checkpoint = load_checkpoint(path, files=files)
+            except FormatError:
+                raise
             except CheckpointError as error:
                 reason = str(error)
                 self.report(f"{reason} Trying the one before it.")
                 continue
-            self._known_valid.add(path)
-            return state
+            if files is None:
+                self._known_valid.add(path)
+            return checkpoint
         if candidates:
             raise CheckpointError(
                 f"None of the {len(candidates)} checkpoints in {self.directory} can be used, and a run never "
                 f"starts again from zero over them: {reason} Restore one, or choose another output=DIR."
             )
         return None
+
+    def load_step(self, step: int, *, files: Collection[str] | None = None) -> Checkpoint:
+        """The checkpoint after `step` optimizer steps; CheckpointError if it is not there or is damaged."""
+        path = self._path_of(step)
+        if not path.is_dir():
+            steps = sorted(int(found.name.split("-")[1]) for found in self.directory.glob("step-*"))
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint of step {step}. It has {', '.join(map(str, steps)) or 'none'}."
+            )
+        return load_checkpoint(path, files=files)
+
+    def _path_of(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
 
     def _publish(self, unfinished: Path, final: Path) -> Path:
         """Give a finished directory its name; one that had the name stays a checkpoint until it is pruned."""
@@ -99,8 +118,8 @@ class Checkpoints:
 
         def age(path: Path) -> tuple[int, float, float, bool]:
             try:
-                facts = read_manifest(path).facts
-                return (0, -whole_number(facts, "position"), -whole_number(facts, "step"), "replaced" in path.name)
+                state = read_manifest(path).state
+                return (0, -state.position, -state.step, "replaced" in path.name)
             except CheckpointError:
                 return (-1, 0, 0, False)
 
@@ -117,7 +136,7 @@ class Checkpoints:
                 if replaced:
                     self._remove(path)
                 continue
-            position = whole_number(read_manifest(path).facts, "position")
+            position = read_manifest(path).state.position
             if path != saved and (len(kept) >= self.keep or position in kept):
                 self._remove(path)
             else:
@@ -128,7 +147,8 @@ class Checkpoints:
     def _is_valid(self, path: Path) -> bool:
         if path not in self._known_valid:
             try:
-                verify_files(path, read_manifest(path))
+                manifest = read_manifest(path)
+                verify_files(path, manifest, manifest.files)
             except CheckpointError:
                 return False
             self._known_valid.add(path)

@@ -1,5 +1,7 @@
 """A run's directory: one run at a time, its file names, and what an operator reads about its state."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -56,7 +58,7 @@ class RunDirectory:
         os.pwrite(self._lock, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         self._last_heartbeat = -SECONDS_BETWEEN_HEARTBEATS
 
-    def __enter__(self) -> "RunDirectory":
+    def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(
@@ -67,18 +69,6 @@ class RunDirectory:
     @property
     def config_path(self) -> Path:
         return self.path / "config.yaml"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "eval"
 
     def write_config(self, yaml_text: str) -> None:
         write_text(self.config_path, yaml_text)

@@ -1,11 +1,13 @@
 """An optimizer's state as named tensors, and back; its hyper-parameters are the recipe's and are not saved."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ssl_pipeline.run.checkpoint_files import CheckpointError
+from ssl_pipeline.run.state import CheckpointError
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

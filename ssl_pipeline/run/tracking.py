@@ -1,5 +1,7 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, a progress line and, on request, W&B."""
 
+from __future__ import annotations
+
 import json
 import os
 import secrets

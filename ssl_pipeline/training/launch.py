@@ -6,9 +6,9 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.training.parallel import DDP
 from ssl_pipeline.training.run import TrainConfig
 
 
@@ -28,7 +28,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         cpu=not has_gpu,
         mixed_precision=config.precision,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DDP],
     )
     if launched != accelerator.num_processes:
         raise ConfigError(

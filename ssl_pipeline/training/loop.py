@@ -8,35 +8,29 @@ the backward passes of attention and of convolutions need not give the same bits
 
 from __future__ import annotations
 
-import math
-import time
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import nn
 
-from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.batch import MaskRule
-from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
-from ssl_pipeline.data.stream import open_stream
-from ssl_pipeline.distributed import peer_failure, rank, world_size
+from ssl_pipeline.distributed import peer_failure, rank
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.run.checkpoints import Checkpoints
-from ssl_pipeline.run.directory import RunDirectory, read_status
+from ssl_pipeline.run.directory import read_status
 from ssl_pipeline.run.interruption import Interruption
-from ssl_pipeline.run.optimizer_state import optimizer_tensors
 from ssl_pipeline.run.profiling import Profile
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
+from ssl_pipeline.training.batches import announced, open_batches
+from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.reporting import Reporter
-from ssl_pipeline.training.resume import changed_settings, load_newest, optimizer_identity
+from ssl_pipeline.training.resume import load_newest, optimizer_identity, write_settings
 from ssl_pipeline.training.run import Run
+from ssl_pipeline.training.saving import save_run
 from ssl_pipeline.training.step import TrainingStep
 from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_on
 
@@ -48,27 +42,25 @@ def train(run: Run) -> int:
         synchronize_batch_norm(method, device)
     method.to(device)
     optimizer = build_optimizer(method, run.optim)
-    checkpoints = Checkpoints(run.output / "checkpoints", keep=run.train.keep_checkpoints, report=_say)
-    identity = {**run.identity, **optimizer_identity(method, optimizer)}
-    saved = load_newest(checkpoints, method, optimizer, run.identity)
-    position = saved.position if saved is not None else 0
-    if run.directory is not None:
-        _write_settings(run.directory, run.settings, complete=position >= clock.end)
+    checkpoints = Checkpoints(run.output.path / "checkpoints", keep=run.train.keep_checkpoints, report=_say)
+    identity = {**run.output.identity, **optimizer_identity(method, optimizer)}
+    saved = load_newest(checkpoints, method, optimizer, run.output.identity)
+    position = saved.state.position if saved is not None else 0
+    if run.output.directory is not None:
+        write_settings(run.output.directory, run.output.settings, complete=position >= clock.end)
     if run.train.compile:
         for part in method.parts_to_compile():
             part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
-    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; Accelerate knows the old name alone
-        warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
-        network, optimizer = run.accelerator.prepare(method, optimizer)
-    if saved is not None and run.accelerator.scaler is not None and isinstance(saved.facts.get("scaler"), dict):
-        run.accelerator.scaler.load_state_dict(saved.facts["scaler"])
+    network, optimizer = wrap(run.accelerator, method, optimizer)
+    if saved is not None and saved.state.scaler is not None and run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(saved.state.scaler)
     tracker = Tracker(
-        run.output,
+        run.output.path,
         total_steps=clock.progress(0).total_steps,
         resumed_position=position,
         global_batch=clock.global_batch,
-        wandb=run.wandb,
-        enabled=run.directory is not None,
+        wandb=run.output.wandb,
+        enabled=run.output.directory is not None,
     )
     if saved is not None and position < clock.end:
         tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
@@ -84,27 +76,6 @@ def train(run: Run) -> int:
             raise error from None
         finally:
             tracker.close()
-
-
-def _write_settings(directory: RunDirectory, settings: str, *, complete: bool) -> None:
-    """Keep config.yaml true: say what a resumed run changes, and let a complete run keep what it was made with.
-
-    Raises ConfigError if the settings end before the point that an unfinished run has reached.
-    """
-    path = directory.config_path
-    changes = changed_settings(path.read_text(), settings) if path.exists() else []
-    if complete and changes:
-        status = read_status(directory.path)
-        if status is None or status.state != "done":
-            raise ConfigError(
-                f"{directory.path} has an unfinished run that is past the end of these settings, which differ from its "
-                f"own ({'; '.join(changes)}). Choose another output=DIR, or its own settings."
-            )
-        print(f"This run was made with other settings, which stand: {'; '.join(changes)}", flush=True)
-    elif changes:
-        print(f"Changed since the last start of this run: {'; '.join(changes)}", flush=True)
-    if not complete:
-        directory.write_config(settings)
 
 
 class _Loop:
@@ -134,7 +105,7 @@ class _Loop:
             lag=lag_on(run.accelerator.device),
             times=self.times,
             bad_samples=BadSampleLog(
-                run.output / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
+                run.output.path / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
             ),
             keepalive=self._keepalive,
             requested=interruption.requested,
@@ -144,16 +115,16 @@ class _Loop:
     def go(self, position: int) -> int:
         """Step until the end of the run or until a signal; returns the signal."""
         self.position = position
-        stream = self._open_stream(position)
+        stream = open_batches(self.run, position, self._keepalive)
         if self.clock.is_last(position):
             self.tracker.message("The run is complete already; nothing is left to train.")
-            status = read_status(self.run.output)
-            if status is None or status.state != "done":  # cut off between the last checkpoint and this word
+            status = read_status(self.run.output.path)
+            if status is None or status.state != "done":  # cut off between the last checkpoint and this line
                 self.write_status("done")
             return 0
         self.write_status("running")
         with self._profile() as profile:
-            signal_number = self._train(self._announced(stream), profile)
+            signal_number = self._train(announced(stream, self.run, self.tracker.message), profile)
         if times := self.times.summary():
             self.tracker.message(times)
         if not signal_number:
@@ -171,7 +142,7 @@ class _Loop:
             save_due = last or self.clock.is_due(self.run.train.save_every, self.position)
             signal_number = result.signal_number
             if signal_number or save_due or self.reporter.is_due(self.position):
-                signal_number = self.checks.read() or signal_number  # before anything is told or kept of this step
+                signal_number = self.checks.read() or signal_number  # before anything of this step is logged or saved
             profile.step_done()
             if signal_number and not last:
                 self._save()  # before the monitors, which may outlast the time that a preempted run is given
@@ -188,92 +159,25 @@ class _Loop:
 
     def _profile(self) -> Profile:
         return Profile(
-            self.run.output / "profile",
-            num_steps=self.run.train.profile if self.run.directory is not None else 0,
+            self.run.output.path / "profile",
+            num_steps=self.run.train.profile if self.run.output.directory is not None else 0,
             first_step=self.clock.progress(self.position).step,
             device=self.run.accelerator.device,
             report=self.tracker.message,
         )
 
-    def _announced(self, stream: Iterator[StreamBatch]) -> Iterator[StreamBatch]:
-        """The stream; says how long its first batch took."""
-        asked = time.perf_counter()
-        first = next(stream)
-        now = time.perf_counter()
-        self.tracker.message(
-            f"First batch {now - self.run.started:.1f} s after the start: "
-            f"{self.run.index_seconds:.1f} s for the index, {now - asked:.1f} s for the batch itself."
-        )
-        yield first
-        del first  # its memory is the stream's
-        yield from stream
-
-    def _open_stream(self, position: int) -> Iterator[StreamBatch]:
-        """The micro-batches from a position to the end of the run, each with its labelled one if there is any."""
-        run = self.run
-        groups, masks = _read_groups(run, labelled=False)
-        stream = open_stream(
-            run.index,
-            groups,
-            run.data,
-            masks=masks,
-            seed=run.seed,
-            position=position,
-            rank=rank(),
-            world_size=world_size(),
-            accumulate=run.train.accumulate,
-            batches=math.ceil((self.clock.end - position) / self.clock.global_batch) * run.train.accumulate,
-            device=run.accelerator.device,
-            keepalive=self._keepalive,
-        )
-        if run.labelled_index is None:
-            return stream
-        groups, masks = _read_groups(run, labelled=True)
-        labelled = open_labelled_stream(
-            run.labelled_index,
-            groups,
-            run.data,
-            masks=masks,
-            seed=run.seed,
-            step=position // self.clock.global_batch,
-            rank=rank(),
-            world_size=world_size(),
-            accumulate=run.train.accumulate,
-            device=run.accelerator.device,
-            keepalive=self._keepalive,
-        )
-        return with_labelled(stream, labelled)
-
     def _save(self) -> None:
-        if self.run.directory is not None:
-            scaler = self.run.accelerator.scaler
-            facts = {
-                **self.identity,
-                "position": self.position,
-                "global_batch": self.clock.global_batch,
-                "versions": {"torch": torch.__version__},
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            optimizer: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
-            tensors = {"method": self.run.method.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-            self.checkpoints.save(self.clock.progress(self.position).step, tensors, facts)
-        self.run.accelerator.wait_for_everyone()
+        optimizer: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
+        save_run(self.run, self.checkpoints, optimizer, position=self.position, identity=self.identity)
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
-        if self.run.directory is not None:
-            self.run.directory.status(state, step=self.position // self.clock.global_batch, reason=reason)
+        if self.run.output.directory is not None:
+            self.run.output.directory.status(state, step=self.position // self.clock.global_batch, reason=reason)
 
     def _keepalive(self) -> None:
         self.interruption.keepalive()
-        if self.run.directory is not None:
-            self.run.directory.heartbeat(step=self.position // self.clock.global_batch)
-
-
-def _read_groups(run: Run, *, labelled: bool) -> tuple[dict[str, ViewGroup], dict[str, MaskRule]]:
-    """The groups of views that the method reads of the labelled or of the other images, and their masks."""
-    needs = [needed for needed in run.method.needs if needed.labelled == labelled and needed.name in run.augment]
-    groups = {needed.name: run.augment[needed.name] for needed in needs}
-    return groups, {needed.name: needed.mask for needed in needs if needed.mask is not None}
+        if self.run.output.directory is not None:
+            self.run.output.directory.heartbeat(step=self.position // self.clock.global_batch)
 
 
 def _say(text: str) -> None:

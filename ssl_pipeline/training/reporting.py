@@ -43,7 +43,7 @@ class Reporter:
         self._steps += 1
         if self.is_due(position):
             seconds, row = self._row(result, position)
-            if self._run.directory is not None:  # on the other ranks nobody listens
+            if self._run.output.directory is not None:  # the other ranks print nothing
                 advice = self._loader.observe(steps=self._steps, seconds=seconds, data_wait=row["data_wait"])
                 if advice is not None:
                     self._tracker.message(advice)

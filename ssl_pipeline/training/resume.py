@@ -1,4 +1,5 @@
-"""Continuing a run: what its newest checkpoint must share with it, and that every rank starts from the same one."""
+"""Continuing a run: what its newest checkpoint must share with it, that every rank starts from the same one, and what
+its config.yaml says afterwards."""
 
 from __future__ import annotations
 
@@ -12,14 +13,15 @@ import torch
 from ssl_pipeline.config import ConfigError, Value, read_yaml
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.run.checkpoint_files import SavedState
+from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.directory import RunDirectory, read_status
 from ssl_pipeline.run.optimizer_state import load_optimizer_tensors
 
 
 def load_newest(
     checkpoints: Checkpoints, method: Method, optimizer: torch.optim.Optimizer, identity: Mapping[str, str]
-) -> SavedState | None:
+) -> Checkpoint | None:
     """Load the newest checkpoint into method and optimizer; None, and nothing changed, if there is none.
 
     Raises ConfigError, with nothing changed, if the checkpoint belongs to another run or if the ranks found
@@ -28,10 +30,10 @@ def load_newest(
     output = checkpoints.directory.parent
     saved = checkpoints.load_latest()
     if saved is not None:
-        check_identity(output, saved.facts, identity)
+        check_identity(output, saved.state.identity, identity)
         _check_tensors(output, saved, method)
-        check_identity(output, saved.facts, optimizer_identity(method, optimizer))
-    _check_ranks_agree(output, -1 if saved is None else saved.position, next(method.parameters()).device)
+        check_identity(output, saved.state.identity, optimizer_identity(method, optimizer))
+    _check_ranks_agree(output, -1 if saved is None else saved.state.position, next(method.parameters()).device)
     if saved is not None:
         method.load_state_dict(saved.tensors["method"])
         load_optimizer_tensors(optimizer, saved.tensors["optimizer"])
@@ -39,11 +41,32 @@ def load_newest(
 
 
 def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """A fact: the update rule and, hashed, the trained parameters in the order in which a checkpoint numbers them."""
+    """Part of a run's identity: the update rule and, hashed, the trained parameters in a checkpoint's order."""
     name_of = {parameter: name for name, parameter in method.named_parameters()}
     names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
     return {"optimizer": f"{type(optimizer).__name__} on {len(names)} tensors ({digest})"}
+
+
+def write_settings(directory: RunDirectory, settings: str, *, complete: bool) -> None:
+    """Keep config.yaml true: say what a resumed run changes, and let a complete run keep what it was made with.
+
+    Raises ConfigError if the settings end before the point that an unfinished run has reached.
+    """
+    path = directory.config_path
+    changes = changed_settings(path.read_text(), settings) if path.exists() else []
+    if complete and changes:
+        status = read_status(directory.path)
+        if status is None or status.state != "done":
+            raise ConfigError(
+                f"{directory.path} has an unfinished run that is past the end of these settings, which differ from its "
+                f"own ({'; '.join(changes)}). Choose another output=DIR, or its own settings."
+            )
+        print(f"This run was made with other settings, which stand: {'; '.join(changes)}", flush=True)
+    elif changes:
+        print(f"Changed since the last start of this run: {'; '.join(changes)}", flush=True)
+    if not complete:
+        directory.write_config(settings)
 
 
 def changed_settings(before: str, now: str) -> list[str]:
@@ -61,7 +84,7 @@ def _leaves(value: Value, key: str = "") -> dict[str, Value]:
     return leaves
 
 
-def check_identity(output: Path, there: Mapping[str, object], here: Mapping[str, str]) -> None:
+def check_identity(output: Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Raises ConfigError naming the first fact in which the run in `output` differs from this one."""
     for name, mine in here.items():
         if there.get(name) != mine:
@@ -71,7 +94,7 @@ def check_identity(output: Path, there: Mapping[str, object], here: Mapping[str,
             )
 
 
-def _check_tensors(output: Path, saved: SavedState, method: Method) -> None:
+def _check_tensors(output: Path, saved: Checkpoint, method: Method) -> None:
     theirs = {name: tuple(tensor.shape) for name, tensor in saved.tensors["method"].items()}
     ours = {name: tuple(tensor.shape) for name, tensor in method.state_dict().items()}
     for name in [*ours, *theirs]:

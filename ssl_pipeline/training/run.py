@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
@@ -86,25 +87,45 @@ def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clo
     return Clock(len(index), global_batch, end)
 
 
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes, and what it writes about itself."""
+
+    path: Path
+    directory: RunDirectory | None
+    """Rank 0 alone has it."""
+    settings: str = ""
+    """YAML for config.yaml, written once it is clear that the run in `path` may be continued."""
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """What a checkpoint must share with this run to be continued."""
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """When the command began, by `time.perf_counter`, and how many seconds of the start the shards took."""
+
+    began: float = field(default_factory=time.perf_counter)
+    index_seconds: float = 0.0
+
+
 @dataclass
 class Run:
     """Everything a training run consists of; `pretrain.py` puts it together."""
 
     method: Method
+    preprocessing: Preprocessing
+    """Of the images with which its backbones are evaluated."""
     clock: Clock
     index: ShardIndex
+    labelled_index: ShardIndex | None
+    """For methods with labelled views."""
     augment: Mapping[str, ViewGroup]
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    seed: int
     accelerator: Accelerator
-    output: Path
-    directory: RunDirectory | None  # rank 0 alone
-    settings: str  # YAML for config.yaml, written once it is clear that the run in `output` may be continued
-    identity: Mapping[str, str]  # what a checkpoint must share with this run to be continued
-    labelled_index: ShardIndex | None = None  # for methods with labelled views
+    output: Output
     monitors: Sequence[Monitor] = ()
-    seed: int = 0
-    wandb: bool = False
-    started: float = field(default_factory=time.perf_counter)  # when the command began, by that clock
-    index_seconds: float = 0.0  # of these, what opening the shards took
+    start: Start = field(default_factory=Start)

@@ -1,8 +1,8 @@
 """One optimizer step: micro-batches in, forward and backward, the update and what follows it.
 
-The host waits for a GPU only for the check on the step before, which is there by then; and where torch itself does:
-each batch norm of train.sync_batch_norm asks which processes had images, and with train.precision=fp16 the GradScaler
-asks before a step of LARS (the fused AdamW and SGD look at the overflow on the device).
+The host waits for a GPU only to read the check of the step before, which is there by then; and where torch itself
+waits: each batch norm of train.sync_batch_norm asks which processes had images, and with train.precision=fp16 the
+GradScaler asks before a step of LARS (the fused AdamW and SGD look at the overflow on the device).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class StepResult:
     waited: float
     """Seconds until the images were there."""
     signal_number: int
-    """What any rank received by the steps whose checks are in; 0 if nothing."""
+    """The signal that any rank had received, by the checks read so far; 0 if none."""
 
 
 @dataclass
 class TrainingStep:
-    """Makes steps on this rank's share of the images; `lag`: by how many steps checks may come late."""
+    """Makes steps on this rank's share of the images; `lag`: by how many steps checks may be read late."""
 
     run: Run
     network: nn.Module
@@ -57,7 +57,7 @@ class TrainingStep:
     """The signal that asks this process to stop, 0 if none."""
 
     def __call__(self, stream: Iterator[StreamBatch], progress: Progress) -> StepResult:
-        """Make one step; raises BrokenStepError if it, or one whose check came late, is not finite."""
+        """Make one step; raises BrokenStepError if it, or an earlier one whose check is read now, is not finite."""
         outputs, sample_ids, waited = self._accumulate(stream, progress)
         with self.times.phase("optimizer"):
             learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
@@ -96,7 +96,7 @@ class TrainingStep:
         return outputs, torch.cat(sample_ids), waited
 
     def _prepare(self, outputs: list[StepOutput], sample_ids: Tensor, progress: Progress) -> Tensor:
-        """Make the gradients ready for the optimizer and send the check on its way; returns the gradient norm."""
+        """Make the gradients ready for the optimizer and start the check of the step; returns the gradient norm."""
         scaler = self.run.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]

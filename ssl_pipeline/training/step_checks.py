@@ -1,4 +1,4 @@
-"""Whether a step may stand, and whether to stop: known to all ranks, without making the device wait for the host."""
+"""Is a step finite, and did a signal come? All ranks learn the same answer, and the device waits for no host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_NAMED_IMAGES = 4
 
 
 class BrokenStepError(RunError):
-    """A step with a loss or gradient that is not finite; `step` of them are done and stand."""
+    """A step with a loss or gradient that is not finite; `step` steps before it are good."""
 
     def __init__(self, sentence: str, *, step: int) -> None:
         super().__init__(sentence)
@@ -40,17 +40,17 @@ class StepCheck:
 
 
 def lag_on(device: torch.device) -> int:
-    """By how many steps the check on a step may come late.
+    """By how many steps the check of a step may be read late.
 
     A host that asks a GPU in each step leaves it idle until the next step is queued. So there a check is read while
     the next step runs: the weights of the process may then have taken a broken step, but nothing that is reported or
-    saved has, because all checks are read before. On a CPU the answer costs nothing, and a broken step is not made.
+    saved has, because all checks are read first. On a CPU the answer costs nothing, and a broken step is not made.
     """
     return 1 if device.type == "cuda" else 0
 
 
 class StepChecks:
-    """The checks that were not read yet, oldest first."""
+    """The checks that have not been read yet, oldest first."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
@@ -67,7 +67,7 @@ class StepChecks:
         watched: Tensor,
         signal_number: int,
     ) -> None:
-        """Send the check on a step on its way: it is broken on all ranks if `watched` is not finite on any."""
+        """Start the check of a step, which is broken on all ranks if `watched` is not finite on any of them."""
         # new_full fills on the device; new_tensor would copy from the host, and wait for that
         flags = torch.stack([(~watched.isfinite()).float(), watched.new_full((), signal_number, dtype=torch.float32)])
         flags = max_over_ranks(flags)
@@ -97,7 +97,7 @@ class StepChecks:
     def _refusal(self, check: StepCheck) -> BrokenStepError:
         """The error on a broken step, with the images of the first rank whose loss is not finite.
 
-        Where all losses are finite the gradients are to blame, and these are averages over all ranks.
+        Where all losses are finite it was the gradients, which are averages over all ranks.
         """
         loss_W = gather(check.loss[None])
         broken_rank = int((~loss_W.isfinite()).int().argmax())

@@ -18,6 +18,7 @@ from ssl_pipeline.methods.simclr import SimCLR
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from ssl_pipeline.run.state import RunState
 from ssl_pipeline.schedule import Schedule
 from tests.tiny import CNN, CONFIGS, VIT, make_batch, make_method, needs, progress_at
 
@@ -115,7 +116,7 @@ def check_resume_is_exact(make: MakeMethod, name: str, folder) -> None:
     for number in (0, 1):
         step(straight, optimizer, name, number)
     tensors = {"method": straight.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-    Checkpoints(folder).save(2, tensors, {"position": 2})
+    Checkpoints(folder).save(RunState(2, 1), tensors)
     expected = [step(straight, optimizer, name, number) for number in (2, 3)]
 
     resumed = make(1)  # other weights: all that matters must come from the checkpoint

@@ -1,5 +1,7 @@
 """Checkpoints: exact, whole or absent under every crash, and damaged ones are refused with a sentence."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import json
@@ -15,18 +17,29 @@ import pytest
 import torch
 from torch import nn
 
+from ssl_pipeline import __version__
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.files import sha256_of
 from ssl_pipeline.optim.lars import LARS
 from ssl_pipeline.run import checkpoint_files
-from ssl_pipeline.run.checkpoint_files import CheckpointError
+from ssl_pipeline.run.checkpoint_files import FormatError
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from ssl_pipeline.run.state import CheckpointError, RunState
+
+FORMAT_1 = Path(__file__).parent / "format_1" / "manifest.json"  # of ssl-pipeline 0.1.0
 
 
 def save(directory, step, *, position=None, keep=2):
     tensors = {"method": {"weight": torch.full((2, 3), float(step))}, "optimizer": {}}
     position = 10 * step if position is None else position
-    return Checkpoints(directory, keep=keep).save(step, tensors, {"position": position})
+    return Checkpoints(directory, keep=keep).save(at(step, position), tensors)
+
+
+def at(step, position):
+    state = RunState(position, position // step)
+    assert state.step == step
+    return state
 
 
 def names(directory):
@@ -52,25 +65,23 @@ def test_every_kind_of_tensor_and_fact_comes_back_as_it_was(tmp_path):
         "rng": {"cpu": torch.get_rng_state()},
         "optimizer": {},
     }
-    facts = {"position": 640, "method": "dino", "scaler": {"scale": 65536.0, "growth": None}, "seed": [1, 0.1]}
-    saved = Checkpoints(tmp_path).save(7, tensors, facts)
+    saved = Checkpoints(tmp_path).save(RunState(640, 90, {"method": "dino"}), tensors)
 
-    state = Checkpoints(tmp_path).load_latest()
-    assert state.path == saved == tmp_path / "step-00000007"
-    assert state.facts == {**facts, "step": 7}
-    assert (state.step, state.position) == (7, 640)
-    assert state.tensors.keys() == tensors.keys()
+    loaded = Checkpoints(tmp_path).load_latest()
+    assert loaded.path == saved == tmp_path / "step-00000007"
+    assert loaded.state == RunState(640, 90, {"method": "dino"})
+    assert loaded.tensors.keys() == tensors.keys()
     for name, entries in tensors.items():
-        assert state.tensors[name].keys() == entries.keys()
+        assert loaded.tensors[name].keys() == entries.keys()
         for key, tensor in entries.items():
-            loaded = state.tensors[name][key]
-            assert loaded.dtype == tensor.dtype
-            torch.testing.assert_close(loaded, tensor, rtol=0, atol=0, equal_nan=True)
+            found = loaded.tensors[name][key]
+            assert found.dtype == tensor.dtype
+            torch.testing.assert_close(found, tensor, rtol=0, atol=0, equal_nan=True)
 
 
 def test_saving_changes_no_tensor_and_keeps_none(tmp_path):
     weight = torch.ones(3, requires_grad=True)
-    Checkpoints(tmp_path).save(1, {"method": {"weight": weight}}, {"position": 1})
+    Checkpoints(tmp_path).save(at(1, 1), {"method": {"weight": weight}})
     with torch.no_grad():
         weight.fill_(5.0)
     torch.testing.assert_close(Checkpoints(tmp_path).load_latest().tensors["method"]["weight"], torch.ones(3))
@@ -88,7 +99,7 @@ def test_the_newest_two_are_kept_and_leftovers_go(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
-    assert Checkpoints(tmp_path).load_latest().step == 4
+    assert Checkpoints(tmp_path).load_latest().state.step == 4
 
 
 def test_keeping_one_is_refused():
@@ -99,7 +110,7 @@ def test_keeping_one_is_refused():
 def test_position_decides_which_is_newest(tmp_path):
     save(tmp_path, 100, position=6400)
     save(tmp_path, 50, position=12800)  # the batch has grown to four times its size
-    assert Checkpoints(tmp_path).load_latest().step == 50
+    assert Checkpoints(tmp_path).load_latest().state.step == 50
     save(tmp_path, 51, position=13056)
     assert names(tmp_path) == ["step-00000050", "step-00000051"]
 
@@ -107,7 +118,7 @@ def test_position_decides_which_is_newest(tmp_path):
 def test_a_step_number_that_comes_again_loses_nothing(tmp_path):
     save(tmp_path, 100, position=6400)
     save(tmp_path, 100, position=12800)
-    assert Checkpoints(tmp_path).load_latest().position == 12800
+    assert Checkpoints(tmp_path).load_latest().state.position == 12800
     assert len(names(tmp_path)) == 2
     save(tmp_path, 100, position=12800)  # saved again in the same place: twins are not two checkpoints
     assert len(names(tmp_path)) == 2
@@ -121,7 +132,7 @@ def test_a_damaged_one_that_is_trained_again_is_replaced(tmp_path):
     (damaged / "method.safetensors").write_bytes(b"")
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
-    assert Checkpoints(tmp_path).load_latest().step == 2
+    assert Checkpoints(tmp_path).load_latest().state.step == 2
 
 
 def test_a_damaged_one_does_not_count_among_those_kept(tmp_path):
@@ -182,8 +193,8 @@ DAMAGES = {
     "deep manifest": (lambda path: (path / "manifest.json").write_text("[" * 100_000), "not a checkpoint's"),
     "manifest of another shape": (lambda path: rewrite_manifest(path, files=[1, 2]), "not a checkpoint's"),
     "flipped digit of a fact": (flip_digit_of_a_fact, "manifest.json is damaged"),
-    "no position": (lambda path: rewrite_manifest(path, facts={"step": 2}), "'position'"),
-    "a later format": (lambda path: rewrite_manifest(path, format=2), "its format is 2"),
+    "no position": (lambda path: rewrite_manifest(path, facts={"global_batch": 2}), "its fact 'position' cannot be"),
+    "no facts": (lambda path: rewrite_manifest(path, facts=[]), "its facts cannot be read"),
     "path outside": (name_a_file_outside, "its manifest names '../x.safetensors'"),
 }
 
@@ -194,8 +205,8 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(tmp_path, 
     save(tmp_path, 1)
     destroy(save(tmp_path, 2))
     reports = []
-    state = Checkpoints(tmp_path, report=reports.append).load_latest()
-    assert state.step == 1
+    loaded = Checkpoints(tmp_path, report=reports.append).load_latest()
+    assert loaded.state.step == 1
     assert len(reports) == 1
     assert re.search(sentence, reports[0])
     assert "step-00000002 is not used: " in reports[0]
@@ -210,6 +221,49 @@ def test_a_run_never_starts_from_zero_over_damaged_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match=r"None of the 2 checkpoints in .* output=DIR"):
         Checkpoints(tmp_path, report=reports.append).load_latest()
     assert len(reports) == 2
+
+
+def test_a_checkpoint_of_the_first_format_is_refused_in_one_sentence(tmp_path):
+    save(tmp_path, 1)  # is not taken instead: the other may be newer
+    old = save(tmp_path, 2)
+    shutil.copy(FORMAT_1, old / "manifest.json")
+    reports = []
+    with pytest.raises(FormatError) as error:
+        Checkpoints(tmp_path, report=reports.append).load_latest()
+    assert str(error.value) == (
+        f"{old} has checkpoint format 1 of ssl-pipeline 0.1.0, and this is ssl-pipeline {__version__} with format 2: "
+        "go on with ssl-pipeline 0.1.0, or choose another output=DIR."
+    )
+    assert reports == []
+
+
+def test_a_checkpoint_of_a_later_format_names_the_version_that_wrote_it(tmp_path):
+    rewrite_manifest(save(tmp_path, 1), format=3, versions={"ssl-pipeline": "0.9.0"})
+    with pytest.raises(FormatError, match=r"has checkpoint format 3 of ssl-pipeline 0\.9\.0, and this is"):
+        Checkpoints(tmp_path).load_latest()
+
+
+# Read by others
+
+
+def test_a_part_of_the_files_is_read_whatever_the_others_are(tmp_path):
+    newest = save(tmp_path, 1)
+    (newest / "optimizer.safetensors").unlink()
+    loaded = Checkpoints(tmp_path).load_latest(files=["method"])
+    assert loaded.tensors.keys() == loaded.sha256.keys() == {"method"}
+    assert loaded.sha256["method"] == sha256_of(newest / "method.safetensors")
+    with pytest.raises(CheckpointError, match=r"it has no head\.safetensors"):
+        Checkpoints(tmp_path, report=lambda _: None).load_latest(files=["head"])
+
+
+def test_a_step_is_read_by_its_number(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert Checkpoints(tmp_path).load_step(1).state.step == 1
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 3\. It has 1, 2\."):
+        Checkpoints(tmp_path).load_step(3)
+    with pytest.raises(CheckpointError, match=r"has no checkpoint of step 3\. It has none\."):
+        Checkpoints(tmp_path / "absent").load_step(3)
 
 
 # Crashes
@@ -268,10 +322,10 @@ SITUATIONS = {
 
 def check_nothing_is_lost(directory, older, newer):
     reports = []
-    state = Checkpoints(directory, report=reports.append).load_latest()
+    loaded = Checkpoints(directory, report=reports.append).load_latest()
     assert reports == []
-    assert state.position in (older, newer)
-    torch.testing.assert_close(state.tensors["method"]["weight"], torch.full((2, 3), float(state.step)))
+    assert loaded.state.position in (older, newer)
+    torch.testing.assert_close(loaded.tensors["method"]["weight"], torch.full((2, 3), float(loaded.state.step)))
     for path in directory.glob("step-*"):
         checkpoint_files.load_checkpoint(path)  # whatever has a checkpoint's name is whole
 
@@ -302,7 +356,7 @@ def test_sigkill_at_any_moment_of_a_save_loses_nothing(tmp_path, monkeypatch, si
         status = in_child(child)
         check_nothing_is_lost(directory, before[-1][1], position)
         save(directory, step + 1, position=position + 10)  # the run goes on
-        assert Checkpoints(directory).load_latest().position == position + 10
+        assert Checkpoints(directory).load_latest().state.position == position + 10
         assert not list(directory.glob(".tmp-*"))
         if status == 0:
             break
@@ -333,11 +387,11 @@ def test_a_full_disk_is_an_os_error_and_leaves_no_trace(tmp_path):
     def child():
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # the kernel refuses the write
         with pytest.raises(OSError, match=r"cannot write .*method.safetensors"):
-            Checkpoints(tmp_path).save(2, {"method": {"weight": torch.zeros(10_000)}}, {"position": 20})
+            Checkpoints(tmp_path).save(at(2, 20), {"method": {"weight": torch.zeros(10_000)}})
 
     assert in_child(child) == 0
     assert names(tmp_path) == ["step-00000001"]
-    assert Checkpoints(tmp_path).load_latest().step == 1
+    assert Checkpoints(tmp_path).load_latest().state.step == 1
 
 
 # Optimizers
@@ -392,13 +446,13 @@ def test_training_goes_on_bit_for_bit(tmp_path, name, pause):
     optimizer = make_optimizer(name, network)
     train(network, optimizer, range(pause))
     tensors = {"method": network.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-    Checkpoints(tmp_path).save(pause, tensors, {"position": pause})
+    Checkpoints(tmp_path).save(RunState(pause, 1), tensors)
 
-    state = Checkpoints(tmp_path).load_latest()
+    loaded = Checkpoints(tmp_path).load_latest()
     resumed = make_network()
-    resumed.load_state_dict(state.tensors["method"])
+    resumed.load_state_dict(loaded.tensors["method"])
     optimizer = make_optimizer(name, resumed)
-    load_optimizer_tensors(optimizer, state.tensors["optimizer"])
+    load_optimizer_tensors(optimizer, loaded.tensors["optimizer"])
     train(resumed, optimizer, range(pause, 6))
     for key, value in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
@@ -408,7 +462,7 @@ def test_state_takes_the_memory_layout_of_its_parameter(tmp_path):
     network = make_network()
     optimizer = make_optimizer("AdamW", network)
     train(network, optimizer, range(3))
-    Checkpoints(tmp_path).save(3, {"optimizer": optimizer_tensors(optimizer)}, {"position": 3})
+    Checkpoints(tmp_path).save(at(3, 3), {"optimizer": optimizer_tensors(optimizer)})
     load_optimizer_tensors(optimizer, Checkpoints(tmp_path).load_latest().tensors["optimizer"])
     weight = network["body"].weight
     assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()

@@ -89,9 +89,6 @@ def test_the_layout_is_the_one_that_others_read(tmp_path):
         run.write_config("seed: 0\n")
         assert run.config_path == tmp_path / "config.yaml"
         assert run.config_path.read_text() == "seed: 0\n"
-        assert run.metrics_path == tmp_path / "metrics.jsonl"
-        assert run.checkpoints == tmp_path / "checkpoints"
-        assert run.evaluation == tmp_path / "eval"
 
 
 def test_status_is_what_was_said_last(tmp_path):

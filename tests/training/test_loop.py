@@ -24,11 +24,11 @@ from ssl_pipeline.run.directory import RunDirectory, read_status
 from ssl_pipeline.run.interruption import Interruption
 from ssl_pipeline.run.step_times import PHASES
 from ssl_pipeline.schedule import Duration, Progress
-from ssl_pipeline.training import launch, loop, reporting
+from ssl_pipeline.training import batches, launch, loop, reporting
 from ssl_pipeline.training.clock import Clock
 from ssl_pipeline.training.launch import start_accelerator
 from ssl_pipeline.training.loader_advice import Supply
-from ssl_pipeline.training.loop import _write_settings, train
+from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.run import TrainConfig, start_clock
 from tests.ranks import start, start_ranks
 from tests.runs import SGD, Happening, final_state, happens, losses, make_run, needs_labels, rows, trained, write_recipe
@@ -135,7 +135,7 @@ def test_where_the_docstring_says_so_they_are_not(tmp_path, shards, name):
 def test_a_run_on_two_processes_is_that_on_one(tmp_path, shards, name):
     train_section = {"steps": 8, "save_every": 100, "log_every": 1, "hang_timeout": 0, "sync_batch_norm": True}
     recipe = write_recipe(tmp_path / "recipe.yaml", name, shards, optim=SGD, train=train_section)
-    happening = Happening(global_noise=True, float64=True)
+    happening = Happening(float64=True)
     alone = start(trained, [f"recipe={recipe}", f"output={tmp_path / 'alone'}"], happening)
     together = [f"recipe={recipe}", f"output={tmp_path / 'together'}", "data.batch_size=4"]
     together += ["data.labelled.batch_size=2"] if needs_labels(name) else []
@@ -273,13 +273,12 @@ def test_nothing_of_a_broken_step_is_kept(tmp_path, shards, late, at, log_every,
     (tmp_path / "run").mkdir()
     sentence = f"^Step {at + 1} was not made: on rank 0 the loss is nan, .* Images of its batch: .*; and 4 more"
     settings = {"log_every": log_every, "save_every": save_every, "keep_checkpoints": 9}
-    run = make_run(tmp_path / "run", "simclr", shards, **settings)
     with (
-        RunDirectory(tmp_path / "run") as run.directory,
+        RunDirectory(tmp_path / "run") as directory,
         happens(Happening("nan", at=at, record=tmp_path / "images")),
         pytest.raises(RunError, match=sentence) as error,
     ):
-        train(run)
+        train(make_run(tmp_path / "run", "simclr", shards, directory=directory, **settings))
     seen = [json.loads(line) for line in (tmp_path / "images.0").read_text().splitlines()]
     assert all(f"key '{image:04d}'" in str(error.value) for image in seen[at][:4]), "the images of the broken step"
     assert [row["step"] for row in rows(tmp_path / "run")] == rows_kept
@@ -316,8 +315,8 @@ def test_a_signal_is_obeyed_one_step_later_at_most(tmp_path, shards, late, log_e
 
 def test_a_broken_step_after_a_signal_is_not_saved(tmp_path, shards, late):
     (tmp_path / "run").mkdir()
-    run = make_run(tmp_path / "run", "simclr", shards, log_every=50, save_every=50)
-    with RunDirectory(tmp_path / "run") as run.directory, happens(Happening("SIGTERM", at=4)):
+    with RunDirectory(tmp_path / "run") as directory, happens(Happening("SIGTERM", at=4)):
+        run = make_run(tmp_path / "run", "simclr", shards, log_every=50, save_every=50, directory=directory)
         parameter = next(run.method.backbone.parameters())
         count = itertools.count()
         parameter.register_hook(lambda gradient: gradient * torch.inf if next(count) == 5 else gradient)
@@ -389,7 +388,7 @@ def test_a_slow_loader_is_named_with_what_helps(tmp_path, shards, capsys, monkey
                 next(seconds)
             yield batch
 
-    monkeypatch.setattr(loop, "open_stream", slowly)
+    monkeypatch.setattr(batches, "open_stream", slowly)
     supply = Supply(cores=8, is_remote=False, stored_bytes=0, decoded_bytes=0, free_bytes=0)
     monkeypatch.setattr(reporting, "supply_of", lambda index, device: supply)
     train_alone(tmp_path / "run", "simclr", shards, steps=23)
@@ -430,27 +429,3 @@ def test_a_launcher_of_which_accelerate_sees_one_process_is_refused(monkeypatch)
     monkeypatch.setattr(launch, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ConfigError, match="The launcher started 2 processes, but Accelerate sees 1"):
         start_accelerator(TrainConfig(steps=1))
-
-
-def test_a_resumed_run_says_what_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunDirectory(tmp_path / "run") as directory:
-        directory.write_config("optim: {lr: {value: 0.1}}\ntrain: {steps: 9}\n")
-        _write_settings(directory, "optim: {lr: {value: 0.2}}\ntrain: {steps: 9}\n", complete=False)
-        assert capsys.readouterr().out == "Changed since the last start of this run: optim.lr.value: 0.1 -> 0.2\n"
-        assert "0.2" in directory.config_path.read_text()
-
-
-def test_a_complete_run_keeps_the_settings_it_was_made_with(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path / "run") as directory:
-        directory.write_config("train: {steps: 9}\n")
-        directory.status("done", step=9)
-        _write_settings(directory, "train: {steps: 4}\n", complete=True)
-        assert directory.config_path.read_text() == "train: {steps: 9}\n"
-
-
-def test_settings_that_end_before_an_unfinished_run_are_refused(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path / "run") as directory:
-        directory.write_config("train: {steps: 9}\n")
-        directory.status("preempted", step=6)
-        with pytest.raises(ConfigError, match=r"unfinished run that is past the end .*train.steps: 9 -> 4"):
-            _write_settings(directory, "train: {steps: 4}\n", complete=True)

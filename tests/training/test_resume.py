@@ -11,11 +11,12 @@ from torch import nn
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer
-from ssl_pipeline.run.checkpoint_files import CheckpointError
 from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.run.optimizer_state import optimizer_tensors
+from ssl_pipeline.run.state import CheckpointError, RunState
 from ssl_pipeline.schedule import Schedule
-from ssl_pipeline.training.resume import check_identity, load_newest, optimizer_identity
+from ssl_pipeline.training.resume import check_identity, load_newest, optimizer_identity, write_settings
 from tests.ranks import run_on_ranks
 from tests.tiny import make_method
 
@@ -31,8 +32,8 @@ def save(folder: Path, *, position: int = 8) -> nn.Module:
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     tensors = {"method": method.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-    facts = {**IDENTITY, **optimizer_identity(method, optimizer), "position": position}
-    Checkpoints(folder / "checkpoints").save(position // 8, tensors, facts)
+    state = RunState(position, 8, IDENTITY | optimizer_identity(method, optimizer))
+    Checkpoints(folder / "checkpoints").save(state, tensors)
     return method
 
 
@@ -44,7 +45,7 @@ def load(folder: Path, method: nn.Module, config: OptimConfig = ADAMW):
 def test_method_and_optimizer_come_back(tmp_path):
     saved_method, method = save(tmp_path), make_method("simclr")
     saved = load(tmp_path, method)
-    assert saved.position == 8
+    assert saved.state.position == 8
     assert all(torch.equal(tensor, method.state_dict()[name]) for name, tensor in saved_method.state_dict().items())
 
 
@@ -58,8 +59,8 @@ def test_without_a_checkpoint_nothing_changes(tmp_path):
 def test_another_order_of_parameters_is_refused(tmp_path):
     save(tmp_path)
     method = make_method("simclr")
-    modules = method._modules
-    method._modules = {name: modules[name] for name in reversed(modules)}
+    modules = method.encoder._modules
+    method.encoder._modules = {name: modules[name] for name in reversed(modules)}
     with pytest.raises(
         ConfigError, match=r"holds a run with optimizer AdamW on \d+ tensors \(.*\); this one has AdamW"
     ):
@@ -77,11 +78,11 @@ def test_another_network_is_refused_in_one_sentence_and_keeps_its_weights(tmp_pa
     save(tmp_path)
     method = make_method("simclr")
     if change == "shape":
-        method.projector = nn.Linear(24, 9)
+        method.encoder.head = nn.Linear(24, 9)
     elif change == "more":
         method.more = nn.Linear(2, 2)
     else:
-        del method.projector
+        del method.encoder.head
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     with pytest.raises(ConfigError, match=r"holds a run whose '.*' has shape .*; this one's has") as error:
         load(tmp_path, method)
@@ -90,7 +91,7 @@ def test_another_network_is_refused_in_one_sentence_and_keeps_its_weights(tmp_pa
 
 
 def test_the_first_fact_that_differs_is_named(tmp_path):
-    check_identity(tmp_path, {"method": "dino", "seed": "0", "position": 3}, {"method": "dino", "seed": "0"})
+    check_identity(tmp_path, {"method": "dino", "seed": "0", "images": "3"}, {"method": "dino", "seed": "0"})
     with pytest.raises(ConfigError, match="holds a run with seed 0; this one has 1"):
         check_identity(tmp_path, {"method": "dino", "seed": "0"}, {"method": "dino", "seed": "1"})
 
@@ -117,3 +118,27 @@ def test_ranks_that_find_different_checkpoints_all_refuse(tmp_path):
     assert "one at image 8, one at image 16. Put output=DIR on storage that all machines share." in sentences[0]
     sentences = run_on_ranks(refusal_on_this_rank, [tmp_path / "first", tmp_path / "nothing"])
     assert all("one at image 8, none." in sentence for sentence in sentences)
+
+
+def test_a_resumed_run_says_what_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.write_config("optim: {lr: {value: 0.1}}\ntrain: {steps: 9}\n")
+        write_settings(directory, "optim: {lr: {value: 0.2}}\ntrain: {steps: 9}\n", complete=False)
+        assert capsys.readouterr().out == "Changed since the last start of this run: optim.lr.value: 0.1 -> 0.2\n"
+        assert "0.2" in directory.config_path.read_text()
+
+
+def test_a_complete_run_keeps_the_settings_it_was_made_with(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.write_config("train: {steps: 9}\n")
+        directory.status("done", step=9)
+        write_settings(directory, "train: {steps: 4}\n", complete=True)
+        assert directory.config_path.read_text() == "train: {steps: 9}\n"
+
+
+def test_settings_that_end_before_an_unfinished_run_are_refused(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.write_config("train: {steps: 9}\n")
+        directory.status("preempted", step=6)
+        with pytest.raises(ConfigError, match=r"unfinished run that is past the end .*train.steps: 9 -> 4"):
+            write_settings(directory, "train: {steps: 4}\n", complete=True)

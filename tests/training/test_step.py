@@ -59,7 +59,7 @@ def on_device(run: Run, device: str, checks: StepChecks, *, lag: int) -> Trainin
         checks=checks,
         lag=lag,
         times=StepTimes(torch.device(device), every=0),
-        bad_samples=BadSampleLog(run.output / "bad.jsonl", budget=0.0, total=len(run.index)),
+        bad_samples=BadSampleLog(run.output.path / "bad.jsonl", budget=0.0, total=len(run.index)),
         keepalive=lambda: None,
         requested=lambda: 0,
     )
@@ -68,7 +68,8 @@ def on_device(run: Run, device: str, checks: StepChecks, *, lag: int) -> Trainin
 def batches(run: Run, **settings: object) -> list[StreamBatch]:
     """Micro-batches for two steps, with their labelled ones."""
     run.data = run.data.model_copy(update=settings)
-    options = {"seed": 0, "position": 0, "rank": 0, "world_size": 1, "batches": 2}
+    masks = {needed.name: needed.mask for needed in run.method.needs if needed.mask is not None}
+    options = {"masks": masks, "seed": 0, "position": 0, "rank": 0, "world_size": 1, "batches": 2}
     made = [batch.clone() for batch in open_stream(run.index, run.augment, run.data, **options)]
     for batch in made if any(views.labelled for views in run.method.needs) else ():
         batch.labelled = batch.clone()

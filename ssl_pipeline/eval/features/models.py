@@ -113,17 +113,17 @@ def _run_model(run: Path, size: int | None) -> EvaluatedModel:
             f"run={run} has no backbone.safetensors, which pretraining writes when it ends. "
             f"Let it end first: accelerate launch pretrain.py recipe=NAME output={run}"
         )
-    backbone, architecture, preprocessing = load_backbone(run)
+    backbone, preprocessing = load_backbone(run)
     if size is not None:
         preprocessing = replace(preprocessing, size=size)
     about: dict[str, JSON] = {
         "run": str(run),
         "method": _method_of(run),
-        "backbone": architecture.model_dump(mode="json"),
+        "backbone": backbone.config.model_dump(mode="json"),
         "weights": "the run's evaluated backbone (backbone.safetensors)",
         "weights_sha256": file_checksum(file),
     }
-    return EvaluatedModel("pretrained", backbone, preprocessing, about, architecture)
+    return EvaluatedModel("pretrained", backbone, preprocessing, about, backbone.config)
 
 
 def _method_of(run: Path) -> str | None:

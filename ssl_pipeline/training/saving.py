@@ -1,0 +1,66 @@
+"""What of a run goes into its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ssl_pipeline.backbones import Preprocessing
+from ssl_pipeline.methods.base import Method
+from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.optimizer_state import optimizer_tensors
+from ssl_pipeline.run.state import RunState, SavedBackbone, SavedClassifier
+from ssl_pipeline.training.parallel import full_state
+from ssl_pipeline.training.run import Run
+
+
+def save_run(
+    run: Run, checkpoints: Checkpoints, optimizer: torch.optim.Optimizer, *, position: int, identity: Mapping[str, str]
+) -> None:
+    """Write a checkpoint of a run that has seen `position` images; all processes call it, rank 0 writes."""
+    method = full_state(run.method)
+    if run.output.directory is not None:
+        tensors = {"method": method, "optimizer": optimizer_tensors(optimizer)}
+        checkpoints.save(run_state(run, position=position, identity=identity), tensors)
+    run.accelerator.wait_for_everyone()
+
+
+def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunState:
+    """Where the run stands at `position`, and what is in its method file."""
+    scaler = run.accelerator.scaler
+    names = run.labelled_index.class_names if run.labelled_index is not None else None
+    return RunState(
+        position=position,
+        global_batch=run.clock.global_batch,
+        identity=dict(identity),
+        backbones=saved_backbones(run.method, run.preprocessing),
+        classifier=saved_classifier(run.method, tuple(names) if names is not None else None),
+        scaler=scaler.state_dict() if scaler is not None else None,
+    )
+
+
+def saved_backbones(method: Method, preprocessing: Preprocessing) -> dict[str, SavedBackbone]:
+    """Where the tensors of each backbone stand in the method's state dict, and what it needs."""
+    return {
+        name: SavedBackbone(
+            prefix=_prefix_of(backbone, method),
+            config=backbone.config.model_dump(mode="json"),
+            size=preprocessing.size,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+        )
+        for name, backbone in method.backbones().items()
+    }
+
+
+def saved_classifier(method: Method, class_names: tuple[str, ...] | None) -> SavedClassifier | None:
+    """The same of the method's classifier, None if it has none."""
+    if method.classifier is None:
+        return None
+    return SavedClassifier(_prefix_of(method.classifier, method), method.classifier.out_features, class_names)
+
+
+def _prefix_of(part: nn.Module, method: nn.Module) -> str:
+    return next(f"{name}." for name, module in method.named_modules() if module is part)
