@@ -20,8 +20,9 @@ from pydantic import Field, model_validator
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone
 from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
-from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.data.labelled import open_labelled_images
+from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.stream import DataConfig, open_images
 from ssl_pipeline.distributed import peer_failures_in_one_line
 from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
@@ -36,7 +37,6 @@ from ssl_pipeline.training.preflight import (
     check_batch_norm,
     check_recipe,
     evaluation_size,
-    open_labelled_images,
     run_facts,
 )
 from ssl_pipeline.training.resume import check_identity
@@ -99,7 +99,7 @@ def pretrain(config: PretrainConfig) -> int:
             directory = stack.enter_context(RunDirectory(output))
             _refuse_other_run(directory, identity)
         asked = time.perf_counter()
-        index = open_shards(config.data.shards, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb)
+        index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
         identity["images"] = _images(index)
         labelled_index = open_labelled_images(config.data)
