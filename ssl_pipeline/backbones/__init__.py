@@ -1,5 +1,6 @@
 """The networks that are pretrained: any timm model by name, turned into features."""
 
+from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
@@ -18,8 +19,10 @@ __all__ = [
     "layer_decay_groups",
     "layer_lr_scale",
     "load_backbone",
+    "load_classifier",
     "require_tokens",
     "save_backbone",
+    "save_classifier",
     "sincos_position_embedding",
     "without_drop_path",
 ]

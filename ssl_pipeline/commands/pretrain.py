@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone
+from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone, save_classifier
 from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
@@ -131,6 +131,9 @@ def pretrain(config: PretrainConfig) -> int:
             )
         )
         if signal_number == 0 and directory is not None:
+            if method.classifier is not None:
+                names = labelled_index.class_names if labelled_index is not None else None
+                save_classifier(output, method.classifier, names)
             save_backbone(output, method.backbone, preprocessing)
             print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
         accelerator.end_training()

@@ -1,5 +1,7 @@
 """Features on disk, one file per (weights, images, preprocessing), shared by all evaluators of a run."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -59,9 +61,3 @@ def _checksum(features: Tensor, labels: Tensor) -> str:
     for tensor in (features, labels):
         digest.update(tensor.contiguous().numpy().data.cast("B") if tensor.numel() else b"")
     return digest.hexdigest()
-
-
-def file_checksum(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
