@@ -13,8 +13,7 @@ from torch import nn
 
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
 from ssl_pipeline.config import Config, ConfigError, validate
-from ssl_pipeline.eval.features.cache import file_checksum
-from ssl_pipeline.files import JSON
+from ssl_pipeline.files import JSON, sha256_of
 
 RAW_PIXELS = "raw_pixels"
 RAW_PIXELS_SIDE = 32
@@ -88,7 +87,7 @@ def open_model(config: ModelConfig) -> EvaluatedModel:
     backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
     about: dict[str, JSON] = {"backbone": architecture.model_dump(mode="json"), "weights": config.weights}
     if Path(config.weights).is_file():
-        about["weights_sha256"] = file_checksum(Path(config.weights))
+        about["weights_sha256"] = sha256_of(Path(config.weights))
     return EvaluatedModel(config.backbone, backbone, _preprocessing(config), about, architecture)
 
 
@@ -121,7 +120,7 @@ def _run_model(run: Path, size: int | None) -> EvaluatedModel:
         "method": _method_of(run),
         "backbone": backbone.config.model_dump(mode="json"),
         "weights": "the run's evaluated backbone (backbone.safetensors)",
-        "weights_sha256": file_checksum(file),
+        "weights_sha256": sha256_of(file),
     }
     return EvaluatedModel("pretrained", backbone, preprocessing, about, backbone.config)
 
