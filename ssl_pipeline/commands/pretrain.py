@@ -5,8 +5,6 @@ The composition root: it puts together what training and evaluation do not know 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -26,6 +24,7 @@ from ssl_pipeline.data.stream import DataConfig, open_images
 from ssl_pipeline.distributed import peer_failures_in_one_line
 from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
+from ssl_pipeline.files import sha256_of_json
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
@@ -183,7 +182,7 @@ def _images(index: ShardIndex) -> str:
 def _identity(config: PretrainConfig) -> dict[str, str]:
     """What runs must share for one to continue the other: everything that shapes tensors or the order of the images."""
     shape = config.backbone.model_dump(mode="json", include={"name", "arguments", "small_images"})
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
+    digest = sha256_of_json(shape)[:8]
     return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
 
 
