@@ -7,9 +7,7 @@ from ssl_pipeline.losses.precision import float32
 from ssl_pipeline.losses.prototype_targets import PrototypeTargets, centred_targets, sinkhorn_targets
 from ssl_pipeline.losses.prototypes import (
     crop_pairs,
-    mean_logits,
     prototype_cross_entropy,
-    prototype_distillation,
     total_logits,
 )
 from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss
@@ -39,11 +37,9 @@ __all__ = [
     "info_nce",
     "interpolate_logits",
     "mae_loss",
-    "mean_logits",
     "moco_v3_loss",
     "nt_xent",
     "prototype_cross_entropy",
-    "prototype_distillation",
     "pseudo_label_loss",
     "relative_threshold",
     "removed_patches_loss",
