@@ -3,9 +3,7 @@
 python -m data_tools.make_shards source=FOLDER|ZIP|digits output=DIR [prefix=train/] [short_side=320]
 """
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +23,7 @@ from ssl_pipeline.data_tools.output import REJECTED_FILE, output_in_the_making
 from ssl_pipeline.data_tools.packing import Packing, pack, packed_size
 from ssl_pipeline.data_tools.processes import map_in_processes
 from ssl_pipeline.data_tools.sources import Source, UnreadableFileError, open_source
+from ssl_pipeline.files import sha256_of, sync, write_text
 from ssl_pipeline.randomness import permutation
 
 CHUNK = 200  # files per task of the check
@@ -172,25 +171,19 @@ def write_shard(
     Images are stored as they are, or packed.
     """
     path, start, samples = task
-    with path.open("wb") as file:
-        # times and owners are fixed: the same images and seed give the same bytes
-        with TarWriter(file, encoder=False, user="", group="", mtime=0) as writer:
-            for number, (candidate, extension) in enumerate(samples, start):
-                try:
-                    image = source.read(candidate.name)
-                    if packing is not None:
-                        image, extension = pack(image, packing), "jpg"
-                except (UnreadableFileError, DecodeError) as error:
-                    raise DataError(
-                        f"'{candidate.name}' became unreadable while shards were written: {error}."
-                    ) from None
-                label = {} if candidate.label is None else {"cls": str(candidate.label).encode()}
-                writer.write({"__key__": key_of(number, candidate.name), extension: image, **label})
-        file.flush()
-        os.fsync(file.fileno())
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return ManifestShard(path.name, len(samples), path.stat().st_size, sha256)
+    # times and owners are fixed: the same images and seed give the same bytes
+    with path.open("wb") as file, TarWriter(file, encoder=False, user="", group="", mtime=0) as writer:
+        for number, (candidate, extension) in enumerate(samples, start):
+            try:
+                image = source.read(candidate.name)
+                if packing is not None:
+                    image, extension = pack(image, packing), "jpg"
+            except (UnreadableFileError, DecodeError) as error:
+                raise DataError(f"'{candidate.name}' became unreadable while shards were written: {error}.") from None
+            label = {} if candidate.label is None else {"cls": str(candidate.label).encode()}
+            writer.write({"__key__": key_of(number, candidate.name), extension: image, **label})
+    sync(path)
+    return ManifestShard(path.name, len(samples), path.stat().st_size, sha256_of(path))
 
 
 def key_of(number: int, name: str) -> str:
@@ -206,8 +199,7 @@ def _write_lists(
     class_names: list[str] | None,
     rejected: Sequence[Rejected],
 ) -> None:
-    with (folder / REJECTED_FILE).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in rejected)
+    write_text(folder / REJECTED_FILE, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected))
     source: dict[str, str | int | None] = {
         "source": config.source,
         "prefix": config.prefix,

@@ -1,5 +1,7 @@
 """Several recipes, several seeds, one table: what each method's backbone is worth at the same budget."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """Weighted k-NN classification of frozen features as DINO votes (https://arxiv.org/abs/2104.14294)."""
 
+from __future__ import annotations
+
 from typing import Annotated
 
 import torch

@@ -1,5 +1,7 @@
 """Linear probe: the accuracy of the best linear classifier on frozen features, chosen without the test images."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product

@@ -1,5 +1,7 @@
 """One table of what a run has learnt, from the files that eval.knn and eval.linear have written."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

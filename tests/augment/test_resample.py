@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 
 from ssl_pipeline.augment import resample
 from ssl_pipeline.augment.crops import crop_and_resize
-from ssl_pipeline.augment.draw import crop_boxes
+from ssl_pipeline.augment.draw import crop_boxes, num_uniforms
 from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
 
@@ -21,7 +21,7 @@ def noise(sizes=SIZES, seed=0):
 
 
 def drawn(images, group, seed=1):
-    numbers = np.random.default_rng(seed).random((group.count, len(images), group.num_uniforms()))
+    numbers = np.random.default_rng(seed).random((group.count, len(images), num_uniforms(group)))
     heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
     return crop_boxes(numbers, heights, widths, group)
 

@@ -39,7 +39,7 @@ def assert_equal(first: StreamBatch, second: StreamBatch) -> None:
     crops, others = first.cropped(GROUPS), second.cropped(GROUPS)
     for name in GROUPS:
         assert torch.equal(crops[name], others[name])
-        assert torch.equal(first.parameters[name], second.parameters[name])
+        assert torch.equal(first.draws[name], second.draws[name])
     assert first.labels.tolist() == second.labels.tolist()
     assert first.sample_ids.tolist() == second.sample_ids.tolist()
     assert first.bad == second.bad
