@@ -1,5 +1,7 @@
 """The networks that are pretrained: any timm model by name, turned into features."""
 
+from __future__ import annotations
+
 from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone

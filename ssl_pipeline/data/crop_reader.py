@@ -1,5 +1,7 @@
 """Batches of 8-bit crops: workers decode, crop and resize."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,7 +45,7 @@ class CropBatch:
         """The crops of each group, which are here already."""
         return self.crops
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CropBatch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CropBatch:
         """The same batch on a device; labels and sample ids, which outlive a step, are copies in any case."""
         non_blocking = non_blocking and torch.device(device).type == "cuda"  # other devices' copies nobody waits for
         return replace(
@@ -56,7 +58,7 @@ class CropBatch:
             labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
         )
 
-    def clone(self) -> "CropBatch":
+    def clone(self) -> CropBatch:
         """The same batch in memory of its own, for those who keep it."""
         return replace(
             self,

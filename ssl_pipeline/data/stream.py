@@ -1,5 +1,7 @@
 """Shards -> batches of images: an endless stream whose whole state is one position."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -82,7 +84,7 @@ class DataConfig(Config):
     """A second, labelled set of images, for methods such as FixMatch."""
 
     @model_validator(mode="after")
-    def _cache_crops_on_the_device(self) -> "DataConfig":
+    def _cache_crops_on_the_device(self) -> DataConfig:
         if self.cache and self.crop_on == "worker":
             raise ValueError(
                 "cache keeps decoded images on the device, which then crops them. Leave crop_on=worker out, or cache."
