@@ -78,6 +78,7 @@ class CropReader:
         self.samples = samples
         self.sampler = sampler
         self.batch_size = batch_size
+        self.num_draws = {name: num_draws(group) for name, group in sampler.groups.items()}
 
     def layout(self, positions: Sequence[int] | None = None) -> Layout:
         """Crops, draws and masks of each group, labels and sample ids; the same for every batch."""
@@ -85,7 +86,7 @@ class CropReader:
         for name, group in self.sampler.groups.items():
             views = (group.count, self.batch_size)
             layout[f"crops.{name}"] = (*views, group.size, group.size, 3), torch.uint8
-            layout[f"draws.{name}"] = (*views, num_draws(group)), torch.float32
+            layout[f"draws.{name}"] = (*views, self.num_draws[name]), torch.float32
             if name in self.sampler.masks:
                 layout[f"masks.{name}"] = (*views, self.sampler.num_patches(name)), torch.bool
         layout["labels"] = labels_layout(self.samples.index, self.batch_size)

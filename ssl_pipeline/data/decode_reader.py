@@ -152,6 +152,7 @@ class DecodedReader:
         self.samples = samples
         self.sampler = sampler
         self.batch_size = batch_size
+        self.num_draws = {name: num_draws(group) for name, group in sampler.groups.items()}
         self.row_bytes = 3 * samples.index.widest  # a row more, which the device reads past the end
 
     def layout(self, positions: Sequence[int] | None = None) -> Layout:
@@ -170,7 +171,7 @@ class DecodedReader:
             shape = (group.count, num_images)
             layout[f"boxes.{name}"] = ((*shape, 4), torch.int64)
             layout[f"flips.{name}"] = (shape, torch.bool)
-            layout[f"draws.{name}"] = ((*shape, num_draws(group)), torch.float32)
+            layout[f"draws.{name}"] = ((*shape, self.num_draws[name]), torch.float32)
             if name in self.sampler.masks:
                 layout[f"masks.{name}"] = ((*shape, self.sampler.num_patches(name)), torch.bool)
         return layout
