@@ -299,7 +299,7 @@ def test_a_cpus_narrower_kernel_blurs_as_the_full_one(sigma):
     assert_close(blur_by_matrices(image, sigmas, 23, out=torch.empty_like(image)), full, atol=3e-6, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_gives_what_the_cpu_gives_and_never_waits(compile):
     group = ViewGroup(count=2, size=32, blur_prob=(1.0, 0.1), solarize_prob=(0.0, 0.2))

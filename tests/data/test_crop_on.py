@@ -184,7 +184,7 @@ def test_recipes_take_the_keys(name: str) -> None:
     assert (settings.data.crop_on, settings.data.cache) == ("auto", True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", [DEVICE, CACHE])
 def test_a_gpu_makes_the_crops_of_a_cpu_before_rounding(
     tmp_path: Path, write_tar: Callable, encoded: Callable, mode: dict[str, object]
