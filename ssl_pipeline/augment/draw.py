@@ -172,7 +172,7 @@ class ViewSampler:
 
     def sizes(self, positions: Sequence[int] | None = None) -> dict[str, int]:
         """The side in pixels of the views of each group in the step of these positions; without them, the largest."""
-        if positions is None:
+        if positions is None or all(len(group.sizes) == 1 for group in self.groups.values()):
             return {name: max(group.sizes) for name, group in self.groups.items()}
         step, _ = self._step_and_place(positions)
         (uniform,) = generate_uniforms(hash64(self.size_seed, VIEW_SIZE, step), 1)
