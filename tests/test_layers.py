@@ -35,7 +35,6 @@ STRANGERS = [  # rooms of one row, or of a row below, that do not know each othe
     ("eval", "training"),
     ("eval", "methods"),
     ("eval", "optim"),
-    ("eval", "run"),
     ("data_tools", "training"),
     ("data_tools", "methods"),
 ]

@@ -1,5 +1,7 @@
 """Top-k accuracy of class scores, in percent."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """Weighted k-NN classification of frozen features as DINO votes (https://arxiv.org/abs/2104.14294)."""
 
+from __future__ import annotations
+
 from typing import Annotated
 
 import torch
@@ -226,6 +228,6 @@ def main(config: KnnConfig) -> None:
     write_report(config, "knn", evaluate_knn(config))
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(KnnConfig, main, command="python -m eval.knn")
+def command(name: str = "python -m eval.knn") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(KnnConfig, main, command=name)

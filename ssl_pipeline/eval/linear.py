@@ -1,5 +1,7 @@
 """Linear probe: the accuracy of the best linear classifier on frozen features, chosen without the test images."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -227,6 +229,6 @@ def main(config: LinearConfig) -> None:
     write_report(config, "linear", evaluate_linear(config))
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(LinearConfig, main, command="python -m eval.linear")
+def command(name: str = "python -m eval.linear") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(LinearConfig, main, command=name)

@@ -1,5 +1,7 @@
 """Linear classifiers on frozen features: many SGD settings trained at once, and L-BFGS for small sets."""
 
+from __future__ import annotations
+
 import logging
 import math
 import warnings

@@ -1,5 +1,7 @@
 """Accuracy of the classifier that a semi-supervised method learns, measured during its training."""
 
+from __future__ import annotations
+
 from typing import Annotated
 
 import torch

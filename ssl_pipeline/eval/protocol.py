@@ -1,5 +1,7 @@
 """What all evaluators share: labelled images, features of the model and its baselines, the report."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -194,10 +196,15 @@ def model_features(
 
 
 def write_report(config: EvaluationConfig, name: str, report: dict[str, JSON]) -> None:
-    """`DIR/eval/NAME.json` in the run, or in `output`; nothing without either."""
+    """`DIR/eval/NAME.json` in the run, or in `output`; nothing without either.
+
+    What `which` or `checkpoint` picks has a file of its own: `DIR/eval/NAME-student-step-80.json`.
+    """
     directory = config.output or config.run
     if directory is not None:
-        path = directory / "eval" / f"{name}.json"
+        picked = [config.which] if config.which else []
+        picked += [f"step-{config.checkpoint}"] if config.checkpoint else []
+        path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
         print(f"written to {path}")

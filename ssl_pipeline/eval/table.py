@@ -1,5 +1,7 @@
 """One table of what a run has learnt, from the files that eval.knn and eval.linear have written."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,6 +104,6 @@ def main(config: TableConfig) -> None:
     print(summary(read_top1(config.run)))
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(TableConfig, main, command="python -m eval.table")
+def command(name: str = "python -m eval.table") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(TableConfig, main, command=name)

@@ -6,14 +6,18 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from ssl_pipeline.backbones import load_backbone, load_classifier
+from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.run.directory import RunDirectory
 from tests.ranks import Child, start, start_ranks
 from tests.runs import (
@@ -24,12 +28,14 @@ from tests.runs import (
     losses,
     rows,
     status,
+    trained,
     wait_until,
     write_recipe,
 )
 from tests.tiny import write_shards
 
 NUM_IMAGES = 48
+FORMAT_1 = Path(__file__).parents[1] / "run" / "format_1" / "manifest.json"  # of ssl-pipeline 0.1.0
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +169,36 @@ def test_a_longer_run_continues_a_complete_one(tmp_path, recipe):
 
 
 # Checkpoints
+
+
+def test_a_run_that_was_killed_can_be_measured(tmp_path, recipe, shards):
+    assert run(recipe, f"output={tmp_path}", happening=Happening("SIGKILL", at=6))[0] == -signal.SIGKILL
+    images = {"train": str(shards), "test": str(shards), "k": (3,), "workers": 0}
+    teacher, student = (evaluate_knn(KnnConfig(run=tmp_path, which=which, **images)) for which in (None, "student"))
+    assert teacher["protocol"]["subject"]["weights"] == "teacher of checkpoints/step-00000004"
+    assert student["protocol"]["subject"]["weights"] == "student of checkpoints/step-00000004"
+    assert not (tmp_path / "backbone.safetensors").exists()
+
+
+def test_a_run_of_an_older_version_is_refused_in_one_line_and_kept(tmp_path, recipe, uninterrupted):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        shutil.copy(FORMAT_1, checkpoint / "manifest.json")
+    before = files_of(tmp_path / "run")
+    code, printed = run(recipe, f"output={tmp_path / 'run'}", "train.steps=14")
+    assert code == 2
+    assert "has checkpoint format 1 of ssl-pipeline 0.1.0, and this is ssl-pipeline" in error_of(printed)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_learnt_classifier_is_exported_with_its_backbone(tmp_path, shards):
+    recipe = write_recipe(tmp_path / "fixmatch.yaml", "fixmatch", shards)
+    state = start(trained, [f"recipe={recipe}", f"output={tmp_path / 'run'}", "train.steps=2"]).result()
+    classifier, _ = load_classifier(tmp_path / "run")
+    for name, tensor in classifier.state_dict().items():
+        assert torch.equal(tensor, state[f"teacher.network.head.{name}"])
+    backbone, _ = load_backbone(tmp_path / "run")
+    assert classifier.in_features == backbone.embed_dim
 
 
 def damage(checkpoint: Path) -> None:

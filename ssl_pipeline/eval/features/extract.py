@@ -1,5 +1,7 @@
 """Features of an image set by a frozen backbone, computed by all ranks together."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar

@@ -1,5 +1,7 @@
 """What an evaluator measures: a run's backbone, a timm model, or the two baselines that need no pretraining."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +14,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
-from ssl_pipeline.config import Config, ConfigError, validate
-from ssl_pipeline.eval.features.cache import file_checksum
-from ssl_pipeline.files import JSON
+from ssl_pipeline.config import Config, validate
+from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
+from ssl_pipeline.files import JSON, sha256_of
 
 RAW_PIXELS = "raw_pixels"
 RAW_PIXELS_SIDE = 32
@@ -26,7 +28,11 @@ class ModelConfig(Config):
     """The backbone to measure: a run's, or a timm model."""
 
     run: Path | None = None
-    """A run's directory: its exported backbone (`backbone.safetensors`) is measured."""
+    """A run's directory: what it exported (backbone.safetensors) is measured, before its end the newest checkpoint."""
+    which: str | None = None
+    """With `run`: a backbone of its checkpoints by name, `student` or `teacher`, instead of the one it exports."""
+    checkpoint: Annotated[int, Field(gt=0)] | None = None
+    """With `run`: the step of one of its checkpoints, instead of the newest."""
     backbone: str | None = None
     """Instead of a run: a timm model by name, or `raw_pixels`."""
     arguments: dict[str, bool | int | float | str] = Field(default={})
@@ -43,12 +49,15 @@ class ModelConfig(Config):
     """With `backbone`: standard deviation of the colour channels; by default as `mean`."""
 
     @model_validator(mode="after")
-    def _one_model(self) -> "ModelConfig":
+    def _one_model(self) -> ModelConfig:
         if (self.run is None) == (self.backbone is None):
             raise ValueError("Give either run=DIR or backbone=NAME.")
         given = [name for name in ("arguments", "small_images", "weights", "mean", "std") if getattr(self, name)]
         if self.run is not None and given:
             raise ValueError(f"{given[0]} belongs to backbone=NAME. run=DIR brings its own.")
+        of_run = [name for name in ("which", "checkpoint") if getattr(self, name)]
+        if self.backbone is not None and of_run:
+            raise ValueError(f"{of_run[0]} belongs to run=DIR. backbone=NAME is a single network.")
         return self
 
 
@@ -69,7 +78,7 @@ class EvaluatedModel:
 def open_model(config: ModelConfig) -> EvaluatedModel:
     """The backbone that the config names, ready to be measured."""
     if config.run is not None:
-        return _run_model(config.run, config.size)
+        return _run_model(config, config.run)
     assert config.backbone is not None
     if config.backbone == RAW_PIXELS:
         return raw_pixels(config.size or 224)
@@ -88,7 +97,7 @@ def open_model(config: ModelConfig) -> EvaluatedModel:
     backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
     about: dict[str, JSON] = {"backbone": architecture.model_dump(mode="json"), "weights": config.weights}
     if Path(config.weights).is_file():
-        about["weights_sha256"] = file_checksum(Path(config.weights))
+        about["weights_sha256"] = sha256_of(Path(config.weights))
     return EvaluatedModel(config.backbone, backbone, _preprocessing(config), about, architecture)
 
 
@@ -106,24 +115,31 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _run_model(run: Path, size: int | None) -> EvaluatedModel:
+def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
+    """What the run exported; or from its checkpoints, if that is asked for or the run has not ended."""
     file = run / "backbone.safetensors"
-    if not file.is_file():
-        raise ConfigError(
-            f"run={run} has no backbone.safetensors, which pretraining writes when it ends. "
-            f"Let it end first: accelerate launch pretrain.py recipe=NAME output={run}"
+    if config.which is None and config.checkpoint is None and file.is_file():
+        backbone, preprocessing = load_backbone(run)
+        architecture = backbone.config
+        label, sha256 = "pretrained", sha256_of(file)
+        weights = "the run's evaluated backbone (backbone.safetensors)"
+    else:
+        found = load_from_checkpoint(run, which=config.which, step=config.checkpoint)
+        backbone, preprocessing, sha256 = found.backbone, found.preprocessing, found.sha256
+        architecture = validate(
+            BackboneConfig, backbone.config.model_dump(include={"name", "arguments", "small_images"})
         )
-    backbone, preprocessing = load_backbone(run)
-    if size is not None:
-        preprocessing = replace(preprocessing, size=size)
+        label, weights = f"{found.name}, step {found.step}", f"{found.name} of {found.path.relative_to(run)}"
+    if config.size is not None:
+        preprocessing = replace(preprocessing, size=config.size)
     about: dict[str, JSON] = {
         "run": str(run),
         "method": _method_of(run),
-        "backbone": backbone.config.model_dump(mode="json"),
-        "weights": "the run's evaluated backbone (backbone.safetensors)",
-        "weights_sha256": file_checksum(file),
+        "backbone": architecture.model_dump(mode="json"),
+        "weights": weights,
+        "weights_sha256": sha256,
     }
-    return EvaluatedModel("pretrained", backbone, preprocessing, about, backbone.config)
+    return EvaluatedModel(label, backbone, preprocessing, about, architecture)
 
 
 def _method_of(run: Path) -> str | None:

@@ -5,6 +5,8 @@ so that each coarse score is known to lie within an error of the true one; whate
 scored again in float32. The result is that of an exhaustive search, whatever the format.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +74,7 @@ class CoarseFeatures:
     largest: Tensor
 
     @classmethod
-    def of(cls, train_MD: Tensor, dtype: torch.dtype) -> "CoarseFeatures":
+    def of(cls, train_MD: Tensor, dtype: torch.dtype) -> CoarseFeatures:
         """In float32 the features themselves: nothing is lost, nothing is copied."""
         if dtype == torch.float32:
             largest = torch.stack([rows.norm(dim=1).max() for rows in train_MD.split(COPIED_ROWS)]).max()

@@ -1,5 +1,7 @@
 """Exact nearest neighbours by inner product: FAISS, or blocks where the hardware multiplies bfloat16 fast."""
 
+from __future__ import annotations
+
 from functools import cache
 from pathlib import Path
 from typing import Literal

@@ -1,0 +1,43 @@
+"""A linear classifier on a backbone's features, in one file beside the backbone's: classifier.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.files import write_bytes
+
+FILE_NAME = "classifier.safetensors"
+
+
+def save_classifier(directory: Path, classifier: nn.Linear, class_names: Sequence[str] | None) -> None:
+    """Write `weight` (C, D) and `bias` (C,); the names of the classes, if known, go into the file's header as JSON."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    header = {"format": "pt"}
+    if class_names is not None:
+        header["class_names"] = json.dumps(list(class_names))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_bytes(directory / FILE_NAME, safetensors.torch.save(state, metadata=header))
+
+
+def load_classifier(directory: Path) -> tuple[nn.Linear, tuple[str, ...] | None]:
+    """The classifier that `save_classifier` wrote into a directory, and the names of its classes if it has them."""
+    path = directory / FILE_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            names = json.loads((file.metadata() or {}).get("class_names", "null"))
+        num_classes, dim = state["weight"].shape
+        classifier = nn.Linear(dim, num_classes, bias="bias" in state)
+        classifier.load_state_dict(state)
+    except FileNotFoundError:
+        raise ConfigError(f"{directory} holds no {FILE_NAME}: the run's method learnt no classifier.") from None
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path} is no linear classifier ({str(error).splitlines()[0]}).") from None
+    return classifier, tuple(names) if names is not None else None

@@ -1,0 +1,78 @@
+"""Any backbone of a run, from its checkpoints: what they hold is in their manifests, so no method is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone
+from ssl_pipeline.config import ConfigError, nearest, validate
+from ssl_pipeline.run.checkpoint_files import Checkpoint
+from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.state import SavedBackbone
+
+
+@dataclass(frozen=True)
+class CheckpointedBackbone:
+    """A backbone with its place: the checkpoint's path and step, and the SHA-256 of the file that it stands in."""
+
+    name: str
+    backbone: Backbone
+    preprocessing: Preprocessing
+    path: Path
+    step: int
+    sha256: str
+
+
+def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | None = None) -> CheckpointedBackbone:
+    """The backbone `which` (the one that the run exports if None) of the newest whole checkpoint, or of one step.
+
+    The run may still be training. Raises ConfigError if it has no such backbone or no such checkpoint.
+    """
+    checkpoints = Checkpoints(run / "checkpoints", report=print)
+    if step is not None:
+        checkpoint = checkpoints.load_step(step, files=["method"])
+    else:
+        newest = checkpoints.load_latest(files=["method"])
+        if newest is None:
+            export = "" if which else "backbone.safetensors, which pretraining writes when it ends, and no "
+            raise ConfigError(
+                f"run={run} has no {export}checkpoint. "
+                f"Let it train first: accelerate launch pretrain.py recipe=NAME output={run}"
+            )
+        checkpoint = newest
+    known = checkpoint.state.backbones
+    name = which or next(iter(known))
+    if name not in known:
+        raise ConfigError(
+            f"run={run} has no backbone which={name}.{nearest(name, list(known))} It has {', '.join(known)}."
+        )
+    saved = known[name]
+    return CheckpointedBackbone(
+        name=name,
+        backbone=_build(checkpoint, saved),
+        preprocessing=Preprocessing(saved.size, saved.mean, saved.std),
+        path=checkpoint.path,
+        step=checkpoint.state.step,
+        sha256=checkpoint.sha256["method"],
+    )
+
+
+def _build(checkpoint: Checkpoint, saved: SavedBackbone) -> Backbone:
+    """The network that its config describes, with the tensors of the checkpoint."""
+    config = validate(BackboneConfig, saved.config | {"weights": None, "initial_weights": None})
+    backbone = create_backbone(config)
+    tensors: dict[str, Tensor] = {
+        name.removeprefix(saved.prefix): tensor
+        for name, tensor in checkpoint.tensors["method"].items()
+        if name.startswith(saved.prefix)
+    }
+    try:
+        backbone.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{checkpoint.path} holds a backbone that this version builds otherwise: {' '.join(str(error).split())}."
+        ) from None
+    return backbone
