@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import starmap
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import Config
 from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.data.crop_reader import CropBatch, CropReader
+from ssl_pipeline.data.crop_reader import CropReader
 from ssl_pipeline.data.decode_reader import DecodedReader
 from ssl_pipeline.data.device_cache import cached_stream
 from ssl_pipeline.data.errors import DataError
@@ -24,7 +25,7 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.subset import open_subset
 from ssl_pipeline.data.workers.pool import read_batches
 
-__all__ = ["CropBatch", "DataConfig", "LabelledConfig", "StreamBatch", "open_images", "open_stream"]
+__all__ = ["DataConfig", "LabelledConfig", "StreamBatch", "open_images", "open_stream"]
 
 
 class LabelledConfig(Config):
@@ -165,10 +166,7 @@ def open_stream(
             rank=rank,
             keepalive=keepalive,
         )
-    if config.crops_on_device(device):
-        decoder = DecodedReader(samples, sampler, batch_size=config.batch_size)
-        decoded = read_batches(decoder, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
-        return (decoder.batch(slot, extra) for slot, extra in decoded)
-    cropper = CropReader(samples, sampler, batch_size=config.batch_size)
-    cropped = read_batches(cropper, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
-    return (cropper.batch(slot, bad) for slot, bad in cropped)
+    make_reader = DecodedReader if config.crops_on_device(device) else CropReader
+    reader = make_reader(samples, sampler, batch_size=config.batch_size)
+    read = read_batches(reader, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
+    return starmap(StreamBatch.over, read)
