@@ -7,19 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
-from benchmarks.cost_growth import CostGrowth, measure
-from benchmarks.end_to_end import compare_end_to_end
-from benchmarks.hardware import describe_hardware, peak_flops
-from benchmarks.input import compare_input
-from benchmarks.linear import compare_linear
-from benchmarks.nearest import compare_knn
+from benchmarks.end_to_end import compare_end_to_end, compare_scaling
+from benchmarks.evaluation import compare_knn, compare_linear
+from benchmarks.input import compare_input, compare_photometric
 from benchmarks.parts import compare_ema, compare_head, compare_nt_xent
-from benchmarks.photometric import compare_photometric
-from benchmarks.report import as_json, as_table, growth_table
+from benchmarks.report import as_json, as_table
 from benchmarks.rounds import Comparison, Outcome, describe, run_rounds
-from benchmarks.scaling import compare_scaling
 from benchmarks.settings import BenchmarkConfig, Name
-from benchmarks.start_up import compare_start_up
+from benchmarks.start_up import compare_start_up, growth_table, measure_growth
 from benchmarks.step import compare_steps
 from ssl_pipeline.config import ConfigError, RunError, run_command
 from ssl_pipeline.files import JSON, write_json
@@ -37,12 +32,11 @@ BENCHMARKS: dict[Name, Callable[[BenchmarkConfig], Iterator[Comparison]]] = {
     "linear": compare_linear,
     "start_up": compare_start_up,
 }
-FEW = CostGrowth(shards=(2, 20), samples=(2_000, 4_000), world_sizes=(1, 2), rounds=1)  # for size=tiny
 
 
-def run_benchmarks(config: BenchmarkConfig) -> dict[str, JSON]:
-    """Run what `only` names, printing a table after each comparison; returns what stands in results.json."""
-    hardware = describe_hardware(config.torch_device())
+def run_benchmarks(config: BenchmarkConfig) -> list[str]:
+    """Run what `only` names, printing each table and writing results.json after it; returns what failed, and why."""
+    hardware = config.hardware()
     comparisons: list[JSON] = []
     results: dict[str, JSON] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -50,59 +44,45 @@ def run_benchmarks(config: BenchmarkConfig) -> dict[str, JSON]:
         "settings": config.model_dump(mode="json"),
         "comparisons": comparisons,
     }
+    failed = []
     config.output.mkdir(parents=True, exist_ok=True)
     print(f"{hardware.get('gpu', hardware['cpu'])}, {hardware['cores']} cores", flush=True)
-    for name, compare in BENCHMARKS.items():
-        if config.only and name not in config.only:
-            continue
-        for report in _reports(name, compare, config):
-            comparisons.append(report)
-            print(f"\n{as_table(report)}", flush=True)
+    for name in BENCHMARKS:
+        for outcome in _outcomes(name, config) if not config.only or name in config.only else ():
+            comparisons.append(as_json(outcome))
+            failed += [f"{outcome.comparison.name}: {who}: {reason}" for who, reason in outcome.failed.items()]
+            print(f"\n{as_table(outcome, peak_flops=config.peak_flops())}", flush=True)
             write_json(config.output / "results.json", results)
     if not config.only or "cost_growth" in config.only:
-        growth = measure(FEW if config.chosen_size() == "tiny" else CostGrowth(rounds=min(config.rounds, 3)))
+        growth = measure_growth(config)
         results["cost_growth"] = growth
         print(f"\n{growth_table(growth)}", flush=True)
         write_json(config.output / "results.json", results)
-    return results
+    return failed
 
 
-def _reports(
-    name: str, compare: Callable[[BenchmarkConfig], Iterator[Comparison]], config: BenchmarkConfig
-) -> Iterator[dict[str, JSON]]:
+def _outcomes(name: Name, config: BenchmarkConfig) -> Iterator[Outcome]:
     """The measured comparisons of one benchmark; where it breaks, the others still have their turn."""
-    device = config.torch_device()
-    peak = peak_flops(device, config.peak_tflops)
     try:
-        for comparison in compare(config):
-            outcome = run_rounds(
-                comparison, rounds=config.rounds, seconds=config.seconds, device=device, shortest=config.shortest
+        for comparison in BENCHMARKS[name](config):
+            yield run_rounds(
+                comparison,
+                rounds=config.rounds,
+                seconds=config.seconds,
+                device=config.torch_device(),
+                shortest=config.shortest,
             )
-            yield as_json(outcome, peak_flops=peak)
     except ConfigError:
         raise
     except Exception as error:
-        nothing = Outcome(Comparison(name, "", ()), {}, {}, {name: describe(error)})
-        yield as_json(nothing, peak_flops=peak)
-
-
-def failures(results: dict[str, JSON]) -> list[str]:
-    """`comparison: contestant: reason` for each contestant that raised."""
-    comparisons = results["comparisons"]
-    assert isinstance(comparisons, list)
-    return [
-        f"{comparison['name']}: {name}: {reason}"
-        for comparison in comparisons
-        for name, reason in comparison["failed"].items()
-    ]
+        yield Outcome(Comparison(name, ""), failed={name: describe(error)})
 
 
 def main(config: BenchmarkConfig) -> None:
     with warnings.catch_warnings():  # peers use what torch is about to rename
         warnings.simplefilter("ignore", FutureWarning)
-        results = run_benchmarks(config)
+        failed = run_benchmarks(config)
     print(f"\n{config.output / 'results.json'}")
-    failed = failures(results)
     if failed:
         raise RunError(f"Not measured: {'; '.join(failed)}")
 

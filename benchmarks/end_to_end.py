@@ -1,209 +1,139 @@
-"""Images on disk -> batches in the trainer, through worker processes; how much of its own time the trainer spends."""
+"""Images on disk -> batches in the trainer, through worker processes; how much of its own time the trainer spends.
+
+`scaling` is the same for our input alone, against the number of worker and of training processes.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
 import webdataset
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 
-from benchmarks.images import Images, load_images, total_views, views_of, write_folder, write_shards
-from benchmarks.input import PHOTOGRAPH
-from benchmarks.peer_views import lightly_views
-from benchmarks.peers import missing
+from benchmarks.images import Images, decode_and_drop, photographs, total_views, views_of
 from benchmarks.rounds import Comparison, Contestant
-from benchmarks.settings import BenchmarkConfig, Size
-from benchmarks.torchvision_views import official_views
+from benchmarks.settings import BenchmarkConfig, Size, num_cores
+from benchmarks.streams import PLACES, TITLES, UNIT_SECONDS, WORK, OurInput, Steady, batches_of_world
+from benchmarks.views import ViewsOf, lightly_views, official_views
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.batches import make_batch
-from ssl_pipeline.data.decode import decode_image
-from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data.stream import DataConfig, open_stream
+from ssl_pipeline.data.stream import DataConfig
 
 RECIPES = {"dino": "dino_vits16", "mae": "mae_vitb16"}
 BATCH_SIZE: dict[Size, int] = {"tiny": 2, "small": 64, "large": 64}
-UNIT_SECONDS: dict[Size, float] = {"tiny": 0.01, "small": 1.5, "large": 4.0}
 NUM_IMAGES: dict[Size, int] = {"tiny": 8, "small": 128, "large": 512}
 
-Transform = Callable[[Image.Image], object]
+Batches = Callable[[], Iterator[object]]
 
 
 def compare_end_to_end(config: BenchmarkConfig) -> Iterator[Comparison]:
     """Images per second that reach the trainer from `workers` processes, steady state, for DINO and MAE."""
-    images = load_images(config.imagenet, pixels=PHOTOGRAPH).spread_out(NUM_IMAGES[config.chosen_size()])
+    images = photographs(config, NUM_IMAGES[config.chosen_size()])
     for name, recipe in RECIPES.items():
         groups = views_of(recipe)
+        setting = f"{total_views(groups)}, {config.workers} workers; {images.source}"
+        references = ("official", "decode and drop")
+        comparison = Comparison(f"end to end {name}", "images", setting, references=references, threads=1)
         with TemporaryDirectory() as folder:
-            left_out = missing("lightly")
-            contestants = _contestants(config, images, groups, Path(folder), left_out)
-            yield Comparison(
-                f"end to end {name}",
-                "images",
-                contestants,
-                references=("official", "decode and drop"),
-                left_out=left_out,
-                threads=1,
-                setting=f"{total_views(groups)}, {config.workers} workers; {images.source}",
-            )
+            _add_contestants(comparison, config, images, groups, Path(folder))
+            yield comparison
 
 
-def _contestants(
-    config: BenchmarkConfig,
-    images: Images,
-    groups: Mapping[str, ViewGroup],
-    folder: Path,
-    left_out: Mapping[str, str],
-) -> list[Contestant]:
-    size, device = config.chosen_size(), config.torch_device()
-    shards, files = write_shards(images, folder / "shards"), write_folder(images, folder / "files")
-    batch_size = min(BATCH_SIZE[size], len(images.files))
+def _add_contestants(
+    comparison: Comparison, config: BenchmarkConfig, images: Images, groups: Mapping[str, ViewGroup], folder: Path
+) -> None:
+    device, batch_size = config.torch_device(), BATCH_SIZE[config.chosen_size()]
+    shards, files = images.write_shards(folder / "shards"), str(images.write_folder(folder / "files"))
+    add = partial(_add, comparison, config, turn=config.workers)
+    load: Callable[..., DataLoader] = partial(DataLoader, num_workers=config.workers, pin_memory=device.type == "cuda")
 
-    def contestant(name: str, batches: Callable[[], Iterator[object]], note: str) -> Contestant:
-        source = Steady(batches, batch_size=batch_size, turn=config.workers, seconds=UNIT_SECONDS[size])
-        return Contestant(name, source.draw, session=source.opened, note=note)
+    def endless(dataset: Sized, collate: Callable[[list], object] | None = None) -> Iterator[object]:
+        """The same images for all, again and again, however many a contestant gets through."""
+        return iter(load(dataset, batch_size, sampler=cycle(range(len(dataset))), collate_fn=collate))
 
-    def peer(name: str, dataset: Dataset[object], note: str) -> Contestant:
-        return contestant(name, lambda: map(_to(device), _loader(dataset, config, batch_size)), note)
+    def of_folder(views: ViewsOf) -> Iterator[object]:
+        return map(partial(_to, device), endless(ImageFolder(files, views)))
 
-    def ours(name: str, place: Literal["worker", "device"], note: str) -> Contestant:
+    def of_webdataset() -> Iterator[object]:
+        dataset = _webdataset(shards, official_views(groups), batch_size)
+        return map(partial(_to, device), load(dataset, batch_size=None))
+
+    add("official", lambda: of_folder(official_views(groups)), "ImageFolder, Pillow, DataLoader")
+    add("webdataset", of_webdataset, "the same transforms behind webdataset's reader")
+    if comparison.has("lightly"):
+        add("lightly", lambda: of_folder(lightly_views(groups)), "ImageFolder")
+    for place in PLACES:
         settings = DataConfig(shards=str(shards), batch_size=batch_size, workers=config.workers, crop_on=place)
-        return contestant(name, lambda: our_batches(groups, settings, device), note)
-
-    contestants = [
-        peer("official", ImageFolder(str(files), official_views(groups)), "ImageFolder, Pillow, DataLoader"),
-        contestant(
-            "webdataset",
-            lambda: map(_to(device), _webdataset(shards, official_views(groups), config, batch_size)),
-            "the same transforms behind webdataset's reader",
-        ),
-        ours("ours, crops", "worker", "8-bit crops; colours are left to the device"),
-        ours("ours, decode only", "device", "crops and colours are left to the device"),
-    ]
-    if "lightly" not in left_out:
-        contestants.insert(2, peer("lightly", ImageFolder(str(files), lightly_views(groups)), "ImageFolder"))
-    drop = contestant(
-        "decode and drop",
-        lambda: _loader(_Dropped(images), config, batch_size),
-        "our decoder, no pixel leaves the worker: the ceiling",
-    )
-    return [*contestants, drop]
+        add(f"ours, {TITLES[place]}", OurInput(groups, settings, device).as_trained, WORK[place])
+    note = "our decoder, no pixel leaves the worker: the ceiling"
+    add("decode and drop", lambda: endless(images.files, decode_and_drop), note)
 
 
-class Steady:
-    """Opens a stream of batches, draws for about `seconds`, in whole turns, and then as long again, which counts.
-
-    Before that each worker has touched the memory that it writes to, or it would be the kernel that is measured.
-    The trainer is always the one that waits, so what is under way when the clock starts is also when it stops. A turn
-    is as many batches as there are workers: those of one turn tend to arrive together.
-    """
-
-    def __init__(self, batches: Callable[[], Iterator[object]], *, batch_size: int, turn: int, seconds: float) -> None:
-        self.batches, self.batch_size, self.turn, self.seconds = batches, batch_size, turn, seconds
-        self.stream: Iterator[object] = iter(())
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        self.stream = self.batches()
-        try:
-            self.draw(0)
-            yield
-        finally:
-            self.stream = iter(())  # which ends the workers
-
-    def draw(self, number: int) -> int:
-        turns, end = 0, time.perf_counter() + self.seconds
-        while turns == 0 or time.perf_counter() < end:
-            self._draw_turn()
-            turns += 1
-        return turns * self.turn * self.batch_size
-
-    def _draw_turn(self) -> None:
-        for _ in range(self.turn):
-            next(self.stream)
+def _add(
+    comparison: Comparison, config: BenchmarkConfig, name: str, batches: Batches, note: str = "", *, turn: int
+) -> None:
+    size = config.chosen_size()
+    source = Steady(batches, batch_size=BATCH_SIZE[size], turn=turn, seconds=UNIT_SECONDS[size])
+    comparison.contestants.append(Contestant(name, source.draw, note, session=source.opened))
 
 
-def our_batches(
-    groups: Mapping[str, ViewGroup], settings: DataConfig, device: torch.device, *, rank: int = 0, world_size: int = 1
-) -> Iterator[object]:
-    """Our stream as a trainer takes it: on a GPU with crops and colours."""
-    index = open_shards(settings.shards)
-    stream = open_stream(index, groups, settings, seed=0, position=0, rank=rank, world_size=world_size, device=device)
-    for batch in stream:
-        if device.type == "cuda":
-            make_batch(batch.to(device, non_blocking=True), groups, mean=settings.mean, std=settings.std)
-        yield batch
-
-
-class _Dropped(Dataset[int]):
-    """Decodes each image and keeps nothing of it."""
-
-    def __init__(self, images: Images) -> None:
-        self.files = images.files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, number: int) -> int:
-        decode_image(self.files[number])
-        return 0
-
-
-class _Endless(Sampler[int]):
-    """0 to count - 1, again and again: the same images for all, however many a contestant gets through."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __iter__(self) -> Iterator[int]:
-        return cycle(range(self.count))
-
-
-def _loader(dataset: Dataset[object], config: BenchmarkConfig, batch_size: int) -> Iterator[object]:
-    """Endless batches by torch's DataLoader."""
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=_Endless(len(dataset)),  # type: ignore[arg-type]
-        num_workers=config.workers,
-        pin_memory=config.torch_device().type == "cuda",
-        drop_last=True,
-    )
-    return iter(loader)
-
-
-def _webdataset(shards: Path, transform: Transform, config: BenchmarkConfig, batch_size: int) -> Iterator[object]:
-    """The same of webdataset's reader, which shuffles within a buffer."""
-    dataset = (
-        webdataset.WebDataset(
-            sorted(map(str, shards.glob("*.tar"))), resampled=True, nodesplitter=None, shardshuffle=False
-        )
+def _webdataset(shards: Path, views: ViewsOf, batch_size: int) -> webdataset.WebDataset:
+    """Batches by webdataset's reader, which shuffles within a buffer."""
+    files = sorted(map(str, shards.glob("*.tar")))
+    return (
+        webdataset.WebDataset(files, resampled=True, nodesplitter=None, shardshuffle=False)
         .shuffle(64)
         .decode("pil")
         .to_tuple("jpg", "cls")
-        .map_tuple(transform, int)
+        .map_tuple(views, int)
         .batched(batch_size, collation_fn=default_collate, partial=False)
     )
-    pinned = config.torch_device().type == "cuda"
-    return iter(DataLoader(dataset, batch_size=None, num_workers=config.workers, pin_memory=pinned))
 
 
-def _to(device: torch.device) -> Callable[[object], object]:
+def _to(device: torch.device, batch: Sequence[Sequence[Tensor]]) -> object:
     """Copies the views of a peer's batch to a GPU, where they are ready for the network."""
+    if device.type == "cuda":
+        for view in batch[0]:
+            view.to(device, non_blocking=True)
+    return batch
 
-    def copied(batch: object) -> object:
-        if device.type == "cuda":
-            assert isinstance(batch, list | tuple)
-            for view in batch[0]:
-                view.to(device, non_blocking=True)
-        return batch
 
-    return copied
+def compare_scaling(config: BenchmarkConfig) -> Iterator[Comparison]:
+    """Images per second, steady state, for DINO: one trainer with more and more workers, then more and more trainers.
+
+    Workers up to the number of cores, and as many trainers as have cores for their workers; two at least.
+    """
+    size, device, groups = config.chosen_size(), config.torch_device(), views_of(RECIPES["dino"])
+    worker_counts = doublings(max(num_cores(), 2))
+    process_counts = doublings(max(num_cores() // config.workers, 2))
+    images = photographs(config, max(NUM_IMAGES[size], BATCH_SIZE[size] * process_counts[-1]))
+
+    def comparison(of: str, place: str, setting: str) -> Comparison:
+        setting = f"{total_views(groups)}, {setting}; {images.source}"
+        return Comparison(f"scaling {of}, {TITLES[place]}", "images", setting, references=(f"{of}=1",), threads=1)
+
+    with images.in_shards() as shards:
+        for place in PLACES:
+            read = DataConfig(shards=str(shards), batch_size=BATCH_SIZE[size], workers=config.workers, crop_on=place)
+            trainer = comparison("workers", place, "one process")
+            for count in worker_counts:
+                source = OurInput(groups, read.model_copy(update={"workers": count}), device)
+                _add(trainer, config, f"workers={count}", source.as_trained, turn=count)
+            yield trainer
+            world = comparison("processes", place, f"workers={config.workers} each")
+            for count in process_counts:
+                ranks = partial(batches_of_world, OurInput(groups, read, device), count)
+                note = "all together; the CPU time is that of the measuring process, which counts their batches"
+                _add(world, config, f"processes={count}", ranks, note, turn=count * config.workers)
+            yield world
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [2**power for power in range(most.bit_length())]

@@ -1,33 +1,38 @@
-"""Encoded images -> a batch of views, on one core: what a data worker does, and what is left for the device."""
+"""Encoded images -> a batch of views, on one core: what a data worker does, and what is left for the device.
+
+`photometric` is what is left: colours, blur, solarization and normalisation of DINO's crops.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.images import Images, load_images, total_views, views_of, write_shards
-from benchmarks.peer_views import KorniaViews, lightly_views
-from benchmarks.peers import missing
-from benchmarks.rounds import Comparison, Contestant
-from benchmarks.settings import BenchmarkConfig
-from benchmarks.torchvision_views import (
-    AllViews,
-    collate,
+from benchmarks.images import Images, decode_and_drop, photographs, small_images, total_views, views_of
+from benchmarks.rounds import Comparison
+from benchmarks.settings import BenchmarkConfig, Size
+from benchmarks.streams import PLACES, TITLES, WORK, OurInput
+from benchmarks.views import (
+    MEAN,
+    STD,
+    kornia_colours,
+    kornia_views,
+    lightly_views,
     official_views,
-    open_pillow,
+    one_by_one,
+    v2_colours,
     v2_pillow_views,
     v2_tensor_views,
 )
+from ssl_pipeline.augment.draw import draw_parameters
+from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.batches import make_batch
-from ssl_pipeline.data.decode import decode_image
-from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data.stream import DataConfig, open_stream
+from ssl_pipeline.data.stream import DataConfig
 
 # Views by the recipe that has them; the last works on 32-pixel images.
 RECIPES = {
@@ -36,102 +41,132 @@ RECIPES = {
     "mae": "mae_vitb16",
     "cifar10": "cifar10_simclr_resnet18",
 }
-PHOTOGRAPH, SMALL = (500, 375), (32, 32)
-PLACES: tuple[Literal["worker", "device"], ...] = ("worker", "device")
 SMALL_IMAGES = 16  # times as many of them in a unit
-
+COLOURED: dict[Size, int] = {"tiny": 2, "small": 8, "large": 64}  # images of a batch
+ON_A_CPU = "on a CPU only the samples that an operation concerns are computed, which compiles badly"
+DEVICE_PART = {"worker": "copy and colours", "device": "copy, crops and colours"}
 RANDOM = "draws of its own, so only shapes are compared"
 
 
 def compare_input(config: BenchmarkConfig) -> Iterator[Comparison]:
     """Images per second on one core for the views of DINO, SimCLR, MAE, and SimCLR at 32 pixels."""
     for name, recipe in RECIPES.items():
-        small = name == "cifar10"
-        source = load_images(config.cifar10 if small else config.imagenet, pixels=SMALL if small else PHOTOGRAPH)
-        images = source.spread_out(config.images * (SMALL_IMAGES if small else 1))
-        groups = views_of(recipe)
-        with TemporaryDirectory() as folder:
-            left_out = missing("lightly", "kornia")
-            contestants = _contestants(images, groups, Path(folder), left_out)
-            yield Comparison(
-                f"input {name}",
-                "images",
-                contestants,
-                references=("official",),
-                left_out=left_out,
-                threads=1,
-                setting=f"{total_views(groups)} on one core; {images.source}",
+        small, groups = name == "cifar10", views_of(recipe)
+        images = small_images(config, config.images * SMALL_IMAGES) if small else photographs(config, config.images)
+        setting = f"{total_views(groups)} on one core; {images.source}"
+        comparison = Comparison(f"input {name}", "images", setting, len(images.files), ("official",), threads=1)
+        _add_peers(comparison, images, groups)
+        with images.in_shards() as shards:
+            _add_ours(comparison, shards, groups, cached=small)
+            comparison.add(
+                "decode and drop", partial(decode_and_drop, images.files), "our decoder, nothing else: the ceiling"
             )
+            yield comparison
 
 
-def _contestants(
-    images: Images, groups: Mapping[str, ViewGroup], folder: Path, left_out: dict[str, str]
-) -> list[Contestant]:
-    shards = write_shards(images, folder / "shards")
+def _add_peers(comparison: Comparison, images: Images, groups: Mapping[str, ViewGroup]) -> None:
     sizes = [(group.size, group.size) for group in groups.values() for _ in range(group.count)]
 
-    def peer(name: str, batch_of: Callable[[Sequence[bytes]], list[Tensor]], note: str = "") -> Contestant:
-        def unit(number: int) -> int:
-            views = batch_of(images.files)
-            assert [tuple(view.shape[-2:]) for view in views] == sizes, name
-            return len(images.files)
+    def add(name: str, batch_of: Callable[[Sequence[bytes]], list[Tensor]], note: str = "") -> None:
+        def work() -> None:
+            assert [tuple(view.shape[-2:]) for view in batch_of(images.files)] == sizes, name
 
-        return Contestant(name, unit, note="; ".join(filter(None, (note, RANDOM))))
+        comparison.add(name, work, "; ".join(filter(None, (note, RANDOM))))
 
-    contestants = [
-        peer("official", _one_by_one(official_views(groups)), "torchvision v1 on Pillow images"),
-        peer("torchvision v2, Pillow", _one_by_one(v2_pillow_views(groups))),
-        peer("torchvision v2, tensors", _one_by_one(v2_tensor_views(groups))),
-    ]
-    if "lightly" not in left_out:
-        contestants.append(peer("lightly", _one_by_one(lightly_views(groups))))
-    if "kornia" not in left_out:
-        contestants.append(peer("kornia", KorniaViews(groups), "no antialiasing"))
-    ours = our_contestants(shards, groups, len(images.files), cached=sizes[0] == SMALL)
-    return [*contestants, *ours, decode_and_drop(images)]
+    add("official", partial(one_by_one, official_views(groups)), "torchvision v1 on Pillow images")
+    add("torchvision v2, Pillow", partial(one_by_one, v2_pillow_views(groups)))
+    add("torchvision v2, tensors", partial(one_by_one, v2_tensor_views(groups)))
+    if comparison.has("lightly"):
+        add("lightly", partial(one_by_one, lightly_views(groups)))
+    if comparison.has("kornia"):
+        add("kornia", kornia_views(groups), "no antialiasing")
 
 
-def our_contestants(shards: Path, groups: Mapping[str, ViewGroup], count: int, *, cached: bool) -> list[Contestant]:
-    """What our worker does: crops for the device to colour, crops with their colours, and decoding alone."""
+def _add_ours(comparison: Comparison, shards: Path, groups: Mapping[str, ViewGroup], *, cached: bool) -> None:
+    """What our worker does: crops with their colours, crops for the device to colour, and decoding alone."""
 
-    def contestant(name: str, settings: DataConfig, note: str, *, finish: bool = False) -> Contestant:
-        stream = open_stream(open_shards(shards), groups, settings, seed=0, position=0, rank=0, world_size=1)
+    def add(name: str, settings: DataConfig, note: str, *, finish: bool) -> None:
+        source = OurInput(groups, settings)
+        stream = source.stream()
+        comparison.add(name, lambda: source.views(next(stream)) if finish else next(stream), note)
 
-        def unit(number: int) -> int:
-            batch = next(stream)
-            if finish:
-                make_batch(batch, groups, mean=settings.mean, std=settings.std)
-            return count
-
-        return Contestant(name, unit, note=note)
-
-    worker, device = (DataConfig(shards=str(shards), batch_size=count, workers=0, crop_on=place) for place in PLACES)
-    contestants = [
-        contestant("ours, all on the CPU", worker, "8-bit crops, then colours", finish=True),
-        contestant("ours, crops", worker, "8-bit crops; colours are left to the device"),
-        contestant("ours, decode only", device, "crops and colours are left to the device"),
-    ]
+    settings = DataConfig(shards=str(shards), batch_size=comparison.items or 1, workers=0, crop_on="worker")
     if cached:
-        kept = DataConfig(shards=str(shards), batch_size=count, workers=0, cache=True)
-        note = "data.cache: decoded at the start; crops and colours of a batch, on the CPU"
-        contestants.insert(0, contestant("ours, cached", kept, note, finish=True))
-    return contestants
+        kept = settings.model_copy(update={"crop_on": "auto", "cache": True})
+        add(
+            "ours, cached",
+            kept,
+            "data.cache: decoded at the start; crops and colours of a batch, on the CPU",
+            finish=True,
+        )
+    add("ours, all on the CPU", settings, "8-bit crops, then colours", finish=True)
+    for place in PLACES:
+        add(f"ours, {TITLES[place]}", settings.model_copy(update={"crop_on": place}), WORK[place], finish=False)
 
 
-def decode_and_drop(images: Images) -> Contestant:
-    """The ceiling of any pipeline that decodes as we do."""
+def compare_photometric(config: BenchmarkConfig) -> Iterator[Comparison]:
+    """Images per second of colouring the 8-bit crops of DINO, all of them on the device."""
+    groups, num_images, device = views_of("dino_vits16"), COLOURED[config.chosen_size()], config.torch_device()
+    setting = f"{total_views(groups)}, batch of {num_images}"
+    comparison = Comparison("photometric", "images", setting, num_images, ("torchvision v2",))
+    torch.manual_seed(0)
+    crops = {
+        name: torch.randint(256, (group.count, num_images, 3, group.size, group.size), dtype=torch.uint8, device=device)
+        for name, group in groups.items()
+    }
+    of_torchvision = {name: _each_view(v2_colours, group) for name, group in groups.items()}
+    note = "float, one view of one image at a time"
+    comparison.add("torchvision v2", lambda: _by_view(of_torchvision, crops, one_by_one=True), note)
+    if comparison.has("kornia"):
+        of_kornia = {name: _each_view(kornia_colours, group) for name, group in groups.items()}
+        comparison.add("kornia", lambda: _by_view(of_kornia, crops, one_by_one=False), "batched")
+    comparison.add("ours", _ours(groups, crops), "parameters from the host")
+    why_not = ON_A_CPU if device.type == "cpu" else config.why_not_compiled()
+    comparison.add_compiled(why_not, _ours(groups, crops, compiled=True), "compiled, as in training")
+    yield comparison
+    yield from _compare_device_part(config, groups, setting)
 
-    def unit(number: int) -> int:
-        for content in images.files:
-            decode_image(content)
-        return len(images.files)
 
-    return Contestant("decode and drop", unit, note="our decoder, nothing else: the ceiling")
+def _compare_device_part(
+    config: BenchmarkConfig, groups: Mapping[str, ViewGroup], setting: str
+) -> Iterator[Comparison]:
+    """All that the training process does to a batch from the stream before the network gets it."""
+    images = photographs(config, COLOURED[config.chosen_size()])
+    comparison = Comparison("device part", "images", f"{setting} of {images.source}", len(images.files))
+    with images.in_shards() as shards:
+        for place in PLACES:
+            settings = DataConfig(shards=str(shards), batch_size=len(images.files), workers=0, crop_on=place)
+            source = OurInput(groups, settings, config.torch_device())
+            batch = next(source.stream()).clone()
+            comparison.add(f"crop_on={place}", partial(source.views, batch), DEVICE_PART[place])
+        yield comparison
 
 
-def _one_by_one(views: AllViews | Callable) -> Callable[[Sequence[bytes]], list[Tensor]]:
-    def batch_of(files: Sequence[bytes]) -> list[Tensor]:
-        with torch.no_grad():
-            return collate([views(open_pillow(content)) for content in files])
+def _each_view(colours_of: Callable[[ViewGroup, int], nn.Module], group: ViewGroup) -> list[nn.Module]:
+    return [colours_of(group, view) for view in range(group.count)]
 
-    return batch_of
+
+@torch.no_grad()
+def _by_view(transforms: Mapping[str, list[nn.Module]], crops: Mapping[str, Tensor], *, one_by_one: bool) -> None:
+    for name, views in crops.items():
+        for transform, images in zip(transforms[name], views, strict=True):
+            if one_by_one:
+                torch.stack([transform(image.float().div_(255)) for image in images])
+            else:
+                transform(images.float().div_(255))
+
+
+def _ours(
+    groups: Mapping[str, ViewGroup], crops: Mapping[str, Tensor], *, compiled: bool = False
+) -> Callable[[], None]:
+    generator = np.random.default_rng(0)
+    parameters = {}
+    for name, group in groups.items():
+        uniforms = generator.random((*crops[name].shape[:2], group.num_uniforms()))
+        parameters[name] = torch.from_numpy(draw_parameters(uniforms, group)).to(crops[name].device)
+
+    def work() -> None:
+        for name, group in groups.items():
+            apply_photometric(crops[name], parameters[name], group, mean=MEAN, std=STD, compile=compiled)
+
+    return torch.no_grad()(work)

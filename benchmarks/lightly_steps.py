@@ -11,49 +11,46 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training_steps import TrainingStep, copy_of_model, copy_of_vit, copy_weights, decayed_groups, everything
+from benchmarks.training_steps import TrainingStep, adamw, copy_of_model, copy_of_vit, sgd
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.methods.dino import DINO
 from ssl_pipeline.methods.mae import MAE
 from ssl_pipeline.methods.moco import MoCo
 from ssl_pipeline.methods.simclr import SimCLR
+from ssl_pipeline.modules.encoder import Encoder
 
 
 def lightly_dino(method: DINO) -> TrainingStep:
     """DINOProjectionHead, DINOLoss and update_momentum around a timm ViT; every crop in a pass of its own."""
     from lightly.models.utils import update_momentum
 
-    student_backbone, teacher_backbone = (copy_of_vit(method.student.backbone) for _ in range(2))
-    student_head, teacher_head = dino_head(method), dino_head(method)
-    for part in (teacher_backbone, teacher_head):
-        part.requires_grad_(False)
+    student, teacher = (nn.Sequential(copy_of_vit(method.student.backbone), dino_head(method)) for _ in range(2))
+    teacher.requires_grad_(False)
     criterion = dino_loss(method)
 
     def loss(batch: Batch) -> Tensor:
-        crops = [crop for views in batch.views.values() for crop in views.unbind()]
         with torch.no_grad():
-            targets = [teacher_head(teacher_backbone(crop)) for crop in crops[:2]]
-        return criterion(targets, [student_head(student_backbone(crop)) for crop in crops])
+            targets = [teacher(crop) for crop in batch.views["global"]]
+        return criterion(targets, [student(crop) for views in batch.views.values() for crop in views])
 
     def follow() -> None:
-        update_momentum(student_backbone, teacher_backbone, m=0.996)
-        update_momentum(student_head, teacher_head, m=0.996)
+        for part, followed in zip(teacher, student, strict=True):
+            update_momentum(followed, part, m=0.996)
 
-    optimizer = torch.optim.AdamW(decayed_groups([student_backbone, student_head], 0.04), lr=5e-4)
-    return TrainingStep(loss, optimizer, follow=follow)
+    return TrainingStep(loss, adamw(student, lr=5e-4, weight_decay=0.04), follow=follow)
 
 
 def dino_head(method: DINO) -> nn.Module:
     """lightly's head with the weights of ours."""
-    from lightly.models.modules import DINOProjectionHead
-
-    config, own = method.config, method.student.head
-    width = method.student.backbone.embed_dim
-    assert isinstance(width, int)
-    head = DINOProjectionHead(width, config.head_hidden_dim, config.head_bottleneck_dim, config.num_prototypes)
-    head.to(method.centre.device)
-    copy_weights(own, head)
-    return head
+    config, width = method.config, method.student.backbone.embed_dim
+    return _head(
+        "DINOProjectionHead",
+        method.student.head,
+        width,
+        config.head_hidden_dim,
+        config.head_bottleneck_dim,
+        config.num_prototypes,
+    )
 
 
 def dino_loss(method: DINO) -> nn.Module:
@@ -63,6 +60,17 @@ def dino_loss(method: DINO) -> nn.Module:
     return DINOLoss(output_dim=method.config.num_prototypes, teacher_temp=0.04).to(method.centre.device)
 
 
+def _head(kind: str, own: nn.Module, *widths: int, **options: int) -> nn.Module:
+    """One of lightly's heads with our weights, parameter by parameter in their order."""
+    from lightly.models import modules
+
+    head = getattr(modules, kind)(*widths, **options).to(next(own.parameters()).device)
+    with torch.no_grad():
+        for parameter, ours in zip(head.parameters(), own.parameters(), strict=True):
+            parameter.copy_(ours.view_as(parameter))
+    return head
+
+
 class LightlyMae(nn.Module):
     """MaskedVisionTransformerTIMM and its decoder; the class token is one of the tokens that are kept."""
 
@@ -70,28 +78,28 @@ class LightlyMae(nn.Module):
         super().__init__()
         from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
 
-        vit, decoder, config = copy_of_vit(method.backbone), method.decoder, method.config
-        device = decoder.mask_token.device
-        self.mask_ratio, self.patch_size = config.mask_ratio, method.backbone.patch_size
+        vit, decoder, config = copy_of_vit(method.encoder), method.decoder, method.config
+        self.mask_ratio, self.patch_size = config.mask_ratio, method.encoder.patch_size
         self.encoder = MaskedVisionTransformerTIMM(
             vit=vit, weight_initialization="skip", pos_embed_initialization="skip"
-        ).to(device)
+        )
         self.embed, self.predict = deepcopy(decoder.embed), deepcopy(decoder.predict)
         self.decoder = MaskedVisionTransformerDecoderTIMM(
             num_patches=vit.patch_embed.num_patches,
             embed_dim=config.decoder_dim,
             depth=config.decoder_depth,
             num_heads=config.decoder_heads,
-        ).to(device)
+        )
         self.decoder.blocks = deepcopy(decoder.blocks)
+        self.to(decoder.mask_token.device)
 
     def forward(self, images: Tensor) -> Tensor:
         from lightly.models import utils
 
-        length = self.encoder.sequence_length
-        kept, removed = utils.random_token_mask((len(images), length), self.mask_ratio, device=images.device)
+        shape = (len(images), self.encoder.sequence_length)
+        kept, removed = utils.random_token_mask(shape, self.mask_ratio, device=images.device)
         visible = self.embed(self.encoder.encode(images, idx_keep=kept))
-        tokens = utils.repeat_token(self.decoder.mask_token, (len(images), length)).to(visible.dtype)
+        tokens = utils.repeat_token(self.decoder.mask_token, shape).to(visible.dtype)
         decoded = self.decoder(utils.set_at_index(tokens, kept, visible))
         prediction = self.predict(utils.get_at_index(decoded, removed))
         target = utils.get_at_index(utils.patchify(images, self.patch_size), removed - 1)
@@ -101,61 +109,50 @@ class LightlyMae(nn.Module):
 def lightly_mae(method: MAE) -> TrainingStep:
     """The example's step; its targets are plain pixels."""
     network = LightlyMae(method)
-    optimizer = torch.optim.AdamW(decayed_groups([network], 0.05), lr=1.5e-4, betas=(0.9, 0.95))
-    return TrainingStep(lambda batch: network(batch.views["image"][0]), optimizer)
+    optimizer = adamw(network, lr=1.5e-4, weight_decay=0.05, second_beta=0.95)
+    return TrainingStep(lambda batch: network(batch.one("image")), optimizer)
 
 
 def lightly_simclr(method: SimCLR) -> TrainingStep:
     """SimCLRProjectionHead and NTXentLoss; each view in a pass of its own."""
     from lightly.loss import NTXentLoss
-    from lightly.models.modules import SimCLRProjectionHead
 
-    backbone = copy_of_model(method.backbone)
-    config = method.config
-    head = SimCLRProjectionHead(
-        method.backbone.embed_dim,
-        config.projector_hidden_dim,
-        config.projector_dim,
-        num_layers=config.projector_layers,
-    ).to(next(backbone.parameters()).device)
-    copy_weights(method.encoder.head, head)
-    criterion = NTXentLoss(temperature=config.temperature)
+    network = _contrastive_network("SimCLRProjectionHead", method.encoder, method.config.projector_layers)
+    criterion = NTXentLoss(temperature=method.config.temperature)
 
     def loss(batch: Batch) -> Tensor:
-        first, second = (head(backbone(view)) for view in batch.views["view"].unbind())
-        return criterion(first, second)
+        first, second = batch.two("view")
+        return criterion(network(first), network(second))
 
-    return TrainingStep(loss, torch.optim.SGD(everything([backbone, head]), lr=0.03, momentum=0.9, weight_decay=5e-4))
+    return TrainingStep(loss, sgd(network))
 
 
 def lightly_moco(method: MoCo) -> TrainingStep:
     """MoCoProjectionHead, update_momentum and NTXentLoss with its memory bank."""
     from lightly.loss import NTXentLoss
-    from lightly.models.modules import MoCoProjectionHead
     from lightly.models.utils import update_momentum
 
-    config, device = method.config, method.queue.features.device
-    backbone = copy_of_model(method.backbone)
-    head = MoCoProjectionHead(
-        method.backbone.embed_dim,
-        config.projector_hidden_dim,
-        config.projector_dim,
-        num_layers=config.projector_layers,
-    ).to(device)
-    copy_weights(method.student.head, head)
-    teacher_backbone, teacher_head = (deepcopy(part).requires_grad_(False) for part in (backbone, head))
-    criterion = NTXentLoss(
-        temperature=config.temperature, memory_bank_size=(config.queue_size, config.projector_dim)
-    ).to(device)
-    criterion.memory_bank.bank.copy_(method.queue.features)
+    config, queue = method.config, method.queue.features
+    student = _contrastive_network("MoCoProjectionHead", method.student, config.projector_layers)
+    teacher = deepcopy(student).requires_grad_(False)
+    bank = (config.queue_size, config.projector_dim)
+    criterion = NTXentLoss(temperature=config.temperature, memory_bank_size=bank).to(queue.device)
+    criterion.memory_bank.bank.copy_(queue)
 
     def loss(batch: Batch) -> Tensor:
-        first, second = batch.views["view"].unbind()
-        update_momentum(backbone, teacher_backbone, m=0.999)
-        update_momentum(head, teacher_head, m=0.999)
-        queries = head(backbone(first))
+        first, second = batch.two("view")
+        for part, followed in zip(teacher, student, strict=True):
+            update_momentum(followed, part, m=0.999)
+        queries = student(first)
         with torch.no_grad():
-            keys = teacher_head(teacher_backbone(second))
+            keys = teacher(second)
         return criterion(queries, keys)
 
-    return TrainingStep(loss, torch.optim.SGD(everything([backbone, head]), lr=0.03, momentum=0.9, weight_decay=5e-4))
+    return TrainingStep(loss, sgd(student))
+
+
+def _contrastive_network(head: str, encoder: Encoder, num_layers: int) -> nn.Sequential:
+    """A copy of our backbone under lightly's head of the same widths."""
+    linear = [layer for layer in encoder.head if isinstance(layer, nn.Linear)]
+    widths = (linear[0].in_features, linear[0].out_features, linear[-1].out_features)
+    return nn.Sequential(copy_of_model(encoder.backbone), _head(head, encoder.head, *widths, num_layers=num_layers))

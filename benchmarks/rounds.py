@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -14,41 +15,63 @@ from torch.utils.flop_counter import FlopCounterMode
 
 MIN_ROUNDS = 3
 """What a median needs; a budget of time cuts off the rounds after these."""
+INSTALL = "not installed; pip install -e '.[bench]'"
+
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Contestant:
     """One way of doing the work.
 
-    unit: does one unit of it, the same for all contestants of one round number, and returns how many items it did.
-    session: entered before a unit and left after it, outside of the measured time.
-    counted: the same work for the FLOP counter, where `unit` is compiled; None if nothing is to be counted.
+    work: does one unit of it.
     note: what it does otherwise than the others, and whether its results were compared.
+    counted: the same work for the FLOP counter, where `work` is compiled; None if nothing is to be counted.
+    session: entered before a unit and left after it, outside of the measured time.
     warm_ups: units before the first round; what is compiled needs its own.
     """
 
     name: str
-    unit: Callable[[int], int]
-    session: Callable[[], AbstractContextManager[object]] = nullcontext
-    counted: Callable[[int], int] | None = None
+    work: Work
     note: str = ""
+    counted: Work | None = None
+    session: Callable[[], AbstractContextManager[object]] = nullcontext
     warm_ups: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
     """Contestants at the same work; `references` are those that the others are divided by.
 
-    left_out: contestants that could not take part, each with the reason. threads: of torch, None for all cores.
+    items: how many a unit is; None where that is what `work` returns. threads: of torch, None for all cores.
+    left_out: contestants that could not take part, each with the reason.
     """
 
     name: str
     item: str
-    contestants: Sequence[Contestant]
-    references: tuple[str, ...] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    threads: int | None = None
     setting: str = ""
+    items: int | None = None
+    references: tuple[str, ...] = ()
+    threads: int | None = None
+    contestants: list[Contestant] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, work: Work, note: str = "", *, counted: Work | None = None) -> None:
+        """One more contestant, whose row comes last."""
+        self.contestants.append(Contestant(name, work, note, counted))
+
+    def has(self, package: str) -> bool:
+        """Whether a peer is installed; one that is not is named as left out."""
+        if find_spec(package) is None:
+            self.left_out[package] = INSTALL
+        return package not in self.left_out
+
+    def add_compiled(self, why_not: str, work: Work, note: str = "", *, counted: Work | None = None) -> None:
+        """Our work compiled, unless there is a reason why not."""
+        if why_not:
+            self.left_out["ours, compiled"] = why_not
+        else:
+            self.contestants.append(Contestant("ours, compiled", work, note, counted, warm_ups=3))
 
 
 @dataclass(frozen=True)
@@ -70,9 +93,9 @@ class Outcome:
     """The samples of a comparison by contestant, one per round."""
 
     comparison: Comparison
-    samples: dict[str, list[Sample]]
-    flops_per_item: dict[str, float]
-    failed: dict[str, str]
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    flops_per_item: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def run_rounds(
@@ -87,7 +110,7 @@ def run_rounds(
     torch.set_num_threads(comparison.threads or threads)
     try:
         started = time.perf_counter()
-        outcome = Outcome(comparison, {}, {}, {})
+        outcome = Outcome(comparison)
         contestants = list(_warmed_up(outcome, device, shortest))
         for number in range(rounds if contestants else 0):
             elapsed = time.perf_counter() - started
@@ -97,7 +120,8 @@ def run_rounds(
             first = number % len(contestants)
             for contestant, repeats in (*contestants[first:], *contestants[:first]):
                 with contestant.session():
-                    outcome.samples[contestant.name].append(measure_unit(contestant.unit, number, device, repeats))
+                    sample = measure_unit(contestant, comparison.items, number, device, repeats)
+                outcome.samples[contestant.name].append(sample)
     finally:
         torch.set_num_threads(threads)
     return outcome
@@ -105,13 +129,14 @@ def run_rounds(
 
 def _warmed_up(outcome: Outcome, device: torch.device, shortest: float) -> Iterator[tuple[Contestant, int]]:
     """The contestants that work, each with how often its unit is repeated in a sample."""
+    items = outcome.comparison.items
     for contestant in outcome.comparison.contestants:
         try:
             for _ in range(contestant.warm_ups):
                 with contestant.session():
-                    taken = measure_unit(contestant.unit, 0, device).seconds
-            if contestant.counted is not None:
-                outcome.flops_per_item[contestant.name] = count_flops(contestant.counted)
+                    taken = measure_unit(contestant, items, 0, device).seconds
+            if contestant.counted is not None and items is not None:
+                outcome.flops_per_item[contestant.name] = count_flops(contestant.counted) / items
         except Exception as error:  # a peer of another version must not cost the figures of all others
             outcome.failed[contestant.name] = describe(error)
             continue
@@ -125,29 +150,36 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def measure_unit(unit: Callable[[int], int], number: int, device: torch.device, repeats: int = 1) -> Sample:
+def measure_unit(
+    contestant: Contestant, items: int | None, number: int, device: torch.device, repeats: int = 1
+) -> Sample:
     """`repeats` units between two moments at which the device is idle; on a GPU its own events tell the time."""
+
+    def work() -> int:
+        done = [contestant.work() for _ in range(repeats)]
+        return sum(part for part in done if isinstance(part, int)) if items is None else items * repeats
+
     for seed in (torch.manual_seed, np.random.seed, random.seed):  # the same draws for whoever draws in the same way
         seed(number)
     if device.type != "cuda":
         cpu, wall = time.process_time(), time.perf_counter()
-        items = sum(unit(number) for _ in range(repeats))
-        return Sample(items, time.perf_counter() - wall, time.process_time() - cpu)
+        done = work()
+        return Sample(done, time.perf_counter() - wall, time.process_time() - cpu)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cpu = time.process_time()
     begin.record()
-    items = sum(unit(number) for _ in range(repeats))
+    done = work()
     end.record()
     cpu = time.process_time() - cpu  # without the wait below, which spins
     torch.cuda.synchronize(device)
-    return Sample(items, begin.elapsed_time(end) / 1000, cpu, torch.cuda.max_memory_allocated(device) - held)
+    return Sample(done, begin.elapsed_time(end) / 1000, cpu, torch.cuda.max_memory_allocated(device) - held)
 
 
-def count_flops(unit: Callable[[int], int]) -> float:
-    """Floating-point operations per item of the matrix products and convolutions in one unit, forward and backward."""
+def count_flops(work: Work) -> int:
+    """Floating-point operations of the matrix products and convolutions in one unit, forward and backward."""
     with FlopCounterMode(display=False) as counter:
-        items = unit(0)
-    return counter.get_total_flops() / items
+        work()
+    return counter.get_total_flops()

@@ -1,31 +1,30 @@
-"""What the command is told, and what every benchmark gets to know."""
+"""What the command is told, and the machine that it runs on."""
 
 from __future__ import annotations
 
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
-from benchmarks.hardware import has_bf16_units
 from ssl_pipeline.config import Config
+from ssl_pipeline.eval.search.neighbours import has_bfloat16_units
+from ssl_pipeline.files import JSON
 
-Name = Literal[
-    "input",
-    "end_to_end",
-    "scaling",
-    "photometric",
-    "step",
-    "ema",
-    "head",
-    "nt_xent",
-    "knn",
-    "linear",
-    "start_up",
-    "cost_growth",
-]
+OfInput = Literal["input", "end_to_end", "scaling", "photometric"]
+OfTraining = Literal["step", "ema", "head", "nt_xent"]
+Name = Literal[OfInput, OfTraining, "knn", "linear", "start_up", "cost_growth"]
 Size = Literal["tiny", "small", "large"]
+
+PACKAGES = ("torch", "torchvision", "timm", "pillow", "webdataset", "faiss-cpu", "lightly", "kornia")
+# Dense bf16 TFLOP/s that the makers give for a GPU; a part of the name that torch reports. The first that fits counts.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
 
 
 class BenchmarkConfig(Config):
@@ -76,10 +75,66 @@ class BenchmarkConfig(Config):
             return "large" if self.torch_device().type == "cuda" else "small"
         return self.size
 
-    def compiles(self) -> bool:
-        """Whether compiled steps take part."""
-        return self.torch_device().type == "cuda" if self.compile is None else self.compile
-
-    def autocast(self) -> bool:
+    def autocasts(self) -> bool:
         """Whether steps run under bf16 autocast."""
-        return has_bf16_units(self.torch_device()) if self.precision == "auto" else self.precision == "bf16"
+        return has_bfloat16_units(self.torch_device()) if self.precision == "auto" else self.precision == "bf16"
+
+    def autocast(self) -> torch.autocast:
+        """The context that steps run in."""
+        return torch.autocast(self.torch_device().type, dtype=torch.bfloat16, enabled=self.autocasts())
+
+    def dtype(self) -> str:
+        """What a table's title says of `precision`."""
+        return "bf16 autocast" if self.autocasts() else "float32"
+
+    def why_not_compiled(self) -> str:
+        """Why no compiled work takes part; empty if it does."""
+        on_gpu = self.torch_device().type == "cuda"
+        if not (on_gpu if self.compile is None else self.compile):
+            return "compile=true measures it"
+        if on_gpu:
+            return "" if find_spec("triton") else "torch.compile needs triton"
+        return "" if any(map(which, ("g++", "clang++"))) else "torch.compile needs a C++ compiler (g++)"
+
+    def peak_flops(self) -> float | None:
+        """FLOP/s that the device can do at most: what was given, or the maker's figure for a GPU that is known."""
+        tflops = self.peak_tflops
+        if tflops is None and self.torch_device().type == "cuda":
+            name = torch.cuda.get_device_name(self.torch_device())
+            tflops = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+        return None if tflops is None else tflops * 1e12
+
+    def hardware(self) -> dict[str, JSON]:
+        """Names and counts of what the figures depend on."""
+        device = self.torch_device()
+        hardware: dict[str, JSON] = {
+            "cpu": cpu_model(),
+            "cores": num_cores(),
+            "threads": torch.get_num_threads(),
+            "bf16_units": has_bfloat16_units(device),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in PACKAGES},
+        }
+        if device.type == "cuda":
+            hardware["gpu"] = torch.cuda.get_device_name(device)
+            hardware["gpu_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        return hardware
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux knows it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

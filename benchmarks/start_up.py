@@ -1,62 +1,190 @@
-"""How long one waits: for --help, for the first batch, for the first step of a run."""
+"""How long one waits: for --help, for the first batch, for the first step of a run; and what grows with the data set.
+
+`cost_growth` is start-up, first batch, memory of a worker and reads of a rank, on made-up sets of many sizes.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
+from statistics import median
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
-from benchmarks.images import load_images, views_of, write_shards
-from benchmarks.input import SMALL
-from benchmarks.rounds import Comparison, Contestant
-from benchmarks.settings import BenchmarkConfig
-from ssl_pipeline.data.shards.open import open_shards
+from benchmarks.images import small_images, views_of
+from benchmarks.report import table_of
+from benchmarks.rounds import Comparison
+from benchmarks.settings import BenchmarkConfig, Size
+from benchmarks.streams import OurInput
+from benchmarks.synthetic_shards import write_synthetic_shards
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.data.batches import StreamBatch
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
+from ssl_pipeline.files import JSON
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "digits_dino"
+# Numbers of shards to start with; numbers of samples, in shards of 1,000, to read from; smallest first.
+SHARDS: dict[Size, tuple[int, ...]] = {"tiny": (4, 20), "small": (10, 1_000, 100_000), "large": (10, 1_000, 100_000)}
+SAMPLES: dict[Size, tuple[int, ...]] = {
+    "tiny": (2_000, 4_000),
+    "small": (16_000, 16_000_000),
+    "large": (16_000, 16_000_000),
+}
+PROCESSES = (1, 2, 8)  # that share an epoch
+MOST_ROUNDS = 3
+BATCH_SIZE = 64
+MEMORY_BATCHES: dict[Size, int] = {"tiny": 3, "small": 300, "large": 300}  # more than a block of 16 shards holds
+
+Row = dict[str, float]
 
 
 def compare_start_up(config: BenchmarkConfig) -> Iterator[Comparison]:
     """Seconds from a command to what one waits for; the imports of torch and timm are the floor."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        shards = write_shards(load_images(config.cifar10, pixels=SMALL).spread_out(256), folder / "shards")
+    comparison = Comparison("start-up", "starts", items=1)
+    with TemporaryDirectory() as run, small_images(config, 256).in_shards() as shards:
         settings = DataConfig(shards=str(shards), batch_size=64, workers=config.workers)
-        run = folder / "run"
+        keys = (f"recipe={RECIPE}", f"output={run}", f"data.shards={shards}", "knn=null")
 
-        def first_batch(number: int) -> int:
-            stream = open_stream(
-                open_shards(shards), views_of(RECIPE), settings, seed=0, position=0, rank=0, world_size=1
-            )
-            next(stream)
-            return 1
+        def first_step() -> None:
+            rmtree(run)
+            _python("pretrain.py", *keys, "train.epochs=null", "train.steps=1")()
 
-        def first_step(number: int) -> int:
-            rmtree(run, ignore_errors=True)
-            keys = (f"recipe={RECIPE}", f"output={run}", f"data.shards={shards}", "knn=null")
-            return _python("pretrain.py", *keys, "train.epochs=null", "train.steps=1")(number)
+        def first_batch() -> None:
+            next(OurInput(views_of(RECIPE), settings).stream())
 
-        contestants = [
-            Contestant("import torch, timm", _python("-c", "import torch, timm"), note="the floor"),
-            Contestant("pretrain.py --help", _python("pretrain.py", "--help")),
-            Contestant("first batch", first_batch, note=f"open shards, start {config.workers} workers, one batch"),
-            Contestant("run of one step", first_step, note=f"{RECIPE}: imports, network, batch, step, checkpoint"),
-        ]
-        yield Comparison("start-up", "starts", contestants)
+        comparison.add("import torch, timm", _python("-c", "import torch, timm"), "the floor")
+        comparison.add("pretrain.py --help", _python("pretrain.py", "--help"))
+        comparison.add("first batch", first_batch, f"open shards, start {config.workers} workers, one batch")
+        comparison.add("run of one step", first_step, f"{RECIPE}: imports, network, batch, step, checkpoint")
+        yield comparison
 
 
-def _python(*arguments: str) -> Callable[[int], int]:
-    """A unit that runs this interpreter in the checkout; an error is the unit's."""
+def _python(*arguments: str) -> Callable[[], None]:
+    """Work that runs this interpreter in the checkout; an error is the unit's."""
 
-    def unit(number: int) -> int:
+    def work() -> None:
         done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"{' '.join(arguments[:2])} exited with {done.returncode}: {last}")
-        return 1
 
-    return unit
+    return work
+
+
+def measure_growth(config: BenchmarkConfig) -> dict[str, JSON]:
+    """The figures of each set, from the smallest to the largest."""
+    size = config.chosen_size()
+    with TemporaryDirectory() as name:
+        start_up = measure_start_up(Path(name), SHARDS[size], rounds=min(config.rounds, MOST_ROUNDS))
+        memory = measure_memory(Path(name), SAMPLES[size], batches=MEMORY_BATCHES[size])
+        ranks = [count_reads(Path(name), world_size) for world_size in PROCESSES]
+    return {"start_up": start_up, "worker_memory": memory, "ranks": ranks}
+
+
+def measure_start_up(folder: Path, shard_counts: Sequence[int], *, rounds: int) -> list[Row]:
+    """Medians per set: `seconds` from nothing to an open set, imports included, and what of them opening took."""
+    taken: dict[int, list[Row]] = {shards: [] for shards in shard_counts}
+    for shards in shard_counts:
+        write_synthetic_shards(folder / f"{shards}-shards", shards=shards, samples=BATCH_SIZE // 4)
+    for number in range(rounds + 1):
+        for shards, rows in taken.items():
+            row = _in_new_process("report_start_up", folder / f"{shards}-shards", time.monotonic())
+            if number:  # the first start compares with the manifest and keeps the outcome
+                rows.append(row)
+    return [
+        {"shards": shards, **{name: median(row[name] for row in rows) for name in rows[0]}}
+        for shards, rows in taken.items()
+    ]
+
+
+def report_start_up(folder: str, begin: str) -> None:
+    """Print, as JSON, the seconds since `begin` until the set is open, and those until there is a batch."""
+    imported, imported_cpu = time.monotonic(), time.process_time()
+    index = open_shards(folder)
+    opened, opened_cpu = time.monotonic(), time.process_time()
+    batches = _batches(index, workers=1)
+    next(batches)
+    row = {
+        "seconds": opened - float(begin),
+        "open_seconds": opened - imported,
+        "first_batch_seconds": time.monotonic() - opened,
+        "cpu_seconds": opened_cpu,
+        "open_cpu_seconds": opened_cpu - imported_cpu,
+    }
+    print(json.dumps(row))
+
+
+def measure_memory(folder: Path, sample_counts: Sequence[int], *, batches: int) -> list[Row]:
+    """Megabytes of a worker that has read from more than one block, per number of samples."""
+    rows: list[Row] = []
+    for samples in sample_counts:
+        place = folder / f"{samples}-samples"
+        write_synthetic_shards(place, shards=samples // 1000, samples=1000)
+        rows.append({"samples": samples, **_in_new_process("report_memory", place, batches)})
+    return rows
+
+
+def report_memory(folder: str, batches: str) -> None:
+    """Print, as JSON, what /proc says of a worker: resident, and what of it is no other process's."""
+    stream = _batches(open_shards(folder), workers=1)
+    for _ in range(int(batches)):
+        next(stream)
+    own = Path("/proc/self/task")
+    (worker,) = [int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()]
+    lines = Path(f"/proc/{worker}/smaps_rollup").read_text().splitlines()[1:]
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    row = {
+        "resident_megabytes": kilobytes["Rss"] / 1024,
+        "own_megabytes": (kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]) / 1024,
+    }
+    print(json.dumps(row))
+
+
+def count_reads(folder: Path, world_size: int) -> dict[str, JSON]:
+    """How many images each rank reads in an epoch, counted, and how many of all are read."""
+    place, samples = folder / "ranks", 4 * BATCH_SIZE * max(PROCESSES)
+    if not place.exists():
+        write_synthetic_shards(place, shards=16, samples=samples // 16)
+    reads: list[JSON] = []
+    seen: set[int] = set()
+    for rank in range(world_size):
+        index = open_shards(place)
+        with patch.object(index, "read", wraps=index.read) as read:
+            for batch in _batches(index, rank=rank, world_size=world_size, batches=samples // BATCH_SIZE // world_size):
+                seen.update(batch.sample_ids.tolist())
+        reads.append(read.call_count)
+    return {"world_size": world_size, "samples": samples, "samples_read": len(seen), "reads_of_ranks": reads}
+
+
+def _batches(
+    index: ShardIndex, *, workers: int = 0, rank: int = 0, world_size: int = 1, batches: int | None = None
+) -> Iterator[StreamBatch]:
+    groups = {"view": ViewGroup(count=2, size=16)}
+    config = DataConfig(shards="", batch_size=BATCH_SIZE, workers=workers)
+    return open_stream(index, groups, config, seed=0, position=0, rank=rank, world_size=world_size, batches=batches)
+
+
+def _in_new_process(function: str, *arguments: object) -> Row:
+    command = f"import sys; from benchmarks import start_up; start_up.{function}(*sys.argv[1:])"
+    run = subprocess.run(
+        [sys.executable, "-c", command, *map(str, arguments)], stdout=subprocess.PIPE, check=True, text=True
+    )
+    return json.loads(run.stdout)
+
+
+def growth_table(figures: Mapping[str, JSON]) -> str:
+    """Start-up and memory, one row per size of the data set."""
+    tables = []
+    for title, part, item in (("start-up", "start_up", "shards"), ("memory of a worker", "worker_memory", "samples")):
+        rows = figures[part]
+        assert isinstance(rows, list)
+        texts = {f"{row[item]:,}": {key: f"{value:.4g}" for key, value in row.items() if key != item} for row in rows}
+        tables.append(f"cost growth: {title}\n{table_of(item, texts)}")
+    return "\n\n".join(tables)

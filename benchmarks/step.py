@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from benchmarks import lightly_steps, official_steps
-from benchmarks.peers import missing, why_not_compiled
-from benchmarks.rounds import Comparison, Contestant
-from benchmarks.settings import BenchmarkConfig
-from benchmarks.step_settings import SETTINGS, StepSetting
-from benchmarks.training_steps import OurStep, TrainingStep
-from ssl_pipeline.backbones import create_backbone
+from benchmarks.rounds import Comparison
+from benchmarks.settings import BenchmarkConfig, Size
+from benchmarks.training_steps import TrainingStep, our_step
+from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.attention import choose_attention
-from ssl_pipeline.batch import Batch
-from ssl_pipeline.methods import build_method
-from ssl_pipeline.methods.base import Method
-from ssl_pipeline.methods.dino import DINO
-from ssl_pipeline.methods.mae import MAE
-from ssl_pipeline.methods.moco import MoCo
-from ssl_pipeline.methods.simclr import SimCLR
+from ssl_pipeline.batch import Batch, Views
+from ssl_pipeline.config import RECIPES, Config, read_recipe, validate
+from ssl_pipeline.methods import MethodConfig, build_method
+from ssl_pipeline.optim.optimizer import OptimConfig
 
+SETTINGS = Path(__file__).with_name("steps.yaml")
 SAME = 1e-4  # largest relative gap between losses that are called the same
 SAME_BY = "copies of our weights, one batch, float32"
 DIFFERENCES = {
@@ -32,61 +29,90 @@ DIFFERENCES = {
     ("mae", "lightly"): "other masks, plain pixels as targets, a class token among the masked",
     ("simclr", "lightly"): "batch norm sees one view at a time",
 }
+# The other code for a method, by name; it takes copies of the method's weights.
+PEERS: Mapping[str, Mapping[str, Callable[..., TrainingStep]]] = {
+    "dino": {"official": official_steps.official_dino, "lightly": lightly_steps.lightly_dino},
+    "mae": {
+        "official": official_steps.official_mae,
+        "encode all": partial(official_steps.official_mae, encode_all=True),
+        "lightly": lightly_steps.lightly_mae,
+    },
+    "simclr": {"plain PyTorch": official_steps.plain_simclr, "lightly": lightly_steps.lightly_simclr},
+    "moco": {"official": official_steps.official_moco, "lightly": lightly_steps.lightly_moco},
+}
 
-Peers = dict[str, Callable[[], TrainingStep]]
+
+class StepSetting(Config):
+    """A method with its network, and the batch: views as group -> (count, pixels)."""
+
+    method: MethodConfig
+    backbone: BackboneConfig
+    views: dict[str, tuple[int, int]]
+    batch_size: int
+
+    def __str__(self) -> str:
+        views = " + ".join(f"{count}x{pixels}" for count, pixels in self.views.values())
+        return f"{self.backbone.name}, {views}, batch of {self.batch_size}"
+
+
+class Steps(Config):
+    """What steps.yaml holds."""
+
+    optim: dict[str, OptimConfig]
+    sizes: dict[Size, tuple[StepSetting, ...]]
 
 
 def compare_steps(config: BenchmarkConfig) -> Iterator[Comparison]:
     """Images per second of one step for DINO, MAE, SimCLR and MoCo, all at one batch, dtype and attention."""
-    for setting in SETTINGS[config.chosen_size()]:
-        left_out = missing("lightly")
-        contestants = _contestants(config, setting, left_out)
-        dtype = "bf16 autocast" if config.autocast() else "float32"
-        yield Comparison(
-            f"step {setting.name}",
-            "images",
-            contestants,
-            references=("official", "plain PyTorch", "lightly", "encode all"),
-            left_out=left_out,
-            setting=f"{setting}, {dtype}",
-        )
+    steps = validate(Steps, read_recipe(str(SETTINGS), RECIPES))
+    for setting in steps.sizes[config.chosen_size()]:
+        references = ("official", "plain PyTorch", "lightly", "encode all")
+        about = f"{setting}, {config.dtype()}"
+        comparison = Comparison(f"step {setting.method.name}", "images", about, setting.batch_size, references)
+        _add_contestants(comparison, config, setting, steps.optim[setting.method.name])
+        yield comparison
 
 
-def make_batch(setting: StepSetting, device: torch.device) -> Batch:
-    """Noise of the setting's shapes."""
+def _add_contestants(comparison: Comparison, config: BenchmarkConfig, setting: StepSetting, optim: OptimConfig) -> None:
+    device = config.torch_device()
+    torch.manual_seed(0)
+    method = build_method(setting.method, create_backbone(setting.backbone)).to(device)
+    with config.autocast():
+        choose_attention(method.modules(), torch.empty(1, device=device))  # for the copies that peers make, as for ours
+    batch = make_batch(setting, method.needs, device)
+    ours = our_step(deepcopy(method), optim)
+    loss = ours.first_loss(batch)
+    eager = partial(ours, batch, config.autocast())
+    for name, make in PEERS[setting.method.name].items():
+        if name != "lightly" or comparison.has("lightly"):
+            step = make(method)
+            note = compare_losses(step.first_loss(batch), loss, DIFFERENCES.get((setting.method.name, name), ""))
+            work = partial(step, batch, config.autocast())
+            comparison.add(name, work, note, counted=work)
+    comparison.add("ours, eager", eager, f"loss {loss:.6f}", counted=eager)
+    for part in method.parts_to_compile():  # as train.compile does
+        part.compile(dynamic=False)
+    compiled = partial(our_step(method, optim), batch, config.autocast())
+    comparison.add_compiled(config.why_not_compiled(), compiled, counted=eager)
+
+
+def make_batch(setting: StepSetting, needs: tuple[Views, ...], device: torch.device) -> Batch:
+    """Noise of the setting's shapes, and random masks of as many patches as the method removes."""
+    num_images = setting.batch_size
     views = {
-        group: torch.randn(count, setting.batch_size, 3, pixels, pixels, device=device)
+        group: torch.randn(count, num_images, 3, pixels, pixels, device=device)
         for group, (count, pixels) in setting.views.items()
     }
-    return Batch(
-        views, torch.full((setting.batch_size,), -1, device=device), torch.arange(setting.batch_size).to(device)
-    )
-
-
-def peers_of(method: Method, setting: StepSetting) -> Peers:
-    """The other code for a method, by name; made when called, with copies of the method's weights."""
-    if isinstance(method, DINO):
-        num_crops = sum(count for count, _ in setting.views.values())
-        return {
-            "official": partial(official_steps.official_dino, method, num_crops=num_crops),
-            "lightly": partial(lightly_steps.lightly_dino, method),
-        }
-    if isinstance(method, MAE):
-        return {
-            "official": partial(official_steps.official_mae, method),
-            "encode all": partial(official_steps.official_mae, method, encode_all=True),
-            "lightly": partial(lightly_steps.lightly_mae, method),
-        }
-    if isinstance(method, SimCLR):
-        return {
-            "plain PyTorch": partial(official_steps.plain_simclr, method),
-            "lightly": partial(lightly_steps.lightly_simclr, method),
-        }
-    assert isinstance(method, MoCo)
-    return {
-        "official": partial(official_steps.official_moco, method),
-        "lightly": partial(lightly_steps.lightly_moco, method),
-    }
+    masks = {}
+    for group in needs:
+        if group.mask is not None:
+            assert isinstance(group.mask.ratio, float)
+            count, pixels = setting.views[group.name]
+            num_patches = (pixels // group.mask.patch_size) ** 2
+            order = torch.rand(count, num_images, num_patches, device=device).argsort(dim=-1)
+            masks[group.name] = order >= int(num_patches * (1 - group.mask.ratio))
+    sample_ids = torch.arange(num_images, device=device)
+    return Batch(views, torch.full_like(sample_ids, -1), sample_ids, masks)
 
 
 def compare_losses(theirs: float, ours: float, difference: str) -> str:
@@ -96,38 +122,3 @@ def compare_losses(theirs: float, ours: float, difference: str) -> str:
     if not same and not difference:
         raise ValueError(f"{outcome}: the two do not do the same work, so a ratio of their times says nothing")
     return f"{outcome}; {difference}" if difference else outcome
-
-
-def _contestants(config: BenchmarkConfig, setting: StepSetting, left_out: dict[str, str]) -> list[Contestant]:
-    device = config.torch_device()
-    torch.manual_seed(0)
-    method = build_method(setting.method, create_backbone(setting.backbone)).to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.autocast()):
-        choose_attention(method.modules(), torch.empty(1, device=device))  # for the copies that peers make, as for ours
-    batch = make_batch(setting, device)
-    loss = OurStep(deepcopy(method), setting.optim).parts().first_loss(batch)
-
-    def unit_of(step: TrainingStep) -> Callable[[int], int]:
-        def unit(number: int) -> int:
-            step(batch, autocast=config.autocast())
-            return setting.batch_size
-
-        return unit
-
-    contestants = []
-    for name, make in peers_of(method, setting).items():
-        if name not in left_out:
-            step = make()
-            note = compare_losses(step.first_loss(batch), loss, DIFFERENCES.get((setting.name, name), ""))
-            contestants.append(Contestant(name, unit_of(step), counted=unit_of(step), note=note))
-    eager = unit_of(OurStep(deepcopy(method), setting.optim).parts())
-    contestants.append(Contestant("ours, eager", eager, counted=eager, note=f"loss {loss:.6f}"))
-    why_not = why_not_compiled(device) if config.compiles() else "compile=true measures it"
-    if why_not:
-        left_out["ours, compiled"] = why_not
-    else:
-        for part in method.parts_to_compile():  # as train.compile does
-            part.compile(dynamic=False)
-        step = OurStep(method, setting.optim).parts()
-        contestants.append(Contestant("ours, compiled", unit_of(step), counted=eager, warm_ups=3))
-    return contestants

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import webdataset
 
 from ssl_pipeline.data.shards.catalogue import INDEX_DIRECTORY, Catalogue, write_catalogue, write_rows
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
@@ -29,10 +28,12 @@ def write_synthetic_shards(folder: Path, *, shards: int, samples: int) -> None:
     """
     place = folder / INDEX_DIRECTORY
     place.mkdir(parents=True)
-    content = _tar_of_one_image()
+    tar = io.BytesIO()
+    with webdataset.TarWriter(tar, mtime=0) as shard:
+        shard.write({"__key__": "0", "jpg": np.full((PIXELS, PIXELS, 3), 128, dtype=np.uint8), "cls": 0})
     names = [f"train-{shard:06d}.tar" for shard in range(shards)]
     for name in names:
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(tar.getvalue())
     entry, rows = index_shard(folder / names[0])
     repeated = np.repeat(rows, samples, axis=0)
     for shard, name in enumerate(names):
@@ -43,19 +44,9 @@ def write_synthetic_shards(folder: Path, *, shards: int, samples: int) -> None:
     sizes, times = status_of(folder, names)
     counts = np.full(shards, samples, dtype=np.int64)
     checksums = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
+    widest = np.full(shards, entry.widest, dtype=np.int64)
     image_bytes, pixel_bytes = counts * entry.image_bytes, counts * entry.pixel_bytes
-    table = ShardTable(tuple(names), sizes, times, checksums, counts, counts, image_bytes, pixel_bytes)
+    table = ShardTable(tuple(names), sizes, times, checksums, counts, counts, image_bytes, pixel_bytes, widest)
     write_catalogue(place, Catalogue(table))
     listed = [ManifestShard(name, samples, entry.bytes, sha) for name, sha in zip(names, checksums, strict=True)]
     write_manifest(folder, Manifest(["only"], listed))
-
-
-def _tar_of_one_image() -> bytes:
-    image, tar = io.BytesIO(), io.BytesIO()
-    Image.new("RGB", (PIXELS, PIXELS), "teal").save(image, format="JPEG")
-    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in (("0.jpg", image.getvalue()), ("0.cls", b"0")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return tar.getvalue()

@@ -33,10 +33,9 @@ class TrainingStep:
     prepare: Callable[[], None] = nothing
     follow: Callable[[], None] = nothing
 
-    def __call__(self, batch: Batch, *, autocast: bool) -> None:
+    def __call__(self, batch: Batch, autocast: torch.autocast) -> None:
         """Make one step."""
-        device_type = batch.sample_ids.device.type
-        with torch.autocast(device_type, dtype=torch.bfloat16, enabled=autocast):
+        with autocast:
             loss = self.loss(batch)
         loss.backward()
         self.prepare()
@@ -52,79 +51,61 @@ class TrainingStep:
         return self.loss(batch).item()
 
 
-class OurStep:
-    """A method as the engine trains it; the parts of a TrainingStep."""
+def our_step(method: Method, optim: OptimConfig) -> TrainingStep:
+    """A method as the training loop trains it."""
+    optimizer, carry = build_optimizer(method, optim), dict[str, Tensor]()
 
-    def __init__(self, method: Method, optim: OptimConfig) -> None:
-        self.method, self.optim = method, optim
-        self.optimizer = build_optimizer(method, optim)
-        self.carry: dict[str, Tensor] = {}
-
-    def parts(self) -> TrainingStep:
-        return TrainingStep(self.loss, self.optimizer, self.prepare, self.follow)
-
-    def loss(self, batch: Batch) -> Tensor:
-        output = self.method(batch, PROGRESS)
-        self.carry = output.carry
+    def loss(batch: Batch) -> Tensor:
+        nonlocal carry
+        output = method(batch, PROGRESS)
+        carry = output.carry
         return output.loss
 
-    def prepare(self) -> None:
-        write_values(self.optimizer, self.optim, self.optim.lr, PROGRESS)
-        prepare_gradients(self.optimizer, self.optim, PROGRESS)
+    def prepare() -> None:
+        write_values(optimizer, optim, optim.lr, PROGRESS)
+        prepare_gradients(optimizer, optim, PROGRESS)
 
-    def follow(self) -> None:
-        self.method.after_step([self.carry], PROGRESS)
+    return TrainingStep(loss, optimizer, prepare, lambda: method.after_step([carry], PROGRESS))
 
 
-def copy_of_model(backbone: nn.Module) -> nn.Module:
+def adamw(*modules: nn.Module, lr: float, weight_decay: float, second_beta: float = 0.999) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices alone, as DINO's and MAE's code makes it."""
+    matrices = {"params": [p for p in trained(modules) if p.ndim > 1], "weight_decay": weight_decay}
+    others = {"params": [p for p in trained(modules) if p.ndim <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, others], lr=lr, betas=(0.9, second_beta))
+
+
+def sgd(*modules: nn.Module) -> torch.optim.Optimizer:
+    """SGD as MoCo's code has it."""
+    return torch.optim.SGD(trained(modules), lr=0.03, momentum=0.9, weight_decay=5e-4)
+
+
+def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The trained parameters of all modules."""
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def follow_in_a_loop(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """The moving average as the official repositories write it: two operations per parameter."""
+    for new, old in zip(student.parameters(), teacher.parameters(), strict=True):
+        old.data.mul_(momentum).add_((1 - momentum) * new.detach().data)
+
+
+def copy_of_model(backbone: Backbone) -> nn.Module:
     """The timm model in a backbone, copied into torch's default memory layout."""
-    assert isinstance(backbone, Backbone)
     return deepcopy(backbone.model).to(memory_format=torch.contiguous_format)
 
 
-def copy_of_vit(backbone: nn.Module) -> VisionTransformer:
+def copy_of_vit(backbone: Backbone) -> VisionTransformer:
     """The timm ViT in a backbone, copied."""
     model = copy_of_model(backbone)
     assert isinstance(model, VisionTransformer)
     return model
 
 
-def position_table(model: VisionTransformer) -> Tensor:
-    """The positions (1, 1 + patches, D) of a ViT that has them."""
-    assert model.pos_embed is not None
-    return model.pos_embed
-
-
-def class_token(model: VisionTransformer) -> Tensor:
-    """The class token (1, 1, D) of a ViT that has one."""
+def class_token_and_positions(model: VisionTransformer) -> tuple[Tensor, Tensor]:
+    """The class token (1, 1, D) and the positions (1, 1 + patches, D) of a ViT that has both."""
     assert model.cls_token is not None
-    return model.cls_token
-
-
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Parameter by parameter in their order, for networks of one architecture under different names."""
-    with torch.no_grad():
-        for own, other in zip(target.parameters(), source.parameters(), strict=True):
-            own.copy_(other.view_as(own))
-
-
-def decayed_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict[str, object]]:
-    """Parameter groups with decay on matrices alone, as DINO's and MAE's code makes them."""
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def everything(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The trained parameters of all modules."""
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-
-
-@torch.no_grad()
-def follow_in_a_loop(student: Sequence[nn.Module], teacher: Sequence[nn.Module], momentum: float) -> None:
-    """The moving average as the official repositories write it: two operations per parameter."""
-    for followed, own in zip(student, teacher, strict=True):
-        for new, old in zip(followed.parameters(), own.parameters(), strict=True):
-            old.data.mul_(momentum).add_((1 - momentum) * new.detach().data)
+    assert model.pos_embed is not None
+    return model.cls_token, model.pos_embed

@@ -1,14 +1,54 @@
-"""Files that are either the old one or the new one, never half of it: write aside, fsync, rename."""
+"""Files that are whole or absent (write aside, fsync, rename), their SHA-256, and locks on them."""
 
+from __future__ import annotations
+
+import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+
+
+# writing
+
+
+@contextmanager
+def written_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A path to write to, which takes the name `path` at the end; nothing is left of it if that is not reached.
+
+    Whoever reads `path` meanwhile sees the old content or the new one. `durable=False` leaves out the fsync: a power
+    cut may then lose the file, which a heartbeat can afford.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        if durable:
+            sync(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace `path` by `content`, whole or not at all (`written_whole`)."""
+    with written_whole(path, durable=durable) as aside:
+        aside.write_bytes(content)
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -16,29 +56,42 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     write_bytes(path, text.encode("utf-8"), durable=durable)
 
 
-def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace `path` by `content`; whoever reads it meanwhile sees the old content or the new one.
-
-    `durable=False` leaves out the fsync: a power cut may then lose the file, which a heartbeat can afford.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    if durable:
-        sync_directory(path.parent)
-
-
 def write_json(path: Path, value: JSON, *, durable: bool = True) -> None:
     """`write_text` of indented JSON; NaN and infinity become null, because JSON has no word for them."""
     write_text(path, json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n", durable=durable)
+
+
+def write_array(path: Path, array: NDArray, *, durable: bool = True) -> None:
+    """Replace `path` by an array in numpy's format, whole or not at all."""
+    with written_whole(path, durable=durable) as aside, aside.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, durable: bool = True
+) -> None:
+    """Replace `path` by tensors in safetensors' format, whole or not at all; OSError if they cannot be written.
+
+    They must be contiguous and share no memory with each other.
+    """
+    from safetensors import SafetensorError  # here, because it brings torch with it, and other files are written
+    from safetensors.torch import save_file  # by commands that need no torch
+
+    with written_whole(path, durable=durable) as aside:
+        try:
+            save_file(dict(tensors), aside, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:  # its own class even for a full disk
+            raise OSError(f"cannot write {path}: {error}") from None
+        aside.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a directory (a rename, a new file), survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def without_nan(value: JSON) -> JSON:
@@ -52,16 +105,56 @@ def without_nan(value: JSON) -> JSON:
     return value
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory (a rename, a new file) survive a power cut."""
+# SHA-256, in hexadecimal digits
+
+
+def sha256_of(file: Path | BufferedReader) -> str:
+    """Of the content of a file; of an open one from where it stands."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return sha256_of(opened)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_bytes(*parts: bytes | memoryview) -> str:
+    """Of some bytes, one after another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: object) -> str:
+    """Of the JSON text of a value, whatever the order of its keys."""
+    return sha256_of_bytes(json.dumps(value, sort_keys=True).encode())
+
+
+# locks
+
+
+def lock(file: int | IO, *, shared: bool = False, wait: bool = True, inherited: bool = True) -> bool:
+    """Lock an open file or directory against other processes until it is closed; whether that was possible.
+
+    With `inherited` (flock) forks hold the lock too, until all of them have closed the file. Without (POSIX, fcntl) it
+    is this process's alone: free at once when this process dies, whatever becomes of its forks, but also when it closes
+    any other descriptor of that file; and the file must be open for writing. OSError where there are no locks.
+    """
+    take = fcntl.flock if inherited else fcntl.lockf
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        take(file, kind if wait else kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows either for "somebody has it"
+        return False
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an existing file or directory against other processes, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # no locks here: two processes may do the same, yet each file appears whole
+            lock(descriptor)
+        yield
     finally:
         os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """The networks that are pretrained: any timm model by name, turned into features."""
 
 from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
-from ssl_pipeline.backbones.config import BackboneConfig
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
@@ -9,6 +9,7 @@ from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, without_dro
 from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose public place is here
 
 __all__ = [
+    "ARCHITECTURE",
     "Backbone",
     "BackboneConfig",
     "Preprocessing",

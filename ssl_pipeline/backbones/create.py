@@ -20,7 +20,10 @@ from ssl_pipeline.config import ConfigError, nearest
 
 
 def create_backbone(config: BackboneConfig) -> Backbone:
-    """The backbone that `config` describes; TokenBackbone for ViTs. Raises ConfigError for a mistake in it."""
+    """The backbone that `config` describes, which it keeps; TokenBackbone for ViTs.
+
+    Raises ConfigError for a mistake in `config`.
+    """
     if not timm.is_model(config.name):
         raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
     weights_file = _is_file(config.weights)

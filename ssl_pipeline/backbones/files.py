@@ -8,7 +8,8 @@ from pathlib import Path
 
 import safetensors.torch
 
-from ssl_pipeline.backbones.create import BackboneConfig, create_backbone
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
+from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.weights import first_line, load_weights
 from ssl_pipeline.config import ConfigError
@@ -24,13 +25,13 @@ class Preprocessing:
     std: tuple[float, float, float]
 
 
-def save_backbone(directory: Path, backbone: Backbone, config: BackboneConfig, preprocessing: Preprocessing) -> None:
+def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:
     """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments)."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     description: dict[str, JSON] = {
-        "name": config.name,
-        "arguments": config.arguments,
-        "small_images": config.small_images,
+        "name": backbone.config.name,
+        "arguments": backbone.config.arguments,
+        "small_images": backbone.config.small_images,
         "size": preprocessing.size,
         "mean": preprocessing.mean,
         "std": preprocessing.std,
@@ -40,12 +41,12 @@ def save_backbone(directory: Path, backbone: Backbone, config: BackboneConfig, p
     write_json(directory / "backbone.json", description)
 
 
-def load_backbone(directory: Path) -> tuple[Backbone, BackboneConfig, Preprocessing]:
-    """The backbone that `save_backbone` wrote into a directory, with its description."""
+def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
+    """The backbone that `save_backbone` wrote into a directory, and what it expects of images."""
     path = directory / "backbone.json"
     try:
         description = json.loads(path.read_bytes())
-        config = BackboneConfig(**{key: description[key] for key in ("name", "arguments", "small_images")})
+        config = BackboneConfig(**{key: description[key] for key in ARCHITECTURE})
         preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None
@@ -53,4 +54,4 @@ def load_backbone(directory: Path) -> tuple[Backbone, BackboneConfig, Preprocess
         raise ConfigError(f"{path} is no description of a backbone ({first_line(error)}).") from error
     backbone = create_backbone(config)
     load_weights(backbone.model, directory / "backbone.safetensors")
-    return backbone, config, preprocessing
+    return backbone, preprocessing

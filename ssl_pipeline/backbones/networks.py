@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ class Backbone(nn.Module):
     """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim)."""
 
     config: BackboneConfig
-    """What `create_backbone` made it from, so that it can make another one."""
+    """What `create_backbone` made it from, and makes another one from."""
+    forward_methods: ClassVar[tuple[str, ...]] = ()
+    """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -40,6 +43,7 @@ class TokenBackbone(Backbone):
     """
 
     model: VisionTransformer
+    forward_methods = ("embed", "embed_patches", "encode")
 
     def __init__(self, model: VisionTransformer) -> None:
         super().__init__(model)

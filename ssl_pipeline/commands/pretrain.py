@@ -18,7 +18,14 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone, save_classifier
+from ssl_pipeline.backbones import (
+    ARCHITECTURE,
+    BackboneConfig,
+    Preprocessing,
+    create_backbone,
+    save_backbone,
+    save_classifier,
+)
 from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig
@@ -134,7 +141,7 @@ def pretrain(config: PretrainConfig) -> int:
             if method.classifier is not None:
                 names = labelled_index.class_names if labelled_index is not None else None
                 save_classifier(output, method.classifier, names)
-            save_backbone(output, method.backbone, config.backbone, preprocessing)
+            save_backbone(output, method.backbone, preprocessing)
             print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
@@ -182,7 +189,7 @@ def _images(index: ShardIndex) -> str:
 
 def _identity(config: PretrainConfig) -> dict[str, str]:
     """What runs must share for one to continue the other: everything that shapes tensors or the order of the images."""
-    shape = config.backbone.model_dump(mode="json", include={"name", "arguments", "small_images"})
+    shape = config.backbone.model_dump(mode="json", include=set(ARCHITECTURE))
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
     return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
 

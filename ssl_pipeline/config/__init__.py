@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,10 +20,10 @@ import yaml
 from pydantic import ValidationError
 
 from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, ConfigError, Location, RunError, Tree, Value, nearest
+from ssl_pipeline.config.base import Config, ConfigError, RunError, Tree, Value, nearest
 from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
-from ssl_pipeline.config.schema import annotation_at, complete, is_text
-from ssl_pipeline.config.sentences import help_page, mistakes
+from ssl_pipeline.config.schema import complete
+from ssl_pipeline.config.sentences import TOO_DEEP, help_page, mistakes
 from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 
 __all__ = [
@@ -60,14 +60,9 @@ def load(
 
     Raises ConfigError that lists every mistake at once, each with the nearest known name.
     """
-    arguments = read_arguments(schema, argv, recipes)
-    tree = arguments.tree
-    unreadable = arguments.unreadable.items()
-    wrong = [why for location, why in unreadable if not is_text(annotation_at(schema, tree, location))]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+    tree = read_arguments(schema, argv, recipes)
     try:
-        return validate(schema, tree, texts=arguments.texts, command=command)
+        return validate(schema, tree, command=command)
     except ConfigError as error:
         if recipes is None or "recipe" in tree:
             raise
@@ -76,18 +71,16 @@ def load(
         ) from None
 
 
-def validate(
-    schema: type[ConfigType], tree: Tree, *, texts: Mapping[Location, str] | None = None, command: str = ""
-) -> ConfigType:
+def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> ConfigType:
     """A config from plain YAML values, with the two rules of this module applied."""
-    completed = complete(schema, tree, None, (), texts or {})
+    completed = complete(schema, tree)
     try:
         # JSON mode: lists become tuples and text becomes paths, yet `true` stays no number and "1" no integer.
         return schema.model_validate_json(json.dumps(completed))
     except ValidationError as error:
         sentences = mistakes(schema, completed, error)
     except RecursionError:
-        sentences = ["The settings are nested too deeply."]
+        sentences = [TOO_DEEP]
     help_line = f"\nSee: {command} --help" if command else ""
     raise ConfigError("\n".join(sentences) + help_line)
 
@@ -112,7 +105,9 @@ def run_command(
     rank = os.environ.get("RANK", "0")
     running = False
     if "--debug" not in flags:
-        warnings.formatwarning = _one_line
+        warnings.formatwarning = lambda message, *_, **__: (
+            f"warning: {message}\n"
+        )  # not the place, of which no user knows
     try:
         if flags & {"--help", "-h"}:
             print(help_page(schema, arguments, command, recipes))
@@ -139,10 +134,3 @@ def run_command(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Instead of the place in our code, of which no user knows."""
-    return f"warning: {message}\n"

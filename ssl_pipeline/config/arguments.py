@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import get_origin
 
 from ssl_pipeline.config.base import Config, ConfigError, Location, Tree, Value
 from ssl_pipeline.config.recipes import read_recipe
+from ssl_pipeline.config.schema import alternatives, annotation_at
 from ssl_pipeline.config.yaml_text import read_yaml
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A command line: the tree of its values over the recipe's, and by key their texts and what is no YAML in them."""
-
-    tree: Tree
-    texts: dict[Location, str]
-    unreadable: dict[Location, str]
-
-
-def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | None) -> Arguments:
-    """Recipe and `key=value` arguments as plain values; a value that is no YAML is taken as text and noted."""
-    pairs = _pairs(schema, argv)
+def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | None) -> Tree:
+    """Recipe and `key=value` arguments as plain values; raises ConfigError that lists all that cannot be read."""
     tree: Tree = {}
+    given: dict[str, str] = {}
+    mistakes = []
+    pairs = _pairs(schema, argv)
     if recipes is not None:
         names = [text for key, text in pairs if key == "recipe"]
         pairs = [(key, text) for key, text in pairs if key != "recipe"]
         if len(names) > 1:
             raise ConfigError(f"recipe= is given {len(names)} times; one run has one recipe.")
         if names:
-            tree = read_recipe(names[0], recipes)
-            tree["recipe"] = names[0]
-
-    arguments = Arguments(tree, {}, {})
-    for key, text in pairs:
+            tree = read_recipe(names[0], recipes) | {"recipe": names[0]}
+    for key, text in sorted(pairs, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
+        if key in given:
+            raise ConfigError(f"{key} is given twice: '{given[key]}' and '{text}'.")
+        given[key] = text
         location = tuple(key.split("."))
-        if location in arguments.texts:
-            raise ConfigError(f"{key} is given twice: '{arguments.texts[location]}' and '{text}'.")
-        arguments.texts[location] = text
         try:
-            value = read_yaml(text, where=f"{key}={text}")
+            _assign(tree, location, _value(annotation_at(schema, tree, location), key, text))
         except ConfigError as error:
-            arguments.unreadable[location] = str(error)
-            value = text
-        _assign(tree, location, value)
-    return arguments
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return tree
 
 
 def _pairs(schema: type[Config], argv: Sequence[str]) -> list[tuple[str, str]]:
@@ -65,14 +56,27 @@ def _pairs(schema: type[Config], argv: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _value(annotation: object, key: str, text: str) -> Value:
+    """YAML, but for what only the command line needs: a text key takes the text as it stands, `10,20` is a list."""
+    kinds = alternatives(annotation)
+    if kinds and all(kind in (str, Path) for kind in kinds):
+        return None if text in ("", "~", "null") else text
+    value = read_yaml(text, where=f"{key}={text}")
+    if any(get_origin(kind) is tuple for kind in kinds):
+        if isinstance(value, str) and "," in value:
+            return [read_yaml(part, where=key) for part in value.split(",")]
+        if isinstance(value, int | float | str) and len(kinds) == 1:
+            return [value]
+    return value
+
+
 def _assign(tree: Tree, location: Location, value: Value) -> None:
     """Set one dotted key; a bare value over a schedule's section sets its `value`."""
     *parents, last = location
     for name in parents:
         child = tree.get(name)
         if not isinstance(child, dict):
-            child = {} if child is None else {"value": child}
-            tree[name] = child
+            child = tree[name] = {} if child is None else {"value": child}
         tree = child
     old = tree.get(last)
     if isinstance(old, dict) and isinstance(value, dict):

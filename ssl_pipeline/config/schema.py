@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from ssl_pipeline.config.arguments import read_yaml
 from ssl_pipeline.config.base import Config, Location, Tree, Value
 
 
@@ -57,11 +55,6 @@ def fixed_length(annotation: object) -> int | None:
     return None
 
 
-def is_text(annotation: object) -> bool:
-    kinds = alternatives(annotation)
-    return bool(kinds) and all(kind in (str, Path) for kind in kinds)
-
-
 def annotation_at(schema: type[Config], data: Value, location: Location) -> object | None:
     """The type of a key, or None for an unknown one; in a union that of the member that `data` names."""
     annotation: object | None = schema
@@ -73,46 +66,25 @@ def annotation_at(schema: type[Config], data: Value, location: Location) -> obje
     return annotation
 
 
-def complete(
-    annotation: object, data: Value, default: object, location: Location, texts: Mapping[Location, str]
-) -> Value:
+def complete(annotation: object, data: Value, default: object = None) -> Value:
     """Expand shorthands, and give every mentioned section the defaults of its unmentioned keys."""
     section = section_of(annotation, data)
     if section is None:
         item_type = mapping_value(annotation)
-        if isinstance(data, dict) and item_type is not None:
-            given = {name: item for name, item in data.items() if item is not None}  # null leaves an entry out
-            return {name: complete(item_type, item, None, (*location, name), texts) for name, item in given.items()}
-        return _complete_leaf(annotation, data, location, texts)
+        if not isinstance(data, dict) or item_type is None:
+            return data
+        given = {name: item for name, item in data.items() if item is not None}  # null leaves an entry out
+        return {name: complete(item_type, item) for name, item in given.items()}
     if section.shorthand and data is not None and not isinstance(data, dict):
         data = {section.shorthand: data}
     if not isinstance(data, dict):
         return data
-    completed: Tree = {}
-    for name, field in section.model_fields.items():
-        inherited = getattr(default, name) if isinstance(default, section) else field.get_default()
-        if name in data:
-            assert field.annotation is not None
-            completed[name] = complete(field.annotation, data[name], inherited, (*location, name), texts)
-        elif isinstance(default, section):
-            completed[name] = default.model_dump(mode="json")[name]
-    return completed | {name: item for name, item in data.items() if name not in completed}
-
-
-def _complete_leaf(annotation: object, data: Value, location: Location, texts: Mapping[Location, str]) -> Value:
-    """What only the command line needs: text that looks like a number stays text, `10,20` is a list."""
-    kinds = alternatives(annotation)
-    text = texts.get(location)
-    if text is None:
-        return data
-    if is_text(annotation):
-        return None if text in ("", "~", "null") else text
-    if any(get_origin(kind) is tuple for kind in kinds):
-        if isinstance(data, str) and "," in data:
-            return [read_yaml(part, where=".".join(location)) for part in data.split(",")]
-        if isinstance(data, int | float | str) and len(kinds) == 1:
-            return [data]
-    return data
+    completed: Tree = default.model_dump(mode="json") if isinstance(default, section) else {}
+    for name, item in data.items():
+        field = section.model_fields.get(name)
+        inherited = getattr(default, name, None) if isinstance(default, section) else field and field.get_default()
+        completed[name] = complete(field.annotation, item, inherited) if field else item
+    return completed
 
 
 def walk(schema: type[Config], data: Value, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

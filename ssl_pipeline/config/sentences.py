@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from ssl_pipeline.config.arguments import read_arguments
 from ssl_pipeline.config.base import Config, Location, Value, nearest
@@ -17,21 +16,25 @@ from ssl_pipeline.config.recipes import recipe_files
 from ssl_pipeline.config.schema import fixed_length, mapping_value, section_of, sections_in, tags_of, walk
 from ssl_pipeline.config.yaml_text import YamlDumper
 
+TOO_DEEP = "The settings are nested too deeply."
+
 
 def mistakes(schema: type[Config], data: Value, error: ValidationError) -> list[str]:
     """One sentence per mistake: where, what is needed, what came, what to try."""
     by_place: dict[str, list[str]] = {}
     for item in error.errors():
         place = _place(schema, data, item["loc"])
-        by_place.setdefault(place.where, []).append(_sentence(schema, data, item, place))
+        sentence = f"Unknown key '{place.where}'.{_suggest(schema, data, place)}"
+        if item["type"] != "extra_forbidden":
+            sentence = _sentence(place, item["type"], item["input"], str(item["msg"]), item.get("ctx", {}))
+        by_place.setdefault(place.where, []).append(sentence)
     return [_join_alternatives(sentences) for sentences in by_place.values()]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a mistake is: parents and key without pydantic's union tags, and the annotation that applies there.
+class _Place(NamedTuple):
+    """Where a mistake is, without pydantic's union tags, the annotation that applies there and the section it chose.
 
-    For an unknown key the annotation is that of the section it was put into, and `section` the one that was chosen.
+    For an unknown key both are those of the section it was put into.
     """
 
     parents: Location
@@ -44,40 +47,36 @@ class _Place:
         return ".".join((*self.parents, self.key) if self.key else self.parents)
 
 
-def _sentence(schema: type[Config], data: Value, item: ErrorDetails, place: _Place) -> str:
+def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapping[str, object]) -> str:
     where, annotation = place.where, place.annotation
-    kind, got = item["type"], item["input"]
-    sections = sections_in(annotation)
+    sections, length = sections_in(annotation), fixed_length(annotation)
     tags = [tag for section in sections for tag in tags_of(section)] if len(sections) > 1 else []
-    length = fixed_length(annotation)
-    if kind == "extra_forbidden":
-        return f"Unknown key '{where}'.{_suggest(schema, data, place)}"
     if kind in ("missing", "too_long") and length and isinstance(got, list):
         return f"{where} must have {length} values. Got {len(got)}."
     if kind == "missing":
         inside = ".KEY" if sections else ".NAME.KEY" if mapping_value(annotation) is not None else ""
         return f"{where} is missing: set {where}{inside}=..."
-    if tags and kind in ("union_tag_invalid", "union_tag_not_found"):
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = str(got.get("name", "")) if isinstance(got, dict) else str(got)
         return f"{where}.name must be one of {', '.join(tags)}. Got '{name}'.{nearest(name, tags)}"
     if tags and not isinstance(got, dict):
         return f"{where} is a section: set {where}.name to one of {', '.join(tags)}. Got {got!r}."
     if kind == "value_error":
-        reason = str(item.get("ctx", {})["error"])
+        reason = str(context["error"])
         starts_with_key = place.section is not None and re.split(r"[ .]", reason)[0] in place.section.model_fields
         return f"{where}.{reason}" if where and starts_with_key else f"{where}: {reason}".removeprefix(": ")
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(item.get("ctx", {})["expected"]))
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
         return f"{where} must be one of {', '.join(choices)}. Got {got!r}.{nearest(str(got), choices)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         names = ", ".join(name for section in sections for name in section.model_fields)
         return f"{where} is a section with the keys {names or 'you choose'}. Got {got!r}."
     if kind == "json_invalid":
-        return "The settings are nested too deeply."
+        return TOO_DEEP
     if isinstance(got, dict) and got and not sections:
         inner = next((name for name in got if name != "value"), "value")  # `value` stands for what was there before
         return f"Unknown key '{where}.{inner}'. {where} takes a value, it is no section."
-    needed = str(item["msg"]).removeprefix("Input should be ").removeprefix("String should match ")
+    needed = message.removeprefix("Input should be ").removeprefix("String should match ")
     return f"{where} must be {needed}. Got {got!r}."
 
 
@@ -99,18 +98,19 @@ def _place(schema: type[Config], data: Value, loc: Sequence[int | str]) -> _Plac
     tag_follows = False
     for part in loc:
         section = section_of(annotation, data)
+        inside, item_type = isinstance(data, dict) and part in data, mapping_value(annotation)
         if tag_follows:
             tag_follows = False
             continue
         if section is not None and part in section.model_fields:
             annotation = section.model_fields[str(part)].annotation
-        elif isinstance(data, dict) and (item_type := mapping_value(annotation)) is not None and part in data:
+        elif inside and item_type is not None:
             annotation = item_type
         elif isinstance(part, int):
             if isinstance(data, list) and part < len(data):  # otherwise an item is missing: a mistake of the list
                 path[-1] = f"{path[-1]}[{part}]"
             continue
-        elif section is not None and isinstance(data, dict) and part in data:
+        elif inside and section is not None:
             return _Place(tuple(path), str(part), annotation, section)
         else:
             continue  # the type of a union's member
@@ -132,7 +132,7 @@ def _suggest(schema: type[Config], data: Value, place: _Place) -> str:
 
 
 def help_page(schema: type[Config], argv: Sequence[str], command: str, recipes: Path | None) -> str:
-    tree = read_arguments(schema, argv, recipes).tree
+    tree = read_arguments(schema, argv, recipes)
     usage = f"usage: {command}{' recipe=NAME' if recipes else ''} [key=value ...] [--print] [--debug]"
     lines = [usage, "", (schema.__doc__ or "").strip(), ""]
     if recipes:
@@ -142,14 +142,9 @@ def help_page(schema: type[Config], argv: Sequence[str], command: str, recipes: 
         if tags:
             lines.append(f"  {path}.name: one of {', '.join(tags)}; its keys: --help with recipe= or {path}.name=")
             continue
-        needed = (
-            " (required)"
-            if field.is_required()
-            else f" (default: {_plain(field.get_default(call_default_factory=True))})"
-        )
-        about = " ".join((field.description or "").split())
-        lines.append(f"  {path}{needed}")
-        lines += [f"      {about}"] if about else []
+        default = "" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+        lines.append(f"  {path} ({f'default: {default}' if default else 'required'})")
+        lines += [f"      {' '.join(field.description.split())}"] if field.description else []
         for section in sections_in(field.annotation):  # a schedule: a bare value or its keys
             lines.append(f"      One value, or the keys {', '.join(f'.{name}' for name in section.model_fields)}.")
     return "\n".join(lines)

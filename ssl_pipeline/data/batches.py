@@ -20,8 +20,8 @@ class StreamBatch(Protocol):
 
     parameters: photometric parameters (V,B,P) float32 of each group of views.
     masks: (V,B,L) bool of each group that has some.
-    labels: (B,) int64, -1 where an image has none.
-    sample_ids: (B,) int64.
+    labels: (B,) int64, -1 where an image has none; or soft ones (B,C) float32.
+    sample_ids: (B,) int64, places in the set as its overlay leaves it: of a set of N images 0 to N-1.
     bad: the samples that others stand in for.
     labelled: a batch of the labelled set, if there is one.
     """

@@ -14,7 +14,7 @@ from ssl_pipeline.augment.draw import ViewSampler, num_parameters
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.data.samples import Integers, Samples
+from ssl_pipeline.data.samples import Integers, Label, Samples, labels_layout
 from ssl_pipeline.data.workers.ring import Layout
 
 # V views of each of B images, P photometric parameters, S pixels, L patches
@@ -27,8 +27,8 @@ class CropBatch:
     """One process's share of a micro-batch, ready for the photometric part on the device.
 
     Per group crops (V,B,3,S,S) uint8, channels-last in memory, photometric parameters (V,B,P) float32, and masks
-    (V,B,L) if it has some; labels (B,) int64, -1 = none; sample_ids (B,) int64; `bad` lists the samples that others
-    stand in for; `labelled` is a batch of the labelled set, if there is one.
+    (V,B,L) if it has some; labels (B,) int64, -1 = none, or soft ones (B,C) float32; sample_ids (B,) int64; `bad` lists
+    the samples that others stand in for; `labelled` is a batch of the labelled set, if there is one.
     """
 
     crops: dict[str, Tensor]
@@ -79,8 +79,8 @@ class CropReader:
         self.sampler = sampler
         self.batch_size = batch_size
 
-    def layout(self) -> Layout:
-        """Crops, parameters and masks of each group, labels and sample ids."""
+    def layout(self, positions: Sequence[int] | None = None) -> Layout:
+        """Crops, parameters and masks of each group, labels and sample ids; the same for every batch."""
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, group in self.sampler.groups.items():
             views = (group.count, self.batch_size)
@@ -88,12 +88,13 @@ class CropReader:
             layout[f"parameters.{name}"] = (*views, num_parameters(group)), torch.float32
             if name in self.sampler.masks:
                 layout[f"masks.{name}"] = (*views, self.sampler.num_patches(name)), torch.bool
-        return layout | {name: ((self.batch_size,), torch.int64) for name in ("labels", "sample_ids")}
+        layout["labels"] = labels_layout(self.samples.index, self.batch_size)
+        return layout | {"sample_ids": ((self.batch_size,), torch.int64)}
 
     def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor]) -> list[BadSample]:
         """Read, decode and crop; raises DataError for what cannot be read or, under `stop`, decoded."""
         epochs_B, samples_B = self.samples.locate(positions)
-        labels, taken, bad = list[int](), list[int](), list[BadSample]()
+        labels, taken, bad = list[Label](), list[int](), list[BadSample]()
         for images in self._decoded(samples_B.tolist(), labels, taken, bad):
             here = slice(len(taken) - len(images), len(taken))
             drawn = self.sampler.draw(
@@ -109,7 +110,7 @@ class CropReader:
                 slot[f"parameters.{name}"][:, here] = torch.from_numpy(of.parameters)
                 if of.masks is not None:
                     slot[f"masks.{name}"][:, here] = torch.from_numpy(of.masks)
-        slot["labels"].copy_(torch.tensor(labels))
+        slot["labels"].numpy()[:] = labels
         slot["sample_ids"].copy_(torch.tensor(taken))
         return bad
 
@@ -127,7 +128,7 @@ class CropReader:
         return np.empty(CHUNK_BYTES, np.uint8)
 
     def _decoded(
-        self, samples: list[int], labels: list[int], taken: list[int], bad: list[BadSample]
+        self, samples: list[int], labels: list[Label], taken: list[int], bad: list[BadSample]
     ) -> Iterator[list[Tensor]]:
         """Images in chunks of bounded size, each until the next; labels, ids, bad samples are appended on the way."""
         images, used = list[Tensor](), 0

@@ -1,14 +1,14 @@
 """Batches of decoded images: workers only decode, and the device cuts out and resizes every crop of a batch at once."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ssl_pipeline.augment.draw import ViewSampler, num_parameters
@@ -17,16 +17,10 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.crop_reader import channels_first, crop_images
-from ssl_pipeline.data.decode import FORMATS, MAX_PIXELS
-from ssl_pipeline.data.samples import Integers, Samples
-from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.data.shards.remote import is_url
+from ssl_pipeline.data.samples import Integers, Samples, labels_layout
 from ssl_pipeline.data.workers.ring import Layout
 
 # V views of each of B images, P photometric parameters, S pixels, L patches
-
-HEADERS_READ = 64
-USUAL_SIZE = (500, 400)  # of an ImageNet photograph, where no header tells
 
 
 @dataclass(frozen=True)
@@ -38,10 +32,14 @@ class ImageTable:
     widths: Integers
 
     @classmethod
-    def dense(cls, heights_B: Integers, widths_B: Integers) -> "ImageTable":
+    def dense(cls, heights_B: Integers, widths_B: Integers) -> ImageTable:
         """The images lie one after another, from the first byte on."""
         sizes_B = 3 * heights_B * widths_B
         return cls(sizes_B.cumsum() - sizes_B, heights_B, widths_B)
+
+    def of(self, images: Integers) -> ImageTable:
+        """Where some of the images lie, by their numbers."""
+        return ImageTable(self.offsets[images], self.heights[images], self.widths[images])
 
     def views(self, pixels: Tensor) -> list[Tensor]:
         """Each image (H,W,3) of a buffer."""
@@ -54,9 +52,9 @@ class DecodedBatch:
     """One process's share of a micro-batch, decoded and not yet cropped.
 
     `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the parameters (V,B,P) of
-    each group, its masks (V,B,L) if it has some, labels (B,) int64, -1 = none, and sample_ids (B,) int64, move to the
-    device. Boxes (V,B,4) and flips (V,B) stay on the host. `bad` lists the samples that others stand in for;
-    `labelled` is a batch of the labelled set.
+    each group, its masks (V,B,L) if it has some, labels (B,) int64, -1 = none, or soft ones (B,C) float32, and
+    sample_ids (B,) int64, move to the device. Boxes (V,B,4) and flips (V,B) stay on the host. `bad` lists the samples
+    that others stand in for; `labelled` is a batch of the labelled set.
     """
 
     pixels: Tensor
@@ -70,7 +68,7 @@ class DecodedBatch:
     bad: list[BadSample]
     labelled: StreamBatch | None = None
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "DecodedBatch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DecodedBatch:
         """The same batch on a device; labels and sample ids, which outlive a step, are copies in any case."""
         non_blocking = non_blocking and torch.device(device).type == "cuda"  # other devices' copies nobody waits for
         return replace(
@@ -83,7 +81,7 @@ class DecodedBatch:
             labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
         )
 
-    def clone(self) -> "DecodedBatch":
+    def clone(self) -> DecodedBatch:
         """The same batch in memory of its own, for those who keep it: of the pixels just those of its images."""
         return replace(
             self,
@@ -136,33 +134,40 @@ def _crops_in_8_bits(
 
 @dataclass(frozen=True)
 class Decoded:
-    """What goes with a slot: how much of it is used, and its pixels where they did not fit."""
+    """What goes with the tensors of a batch: how many bytes of its pixels are used, and pixels that found no room."""
 
-    num_images: int
     used: int
     bad: list[BadSample]
-    overflow: NDArray[np.uint8] | None
+    displaced: NDArray[np.uint8] | None
 
 
 class DecodedReader:
-    """Positions of the endless stream -> their pixels and what is drawn for them; the part that runs in the workers."""
+    """Positions of the endless stream -> their pixels and what is drawn for them; the part that runs in the workers.
 
-    def __init__(self, samples: Samples, sampler: ViewSampler, *, batch_size: int, slot_bytes: int) -> None:
+    Each batch has room for just its own images, whose sizes the index knows. Only where other images stand in for
+    damaged ones may some find none: these, in most cases the last one of the batch, travel by pipe.
+    """
+
+    def __init__(self, samples: Samples, sampler: ViewSampler, *, batch_size: int) -> None:
         self.samples = samples
         self.sampler = sampler
         self.batch_size = batch_size
-        self.slot_bytes = slot_bytes
+        self.row_bytes = 3 * samples.index.widest  # a row more, which the device reads past the end
 
-    def layout(self) -> Layout:
+    def layout(self, positions: Sequence[int] | None = None) -> Layout:
         """The flat pixels, the images' sizes (B,2), labels and ids, and for each group what is drawn for it."""
+        if positions is None:
+            num_images, used = self.batch_size, math.ceil(self.batch_size * self.samples.usual_pixel_bytes())
+        else:
+            num_images, used = len(positions), int(self.samples.pixel_bytes(positions).sum())
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "pixels": ((self.slot_bytes,), torch.uint8),
-            "sizes": ((self.batch_size, 2), torch.int64),
-            "labels": ((self.batch_size,), torch.int64),
-            "sample_ids": ((self.batch_size,), torch.int64),
+            "pixels": ((used + self.row_bytes,), torch.uint8),
+            "sizes": ((num_images, 2), torch.int64),
+            "labels": labels_layout(self.samples.index, num_images),
+            "sample_ids": ((num_images,), torch.int64),
         }
         for name, group in self.sampler.groups.items():
-            shape = (group.count, self.batch_size)
+            shape = (group.count, num_images)
             layout[f"boxes.{name}"] = ((*shape, 4), torch.int64)
             layout[f"flips.{name}"] = (shape, torch.bool)
             layout[f"parameters.{name}"] = ((*shape, num_parameters(group)), torch.float32)
@@ -173,18 +178,17 @@ class DecodedReader:
     def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor]) -> Decoded:
         """Read and decode into the slot; raises DataError for what cannot be read or, under `stop`, decoded."""
         epochs_B, samples_B = self.samples.locate(positions)
-        room = pixels = slot["pixels"].numpy()
         sizes_B2, labels_B, sample_ids_B = (slot[name].numpy() for name in ("sizes", "labels", "sample_ids"))
-        used, bad = 0, list[BadSample]()
+        room = slot["pixels"].numpy()[: len(slot["pixels"]) - self.row_bytes]
+        used, bad, displaced = 0, list[BadSample](), list[NDArray[np.uint8]]()
         for number, sample in enumerate(samples_B.tolist()):
-            image, labels_B[number], sample_ids_B[number] = self.samples.decode(sample, bad, pixels[used:])
-            if image.size > len(pixels) - used:
-                pixels = np.concatenate((pixels[:used], np.empty(max(image.size, len(pixels)), np.uint8)))
-                pixels[used : used + image.size] = image.ravel()
+            image, labels_B[number], sample_ids_B[number] = self.samples.decode(sample, bad, room[used:])
             sizes_B2[number] = image.shape[:2]
-            used += image.size
-        num_images = len(samples_B)
-        heights_B, widths_B = sizes_B2[:num_images].T
+            if displaced or image.size > len(room) - used:
+                displaced.append(image.flatten())
+            else:
+                used += image.size
+        heights_B, widths_B = sizes_B2.T
         drawn = self.sampler.draw(
             positions, epochs_B=epochs_B, samples_B=samples_B, heights_B=heights_B, widths_B=widths_B
         )
@@ -194,16 +198,16 @@ class DecodedReader:
             slot[f"parameters.{name}"].numpy()[:] = group.parameters
             if group.masks is not None:
                 slot[f"masks.{name}"].numpy()[:] = group.masks
-        return Decoded(num_images, used, bad, None if pixels is room else pixels[:used])
+        return Decoded(used, bad, np.concatenate(displaced) if displaced else None)
 
     def batch(self, slot: Mapping[str, Tensor], decoded: Decoded) -> DecodedBatch:
         """What a worker left in a slot, as a batch; its tensors are views of the slot."""
         groups = self.sampler.groups
-        heights_B, widths_B = slot["sizes"][: decoded.num_images].numpy().T
-        if decoded.overflow is not None:
-            pixels = torch.from_numpy(decoded.overflow)
-        else:  # with a row more, which the device reads past the end
-            pixels = slot["pixels"][: decoded.used + 3 * int(widths_B.max())]
+        heights_B, widths_B = slot["sizes"].numpy().T
+        pixels = slot["pixels"][: decoded.used + 3 * int(widths_B.max())]
+        if decoded.displaced is not None:
+            row = torch.zeros(self.row_bytes, dtype=torch.uint8)
+            pixels = torch.cat((slot["pixels"][: decoded.used], torch.from_numpy(decoded.displaced), row))
         return DecodedBatch(
             pixels,
             ImageTable.dense(heights_B, widths_B),
@@ -211,38 +215,7 @@ class DecodedReader:
             {name: slot[f"flips.{name}"].numpy() for name in groups},
             {name: slot[f"parameters.{name}"] for name in groups},
             {name: slot[f"masks.{name}"] for name in groups if name in self.sampler.masks},
-            slot["labels"][: decoded.num_images],
-            slot["sample_ids"][: decoded.num_images],
+            slot["labels"],
+            slot["sample_ids"],
             decoded.bad,
         )
-
-
-@dataclass(frozen=True)
-class ImageBytes:
-    """Bytes of the decoded images of a set, by the headers of some of them, and the longest row."""
-
-    mean: float
-    deviation: float
-    longest_row: int
-
-    def of(self, count: int) -> int:
-        """Room for `count` images at random, which hardly ever overflows; no more than that if all have one size."""
-        uncertain = self.deviation / math.sqrt(HEADERS_READ)
-        spread = 4 * self.deviation * math.sqrt(count)
-        return math.ceil(count * (self.mean + 2 * uncertain) + spread) + self.longest_row
-
-
-def estimate_image_bytes(index: ShardIndex) -> ImageBytes:
-    """From the headers of 64 images all over the set; all over the first shard if each must be fetched."""
-    within = int(index.shard_counts[0]) if is_url(index.source) else len(index)
-    sizes = []
-    for sample in np.unique(np.linspace(0, within - 1, HEADERS_READ).astype(np.int64)).tolist():
-        try:
-            with Image.open(BytesIO(index.read(sample).image), formats=FORMATS) as image:
-                sizes.append(image.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            continue  # its turn to be refused comes when it is decoded
-    sizes = [(width, height) for width, height in sizes if width * height <= MAX_PIXELS] or [USUAL_SIZE]
-    sizes_N = np.array([3 * width * height for width, height in sizes])
-    sizes_N = np.minimum(sizes_N, 4 * np.median(sizes_N))  # a rare giant travels by pipe rather than enlarge every slot
-    return ImageBytes(float(sizes_N.mean()), float(sizes_N.std()), 3 * max(max(size) for size in sizes))

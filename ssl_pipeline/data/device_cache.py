@@ -4,6 +4,8 @@ The order, the crops and the colours are those of the stream that reads from sha
 seed and the position.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +18,11 @@ from tqdm import tqdm
 
 from ssl_pipeline.augment.draw import ViewSampler
 from ssl_pipeline.data.bad_samples import BadSample
-from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, ImageTable, estimate_image_bytes
+from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, ImageTable
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.samples import Integers, Samples
+from ssl_pipeline.data.samples import Integers, Samples, labels_layout
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.shards.overlay import Labels
 from ssl_pipeline.data.workers.pool import read_batches
 from ssl_pipeline.machine import free_bytes
 
@@ -29,11 +32,11 @@ SHARE = 0.5  # of the memory that this process may still take, for the images; t
 
 @dataclass(frozen=True)
 class CachedImages:
-    """N decoded images in a flat buffer on a device; labels (N,), ids (N,) of what is there, and what is damaged."""
+    """N decoded images in a flat buffer on a device; labels (N,) or (N,C) and ids (N,) of what is there; the damage."""
 
     pixels: Tensor
     images: ImageTable
-    labels: Integers
+    labels: Labels
     sample_ids: Integers
     bad: dict[int, list[BadSample]]
 
@@ -58,8 +61,7 @@ def cached_stream(
 
 def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, positions: Sequence[int]) -> DecodedBatch:
     epochs_B, samples_B = samples.locate(positions)
-    of_all = cache.images
-    images = ImageTable(of_all.offsets[samples_B], of_all.heights[samples_B], of_all.widths[samples_B])
+    images = cache.images.of(samples_B)
     drawn = sampler.draw(
         positions, epochs_B=epochs_B, samples_B=samples_B, heights_B=images.heights, widths_B=images.widths
     )
@@ -86,37 +88,60 @@ def decode_all(
 ) -> CachedImages:
     """Decode every sample of the index onto the device, under a progress bar and with a keepalive now and then.
 
-    Raises DataError if the images do not fit there, from an estimate before anything is decoded.
+    A sample that cannot be decoded points to the pixels of the one that stands in for it. Raises DataError if the
+    images do not fit there, before anything is decoded.
     """
     index = samples.index
-    estimate = estimate_image_bytes(index)
-    pixels = _Pixels(index, device, needed=estimate.of(len(index)))
+    heights_N, widths_N = index.sizes().T
+    images = ImageTable.dense(heights_N, widths_N)
+    total = int(index.shard_pixel_bytes.sum())
+    pixels = _reserve(index, device, needed=total + 3 * index.widest)  # a row is read past the end, for nothing
     in_order = Samples(index, None, seed=samples.seed, substitutes=samples.substitutes)
-    step = min(max(int(SLOT_BYTES / max(estimate.mean, 1)), 1), 1024, len(index))
+    step = min(max(SLOT_BYTES * len(index) // max(total, 1), 1), 1024, len(index))
     no_views = ViewSampler({}, {}, samples.seed, global_batch=step)
-    reader = DecodedReader(in_order, no_views, batch_size=step, slot_bytes=estimate.of(step))
+    reader = DecodedReader(in_order, no_views, batch_size=step)
     read = read_batches(
         reader,
         lambda number: range(number * step, min((number + 1) * step, len(index))),
         batches=math.ceil(len(index) / step),
         workers=workers,
     )
-    heights, widths, labels, ids = (np.empty(len(index), np.int64) for _ in range(4))
+    shape, dtype = labels_layout(index, len(index))
+    labels, ids = torch.empty(shape, dtype=dtype).numpy(), np.empty(len(index), np.int64)
     bad, done = dict[int, list[BadSample]](), 0
     with tqdm(
         total=len(index), desc=f"decoding {index.source}", unit="image", leave=False, delay=1.0, disable=rank > 0
     ) as bar:
         for slot, decoded in read:
-            here, batch = slice(done, done + decoded.num_images), reader.batch(slot, decoded)
-            done += decoded.num_images
-            pixels.append(batch.pixels[: decoded.used], done)
-            heights[here], widths[here] = batch.images.heights, batch.images.widths
+            batch = reader.batch(slot, decoded)
+            here = slice(done, done + len(batch.labels))
             labels[here], ids[here] = batch.labels.numpy(), batch.sample_ids.numpy()
+            _copy_images(batch, images, index, out=pixels, first=done)
+            done = here.stop
             _add_chains(bad, decoded.bad)
-            bar.update(decoded.num_images)
+            bar.update(len(batch.labels))
             keepalive()
-    whole = pixels.whole(row=3 * int(widths.max()))
-    return CachedImages(whole, ImageTable.dense(heights, widths), labels, ids, bad)
+    return CachedImages(pixels, images.of(ids), labels, ids, bad)
+
+
+def _copy_images(batch: DecodedBatch, images: ImageTable, index: ShardIndex, *, out: Tensor, first: int) -> None:
+    """Copy a batch that begins with image `first` to where `images` says, all but those that stand in for others."""
+    numbers_B = np.arange(first, first + len(batch.sample_ids))
+    own_B = batch.sample_ids.numpy() == numbers_B
+    places, found = images.of(numbers_B), batch.images
+    differs_B = own_B & ((places.heights != found.heights) | (places.widths != found.widths))
+    if differs_B.any():
+        raise DataError(
+            f"The index of '{index.source}' has another size for image {numbers_B[differs_B][0]} than it has decoded. "
+            "Delete the index; it is made again at the next start."
+        )
+    if own_B.all():
+        start, used = places.offsets[0], (3 * found.heights * found.widths).sum()
+        out[start : start + used].copy_(batch.pixels[:used])
+        return
+    for number, (source, target) in enumerate(zip(found.views(batch.pixels), places.views(out), strict=True)):
+        if own_B[number]:
+            target.copy_(source)
 
 
 def _add_chains(bad: dict[int, list[BadSample]], entries: Sequence[BadSample]) -> None:
@@ -129,39 +154,12 @@ def _add_chains(bad: dict[int, list[BadSample]], entries: Sequence[BadSample]) -
         expected = entry.substitute
 
 
-class _Pixels:
-    """A flat buffer on a device that grows where the estimate was too low."""
-
-    def __init__(self, index: ShardIndex, device: torch.device, *, needed: int) -> None:
-        self.index, self.device = index, device
-        self.used = 0
-        self.buffer = self._reserve(needed)
-
-    def append(self, pixels: Tensor, num_images: int) -> None:
-        """Those of the next images, up to `num_images` of the set."""
-        end = self.used + len(pixels)
-        if end > len(self.buffer):
-            self._grow(math.ceil(1.05 * end * len(self.index) / num_images))
-        self.buffer[self.used : end].copy_(pixels)
-        self.used = end
-
-    def whole(self, *, row: int) -> Tensor:
-        """The pixels and `row` bytes more, which are read past the end and count for nothing."""
-        if self.used + row > len(self.buffer):
-            self._grow(self.used + row)
-        return self.buffer[: self.used + row]
-
-    def _grow(self, needed: int) -> None:
-        larger = self._reserve(needed)
-        larger[: self.used] = self.buffer[: self.used]
-        self.buffer = larger
-
-    def _reserve(self, needed: int) -> Tensor:
-        free = free_bytes(self.device)
-        if free is not None and needed > SHARE * free:
-            raise DataError(
-                f"data.cache=true needs about {needed / 1e9:.3g} GB in each process for the {len(self.index)} decoded "
-                f"images of '{self.index.source}', more than half of the {free / 1e9:.3g} GB that one may still take "
-                f"on {self.device}. Leave it out: data.crop_on=device takes the cropping off the workers just as well."
-            )
-        return torch.empty(needed, dtype=torch.uint8, device=self.device)
+def _reserve(index: ShardIndex, device: torch.device, *, needed: int) -> Tensor:
+    free = free_bytes(device)
+    if free is not None and needed > SHARE * free:
+        raise DataError(
+            f"data.cache=true needs {needed / 1e9:.3g} GB in each process for the {len(index)} decoded images of "
+            f"'{index.source}', more than half of the {free / 1e9:.3g} GB that one may still take on {device}. "
+            "Leave it out: data.crop_on=device takes the cropping off the workers just as well."
+        )
+    return torch.empty(needed, dtype=torch.uint8, device=device)

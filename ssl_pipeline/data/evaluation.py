@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.samples import Label, labels_layout
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.workers.pool import read_batches
 from ssl_pipeline.data.workers.ring import Layout
@@ -18,7 +19,7 @@ CROP_RATIO = 256 / 224
 LONGEST_SIDE = 4  # times the shorter one; what lies beyond never reaches the central square
 
 
-class EvaluationSet(Dataset[tuple[Tensor, int, int]]):
+class EvaluationSet(Dataset[tuple[Tensor, Label, int]]):
     """Sample i as (image (3,S,S) uint8, label or -1, i).
 
     The shorter side is resized to size*256/224 pixels, as the evaluations of DINO and SimCLR do (to `size` itself up to
@@ -32,7 +33,7 @@ class EvaluationSet(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, sample: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, sample: int) -> tuple[Tensor, Label, int]:
         raw = self.index.read(sample)
         try:
             image_HWC = torch.from_numpy(decode_image(raw.image))
@@ -48,23 +49,25 @@ class EvaluationReader:
         self.images = images
         self.batch_size = batch_size
 
-    def layout(self) -> Layout:
-        size = self.images.size
-        numbers = (self.batch_size,), torch.int64
-        return {"images": ((self.batch_size, 3, size, size), torch.uint8), "labels": numbers, "ids": numbers}
+    def layout(self, samples: Sequence[int] | None = None) -> Layout:
+        """Images (B,3,S,S), labels (B,), or (B,C) where they are soft, and ids (B,)."""
+        size, num_images = self.images.size, self.batch_size if samples is None else len(samples)
+        return {
+            "images": ((num_images, 3, size, size), torch.uint8),
+            "labels": labels_layout(self.images.index, num_images),
+            "ids": ((num_images,), torch.int64),
+        }
 
-    def __call__(self, samples: Sequence[int], slot: Mapping[str, Tensor]) -> int:
-        """Fill the slot from its beginning; returns the number of images."""
+    def __call__(self, samples: Sequence[int], batch: Mapping[str, Tensor]) -> None:
         for place, sample in enumerate(samples):
-            image, slot["labels"][place], slot["ids"][place] = self.images[sample]
-            slot["images"][place].copy_(image)
-        return len(samples)
+            image, batch["labels"].numpy()[place], batch["ids"][place] = self.images[sample]
+            batch["images"][place].copy_(image)
 
 
 def evaluation_batches(
     images: EvaluationSet, samples: Sequence[int], *, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images (B,3,S,S), labels (B,) and ids (B,) of `samples`, in order; the last batch may be smaller.
+    """Images (B,3,S,S), labels (B,) or (B,C) and ids (B,) of `samples`, in order; the last batch may be smaller.
 
     Images last until the next batch is asked for, which may overwrite them; labels and ids are copies. The errors of
     workers are one-line DataErrors.
@@ -75,9 +78,7 @@ def evaluation_batches(
 
     batches = -(-len(samples) // batch_size)
     read = read_batches(EvaluationReader(images, batch_size), samples_of, batches=batches, workers=workers)
-    return (
-        (slot["images"][:count], slot["labels"][:count].clone(), slot["ids"][:count].clone()) for slot, count in read
-    )
+    return ((batch["images"], batch["labels"].clone(), batch["ids"].clone()) for batch, _ in read)
 
 
 def central_crop(image_HWC: Tensor, size: int) -> Tensor:

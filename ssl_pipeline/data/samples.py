@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ssl_pipeline.data.bad_samples import BadSample
@@ -10,12 +11,21 @@ from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.order import Order
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.shards.rows import pixel_bytes
 from ssl_pipeline.randomness import SUBSTITUTE, hash64
 
 # V views of each of B images, P photometric parameters
 
 Integers = NDArray[np.int64]
+Label = int | NDArray[np.float32]  # -1 = none; a row (C,) of soft labels
 MAX_SUBSTITUTES = 16
+
+
+def labels_layout(index: ShardIndex, num_images: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of the labels of so many images: (B,) int64, or soft ones (B,C) float32."""
+    if index.num_soft_classes is None:
+        return (num_images,), torch.int64
+    return (num_images, index.num_soft_classes), torch.float32
 
 
 class Samples:
@@ -37,10 +47,24 @@ class Samples:
         epochs_B, samples_B = np.divmod(np.asarray(positions, dtype=np.int64), len(self.index))
         return epochs_B, samples_B
 
+    def pixel_bytes(self, positions: Sequence[int]) -> Integers:
+        """Bytes of the decoded image (B,) at each position, where no other one has to stand in for it."""
+        return pixel_bytes(self.index.sizes(self.locate(positions)[1]))
+
+    def usual_pixel_bytes(self) -> float:
+        """Bytes of a decoded image, the mean over the block of shards that has the largest ones.
+
+        The images of a batch come from one block, or two: few batches are much larger than this says.
+        """
+        bytes_S, counts_S = self.index.shard_pixel_bytes, self.index.shard_counts
+        block_shards = 1 if self.order is None else self.order.block_shards
+        heaviest = np.argsort(-bytes_S / np.maximum(counts_S, 1))[:block_shards]
+        return float(bytes_S[heaviest].sum() / max(counts_S[heaviest].sum(), 1))
+
     def decode(
         self, sample: int, bad: list[BadSample], out: NDArray[np.uint8] | None = None
-    ) -> tuple[NDArray[np.uint8], int, int]:
-        """Pixels (H,W,3), label (-1 = none) and id of the sample, or of the first of its substitutes that decodes.
+    ) -> tuple[NDArray[np.uint8], Label, int]:
+        """Pixels (H,W,3), label and id of the sample, or of the first of its substitutes that decodes.
 
         Those that do not are appended to `bad`; without substitutes they are a DataError. The pixels lie at the start
         of `out`, a flat array, if it is given and they fit.

@@ -13,7 +13,7 @@ from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import Config
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.crop_reader import CropBatch, CropReader
-from ssl_pipeline.data.decode_reader import DecodedReader, estimate_image_bytes
+from ssl_pipeline.data.decode_reader import DecodedReader
 from ssl_pipeline.data.device_cache import cached_stream
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.order import Order, rank_positions
@@ -144,8 +144,7 @@ def open_stream(
             keepalive=keepalive,
         )
     if config.crops_on_device(device):
-        slot_bytes = estimate_image_bytes(index).of(config.batch_size)
-        decoder = DecodedReader(samples, sampler, batch_size=config.batch_size, slot_bytes=slot_bytes)
+        decoder = DecodedReader(samples, sampler, batch_size=config.batch_size)
         decoded = read_batches(decoder, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
         return (decoder.batch(slot, extra) for slot, extra in decoded)
     cropper = CropReader(samples, sampler, batch_size=config.batch_size)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from ssl_pipeline.config import Config, run_command
 from ssl_pipeline.data.decode import image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
+from ssl_pipeline.data.shards.overlay import Labels
 from ssl_pipeline.data_tools.candidates import Candidate
 from ssl_pipeline.data_tools.make_shards import write_shard
 from ssl_pipeline.data_tools.output import output_in_the_making
@@ -102,7 +102,7 @@ def split_labels(config: SplitLabels) -> int:
     return 0
 
 
-def choose(labels_N: NDArray[np.int64], config: SplitLabels, class_names: tuple[str, ...] | None) -> list[int]:
+def choose(labels_N: Labels, config: SplitLabels, class_names: tuple[str, ...] | None) -> list[int]:
     """The chosen samples, classes mixed; DataError if there are no labels, or too few in a class."""
     present = np.unique(labels_N[labels_N >= 0]).tolist()
     if not present:

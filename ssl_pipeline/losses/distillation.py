@@ -10,22 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_pipeline.losses.checks import check_positive
 from ssl_pipeline.losses.precision import float32
 
 # Axes: S student crops of which the first T are the teacher's, B images, K prototypes.
 
 
 @float32
-def centred_softmax(logits: Tensor, centre: Tensor, *, temperature: float) -> Tensor:
-    """DINO's teacher probabilities, softmax((logits - centre) / temperature) over the last axis.
-
-    Shapes: logits (..., K), centre (K,) or (1, K).
-    """
-    return F.softmax((logits - centre) / temperature, dim=-1)
-
-
-@float32
-def self_distillation(student_SBK: Tensor, teacher_TBK: Tensor, *, temperature: float) -> Tensor:
+def self_distillation(
+    student_SBK: Tensor, teacher_TBK: Tensor, *, temperature: float, leave_out_same_crop: bool = True
+) -> Tensor:
     """Mean cross-entropy of each student crop against each teacher crop of the same image, same crops left out.
 
     Shapes: `student_SBK` are logits of S crops, `teacher_TBK` probabilities of the first T of these crops; they receive
@@ -33,14 +27,19 @@ def self_distillation(student_SBK: Tensor, teacher_TBK: Tensor, *, temperature: 
 
         mean over b and s != t of  -sum_k teacher[t,b,k] * log softmax(student[s,b] / temperature)[k]
 
-    Raises ValueError if S < 2, since no pair is left, and if the teacher's crops are not among the student's.
+    With `leave_out_same_crop=False` the mean is over all S * T pairs, and the teacher's crops may be any of the image.
+    Raises ValueError if no pair is left (S < 2), if the teacher's crops are not among the student's, or unless
+    temperature > 0.
     """
-    check_crops(student_SBK, teacher_TBK)
+    check_positive("self_distillation", temperature=temperature)
+    check_crops(student_SBK, teacher_TBK, leave_out_same_crop=leave_out_same_crop)
     num_student, num_teacher = student_SBK.shape[0], teacher_TBK.shape[0]
     teacher_TBK = teacher_TBK.detach()
     log_student_SBK = F.log_softmax(student_SBK / temperature, dim=-1)
     # The sum over all pairs needs the teacher crops only summed; the pairs s = t are then taken back.
     all_pairs = torch.einsum("sbk,bk->", log_student_SBK, teacher_TBK.sum(dim=0))
+    if not leave_out_same_crop:
+        return -all_pairs / (num_student * num_teacher * student_SBK.shape[1])
     same_crop = torch.einsum("tbk,tbk->", log_student_SBK[:num_teacher], teacher_TBK)
     num_pairs = num_teacher * (num_student - 1)
     return (same_crop - all_pairs) / (num_pairs * student_SBK.shape[1])
@@ -68,7 +67,7 @@ def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
     return -(_mean_cosine(p1, z2) + _mean_cosine(p2, z1)) / 2
 
 
-def check_crops(student: Tensor, teacher: Tensor) -> None:
+def check_crops(student: Tensor, teacher: Tensor, *, leave_out_same_crop: bool) -> None:
     """Raises ValueError unless the crops (S, B, ...) of the student and (T, B, ...) of the teacher make a pair."""
     num_student, num_teacher = student.shape[0], teacher.shape[0]
     if student.ndim != 3 or teacher.ndim != 3 or student.shape[1:] != teacher.shape[1:]:
@@ -76,11 +75,13 @@ def check_crops(student: Tensor, teacher: Tensor) -> None:
             "self_distillation needs student (S, B, K) and teacher (T, B, K). "
             f"Got {tuple(student.shape)} and {tuple(teacher.shape)}."
         )
-    if num_student < 2 or not 1 <= num_teacher <= num_student:
+    if leave_out_same_crop and (num_student < 2 or not 1 <= num_teacher <= num_student):
         raise ValueError(
             "self_distillation needs at least 2 student crops and between 1 and as many teacher crops. "
             f"Got {num_student} and {num_teacher}."
         )
+    if min(num_student, num_teacher) < 1:
+        raise ValueError(f"self_distillation needs a crop of each. Got {num_student} and {num_teacher}.")
 
 
 def _mean_cosine(predictions: Tensor, targets: Tensor) -> Tensor:

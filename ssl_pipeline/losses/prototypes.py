@@ -1,17 +1,85 @@
-"""DINO's loss from the bottleneck on (Caron et al., 2021, https://arxiv.org/abs/2104.14294): the logits of the
-prototypes are computed in slabs, used and forgotten, forward and backward, and so never stored whole."""
+"""Cross-entropy over prototypes whose logits are never whole: computed in slabs of prototypes, used and forgotten,
+forward and backward.
+
+It is what DINO (Caron et al., 2021, https://arxiv.org/abs/2104.14294), iBOT (Zhou et al., 2021,
+https://arxiv.org/abs/2111.07832), DINOv2, DINOv3 and SwAV have in common: rows predict target rows. The methods differ
+in how targets are made (`centred_targets`, `sinkhorn_targets`), in which row predicts which (`mix_ST`), and in what a
+row counts (`weights_N`).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ssl_pipeline.losses.checks import check_positive
 from ssl_pipeline.losses.distillation import check_crops
 from ssl_pipeline.losses.precision import float32, matmul_dtype, sum_dtype
+from ssl_pipeline.losses.prototype_targets import SLAB, PrototypeTargets, centred_targets, slabs_of
 
-# Axes: S student crops of which the first T are the teacher's, B images, K prototypes, k those of one slab,
-# D dimensions of the bottleneck; N = S * B and M = T * B rows.
-SLAB = 8192  # 160 rows on one core: 2,048 to 16,384 prototypes are alike, 65,536 (all at once) take 1.5x the time
+# Axes: S crops of the student and T of the teacher of each of B images; N = S * B and M = T * B rows, crop by crop;
+# D dimensions, K prototypes, k those of one slab.
+# With many rows a slab is narrower: 2,000 rows on one core take 600 ms in slabs of 2**20 logits, 1,470 in 2**24.
+CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
+
+
+def crop_pairs(student_SBD: Tensor, teacher_TBD: Tensor, *, leave_out_same_crop: bool = True) -> tuple[Tensor, Tensor]:
+    """`weights_N` and `mix_ST` with which `prototype_cross_entropy` is `self_distillation`: the mean over all pairs.
+
+    Shapes: (S, B, D) and (T, B, D); of the student's crops the first T are the teacher's, unless same crops count too.
+    Raises ValueError as `self_distillation`.
+    """
+    check_crops(student_SBD, teacher_TBD, leave_out_same_crop=leave_out_same_crop)
+    num_student, num_images, _ = student_SBD.shape
+    pairs_ST = student_SBD.new_ones(num_student, len(teacher_TBD), dtype=sum_dtype(student_SBD))
+    if leave_out_same_crop:
+        pairs_ST.fill_diagonal_(0)
+    num_pairs = pairs_ST.numel() - (len(teacher_TBD) if leave_out_same_crop else 0)
+    partners_S1 = pairs_ST.sum(dim=1, keepdim=True)
+    weights_N = (partners_S1 / (num_pairs * num_images)).expand(-1, num_images).flatten()
+    return weights_N, pairs_ST / partners_S1.clamp(min=1)
+
+
+def prototype_cross_entropy(
+    rows_ND: Tensor,
+    prototypes_KD: Tensor,
+    targets: PrototypeTargets | Tensor,
+    weights_N: Tensor,
+    *,
+    temperature: float,
+    mix_ST: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum over rows of their cross-entropy with target rows; and the mean entropy of the target rows.
+
+    Shapes: rows (N, D), prototypes (K, D), weights (N,); targets are M rows over the K prototypes that sum to 1, as
+    `PrototypeTargets` or as a tensor (M, K). Without `mix_ST` row n predicts target n. With it (S, T) the rows are S
+    crops and the targets T crops of the same B images, crop by crop, and row (s, b) predicts the sum over t of
+    mix[s, t] * target[t, b]; rows of the mix sum to 1 (or to 0, for a row of weight 0):
+
+        sum over n of  weights[n] * -sum_k target[n,k] * log softmax(rows[n] @ prototypes.T / temperature)[k]
+
+    Only rows and prototypes receive a gradient. Several processes: each the sum over its own rows; weights 1 / N give
+    the mean. Under autocast the products are computed in its dtype, as those of a linear layer; all else is float32.
+    Raises ValueError for shapes that do not fit, or unless temperature > 0.
+    """
+    check_positive("prototype_cross_entropy", temperature=temperature)
+    num_targets, num_columns = _shape(targets)
+    num_student, num_teacher = (1, 1) if mix_ST is None else mix_ST.shape
+    fits = (num_columns, len(weights_N)) == (len(prototypes_KD), len(rows_ND)) and len(rows_ND) % num_student == 0
+    if not fits or num_targets != len(rows_ND) // num_student * num_teacher:
+        raise ValueError(
+            "prototype_cross_entropy needs rows (N, D), prototypes (K, D), targets (M, K) and weights (N,): N rows of "
+            f"S crops and M of T crops of the same images. Got N={len(rows_ND)}, K={len(prototypes_KD)}, targets "
+            f"{(num_targets, num_columns)}, weights {tuple(weights_N.shape)}, S={num_student}, T={num_teacher}."
+        )
+    to, wide = matmul_dtype(rows_ND), sum_dtype(rows_ND)
+    passes = _Given(targets.detach().to(wide)) if isinstance(targets, Tensor) else _Computed(targets.detached(to), wide)
+    if mix_ST is None:
+        mix_ST = rows_ND.new_ones(1, 1, dtype=wide)
+    with torch.autocast(rows_ND.device.type, enabled=False):
+        return _PrototypeCrossEntropy.apply(
+            rows_ND.to(to), prototypes_KD.to(to), weights_N.detach().to(wide), mix_ST.to(wide), passes, temperature
+        )
 
 
 def prototype_distillation(
@@ -24,30 +92,14 @@ def prototype_distillation(
     temperature: float,
     teacher_temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """`self_distillation` of logits that are products with prototypes; and the mean entropy of the teacher.
-
-    Shapes: bottlenecks (S, B, D) and (T, B, D) of the same B images, the teacher's crops the first of the student's;
-    the prototypes of each as rows (K, D); centre (K,). Only the student's bottleneck and prototypes receive a gradient.
-    The value is
-
-        self_distillation(student @ prototypes.T, centred_softmax(teacher @ teacher_prototypes.T, centre, ...), ...)
-
-    Under autocast the products are computed in its dtype, as those of a linear layer; all else is float32.
-    Raises ValueError as `self_distillation`.
-    """
-    check_crops(student_SBD, teacher_TBD)
-    to = matmul_dtype(student_SBD)
-    wide = sum_dtype(student_SBD)
-    with torch.autocast(student_SBD.device.type, enabled=False):
-        return _PrototypeDistillation.apply(
-            student_SBD.to(to),
-            prototypes_KD.to(to),
-            teacher_TBD.detach().to(to),
-            teacher_prototypes_KD.detach().to(to),
-            -centre_K.detach().to(wide) / teacher_temperature,
-            temperature,
-            teacher_temperature,
-        )
+    """`self_distillation` of DINO's logits, and the mean entropy of the teacher."""
+    targets = centred_targets(
+        teacher_TBD.flatten(0, 1), teacher_prototypes_KD, centre_K, temperature=teacher_temperature
+    )
+    weights_N, mix_ST = crop_pairs(student_SBD, teacher_TBD)
+    return prototype_cross_entropy(
+        student_SBD.flatten(0, 1), prototypes_KD, targets, weights_N, temperature=temperature, mix_ST=mix_ST
+    )
 
 
 @float32
@@ -56,99 +108,132 @@ def mean_logits(bottleneck: Tensor, prototypes_KD: Tensor) -> Tensor:
     return prototypes_KD @ bottleneck.flatten(0, -2).mean(dim=0)
 
 
-class _PrototypeDistillation(torch.autograd.Function):
-    """The rows of student and teacher against one slab of prototypes after the other.
+@float32
+def total_logits(rows: Tensor, prototypes_KD: Tensor) -> Tensor:
+    """(..., D) -> (K,): the sum of the rows' products with the prototypes, which is the product of their sum."""
+    return prototypes_KD @ rows.flatten(0, -2).sum(dim=0)
+
+
+class _Computed:
+    """The slabs of `PrototypeTargets`: the first pass finds each row's softmax total on the way, the second has it."""
+
+    def __init__(self, targets: PrototypeTargets, wide: torch.dtype) -> None:
+        self.targets = targets
+        num_rows = targets.rows.shape[0]
+        self.total_M = targets.shifts.new_full((num_rows,), -torch.inf)
+        self.mean_M = torch.zeros_like(self.total_M)  # of each row's logit under its own probabilities
+
+    def first(self, slab: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities (M, k) within the slab, and what those of the slabs before and of this one count together."""
+        logits_Mk = self.targets.logits(slab)
+        slab_total_M = logits_Mk.logsumexp(dim=1)
+        probabilities_Mk = (logits_Mk - slab_total_M[:, None]).exp_()
+        before_M, self.total_M = self.total_M, torch.logaddexp(self.total_M, slab_total_M)
+        old_M, new_M = (before_M - self.total_M).exp_(), (slab_total_M - self.total_M).exp_()
+        self.mean_M = self.mean_M * old_M + torch.linalg.vecdot(probabilities_Mk, logits_Mk) * new_M
+        return probabilities_Mk, old_M, new_M
+
+    def again(self, slab: slice) -> Tensor:
+        """The probabilities (M, k), once `first` has seen every slab."""
+        return self.targets.logits(slab).sub_(self.total_M[:, None]).exp_()
+
+    def entropy(self) -> Tensor:
+        """The mean over rows."""
+        return (self.total_M - self.mean_M).sum() / max(len(self.total_M), 1)
+
+
+class _Given:
+    """The same slabs of targets (M, K) that are there already."""
+
+    def __init__(self, targets_MK: Tensor) -> None:
+        self.targets_MK = targets_MK
+        self.one_M = targets_MK.new_ones(targets_MK.shape[0])
+
+    def first(self, slab: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return self.targets_MK[:, slab], self.one_M, self.one_M
+
+    def again(self, slab: slice) -> Tensor:
+        return self.targets_MK[:, slab]
+
+    def entropy(self) -> Tensor:
+        return -torch.special.xlogy(self.targets_MK, self.targets_MK).sum() / max(len(self.targets_MK), 1)
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    """Rows and targets against one slab of prototypes after the other.
 
     Forward keeps the logarithm of each row's softmax total; backward computes a slab's logits again and with the totals
-    the probabilities. `shift_K` is what the teacher's logits are moved by, in units of its temperature.
+    the probabilities.
     """
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
-        student_SBD: Tensor,
+        rows_ND: Tensor,
         prototypes_KD: Tensor,
-        teacher_TBD: Tensor,
-        teacher_prototypes_KD: Tensor,
-        shift_K: Tensor,
+        weights_N: Tensor,
+        mix_ST: Tensor,
+        targets: _Computed | _Given,
         temperature: float,
-        teacher_temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        num_student, num_teacher = student_SBD.shape[0], teacher_TBD.shape[0]
-        student_ND, teacher_MD = student_SBD.flatten(0, 1), teacher_TBD.flatten(0, 1)
-        total_N = shift_K.new_full((student_ND.shape[0],), -torch.inf)
-        total_M = shift_K.new_full((teacher_MD.shape[0],), -torch.inf)
-        mean_M = torch.zeros_like(total_M)  # of the teacher's logit under its own probabilities
-        agreement_BST = shift_K.new_zeros(student_SBD.shape[1], num_student, num_teacher)  # of the student's logits
-        for slab in _slabs(prototypes_KD):
-            teacher_Mk = _teacher_logits(teacher_MD, teacher_prototypes_KD, shift_K, slab, teacher_temperature)
-            slab_total_M = teacher_Mk.logsumexp(dim=1)
-            probabilities_Mk = (teacher_Mk - slab_total_M[:, None]).exp_()  # within the slab
-            before_M, total_M = total_M, torch.logaddexp(total_M, slab_total_M)
-            old_M, new_M = (before_M - total_M).exp_(), (slab_total_M - total_M).exp_()
-            mean_M = mean_M * old_M + torch.linalg.vecdot(probabilities_Mk, teacher_Mk) * new_M
-            student_Nk = _student_logits(student_ND, prototypes_KD, slab, temperature)
-            total_N = torch.logaddexp(total_N, student_Nk.logsumexp(dim=1))
-            student_BSk = student_Nk.unflatten(0, (num_student, -1)).transpose(0, 1)
+        num_student, num_teacher = mix_ST.shape
+        total_N = torch.full_like(weights_N, -torch.inf)
+        agreement_BST = weights_N.new_zeros(len(rows_ND) // num_student, num_student, num_teacher)
+        for slab in slabs_of(len(prototypes_KD), _width(rows_ND)):
+            targets_Mk, old_M, new_M = targets.first(slab)
+            logits_Nk = _logits(rows_ND, prototypes_KD, slab, temperature)
+            total_N = torch.logaddexp(total_N, logits_Nk.logsumexp(dim=1))
+            # the mean logit of row (s, b) under target (t, b), so far
+            logits_BSk = logits_Nk.unflatten(0, (num_student, -1)).transpose(0, 1)
+            targets_BkT = targets_Mk.unflatten(0, (num_teacher, -1)).permute(1, 2, 0)
             old_BT, new_BT = (share_M.unflatten(0, (num_teacher, -1)).T for share_M in (old_M, new_M))
-            probabilities_BkT = probabilities_Mk.unflatten(0, (num_teacher, -1)).permute(1, 2, 0)
-            agreement_BST = agreement_BST * old_BT[:, None] + (student_BSk @ probabilities_BkT) * new_BT[:, None]
-        ctx.save_for_backward(student_SBD, prototypes_KD, teacher_TBD, teacher_prototypes_KD, shift_K, total_N, total_M)
-        ctx.temperature, ctx.teacher_temperature = temperature, teacher_temperature  # type: ignore[attr-defined]
-        # each pair's cross-entropy is the student's total less its mean logit under the teacher
-        cross_entropy_BST = total_N.unflatten(0, (num_student, -1)).T[:, :, None] - agreement_BST
-        same_crop = cross_entropy_BST.diagonal(dim1=1, dim2=2).sum()
-        entropy = (total_M - mean_M).mean()
+            agreement_BST = agreement_BST * old_BT[:, None] + (logits_BSk @ targets_BkT) * new_BT[:, None]
+        ctx.save_for_backward(rows_ND, prototypes_KD, weights_N, mix_ST, total_N)
+        ctx.targets, ctx.temperature = targets, temperature  # type: ignore[attr-defined]
+        entropy = targets.entropy()
         ctx.mark_non_differentiable(entropy)
-        return (cross_entropy_BST.sum() - same_crop) / _num_pairs(student_SBD, teacher_TBD), entropy
+        # a row's cross-entropy is its total less its mean logit under its target
+        agreement_N = torch.einsum("bst,st->sb", agreement_BST, mix_ST).flatten()
+        return weights_N @ (total_N - agreement_N), entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor, _: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
-        student_SBD, prototypes_KD, teacher_TBD, teacher_prototypes_KD, shift_K, total_N, total_M = ctx.saved_tensors  # type: ignore[attr-defined]
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        rows_ND, prototypes_KD, weights_N, mix_ST, total_N = ctx.saved_tensors  # type: ignore[attr-defined]
+        targets: _Computed | _Given = ctx.targets  # type: ignore[attr-defined]
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
-        teacher_temperature: float = ctx.teacher_temperature  # type: ignore[attr-defined]
-        num_student, num_teacher = student_SBD.shape[0], teacher_TBD.shape[0]
-        student_ND, teacher_MD = student_SBD.flatten(0, 1), teacher_TBD.flatten(0, 1)
-        scale = gradient / (-temperature * _num_pairs(student_SBD, teacher_TBD))
-        scaled_ND = (student_ND * scale).to(student_ND.dtype)
-        gradient_ND = torch.zeros_like(student_ND, dtype=shift_K.dtype)
+        num_student, num_teacher = mix_ST.shape
+        scale_N1 = (weights_N * (gradient / -temperature))[:, None]
+        scaled_ND = (rows_ND * scale_N1).to(rows_ND.dtype)
+        gradient_ND = torch.zeros_like(rows_ND, dtype=total_N.dtype)
         gradient_KD = torch.empty_like(prototypes_KD)
         with torch.autocast(gradient.device.type, enabled=False):
-            for slab in _slabs(prototypes_KD):
-                teacher_Mk = _teacher_logits(teacher_MD, teacher_prototypes_KD, shift_K, slab, teacher_temperature)
-                teacher_TBk = teacher_Mk.sub_(total_M[:, None]).exp_().unflatten(0, (num_teacher, -1))
-                student_Nk = _student_logits(student_ND, prototypes_KD, slab, temperature)
-                student_SBk = student_Nk.sub_(total_N[:, None]).exp_().unflatten(0, (num_student, -1))
-                # -d loss / d logits, per pair: the other crops' teachers less as often the own softmax
-                teachers_Bk = teacher_TBk.sum(dim=0)
-                student_SBk[:num_teacher].mul_(1 - num_teacher).add_(teachers_Bk).sub_(teacher_TBk)
-                others_SBk = student_SBk[num_teacher:]
-                torch.sub(teachers_Bk, others_SBk, alpha=num_teacher, out=others_SBk)
-                slope_Nk = student_Nk.to(student_ND.dtype)
+            for slab in slabs_of(len(prototypes_KD), _width(rows_ND)):
+                targets_Mk = targets.again(slab)
+                probabilities_Nk = _logits(rows_ND, prototypes_KD, slab, temperature).sub_(total_N[:, None]).exp_()
+                # -d loss / d logits: the mixed target less the own softmax
+                probabilities_Nk.view(num_student, -1).addmm_(mix_ST, targets_Mk.reshape(num_teacher, -1), beta=-1)
+                slope_Nk = probabilities_Nk.to(rows_ND.dtype)
                 gradient_ND += slope_Nk @ prototypes_KD[slab]
                 torch.mm(slope_Nk.T, scaled_ND, out=gradient_KD[slab])
-            gradient_SBD = gradient_ND.mul_(scale).to(student_SBD.dtype).view_as(student_SBD)
-        return gradient_SBD, gradient_KD, None, None, None, None, None
+        return gradient_ND.mul_(scale_N1).to(rows_ND.dtype), gradient_KD, None, None, None, None
 
 
-def _slabs(prototypes_KD: Tensor) -> list[slice]:
-    num_prototypes = prototypes_KD.shape[0]
-    return [slice(start, min(start + SLAB, num_prototypes)) for start in range(0, num_prototypes, SLAB)]
+def _shape(targets: PrototypeTargets | Tensor) -> tuple[int, int]:
+    """(M, K)."""
+    if isinstance(targets, Tensor):
+        return targets.shape[0], targets.shape[1]
+    return targets.rows.shape[0], targets.prototypes.shape[0]
 
 
-def _student_logits(rows_ND: Tensor, prototypes_KD: Tensor, slab: slice, temperature: float) -> Tensor:
+def _width(rows_ND: Tensor) -> int:
+    """Prototypes in a slab for these rows."""
+    num_logits = CPU_LOGITS if rows_ND.device.type == "cpu" else GPU_LOGITS
+    return max(1, min(SLAB, num_logits // max(len(rows_ND), 1)))
+
+
+def _logits(rows_ND: Tensor, prototypes_KD: Tensor, slab: slice, temperature: float) -> Tensor:
     """(N, k), a tensor of its own."""
     return (rows_ND @ prototypes_KD[slab].T).to(sum_dtype(rows_ND)).mul_(1 / temperature)
-
-
-def _teacher_logits(rows_MD: Tensor, prototypes_KD: Tensor, shift_K: Tensor, slab: slice, temperature: float) -> Tensor:
-    """(M, k), a tensor of its own."""
-    return torch.add(shift_K[slab], rows_MD @ prototypes_KD[slab].T, alpha=1 / temperature)
-
-
-def _num_pairs(student_SBD: Tensor, teacher_TBD: Tensor) -> int:
-    """Of a student crop with a teacher crop of the same image, the same crop left out."""
-    return teacher_TBD.shape[0] * (student_SBD.shape[0] - 1) * student_SBD.shape[1]

@@ -96,6 +96,27 @@ class PrototypeHead(nn.Module):
         return self.last_layer(self.bottleneck(features))
 
 
+class Prototypes(nn.Module):
+    """SwAV's prototypes (Caron et al., 2020, https://arxiv.org/abs/2006.09882): (..., in_dim) -> (..., num_prototypes).
+
+    weight: (num_prototypes, in_dim), rows of length 1 at first; training changes that until `normalize_` is called.
+    """
+
+    def __init__(self, in_dim: int, num_prototypes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_prototypes, in_dim))
+        nn.init.uniform_(self.weight, -(in_dim**-0.5), in_dim**-0.5)
+        self.normalize_()
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Set every row to length 1, in place."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return F.linear(embeddings, self.weight)
+
+
 class WeightNormLinear(nn.Module):
     """A linear layer without bias; row k of its weight is weight_g[k] * weight_v[k] / |weight_v[k]|."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import sync_directory
+from ssl_pipeline.files import sync
 from ssl_pipeline.run.checkpoint_files import (
     Checkpoint,
     FormatError,
@@ -52,7 +52,7 @@ class Checkpoints:
             for name, entries in tensors.items():
                 write_tensors(unfinished / f"{name}.safetensors", entries)
             write_manifest(unfinished, state)
-            sync_directory(unfinished)
+            sync(unfinished)
             saved = self._publish(unfinished, self._path_of(state.step))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -110,7 +110,7 @@ class Checkpoints:
                 self._known_valid.remove(final)
                 self._known_valid.add(older)
         unfinished.rename(final)
-        sync_directory(self.directory)
+        sync(self.directory)
         return final
 
     def _newest_first(self) -> list[Path]:

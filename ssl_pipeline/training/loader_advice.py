@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ssl_pipeline.data.decode_reader import estimate_image_bytes
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.shards.remote import is_url
 from ssl_pipeline.data.stream import DataConfig
@@ -18,7 +17,6 @@ ENOUGH = 0.05  # it no longer is; in between, the last message stands
 STEPS_TO_JUDGE = 10  # one slow batch is no bottleneck
 LARGE_IMAGE = 80_000  # bytes; ImageNet's have 110,000, packed ones 42,000
 SMALL = 0.25  # of the free memory: a set that can stay decoded on the device
-NUM_WEIGHED = 16
 
 
 class LoaderWatch:
@@ -60,26 +58,24 @@ class Supply:
     """What images come from.
 
     cores: CPU cores of one training process.
-    stored_bytes: mean size of a stored image; decoded_bytes: size of all images, decoded. Both are 0 for remote shards,
-    which are not fetched for this.
+    stored_bytes: mean size of a stored image; decoded_bytes: size of all images, decoded.
     free_bytes: memory that one training process may still take on its device.
     """
 
     cores: float
     is_remote: bool
     stored_bytes: float
-    decoded_bytes: float
+    decoded_bytes: int
     free_bytes: int
 
 
 def supply_of(index: ShardIndex, device: torch.device) -> Supply:
     """What there is in this process."""
-    is_remote = is_url(index.source)
     return Supply(
         cores=cores_per_process(),
-        is_remote=is_remote,
-        stored_bytes=0.0 if is_remote else _stored_bytes(index),
-        decoded_bytes=0.0 if is_remote else estimate_image_bytes(index).mean * len(index),
+        is_remote=is_url(index.source),
+        stored_bytes=index.image_bytes / len(index),
+        decoded_bytes=int(index.shard_pixel_bytes.sum()),
         free_bytes=free_bytes(device) or 0,
     )
 
@@ -108,8 +104,3 @@ def loader_advice(data: DataConfig, supply: Supply, device: torch.device) -> str
     if not helps:
         return f"All {supply.cores:g} cores of this training process are in use; more of them would help."
     return f"What helps: {'; '.join(helps)}."
-
-
-def _stored_bytes(index: ShardIndex) -> float:
-    samples = range(0, len(index), -(-len(index) // NUM_WEIGHED))
-    return sum(len(index.read(sample).image) for sample in samples) / len(samples)

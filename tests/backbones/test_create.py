@@ -1,5 +1,6 @@
 """Backbones from their config: stems, checkpointed activations, weights in files, and mistakes."""
 
+import copy
 import math
 
 import pytest
@@ -24,6 +25,17 @@ def test_small_images_change_the_stem_of_a_resnet():
 def test_small_images_are_refused_where_there_is_no_such_stem(name):
     with pytest.raises(ConfigError, match=f"'{name}' is none"):
         create_backbone(BackboneConfig(name=name, small_images=True))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_a_backbone_keeps_the_config_that_makes_another_one(name):
+    config = BackboneConfig(name=name, drop_path=0.1)
+    with torch.device("meta"):
+        backbone = create_backbone(config)
+        another = create_backbone(copy.deepcopy(backbone).config)
+    assert backbone.config == another.config == config
+    shapes = [{name: value.shape for name, value in network.state_dict().items()} for network in (backbone, another)]
+    assert shapes[0] == shapes[1]
 
 
 def step_of(**changes):

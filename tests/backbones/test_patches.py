@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_pipeline.backbones.patches import patchify, random_masking, random_split, take_patches, unpatchify
+from ssl_pipeline.backbones.patches import patchify, random_masking, split_by_mask, take_patches, unpatchify
 
 
 def test_patches_go_by_rows_and_their_pixels_by_row_column_channel():
@@ -54,14 +54,12 @@ def test_restore_brings_the_patches_back_into_image_order():
     assert torch.equal(shuffled.gather(1, restore), torch.arange(9).expand(5, -1))
 
 
-def test_a_split_is_a_masking_with_the_removed_patches_by_number():
-    noise = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
-    kept, removed, restore = random_split(noise, ratio=0.6)
-    expected_kept, mask, expected_restore = random_masking(noise, ratio=0.6)
-    assert torch.equal(kept, expected_kept)
-    assert torch.equal(restore, expected_restore)
-    assert torch.equal(removed.sort(dim=1).values, mask.nonzero()[:, 1].reshape(3, -1))
-    assert (noise.gather(1, removed).diff(dim=1) > 0).all()
+def test_a_split_has_the_patches_of_each_kind_in_image_order():
+    mask = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
+    kept, masked, restore = split_by_mask(mask, num_kept=2)
+    assert kept.tolist() == [[1, 4], [0, 3]]
+    assert masked.tolist() == [[0, 2, 3], [1, 2, 4]]
+    assert torch.equal(torch.cat([kept, masked], dim=1).gather(1, restore), torch.arange(5).expand(2, 5))
 
 
 def test_patches_are_taken_by_their_number():

@@ -1,10 +1,16 @@
+"""What grows with the data set is measured on sets that are made up, and read like real ones."""
+
+from __future__ import annotations
+
 import json
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.cost_growth import _growth, _work_of_ranks, report_start_up
+from benchmarks import start_up
+from benchmarks.settings import BenchmarkConfig
+from benchmarks.start_up import count_reads, report_start_up
 from benchmarks.synthetic_shards import write_synthetic_shards
 from ssl_pipeline.data.decode import decode_image
 from ssl_pipeline.data.shards import verification
@@ -34,10 +40,15 @@ def test_a_start_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_ranks_read_their_share(tmp_path: Path, world_size: int) -> None:
-    work = _work_of_ranks(tmp_path, world_size)
+    work = count_reads(tmp_path, world_size)
     assert work["samples_read"] == work["samples"]
     assert work["reads_of_ranks"] == [work["samples"] // world_size] * world_size
 
 
-def test_growth_is_last_over_first() -> None:
-    assert _growth([{"seconds": 2.0}, {"seconds": 9.0}, {"seconds": 3.0}], "seconds") == 1.5
+def test_growth_is_measured_in_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_up, "PROCESSES", (2,))
+    growth = start_up.measure_growth(BenchmarkConfig(size="tiny", rounds=1, device="cpu"))
+    assert [row["shards"] for row in growth["start_up"]] == [4, 20]
+    assert all(row["seconds"] > row["open_seconds"] > 0 for row in growth["start_up"])
+    assert [row["samples"] for row in growth["worker_memory"]] == [2_000, 4_000]
+    assert all(row["resident_megabytes"] > row["own_megabytes"] > 0 for row in growth["worker_memory"])

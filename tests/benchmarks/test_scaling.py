@@ -8,36 +8,34 @@ from itertools import count, islice
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import scaling
-from benchmarks.end_to_end import Steady
-from benchmarks.images import load_images, write_shards
-from benchmarks.scaling import batches_of_world, doublings
+from benchmarks import streams
+from benchmarks.end_to_end import doublings
+from benchmarks.images import load_images
+from benchmarks.streams import OurInput, Steady, batches_of_world
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.stream import DataConfig
 
-CPU = torch.device("cpu")
 GROUPS = {"view": ViewGroup(size=16)}
 
 
 @pytest.fixture(autouse=True)
 def fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that need not import everything again."""
-    monkeypatch.setattr(scaling, "START", "fork")
+    monkeypatch.setattr(streams, "START", "fork")
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> DataConfig:
-    images = load_images(None, pixels=(32, 32)).spread_out(8)
-    return DataConfig(shards=str(write_shards(images, tmp_path / "shards")), batch_size=2, workers=1)
+def source(tmp_path: Path) -> OurInput:
+    shards = load_images(None, pixels=(32, 32)).spread_out(8).write_shards(tmp_path / "shards")
+    return OurInput(GROUPS, DataConfig(shards=str(shards), batch_size=2, workers=1))
 
 
 def test_a_unit_is_whole_turns_of_the_workers():
     stream = count()
     steady = Steady(lambda: stream, batch_size=4, turn=3, seconds=0.0)
     with steady.opened():
-        assert steady.draw(0) == 3 * 4
+        assert steady.draw() == 3 * 4
         assert next(stream) == 3 + 3  # one turn before the measurement, one in it
 
 
@@ -62,13 +60,13 @@ def test_settings_double_up_to_the_most():
     assert doublings(12) == [1, 2, 4, 8]
 
 
-def test_the_batches_of_all_ranks_are_counted(settings: DataConfig):
-    world = batches_of_world(GROUPS, settings, CPU, world_size=2)
+def test_the_batches_of_all_ranks_are_counted(source: OurInput):
+    world = batches_of_world(source, 2)
     assert len(list(islice(world, 10))) == 10
 
 
-def test_the_ranks_end_with_the_measurement(settings: DataConfig, monkeypatch: pytest.MonkeyPatch):
-    world = batches_of_world(GROUPS, settings, CPU, world_size=2)
+def test_the_ranks_end_with_the_measurement(source: OurInput, monkeypatch: pytest.MonkeyPatch):
+    world = batches_of_world(source, 2)
     next(world)
     ranks = multiprocessing.active_children()
     assert len(ranks) == 2
@@ -76,8 +74,8 @@ def test_the_ranks_end_with_the_measurement(settings: DataConfig, monkeypatch: p
     assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
-def test_a_rank_that_fails_is_an_error(settings: DataConfig, capfd: pytest.CaptureFixture):
-    too_large = settings.model_copy(update={"batch_size": 5})  # two ranks would need 10 images of 8
+def test_a_rank_that_fails_is_an_error(source: OurInput, capfd: pytest.CaptureFixture):
+    settings = source.settings.model_copy(update={"batch_size": 5})  # two ranks would need 10 images of 8
     with pytest.raises(RuntimeError, match="its error stands above"):
-        next(batches_of_world(GROUPS, too_large, CPU, world_size=2))
+        next(batches_of_world(OurInput(GROUPS, settings), 2))
     assert "is larger than the data set" in capfd.readouterr().err

@@ -14,7 +14,8 @@ from ssl_pipeline import machine
 from ssl_pipeline.augment.draw import ViewSampler, crop_boxes, group_uniforms
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data import decode_reader, device_cache
-from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, estimate_image_bytes
+from ssl_pipeline.data.decode import decode_image
+from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader
 from ssl_pipeline.data.device_cache import decode_all
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.order import Order
@@ -36,16 +37,16 @@ def varied(tmp_path: Path, write_tar: Callable, encoded: Callable) -> ShardIndex
     return open_shards(tmp_path)
 
 
-def reader_of(index: ShardIndex, *, slot_bytes: int = 100_000, groups: dict[str, ViewGroup] = GROUPS) -> DecodedReader:
-    samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=False)
-    return DecodedReader(samples, ViewSampler(groups, {}, seed=0, global_batch=6), batch_size=6, slot_bytes=slot_bytes)
+def reader_of(index: ShardIndex, *, groups: dict[str, ViewGroup] = GROUPS, substitutes: bool = False) -> DecodedReader:
+    samples = Samples(index, Order(index.shard_counts, 0), seed=0, substitutes=substitutes)
+    return DecodedReader(samples, ViewSampler(groups, {}, seed=0, global_batch=6), batch_size=6)
 
 
 def read(reader: DecodedReader, positions: range) -> DecodedBatch:
     """By way of a slot of shared memory and a pipe, which hold an older batch."""
     slot = {
         name: torch.full(shape, 1, dtype=dtype) if dtype == torch.bool else torch.full(shape, 77, dtype=dtype)
-        for name, (shape, dtype) in reader.layout().items()
+        for name, (shape, dtype) in reader.layout(positions).items()
     }
     reader = pickle.loads(pickle.dumps(reader))
     return reader.batch(slot, pickle.loads(pickle.dumps(reader(positions, slot))))
@@ -104,49 +105,77 @@ def test_only_what_is_used_of_a_slot_travels_to_the_device(varied: ShardIndex) -
     assert moved.cropped(GROUPS)["local"].shape == (3, 6, 3, 4, 4)  # and nothing is asked of the device
 
 
-@pytest.mark.parametrize("slot_bytes", [1, 500, 2000, 4000])
-def test_a_batch_that_does_not_fit_its_slot_is_the_same(varied: ShardIndex, slot_bytes: int) -> None:
-    small = reader_of(varied, slot_bytes=slot_bytes)
-    fitting = reader_of(varied)
-    overflows = 0
+def test_a_batch_has_room_for_just_its_images_and_a_row(varied: ShardIndex) -> None:
+    reader = reader_of(varied)
     for start in (0, 6, 12):
-        slot = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in small.layout().items()}
-        outcome = small(range(start, start + 6), slot)
-        overflows += outcome.overflow is not None
-        assert_equal(small.batch(slot, outcome), read(fitting, range(start, start + 6)))
-    assert overflows
+        samples = reader.samples.locate(range(start, start + 6))[1]
+        sizes = [3 * SIZES[sample % 4][0] * SIZES[sample % 4][1] for sample in samples.tolist()]
+        assert reader.layout(range(start, start + 6))["pixels"][0] == (sum(sizes) + 3 * 30,)
+    usual = sum(3 * width * height for width, height in SIZES) / 4
+    assert reader.layout()["pixels"][0] == (6 * usual + 3 * 30,)
 
 
-def test_slots_are_planned_from_the_images(varied: ShardIndex, shards: Path) -> None:
-    same = estimate_image_bytes(open_shards(shards))  # 12x10
-    assert (same.mean, same.deviation, same.longest_row) == (360, 0, 36)
-    assert same.of(20) == 20 * 360 + 36
-    mixed = estimate_image_bytes(varied)
-    sizes = [3 * width * height for width, height in SIZES]
-    assert mixed.mean == pytest.approx(np.mean(sizes))
-    assert mixed.of(64) > 64 * np.mean(sizes) + 3 * 8 * np.std(sizes)
-
-
-def test_a_remote_set_is_planned_from_its_first_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index, wanted = open_shards(shards), list[int]()  # 7, 5 and 8 images
-    read_here = index.read
-    monkeypatch.setattr(index, "read", lambda sample: wanted.append(sample) or read_here(sample))
-    monkeypatch.setattr(decode_reader, "is_url", lambda source: True)
-    assert estimate_image_bytes(index).mean == 360
-    assert wanted == list(range(7))
-
-
-def test_a_damaged_image_does_not_spoil_the_plan(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
-    write_tar(tmp_path / "a.tar", {"a.jpg": b"?" * 90, "b.jpg": encoded(0)})
-    assert estimate_image_bytes(open_shards(tmp_path)).mean == 360
-
-
-def test_an_image_that_will_be_refused_does_not_enlarge_the_slots(
-    tmp_path: Path, write_tar: Callable, encoded: Callable, monkeypatch: pytest.MonkeyPatch
+def test_memory_is_planned_by_the_block_with_the_largest_images(
+    tmp_path: Path, write_tar: Callable, encoded: Callable
 ) -> None:
-    monkeypatch.setattr(decode_reader, "MAX_PIXELS", 1000)
-    write_tar(tmp_path / "a.tar", {"a.png": encoded(0, size=(40, 40), format="PNG"), "b.jpg": encoded(0)})
-    assert estimate_image_bytes(open_shards(tmp_path)).mean == 360
+    for number, (count, side) in enumerate([(4, 10), (2, 40), (0, 0), (3, 30), (9, 20)]):
+        files = {f"{image}.png": encoded(image, size=(side, side), format="PNG") for image in range(count)}
+        write_tar(tmp_path / f"{number}.tar", files)
+    index = open_shards(tmp_path)
+    usual = {
+        block_shards: Samples(
+            index, Order(index.shard_counts, 0, block_shards), seed=0, substitutes=False
+        ).usual_pixel_bytes()
+        for block_shards in (1, 2, 3, 16)
+    }
+    assert usual[1] == 3 * 40 * 40
+    assert usual[2] == 3 * (2 * 1600 + 3 * 900) / 5
+    assert usual[3] == 3 * (2 * 1600 + 3 * 900 + 9 * 400) / 14
+    assert usual[16] == 3 * (2 * 1600 + 3 * 900 + 9 * 400 + 4 * 100) / 18
+
+
+# images that stand in for damaged ones
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, write_tar: Callable, encoded: Callable) -> ShardIndex:
+    """12 images, every other one small and damaged behind its head."""
+    files = {}
+    for number in range(12):
+        side = 4 if number % 2 else 9 + number
+        data = encoded(number, size=(side, side), format="PNG")
+        files[f"{number:02d}.png"] = data[:-30] if number % 2 else data
+    write_tar(tmp_path / "a.tar", files)
+    index = open_shards(tmp_path)
+    assert index.sizes()[1].tolist() == [4, 4]
+    return index
+
+
+def test_what_finds_no_room_beside_substitutes_is_there_all_the_same(damaged: ShardIndex) -> None:
+    reader, displaced = reader_of(damaged, substitutes=True), 0
+    for start in (0, 6, 12):
+        positions = range(start, start + 6)
+        slot = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in reader.layout(positions).items()}
+        outcome = reader(positions, slot)
+        displaced += outcome.displaced is not None
+        batch = reader.batch(slot, outcome)
+        assert len(batch.pixels) >= 3 * int(
+            (batch.images.heights * batch.images.widths).sum() + batch.images.widths.max()
+        )
+        assert len(outcome.bad) >= 2
+        for sample, image in zip(batch.sample_ids.tolist(), images_of(batch), strict=True):
+            assert sample % 2 == 0
+            assert image.tolist() == decode_image(damaged.read(sample).image).tolist()
+    assert displaced >= 2
+
+
+def test_a_cache_shows_the_pixels_of_the_substitute_for_a_damaged_image(damaged: ShardIndex) -> None:
+    samples = Samples(damaged, Order(damaged.shard_counts, 0), seed=0, substitutes=True)
+    cache = decode_all(samples, device=torch.device("cpu"), workers=0, rank=0, keepalive=lambda: None)
+    assert len(cache.pixels) == int(damaged.shard_pixel_bytes.sum()) + 3 * damaged.widest
+    assert sorted(cache.bad) == [1, 3, 5, 7, 9, 11]
+    for sample, image in zip(cache.sample_ids.tolist(), cache.images.views(cache.pixels), strict=True):
+        assert image.tolist() == decode_image(damaged.read(sample).image).tolist()
 
 
 def test_on_a_device_the_crops_are_those_of_the_cpu_before_rounding(
@@ -167,9 +196,10 @@ def test_on_a_device_the_crops_are_those_of_the_cpu_before_rounding(
 
 def test_a_kept_batch_is_not_overwritten(varied: ShardIndex) -> None:
     reader = reader_of(varied)
-    slot = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in reader.layout().items()}
+    slot = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in reader.layout(range(6)).items()}
     kept = reader.batch(slot, reader(range(6), slot)).clone()
-    reader(range(6, 12), slot)
+    for tensor in slot.values():
+        tensor.zero_()
     assert_equal(kept, read(reader, range(6)))
 
 
@@ -200,13 +230,16 @@ def test_the_cache_holds_every_image(
         assert (cache.images.heights[number], cache.images.widths[number]) == (height, width)
 
 
-def test_the_cache_grows_where_its_estimate_is_too_low(varied: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = everything(varied)
-    monkeypatch.setattr(device_cache, "estimate_image_bytes", lambda _index: decode_reader.ImageBytes(10.0, 0.0, 10))
-    monkeypatch.setattr(device_cache, "SLOT_BYTES", 50)
-    grown = everything(varied)
-    assert torch.equal(grown.pixels[: 3 * 600], whole.pixels[: 3 * 600])
-    assert len(grown.pixels) == len(whole.pixels)
+def test_the_cache_takes_just_the_bytes_of_its_images_and_a_row(varied: ShardIndex) -> None:
+    assert len(everything(varied).pixels) == 4 * sum(3 * width * height for width, height in SIZES) + 3 * 30
+
+
+def test_an_index_with_a_wrong_size_is_told(varied: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = varied.sizes()
+    sizes[5] = sizes[5, ::-1]
+    monkeypatch.setattr(varied, "sizes", lambda samples=None: sizes if samples is None else sizes[samples])
+    with pytest.raises(DataError, match=r"The index of '.*' has another size for image 5 than .* Delete the index"):
+        everything(varied)
 
 
 def test_a_cache_that_does_not_fit_is_refused(varied: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +247,7 @@ def test_a_cache_that_does_not_fit_is_refused(varied: ShardIndex, monkeypatch: p
     with pytest.raises(DataError) as error:
         everything(varied)
     sentence = str(error.value)
-    assert sentence.startswith("data.cache=true needs about 1.")
+    assert sentence.startswith("data.cache=true needs 1.")
     assert "for the 16 decoded images of" in sentence
     assert "more than half of the 4e-06 GB that one may still take on cpu. Leave it out" in sentence
     assert "\n" not in sentence
@@ -264,9 +297,3 @@ def test_crop_boxes_follow_the_images_own_size(varied: ShardIndex) -> None:
     boxes, flips = crop_boxes(numbers, batch.images.heights, batch.images.widths, GROUPS["local"])
     assert batch.boxes["local"].tolist() == boxes.tolist()
     assert batch.flips["local"].tolist() == flips.tolist()
-
-
-def test_a_rare_giant_does_not_enlarge_the_slots(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
-    files = {f"{number}.png": encoded(number, size=(10, 10), format="PNG") for number in range(9)}
-    write_tar(tmp_path / "a.tar", {**files, "giant.png": encoded(9, size=(400, 400), format="PNG")})
-    assert estimate_image_bytes(open_shards(tmp_path)).mean == (9 * 300 + 1200) / 10

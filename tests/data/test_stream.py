@@ -32,7 +32,7 @@ def stream(index: ShardIndex, settings: DataConfig, **where: int) -> list[CropBa
 
 
 def read(reader: CropReader, count: int) -> CropBatch:
-    slot = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.layout().items()}
+    slot = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.layout(range(count)).items()}
     return reader.batch(slot, reader(range(count), slot))
 
 

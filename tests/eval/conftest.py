@@ -75,6 +75,6 @@ def run(tmp_path: Path) -> Path:
     directory.mkdir()
     config = BackboneConfig(name="vit_tiny_patch16_224", arguments=TINY_VIT)
     torch.manual_seed(5)
-    save_backbone(directory, create_backbone(config), config, PREPROCESSING)
+    save_backbone(directory, create_backbone(config), PREPROCESSING)
     (directory / "config.yaml").write_text("method: {name: dino}\n")
     return directory

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ssl_pipeline.losses import byol_loss, centred_softmax, self_distillation, simsiam_loss
+from ssl_pipeline.losses import byol_loss, self_distillation, simsiam_loss
 
 
 def random_crops(num_student, num_teacher, num_images=3, num_prototypes=5, dtype=torch.float64):
@@ -15,11 +15,11 @@ def random_crops(num_student, num_teacher, num_images=3, num_prototypes=5, dtype
     return student.requires_grad_(), teacher
 
 
-def self_distillation_by_loops(student, teacher, temperature):
+def self_distillation_by_loops(student, teacher, temperature, leave_out_same_crop=True):
     pairs = []
     for t in range(len(teacher)):
         for s in range(len(student)):
-            if s != t:
+            if s != t or not leave_out_same_crop:
                 for b in range(student.shape[1]):
                     log_student = torch.log_softmax(student[s, b] / temperature, dim=0)
                     pairs.append(-(teacher[t, b] * log_student).sum())
@@ -31,6 +31,15 @@ def test_self_distillation_and_its_gradient_equal_the_loop(num_student, num_teac
     student, teacher = random_crops(num_student, num_teacher)
     actual = self_distillation(student, teacher, temperature=0.1)
     expected = self_distillation_by_loops(student, teacher, 0.1)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, student), torch.autograd.grad(expected, student))
+
+
+@pytest.mark.parametrize(("num_student", "num_teacher"), [(1, 1), (3, 2), (2, 3)])
+def test_all_pairs_count_where_same_crops_are_not_left_out(num_student, num_teacher):
+    student, teacher = random_crops(num_student, num_teacher)
+    actual = self_distillation(student, teacher, temperature=0.1, leave_out_same_crop=False)
+    expected = self_distillation_by_loops(student, teacher, 0.1, leave_out_same_crop=False)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, student), torch.autograd.grad(expected, student))
 
@@ -71,12 +80,12 @@ def test_crops_without_a_pair_are_refused(student, teacher, sentence):
         self_distillation(student, teacher, temperature=0.1)
 
 
-def test_centred_softmax_takes_the_centre_away_before_the_temperature():
-    logits = torch.tensor([[2.0, 1.0]])
-    probabilities = centred_softmax(logits, torch.tensor([1.0, 0.0]), temperature=0.5)
-    torch.testing.assert_close(probabilities, torch.tensor([[0.5, 0.5]]))
-    sharp = centred_softmax(logits, torch.zeros(1, 2), temperature=0.5)
-    torch.testing.assert_close(sharp, torch.tensor([[2.0, 0.0]]).softmax(-1))
+def test_no_crop_and_no_temperature_are_refused():
+    student, teacher = random_crops(2, 1)
+    with pytest.raises(ValueError, match=r"a crop of each\. Got 2 and 0"):
+        self_distillation(student, teacher[:0], temperature=0.1, leave_out_same_crop=False)
+    with pytest.raises(ValueError, match=r"temperature above 0\. Got 0"):
+        self_distillation(student, teacher, temperature=0)
 
 
 def random_pairs():

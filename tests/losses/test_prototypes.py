@@ -1,4 +1,4 @@
-"""The loss in slabs of prototypes against that of whole logits."""
+"""The loss in slabs of prototypes against that of whole logits, as DINO uses it."""
 
 import pytest
 import torch
@@ -7,7 +7,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssl_pipeline.losses import centred_softmax, mean_logits, prototype_distillation, prototypes, self_distillation
+from ssl_pipeline.losses import (
+    centred_softmax,
+    centred_targets,
+    crop_pairs,
+    prototype_cross_entropy,
+    prototypes,
+    self_distillation,
+    total_logits,
+)
 from ssl_pipeline.modules.heads import PrototypeHead
 
 TEMPERATURES = {"temperature": 0.1, "teacher_temperature": 0.04}
@@ -19,13 +27,22 @@ def rows(*shape, seed, dtype=torch.float64):
 
 
 def bottlenecks(num_student=5, num_teacher=2, num_images=3, num_prototypes=23, dtype=torch.float64):
-    """Student and teacher crops, their prototypes and a centre, in the order of `prototype_distillation`."""
+    """Student and teacher crops, their prototypes and a centre, in the order of `distillation`."""
     return (
         rows(num_student, num_images, 6, seed=0, dtype=dtype).requires_grad_(),
         rows(num_prototypes, 6, seed=1, dtype=dtype).requires_grad_(),
         rows(num_teacher, num_images, 6, seed=2, dtype=dtype),
         rows(num_prototypes, 6, seed=3, dtype=dtype),
         rows(num_prototypes, seed=4, dtype=dtype),
+    )
+
+
+def distillation(student, weights, teacher, teacher_weights, centre, *, temperature, teacher_temperature):
+    """DINO's loss from the bottlenecks on."""
+    targets = centred_targets(teacher.flatten(0, 1), teacher_weights, centre, temperature=teacher_temperature)
+    weights_N, mix_ST = crop_pairs(student, teacher)
+    return prototype_cross_entropy(
+        student.flatten(0, 1), weights, targets, weights_N, temperature=temperature, mix_ST=mix_ST
     )
 
 
@@ -45,7 +62,7 @@ def gradients(loss, inputs):
 def test_slabs_change_neither_loss_nor_entropy_nor_gradients(monkeypatch, slab, num_student, num_teacher):
     monkeypatch.setattr(prototypes, "SLAB", slab)
     inputs = bottlenecks(num_student, num_teacher)
-    actual, expected = prototype_distillation(*inputs, **TEMPERATURES), whole(*inputs, **TEMPERATURES)
+    actual, expected = distillation(*inputs, **TEMPERATURES), whole(*inputs, **TEMPERATURES)
     assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     assert_close(gradients(actual[0], inputs), gradients(expected[0], inputs), rtol=1e-10, atol=1e-12)
 
@@ -53,7 +70,7 @@ def test_slabs_change_neither_loss_nor_entropy_nor_gradients(monkeypatch, slab, 
 def test_float32_is_exact_to_a_millionth(monkeypatch):
     monkeypatch.setattr(prototypes, "SLAB", 3000)
     inputs = bottlenecks(10, 2, num_images=2, num_prototypes=20_000, dtype=torch.float32)
-    actual, expected = prototype_distillation(*inputs, **TEMPERATURES), whole(*inputs, **TEMPERATURES)
+    actual, expected = distillation(*inputs, **TEMPERATURES), whole(*inputs, **TEMPERATURES)
     assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(gradients(actual[0], inputs), gradients(expected[0], inputs), strict=True):
         assert (ours - theirs).norm() < 2e-6 * theirs.norm()
@@ -67,7 +84,7 @@ def test_the_parameters_of_a_head_get_the_gradient_of_its_logits(monkeypatch, fi
         PrototypeHead(6, 10, hidden_dim=8, bottleneck_dim=4, fixed_scale=fixed_scale).double() for _ in range(2)
     )
     features, teacher_features, centre = rows(4, 3, 6, seed=0), rows(2, 3, 6, seed=1), rows(10, seed=2)
-    actual, _ = prototype_distillation(
+    actual, _ = distillation(
         student.bottleneck(features), student.prototypes,
         teacher.bottleneck(teacher_features), teacher.prototypes, centre, **TEMPERATURES,
     )  # fmt: skip
@@ -82,7 +99,7 @@ def test_the_gradients_pass_gradcheck(monkeypatch):
     monkeypatch.setattr(prototypes, "SLAB", 3)
     student, weights, *teacher = bottlenecks(3, 2, num_images=2, num_prototypes=5)
     assert torch.autograd.gradcheck(
-        lambda a, b: prototype_distillation(a, b, *teacher, temperature=0.5, teacher_temperature=0.3)[0],
+        lambda a, b: distillation(a, b, *teacher, temperature=0.5, teacher_temperature=0.3)[0],
         (student, weights),
     )
 
@@ -90,7 +107,7 @@ def test_the_gradients_pass_gradcheck(monkeypatch):
 def test_only_the_student_receives_a_gradient():
     student, weights, *others = bottlenecks()
     others = [tensor.clone().requires_grad_() for tensor in others]
-    loss, entropy = prototype_distillation(student, weights, *others, **TEMPERATURES)
+    loss, entropy = distillation(student, weights, *others, **TEMPERATURES)
     loss.backward()
     assert student.grad is not None
     assert weights.grad is not None
@@ -98,18 +115,27 @@ def test_only_the_student_receives_a_gradient():
     assert not entropy.requires_grad
 
 
-def test_the_mean_logits_are_those_of_the_rows():
+def test_the_total_logits_are_those_of_the_rows():
     _, _, teacher, weights, _ = bottlenecks()
-    assert_close(mean_logits(teacher, weights), F.linear(teacher, weights).mean(dim=(0, 1)))
+    assert_close(total_logits(teacher, weights), F.linear(teacher, weights).sum(dim=(0, 1)))
     with torch.autocast("cpu", torch.bfloat16):
-        assert mean_logits(teacher.bfloat16(), weights.float()).dtype == torch.float32
+        assert total_logits(teacher.bfloat16(), weights.float()).dtype == torch.float32
+
+
+def test_many_rows_make_slabs_narrower(monkeypatch):
+    monkeypatch.setattr(prototypes, "CPU_LOGITS", 60)
+    inputs = bottlenecks(5, 2)
+    with Sizes() as sizes:
+        actual = distillation(*inputs, **TEMPERATURES)
+    assert sizes.largest == 23 * 6  # the prototypes; logits are 15 rows by 4
+    assert_close(actual, whole(*inputs, **TEMPERATURES))
 
 
 def test_large_logits_stay_finite():
     student, weights, teacher, teacher_weights, centre = (value.float() for value in bottlenecks())
     inputs = (student, 1000 * weights, teacher, 1000 * teacher_weights, centre)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    loss, entropy = prototype_distillation(*leaves, **TEMPERATURES)
+    loss, entropy = distillation(*leaves, **TEMPERATURES)
     assert_close(loss, whole(*leaves, **TEMPERATURES)[0])
     assert entropy.item() == 0
     assert all(gradient.isfinite().all() for gradient in gradients(loss, leaves))
@@ -135,7 +161,7 @@ def test_no_tensor_grows_with_crops_times_prototypes(monkeypatch):
     monkeypatch.setattr(prototypes, "SLAB", 64)
     inputs = bottlenecks(10, 2, num_images=8, num_prototypes=1024)
     with Sizes() as sizes:
-        loss, _ = prototype_distillation(*inputs, **TEMPERATURES)
+        loss, _ = distillation(*inputs, **TEMPERATURES)
         loss.backward()
     assert sizes.largest == max(10 * 8 * 64, 1024 * 6)  # logits of a slab, or the prototypes
     with Sizes() as sizes:
@@ -147,7 +173,7 @@ def test_no_tensor_grows_with_crops_times_prototypes(monkeypatch):
 def test_under_autocast_only_the_products_are_in_half_precision(dtype):
     inputs = bottlenecks(dtype=torch.float32)
     with torch.autocast("cpu", dtype), Sizes() as sizes:
-        actual = prototype_distillation(*inputs, **TEMPERATURES)
+        actual = distillation(*inputs, **TEMPERATURES)
         found = gradients(actual[0], inputs)
     assert sizes.products == {dtype}
     assert {tensor.dtype for tensor in (*actual, *found)} == {torch.float32}
@@ -162,4 +188,4 @@ def test_under_autocast_only_the_products_are_in_half_precision(dtype):
 @pytest.mark.parametrize(("num_student", "num_teacher", "sentence"), [(1, 1, "at least 2"), (2, 3, "Got 2 and 3")])
 def test_crops_without_a_pair_are_refused(num_student, num_teacher, sentence):
     with pytest.raises(ValueError, match=sentence):
-        prototype_distillation(*bottlenecks(num_student, num_teacher), **TEMPERATURES)
+        distillation(*bottlenecks(num_student, num_teacher), **TEMPERATURES)

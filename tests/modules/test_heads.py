@@ -7,7 +7,7 @@ from torch import nn
 
 from ssl_pipeline.backbones.patches import random_masking
 from ssl_pipeline.backbones.positions import sincos_position_embedding
-from ssl_pipeline.modules.heads import MLPHead, PrototypeHead
+from ssl_pipeline.modules.heads import MLPHead, PrototypeHead, Prototypes
 from ssl_pipeline.modules.pixel_decoder import PixelDecoder
 
 
@@ -169,3 +169,22 @@ def test_pixel_decoder_trains_all_its_parameters():
     decoder, encoded, restore = decoder_and_inputs()
     decoder(encoded, restore).square().sum().backward()
     assert all(parameter.grad is not None for parameter in decoder.parameters())
+
+
+def test_prototypes_have_length_one_until_training_changes_them():
+    torch.manual_seed(0)
+    prototypes = Prototypes(3, 5)
+    torch.testing.assert_close(prototypes.weight.norm(dim=1), torch.ones(5))
+    same = prototypes.weight
+    with torch.no_grad():
+        prototypes.weight.mul_(torch.tensor([[2.0], [3.0], [0.5], [1.0], [7.0]]))
+    expected = torch.stack([row / row.norm() for row in prototypes.weight.detach()])
+    prototypes.normalize_()
+    assert prototypes.weight is same
+    assert prototypes.weight.requires_grad
+    torch.testing.assert_close(prototypes.weight.detach(), expected)
+    embeddings = F.normalize(torch.randn(2, 4, 3), dim=-1)
+    scores = prototypes(embeddings)
+    assert scores.shape == (2, 4, 5)
+    torch.testing.assert_close(scores[1, 2, 3], embeddings[1, 2] @ prototypes.weight[3])
+    assert list(prototypes.state_dict()) == ["weight"]

@@ -21,7 +21,7 @@ from tests.backbones.tiny_vit import tiny_vit
 START = Progress(0, 100, 10)
 
 
-class Toy(Method):
+class Toy(nn.Module):
     """A token, a norm, two linear layers and something that is not trained."""
 
     def __init__(self, *rules: ParamRule) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +12,24 @@ from numpy.typing import ArrayLike, NDArray
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import Catalogue, find_index, list_shards, read_rows
 from ssl_pipeline.data.shards.opened import OpenShards
+from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, is_labelled
 from ssl_pipeline.data.shards.remote import RemoteShards, is_url, open_remote
-from ssl_pipeline.data.shards.rows import NO_LABEL, SIZE
+from ssl_pipeline.data.shards.rows import NO_LABEL, SIZE, pixel_bytes
 from ssl_pipeline.data.shards.verification import verified_catalogue
+from ssl_pipeline.files import sha256_of_bytes
 
 __all__ = ["DataError", "RawSample", "ShardIndex", "open_shards"]
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """The stored bytes of one image; its key is read from the tar header only when somebody asks."""
+    """The stored bytes of one image; its key is read from the tar header only when somebody asks.
+
+    `label` is None without one; soft labels are a row (C,) float32.
+    """
 
     image: bytes
-    label: int | None
+    label: int | NDArray[np.float32] | None
     shard: str
     byte: int
     index: ShardIndex
@@ -42,57 +47,109 @@ class RawSample:
 class ShardIndex:
     """Samples 0 to N-1 of a set of shards, in the order of the file names and then of the files.
 
+    With an overlay (data/subset.py) there are only the images that it keeps, numbered anew from 0, with its labels.
     Cheap to copy into a worker: shards and index files are opened where they are first read.
     """
 
-    def __init__(self, folder: Path, place: Path, catalogue: Catalogue, remote: RemoteShards | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        place: Path,
+        catalogue: Catalogue,
+        remote: RemoteShards | None = None,
+        overlay: Overlay = NO_OVERLAY,
+    ) -> None:
         self.folder = folder
         self.source = str(folder) if remote is None else remote.url
-        self.class_names = catalogue.class_names
-        self.shard_counts = catalogue.table.samples
-        self.has_labels = bool((catalogue.table.labelled == catalogue.table.samples).all())
+        self.catalogue = catalogue
+        self.overlay = overlay
+        self.class_names = catalogue.class_names if overlay.labels_file is None else overlay.class_names
         self._table = catalogue.table
         self._shards = OpenShards(folder, place, catalogue.table, remote)
-        self._ends = np.cumsum(self.shard_counts)
+        self._ends = np.cumsum(self._table.samples)
+
+    def overlaid(self, overlay: Overlay) -> ShardIndex:
+        """The same shards under another overlay."""
+        return ShardIndex(self.folder, self._shards.place, self.catalogue, self._shards.remote, overlay)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self.overlay.keep is None else len(self.overlay.keep)
+
+    def in_whole_set(self, samples: ArrayLike | None = None) -> NDArray[np.int64]:
+        """The numbers of some samples (N,), or of all, in the set without an overlay."""
+        samples_N = np.arange(len(self)) if samples is None else np.asarray(samples, dtype=np.int64)
+        return samples_N if self.overlay.keep is None else self.overlay.keep[samples_N]
 
     def read(self, sample: int) -> RawSample:
-        """The image bytes and the label (None without one) of sample 0 <= sample < N."""
-        shard, (offset, size, label, *_) = self._row(sample)
+        """The image bytes and the label of sample 0 <= sample < N."""
+        shard, number, (offset, size, label, *_) = self._row(sample)
         image = self._shards.read(shard, offset, size)
-        name = self._table.name[shard]
-        return RawSample(image, None if label == NO_LABEL else label, name, offset, self, sample)
+        if self.overlay.labels is not None:
+            own = self.overlay.labels[number]
+            label = own if own.ndim else int(own)
+        absent = isinstance(label, int) and label == NO_LABEL
+        return RawSample(image, None if absent else label, self._table.name[shard], offset, self, sample)
 
     def key(self, sample: int) -> str:
         """The key of a sample, read from its tar header."""
-        shard, row = self._row(sample)
+        shard, _, row = self._row(sample)
         return self._shards.key(shard, row[3])
 
     @property
     def checksums(self) -> list[str]:
-        """SHA-256 of each shard."""
-        return list(self._table.sha256)
+        """SHA-256 of each shard, and of the files of the overlay."""
+        return [*self._table.sha256, *self.overlay.checksums]
 
     @property
     def fingerprint(self) -> str:
-        """One SHA-256 for the whole set: of other images, labels, encoding or shards it is another."""
-        return hashlib.sha256("".join(self._table.sha256).encode()).hexdigest()
+        """One SHA-256 for the whole set: of other images, labels, encoding, shards or overlays it is another."""
+        return sha256_of_bytes("".join(self.checksums).encode())
+
+    @cached_property
+    def shard_counts(self) -> NDArray[np.int64]:
+        """Samples of each shard."""
+        if self.overlay.keep is None:
+            return self._table.samples
+        return np.diff(np.searchsorted(self.overlay.keep, self._ends), prepend=0)
+
+    @cached_property
+    def shard_pixel_bytes(self) -> NDArray[np.int64]:
+        """Bytes of the images of each shard when they are decoded, three per pixel."""
+        if self.overlay.keep is None:
+            return self._table.pixel_bytes
+        ends = np.concatenate(([0], pixel_bytes(self.sizes()).cumsum()))[np.cumsum(self.shard_counts)]
+        return np.diff(ends, prepend=0)
 
     @property
     def image_bytes(self) -> int:
         """Bytes of all image files."""
-        return int(self._table.image_bytes.sum())
+        if self.overlay.keep is None:
+            return int(self._table.image_bytes.sum())
+        return int(self._columns(slice(1, 2)).sum())
 
     @property
-    def pixel_bytes(self) -> int:
-        """Bytes of all images when they are decoded, three per pixel."""
-        return int(self._table.pixel_bytes.sum())
+    def widest(self) -> int:
+        """Pixels of the longest row of an image, of the whole set."""
+        return int(self._table.widest.max())
 
-    def labels(self) -> NDArray[np.int64]:
-        """The labels of all samples (N,), -1 for none; no image is read."""
-        return np.concatenate([read_rows(self._shards.place, entry)[:, 2] for entry in self._table])
+    @cached_property
+    def has_labels(self) -> bool:
+        """Whether all samples have a label."""
+        if self.overlay.labels is None and (self._table.labelled == self._table.samples).all():
+            return True
+        return bool(is_labelled(self.labels()).all())
+
+    @property
+    def num_soft_classes(self) -> int | None:
+        """The C of soft labels (N, C); None where a label is one class."""
+        labels = self.overlay.labels
+        return None if labels is None or labels.ndim == 1 else labels.shape[1]
+
+    def labels(self) -> Labels:
+        """The labels of all samples, (N,) int64 with -1 for none, or soft ones (N, C) float32; no image is read."""
+        if self.overlay.labels is None:
+            return self._columns(2)
+        return self.overlay.labels if self.overlay.keep is None else self.overlay.labels[self.overlay.keep]
 
     def sizes(self, samples: ArrayLike | None = None) -> NDArray[np.int64]:
         """Height and width (N, 2) of the decoded images of some samples, or of all; no image is read.
@@ -100,14 +157,13 @@ class ShardIndex:
         0 and 0 for one whose head says that it cannot be decoded. Damage behind the head is not known here.
         """
         if samples is None:
-            return np.concatenate([read_rows(self._shards.place, entry)[:, SIZE] for entry in self._table])
-        samples_N = np.asarray(samples, dtype=np.int64)
+            return self._columns(SIZE)
+        samples_N = self.in_whole_set(samples)
         shards_N = np.searchsorted(self._ends, samples_N, side="right")
         sizes_N2 = np.empty((len(samples_N), 2), dtype=np.int64)
         for shard in np.unique(shards_N).tolist():
             here_N = shards_N == shard
-            first = int(self._ends[shard] - self.shard_counts[shard])
-            sizes_N2[here_N] = self._shards.rows(shard)[samples_N[here_N] - first, SIZE]
+            sizes_N2[here_N] = self._shards.rows(shard)[samples_N[here_N] - self._first(shard), SIZE]
         return sizes_N2
 
     def check_cache(self, block_shards: int) -> None:
@@ -119,13 +175,23 @@ class ShardIndex:
                 f"GB, more than data.cache_gb={remote.cache_bytes / 1e9:g}. Raise it, or take smaller blocks."
             )
 
-    def _row(self, sample: int) -> tuple[int, list[int]]:
-        """The shard of a sample, and its row there."""
+    def _columns(self, columns: int | slice) -> NDArray[np.int64]:
+        """Some columns of the rows of all samples."""
+        parts = [read_rows(self._shards.place, entry)[:, columns] for entry in self._table]
+        found_N = np.concatenate(parts)
+        return found_N if self.overlay.keep is None else found_N[self.overlay.keep]
+
+    def _first(self, shard: int) -> int:
+        """The number in the whole set of a shard's first sample."""
+        return int(self._ends[shard] - self._table.samples[shard])
+
+    def _row(self, sample: int) -> tuple[int, int, list[int]]:
+        """The shard of a sample, its number in the whole set, and its row."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample must lie in [0, {len(self)}). Got {sample}.")
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        first = int(self._ends[shard] - self.shard_counts[shard])
-        return shard, self._shards.rows(shard)[sample - first].tolist()
+        number = sample if self.overlay.keep is None else int(self.overlay.keep[sample])
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number, self._shards.rows(shard)[number - self._first(shard)].tolist()
 
 
 def open_shards(directory: str | Path, *, cache_dir: Path | None = None, cache_gb: float = 50.0) -> ShardIndex:

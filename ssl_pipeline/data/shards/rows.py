@@ -30,7 +30,8 @@ MAX_LABEL_BYTES = 1 << 24
 class ShardEntry:
     """One shard as it was when it was indexed.
 
-    image_bytes: of its image files. pixel_bytes: of the images when they are decoded, three per pixel.
+    image_bytes: of its image files. pixel_bytes: of the images when they are decoded, three per pixel. widest: pixels
+    of its longest row.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ShardEntry:
     labelled: int
     image_bytes: int
     pixel_bytes: int
+    widest: int
 
 
 def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArray[np.int64]]:
@@ -68,6 +70,7 @@ def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArra
         labelled=int((array[:, 2] != NO_LABEL).sum()),
         image_bytes=int(array[:, 1].sum()),
         pixel_bytes=int(pixel_bytes(array[:, SIZE]).sum()),
+        widest=int(array[:, SIZE.stop - 1].max(initial=0)),
     )
     return entry, array
 

@@ -23,6 +23,7 @@ class ShardTable:
     labelled: NDArray[np.int64]
     image_bytes: NDArray[np.int64]
     pixel_bytes: NDArray[np.int64]
+    widest: NDArray[np.int64]
 
     @classmethod
     def of(cls, entries: Sequence[ShardEntry]) -> ShardTable:
@@ -45,6 +46,7 @@ class ShardTable:
             labelled=np.array(columns["labelled"], dtype=np.int64),
             image_bytes=np.array(columns["image_bytes"], dtype=np.int64),
             pixel_bytes=np.array(columns["pixel_bytes"], dtype=np.int64),
+            widest=np.array(columns["widest"], dtype=np.int64),
         )
 
     def columns(self) -> dict[str, list[str] | list[int]]:
@@ -67,6 +69,7 @@ class ShardTable:
             labelled=int(self.labelled[shard]),
             image_bytes=int(self.image_bytes[shard]),
             pixel_bytes=int(self.pixel_bytes[shard]),
+            widest=int(self.widest[shard]),
         )
 
     def __iter__(self) -> Iterator[ShardEntry]:

@@ -1,4 +1,6 @@
-"""Worker processes that read batches into shared memory; what travels is the number of a batch and of its slot."""
+"""Worker processes that read batches into shared memory; what travels is the number of a batch and its place."""
+
+from __future__ import annotations
 
 import itertools
 import multiprocessing
@@ -21,15 +23,15 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.workers.ring import Reader, Slots, slot_bytes
+from ssl_pipeline.data.workers.ring import Layout, Reader, Ring, batch_bytes, tensors_at
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.machine import free_host_bytes
 
-HELD_SLOTS = 2  # by the trainer: the batch in use, and the one before it while its copy to the device is under way
-LEAST_SLOTS = HELD_SLOTS + 1  # and one to write into
-RING_SHARE = 0.25  # of the memory that this process may still take, for the slots of a stream
-LARGEST_SHARE = 0.5  # that the least number of slots may take
-TASK = struct.Struct("qq")  # numbers of a batch and of the slot for it; so short a message is never torn
+HELD_BATCHES = 2  # by the trainer: the one in use, and the one before it while its copy to the device is under way
+LEAST_BATCHES = HELD_BATCHES + 1  # and one to write
+RING_SHARE = 0.25  # of the memory that this process may still take, for the batches of a stream
+LARGEST_SHARE = 0.5  # that the least number of batches may take
+TASK = struct.Struct("qq")  # number of a batch and the first byte of its place; so short a message is never torn
 TRAINER_CHECK = 1.0  # seconds after which a worker that is busy or stuck notices that its trainer is gone
 
 Content = TypeVar("Content")  # what a reader returns
@@ -42,55 +44,74 @@ def read_batches(
     """Tensors and extra that `reader` makes of the positions of batch 0, 1, ... in order: of `batches`, or without end.
 
     `workers` processes read `prefetch` batches each ahead, or fewer where memory is short, of which a warning tells;
-    with 0 this one reads. The tensors are overwritten once the next batch is asked for: whatever is to last longer
-    must be copied. (Copies to a GPU that were started on the current stream may still run then.) What `reader` raises
-    is raised here, in its turn; the death of a worker is a DataError at once. The workers end with the iterator, and
-    with this process, however it ends.
+    with 0 this one reads. Each batch takes the memory that its own layout needs, of a ring with room for so many usual
+    ones; this process reads one that is larger than the whole ring itself. The tensors are overwritten once the next
+    batch is asked for: whatever is to last longer must be copied. (Copies to a GPU that were started on the current
+    stream may still run then.) What `reader` raises is raised here, in its turn; the death of a worker is a DataError
+    at once. The workers end with the iterator, and with this process, however it ends.
     """
     numbers = itertools.count() if batches is None else range(batches)
-    layout = reader.layout()
+    here = _ReadHere(reader)
     if workers == 0:
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
         for number in numbers:
-            yield tensors, reader(positions_of(number), tensors)
+            yield here.read(positions_of(number))
         return
     if batches is not None:
         workers = min(workers, batches)
-    count, workers = _within_memory(slot_bytes(layout), workers, prefetch)
-    slots = Slots(layout, count)
-    crew = _Crew[Content](slots, batches)
+    usual = batch_bytes(reader.layout())
+    count, workers = _within_memory(usual, workers, prefetch)
+    ring = Ring(count * usual, count)
+    crew = _Crew(reader, positions_of, ring, batches)
     try:
-        crew.start(reader, positions_of, workers)
-        slots.lock_pages()  # after the fork: the workers are none of CUDA's business
+        crew.start(workers)
+        ring.lock_pages()  # after the fork: workers have no part in CUDA
         for number in numbers:
-            slot, extra = crew.batch(number)
-            yield slots.tensors[slot], extra
-            slots.give_back(slot)
+            found = crew.batch(number)
+            if found is None:
+                yield here.read(positions_of(number))
+            else:
+                yield found
+                ring.give_back()
     finally:
         crew.end()
 
 
-def _within_memory(size: int, workers: int, prefetch: int) -> tuple[int, int]:
-    """How many slots of `size` bytes there will be, and workers: what is asked for, or what the memory has room for.
+class _ReadHere(Generic[Content]):
+    """Batches that this process reads itself, into memory that is used again."""
 
-    Each worker writes into a slot of its own: more of them would wait. Raises DataError if not even one can.
+    def __init__(self, reader: Reader[Content]) -> None:
+        self.reader = reader
+        self.block = torch.empty(0, dtype=torch.uint8)
+
+    def read(self, positions: Sequence[int]) -> tuple[Mapping[str, Tensor], Content]:
+        layout = self.reader.layout(positions)
+        if (size := batch_bytes(layout)) > len(self.block):
+            self.block = torch.empty(size, dtype=torch.uint8)
+        tensors = tensors_at(self.block, 0, layout)
+        return tensors, self.reader(positions, tensors)
+
+
+def _within_memory(size: int, workers: int, prefetch: int) -> tuple[int, int]:
+    """How many batches of `size` bytes there will be, and workers: what is asked for, or what the memory has room for.
+
+    Each worker writes a batch of its own: more of them would wait. Raises DataError if not even one can.
     """
-    free, wanted = free_host_bytes(), workers * prefetch + HELD_SLOTS
-    if LEAST_SLOTS * size > LARGEST_SHARE * free:
+    free, wanted = free_host_bytes(), workers * prefetch + HELD_BATCHES
+    if LEAST_BATCHES * size > LARGEST_SHARE * free:
         raise DataError(
-            f"{LEAST_SLOTS} batches of {size / 1e9:.3g} GB, the least that workers need, take more than half of the "
+            f"{LEAST_BATCHES} batches of {size / 1e9:.3g} GB, the least that workers need, take more than half of the "
             f"{free / 1e9:.3g} GB of memory that this process may still take. Make the batches smaller."
         )
-    slots = min(wanted, max(int(RING_SHARE * free / max(size, 1)), LEAST_SLOTS))
-    writing = min(workers, slots - HELD_SLOTS)
-    if slots < wanted and rank() == 0:
+    count = min(wanted, max(int(RING_SHARE * free / max(size, 1)), LEAST_BATCHES))
+    writing = min(workers, count - HELD_BATCHES)
+    if count < wanted and rank() == 0:
         warnings.warn(
-            f"{writing} instead of {workers} workers read images, and {slots} instead of {wanted} batches of "
+            f"{writing} instead of {workers} workers read images, and {count} instead of {wanted} batches of "
             f"{size / 1e9:.3g} GB are in memory, of which this process may still take {free / 1e9:.3g} GB. "
             "Smaller batches leave room for more.",
             stacklevel=3,
         )
-    return slots, writing
+    return count, writing
 
 
 class _Crew(Generic[Content]):
@@ -100,43 +121,59 @@ class _Crew(Generic[Content]):
     of its own, which the system closes with the process.
     """
 
-    def __init__(self, slots: Slots, batches: int | None) -> None:
-        self.slots = slots
+    def __init__(self, reader: Reader[Content], positions_of: PositionsOf, ring: Ring, batches: int | None) -> None:
+        self.reader = reader
+        self.positions_of = positions_of
+        self.ring = ring
         self.batches = batches
         self.trainer = os.getpid()
         self._reading, self._tasks = os.pipe()
         self._workers: dict[int, tuple[Connection, BaseProcess]] = {}  # by the descriptor of the connection
         self._results = select.poll()
-        self._asked = 0  # batches that the workers were asked for so far
-        self._slot_of: dict[int, int] = {}  # of those that were asked for and not given out
+        self._asked = 0  # batches that the workers were asked for so far, or were too large for them
+        self._coming: Layout | None = None  # of the next one to ask for, where it had no room so far
+        self._tensors: dict[int, Mapping[str, Tensor]] = {}  # of those that were asked for and not given out
         self._done: dict[int, Content | _Failure] = {}
 
-    def start(self, reader: Reader[Content], positions_of: PositionsOf, workers: int) -> None:
+    def start(self, workers: int) -> None:
         context = multiprocessing.get_context("fork")  # Python 3.14's fork server is nobody's child
         for _ in range(workers):
             results, sending = context.Pipe(duplex=False)
             pipes = _Pipes(self._reading, self._tasks, sending)
             process = context.Process(
-                target=_work, args=(reader, positions_of, self.slots, pipes, self.trainer), daemon=True
+                target=_work, args=(self.reader, self.positions_of, self.ring, pipes, self.trainer), daemon=True
             )
             process.start()
             sending.close()  # now the worker's alone
             self._workers[results.fileno()] = results, process
             self._results.register(results, select.POLLIN)
 
-    def batch(self, number: int) -> tuple[int, Content]:
-        """Slot and extra of a batch; call with 0, 1, 2, ..."""
-        while self._asked != self.batches and (slot := self.slots.take(wait=self._asked <= number)) is not None:
-            self._slot_of[self._asked] = slot
-            os.write(self._tasks, TASK.pack(self._asked, slot))
-            self._asked += 1
+    def batch(self, number: int) -> tuple[Mapping[str, Tensor], Content] | None:
+        """Tensors and extra of a batch, None if the ring is too small for it; call with 0, 1, 2, ..."""
+        self._ask_ahead(number)
+        if number not in self._tensors:
+            return None
         while number not in self._done:
             for descriptor, _ in self._results.poll():
                 self._receive(*self._workers[descriptor])
         outcome = self._done.pop(number)
         if isinstance(outcome, _Failure):
             raise outcome.error
-        return self._slot_of.pop(number), outcome
+        return self._tensors.pop(number), outcome
+
+    def _ask_ahead(self, number: int) -> None:
+        """Ask for batches as far as there is room, and not beyond one that this process must read itself."""
+        while self._asked != self.batches:
+            layout = self._coming = self._coming or self.reader.layout(self.positions_of(self._asked))
+            if (size := batch_bytes(layout)) <= len(self.ring.block):
+                start = self.ring.take(size, wait=self._asked <= number)
+                if start is None:
+                    return
+                self._tensors[self._asked] = tensors_at(self.ring.block, start, layout)
+                os.write(self._tasks, TASK.pack(self._asked, start))
+            elif self._asked > number:
+                return
+            self._asked, self._coming = self._asked + 1, None
 
     def _receive(self, results: Connection, process: BaseProcess) -> None:
         try:
@@ -158,7 +195,7 @@ class _Crew(Generic[Content]):
             results.close()
         os.close(self._tasks)
         os.close(self._reading)
-        self.slots.unlock_pages()
+        self.ring.unlock_pages()
 
 
 def _died(process: BaseProcess) -> DataError:
@@ -188,15 +225,17 @@ class _Failure:
     error: Exception
 
 
-def _work(reader: Reader[Content], positions_of: PositionsOf, slots: Slots, pipes: _Pipes, trainer: int) -> None:
+def _work(reader: Reader[Content], positions_of: PositionsOf, ring: Ring, pipes: _Pipes, trainer: int) -> None:
     """One worker: read batch after batch, as long as there is a trainer."""
     start_worker(trainer)
     os.close(pipes.foreign)
     with suppress(BrokenPipeError):
         while task := os.read(pipes.tasks, TASK.size):
-            number, slot = TASK.unpack(task)
+            number, start = TASK.unpack(task)
             try:
-                message = _packed(number, reader(positions_of(number), slots.tensors[slot]))
+                positions = positions_of(number)
+                tensors = tensors_at(ring.block, start, reader.layout(positions))
+                message = _packed(number, reader(positions, tensors))
             except Exception as error:
                 message = _packed(number, _Failure(_portable(error)))
             pipes.results.send_bytes(message)

@@ -4,6 +4,8 @@ The memory is one anonymous mapping, made before the workers are forked. Having 
 and cannot outlive its processes, however they end.
 """
 
+from __future__ import annotations
+
 import math
 import mmap
 import warnings
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ssl_pipeline.data.errors import DataError
 
-Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a slot
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a batch
 Extra = TypeVar("Extra", covariant=True)
 
 ALIGNMENT = 4096  # bytes between the starts of two tensors are a multiple of it
@@ -25,58 +27,73 @@ PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
 
 class Reader(Protocol[Extra]):
-    """What a worker does: fill the tensors of a slot from the samples at some positions."""
+    """What a worker does: fill the tensors of a batch from the samples at some positions."""
 
-    def layout(self) -> Layout:
-        """The tensors of a slot, large enough for any batch."""
+    def layout(self, positions: Sequence[int] | None = None) -> Layout:
+        """The tensors of the batch at these positions; without them, those of a usual batch, to plan memory by."""
         ...
 
-    def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor], /) -> Extra:
-        """Write into `slot`, which holds an older batch. What is returned goes through a pipe: little, no tensors."""
+    def __call__(self, positions: Sequence[int], tensors: Mapping[str, Tensor], /) -> Extra:
+        """Write into `tensors`, which hold anything. What is returned goes through a pipe: little, no tensors."""
         ...
 
 
-class Slots:
-    """Room for `count` batches of one layout in one block of shared memory.
+class Ring:
+    """Shared memory of `size` bytes for at most `most` batches, each of which takes just what its layout needs.
 
-    `tensors[slot]` are views of the block. A slot that is given back is free at once, or, where CUDA is in use, once
-    the current stream has come to this point: copies to the device may run in the background until then.
+    Places are taken one after another, at the end from the start again, and are given back in the same order. One that
+    is given back is free at once, or, where CUDA is in use, once the current stream has come to this point: copies to
+    the device may run in the background until then.
     """
 
-    def __init__(self, layout: Layout, count: int) -> None:
-        places, size = _places(layout)
+    def __init__(self, size: int, most: int) -> None:
         try:
-            memory = mmap.mmap(-1, max(count * size, 1))  # lives as long as a view of it
+            memory = mmap.mmap(-1, max(size, 1))  # lives as long as a view of it
         except (OSError, OverflowError) as error:
             raise DataError(
-                f"Cannot reserve {count * size / 1e9:.3g} GB for {count} batches: {error}. "
+                f"Cannot reserve {size / 1e9:.3g} GB for {most} batches: {error}. "
                 "Try fewer data.workers or a smaller data.prefetch."
             ) from None
         self.block = torch.frombuffer(memory, dtype=torch.uint8)
-        self.tensors = [
-            {name: _view(self.block, slot * size + places[name], *layout[name]) for name in layout}
-            for slot in range(count)
-        ]
-        self._free = list(range(count))
-        self._copying: deque[tuple[torch.cuda.Event, int]] = deque()
+        self.most = most
+        self._taken: deque[tuple[int, int]] = deque()  # start and end, the oldest first
+        self._copying: deque[torch.cuda.Event] = deque()  # of as many of the oldest
         self._page_locked = False
 
-    def take(self, *, wait: bool) -> int | None:
-        """A free slot, or None; if only copies in the background keep all of them, `wait` waits for the oldest."""
-        while self._copying and (self._copying[0][0].query() or (wait and not self._free)):
-            copied, slot = self._copying.popleft()
-            copied.synchronize()
-            self._free.append(slot)
-        return self._free.pop() if self._free else None
+    def take(self, size: int, *, wait: bool) -> int | None:
+        """The first byte of a place for `size` bytes, or None; if copies in the background keep it, `wait` waits."""
+        while self._copying and self._copying[0].query():
+            self._free_oldest()
+        while (start := self._place_for(size)) is None and wait and self._copying:
+            self._free_oldest()
+        if start is not None:
+            self._taken.append((start, start + size))
+        return start
 
-    def give_back(self, slot: int) -> None:
-        """The trainer is done with a slot, but for what its current CUDA stream has still to do."""
+    def give_back(self) -> None:
+        """The trainer is done with its oldest batch, but for what its current CUDA stream has still to do."""
         if not torch.cuda.is_initialized():
-            self._free.append(slot)
+            self._taken.popleft()
             return
         copied = torch.cuda.Event(blocking=True)
         copied.record()
-        self._copying.append((copied, slot))
+        self._copying.append(copied)
+
+    def _free_oldest(self) -> None:
+        self._copying.popleft().synchronize()
+        self._taken.popleft()
+
+    def _place_for(self, size: int) -> int | None:
+        if not self._taken:
+            return 0 if size <= len(self.block) else None
+        if len(self._taken) == self.most:
+            return None
+        (first, _), (last, end) = self._taken[0], self._taken[-1]
+        if last < first:  # the free bytes lie between the newest and the oldest
+            return end if end + size <= first else None
+        if end + size <= len(self.block):
+            return end
+        return 0 if size <= first else None
 
     def lock_pages(self) -> None:
         """Where CUDA is in use, let copies to the device run in the background; without it they work, but wait."""
@@ -99,19 +116,19 @@ class Slots:
             torch.cuda.cudart().cudaHostUnregister(self.block.data_ptr())
 
 
-def slot_bytes(layout: Layout) -> int:
-    """The memory that one slot takes."""
-    return _places(layout)[1]
+def batch_bytes(layout: Layout) -> int:
+    """The memory that a batch takes."""
+    return sum(_padded(shape, dtype) for shape, dtype in layout.values())
 
 
-def _places(layout: Layout) -> tuple[dict[str, int], int]:
-    """The byte at which each tensor of a slot begins, and at which the slot ends."""
-    places, size = dict[str, int](), 0
+def tensors_at(block: Tensor, start: int, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of a batch that begins at byte `start` of a flat block of bytes, as views of it."""
+    tensors = {}
     for name, (shape, dtype) in layout.items():
-        places[name] = size
-        size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    return places, size
+        tensors[name] = block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        start += _padded(shape, dtype)
+    return tensors
 
 
-def _view(block: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT

@@ -376,7 +376,8 @@ def test_sizes_are_those_of_the_decoded_images(tmp_path: Path, write_tar: WriteT
     assert index.sizes().tolist() == expected
     assert index.sizes([3, 0, 4, 0, 2]).tolist() == [expected[number] for number in (3, 0, 4, 0, 2)]
     assert index.sizes([]).shape == (0, 2)
-    assert index.pixel_bytes == sum(3 * width * height for width, height in sizes)
+    assert index.shard_pixel_bytes.tolist() == [3 * (12 * 10 + 30 * 7 + 9 * 40), 0, 3 * 16 * 16]
+    assert index.widest == 30
     assert index.image_bytes == sum(len(data) for data in files.values()) + len(b"no image")
 
 

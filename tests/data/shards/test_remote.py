@@ -166,7 +166,7 @@ def test_an_index_of_an_earlier_format_is_made_again(
     open_shards(url, cache_dir=cache)
     (path,) = cache.glob("index-*/index.json")
     content = json.loads(path.read_text())
-    for name in ("image_bytes", "pixel_bytes"):
+    for name in ("image_bytes", "pixel_bytes", "widest"):
         del content["shards"][name]
     path.write_text(json.dumps(content | {"format": 2}))
     assert open_shards(url, cache_dir=cache).sizes([7]).tolist() == [[10, 12]]

@@ -7,8 +7,8 @@ from ssl_pipeline.data.shards.rows import ShardEntry
 from ssl_pipeline.data.shards.table import ShardTable
 
 ENTRIES = [
-    ShardEntry("a.tar", 10, 2**60 + 1, "f" * 64, 3, 2, 9, 2**50),
-    ShardEntry("b\udcff.tar", 0, 1, "0" * 64, 0, 0, 0, 0),
+    ShardEntry("a.tar", 10, 2**60 + 1, "f" * 64, 3, 2, 9, 2**50, 70),
+    ShardEntry("b\udcff.tar", 0, 1, "0" * 64, 0, 0, 0, 0, 0),
 ]
 
 
@@ -35,7 +35,7 @@ def test_columns_that_make_no_table_are_refused(change: dict[str, list]) -> None
 
 def test_a_worker_gets_arrays_whatever_the_number_of_samples() -> None:
     few, many = (
-        ShardTable.of([ShardEntry("a.tar", 1, 1, "f" * 64, samples, samples, 1, 1)] * 16) for samples in (1, 10**6)
+        ShardTable.of([ShardEntry("a.tar", 1, 1, "f" * 64, samples, samples, 1, 1, 1)] * 16) for samples in (1, 10**6)
     )
     assert len(pickle.dumps(few)) == len(pickle.dumps(many))
     assert few.samples.nbytes == many.samples.nbytes == 16 * np.dtype(np.int64).itemsize

@@ -21,7 +21,7 @@ from torch import Tensor
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.workers import pool as workers_module
 from ssl_pipeline.data.workers.pool import RING_SHARE, read_batches
-from ssl_pipeline.data.workers.ring import Layout, slot_bytes
+from ssl_pipeline.data.workers.ring import Layout, batch_bytes
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 
@@ -32,7 +32,7 @@ class Squares:
     def __init__(self, at: Mapping[int, Callable[[], object]] | None = None) -> None:
         self.at = at or {}
 
-    def layout(self) -> Layout:
+    def layout(self, positions: Sequence[int] | None = None) -> Layout:
         return {"squares": ((4,), torch.int64), "flag": ((), torch.bool)}
 
     def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor]) -> object:
@@ -126,7 +126,50 @@ def test_workers_read_ahead_as_far_as_there_is_room(tmp_path: Path) -> None:
     wait_until(lambda: len(list(tmp_path.iterdir())) == 2 * 3 + 3)
 
 
-def test_batches_share_the_memory_of_the_slots() -> None:
+class Growing(Squares):
+    """Batch b has b % 7 + 1 times the bytes of the first one, and number `huge` a hundred times as many."""
+
+    def __init__(self, usual: int = 1, huge: int = -1) -> None:
+        super().__init__()
+        self.usual = usual
+        self.huge = huge
+
+    def layout(self, positions: Sequence[int] | None = None) -> Layout:
+        batch = None if positions is None else positions[0] // 4
+        times = self.usual if batch is None else 100 if batch == self.huge else batch % 7 + 1
+        return super().layout() | {"bytes": ((times * 5000,), torch.uint8)}
+
+    def __call__(self, positions: Sequence[int], slot: Mapping[str, Tensor]) -> object:
+        slot["bytes"].fill_(positions[0] // 4 % 251)
+        return super().__call__(positions, slot) if positions[0] // 4 != self.huge else os.getpid()
+
+
+@pytest.mark.parametrize("usual", [1, 4, 7])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_each_batch_has_the_room_that_it_needs(usual: int, workers: int) -> None:
+    for batch, (tensors, extra) in enumerate(open_batches(Growing(usual), batches=60, workers=workers)):
+        assert len(tensors["bytes"]) == 5000 * (batch % 7 + 1)
+        assert tensors["bytes"].eq(batch % 251).all()
+        assert tensors["squares"].tolist() == [position**2 for position in positions_of(batch)]
+        assert extra == 4 * batch + 3
+
+
+@needs_proc
+@pytest.mark.parametrize("huge", [0, 1, 9, 39])
+def test_a_batch_larger_than_the_ring_is_read_here(huge: int) -> None:
+    readers = [extra for _, extra in open_batches(Growing(4, huge), batches=40, workers=2)]
+    assert readers == [os.getpid() if batch == huge else 4 * batch + 3 for batch in range(40)]
+
+
+def test_batches_that_are_all_larger_than_the_ring_come_in_order() -> None:
+    class Huge(Growing):
+        def layout(self, positions: Sequence[int] | None = None) -> Layout:
+            return {"bytes": ((1 if positions is None else 10**6,), torch.uint8)} | Squares.layout(self)
+
+    assert [extra for _, extra in open_batches(Huge(), batches=9)] == [4 * batch + 3 for batch in range(9)]
+
+
+def test_batches_of_one_size_share_a_few_places() -> None:
     places = {tensors["squares"].data_ptr() for tensors, _ in open_batches(batches=50, workers=2, prefetch=1)}
     assert 1 < len(places) <= 2 * 1 + 2
 
@@ -222,11 +265,11 @@ def test_a_worker_that_leaves_is_an_error() -> None:
 
 
 def with_room_for(slots: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = slots * slot_bytes(Squares().layout()) / RING_SHARE
+    free = slots * batch_bytes(Squares().layout()) / RING_SHARE
     monkeypatch.setattr(workers_module, "free_host_bytes", lambda: int(free))
 
 
-def test_where_there_is_room_everybody_gets_slots_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_room_everybody_gets_batches_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with_room_for(2 * 3 + 2.5, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -70,7 +70,7 @@ def test_batch_norm_statistics_come_along(tmp_path, shards):
 
 def test_the_weights_that_a_run_began_with_are_not_needed_again(tmp_path, shards, dino):
     weights = tmp_path / "first" / "backbone.safetensors"
-    save_backbone(weights.parent, dino.method.backbone, VIT, dino.preprocessing)
+    save_backbone(weights.parent, dino.method.backbone, dino.preprocessing)
     run = preempted(tmp_path / "run", "dino", shards, backbone=VIT.model_copy(update={"weights": str(weights)}))
     weights.unlink()
     read = load_from_checkpoint(tmp_path / "run").backbone
@@ -121,7 +121,7 @@ def test_a_network_that_is_built_otherwise_now_is_refused_in_one_line(dino, monk
 def test_the_export_is_what_is_measured_unless_something_else_is_asked_for(tmp_path, dino):
     output = shutil.copytree(dino.output.path, tmp_path / "run")
     assert open_model(load(ModelConfig, [f"run={output}"])).label == "teacher, step 3"
-    save_backbone(output, dino.method.backbones()["student"], VIT, dino.preprocessing)
+    save_backbone(output, dino.method.backbones()["student"], dino.preprocessing)
     labels = [
         open_model(load(ModelConfig, [f"run={output}", *arguments])).label
         for arguments in ([], ["which=teacher"], ["checkpoint=2"], ["which=student", "checkpoint=2"])
@@ -132,7 +132,7 @@ def test_the_export_is_what_is_measured_unless_something_else_is_asked_for(tmp_p
 def test_the_random_baseline_is_that_of_the_export(tmp_path, dino):
     output = shutil.copytree(dino.output.path, tmp_path / "run")
     before = baselines_of(open_model(load(ModelConfig, [f"run={output}"])))["random"]
-    save_backbone(output, dino.method.backbone, VIT, dino.preprocessing)
+    save_backbone(output, dino.method.backbone, dino.preprocessing)
     after = baselines_of(open_model(load(ModelConfig, [f"run={output}"])))["random"]
     assert before.about == after.about
     torch.testing.assert_close(before.backbone.state_dict(), after.backbone.state_dict(), rtol=0, atol=0)

@@ -19,7 +19,7 @@ def settings(*arguments: str) -> ModelConfig:
 
 def test_a_run_brings_its_weights_and_preprocessing(run: Path) -> None:
     model = open_model(settings(f"run={run}"))
-    backbone, _, preprocessing = load_backbone(run)
+    backbone, preprocessing = load_backbone(run)
     assert model.preprocessing == preprocessing
     torch.testing.assert_close(model.backbone.state_dict(), backbone.state_dict())
 
@@ -73,10 +73,10 @@ def test_other_weights_or_images_never_meet_old_features(
     evaluate_knn(config)
     evaluate_knn(config)
     assert len(list(cache.iterdir())) == 2  # training and test images
-    backbone, architecture, preprocessing = load_backbone(run)
+    backbone, preprocessing = load_backbone(run)
     with torch.no_grad():
         backbone.model.norm.weight.mul_(2.0)
-    save_backbone(run, backbone, architecture, preprocessing)
+    save_backbone(run, backbone, preprocessing)
     evaluate_knn(config)
     assert len(list(cache.iterdir())) == 4
     others = str(write_shards(tmp_path / "others", [0, 1, 2], seed=9))
