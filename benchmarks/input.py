@@ -29,7 +29,7 @@ from benchmarks.views import (
     v2_pillow_views,
     v2_tensor_views,
 )
-from ssl_pipeline.augment.draw import draw_parameters
+from ssl_pipeline.augment.draw import draw_operations, num_uniforms
 from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.stream import DataConfig
@@ -120,7 +120,7 @@ def compare_photometric(config: BenchmarkConfig) -> Iterator[Comparison]:
     if comparison.has("kornia"):
         of_kornia = {name: _each_view(kornia_colours, group) for name, group in groups.items()}
         comparison.add("kornia", lambda: _by_view(of_kornia, crops, one_by_one=False), "batched")
-    comparison.add("ours", _ours(groups, crops), "parameters from the host")
+    comparison.add("ours", _ours(groups, crops), "numbers from the host")
     why_not = ON_A_CPU if device.type == "cpu" else config.why_not_compiled()
     comparison.add_compiled(why_not, _ours(groups, crops, compiled=True), "compiled, as in training")
     yield comparison
@@ -160,13 +160,13 @@ def _ours(
     groups: Mapping[str, ViewGroup], crops: Mapping[str, Tensor], *, compiled: bool = False
 ) -> Callable[[], None]:
     generator = np.random.default_rng(0)
-    parameters = {}
+    draws = {}
     for name, group in groups.items():
-        uniforms = generator.random((*crops[name].shape[:2], group.num_uniforms()))
-        parameters[name] = torch.from_numpy(draw_parameters(uniforms, group)).to(crops[name].device)
+        uniforms = generator.random((*crops[name].shape[:2], num_uniforms(group)))
+        draws[name] = torch.from_numpy(draw_operations(uniforms, group, size=group.size)).to(crops[name].device)
 
     def work() -> None:
         for name, group in groups.items():
-            apply_photometric(crops[name], parameters[name], group, mean=MEAN, std=STD, compile=compiled)
+            apply_photometric(crops[name], draws[name], group, mean=MEAN, std=STD, compile=compiled)
 
     return torch.no_grad()(work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_man
 from ssl_pipeline.data.shards.rows import index_shard
 from ssl_pipeline.data.shards.table import ShardTable
 from ssl_pipeline.data.shards.verification import status_of
+from ssl_pipeline.files import sha256_of_bytes
 
 LINKS = 30_000  # names of one file, of the 65,000 that ext4 allows
 PIXELS = 16
@@ -43,7 +43,7 @@ def write_synthetic_shards(folder: Path, *, shards: int, samples: int) -> None:
             os.link(place / f"{names[shard - shard % LINKS]}.npy", place / f"{name}.npy")
     sizes, times = status_of(folder, names)
     counts = np.full(shards, samples, dtype=np.int64)
-    checksums = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
+    checksums = tuple(sha256_of_bytes(name.encode()) for name in names)
     widest = np.full(shards, entry.widest, dtype=np.int64)
     image_bytes, pixel_bytes = counts * entry.image_bytes, counts * entry.pixel_bytes
     table = ShardTable(tuple(names), sizes, times, checksums, counts, counts, image_bytes, pixel_bytes, widest)

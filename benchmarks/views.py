@@ -95,7 +95,7 @@ def _blur_by_pillow(sigma: tuple[float, float], image: Image.Image) -> Image.Ima
 
 
 def _tensor_blur(group: ViewGroup) -> Callable[[Tensor], Tensor]:
-    return v2.GaussianBlur(group.blur_kernel_size(), group.blur_sigma)
+    return v2.GaussianBlur(group.blur_kernel_size(group.size), group.blur_sigma)
 
 
 def _colours(
@@ -189,7 +189,7 @@ def kornia_colours(group: ViewGroup, view: int) -> nn.Module:
         view,
         jitter=augmentation.ColorJitter,
         gray=augmentation.RandomGrayscale,
-        blur=partial(augmentation.RandomGaussianBlur, (group.blur_kernel_size(),) * 2, group.blur_sigma),
+        blur=partial(augmentation.RandomGaussianBlur, (group.blur_kernel_size(group.size),) * 2, group.blur_sigma),
         solarize=partial(augmentation.RandomSolarize, 0.0, 0.0),
     )
     return nn.Sequential(*steps, augmentation.Normalize(MEAN, STD))

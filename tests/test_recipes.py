@@ -192,7 +192,7 @@ def test_simclr_resnet50_has_the_official_settings():
     assert (view.flip_prob, view.jitter_prob, view.gray_prob) == (0.5, 0.8, 0.2)
     assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.8, 0.8, 0.2)
     assert (view.blur_prob, view.blur_sigma, view.solarize_prob) == (0.5, (0.1, 2.0), 0.0)
-    assert view.blur_kernel_size() == 23  # a tenth of the height, odd
+    assert view.blur_kernel_size(view.size) == 23  # a tenth of the height, odd
 
 
 def test_cifar10_simclr_resnet18_has_the_numbers_of_its_benchmark():

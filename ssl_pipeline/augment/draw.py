@@ -5,22 +5,34 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ssl_pipeline.augment.masks import draw_counts, draw_masks, grid_of
-from ssl_pipeline.augment.parameters import NUM_PARAMETERS, TURNS, Operation, Parameter
-from ssl_pipeline.augment.rand_augment import HIGHEST, LOWEST, PARAMETERS_PER_ROUND
-from ssl_pipeline.augment.rand_augment import Operation as RandOperation
-from ssl_pipeline.augment.views import CROP_TRIES, UNIFORMS_PER_ROUND, UNIFORMS_PER_VIEW, Uniform, ViewGroup
+from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.randomness import MASK, hash64, uniforms
 
-# V views of each of B images, U uniforms in [0, 1), N tries, R rounds, P parameters, L patches
+# V views of each of B images, U uniforms in [0, 1), N tries, P draws of the operations, L patches
 
 Integers = NDArray[np.int64]
+CROP_TRIES = 10
+
+
+class CropUniform(IntEnum):
+    """Where each of the first uniforms of a view goes; those of the operations follow."""
+
+    AREA = 0  # one for each of the CROP_TRIES tries
+    ASPECT = 10  # likewise
+    TOP = 20  # the position is drawn once: it plays no part in whether a try fits
+    LEFT = 21
+    FLIP = 22
+
+
+NUM_CROP_UNIFORMS = 23
 
 
 def crop_boxes(
@@ -33,8 +45,8 @@ def crop_boxes(
     largest central crop of an allowed aspect. `pad` boxes are as large as the image and shifted by up to `padding`
     of its size, so they may reach out of it.
     """
-    assert uniforms_VBU.shape == (group.count, len(heights_B), group.num_uniforms())
-    tops_VB, lefts_VB = uniforms_VBU[..., Uniform.CROP_TOP], uniforms_VBU[..., Uniform.CROP_LEFT]
+    assert uniforms_VBU.shape == (group.count, len(heights_B), num_uniforms(group))
+    tops_VB, lefts_VB = uniforms_VBU[..., CropUniform.TOP], uniforms_VBU[..., CropUniform.LEFT]
     if group.crop == "pad":
         shape = uniforms_VBU.shape[:2]
         crop_heights_VB, crop_widths_VB = np.broadcast_to(heights_B, shape), np.broadcast_to(widths_B, shape)
@@ -48,7 +60,7 @@ def crop_boxes(
         lefts_VB = np.where(fits_VB, np.floor(lefts_VB * (beside_VB + 1)), beside_VB // 2)
     boxes_VB4 = np.stack((tops_VB, lefts_VB, crop_heights_VB, crop_widths_VB), axis=-1).astype(np.int64)
     flip_prob_V = np.asarray(group.per_view(group.flip_prob))
-    return boxes_VB4, uniforms_VBU[..., Uniform.FLIP] < flip_prob_V[:, None]
+    return boxes_VB4, uniforms_VBU[..., CropUniform.FLIP] < flip_prob_V[:, None]
 
 
 def _crop_sizes(
@@ -57,8 +69,8 @@ def _crop_sizes(
     """Heights and widths of random_resized crops, and whether they come from a try (else from the fallback)."""
     smallest, largest = group.scale
     narrowest, widest = group.aspect
-    u_area_VBN = uniforms_VBU[..., Uniform.CROP_AREA : Uniform.CROP_AREA + CROP_TRIES]
-    u_aspect_VBN = uniforms_VBU[..., Uniform.CROP_ASPECT : Uniform.CROP_ASPECT + CROP_TRIES]
+    u_area_VBN = uniforms_VBU[..., CropUniform.AREA : CropUniform.AREA + CROP_TRIES]
+    u_aspect_VBN = uniforms_VBU[..., CropUniform.ASPECT : CropUniform.ASPECT + CROP_TRIES]
     area_VBN = (smallest + (largest - smallest) * u_area_VBN) * (heights_B * widths_B)[:, None]
     aspect_VBN = np.exp(np.log(narrowest) + (np.log(widest) - np.log(narrowest)) * u_aspect_VBN)
     tries_VBN2 = np.rint(np.sqrt(np.stack((area_VBN / aspect_VBN, area_VBN * aspect_VBN), axis=-1))).astype(np.int64)
@@ -76,71 +88,32 @@ def _crop_sizes(
     return sizes_VB2[..., 0], sizes_VB2[..., 1], fits_VB
 
 
-def draw_parameters(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> NDArray[np.float32]:
-    """The parameters of each view from uniforms in [0, 1); runs on the host.
-
-    (V,B,NUM_PARAMETERS), followed by those of `draw_rand_augment` if the group has RandAugment or cutout.
-    """
-    assert uniforms_VBU.shape[0] == group.count
-    assert uniforms_VBU.shape[2] == group.num_uniforms()
-    drawn_VBP = np.empty((*uniforms_VBU.shape[:2], NUM_PARAMETERS), np.float32)
-
-    def between(uniform: Uniform, low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
-        return low + (high - low) * uniforms_VBU[..., uniform]
-
-    for column, uniform, probability in (
-        (Parameter.JITTER, Uniform.JITTER, group.jitter_prob),
-        (Parameter.GRAY, Uniform.GRAY, group.gray_prob),
-        (Parameter.SOLARIZE, Uniform.SOLARIZE, group.solarize_prob),
-    ):
-        drawn_VBP[..., column] = uniforms_VBU[..., uniform] < np.array(group.per_view(probability))[:, None]
-    for operation, uniform, strength in (
-        (Operation.BRIGHTNESS, Uniform.BRIGHTNESS, group.brightness),
-        (Operation.CONTRAST, Uniform.CONTRAST, group.contrast),
-        (Operation.SATURATION, Uniform.SATURATION, group.saturation),
-    ):
-        strength_V1 = np.array(group.per_view(strength))[:, None]
-        factor_VB = between(uniform, np.maximum(0, 1 - strength_V1), 1 + strength_V1)
-        drawn_VBP[..., Parameter.FACTOR + operation] = factor_VB
-    hue_V1 = np.array(group.per_view(group.hue))[:, None]
-    drawn_VBP[..., Parameter.FACTOR + Operation.HUE] = between(Uniform.HUE, -hue_V1, hue_V1)
-
-    order_VB = (uniforms_VBU[..., Uniform.ORDER] * len(TURNS)).astype(np.int64)
-    drawn_VBP[..., Parameter.TURN : Parameter.TURN + len(Operation)] = TURNS[order_VB]
-    blurred = uniforms_VBU[..., Uniform.BLUR] < np.array(group.per_view(group.blur_prob))[:, None]
-    sigma = between(Uniform.BLUR_SIGMA, *(np.array(bound) for bound in group.blur_sigma))
-    drawn_VBP[..., Parameter.BLUR_SIGMA] = np.where(blurred, sigma, 0)
-    return np.concatenate((drawn_VBP, draw_rand_augment(uniforms_VBU[..., UNIFORMS_PER_VIEW:], group)), axis=-1)
+def draw_operations(uniforms_VBU: NDArray[np.float64], group: ViewGroup, *, size: int) -> NDArray[np.float32]:
+    """(V,B,P): what each operation makes of its own uniforms for views of `size` pixels, one after the other."""
+    drawn, first = [], NUM_CROP_UNIFORMS
+    for operation in group.operations:
+        end = first + operation.num_uniforms(group)
+        if end > first:
+            drawn.append(operation.draw(uniforms_VBU[..., first:end], group, size=size))
+        first = end
+    return np.concatenate(drawn, axis=-1)
 
 
-def draw_rand_augment(uniforms_VBU: NDArray[np.float64], group: ViewGroup) -> NDArray[np.float32]:
-    """Parameters (V,B,P) of the rounds and the cutout of `group` from uniforms in [0, 1); runs on the host.
+def num_uniforms(group: ViewGroup) -> int:
+    """How many uniforms one view of one image takes: U."""
+    return NUM_CROP_UNIFORMS + sum(operation.num_uniforms(group) for operation in group.operations)
 
-    Each round takes one of the operations, all equally likely, with a magnitude uniform in its range. The cutout's
-    square has a side uniform in `cutout` and its centre anywhere; as in TorchSSL it is moved in at the top and at the
-    left, and cut off at the bottom and at the right.
-    """
-    rounds = group.rand_augment
-    split = UNIFORMS_PER_ROUND * rounds
-    operation_VBR = (uniforms_VBU[..., 0:split:UNIFORMS_PER_ROUND] * len(RandOperation)).astype(np.int64)
-    lowest_VBR, highest_VBR = LOWEST[operation_VBR], HIGHEST[operation_VBR]
-    magnitude_VBR = lowest_VBR + (highest_VBR - lowest_VBR) * uniforms_VBU[..., 1:split:UNIFORMS_PER_ROUND]
-    magnitude_VBR = np.where(operation_VBR == RandOperation.POSTERIZE, np.floor(magnitude_VBR), magnitude_VBR)
-    drawn_VBR2 = np.stack((operation_VBR, magnitude_VBR), axis=-1)
-    drawn_VBP = drawn_VBR2.reshape(*uniforms_VBU.shape[:2], PARAMETERS_PER_ROUND * rounds)
-    if group.cutout[1]:
-        side_VB1, centre_VB2 = uniforms_VBU[..., split : split + 1], uniforms_VBU[..., split + 1 :]
-        side_VB1 = np.rint(group.size * (group.cutout[0] + (group.cutout[1] - group.cutout[0]) * side_VB1))
-        start_VB2 = np.floor(np.maximum(0, group.size * centre_VB2 - side_VB1 / 2))
-        drawn_VBP = np.concatenate((drawn_VBP, start_VB2, np.minimum(group.size, start_VB2 + side_VB1)), axis=-1)
-    return drawn_VBP.astype(np.float32)
+
+def num_draws(group: ViewGroup) -> int:
+    """How many numbers the operations make of them: P."""
+    return sum(operation.num_draws(group) for operation in group.operations)
 
 
 def group_uniforms(
     name: str, group: ViewGroup, *, seed: int, epochs_B: Integers, samples_B: Integers
 ) -> NDArray[np.float64]:
     """The uniforms (V,B,U) of a group of views of each sample, which depend on nothing but the arguments."""
-    return uniforms(seed, epochs_B, samples_B, views=group.count, count=group.num_uniforms(), stream=_stream_of(name))
+    return uniforms(seed, epochs_B, samples_B, views=group.count, count=num_uniforms(group), stream=_stream_of(name))
 
 
 def _stream_of(name: str) -> int:
@@ -152,12 +125,12 @@ def _stream_of(name: str) -> int:
 class Drawn:
     """What was drawn on the host for one group of views.
 
-    Boxes (V,B,4), flips (V,B), photometric parameters (V,B,P) float32, and masks (V,B,L) where the group has a rule.
+    Boxes (V,B,4), flips (V,B), the operations' draws (V,B,P) float32, and masks (V,B,L) where the group has a rule.
     """
 
     boxes: Integers
     flips: NDArray[np.bool_]
-    parameters: NDArray[np.float32]
+    draws: NDArray[np.float32]
     masks: NDArray[np.bool_] | None
 
 
@@ -200,7 +173,8 @@ class ViewSampler:
             uniforms_VBU = group_uniforms(name, group, seed=self.seed, epochs_B=epochs_B, samples_B=samples_B)
             boxes_VB4, flips_VB = crop_boxes(uniforms_VBU, heights_B, widths_B, group)
             masks_VBL = self._masks(name, positions, epochs_B, samples_B) if name in self.masks else None
-            drawn[name] = Drawn(boxes_VB4, flips_VB, draw_parameters(uniforms_VBU, group), masks_VBL)
+            draws_VBP = draw_operations(uniforms_VBU, group, size=group.size)
+            drawn[name] = Drawn(boxes_VB4, flips_VB, draws_VBP, masks_VBL)
         return drawn
 
     def num_patches(self, name: str) -> int:
@@ -219,8 +193,3 @@ class ViewSampler:
             counts = draw_counts(rule, group.size, group.count * self.global_batch, state)
             counts_VB = counts.reshape(group.count, -1)[:, place : place + len(positions)]
         return draw_masks(rule, group.size, states_VB, counts_VB=counts_VB)
-
-
-def num_parameters(group: ViewGroup) -> int:
-    """How many photometric parameters a view of the group has: P."""
-    return draw_parameters(np.empty((group.count, 0, group.num_uniforms())), group).shape[-1]

@@ -1,12 +1,15 @@
 """The networks that are pretrained: any timm model by name, turned into features."""
 
+from __future__ import annotations
+
 from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
 from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
-from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, without_drop_path
+from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, require_tokens, without_drop_path
 from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose public place is here
+from ssl_pipeline.backbones.tokens import Tokens
 
 __all__ = [
     "ARCHITECTURE",
@@ -14,11 +17,13 @@ __all__ = [
     "BackboneConfig",
     "Preprocessing",
     "TokenBackbone",
+    "Tokens",
     "create_backbone",
     "layer_decay_groups",
     "layer_lr_scale",
     "load_backbone",
     "load_classifier",
+    "require_tokens",
     "save_backbone",
     "save_classifier",
     "sincos_position_embedding",

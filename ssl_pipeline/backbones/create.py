@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
 from timm.models import ResNet, VisionTransformer
 from torch import nn
 
@@ -15,6 +14,7 @@ import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to ti
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone
+from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import WEIGHT_SUFFIXES, first_line, load_weights
 from ssl_pipeline.config import ConfigError, nearest
 
@@ -34,9 +34,9 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     model = _create_model(config, tag=None if weights_file else config.weights)
     if config.small_images:
         _shrink_stem(model, config.name)
-    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
+    if has_tokens(model):
         backbone: Backbone = TokenBackbone(model)
-    else:  # subclasses and hybrids have forward passes of their own
+    else:
         backbone = Backbone(model.to(memory_format=torch.channels_last))
     backbone.config = config
     if weights_file:
@@ -84,6 +84,11 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
             raise ConfigError(f"backbone.{setting} needs a ViT. '{config.name}' is none.")
     if isinstance(backbone, TokenBackbone):
         if config.initial_weights is not None:
+            if not isinstance(backbone.model, VisionTransformer):
+                raise ConfigError(
+                    f"backbone.initial_weights={config.initial_weights} is about timm's VisionTransformer (vit_*). "
+                    f"'{config.name}' is one of its {type(backbone.model).__name__}s; leave it out."
+                )
             initialise(backbone.model, config.initial_weights)
         if config.fixed_positions:
             fix_positions(backbone.model, first_half="row" if config.initial_weights == "moco_v3" else "column")

@@ -6,14 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
-
 from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.weights import first_line, load_weights
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import JSON, write_bytes, write_json
+from ssl_pipeline.files import JSON, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocess
         "std": preprocessing.std,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    write_bytes(directory / "backbone.safetensors", safetensors.torch.save(state, metadata={"format": "pt"}))
+    write_tensors(directory / "backbone.safetensors", state, metadata={"format": "pt"})
     write_json(directory / "backbone.json", description)
 
 

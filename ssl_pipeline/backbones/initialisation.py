@@ -49,10 +49,11 @@ def fix_positions(model: VisionTransformer, *, first_half: Literal["column", "ro
 
     first_half: as in `sincos_position_embedding`.
     """
-    if model.pos_embed is None:
+    positions: nn.Parameter | None = getattr(model, "pos_embed", None)
+    if positions is None:
         raise ConfigError("backbone.fixed_positions needs a ViT with a position table, and this one has none.")
     grid = model.patch_embed.grid_size
-    model.pos_embed.zero_()
+    positions.zero_()
     table = sincos_position_embedding(model.embed_dim, grid, class_token=False, first_half=first_half)
-    model.pos_embed[:, -grid[0] * grid[1] :] = table
-    model.pos_embed.requires_grad_(False)
+    positions[:, -grid[0] * grid[1] :] = table
+    positions.requires_grad_(False)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 
-from ssl_pipeline.backbones.attention import choose_attention
 from ssl_pipeline.backbones.config import BackboneConfig
-from ssl_pipeline.backbones.patches import take_patches
-from ssl_pipeline.backbones.positions import Grid, resample_positions
+from ssl_pipeline.backbones.positions import Grid
+from ssl_pipeline.backbones.tokens import ADAPTERS, NETWORKS_WITH_TOKENS, FlatAdapter, Tokens, has_tokens
+from ssl_pipeline.backbones.tokens.base import TimmModel, check_sides, replace_masked
+from ssl_pipeline.config import ConfigError
 
 
 class Backbone(nn.Module):
@@ -31,42 +29,76 @@ class Backbone(nn.Module):
         self.model = model
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
 
+    @property
+    def name(self) -> str:
+        """The timm name of its architecture."""
+        return getattr(self.model, "default_cfg", {}).get("architecture", type(self.model).__name__)
+
     def forward(self, images: Tensor) -> Tensor:
         # the layout of `create_backbone`: convolutions take a third of the time on CPUs, and less on GPUs too
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
 
 class TokenBackbone(Backbone):
-    """A timm ViT, at any image size, that can also be entered and left at its tokens.
+    """A timm ViT that can also be entered and left at its tokens; `create_backbone` makes one wherever it can.
 
-    The position table is learnt for `grid` patches and resampled for images of another size as DINO does it.
+    Which networks there are, and how each is run, say the adapters in `tokens`. A position table is learnt for `grid`
+    patches and resampled for images of another size.
     """
 
-    model: VisionTransformer
-    forward_methods = ("embed", "embed_patches", "encode")
+    model: TimmModel
+    forward_methods = ("tokens", "pool", "embed", "embed_patches", "encode")
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
-        self.patch_size: int = model.patch_embed.patch_size[0]
-        self.grid: Grid = model.patch_embed.grid_size
-        self.num_prefix_tokens: int = model.num_prefix_tokens
-        # position entries that belong to the class token and the registers
-        self._num_prefix_positions = 0 if model.no_embed_class else model.num_prefix_tokens
+        if not has_tokens(model):
+            raise ConfigError(f"'{self.name}' has no patch tokens. Networks that have: {NETWORKS_WITH_TOKENS}.")
+        self._adapter = adapter = ADAPTERS[type(model)](model)
+        self.patch_size = adapter.patch_size
+        """Side in pixels of the patches that are embedded, and that a mask is about."""
+        self.patch_dim = adapter.patch_dim
+        """Width of a mask token: `embed_dim`, but for a Swin."""
+        self.grid: Grid = adapter.grid
+        """Rows and columns of patches in an image of the network's own size."""
+        self.stride = adapter.stride
+        """Side in pixels of what a token stands for: `patch_size`, but for a Swin."""
+        self.num_blocks = adapter.num_blocks
+        self.num_prefix_tokens = adapter.num_prefix_tokens
+        """Class token and registers together."""
+        self.takes_some_patches = adapter.takes_some_patches
+        """Whether `embed`, `embed_patches` and `encode` work: for some of an image's patches, as MAE needs it."""
+
+    def tokens(
+        self,
+        images: Tensor,
+        *,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        layers: Sequence[int] = (),
+    ) -> Tokens:
+        """Images (N, 3, H, W) -> class token, registers and patches after the network's final norm.
+
+        mask: (N, L) bool over patches of `patch_size` pixels, row by row; where it is True the embedded patch is
+        replaced by mask_token (`patch_dim` values) before the positions.
+        layers: numbers of blocks (0 is the first, -1 the last) whose tokens are wanted too, normalised by the same norm
+        (DINOv2's get_intermediate_layers); networks that normalise after pooling leave all tokens as they are.
+        """
+        if (mask is None) != (mask_token is None):
+            given, missing = ("mask_token", "mask") if mask is None else ("mask", "mask_token")
+            raise ValueError(f"tokens needs mask and mask_token together. Got {given} without {missing}.")
+        patches_NRCD = self._adapter.patches(images)
+        if mask is not None and mask_token is not None:
+            patches_NRCD = replace_masked(patches_NRCD, mask, mask_token)
+        return self._adapter.encode(patches_NRCD, layers)
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """Tokens -> features (N, embed_dim), those of `forward` for the same images."""
+        return self._adapter.pool(tokens)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> patch tokens with their positions (N, L, embed_dim), row by row."""
-        height, width = images.shape[-2:]
-        if (height % self.patch_size or width % self.patch_size) and not self.model.patch_embed.dynamic_img_pad:
-            raise ValueError(
-                f"image sides must be multiples of the patch size {self.patch_size}. Got {height}x{width}."
-            )
-        tokens = self.model.patch_embed(images)  # (N, rows, columns, D)
-        rows, columns = tokens.shape[1:3]
-        tokens = tokens.flatten(1, 2)
-        if self.model.pos_embed is None:
-            return tokens
-        positions = self.model.pos_embed[:, self._num_prefix_positions :]
-        return tokens + resample_positions(positions, self.grid, (rows, columns))
+        adapter = self._for_some_patches()
+        return adapter.embed(adapter.patches(images))
 
     def embed_patches(self, patches: Tensor, places: Tensor) -> Tensor:
         """Some patches (N, K, p * p * C) of images of the backbone's own size -> their tokens (N, K, embed_dim).
@@ -74,32 +106,27 @@ class TokenBackbone(Backbone):
         patches: pixels in the order of `patchify`. places: (N, K), where in its image each patch is, counted by rows.
         The tokens are those of `embed`.
         """
-        projection = self.model.patch_embed.proj
-        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # pixels in the order row, column, channel
-        tokens = self.model.patch_embed.norm(F.linear(patches, weight, projection.bias))
-        if self.model.pos_embed is None:
-            return tokens
-        positions = self.model.pos_embed[:, self._num_prefix_positions :]
-        return tokens + take_patches(positions.expand(len(patches), -1, -1), places)
+        return self._for_some_patches().embed_some(patches, places)
 
-    def encode(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
         """Patch tokens (N, L, D), all or some of them -> encoded and normalised (N, 1 + L, D), class token first.
 
         A model with registers puts them after the class token, one without class token leaves it out: there are
-        `num_prefix_tokens` before the patches.
+        `num_prefix_tokens` before the patches. places: as of `embed_patches`; networks that rotate tokens by where they
+        are (DINOv3's) need it unless the tokens are those of a whole image of the backbone's own size.
         """
-        model = self.model
-        prefix: list[Tensor] = [token for token in (model.cls_token, model.reg_token) if token is not None]
-        if prefix:
-            prefix_tokens = torch.cat(prefix, dim=1)
-            if self._num_prefix_positions and model.pos_embed is not None:
-                prefix_tokens = prefix_tokens + model.pos_embed[:, : self._num_prefix_positions]
-            tokens = torch.cat([prefix_tokens.expand(len(tokens), -1, -1), tokens], dim=1)
-        tokens = model.norm_pre(model.patch_drop(model.pos_drop(tokens)))
-        choose_attention(model.blocks, tokens)
-        if model.grad_checkpointing and torch.is_grad_enabled():
-            return model.norm(checkpoint_seq(model.blocks, tokens))
-        return model.norm(model.blocks(tokens))
+        adapter, num_patches = self._for_some_patches(), self.grid[0] * self.grid[1]
+        if places is None and adapter.rotates and tokens.shape[1] != num_patches:
+            raise ValueError(
+                f"encode needs the places of these tokens: '{self.name}' rotates each by where it is. "
+                f"Got {tokens.shape[1]} tokens of {num_patches} patches."
+            )
+        encoded, _ = adapter.through(tokens, self.grid, places_NK=places)
+        return encoded
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError if the network does not take images of this height and width in pixels."""
+        check_sides(self.model.patch_embed, height, width)
 
     def compile(
         self,
@@ -110,10 +137,38 @@ class TokenBackbone(Backbone):
     ) -> None:
         """As `torch.nn.Module.compile`; also for those who enter and leave at the tokens."""
         super().compile(fullgraph=fullgraph, dynamic=dynamic, backend=backend)
-        self.model.blocks.compile(fullgraph=fullgraph, dynamic=dynamic, backend=backend)
+        of_parts = dynamic if self._adapter.compiles_for_any_size else False
+        for part in self._adapter.parts_to_compile():
+            part.compile(fullgraph=fullgraph, dynamic=of_parts, backend=backend)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.forward_head(self.encode(self.embed(images)), pre_logits=True)
+        return self._adapter.features(images)
+
+    def _for_some_patches(self) -> FlatAdapter:
+        if not self.takes_some_patches or not isinstance(self._adapter, FlatAdapter):
+            raise ConfigError(f"'{self.name}' {NEEDS_ALL_PATCHES}")
+        return self._adapter
+
+
+NEEDS_ALL_PATCHES = (
+    "needs all patches of an image. Networks that take some of them: timm's VisionTransformer and Eva, and a Beit "
+    "without relative positions."
+)
+
+
+def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = False) -> TokenBackbone:
+    """`backbone`, if it has the tokens that `method` works on.
+
+    some_patches: whether it must take some of an image's patches alone. Raises ConfigError that says which networks do.
+    """
+    if not isinstance(backbone, TokenBackbone):
+        raise ConfigError(
+            f"{method} needs a backbone with patch tokens (a ViT). '{backbone.name}' has none. "
+            f"Networks that have: {NETWORKS_WITH_TOKENS}."
+        )
+    if some_patches and not backbone.takes_some_patches:
+        raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
+    return backbone
 
 
 def without_drop_path(module: nn.Module) -> None:

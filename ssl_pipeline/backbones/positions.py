@@ -37,28 +37,34 @@ def sincos_position_embedding(
     return table.float()
 
 
-def resample_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """(1, rows * columns, D) of the old grid -> the same of the new grid, bicubic as in DINO; differentiable.
+def resample_positions(table: Tensor, old: Grid, new: Grid, *, antialias: bool = False) -> Tensor:
+    """(1, rows * columns, D) of the old grid -> the same of the new grid, bicubic; differentiable.
 
-    One product with a constant matrix, whose gradient is deterministic on every device, unlike that of `interpolate`.
+    As in DINO's official code, or with `antialias` as in timm. One product with a constant matrix, whose gradient is
+    deterministic on every device, unlike that of `interpolate`.
     """
     if old == new:
         return table
     with torch.autocast(table.device.type, enabled=False):
-        return _resampling_matrix(old, new, table.device, table.dtype) @ table
+        return _resampling_matrix(old, new, antialias, table.device, table.dtype) @ table
 
 
 @torch.compiler.assume_constant_result
-def _resampling_matrix(old: Grid, new: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return _cached_matrix(old, new, device, dtype)  # the compiler looks through a cache, so it stands behind this
+def _resampling_matrix(old: Grid, new: Grid, antialias: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _cached_matrix(
+        old, new, antialias, device, dtype
+    )  # the compiler looks through a cache, so it stands behind this
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_matrix(old: Grid, new: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _cached_matrix(old: Grid, new: Grid, antialias: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(new patches, old patches): the bicubic interpolation of each unit table."""
     num_old = old[0] * old[1]
-    # The official code asks for 0.1 patch more than there are and samples with that scale; nothing is antialiased.
-    scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
     unit_tables = torch.eye(num_old, dtype=torch.float64).view(num_old, 1, *old)
-    resampled = F.interpolate(unit_tables, scale_factor=scale, mode="bicubic")
+    if antialias:
+        resampled = F.interpolate(unit_tables, size=new, mode="bicubic", antialias=True)
+    else:
+        # DINO's official code asks for 0.1 patch more than there are and samples with that scale
+        scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
+        resampled = F.interpolate(unit_tables, scale_factor=scale, mode="bicubic")
     return resampled.reshape(num_old, new[0] * new[1]).T.to(device, dtype).contiguous()

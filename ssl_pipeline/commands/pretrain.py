@@ -5,8 +5,6 @@ The composition root: it puts together what training and evaluation do not know 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -27,11 +25,13 @@ from ssl_pipeline.backbones import (
     save_classifier,
 )
 from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
-from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.data.labelled import open_labelled_images
+from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.stream import DataConfig, open_images
 from ssl_pipeline.distributed import peer_failures_in_one_line
 from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
+from ssl_pipeline.files import sha256_of_json
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
@@ -43,7 +43,6 @@ from ssl_pipeline.training.preflight import (
     check_batch_norm,
     check_recipe,
     evaluation_size,
-    open_labelled_images,
     run_facts,
 )
 from ssl_pipeline.training.resume import check_identity
@@ -106,7 +105,7 @@ def pretrain(config: PretrainConfig) -> int:
             directory = stack.enter_context(RunDirectory(output))
             _refuse_other_run(directory, identity)
         asked = time.perf_counter()
-        index = open_shards(config.data.shards, cache_dir=config.data.cache_dir, cache_gb=config.data.cache_gb)
+        index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
         identity["images"] = _images(index)
         labelled_index = open_labelled_images(config.data)
@@ -190,7 +189,7 @@ def _images(index: ShardIndex) -> str:
 def _identity(config: PretrainConfig) -> dict[str, str]:
     """What runs must share for one to continue the other: everything that shapes tensors or the order of the images."""
     shape = config.backbone.model_dump(mode="json", include=set(ARCHITECTURE))
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
+    digest = sha256_of_json(shape)[:8]
     return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
 
 
@@ -226,9 +225,9 @@ def _monitors(
     return monitors
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(PretrainConfig, pretrain, command="pretrain.py", recipes=RECIPES)
+def command(name: str = "pretrain.py") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(PretrainConfig, pretrain, command=name, recipes=RECIPES)
 
 
 if __name__ == "__main__":

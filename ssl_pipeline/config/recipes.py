@@ -7,8 +7,9 @@ from pathlib import Path
 from ssl_pipeline.config.base import ConfigError, Tree, nearest
 from ssl_pipeline.config.yaml_text import read_yaml
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-"""Settings of `pretrain.py`."""
+PACKAGE = Path(__file__).parents[1]
+RECIPES = next(filter(Path.is_dir, (PACKAGE / "recipes", PACKAGE.parent / "recipes")), PACKAGE / "recipes")
+"""Settings of `pretrain.py`: those that a wheel has packed into the package, else those of the checkout beside it."""
 COMPARISONS = RECIPES / "comparisons"
 """Settings of `eval.compare`; a name for `pretrain.py` never means one of these."""
 
@@ -16,8 +17,8 @@ COMPARISONS = RECIPES / "comparisons"
 def recipe_files(folder: Path) -> dict[str, Path]:
     """The recipes below a folder by their file name, sorted; raises ConfigError if two have the same."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*.yaml"), key=lambda path: path.stem):
-        if folder != COMPARISONS and COMPARISONS in path.parents:
+    for path in sorted(folder.rglob("*.yaml"), key=lambda path: (path.stem, path)):
+        if COMPARISONS.name in path.relative_to(folder).parts:
             continue
         if path.stem in files:
             raise ConfigError(f"Two recipes have the name '{path.stem}': {files[path.stem]} and {path}. Rename one.")

@@ -1,6 +1,7 @@
 """What became of images that could not be decoded, and how many of them a run puts up with."""
 
-import fcntl
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.files import lock
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class BadSampleLog:
             return 0
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         with open(descriptor, "r+", encoding="utf-8") as file:  # noqa: PTH123 (a descriptor, opened to append)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file)
             text = file.read()
             known = _samples_in(text)
             lines = [json.dumps(asdict(sample)) for number, sample in new.items() if number not in known]

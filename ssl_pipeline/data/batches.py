@@ -18,7 +18,7 @@ from ssl_pipeline.data.bad_samples import BadSample
 class StreamBatch(Protocol):
     """One process's share of a micro-batch: V views of each of B images, before the photometric part.
 
-    parameters: photometric parameters (V,B,P) float32 of each group of views.
+    draws: (V,B,P) float32 of each group of views: the numbers for its operations.
     masks: (V,B,L) bool of each group that has some.
     labels: (B,) int64, -1 where an image has none; or soft ones (B,C) float32.
     sample_ids: (B,) int64, places in the set as its overlay leaves it: of a set of N images 0 to N-1.
@@ -26,7 +26,7 @@ class StreamBatch(Protocol):
     labelled: a batch of the labelled set, if there is one.
     """
 
-    parameters: dict[str, Tensor]
+    draws: dict[str, Tensor]
     masks: dict[str, Tensor]
     labels: Tensor
     sample_ids: Tensor
@@ -56,7 +56,7 @@ def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], *, mean: C
 
 def _make_part(images: StreamBatch, augment: Mapping[str, ViewGroup], *, mean: Channels, std: Channels) -> Batch:
     views = {
-        name: apply_photometric(crops, images.parameters[name], augment[name], mean=mean, std=std)
+        name: apply_photometric(crops, images.draws[name], augment[name], mean=mean, std=std)
         for name, crops in images.cropped(augment).items()
     }
     return Batch(views, images.labels, images.sample_ids, masks=images.masks)

@@ -1,5 +1,7 @@
 """Batches of 8-bit crops: workers decode, crop and resize."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_pipeline.augment.crops import crop_and_resize
-from ssl_pipeline.augment.draw import ViewSampler, num_parameters
+from ssl_pipeline.augment.draw import ViewSampler, num_draws
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.samples import Integers, Label, Samples, labels_layout
 from ssl_pipeline.data.workers.ring import Layout
 
-# V views of each of B images, P photometric parameters, S pixels, L patches
+# V views of each of B images, P draws of the operations, S pixels, L patches
 
 CHUNK_BYTES = 48_000_000  # decoded and not yet cropped, per worker: so much and an image, whatever the batch size
 
@@ -26,13 +28,13 @@ CHUNK_BYTES = 48_000_000  # decoded and not yet cropped, per worker: so much and
 class CropBatch:
     """One process's share of a micro-batch, ready for the photometric part on the device.
 
-    Per group crops (V,B,3,S,S) uint8, channels-last in memory, photometric parameters (V,B,P) float32, and masks
-    (V,B,L) if it has some; labels (B,) int64, -1 = none, or soft ones (B,C) float32; sample_ids (B,) int64; `bad` lists
-    the samples that others stand in for; `labelled` is a batch of the labelled set, if there is one.
+    Per group crops (V,B,3,S,S) uint8, channels-last in memory, draws (V,B,P) float32, and masks (V,B,L) if it has
+    some; labels (B,) int64, -1 = none, or soft ones (B,C) float32; sample_ids (B,) int64; `bad` lists the samples that
+    others stand in for; `labelled` is a batch of the labelled set, if there is one.
     """
 
     crops: dict[str, Tensor]
-    parameters: dict[str, Tensor]
+    draws: dict[str, Tensor]
     masks: dict[str, Tensor]
     labels: Tensor
     sample_ids: Tensor
@@ -43,27 +45,25 @@ class CropBatch:
         """The crops of each group, which are here already."""
         return self.crops
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CropBatch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CropBatch:
         """The same batch on a device; labels and sample ids, which outlive a step, are copies in any case."""
         non_blocking = non_blocking and torch.device(device).type == "cuda"  # other devices' copies nobody waits for
         return replace(
             self,
             crops={group: crops.to(device, non_blocking=non_blocking) for group, crops in self.crops.items()},
-            parameters={
-                group: values.to(device, non_blocking=non_blocking) for group, values in self.parameters.items()
-            },
+            draws={group: values.to(device, non_blocking=non_blocking) for group, values in self.draws.items()},
             masks={group: masks.to(device, non_blocking=non_blocking) for group, masks in self.masks.items()},
             labels=self.labels.to(device, non_blocking=non_blocking, copy=True),
             sample_ids=self.sample_ids.to(device, non_blocking=non_blocking, copy=True),
             labelled=self.labelled and self.labelled.to(device, non_blocking=non_blocking),
         )
 
-    def clone(self) -> "CropBatch":
+    def clone(self) -> CropBatch:
         """The same batch in memory of its own, for those who keep it."""
         return replace(
             self,
             crops={group: crops.clone() for group, crops in self.crops.items()},
-            parameters={group: values.clone() for group, values in self.parameters.items()},
+            draws={group: values.clone() for group, values in self.draws.items()},
             masks={group: masks.clone() for group, masks in self.masks.items()},
             labels=self.labels.clone(),
             sample_ids=self.sample_ids.clone(),
@@ -78,14 +78,15 @@ class CropReader:
         self.samples = samples
         self.sampler = sampler
         self.batch_size = batch_size
+        self.num_draws = {name: num_draws(group) for name, group in sampler.groups.items()}
 
     def layout(self, positions: Sequence[int] | None = None) -> Layout:
-        """Crops, parameters and masks of each group, labels and sample ids; the same for every batch."""
+        """Crops, draws and masks of each group, labels and sample ids; the same for every batch."""
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, group in self.sampler.groups.items():
             views = (group.count, self.batch_size)
             layout[f"crops.{name}"] = (*views, group.size, group.size, 3), torch.uint8
-            layout[f"parameters.{name}"] = (*views, num_parameters(group)), torch.float32
+            layout[f"draws.{name}"] = (*views, self.num_draws[name]), torch.float32
             if name in self.sampler.masks:
                 layout[f"masks.{name}"] = (*views, self.sampler.num_patches(name)), torch.bool
         layout["labels"] = labels_layout(self.samples.index, self.batch_size)
@@ -107,7 +108,7 @@ class CropReader:
             for name, of in drawn.items():
                 group = self.sampler.groups[name]
                 crop_images(images, of.boxes, of.flips, group, out=slot[f"crops.{name}"][:, here])
-                slot[f"parameters.{name}"][:, here] = torch.from_numpy(of.parameters)
+                slot[f"draws.{name}"][:, here] = torch.from_numpy(of.draws)
                 if of.masks is not None:
                     slot[f"masks.{name}"][:, here] = torch.from_numpy(of.masks)
         slot["labels"].numpy()[:] = labels
@@ -118,9 +119,9 @@ class CropReader:
         """A slot that was read, as a batch."""
         groups = self.sampler.groups
         crops = {name: channels_first(slot[f"crops.{name}"]) for name in groups}
-        parameters = {name: slot[f"parameters.{name}"] for name in groups}
+        draws = {name: slot[f"draws.{name}"] for name in groups}
         masks = {name: slot[f"masks.{name}"] for name in groups if name in self.sampler.masks}
-        return CropBatch(crops, parameters, masks, slot["labels"], slot["sample_ids"], bad)
+        return CropBatch(crops, draws, masks, slot["labels"], slot["sample_ids"], bad)
 
     @cached_property
     def _room(self) -> NDArray[np.uint8]:

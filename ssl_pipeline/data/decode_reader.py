@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_pipeline.augment.draw import ViewSampler, num_parameters
+from ssl_pipeline.augment.draw import ViewSampler, num_draws
 from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.bad_samples import BadSample
@@ -20,7 +20,7 @@ from ssl_pipeline.data.crop_reader import channels_first, crop_images
 from ssl_pipeline.data.samples import Integers, Samples, labels_layout
 from ssl_pipeline.data.workers.ring import Layout
 
-# V views of each of B images, P photometric parameters, S pixels, L patches
+# V views of each of B images, P draws of the operations, S pixels, L patches
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ImageTable:
 class DecodedBatch:
     """One process's share of a micro-batch, decoded and not yet cropped.
 
-    `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the parameters (V,B,P) of
+    `pixels` is flat, 8 bits, and holds the images where `images` says, maybe others too; it, the draws (V,B,P) of
     each group, its masks (V,B,L) if it has some, labels (B,) int64, -1 = none, or soft ones (B,C) float32, and
     sample_ids (B,) int64, move to the device. Boxes (V,B,4) and flips (V,B) stay on the host. `bad` lists the samples
     that others stand in for; `labelled` is a batch of the labelled set.
@@ -61,7 +61,7 @@ class DecodedBatch:
     images: ImageTable
     boxes: dict[str, Integers]
     flips: dict[str, NDArray[np.bool_]]
-    parameters: dict[str, Tensor]
+    draws: dict[str, Tensor]
     masks: dict[str, Tensor]
     labels: Tensor
     sample_ids: Tensor
@@ -74,7 +74,7 @@ class DecodedBatch:
         return replace(
             self,
             pixels=self.pixels.to(device, non_blocking=non_blocking),
-            parameters={name: values.to(device, non_blocking=non_blocking) for name, values in self.parameters.items()},
+            draws={name: values.to(device, non_blocking=non_blocking) for name, values in self.draws.items()},
             masks={name: masks.to(device, non_blocking=non_blocking) for name, masks in self.masks.items()},
             labels=self.labels.to(device, non_blocking=non_blocking, copy=True),
             sample_ids=self.sample_ids.to(device, non_blocking=non_blocking, copy=True),
@@ -89,7 +89,7 @@ class DecodedBatch:
             images=ImageTable.dense(self.images.heights.copy(), self.images.widths.copy()),
             boxes={name: boxes_VB4.copy() for name, boxes_VB4 in self.boxes.items()},
             flips={name: flips_VB.copy() for name, flips_VB in self.flips.items()},
-            parameters={name: values.clone() for name, values in self.parameters.items()},
+            draws={name: values.clone() for name, values in self.draws.items()},
             masks={name: masks.clone() for name, masks in self.masks.items()},
             labels=self.labels.clone(),
             sample_ids=self.sample_ids.clone(),
@@ -152,6 +152,7 @@ class DecodedReader:
         self.samples = samples
         self.sampler = sampler
         self.batch_size = batch_size
+        self.num_draws = {name: num_draws(group) for name, group in sampler.groups.items()}
         self.row_bytes = 3 * samples.index.widest  # a row more, which the device reads past the end
 
     def layout(self, positions: Sequence[int] | None = None) -> Layout:
@@ -170,7 +171,7 @@ class DecodedReader:
             shape = (group.count, num_images)
             layout[f"boxes.{name}"] = ((*shape, 4), torch.int64)
             layout[f"flips.{name}"] = (shape, torch.bool)
-            layout[f"parameters.{name}"] = ((*shape, num_parameters(group)), torch.float32)
+            layout[f"draws.{name}"] = ((*shape, self.num_draws[name]), torch.float32)
             if name in self.sampler.masks:
                 layout[f"masks.{name}"] = ((*shape, self.sampler.num_patches(name)), torch.bool)
         return layout
@@ -195,7 +196,7 @@ class DecodedReader:
         for name, group in drawn.items():
             slot[f"boxes.{name}"].numpy()[:] = group.boxes
             slot[f"flips.{name}"].numpy()[:] = group.flips
-            slot[f"parameters.{name}"].numpy()[:] = group.parameters
+            slot[f"draws.{name}"].numpy()[:] = group.draws
             if group.masks is not None:
                 slot[f"masks.{name}"].numpy()[:] = group.masks
         return Decoded(used, bad, np.concatenate(displaced) if displaced else None)
@@ -213,7 +214,7 @@ class DecodedReader:
             ImageTable.dense(heights_B, widths_B),
             {name: slot[f"boxes.{name}"].numpy() for name in groups},
             {name: slot[f"flips.{name}"].numpy() for name in groups},
-            {name: slot[f"parameters.{name}"] for name in groups},
+            {name: slot[f"draws.{name}"] for name in groups},
             {name: slot[f"masks.{name}"] for name in groups if name in self.sampler.masks},
             slot["labels"],
             slot["sample_ids"],

@@ -75,7 +75,7 @@ def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, pos
         images,
         {name: group.boxes for name, group in drawn.items()},
         {name: group.flips for name, group in drawn.items()},
-        {name: prepared(group.parameters) for name, group in drawn.items()},
+        {name: prepared(group.draws) for name, group in drawn.items()},
         {name: prepared(group.masks) for name, group in drawn.items() if group.masks is not None},
         prepared(cache.labels[samples_B]),
         prepared(cache.sample_ids[samples_B]),

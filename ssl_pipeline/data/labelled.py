@@ -1,5 +1,7 @@
 """The labelled images of a semi-supervised method: a second endless stream in step with the first."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -7,9 +9,30 @@ import torch
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.data.batches import StreamBatch
+from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import NO_MASKS, DataConfig, open_stream
+from ssl_pipeline.data.subset import open_subset
 from ssl_pipeline.randomness import LABELLED, hash64
+
+
+def open_labelled_images(config: DataConfig) -> ShardIndex | None:
+    """The labelled images, as their `keep` and `labels` leave them; DataError if one of them has no label."""
+    if config.labelled is None:
+        return None
+    index = open_subset(
+        config.labelled.shards,
+        keep=config.labelled.keep,
+        labels=config.labelled.labels,
+        cache_dir=config.cache_dir,
+        cache_gb=config.cache_gb,
+        key="data.labelled",
+    )
+    if not index.has_labels:
+        raise DataError(
+            f"data.labelled.shards={config.labelled.shards} has images without labels; all of them need one."
+        )
+    return index
 
 
 def open_labelled_stream(
@@ -35,6 +58,8 @@ def open_labelled_stream(
     own = config.model_copy(
         update={
             "shards": config.labelled.shards,
+            "keep": config.labelled.keep,
+            "labels": config.labelled.labels,
             "batch_size": config.labelled.batch_size,
             "workers": min(config.workers, 1),
             "bad_samples": "stop",

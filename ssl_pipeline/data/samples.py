@@ -1,4 +1,6 @@
-"""Positions of the endless stream -> decoded samples, and the random numbers that their views are made from."""
+"""Positions of the endless stream -> decoded samples."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -13,8 +15,6 @@ from ssl_pipeline.data.order import Order
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.shards.rows import pixel_bytes
 from ssl_pipeline.randomness import SUBSTITUTE, hash64
-
-# V views of each of B images, P photometric parameters
 
 Integers = NDArray[np.int64]
 Label = int | NDArray[np.float32]  # -1 = none; a row (C,) of soft labels

@@ -1,5 +1,7 @@
 """Shards -> batches of images: an endless stream whose whole state is one position."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,9 +21,10 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.order import Order, rank_positions
 from ssl_pipeline.data.samples import Samples
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.subset import open_subset
 from ssl_pipeline.data.workers.pool import read_batches
 
-__all__ = ["CropBatch", "DataConfig", "LabelledConfig", "StreamBatch", "open_stream"]
+__all__ = ["CropBatch", "DataConfig", "LabelledConfig", "StreamBatch", "open_images", "open_stream"]
 
 
 class LabelledConfig(Config):
@@ -33,6 +36,10 @@ class LabelledConfig(Config):
 
     shards: str
     """Directory of WebDataset shards with labels; data_tools.split_labels makes them."""
+    keep: Path | None = None
+    """Take just these images of the shards, as data.keep."""
+    labels: Path | None = None
+    """Labels in place of those in the shards, as data.labels."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Labelled images per process and micro-batch, beside data.batch_size unlabelled ones."""
 
@@ -42,6 +49,10 @@ class DataConfig(Config):
 
     shards: str
     """Directory of WebDataset shards, a pattern such as DIR/train-*.tar, or a URL such as s3://bucket/train."""
+    keep: Path | None = None
+    """Take just the images of the shards whose numbers stand in FILE.npy; FILE.json beside it says of which set."""
+    labels: Path | None = None
+    """Labels in place of those in the shards: FILE.npy with one for each image of the whole set, and FILE.json."""
     cache_dir: Path | None = None
     """Where the shards of a URL are kept; by default in the user's cache, `ssl_pipeline/shards`."""
     cache_gb: Annotated[float, Field(gt=0)] = 50.0
@@ -73,7 +84,7 @@ class DataConfig(Config):
     """A second, labelled set of images, for methods such as FixMatch."""
 
     @model_validator(mode="after")
-    def _cache_crops_on_the_device(self) -> "DataConfig":
+    def _cache_crops_on_the_device(self) -> DataConfig:
         if self.cache and self.crop_on == "worker":
             raise ValueError(
                 "cache keeps decoded images on the device, which then crops them. Leave crop_on=worker out, or cache."
@@ -86,6 +97,17 @@ class DataConfig(Config):
 
 
 NO_MASKS: Mapping[str, MaskRule] = {}
+
+
+def open_images(config: DataConfig) -> ShardIndex:
+    """The images of a run, as `keep` and `labels` leave them."""
+    return open_subset(
+        config.shards,
+        keep=config.keep,
+        labels=config.labels,
+        cache_dir=config.cache_dir,
+        cache_gb=config.cache_gb,
+    )
 
 
 def open_stream(

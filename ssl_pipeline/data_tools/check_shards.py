@@ -3,6 +3,8 @@
 python -m data_tools.check_shards DIR
 """
 
+from __future__ import annotations
+
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,6 +118,6 @@ def differences(
     return problems
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(CheckShards, check_shards, command="python -m data_tools.check_shards")
+def command(name: str = "python -m data_tools.check_shards") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(CheckShards, check_shards, command=name)

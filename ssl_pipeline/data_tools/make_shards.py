@@ -3,9 +3,9 @@
 python -m data_tools.make_shards source=FOLDER|ZIP|digits output=DIR [prefix=train/] [short_side=320]
 """
 
-import hashlib
+from __future__ import annotations
+
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +25,7 @@ from ssl_pipeline.data_tools.output import REJECTED_FILE, output_in_the_making
 from ssl_pipeline.data_tools.packing import Packing, pack, packed_size
 from ssl_pipeline.data_tools.processes import map_in_processes
 from ssl_pipeline.data_tools.sources import Source, UnreadableFileError, open_source
+from ssl_pipeline.files import sha256_of, sync, write_text
 from ssl_pipeline.randomness import permutation
 
 CHUNK = 200  # files per task of the check
@@ -62,7 +63,7 @@ class MakeShards(Config):
     """Replace shards that an earlier run wrote to the same output."""
 
     @model_validator(mode="after")
-    def _quality_needs_short_side(self) -> "MakeShards":
+    def _quality_needs_short_side(self) -> MakeShards:
         if self.quality is not None and self.short_side is None:
             raise ValueError(
                 f"quality={self.quality} goes with short_side=PIXELS. Without it images are stored as they are."
@@ -172,25 +173,19 @@ def write_shard(
     Images are stored as they are, or packed.
     """
     path, start, samples = task
-    with path.open("wb") as file:
-        # times and owners are fixed: the same images and seed give the same bytes
-        with TarWriter(file, encoder=False, user="", group="", mtime=0) as writer:
-            for number, (candidate, extension) in enumerate(samples, start):
-                try:
-                    image = source.read(candidate.name)
-                    if packing is not None:
-                        image, extension = pack(image, packing), "jpg"
-                except (UnreadableFileError, DecodeError) as error:
-                    raise DataError(
-                        f"'{candidate.name}' became unreadable while shards were written: {error}."
-                    ) from None
-                label = {} if candidate.label is None else {"cls": str(candidate.label).encode()}
-                writer.write({"__key__": key_of(number, candidate.name), extension: image, **label})
-        file.flush()
-        os.fsync(file.fileno())
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return ManifestShard(path.name, len(samples), path.stat().st_size, sha256)
+    # times and owners are fixed: the same images and seed give the same bytes
+    with path.open("wb") as file, TarWriter(file, encoder=False, user="", group="", mtime=0) as writer:
+        for number, (candidate, extension) in enumerate(samples, start):
+            try:
+                image = source.read(candidate.name)
+                if packing is not None:
+                    image, extension = pack(image, packing), "jpg"
+            except (UnreadableFileError, DecodeError) as error:
+                raise DataError(f"'{candidate.name}' became unreadable while shards were written: {error}.") from None
+            label = {} if candidate.label is None else {"cls": str(candidate.label).encode()}
+            writer.write({"__key__": key_of(number, candidate.name), extension: image, **label})
+    sync(path)
+    return ManifestShard(path.name, len(samples), path.stat().st_size, sha256_of(path))
 
 
 def key_of(number: int, name: str) -> str:
@@ -206,8 +201,7 @@ def _write_lists(
     class_names: list[str] | None,
     rejected: Sequence[Rejected],
 ) -> None:
-    with (folder / REJECTED_FILE).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in rejected)
+    write_text(folder / REJECTED_FILE, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected))
     source: dict[str, str | int | None] = {
         "source": config.source,
         "prefix": config.prefix,
@@ -240,6 +234,6 @@ def _report(
         )
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(MakeShards, make_shards, command="python -m data_tools.make_shards")
+def command(name: str = "python -m data_tools.make_shards") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(MakeShards, make_shards, command=name)

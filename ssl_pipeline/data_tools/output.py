@@ -1,6 +1,7 @@
 """An output directory that appears when it is complete, and replaces nothing but an older one of its kind."""
 
-import fcntl
+from __future__ import annotations
+
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from ssl_pipeline.data.shards.catalogue import INDEX_DIRECTORY
 from ssl_pipeline.data.shards.manifest import MANIFEST_FILE
 from ssl_pipeline.data.shards.open import DataError
+from ssl_pipeline.files import lock
 
 REJECTED_FILE = "rejected.jsonl"
 LOCK_FILE = ".lock"
@@ -29,8 +31,8 @@ def output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
     _clear_leftovers([path for path in output.parent.iterdir() if path.name.startswith(start)], output)
     folder = Path(tempfile.mkdtemp(prefix=start, dir=output.parent))
     try:
-        with (folder / LOCK_FILE).open("w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # unlike flock's, not inherited by the worker processes
+        with (folder / LOCK_FILE).open("w") as file:
+            lock(file, inherited=False)  # by worker processes, which may outlive this one
             yield folder
             (folder / LOCK_FILE).unlink()
         folder.chmod(0o777 & ~_umask())  # mkdtemp's own mode keeps everybody else out
@@ -42,11 +44,9 @@ def output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
 def _clear_leftovers(folders: Sequence[Path], output: Path) -> None:
     """Delete what interrupted runs left; a run that is alive holds its lock."""
     for folder in folders:
-        with suppress(FileNotFoundError), (folder / LOCK_FILE).open("r+") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DataError(f"Another make_shards is writing '{output}' at this moment.") from None
+        with suppress(FileNotFoundError), (folder / LOCK_FILE).open("r+") as file:
+            if not lock(file, wait=False, inherited=False):
+                raise DataError(f"Another make_shards is writing '{output}' at this moment.")
         shutil.rmtree(folder, ignore_errors=True)
 
 

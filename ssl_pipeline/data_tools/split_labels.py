@@ -3,6 +3,8 @@
 python -m data_tools.split_labels shards=DIR output=DIR labels_per_class=N [seed=0]
 """
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -122,6 +124,6 @@ def choose(labels_N: Labels, config: SplitLabels, class_names: tuple[str, ...] |
     return chosen[permutation(len(chosen), config.seed, SPLIT)].tolist()
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(SplitLabels, split_labels, command="python -m data_tools.split_labels")
+def command(name: str = "python -m data_tools.split_labels") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(SplitLabels, split_labels, command=name)

@@ -192,6 +192,6 @@ def main(config: CompareConfig) -> None:
     print(f"written to {config.output}/compare.json and compare.txt")
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(CompareConfig, main, command="python -m eval.compare", recipes=COMPARISONS)
+def command(name: str = "python -m eval.compare") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(CompareConfig, main, command=name, recipes=COMPARISONS)

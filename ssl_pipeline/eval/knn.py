@@ -228,6 +228,6 @@ def main(config: KnnConfig) -> None:
     write_report(config, "knn", evaluate_knn(config))
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(KnnConfig, main, command="python -m eval.knn")
+def command(name: str = "python -m eval.knn") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(KnnConfig, main, command=name)

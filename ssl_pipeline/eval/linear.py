@@ -229,6 +229,6 @@ def main(config: LinearConfig) -> None:
     write_report(config, "linear", evaluate_linear(config))
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(LinearConfig, main, command="python -m eval.linear")
+def command(name: str = "python -m eval.linear") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(LinearConfig, main, command=name)

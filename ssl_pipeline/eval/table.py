@@ -104,6 +104,6 @@ def main(config: TableConfig) -> None:
     print(summary(read_top1(config.run)))
 
 
-def command() -> int:
-    """The command line; returns the exit code."""
-    return run_command(TableConfig, main, command="python -m eval.table")
+def command(name: str = "python -m eval.table") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(TableConfig, main, command=name)

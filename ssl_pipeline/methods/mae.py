@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from ssl_pipeline.backbones import Backbone, TokenBackbone
+from ssl_pipeline.backbones import Backbone, TokenBackbone, require_tokens
 from ssl_pipeline.backbones.patches import patchify, split_by_mask, take_patches
 from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
@@ -62,7 +62,7 @@ class MAE(Method):
         patches = patchify(images, self.encoder.patch_size)
         mask_NL = batch.masks["image"].flatten(0, 1)
         kept, removed, restore = split_by_mask(mask_NL, num_kept=int(mask_NL.shape[1] * (1 - self.config.mask_ratio)))
-        encoded = self.encoder.encode(self.encoder.embed_patches(take_patches(patches, kept), kept))
+        encoded = self.encoder.encode(self.encoder.embed_patches(take_patches(patches, kept), kept), kept)
         loss = removed_patches_loss(
             take_patches(patches, removed),
             self.decoder(encoded, restore, removed),
@@ -90,16 +90,14 @@ class MAE(Method):
 
 def _with_trained_tokens(backbone: Backbone) -> TokenBackbone:
     """The backbone, if all of it takes part in encoding tokens."""
-    name = backbone.model.default_cfg["architecture"]  # type: ignore[index]
-    if not isinstance(backbone, TokenBackbone):
-        raise ConfigError(f"MAE needs a backbone with patch tokens (a ViT). '{name}' has none.")
-    after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part))]
+    with_tokens = require_tokens(backbone, "MAE", some_patches=True)
+    after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
     if after_pooling:
         raise ConfigError(
-            f"MAE trains a ViT's tokens, not what follows their pooling. '{name}' has {' and '.join(after_pooling)} "
-            "there; set backbone.arguments='{global_pool: avg, fc_norm: false}'."
+            f"MAE trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
+            f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
         )
-    return backbone
+    return with_tokens
 
 
 def _has_weights(part: nn.Module | None) -> bool:

@@ -140,3 +140,19 @@ def _official_linear(in_dim: int, out_dim: int) -> nn.Linear:
     nn.init.trunc_normal_(linear.weight, std=0.02)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+class PixelShuffleDecoder(nn.Sequential):
+    """SimMIM's decoder (Xie et al., 2021, https://arxiv.org/abs/2111.09886): each token paints a square of pixels.
+
+    (N, in_dim, h, w) -> (N, channels, h * stride, w * stride): one 1x1 convolution with bias to channels * stride^2
+    values, which `torch.nn.PixelShuffle` lays out.
+    """
+
+    def __init__(self, in_dim: int, stride: int, *, channels: int = 3) -> None:
+        if in_dim < 1 or stride < 1 or channels < 1:
+            raise ValueError(
+                f"PixelShuffleDecoder needs in_dim, stride and channels of at least 1. Got {in_dim}, {stride} and "
+                f"{channels}."
+            )
+        super().__init__(nn.Conv2d(in_dim, channels * stride**2, kernel_size=1), nn.PixelShuffle(stride))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,11 +11,11 @@ from pathlib import Path
 import torch
 from pydantic import JsonValue
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ssl_pipeline import __version__
-from ssl_pipeline.files import sha256_of
+from ssl_pipeline.files import sha256_of, sha256_of_json, write_tensors, write_text
 from ssl_pipeline.run.state import CheckpointError, RunState
 
 FORMAT = 2
@@ -47,19 +45,14 @@ class Manifest:
     state: RunState
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Contiguous copies on the CPU: safetensors refuses tensors that share memory (tied weights)."""
     assert TENSOR_FILE.fullmatch(path.name), path.name
     copies = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    try:
-        save_file(copies, path)
-    except SafetensorError as error:  # its own class even for a full disk
-        raise OSError(f"cannot write {path}: {error}") from None
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-    _sync_file(path)
+    write_tensors(path, copies)
 
 
 def write_manifest(directory: Path, state: RunState) -> None:
@@ -67,10 +60,8 @@ def write_manifest(directory: Path, state: RunState) -> None:
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(directory.iterdir())}
     versions = {"ssl-pipeline": __version__, "torch": torch.__version__}
     body = {"format": FORMAT, "versions": versions, "files": files, "facts": state.to_facts()}
-    path = directory / "manifest.json"
-    text = json.dumps({**body, "sha256": _digest(body)}, indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-    _sync_file(path)
+    text = json.dumps({**body, "sha256": sha256_of_json(body)}, indent=2, allow_nan=False)
+    write_text(directory / "manifest.json", text + "\n")
 
 
 def load_checkpoint(path: Path, *, files: Collection[str] | None = None) -> Checkpoint:
@@ -94,7 +85,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         body = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         expected = body.pop("sha256")
-        if expected != _digest(body):
+        if expected != sha256_of_json(body):
             raise CheckpointError(f"{path} is not used: manifest.json is damaged (its sha256 does not fit).")
         _check_format(path, body)
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in body["files"].items()}
@@ -139,12 +130,3 @@ def _check_format(path: Path, body: Mapping[str, JsonValue]) -> None:
             f"{path} has checkpoint format {body['format']} of ssl-pipeline {wrote}, and this is ssl-pipeline "
             f"{__version__} with format {FORMAT}: go on with ssl-pipeline {wrote}, or choose another output=DIR."
         )
-
-
-def _digest(body: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -19,7 +19,7 @@ from ssl_pipeline.run.checkpoint_files import (
     read_manifest,
     verify_files,
     write_manifest,
-    write_tensors,
+    write_tensor_file,
 )
 from ssl_pipeline.run.state import CheckpointError, RunState
 
@@ -50,9 +50,8 @@ class Checkpoints:
         try:
             unfinished.mkdir()
             for name, entries in tensors.items():
-                write_tensors(unfinished / f"{name}.safetensors", entries)
+                write_tensor_file(unfinished / f"{name}.safetensors", entries)
             write_manifest(unfinished, state)
-            sync(unfinished)
             saved = self._publish(unfinished, self._path_of(state.step))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import Literal
 
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import JSON, write_json, write_text
+from ssl_pipeline.files import JSON, lock, write_json, write_text
 
 SECONDS_BETWEEN_HEARTBEATS = 5.0
 
@@ -45,15 +44,13 @@ class RunDirectory:
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"output={path} must be a directory. It is, or lies under, a file.") from None
         self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # POSIX allows either for "somebody has it"
+        if not lock(self._lock, wait=False, inherited=False):
             holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
             os.close(self._lock)
             raise ConfigError(
                 f"{path} is in use by another run ({holder or 'it starts right now'}). "
                 "Stop it or choose another output=DIR."
-            ) from None
+            )
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         self._last_heartbeat = -SECONDS_BETWEEN_HEARTBEATS

@@ -10,7 +10,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.training.run import TrainConfig
@@ -70,24 +70,14 @@ def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
                     )
 
 
-def open_labelled_images(data: DataConfig) -> ShardIndex | None:
-    """The labelled images of a semi-supervised method; ConfigError if one of them has no label."""
-    if data.labelled is None:
-        return None
-    shards = data.labelled.shards
-    index = open_shards(shards, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
-    if not index.has_labels:
-        raise ConfigError(f"data.labelled.shards={shards} has images without labels; all of them need one.")
-    return index
-
-
 def run_facts(
     index: ShardIndex, labelled: ShardIndex | None, augment: Augment, data: DataConfig, *, global_batch: int
 ) -> RunFacts:
     """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes."""
     num_classes = names = None
     if labelled is not None:
-        names, largest = labelled.class_names, int(labelled.labels().max())
+        names, soft = labelled.class_names, labelled.num_soft_classes
+        largest = int(labelled.labels().max()) if soft is None else soft - 1
         num_classes = largest + 1 if names is None else len(names)
         if largest >= num_classes:
             raise ConfigError(

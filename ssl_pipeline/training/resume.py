@@ -3,8 +3,6 @@ its config.yaml says afterwards."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 
 from ssl_pipeline.config import ConfigError, Value, read_yaml
 from ssl_pipeline.distributed import gather
+from ssl_pipeline.files import sha256_of_json
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -44,7 +43,7 @@ def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict
     """Part of a run's identity: the update rule and, hashed, the trained parameters in a checkpoint's order."""
     name_of = {parameter: name for name, parameter in method.named_parameters()}
     names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+    digest = sha256_of_json(names)[:8]
     return {"optimizer": f"{type(optimizer).__name__} on {len(names)} tensors ({digest})"}
 
 

@@ -10,14 +10,14 @@ from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from ssl_pipeline.augment.crops import crop_and_resize
-from ssl_pipeline.augment.draw import crop_boxes
-from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, Uniform, ViewGroup
+from ssl_pipeline.augment.draw import CropUniform, crop_boxes, num_uniforms
+from ssl_pipeline.augment.views import ViewGroup
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def uniforms(views, images, seed=0):
-    return np.random.default_rng(seed).random((views, images, UNIFORMS_PER_VIEW))
+    return np.random.default_rng(seed).random((views, images, num_uniforms(ViewGroup(size=8))))
 
 
 def image_sizes(count, seed=1):
@@ -53,12 +53,12 @@ def box_in_a_loop(numbers, height, width, group):
     low, high = (math.log(bound) for bound in group.aspect)
     for attempt in range(10):
         smallest, largest = group.scale
-        area = height * width * (smallest + (largest - smallest) * numbers[Uniform.CROP_AREA + attempt])
-        aspect = math.exp(low + (high - low) * numbers[Uniform.CROP_ASPECT + attempt])
+        area = height * width * (smallest + (largest - smallest) * numbers[CropUniform.AREA + attempt])
+        aspect = math.exp(low + (high - low) * numbers[CropUniform.ASPECT + attempt])
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < w <= width and 0 < h <= height:
-            top = int(numbers[Uniform.CROP_TOP] * (height - h + 1))
-            return top, int(numbers[Uniform.CROP_LEFT] * (width - w + 1)), h, w
+            top = int(numbers[CropUniform.TOP] * (height - h + 1))
+            return top, int(numbers[CropUniform.LEFT] * (width - w + 1)), h, w
     h, w = height, width
     if width / height < min(group.aspect):
         h = round(w / min(group.aspect))
@@ -87,9 +87,9 @@ class _Replay:
     """Stands in for torch's generator, so that torchvision consumes our uniforms."""
 
     def __init__(self, numbers):
-        self.tries = iter(zip(numbers[Uniform.CROP_AREA :][:10], numbers[Uniform.CROP_ASPECT :][:10], strict=True))
+        self.tries = iter(zip(numbers[CropUniform.AREA :][:10], numbers[CropUniform.ASPECT :][:10], strict=True))
         self.pending = iter(())
-        self.position = iter((numbers[Uniform.CROP_TOP], numbers[Uniform.CROP_LEFT]))
+        self.position = iter((numbers[CropUniform.TOP], numbers[CropUniform.LEFT]))
 
     def empty(self, _count):
         return self

@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 
 from ssl_pipeline.augment import resample
 from ssl_pipeline.augment.crops import crop_and_resize
-from ssl_pipeline.augment.draw import crop_boxes
+from ssl_pipeline.augment.draw import crop_boxes, num_uniforms
 from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
 
@@ -21,7 +21,7 @@ def noise(sizes=SIZES, seed=0):
 
 
 def drawn(images, group, seed=1):
-    numbers = np.random.default_rng(seed).random((group.count, len(images), group.num_uniforms()))
+    numbers = np.random.default_rng(seed).random((group.count, len(images), num_uniforms(group)))
     heights, widths = (np.array([image.shape[axis] for image in images]) for axis in (0, 1))
     return crop_boxes(numbers, heights, widths, group)
 
@@ -169,7 +169,7 @@ def test_nothing_is_asked_of_the_device(group):
         assert got.shape == (2, len(images), 3, 24, 24)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_makes_the_same_crops_without_a_word_to_the_host():
     group = ViewGroup(count=4, size=32)
     images = noise([(90, 120), (50, 40), (200, 30)])

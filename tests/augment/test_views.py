@@ -1,9 +1,13 @@
 """What a recipe may ask of a view group, and how a mistake reads."""
 
+import itertools
+
 import pytest
 from pydantic import ValidationError
 
-from ssl_pipeline.augment.views import UNIFORMS_PER_VIEW, Uniform, ViewGroup
+from ssl_pipeline.augment.draw import CropUniform, num_draws, num_uniforms
+from ssl_pipeline.augment.operations.jitter import Uniform
+from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import Config, ConfigError, validate
 
 
@@ -63,21 +67,29 @@ def test_all_mistakes_are_told_at_once():
 
 
 def test_the_blur_kernel_covers_four_sigmas_unless_the_view_is_too_small():
-    assert ViewGroup(size=224).blur_kernel_size() == 17
-    assert ViewGroup(size=224, blur_sigma=(0.1, 1.1)).blur_kernel_size() == 11
-    assert ViewGroup(size=4).blur_kernel_size() == 7
-    assert ViewGroup(size=224, blur_kernel=23).blur_kernel_size() == 23
+    assert ViewGroup(size=224).blur_kernel_size(224) == 17
+    assert ViewGroup(size=224, blur_sigma=(0.1, 1.1)).blur_kernel_size(224) == 11
+    assert ViewGroup(size=4).blur_kernel_size(4) == 7
+    assert ViewGroup(size=224, blur_kernel=23).blur_kernel_size(224) == 23
 
 
 def test_every_setting_has_a_help_text():
     assert all(field.description for field in ViewGroup.model_fields.values())
 
 
+def test_the_keys_of_operations_stand_between_crop_and_colours_in_their_order():
+    keys = list(ViewGroup.model_fields)
+    order = ["count", "size", "crop", "flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob", "cutout"]
+    assert sorted(order, key=keys.index) == order
+
+
 def test_no_two_uses_share_a_uniform():
-    starts = sorted(Uniform)
-    assert starts[0] == 0
-    assert [after - before for before, after in zip(starts, [*starts[1:], UNIFORMS_PER_VIEW], strict=True)] == [
-        10,
-        10,
-        *[1] * 13,
-    ]
+    starts = sorted(CropUniform)
+    assert [after - before for before, after in itertools.pairwise(starts)] == [10, 10, 1, 1]
+    assert list(Uniform) == [0, 1, 2]
+
+
+def test_groups_take_the_uniforms_of_their_operations():
+    assert (num_uniforms(ViewGroup(size=8)), num_draws(ViewGroup(size=8))) == (33, 12)
+    strong = ViewGroup(size=8, rand_augment=2, cutout=(0.5, 0.5))
+    assert (num_uniforms(strong), num_draws(strong)) == (33 + 4 + 3, 12 + 4 + 4)

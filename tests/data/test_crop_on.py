@@ -39,7 +39,7 @@ def assert_equal(first: StreamBatch, second: StreamBatch) -> None:
     crops, others = first.cropped(GROUPS), second.cropped(GROUPS)
     for name in GROUPS:
         assert torch.equal(crops[name], others[name])
-        assert torch.equal(first.parameters[name], second.parameters[name])
+        assert torch.equal(first.draws[name], second.draws[name])
     assert first.labels.tolist() == second.labels.tolist()
     assert first.sample_ids.tolist() == second.sample_ids.tolist()
     assert first.bad == second.bad
@@ -183,7 +183,7 @@ def test_recipes_take_the_keys(name: str) -> None:
     assert (settings.data.crop_on, settings.data.cache) == ("auto", True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", [DEVICE, CACHE])
 def test_a_gpu_makes_the_crops_of_a_cpu_before_rounding(
     tmp_path: Path, write_tar: Callable, encoded: Callable, mode: dict[str, object]

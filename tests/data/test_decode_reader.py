@@ -66,7 +66,7 @@ def assert_equal(first: DecodedBatch, second: DecodedBatch) -> None:
     for name in GROUPS:
         assert first.boxes[name].tolist() == second.boxes[name].tolist()
         assert first.flips[name].tolist() == second.flips[name].tolist()
-        assert torch.equal(first.parameters[name], second.parameters[name])
+        assert torch.equal(first.draws[name], second.draws[name])
     assert first.labels.tolist() == second.labels.tolist()
     assert first.sample_ids.tolist() == second.sample_ids.tolist()
     assert first.bad == second.bad
@@ -99,7 +99,7 @@ def test_only_what_is_used_of_a_slot_travels_to_the_device(varied: ShardIndex) -
     moved = batch.to("meta")
     assert moved.pixels.is_meta
     assert moved.pixels.shape == batch.pixels.shape
-    assert moved.parameters["local"].is_meta
+    assert moved.draws["local"].is_meta
     assert moved.labels.is_meta
     assert moved.sample_ids.is_meta
     assert moved.cropped(GROUPS)["local"].shape == (3, 6, 3, 4, 4)  # and nothing is asked of the device

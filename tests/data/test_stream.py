@@ -39,7 +39,7 @@ def read(reader: CropReader, count: int) -> CropBatch:
 def assert_equal(first: CropBatch, second: CropBatch) -> None:
     for name in GROUPS:
         assert_close(first.crops[name], second.crops[name], rtol=0, atol=0)
-        assert_close(first.parameters[name], second.parameters[name], rtol=0, atol=0)
+        assert_close(first.draws[name], second.draws[name], rtol=0, atol=0)
     assert first.labels.tolist() == second.labels.tolist()
     assert first.sample_ids.tolist() == second.sample_ids.tolist()
     assert first.bad == second.bad
@@ -49,7 +49,7 @@ def joined(batches: list[CropBatch]) -> CropBatch:
     """The shares of several ranks as one batch."""
     return CropBatch(
         {name: torch.cat([batch.crops[name] for batch in batches], dim=1) for name in GROUPS},
-        {name: torch.cat([batch.parameters[name] for batch in batches], dim=1) for name in GROUPS},
+        {name: torch.cat([batch.draws[name] for batch in batches], dim=1) for name in GROUPS},
         {},
         torch.cat([batch.labels for batch in batches]),
         torch.cat([batch.sample_ids for batch in batches]),
@@ -63,8 +63,8 @@ def test_a_batch_holds_every_group(shards: Path) -> None:
     assert batch.crops["global"].movedim(2, -1).is_contiguous()  # as the resize makes them: one copy to a device
     assert batch.crops["local"].shape == (3, 5, 3, 4, 4)
     assert batch.crops["local"].dtype == torch.uint8
-    assert batch.parameters["global"].shape[:2] == (2, 5)
-    assert batch.parameters["local"].dtype == torch.float32
+    assert batch.draws["global"].shape[:2] == (2, 5)
+    assert batch.draws["local"].dtype == torch.float32
     assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
     assert batch.labels.tolist() == (batch.sample_ids % 4).tolist()
     assert batch.bad == []
@@ -241,7 +241,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(shards: Path) -> None:
 def test_a_batch_moves_to_a_device(shards: Path) -> None:
     batch = stream(open_shards(shards), config(4), batches=1)[0].to("meta")
     assert batch.crops["global"].device.type == "meta"
-    assert batch.parameters["local"].device.type == batch.labels.device.type == batch.sample_ids.device.type == "meta"
+    assert batch.draws["local"].device.type == batch.labels.device.type == batch.sample_ids.device.type == "meta"
 
 
 def test_what_outlives_a_step_is_copied_even_on_the_device_that_it_is_on(shards: Path) -> None:

@@ -159,9 +159,22 @@ def test_the_defaults_are_the_published_ones():
 
 @pytest.mark.parametrize("name", ["resnet50", "convnext_atto"])
 def test_a_cnn_is_refused(name):
-    sentence = rf"^MAE needs a backbone with patch tokens \(a ViT\)\. '{name}' has none\.$"
+    sentence = rf"^MAE needs a backbone with patch tokens \(a ViT\)\. '{name}' has none\. Networks that have: "
     with torch.device("meta"), pytest.raises(ConfigError, match=sentence):
         mae(create_backbone(BackboneConfig(name=name)))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_network_that_needs_all_patches_is_refused(name):
+    with torch.device("meta"), pytest.raises(ConfigError, match=f"^MAE leaves patches out, but '{name}' needs all"):
+        mae(create_backbone(BackboneConfig(name=name)))
+
+
+def test_a_rotating_vit_is_trained_whole():
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    method = mae(create_backbone(BackboneConfig(name="vit_small_patch16_dinov3", arguments=arguments)))
+    method(image_batch(), PROGRESS).loss.backward()
+    assert all(parameter.grad is not None for parameter in method.parameters() if parameter.requires_grad)
 
 
 def test_weights_behind_the_pooling_are_refused():

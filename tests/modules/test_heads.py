@@ -7,7 +7,7 @@ from torch import nn
 
 from ssl_pipeline.backbones.patches import random_masking
 from ssl_pipeline.backbones.positions import sincos_position_embedding
-from ssl_pipeline.modules.heads import MLPHead, PrototypeHead, Prototypes
+from ssl_pipeline.modules.heads import MLPHead, PixelShuffleDecoder, PrototypeHead, Prototypes
 from ssl_pipeline.modules.pixel_decoder import PixelDecoder
 
 
@@ -188,3 +188,23 @@ def test_prototypes_have_length_one_until_training_changes_them():
     assert scores.shape == (2, 4, 5)
     torch.testing.assert_close(scores[1, 2, 3], embeddings[1, 2] @ prototypes.weight[3])
     assert list(prototypes.state_dict()) == ["weight"]
+
+
+def test_pixel_shuffle_decoder_paints_each_tokens_square():
+    torch.manual_seed(0)
+    decoder = PixelShuffleDecoder(5, 4, channels=2).double()
+    assert [name for name, _ in decoder.named_parameters()] == ["0.weight", "0.bias"]
+    tokens = torch.randn(3, 5, 2, 3, dtype=torch.float64)
+    pixels = decoder(tokens)
+    assert pixels.shape == (3, 2, 8, 12)
+    weight, bias = decoder[0].weight[:, :, 0, 0], decoder[0].bias
+    for channel, y, x in ((0, 0, 0), (1, 5, 10), (0, 7, 3), (1, 2, 11)):
+        output = channel * 16 + (y % 4) * 4 + x % 4  # torch's order: channel, row, column
+        expected = tokens[:, :, y // 4, x // 4] @ weight[output] + bias[output]
+        torch.testing.assert_close(pixels[:, channel, y, x], expected)
+
+
+def test_pixel_shuffle_decoder_needs_sizes():
+    assert PixelShuffleDecoder(5, 1)(torch.zeros(1, 5, 2, 2)).shape == (1, 3, 2, 2)
+    with pytest.raises(ValueError, match="Got 5, 0 and 3"):
+        PixelShuffleDecoder(5, 0)

@@ -14,12 +14,13 @@ import stat
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from ssl_pipeline import __version__
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import sha256_of
+from ssl_pipeline.files import sha256_of, sha256_of_json
 from ssl_pipeline.optim.lars import LARS
 from ssl_pipeline.run import checkpoint_files
 from ssl_pipeline.run.checkpoint_files import FormatError
@@ -174,7 +175,7 @@ def rewrite_manifest(path, **changes):
     body = json.loads((path / "manifest.json").read_text())
     del body["sha256"]
     body.update(changes)
-    (path / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoint_files._digest(body)}))
+    (path / "manifest.json").write_text(json.dumps({**body, "sha256": sha256_of_json(body)}))
 
 
 def name_a_file_outside(path):
@@ -284,10 +285,10 @@ def crash_at(event, crash, monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    before(checkpoint_files, "save_file")
+    before(safetensors.torch, "save_file")
     before(os, "fsync")
     before(os, "unlink")  # inside rmtree
-    for name in ("mkdir", "rename", "write_text", "chmod"):
+    for name in ("mkdir", "rename", "replace", "write_bytes", "chmod"):
         before(Path, name)
     before(shutil, "rmtree")
     return calls
@@ -335,9 +336,10 @@ def test_everything_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, mon
     save(tmp_path, 1)
     before = calls[: calls.index("rename")]
     assert before.count("save_file") == 2
-    assert before.count("write_text") == 1
-    assert before.count("fsync") == 4  # two tensor files, the manifest, their directory
-    assert max(index for index, call in enumerate(before) if call != "fsync") < len(before) - 2
+    assert before.count("write_bytes") == 1
+    assert before.count("replace") == 3
+    assert before.count("fsync") == 6  # two tensor files and the manifest, each with the directory
+    assert before[-3:] == ["fsync", "replace", "fsync"]
     assert calls[calls.index("rename") + 1] == "fsync"  # the parent, before anything is pruned
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import fnmatch
-import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +21,7 @@ from tqdm import tqdm
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.rows import COLUMNS, ShardEntry, index_shard
 from ssl_pipeline.data.shards.table import ShardTable
-from ssl_pipeline.files import write_json
+from ssl_pipeline.files import sha256_of_bytes, write_array, write_json
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
@@ -71,9 +69,9 @@ def find_index(folder: Path, pattern: str) -> Path:
 
     The places are `.index` beside the shards and the user's cache; a pattern of shards has an index of its own.
     """
-    suffix = f"-{hashlib.sha256(pattern.encode()).hexdigest()[:8]}" if pattern else ""
+    suffix = f"-{sha256_of_bytes(pattern.encode())[:8]}" if pattern else ""
     absolute = folder.resolve()
-    in_cache = f"{absolute.name}-{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]}{suffix}"
+    in_cache = f"{absolute.name}-{sha256_of_bytes(os.fsencode(absolute))[:16]}{suffix}"
     places = (folder / f"{INDEX_DIRECTORY}{suffix}", user_cache() / in_cache)
     for place in places:
         if (place / INDEX_FILE).is_file() and (os.access(place, os.W_OK) or read_catalogue(place) is not None):
@@ -91,18 +89,6 @@ def find_index(folder: Path, pattern: str) -> Path:
 
 def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "ssl_pipeline"
-
-
-@contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """Hold the index directory against other processes, where the file system can."""
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # no locks here: two processes may make the same index, yet each file appears whole
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def build_index(folder: Path, names: Sequence[str], place: Path) -> Catalogue:
@@ -194,7 +180,4 @@ def _index_into(place: Path) -> Callable[[Path], ShardEntry]:
 
 
 def write_rows(place: Path, name: str, rows: NDArray[np.int64]) -> None:
-    aside = place / f".{name}.{os.getpid()}.tmp"
-    with aside.open("wb") as file:
-        np.save(file, rows, allow_pickle=False)
-    aside.replace(place / f"{name}.npy")
+    write_array(place / f"{name}.npy", rows, durable=False)

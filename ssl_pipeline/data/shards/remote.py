@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import os
 import re
 import time
@@ -22,7 +20,6 @@ from tqdm import tqdm
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import (
     Catalogue,
-    locked,
     no_samples,
     read_catalogue,
     say_if_made_again,
@@ -34,6 +31,7 @@ from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestS
 from ssl_pipeline.data.shards.rows import ShardEntry, index_shard
 from ssl_pipeline.data.shards.table import ShardTable
 from ssl_pipeline.data.shards.verification import shard_changed
+from ssl_pipeline.files import lock, locked, sha256_of, sha256_of_bytes, written_whole
 
 RETRY_AFTER = (1.0, 5.0)  # seconds
 ABANDONED = 3600.0  # seconds without a byte, after which a partial file is nobody's
@@ -59,16 +57,16 @@ class RemoteShards:
     @property
     def place(self) -> Path:
         """The index directory of these shards."""
-        return self.cache / f"index-{hashlib.sha256(self.url.encode()).hexdigest()[:32]}"
+        return self.cache / f"index-{sha256_of_bytes(self.url.encode())[:32]}"
 
     def open(self, shard: ShardEntry | ManifestShard) -> BinaryIO:
         """The file of a shard, fetched if need be; nobody evicts it while it is open."""
         path = self._path(shard)
         with suppress(FileNotFoundError):
             return _hold(path, shard.bytes)
-        lock = self.cache / f".{path.name[:2]}.lock"
-        lock.touch()
-        with locked(lock):  # so that of several processes one fetches and the others wait
+        turnstile = self.cache / f".{path.name[:2]}.lock"
+        turnstile.touch()
+        with locked(turnstile):  # so that of several processes one fetches and the others wait
             with suppress(FileNotFoundError):
                 return _hold(path, shard.bytes)
             self._make_room(shard)
@@ -79,7 +77,7 @@ class RemoteShards:
     def catalogue(self) -> Catalogue:
         """The index of the shards there, made from one pass over all of them where there is none."""
         content = self._attempt(f"{self.url}/{MANIFEST_FILE}", self._manifest)
-        checksum = None if content is None else hashlib.sha256(content).hexdigest()
+        checksum = None if content is None else sha256_of_bytes(content)
         if checksum is not None:
             found = read_catalogue(self.place)
             if found is not None and found.manifest == checksum:
@@ -124,7 +122,7 @@ class RemoteShards:
                 raise shard_changed(f"{self.url}/{shard.name}", self.place)
 
     def _path(self, shard: ShardEntry | ManifestShard) -> Path:
-        key = hashlib.sha256(f"{self.url}/{shard.name} {shard.bytes}".encode()).hexdigest()
+        key = sha256_of_bytes(f"{self.url}/{shard.name} {shard.bytes}".encode())
         return self.cache / f"{key[:32]}-{shard.name}"
 
     def _build_index(self, shards: Sequence[ManifestShard]) -> Catalogue:
@@ -160,19 +158,13 @@ class RemoteShards:
     def _fetch(self, shard: ShardEntry | ManifestShard, path: Path) -> BinaryIO:
         system, folder = _connect(self.url, os.getpid())
         name = quote(shard.name) if _protocol(self.url) in ("http", "https") else shard.name
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with written_whole(path, durable=False) as aside:
             system.get_file(f"{folder}/{name}", str(aside))
             if (size := aside.stat().st_size) != shard.bytes:
                 raise OSError(f"it came with {size} bytes instead of {shard.bytes}; fetched in part, or changed")
-            with aside.open("rb") as file:
-                if shard.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                    raise OSError("it came with another SHA-256 than expected; damaged on the way, or changed")
-            held = _hold(aside, shard.bytes)
-            aside.replace(path)
-            return held
-        finally:
-            aside.unlink(missing_ok=True)
+            if shard.sha256 and sha256_of(aside) != shard.sha256:
+                raise OSError("it came with another SHA-256 than expected; damaged on the way, or changed")
+            return _hold(aside, shard.bytes)
 
     def _attempt(self, url: str, action: Callable[[], Result]) -> Result:
         """`action()`, tried again after what may pass; anything that it raises becomes one sentence."""
@@ -279,18 +271,13 @@ def _hold(path: Path, size: int) -> BinaryIO:
         path.unlink(missing_ok=True)
         raise FileNotFoundError
     with suppress(OSError):  # no locks here: then it may be evicted, and yet be read to the end
-        fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock(file, shared=True, wait=False)
     with suppress(OSError):
         os.utime(path)
     return file
 
 
 def _in_use(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
+    with suppress(OSError), path.open("rb") as file:
+        return not lock(file, wait=False)
     return False

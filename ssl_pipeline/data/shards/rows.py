@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from ssl_pipeline.data.decode import decoded_size
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.tar import Member, TarBytes, walk
+from ssl_pipeline.files import sha256_of
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
@@ -57,7 +57,7 @@ def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArra
         status = os.fstat(file.fileno())
         if status.st_size == 0:
             raise DataError(f"Shard '{name}' is empty (0 bytes). Copy it again or make it again.")
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(file)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             rows = list(_samples(data, name))
     array = np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)

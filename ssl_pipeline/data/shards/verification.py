@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -17,13 +16,13 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import (
     Catalogue,
     build_index,
-    locked,
     map_shards,
     read_catalogue,
     write_catalogue,
 )
 from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, manifest_content, parse_manifest
 from ssl_pipeline.data.shards.table import ShardTable
+from ssl_pipeline.files import locked, sha256_of, sha256_of_bytes
 
 STATUS_CHUNK = 500  # files
 SLOW_STATUS = 5e-5  # seconds for a file: a network's answer, which threads wait for together (a local disk's is 3e-6)
@@ -37,7 +36,7 @@ def verified_catalogue(folder: Path, names: Sequence[str], place: Path, *, whole
     do not wait for each other.
     """
     content = manifest_content(folder)
-    checksum = "" if content is None else hashlib.sha256(content).hexdigest()
+    checksum = "" if content is None else sha256_of_bytes(content)
     found = read_catalogue(place)
     if found is not None and found.manifest == checksum and _is_current(found.table, folder, names):
         return found
@@ -105,16 +104,11 @@ def unchanged(table: ShardTable, folder: Path, names: Sequence[str], place: Path
         return table
     paths = [folder / table.name[shard] for shard in touched]
     for shard, path, sha256 in zip(
-        touched, paths, map_shards(_sha256, paths, description="verifying shards"), strict=True
+        touched, paths, map_shards(sha256_of, paths, description="verifying shards"), strict=True
     ):
         if sha256 != table.sha256[shard]:
             raise shard_changed(path, place)
     return replace(table, modified_ns=times)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_changed(shard: Path | str, place: Path) -> DataError:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ssl_pipeline.files import sha256_of_bytes, sha256_of_json, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +24,7 @@ def cached(
     """
     if directory is None:
         return compute()
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    name = sha256_of_json(identity)[:32]
     path = directory / f"{name}.safetensors"
     if path.exists():
         try:
@@ -35,13 +33,8 @@ def cached(
             logger.warning("%s is damaged (%s): its features are computed again", path, error)
     features, labels = compute()
     directory.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file({"features": features, "labels": labels}, aside, metadata={"checksum": _checksum(features, labels)})
-        aside.chmod(0o644)  # safetensors makes it private, but a run belongs to a group of people
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    metadata = {"checksum": _checksum(features, labels)}
+    write_tensors(path, {"features": features, "labels": labels}, metadata=metadata, durable=False)
     return features, labels
 
 
@@ -57,7 +50,6 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _checksum(features: Tensor, labels: Tensor) -> str:
-    digest = hashlib.sha256(repr((features.shape, features.dtype, labels.shape, labels.dtype)).encode())
-    for tensor in (features, labels):
-        digest.update(tensor.contiguous().numpy().data.cast("B") if tensor.numel() else b"")
-    return digest.hexdigest()
+    kind = repr((features.shape, features.dtype, labels.shape, labels.dtype)).encode()
+    parts = [tensor.contiguous().numpy().data.cast("B") for tensor in (features, labels) if tensor.numel()]
+    return sha256_of_bytes(kind, *parts)

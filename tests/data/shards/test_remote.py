@@ -140,7 +140,7 @@ def test_batches_are_those_of_the_directory(url: str, listed: Path, cache: Path,
     for remote, local in zip(batches(index, workers), batches(open_shards(listed), 0), strict=True):
         assert remote.sample_ids.tolist() == local.sample_ids.tolist()
         assert_close(remote.crops["view"], local.crops["view"], rtol=0, atol=0)
-        assert_close(remote.parameters["view"], local.parameters["view"], rtol=0, atol=0)
+        assert_close(remote.draws["view"], local.draws["view"], rtol=0, atol=0)
     assert len(cached(cache)) == 3
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.data.shards import verification
-from ssl_pipeline.data.shards.catalogue import locked
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.data.shards.verification import status_of
+from ssl_pipeline.files import locked
 
 
 def describe(folder: Path, class_names: tuple[str, ...] = ("a", "b", "c", "d")) -> None:
@@ -76,7 +76,7 @@ def test_a_copy_with_new_times_is_verified_once(shards: Path, tmp_path: Path, mo
     copy = shutil.copytree(shards, tmp_path / "copy", copy_function=shutil.copyfile)
     os.utime(copy / "part-000001.tar", ns=(1, 1))
     open_shards(copy)
-    monkeypatch.setattr(verification, "_sha256", refuse)
+    monkeypatch.setattr(verification, "sha256_of", refuse)
     assert open_shards(copy).read(19).key == "0019"
 
 

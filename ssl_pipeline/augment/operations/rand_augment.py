@@ -1,4 +1,4 @@
-"""RandAugment and cutout as FixMatch's strong views have them (Sohn et al., 2020, https://arxiv.org/abs/2001.07685).
+"""RandAugment as FixMatch's strong views have it (Sohn et al., 2020, https://arxiv.org/abs/2001.07685).
 
 The operations are Pillow's, on 8-bit levels that are kept as floats: each gives whole levels to the next.
 """
@@ -11,20 +11,19 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from ssl_pipeline.augment.colour import per_sample
+from ssl_pipeline.augment.operations.base import Operation, ViewSettings, per_sample, range_mistakes
 
-# V views of each of B images; N: the same images, one view at a time; U uniforms, P parameters, S pixels
+# V views of each of B images; N: the same images, one view at a time; U uniforms, R rounds, P draws, S pixels
 
-PARAMETERS_PER_ROUND = 2  # the operation and its magnitude
-CUTOUT_PARAMETERS = 4  # top, left, bottom, right of the square; all 0 without one
-CUTOUT_LEVEL = 127.0
+PER_ROUND = 2  # uniforms, and draws: the operation and its magnitude
 TRANSLATED, SHEARED, ROTATED, FAINTEST = 0.3, 0.3, math.radians(30), 0.05
 
 
-class Operation(IntEnum):
+class RandOperation(IntEnum):
     """The operations of FixMatch's RandAugment; those of one family follow each other."""
 
     IDENTITY = 0
@@ -44,33 +43,77 @@ class Operation(IntEnum):
 
 
 RANGES = {
-    **dict.fromkeys(Operation, (0.0, 0.0)),
+    **dict.fromkeys(RandOperation, (0.0, 0.0)),
     # what is left of the image, the rest is black, gray, mean gray or smooth
-    **dict.fromkeys(list(Operation)[Operation.BRIGHTNESS : Operation.SHARPNESS + 1], (FAINTEST, 1 - FAINTEST)),
-    Operation.ROTATE: (-ROTATED, ROTATED),
-    **dict.fromkeys((Operation.SHEAR_X, Operation.SHEAR_Y), (-SHEARED, SHEARED)),
-    **dict.fromkeys((Operation.TRANSLATE_X, Operation.TRANSLATE_Y), (-TRANSLATED, TRANSLATED)),  # of the width
-    Operation.POSTERIZE: (4.0, 8.0),  # bits that are kept, rounded down
-    Operation.SOLARIZE: (0.0, 256.0),  # level from which on values are inverted
+    **dict.fromkeys(
+        list(RandOperation)[RandOperation.BRIGHTNESS : RandOperation.SHARPNESS + 1], (FAINTEST, 1 - FAINTEST)
+    ),
+    RandOperation.ROTATE: (-ROTATED, ROTATED),
+    **dict.fromkeys((RandOperation.SHEAR_X, RandOperation.SHEAR_Y), (-SHEARED, SHEARED)),
+    **dict.fromkeys((RandOperation.TRANSLATE_X, RandOperation.TRANSLATE_Y), (-TRANSLATED, TRANSLATED)),  # of the width
+    RandOperation.POSTERIZE: (4.0, 8.0),  # bits that are kept, rounded down
+    RandOperation.SOLARIZE: (0.0, 256.0),  # level from which on values are inverted
 }
-LOWEST, HIGHEST = np.array([RANGES[operation] for operation in Operation]).T
+LOWEST, HIGHEST = np.array([RANGES[operation] for operation in RandOperation]).T
 
 
-def apply_rand_augment(
-    image_NCHW: Tensor, parameters_NP: Tensor, *, rounds: int, cutout: bool, selected: bool
-) -> Tensor:
-    """Images in [0, 1] after `rounds` operations of each image's own, which round to 8 bits, and the cutout.
+class RandAugmentSettings(ViewSettings):
+    """How many operations a view goes through.
 
-    parameters_NP: as `draw_rand_augment` draws them. `selected` computes an operation for the images that drew it
-    alone; otherwise all images go through all operations and take the result of theirs, so that nothing waits for the
-    device.
+    Each is one of identity, brightness, colour, contrast, sharpness (all 0.05 to 0.95), rotation (30 degrees to either
+    side), shear and translation in x and y (0.3 to either side), posterize (4 to 7 bits), solarize (any threshold),
+    autocontrast and equalize, all equally likely, with a magnitude uniform in its range; Pillow's operations on 8-bit
+    images, with the nearest pixel and black where the image runs out.
     """
-    if rounds:
-        image_NCHW = (image_NCHW * 255).round_()
-        for first in range(0, PARAMETERS_PER_ROUND * rounds, PARAMETERS_PER_ROUND):
-            image_NCHW = _one_round(image_NCHW, parameters_NP[:, first], parameters_NP[:, first + 1], selected=selected)
-        image_NCHW = image_NCHW.div_(255)
-    return cut_out(image_NCHW, parameters_NP[:, -CUTOUT_PARAMETERS:]) if cutout else image_NCHW
+
+    rand_augment: int = 0
+    """Random operations one after the other, each of random magnitude: identity, brightness, colour, contrast,
+    sharpness, rotate, shear, translate, posterize, solarize, autocontrast, equalize (FixMatch)."""
+
+
+class RandAugment(Operation[RandAugmentSettings, int]):
+    """As many operations as the setting says. Draws: of each the number of the operation and its magnitude."""
+
+    settings = RandAugmentSettings
+    whole_batches = True
+
+    def mistakes(self, group: RandAugmentSettings) -> list[str]:
+        return range_mistakes((group.rand_augment >= 0, "rand_augment", "0 or more", group.rand_augment))
+
+    def num_uniforms(self, group: RandAugmentSettings) -> int:
+        return PER_ROUND * group.rand_augment
+
+    def num_draws(self, group: RandAugmentSettings) -> int:
+        return PER_ROUND * group.rand_augment
+
+    def draw(self, uniforms_VBU: NDArray[np.float64], group: RandAugmentSettings, *, size: int) -> NDArray[np.float32]:
+        operation_VBR = (uniforms_VBU[..., 0::PER_ROUND] * len(RandOperation)).astype(np.int64)
+        lowest_VBR, highest_VBR = LOWEST[operation_VBR], HIGHEST[operation_VBR]
+        magnitude_VBR = lowest_VBR + (highest_VBR - lowest_VBR) * uniforms_VBU[..., 1::PER_ROUND]
+        magnitude_VBR = np.where(operation_VBR == RandOperation.POSTERIZE, np.floor(magnitude_VBR), magnitude_VBR)
+        drawn_VBR2 = np.stack((operation_VBR, magnitude_VBR), axis=-1)
+        return drawn_VBR2.reshape(uniforms_VBU.shape).astype(np.float32)
+
+    def setting(self, group: RandAugmentSettings, view: int, *, size: int) -> int | None:
+        return group.rand_augment or None
+
+    def on_cpu(self, image_NCHW: Tensor, draws_NP: Tensor, setting: int) -> Tensor:
+        return apply_rounds(image_NCHW.expand(-1, 3, -1, -1), draws_NP, selected=True)
+
+    def on_accelerator(self, image_NCHW: Tensor, draws_NP: Tensor, setting: int) -> Tensor:
+        return apply_rounds(image_NCHW, draws_NP, selected=False)
+
+
+def apply_rounds(image_NCHW: Tensor, draws_NP: Tensor, *, selected: bool) -> Tensor:
+    """Images in [0, 1] after operations of each image's own, which round to 8 bits.
+
+    `selected` computes an operation for the images that drew it alone; otherwise all images go through all operations
+    and take the result of theirs, so that nothing waits for the device.
+    """
+    image_NCHW = (image_NCHW * 255).round_()
+    for first in range(0, draws_NP.shape[1], PER_ROUND):
+        image_NCHW = _one_round(image_NCHW, draws_NP[:, first], draws_NP[:, first + 1], selected=selected)
+    return image_NCHW.div_(255)
 
 
 def _one_round(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor, *, selected: bool) -> Tensor:
@@ -86,15 +129,6 @@ def _one_round(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor, *, 
     return image_NCHW
 
 
-def cut_out(image_NCHW: Tensor, box_N4: Tensor) -> Tensor:
-    """A gray square, rows top to bottom - 1 and columns left to right - 1, over each image in [0, 1]."""
-    top_N1, left_N1, bottom_N1, right_N1 = box_N4.split(1, dim=1)
-    row_S, column_S = (torch.arange(size, device=image_NCHW.device) for size in image_NCHW.shape[2:])
-    rows_NS = (row_S >= top_N1) & (row_S < bottom_N1)
-    columns_NS = (column_S >= left_N1) & (column_S < right_N1)
-    return image_NCHW.masked_fill(rows_NS[:, None, :, None] & columns_NS[:, None, None, :], CUTOUT_LEVEL / 255)
-
-
 def _blend(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor) -> Tensor:
     """Pillow's ImageEnhance: a share of the image, the rest black, gray, mean gray or smoothed."""
     red, green, blue = image_NCHW.split(1, dim=1)
@@ -102,9 +136,9 @@ def _blend(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor) -> Tens
     mean = (gray.mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor_()
     target = torch.zeros_like(image_NCHW)
     for operation, its_target in (
-        (Operation.COLOUR, gray),
-        (Operation.CONTRAST, mean),
-        (Operation.SHARPNESS, _smooth(image_NCHW)),
+        (RandOperation.COLOUR, gray),
+        (RandOperation.CONTRAST, mean),
+        (RandOperation.SHARPNESS, _smooth(image_NCHW)),
     ):
         target = torch.where(per_sample(operation_N == operation.value), its_target, target)
     return (target + per_sample(magnitude_N) * (image_NCHW - target)).floor_()
@@ -127,18 +161,18 @@ def _transform(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor) -> 
     size = image_NCHW.shape[-1]
     zero_N = torch.zeros_like(magnitude_N)
 
-    def only(operation: Operation, values_N: Tensor, otherwise_N: Tensor) -> Tensor:
+    def only(operation: RandOperation, values_N: Tensor, otherwise_N: Tensor) -> Tensor:
         return torch.where(operation_N == operation.value, values_N, otherwise_N)
 
     # where the pixel at (x, y) is taken from, in half images from the centre:
     # (cosine x + x_by_y y + x_shift, y_by_x x + cosine y + y_shift)
-    cosine_N = only(Operation.ROTATE, magnitude_N.cos(), torch.ones_like(magnitude_N))
-    sine_N = only(Operation.ROTATE, magnitude_N.sin(), zero_N)
+    cosine_N = only(RandOperation.ROTATE, magnitude_N.cos(), torch.ones_like(magnitude_N))
+    sine_N = only(RandOperation.ROTATE, magnitude_N.sin(), zero_N)
     shear_x_N, shear_y_N = (
-        only(operation, magnitude_N, zero_N) for operation in (Operation.SHEAR_X, Operation.SHEAR_Y)
+        only(operation, magnitude_N, zero_N) for operation in (RandOperation.SHEAR_X, RandOperation.SHEAR_Y)
     )
-    x_shift_N = only(Operation.TRANSLATE_X, 2 * magnitude_N, shear_x_N)
-    y_shift_N = only(Operation.TRANSLATE_Y, 2 * magnitude_N, shear_y_N)
+    x_shift_N = only(RandOperation.TRANSLATE_X, 2 * magnitude_N, shear_x_N)
+    y_shift_N = only(RandOperation.TRANSLATE_Y, 2 * magnitude_N, shear_y_N)
     cosine, x_by_y, y_by_x, x_shift, y_shift = (
         values_N[:, None, None] for values_N in (cosine_N, shear_x_N - sine_N, shear_y_N + sine_N, x_shift_N, y_shift_N)
     )
@@ -185,11 +219,11 @@ def _equalize(image_NCHW: Tensor, _: Tensor, __: Tensor) -> Tensor:
 
 
 Apply = Callable[[Tensor, Tensor, Tensor], Tensor]  # levels (n,3,H,W), operations (n,), magnitudes (n,) -> levels
-FAMILIES: tuple[tuple[Operation, Operation, Apply], ...] = (
-    (Operation.BRIGHTNESS, Operation.SHARPNESS, _blend),
-    (Operation.ROTATE, Operation.TRANSLATE_Y, _transform),
-    (Operation.POSTERIZE, Operation.POSTERIZE, _posterize),
-    (Operation.SOLARIZE, Operation.SOLARIZE, _solarize),
-    (Operation.AUTOCONTRAST, Operation.AUTOCONTRAST, _autocontrast),
-    (Operation.EQUALIZE, Operation.EQUALIZE, _equalize),
+FAMILIES: tuple[tuple[RandOperation, RandOperation, Apply], ...] = (
+    (RandOperation.BRIGHTNESS, RandOperation.SHARPNESS, _blend),
+    (RandOperation.ROTATE, RandOperation.TRANSLATE_Y, _transform),
+    (RandOperation.POSTERIZE, RandOperation.POSTERIZE, _posterize),
+    (RandOperation.SOLARIZE, RandOperation.SOLARIZE, _solarize),
+    (RandOperation.AUTOCONTRAST, RandOperation.AUTOCONTRAST, _autocontrast),
+    (RandOperation.EQUALIZE, RandOperation.EQUALIZE, _equalize),
 )

@@ -1,70 +1,97 @@
-"""Colour operations on a batch of images in [0, 1], (N,3,H,W): torchvision's, each sample with its own factor.
-
-With `out` an operation writes there; that may be the image itself, which keeps a small batch in a CPU's cache.
-"""
+"""Gaussian blur, with torchvision's kernel; each image has its own standard deviation."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
+
+from ssl_pipeline.augment.operations.base import (
+    Operation,
+    PerView,
+    ViewSettings,
+    change_due,
+    happens,
+    per_sample,
+    per_view_mistakes,
+    range_mistakes,
+)
 
 # N samples, C channels (3, or 1 for gray), S pixels to a side, R + 1 distances from 0 to the kernel's reach
 
 SIGMAS_THAT_COUNT = 4.75  # a Gaussian's weights beyond are 2 millionths of the whole
 
 
-def per_sample(values_N: Tensor) -> Tensor:
-    """(N,) -> (N,1,1,1), which multiplies images."""
-    return values_N[:, None, None, None]
+class BlurSettings(ViewSettings):
+    """When and how much a view is blurred."""
+
+    blur_prob: PerView = 0.0
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest standard deviation of the blur in pixels."""
+    blur_kernel: int | None = None
+    """Odd width of the blur's kernel in pixels; by default 4 standard deviations of the strongest blur to each side."""
+
+    def blur_kernel_size(self, size: int) -> int:
+        """Width of the kernel in pixels, at most what reflecting a view of this size allows."""
+        if self.blur_kernel is not None:
+            return self.blur_kernel
+        return min(2 * math.ceil(4 * self.blur_sigma[1]) + 1, largest_kernel(size))
 
 
-def gray(image_NCHW: Tensor) -> Tensor:
-    """(N,3,H,W) -> (N,1,H,W) luma with torchvision's weights."""
-    red, green, blue = image_NCHW.split(1, dim=1)
-    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+class Blur(Operation[BlurSettings, int]):
+    """Gaussian blur with a kernel as wide as the setting. Draws: sigma in pixels, 0 if the view is not blurred."""
+
+    settings = BlurSettings
+
+    def mistakes(self, group: BlurSettings) -> list[str]:
+        low, high = group.blur_sigma
+        kernel, largest = 1 if group.blur_kernel is None else group.blur_kernel, largest_kernel(group.size)
+        return [
+            *per_view_mistakes(group, blur_prob=1.0),
+            *range_mistakes(
+                (0 < low <= high, "blur_sigma", "an increasing pair above 0", group.blur_sigma),
+                (
+                    kernel % 2 == 1 and 1 <= kernel <= largest,
+                    "blur_kernel",
+                    f"odd and from 1 to {largest} for size={group.size}",
+                    kernel,
+                ),
+            ),
+        ]
+
+    def num_uniforms(self, group: BlurSettings) -> int:
+        return 2
+
+    def num_draws(self, group: BlurSettings) -> int:
+        return 1
+
+    def draw(self, uniforms_VBU: NDArray[np.float64], group: BlurSettings, *, size: int) -> NDArray[np.float32]:
+        low, high = group.blur_sigma
+        blurred_VB = happens(uniforms_VBU[..., 0], group, group.blur_prob)
+        sigma_VB = np.where(blurred_VB, low + (high - low) * uniforms_VBU[..., 1], 0)
+        return sigma_VB[..., None].astype(np.float32)
+
+    def setting(self, group: BlurSettings, view: int, *, size: int) -> int | None:
+        return group.blur_kernel_size(size) if group.per_view(group.blur_prob)[view] > 0 else None
+
+    def on_cpu(self, image_NCHW: Tensor, draws_NP: Tensor, setting: int) -> Tensor:
+        def change(part_NCHW: Tensor, part_NP: Tensor) -> Tensor:
+            return blur_by_matrices(part_NCHW, part_NP[:, 0], setting, out=part_NCHW)
+
+        return change_due(image_NCHW, draws_NP, draws_NP[:, 0] > 0, change)
+
+    def on_accelerator(self, image_NCHW: Tensor, draws_NP: Tensor, setting: int) -> Tensor:
+        return blur(image_NCHW, draws_NP[:, 0].clamp(min=1e-3), setting)  # so narrow that the kernel is 0 1 0
 
 
-def mean_gray(image_NCHW: Tensor) -> Tensor:
-    """(N,3,H,W) -> (N,1,1,1) the mean of `gray`, which is the gray of the channels' means."""
-    return gray(image_NCHW.mean(dim=(2, 3), keepdim=True))
-
-
-def brighten(image_NCHW: Tensor, factor: Tensor | float, *, out: Tensor | None = None) -> Tensor:
-    """factor * image, kept in [0, 1]."""
-    return torch.mul(image_NCHW, factor, out=out).clamp_(0, 1)
-
-
-def blend(image_NCHW: Tensor, target: Tensor, factor: Tensor | float, *, out: Tensor | None = None) -> Tensor:
-    """factor * image + (1 - factor) * target, kept in [0, 1]."""
-    rest = target * (1 - factor)
-    return torch.mul(image_NCHW, factor, out=out).add_(rest).clamp_(0, 1)
-
-
-def shift_hue(image_NCHW: Tensor, shift: Tensor | float, *, out: Tensor | None = None) -> Tensor:
-    """Turn the hue by `shift` of the colour circle; the lowest channel and the chroma (highest - lowest) stay.
-
-    With the hue h in [0, 6) from red over green and blue, |h| = 1 + (green + blue - red - low) / chroma on the side of
-    green, and 6 minus that on the side of blue. Back, a channel is low + chroma * w with w going up from 0 to 1 and
-    down again, each within a sixth: for red up from h = 4 and down from 1, green 0 and 3, blue 2 and 5. A piece of w is
-    the difference of two clamps. (Choosing by the largest channel and taking a remainder made it 3 to 4 times slower on
-    a CPU.)
-    """
-    red, green, blue = image_NCHW.split(1, dim=1)
-    low = torch.minimum(red, green).minimum(blue)
-    chroma = torch.maximum(red, green).maximum(blue).sub_(low)
-    # a gray pixel has no hue; its dividend is 0, and any positive divisor will do
-    turn = (green - red).add_(blue).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1).mul_(1 / 6)
-    turn = torch.copysign(turn, green - blue).add_(shift + 1).frac_()  # h / 6
-    high, deep = low.add(chroma, alpha=3), low.sub_(chroma, alpha=2)  # what the clamps' lower ends add up to
-    channels = []
-    for channel, (base, up, down) in enumerate(((deep, 4, 1), (high, 0, 3), (high, 2, 5))):
-        weight = turn.clamp(up / 6, (up + 1) / 6).sub_(turn.clamp(down / 6, (down + 1) / 6))
-        into = None if out is None else out[:, channel : channel + 1]
-        channels.append(torch.addcmul(base, chroma, weight, value=6, out=into))
-    return torch.cat(channels, dim=1) if out is None else out
+def largest_kernel(size: int) -> int:
+    """What reflecting a view of this size without repeating its edge allows."""
+    return max(2 * size - 1, 1)
 
 
 def blur(image_NCHW: Tensor, sigma_N: Tensor, kernel: int) -> Tensor:
@@ -118,8 +145,3 @@ def gaussian(sigma_N: Tensor, reach: int) -> Tensor:
     weights_NR = torch.exp(-0.5 * (distance_R / sigma_N[:, None]) ** 2)
     weights_NR = torch.where(weights_NR > 1e-30, weights_NR, 0)  # a CPU is slow with what is nearly zero
     return weights_NR / (2 * weights_NR.sum(dim=1, keepdim=True) - 1)
-
-
-def solarize(image_NCHW: Tensor, threshold: float, *, out: Tensor | None = None) -> Tensor:
-    """Invert from the threshold on; the weight is 0 or 1, for which lerp is exact (and on a CPU 2 times `where`)."""
-    return torch.lerp(image_NCHW, 1 - image_NCHW, (image_NCHW >= threshold).to(image_NCHW.dtype), out=out)

@@ -1,0 +1,11 @@
+"""Packs recipes/ into the wheel, where `ssl_pipeline.config` finds them; all else stands in pyproject.toml."""
+
+from __future__ import annotations
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["ssl_pipeline*"]), "ssl_pipeline.recipes"],
+    package_dir={"ssl_pipeline.recipes": "recipes"},
+    package_data={"ssl_pipeline.recipes": ["**/*.yaml"]},
+)

@@ -1,0 +1,123 @@
+"""What an operation on the colours of views is: settings, random numbers, and two ways to apply it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssl_pipeline.config import Config
+
+# V views of each of B images; N: the same images, one view at a time; U uniforms in [0, 1), P draws of an operation
+
+PerView = float | tuple[float, ...]
+"""One value for all views of a group, or one per view."""
+
+
+class ViewSettings(Config):
+    """What the settings of all operations build on."""
+
+    count: int = 1
+    """Number of views of each image."""
+    size: int
+    """Height and width of a view in pixels."""
+
+    def per_view(self, value: PerView) -> tuple[float, ...]:
+        """One value for each of the `count` views."""
+        values = value if isinstance(value, tuple) else (value,)
+        return values * self.count if len(values) == 1 else values
+
+
+Settings = TypeVar("Settings", bound=ViewSettings)
+Setting = TypeVar("Setting", bound=Hashable)
+
+
+class Operation(Generic[Settings, Setting]):
+    """One thing that may happen to the colours of a view. It has no state of its own.
+
+    The host draws numbers for each view and image; the device, wherever that is, applies the operation to a batch of
+    float32 images in [0, 1] by these numbers. Both know the group's keys from `settings`, a base of ViewGroup.
+    """
+
+    settings: type[Settings]
+    whole_batches: ClassVar[bool] = False
+    """Whether a CPU should get all images at once, where it sorts them on its own."""
+
+    def mistakes(self, group: Settings) -> list[str]:
+        """What is wrong with the settings: one sentence each, beginning with the key."""
+        return []
+
+    def num_uniforms(self, group: Settings) -> int:
+        """How many uniforms it takes for one view of one image: U. With 0 where it is off, recipes without it keep
+        the views that they had before there was such an operation."""
+        raise NotImplementedError
+
+    def num_draws(self, group: Settings) -> int:
+        """How many numbers it makes of them: P."""
+        raise NotImplementedError
+
+    def draw(self, uniforms_VBU: NDArray[np.float64], group: Settings, *, size: int) -> NDArray[np.float32]:
+        """(V,B,P): what happens to each view of `size` pixels; runs on the host, if the operation takes uniforms."""
+        raise NotImplementedError
+
+    def setting(self, group: Settings, view: int, *, size: int) -> Setting | None:
+        """What is the same for all images of this view; None if the operation never happens to it."""
+        raise NotImplementedError
+
+    def alike(self, draws_NP: Tensor) -> Sequence[Hashable] | None:
+        """A key of each image; `on_cpu` gets images of one key alone. None: it takes any."""
+        return None
+
+    def on_cpu(self, image_NCHW: Tensor, draws_NP: Tensor, setting: Setting) -> Tensor:
+        """The images (N,3,H,W), or (N,1,H,W) if all are gray, after the operation; may be written in place."""
+        raise NotImplementedError
+
+    def on_accelerator(self, image_NCHW: Tensor, draws_NP: Tensor, setting: Setting) -> Tensor:
+        """The images (N,3,H,W) after the operation, computed for all of them: no value decides what is done."""
+        raise NotImplementedError
+
+
+def per_sample(values_N: Tensor) -> Tensor:
+    """(N,) -> (N,1,1,1), which multiplies images."""
+    return values_N[:, None, None, None]
+
+
+def change_due(
+    image_NCHW: Tensor, draws_NP: Tensor, due_N: Tensor, change: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """For a CPU: `change` of the images that are due and of their draws, computed for these alone."""
+    if due_N.all():
+        return change(image_NCHW, draws_NP)
+    if due_N.any():
+        image_NCHW[due_N] = change(image_NCHW[due_N], draws_NP[due_N])
+    return image_NCHW
+
+
+def happens(uniforms_VB: NDArray[np.float64], group: ViewSettings, probability: PerView) -> NDArray[np.bool_]:
+    """(V,B): whether something of the given probability, one or one per view, happens."""
+    return uniforms_VB < np.array(group.per_view(probability))[:, None]
+
+
+def per_view_mistakes(group: ViewSettings, **highest: float) -> list[str]:
+    """One sentence for each of the named per-view settings that is out of [0, highest], or not one per view."""
+    mistakes = []
+    for name, high in highest.items():
+        value: PerView = getattr(group, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if len(values) not in (1, group.count):
+            mistakes.append(
+                f"{name} must have one value or one per view (count={group.count}). Got {len(values)} values."
+            )
+        needed = f"between 0 and {high:g}" if high < math.inf else "0 or more"
+        wrong = [number for number in values if not 0 <= number <= high]
+        mistakes += [f"{name} must be {needed}. Got {number:g}." for number in wrong]
+    return mistakes
+
+
+def range_mistakes(*checks: tuple[bool, str, str, object]) -> list[str]:
+    """One sentence for each check (whether it holds, the key, what is needed, what came) that does not hold."""
+    return [f"{name} must be {needed}. Got {got}." for holds, name, needed, got in checks if not holds]
