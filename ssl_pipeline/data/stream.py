@@ -122,6 +122,7 @@ def open_stream(
     world_size: int,
     masks: Mapping[str, MaskRule] = NO_MASKS,
     accumulate: int = 1,
+    size_seed: int | None = None,
     batches: int | None = None,
     repeat: bool = False,
     device: torch.device | str = "cpu",
@@ -131,7 +132,8 @@ def open_stream(
 
     Item m holds its slice of positions [position + m*G, position + (m+1)*G), G = batch_size * world_size. What it
     holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Each `accumulate`
-    micro-batches are an optimizer step. `masks` has the rules of the groups whose views are masked. Data sets smaller
+    micro-batches are an optimizer step, whose views have sizes of their own, by `size_seed`, where a group has several
+    (default: `seed`). `masks` has the rules of the groups whose views are masked. Data sets smaller
     than G are refused, unless samples may `repeat` within a batch. `device` is where batches will be taken, which
     decides where crops are cut out. A batch lasts until the next one is asked for, which may overwrite it; `clone()`
     keeps one for longer. The first may take long, where all images are decoded for it: `keepalive` is called
@@ -149,7 +151,14 @@ def open_stream(
     samples = Samples(index, order, seed=seed, substitutes=config.bad_samples == "substitute")
 
     global_batch = step * accumulate
-    sampler = ViewSampler(dict(groups), dict(masks), seed, global_batch, offset=position % global_batch)
+    sampler = ViewSampler(
+        dict(groups),
+        dict(masks),
+        seed,
+        global_batch,
+        offset=position % global_batch,
+        size_seed=seed if size_seed is None else size_seed,
+    )
 
     def positions_of(batch: int) -> range:
         start = position + batch * step
