@@ -2,7 +2,7 @@
 
 import sys
 
-from ssl_pipeline.commands.pretrain import command
+from ssl_pipeline.commands.start import command
 
 if __name__ == "__main__":
     sys.exit(command())

@@ -29,6 +29,7 @@ from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.run.directory import RunDirectory
+from ssl_pipeline.run.interruption import StopAtOnce, Stopped
 from ssl_pipeline.training.clock import Clock
 from ssl_pipeline.training.launch import start_accelerator
 from ssl_pipeline.training.loop import train
@@ -83,6 +84,15 @@ class PretrainConfig(Config):
 
 def pretrain(config: PretrainConfig) -> int:
     """Run the settings to the end; returns the exit code, 128 + the signal number if one stopped it."""
+    try:
+        with StopAtOnce():  # until training begins, and again after it
+            return _pretrain(config)
+    except Stopped as stopped:
+        print(f"Stopped by {stopped}, while no step was under way; run again to go on.", file=sys.stderr)
+        return 128 + stopped.signal_number
+
+
+def _pretrain(config: PretrainConfig) -> int:
     started = time.perf_counter()
     with ExitStack() as stack:
         accelerator = start_accelerator(config.train)
@@ -218,10 +228,6 @@ def _monitors(
     return monitors
 
 
-def command(name: str = "pretrain.py") -> int:
-    """The command line, called `name`; returns the exit code."""
+def main(name: str) -> int:
+    """The command line, called `name`, behind `commands/start.py`; returns the exit code."""
     return run_command(PretrainConfig, pretrain, command=name, recipes=RECIPES)
-
-
-if __name__ == "__main__":
-    sys.exit(command())

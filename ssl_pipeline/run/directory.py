@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,7 +62,22 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            with suppress(OSError, ConfigError):  # a full disk, a damaged file: the error itself counts
+                self._note_end(error)
         os.close(self._lock)
+
+    def _note_end(self, error: BaseException) -> None:
+        """A start that ends before training: the directory does not say "running", be it of one that was killed.
+
+        A refused start leaves a directory as it is, and no start makes a complete run another.
+        """
+        before = read_status(self.path)
+        if isinstance(error, ConfigError) or (before is not None and before.state != "running"):
+            return
+        state: State = "failed" if isinstance(error, Exception) else "preempted"
+        step = before.step if before is not None else 0
+        self.status(state, step=step, reason=str(error) or type(error).__name__)
 
     @property
     def config_path(self) -> Path:

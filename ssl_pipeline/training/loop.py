@@ -135,6 +135,7 @@ class _Loop:
         self.reporter.start_interval()
         while not self.clock.is_last(self.position):
             progress = self.clock.progress(self.position)
+            self.interruption.step = progress.step + 1
             self.times.start(progress.step + 1, named=profile.active)
             result = self.step(stream, progress)
             self.position += self.clock.global_batch
