@@ -5,6 +5,7 @@ The composition root: it puts together what training and evaluation do not know 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.run.interruption import StopAtOnce, Stopped
 from ssl_pipeline.training.clock import Clock
-from ssl_pipeline.training.launch import start_accelerator
+from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
@@ -95,7 +96,10 @@ def pretrain(config: PretrainConfig) -> int:
 def _pretrain(config: PretrainConfig) -> int:
     started = time.perf_counter()
     with ExitStack() as stack:
+        ignored = ignored_variables(os.environ, config.train)
         accelerator = start_accelerator(config.train)
+        if ignored and accelerator.is_main_process:
+            print(f"Ignored, because the recipe decides: {', '.join(ignored)}", flush=True)
         stack.enter_context(peer_failures_in_one_line())
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.backbone)
@@ -120,7 +124,7 @@ def _pretrain(config: PretrainConfig) -> int:
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = _monitors(config, method, preprocessing, accelerator)
         if directory is not None:
-            describe(config, method, clock, accelerator.num_processes)
+            describe(config, method, clock, accelerator)
         signal_number = train(
             Run(
                 method=method,
@@ -149,16 +153,17 @@ def _pretrain(config: PretrainConfig) -> int:
     return 128 + signal_number if signal_number else 0
 
 
-def describe(config: PretrainConfig, method: Method, clock: Clock, num_processes: int) -> None:
+def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator) -> None:
     """Print what a reader of the log wants to know of a run that begins."""
     progress = clock.progress(0)
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
-    labelled = ""
+    labelled, num_processes = "", accelerator.num_processes
     if config.data.labelled is not None:
         beside = config.data.labelled.batch_size * num_processes * config.train.accumulate
         labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
+        f"{describe_launch(accelerator, config.train)}\n"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
         f"{labelled}"
