@@ -1,5 +1,7 @@
 """The losses as functions of plain tensors: no state, no randomness, the dtype of the inputs kept."""
 
+from __future__ import annotations
+
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
 from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nt_xent
 from ssl_pipeline.losses.distillation import byol_loss, self_distillation, simsiam_loss

@@ -13,8 +13,7 @@ from ssl_pipeline.augment.draw import draw_operations, num_uniforms
 from ssl_pipeline.augment.on_accelerator import augment_on_accelerator
 from ssl_pipeline.augment.operations.blur import blur, blur_by_matrices
 from ssl_pipeline.augment.operations.jitter import Adjustment
-from ssl_pipeline.augment.photometric import apply_photometric
-from ssl_pipeline.augment.stages import stages_per_view
+from ssl_pipeline.augment.photometric import apply_photometric, stages_per_view
 from ssl_pipeline.augment.views import ViewGroup
 from tests.augment.columns import NUM_COLUMNS, Column
 
