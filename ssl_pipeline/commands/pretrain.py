@@ -25,7 +25,7 @@ from ssl_pipeline.backbones import (
     save_backbone,
     save_classifier,
 )
-from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
+from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, printable, read_yaml, run_command, validate
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
@@ -106,7 +106,7 @@ def _pretrain(config: PretrainConfig) -> int:
         ignored = ignored_variables(os.environ, config.train)
         accelerator = start_accelerator(config.train)
         if ignored and accelerator.is_main_process:
-            print(f"Ignored, because the recipe decides: {', '.join(ignored)}", flush=True)
+            print(printable(f"Ignored, because the recipe decides: {', '.join(ignored)}"), flush=True)
         stack.enter_context(peer_failures_in_one_line())
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.backbone)

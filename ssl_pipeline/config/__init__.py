@@ -20,7 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, ConfigError, RunError, Tree, Value, nearest
+from ssl_pipeline.config.base import Config, ConfigError, RunError, SettingsError, Tree, Value, nearest, sentences_of
+from ssl_pipeline.config.printing import printable
 from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
 from ssl_pipeline.config.sentences import TOO_DEEP, help_page, mistakes
@@ -37,6 +38,7 @@ __all__ = [
     "dump",
     "load",
     "nearest",
+    "printable",
     "read_recipe",
     "read_yaml",
     "recipe_files",
@@ -66,9 +68,8 @@ def load(
     except ConfigError as error:
         if recipes is None or "recipe" in tree:
             raise
-        raise ConfigError(
-            f"{error}\nNo recipe is given: recipe=NAME, one of {', '.join(recipe_files(recipes))}"
-        ) from None
+        known = f"No recipe is given: recipe=NAME, one of {', '.join(recipe_files(recipes))}"
+        raise SettingsError(*sentences_of(error), known) from None
 
 
 def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> ConfigType:
@@ -81,8 +82,7 @@ def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> Conf
         sentences = mistakes(schema, completed, error)
     except RecursionError:
         sentences = [TOO_DEEP]
-    help_line = f"\nSee: {command} --help" if command else ""
-    raise ConfigError("\n".join(sentences) + help_line)
+    raise SettingsError(*sentences, *([f"See: {command} --help"] if command else []))
 
 
 def run_command(
@@ -106,7 +106,7 @@ def run_command(
     running = False
     if "--debug" not in flags:
         warnings.formatwarning = lambda message, *_, **__: (
-            f"warning: {message}\n"
+            f"warning: {printable(str(message))}\n"
         )  # not the place, of which no user knows
     try:
         if flags & {"--help", "-h"}:
@@ -123,13 +123,15 @@ def run_command(
         return 0
     except (ValueError, OSError, RunError) as error:
         if "--debug" in flags:
-            traceback.print_exc()
+            print(printable(traceback.format_exc(), longest=None, lines=True), end="", file=sys.stderr)
         elif not isinstance(error, ConfigError | RunError | OSError):
             # A plain ValueError may be a bug of ours: name the place, so that a report is useful.
             frame = traceback.extract_tb(error.__traceback__)[-1]
             error = ConfigError(f"{error} (from {Path(frame.filename).name}:{frame.lineno}; --debug shows more)")
         if rank == "0" or running:  # the arguments are the same on all ranks, what happens later is not
-            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+            where = "error" if rank == "0" else f"error on rank {rank}"
+            text = "\n".join(printable(sentence) for sentence in sentences_of(error))
+            print(f"{where}: {text}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ssl_pipeline.config import printable
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.distributed import peer_failure, rank
@@ -183,4 +184,4 @@ class _Loop:
 
 def _say(text: str) -> None:
     if rank() == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)

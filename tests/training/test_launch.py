@@ -1,4 +1,4 @@
-"""The environment does not change a recipe: what Accelerate's variables ask for is ignored by name, and the run says so."""
+"""The environment does not change a recipe: what variables of Accelerate ask for is ignored by name, and said."""
 
 from __future__ import annotations
 
