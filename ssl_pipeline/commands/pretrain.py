@@ -29,7 +29,6 @@ from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, printable, r
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
-from ssl_pipeline.distributed import peer_failures_in_one_line
 from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
 from ssl_pipeline.files import sha256_of_json
@@ -39,6 +38,7 @@ from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.run.interruption import StopAtOnce, Stopped
 from ssl_pipeline.training.clock import Clock
+from ssl_pipeline.training.failures import Failures
 from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
@@ -107,12 +107,12 @@ def _pretrain(config: PretrainConfig) -> int:
         accelerator = start_accelerator(config.train)
         if ignored and accelerator.is_main_process:
             print(printable(f"Ignored, because the recipe decides: {', '.join(ignored)}"), flush=True)
-        stack.enter_context(peer_failures_in_one_line())
+        output = config.run_directory
+        stack.enter_context(Failures(output, config.data, config.train, config.backbone).explained())
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
-        output = config.run_directory
         identity = _identity(config)
         directory = None
         if accelerator.is_main_process:

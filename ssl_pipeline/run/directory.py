@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import ConfigError, failure_sentence, printable
 from ssl_pipeline.files import JSON, lock, write_json, write_text
 
 SECONDS_BETWEEN_HEARTBEATS = 5.0
@@ -77,7 +77,7 @@ class RunDirectory:
             return
         state: State = "failed" if isinstance(error, Exception) else "preempted"
         step = before.step if before is not None else 0
-        self.status(state, step=step, reason=str(error) or type(error).__name__)
+        self.status(state, step=step, reason=printable(failure_sentence(error)))
 
     @property
     def config_path(self) -> Path:

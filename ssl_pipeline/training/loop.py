@@ -9,15 +9,16 @@ the backward passes of attention and of convolutions need not give the same bits
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Literal
 
 import torch
 from torch import nn
 
-from ssl_pipeline.config import printable
+from ssl_pipeline.config import failure_sentence, printable
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.distributed import peer_failure, rank
+from ssl_pipeline.distributed import rank
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -27,6 +28,7 @@ from ssl_pipeline.run.profiling import Profile
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
+from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.reporting import Reporter
 from ssl_pipeline.training.resume import load_newest, optimizer_identity, write_settings
@@ -72,8 +74,10 @@ def train(run: Run) -> int:
         except BaseException as error:
             if isinstance(error, BrokenStepError):
                 loop.position = error.step * clock.global_batch
-            error = (isinstance(error, Exception) and peer_failure(error)) or error
-            loop.write_status("failed", str(error) or type(error).__name__)
+            if isinstance(error, Exception):
+                error = failures_of(run).explain(error)
+            with suppress(OSError):  # of a full disk; the error itself is told
+                loop.write_status("failed", printable(failure_sentence(error)))
             raise error from None
         finally:
             tracker.close()
