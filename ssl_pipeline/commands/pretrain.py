@@ -37,6 +37,7 @@ from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.run.interruption import StopAtOnce, Stopped
+from ssl_pipeline.run.watchdog import Watchdog
 from ssl_pipeline.training.clock import Clock
 from ssl_pipeline.training.failures import Failures
 from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
@@ -103,6 +104,12 @@ def pretrain(config: PretrainConfig) -> int:
 def _pretrain(config: PretrainConfig) -> int:
     started = time.perf_counter()
     with ExitStack() as stack:
+        directory: RunDirectory | None = None
+        starting = stack.enter_context(ExitStack())
+        watchdog = Watchdog(
+            config.train.hang_timeout, note=lambda why: directory.fail(why) if directory else None, by_activity=True
+        )
+        starting.enter_context(watchdog)
         ignored = ignored_variables(os.environ, config.train)
         accelerator = start_accelerator(config.train)
         if ignored and accelerator.is_main_process:
@@ -114,10 +121,11 @@ def _pretrain(config: PretrainConfig) -> int:
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
         identity = _identity(config)
-        directory = None
         if accelerator.is_main_process:
             directory = stack.enter_context(RunDirectory(output))
             _refuse_other_run(directory, identity)
+        else:
+            starting.close()  # it waits for the first rank, which may index for hours, and whose end is the end of all
         asked = time.perf_counter()
         index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
@@ -132,6 +140,7 @@ def _pretrain(config: PretrainConfig) -> int:
         monitors = _monitors(config, method, preprocessing, accelerator)
         if directory is not None:
             describe(config, method, clock, accelerator)
+        starting.close()
         signal_number = train(
             Run(
                 method=method,

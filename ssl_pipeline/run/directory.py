@@ -90,6 +90,11 @@ class RunDirectory:
         """Write `status.json`: what an operator, or the script that restarts the run, goes by."""
         write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason, "time": _utc_now()})
 
+    def fail(self, reason: str) -> None:
+        """Write that the run has failed, at the step that it last told of."""
+        before = read_status(self.path)
+        self.status("failed", step=before.step if before is not None else 0, reason=reason)
+
     def heartbeat(self, *, step: int) -> None:
         """Write `heartbeat.json` if the last one is a few seconds old; call it in every step."""
         now = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import signal
 import sys
@@ -13,6 +12,8 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from torch import Tensor, nn
+
+from ssl_pipeline.run.watchdog import Watchdog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_BETWEEN_PRESSES = 1.0
@@ -44,22 +45,22 @@ class Interruption:
 
     A launcher may pass on a signal that its whole process group got already, so repeated signals change nothing, but
     for Ctrl-C: pressed again, a second or more after the first, it acts as usual. Each is answered at once, also while
-    the main thread is inside torch. With `hang_timeout` seconds and no keepalive in between, the process prints where
-    every thread stands and exits.
+    the main thread is inside torch. After `hang_timeout` seconds without a keepalive the watchdog ends the process.
 
-    step: the one that will be finished, for the answer.
+    note_hang: what is done first then, with a sentence. step: the one that will be finished, for the answer.
     """
 
     def __init__(self, *, hang_timeout: float) -> None:
-        self.hang_timeout = hang_timeout
         self.signal_number = 0
+        self.note_hang: Callable[[str], None] = lambda reason: None
         self.step: int | None = None
         self._since = 0.0
+        self._watchdog = Watchdog(hang_timeout, note=lambda reason: self.note_hang(reason))
 
     def __enter__(self) -> Interruption:
         self._previous = _handle(self._remember)
         self._answers = _Answers(self._answer) if os.environ.get("RANK", "0") == "0" else None
-        self.keepalive()
+        self._watchdog.__enter__()
         return self
 
     def __exit__(
@@ -68,7 +69,7 @@ class Interruption:
         if self._answers is not None:
             self._answers.close()
         _restore(self._previous)
-        faulthandler.cancel_dump_traceback_later()
+        self._watchdog.__exit__(kind, error, trace)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         again = time.monotonic() - self._since >= SECONDS_BETWEEN_PRESSES
@@ -93,8 +94,7 @@ class Interruption:
 
     def keepalive(self) -> None:
         """Start the time until a hang is assumed anew."""
-        if self.hang_timeout > 0:
-            faulthandler.dump_traceback_later(self.hang_timeout, exit=True)
+        self._watchdog.keepalive()
 
 
 class _Answers:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssl_pipeline.run.processes import began, parent_of
+
 SECONDS_BETWEEN_LOOKS = 0.25
 PROGRAMS = {"accelerate", "accelerate-launch", "torchrun", "deepspeed", "srun", "slurmstepd", "mpirun", "mpiexec"}
 MODULES = ("accelerate.", "torch.distributed.", "deepspeed.")
@@ -32,7 +34,7 @@ class Launcher:
     def is_alive(self) -> bool:
         if self.began is None:
             return os.getppid() == self.pid
-        return _began(self.pid) == self.began
+        return began(self.pid) == self.began
 
 
 def find_launcher(environment: Mapping[str, str]) -> Launcher | None:
@@ -43,10 +45,10 @@ def find_launcher(environment: Mapping[str, str]) -> Launcher | None:
     parent = pid = os.getppid()
     while pid > 0:
         if _is_launcher(pid):
-            return Launcher(pid, _began(pid))
-        pid = _parent_of(pid)
+            return Launcher(pid, began(pid))
+        pid = parent_of(pid)
     if parent > 0 and any(name in environment for name in SET_BY_LAUNCHERS):
-        return Launcher(parent, _began(parent))
+        return Launcher(parent, began(parent))
     return None
 
 
@@ -71,22 +73,3 @@ def _is_launcher(pid: int) -> bool:
     words = [*words[0].split()[:1], *words[1:NUM_WORDS]]  # slurmstepd: [123.0]
     names = [word.rpartition("/")[2].rstrip(":") for word in words]
     return any(name in PROGRAMS or name.startswith(MODULES) for name in names)
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name, from the state on; empty for a process that has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
-    return [] if fields[0] in "ZX" else fields
-
-
-def _began(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def _parent_of(pid: int) -> int:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Literal
 
 import torch
@@ -69,6 +70,7 @@ def train(run: Run) -> int:
         tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
         loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity)
+        interruption.note_hang = partial(loop.write_status, "failed")
         try:
             return loop.go(position)
         except BaseException as error:

@@ -124,7 +124,7 @@ def hang(timeout: float) -> None:
 def test_a_hang_ends_the_process_with_its_stacks():
     child = start(hang, 0.2)
     assert child.wait() == 1
-    assert "Timeout" in child.printed()
+    assert "Timeout: Nothing has happened for 0.2 s while training" in child.printed()
     assert "in hang" in child.printed()
 
 
