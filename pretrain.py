@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ssl_pipeline.commands.pretrain import command
+from ssl_pipeline.commands.start import command
 
 if __name__ == "__main__":
     sys.exit(command())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT}
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -103,6 +106,11 @@ def without_nan(value: JSON) -> JSON:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [without_nan(entry) for entry in value]
     return value
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says nothing of the file it was met at: no open files, no memory, no rights, no network."""
+    return isinstance(error, OSError) and error.errno in SHORTAGES
 
 
 # SHA-256, in hexadecimal digits

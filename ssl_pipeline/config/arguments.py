@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_origin
 
-from ssl_pipeline.config.base import Config, ConfigError, Location, Tree, Value
+from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value
 from ssl_pipeline.config.recipes import read_recipe
 from ssl_pipeline.config.schema import alternatives, annotation_at
 from ssl_pipeline.config.yaml_text import read_yaml
@@ -35,7 +35,7 @@ def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | No
         except ConfigError as error:
             mistakes.append(str(error))
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise SettingsError(*mistakes)
     return tree
 
 
@@ -52,7 +52,7 @@ def _pairs(schema: type[Config], argv: Sequence[str]) -> list[tuple[str, str]]:
             hint = f" Try {key.lstrip('-')}={text or 'VALUE'}." if key.startswith("-") else ""
             mistakes.append(f"'{argument}' is not of the form key=value.{hint}")
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise SettingsError(*mistakes)
     return pairs
 
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, check_keep, check_labels
-from ssl_pipeline.files import JSON, sha256_of, write_array, write_json
+from ssl_pipeline.files import JSON, is_shortage, sha256_of, write_array, write_json
 
 FORMAT = 1
 SMALL = 4096  # bytes
@@ -170,7 +170,9 @@ def _load(path: Path, where: str) -> NDArray:
     is_small = path.stat().st_size < SMALL  # maybe empty, and then it cannot be mapped
     try:
         array = np.load(path, mmap_mode=None if is_small else "r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError) as error:
+        if is_shortage(error):
+            raise
         array = None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{where} holds no array of numbers in numpy's format (pickles are not read).")

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config import Config, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import list_shards
@@ -63,7 +63,7 @@ def check_shards(config: CheckShards) -> int:
     if manifest is not None:
         problems += differences(entries, names, manifest, whole_folder=whole_folder)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     images = sum(entry.samples for entry in entries)
     labelled = sum(entry.labelled for entry in entries)
     megabytes = sum(entry.bytes for entry in entries) / 1e6

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from webdataset import TarWriter
 
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config import Config, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
@@ -222,16 +222,20 @@ def _report(
         shown = ", ".join(class_names[:3]) + (", ..." if len(class_names) > 3 else "")
         classes = f"in {len(class_names)} {'class' if len(class_names) == 1 else 'classes'} ({shown})"
     megabytes = sum(shard.bytes for shard in shards) / 1e6
-    print(
+    _say(
         f"{sum(shard.samples for shard in shards):,} images {classes} -> "
         f"{len(shards)} shard{'s' * (len(shards) != 1)}, {megabytes:.1f} MB, "
         f"in {config.output}"
     )
     if rejected:
-        print(
+        _say(
             f"{len(rejected):,} files left out, for example '{rejected[0].file}' ({rejected[0].reason}); "
             f"all are listed in {config.output / REJECTED_FILE}"
         )
+
+
+def _say(text: str) -> None:
+    print(printable(text))
 
 
 def command(name: str = "python -m data_tools.make_shards") -> int:

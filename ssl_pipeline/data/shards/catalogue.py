@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.rows import COLUMNS, ShardEntry, index_shard
 from ssl_pipeline.data.shards.table import ShardTable
-from ssl_pipeline.files import sha256_of_bytes, write_array, write_json
+from ssl_pipeline.files import is_shortage, sha256_of_bytes, write_array, write_json
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
@@ -143,7 +143,9 @@ def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
     path = place / f"{entry.name}.npy"
     try:
         rows = np.load(path, mmap_mode="r" if entry.samples else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError) as error:
+        if is_shortage(error):
+            raise
         rows = None
     if not isinstance(rows, np.ndarray) or rows.shape != (entry.samples, COLUMNS) or rows.dtype != np.int64:
         raise DataError(f"The index file '{path}' is damaged. Delete '{place}'; it is made again at the next start.")
