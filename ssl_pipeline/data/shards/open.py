@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import Catalogue, find_index, list_shards, read_rows
 from ssl_pipeline.data.shards.opened import OpenShards
+from ssl_pipeline.data.shards.origins import origin_of
 from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, is_labelled
 from ssl_pipeline.data.shards.remote import RemoteShards, is_url, open_remote
 from ssl_pipeline.data.shards.rows import NO_LABEL, SIZE, pixel_bytes
@@ -41,7 +42,8 @@ class RawSample:
 
     @property
     def location(self) -> str:
-        return f"{self.shard}, key '{self.key}', byte {self.byte}"
+        file = self.index.origin(self.sample)
+        return f"{self.shard}, key '{self.key}', byte {self.byte}" + ("" if file is None else f", from '{file}'")
 
 
 class ShardIndex:
@@ -94,6 +96,10 @@ class ShardIndex:
         """The key of a sample, read from its tar header."""
         shard, _, row = self._row(sample)
         return self._shards.key(shard, row[3])
+
+    def origin(self, sample: int) -> str | None:
+        """The file that a sample was made from, as `files.jsonl` beside the shards says; None without one."""
+        return origin_of(self.folder, self.key(sample))
 
     @property
     def checksums(self) -> list[str]:
