@@ -25,8 +25,8 @@ from ssl_pipeline.files import sha256_of_bytes, write_array, write_json
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
-INDEX_FORMAT = 3
-EARLIER_FORMATS = (1, 2)  # without the sizes of the images
+INDEX_FORMAT = 4
+EARLIER_FORMATS = (1, 2, 3)  # the first two without the sizes of the images, the third with some that were not turned
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def build_index(folder: Path, names: Sequence[str], place: Path) -> Catalogue:
 def say_if_made_again(place: Path) -> None:
     """One line for who waits, if an index of an earlier format is about to be replaced."""
     if (place / INDEX_FILE).is_file():
-        logger.warning("The index '%s' is of an earlier version, without image sizes: it is made again.", place)
+        logger.warning("The index '%s' is of an earlier version: it is made again.", place)
 
 
 def no_samples(source: str, shards: int) -> DataError:

@@ -197,7 +197,7 @@ def test_shards_that_came_or_went_are_errors(shards: Path, write_tar: WriteTar, 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"format": 99}', '{"format": 3, "shards": [{}]}', '{"format": 3, "shards": {"name": ["a.tar"]}}'],
+    ["", "[]", "{}", '{"format": 99}', '{"format": 4, "shards": [{}]}', '{"format": 4, "shards": {"name": ["a.tar"]}}'],
 )
 def test_a_damaged_index_is_an_error(shards: Path, content: str) -> None:
     open_shards(shards)
@@ -408,13 +408,16 @@ def as_earlier_format(place: Path, format: int) -> None:
     if format == 1:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         path.write_text(json.dumps({"format": 1, "shards": rows}))
+    elif format == 3:
+        path.write_text(json.dumps(content | {"format": 3}))
+        return
     else:
         path.write_text(json.dumps(content | {"format": 2, "shards": columns}))
     for rows in place.glob("*.npy"):
         np.save(rows, np.load(rows, allow_pickle=False)[:, :4], allow_pickle=False)
 
 
-@pytest.mark.parametrize("format", [1, 2])
+@pytest.mark.parametrize("format", [1, 2, 3])
 def test_an_index_of_an_earlier_format_is_made_again(
     shards: Path, format: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -425,7 +428,7 @@ def test_an_index_of_an_earlier_format_is_made_again(
     assert (len(again), again.fingerprint, again.read(19).label) == (20, index.fingerprint, 3)
     assert again.sizes().tolist() == [[10, 12]] * 20
     (line,) = caplog.messages
-    assert line.endswith("/.index' is of an earlier version, without image sizes: it is made again.")
+    assert line.endswith("/.index' is of an earlier version: it is made again.")
     open_shards(shards)
     assert len(caplog.messages) == 1
 
