@@ -286,29 +286,6 @@ def test_what_is_no_sample_is_ignored(tmp_path: Path, write_tar: WriteTar, encod
     assert [index.read(number).image for number in range(2)] == [encoded(0), encoded(1)]
 
 
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        (("a.jpg", "b.txt", "b.cls"), r"key 'b', byte 1024: a sample needs one image .* It has \.txt, \.cls"),
-        (("a.jpg", "a.png"), r"key 'a', byte 0: a sample needs one image .* It has \.jpg, \.png"),
-        (("a.jpg", "b.jpg", "a.cls"), "has the key 'a' twice, again at byte 2048"),
-        (("a.jpg", "a.JPG"), "has the member 'a.JPG' twice"),
-        (("a.jpg", "a.cls"), "key 'a', byte 1536: the .cls member holds no valid integer"),
-        (("a.jpg", "a.json"), "key 'a', byte 1536: the .json member holds no valid JSON"),
-    ],
-)
-def test_odd_samples_are_named(tmp_path: Path, write_tar: WriteTar, members: tuple[str, ...], message: str) -> None:
-    folder = one_shard(tmp_path, write_tar, dict.fromkeys(members, b"no number"))
-    with pytest.raises(DataError, match=message):
-        open_shards(folder)
-
-
-def test_deeply_nested_json_is_an_error(tmp_path: Path, write_tar: WriteTar, encoded: Encoded) -> None:
-    folder = one_shard(tmp_path, write_tar, {"a.jpg": encoded(0), "a.json": b"[" * 200_000})
-    with pytest.raises(DataError, match="no valid JSON"):
-        open_shards(folder)
-
-
 def test_keys_are_found_again_behind_long_names(tmp_path: Path, write_tar: WriteTar, encoded: Encoded) -> None:
     names = ["x" * 300, "ü" * 80, "plain"]
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
