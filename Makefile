@@ -1,11 +1,11 @@
-# `make quickstart` and `make test` need Linux, Python 3.11+ and make; both install everything into .venv first.
+# All of it needs Linux, Python 3.11+ and make; everything is installed into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 BENCH ?=
 DIGITS := data/digits
 RUN := runs/digits_dino
 
-.PHONY: install quickstart test lint format bench clean
+.PHONY: install quickstart test-fast test test-full lint format bench clean
 
 install: .venv/installed
 
@@ -27,7 +27,16 @@ quickstart: .venv/installed
 	$(BIN)/python -m eval.linear run=$(RUN) train=$(DIGITS)/train test=$(DIGITS)/test baselines=true
 	@$(BIN)/python -m eval.table run=$(RUN)
 
+# While you work: no test that starts several processes, none that takes long; under a minute on 2 cores.
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m "not slow and not ddp"
+
+# Before a commit: at most 10 minutes on 2 cores.
 test: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Everything; at most 45 minutes on 2 cores.
+test-full: lint
 	$(BIN)/python -m pytest -n 2
 
 # Against our peers, on this machine; about 25 minutes on 2 cores. make bench BENCH="imagenet=FOLDER only=input rounds=9"

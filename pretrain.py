@@ -1,5 +1,7 @@
 """`accelerate launch pretrain.py recipe=NAME [key=value ...]`: pretrain a backbone."""
 
+from __future__ import annotations
+
 import sys
 
 from ssl_pipeline.commands.pretrain import command

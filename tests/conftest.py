@@ -1,5 +1,40 @@
-"""What every test has in common."""
+"""What every test has in common, and the markers that tests get by themselves."""
 
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the machines that run the tests have few cores, and the tests small tensors
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`ddp` for what uses tests/ranks.py, and a skip for `gpu` where there is none."""
+    for item in items:
+        if getattr(item, "originalname", "") in starting_processes(item.path):
+            item.add_marker("ddp")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@cache
+def starting_processes(path: Path) -> frozenset[str]:
+    """The tests, fixtures and functions of a module that use tests/ranks.py, directly or through each other."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "tests.ranks"]
+    found = {alias.name for node in imports for alias in node.names}
+    used = {node.name: names_in(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    while more := {name for name, names in used.items() if names & found} - found:
+        found |= more
+    return frozenset(found)
+
+
+def names_in(function: ast.FunctionDef) -> set[str]:
+    """What a function mentions: names, and as parameters the fixtures that it asks for."""
+    nodes = list(ast.walk(function))
+    return {node.id for node in nodes if isinstance(node, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}

@@ -177,6 +177,10 @@ class ViewSampler:
             drawn[name] = Drawn(boxes_VB4, flips_VB, draws_VBP, masks_VBL)
         return drawn
 
+    def sizes(self) -> dict[str, int]:
+        """The side in pixels of the views of each group."""
+        return {name: group.size for name, group in self.groups.items()}
+
     def num_patches(self, name: str) -> int:
         """How many patches a view of a group with a mask has: L."""
         rows, columns = grid_of(self.masks[name], self.groups[name].size)

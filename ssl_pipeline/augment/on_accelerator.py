@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ssl_pipeline.augment.stages import Stages
+from ssl_pipeline.augment.operations.base import Stages
 
 # N samples, C channels, P draws
 

@@ -16,7 +16,14 @@ from accelerate import Accelerator
 from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone, save_classifier
+from ssl_pipeline.backbones import (
+    ARCHITECTURE,
+    BackboneConfig,
+    Preprocessing,
+    create_backbone,
+    save_backbone,
+    save_classifier,
+)
 from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
@@ -181,7 +188,7 @@ def _images(index: ShardIndex) -> str:
 
 def _identity(config: PretrainConfig) -> dict[str, str]:
     """What runs must share for one to continue the other: everything that shapes tensors or the order of the images."""
-    shape = config.backbone.model_dump(mode="json", include={"name", "arguments", "small_images"})
+    shape = config.backbone.model_dump(mode="json", include=set(ARCHITECTURE))
     digest = sha256_of_json(shape)[:8]
     return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
 

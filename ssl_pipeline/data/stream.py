@@ -1,6 +1,9 @@
 """Shards -> batches of images: an endless stream whose whole state is one position."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
+from itertools import starmap
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +15,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import Config
 from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.data.crop_reader import CropBatch, CropReader
+from ssl_pipeline.data.crop_reader import CropReader
 from ssl_pipeline.data.decode_reader import DecodedReader
 from ssl_pipeline.data.device_cache import cached_stream
 from ssl_pipeline.data.errors import DataError
@@ -22,7 +25,7 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.subset import open_subset
 from ssl_pipeline.data.workers.pool import read_batches
 
-__all__ = ["CropBatch", "DataConfig", "LabelledConfig", "StreamBatch", "open_images", "open_stream"]
+__all__ = ["DataConfig", "LabelledConfig", "StreamBatch", "open_images", "open_stream"]
 
 
 class LabelledConfig(Config):
@@ -82,7 +85,7 @@ class DataConfig(Config):
     """A second, labelled set of images, for methods such as FixMatch."""
 
     @model_validator(mode="after")
-    def _cache_crops_on_the_device(self) -> "DataConfig":
+    def _cache_crops_on_the_device(self) -> DataConfig:
         if self.cache and self.crop_on == "worker":
             raise ValueError(
                 "cache keeps decoded images on the device, which then crops them. Leave crop_on=worker out, or cache."
@@ -163,10 +166,7 @@ def open_stream(
             rank=rank,
             keepalive=keepalive,
         )
-    if config.crops_on_device(device):
-        decoder = DecodedReader(samples, sampler, batch_size=config.batch_size)
-        decoded = read_batches(decoder, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
-        return (decoder.batch(slot, extra) for slot, extra in decoded)
-    cropper = CropReader(samples, sampler, batch_size=config.batch_size)
-    cropped = read_batches(cropper, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
-    return (cropper.batch(slot, bad) for slot, bad in cropped)
+    make_reader = DecodedReader if config.crops_on_device(device) else CropReader
+    reader = make_reader(samples, sampler, batch_size=config.batch_size)
+    read = read_batches(reader, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
+    return starmap(StreamBatch.over, read)

@@ -1,5 +1,7 @@
 """The images of a source and their classes, by the names of files and folders alone."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

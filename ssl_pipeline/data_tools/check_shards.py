@@ -3,6 +3,8 @@
 python -m data_tools.check_shards DIR
 """
 
+from __future__ import annotations
+
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,6 +3,8 @@
 python -m data_tools.make_shards source=FOLDER|ZIP|digits output=DIR [prefix=train/] [short_side=320]
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Sequence
@@ -61,7 +63,7 @@ class MakeShards(Config):
     """Replace shards that an earlier run wrote to the same output."""
 
     @model_validator(mode="after")
-    def _quality_needs_short_side(self) -> "MakeShards":
+    def _quality_needs_short_side(self) -> MakeShards:
         if self.quality is not None and self.short_side is None:
             raise ValueError(
                 f"quality={self.quality} goes with short_side=PIXELS. Without it images are stored as they are."

@@ -1,5 +1,7 @@
 """An output directory that appears when it is complete, and replaces nothing but an older one of its kind."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import tempfile

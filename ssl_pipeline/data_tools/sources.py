@@ -1,5 +1,7 @@
 """Where make_shards takes images from: a folder, a zip, or scikit-learn's digits. Nothing is ever unpacked to disk."""
 
+from __future__ import annotations
+
 import io
 import os
 import zipfile

@@ -3,6 +3,8 @@
 python -m data_tools.split_labels shards=DIR output=DIR labels_per_class=N [seed=0]
 """
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
 from typing import Annotated

@@ -1,5 +1,7 @@
 """The losses as functions of plain tensors: no state, no randomness, the dtype of the inputs kept."""
 
+from __future__ import annotations
+
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
 from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nt_xent
 from ssl_pipeline.losses.distillation import byol_loss, self_distillation, simsiam_loss
@@ -7,9 +9,7 @@ from ssl_pipeline.losses.precision import float32
 from ssl_pipeline.losses.prototype_targets import PrototypeTargets, centred_targets, sinkhorn_targets
 from ssl_pipeline.losses.prototypes import (
     crop_pairs,
-    mean_logits,
     prototype_cross_entropy,
-    prototype_distillation,
     total_logits,
 )
 from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss
@@ -39,11 +39,9 @@ __all__ = [
     "info_nce",
     "interpolate_logits",
     "mae_loss",
-    "mean_logits",
     "moco_v3_loss",
     "nt_xent",
     "prototype_cross_entropy",
-    "prototype_distillation",
     "pseudo_label_loss",
     "relative_threshold",
     "removed_patches_loss",

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssl_pipeline.losses.checks import check_positive
 from ssl_pipeline.losses.distillation import check_crops
 from ssl_pipeline.losses.precision import float32, matmul_dtype, sum_dtype
-from ssl_pipeline.losses.prototype_targets import SLAB, PrototypeTargets, centred_targets, slabs_of
+from ssl_pipeline.losses.prototype_targets import SLAB, PrototypeTargets, slabs_of
 
 # Axes: S crops of the student and T of the teacher of each of B images; N = S * B and M = T * B rows, crop by crop;
 # D dimensions, K prototypes, k those of one slab.
@@ -23,18 +23,26 @@ from ssl_pipeline.losses.prototype_targets import SLAB, PrototypeTargets, centre
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
 
 
-def crop_pairs(student_SBD: Tensor, teacher_TBD: Tensor, *, leave_out_same_crop: bool = True) -> tuple[Tensor, Tensor]:
+def crop_pairs(
+    student_ND: Tensor, teacher_MD: Tensor, *, num_images: int, leave_out_same_crop: bool = True
+) -> tuple[Tensor, Tensor]:
     """`weights_N` and `mix_ST` with which `prototype_cross_entropy` is `self_distillation`: the mean over all pairs.
 
-    Shapes: (S, B, D) and (T, B, D); of the student's crops the first T are the teacher's, unless same crops count too.
-    Raises ValueError as `self_distillation`.
+    Shapes: rows crop by crop, N = S * B and M = T * B of B images; the first T crops of the student are the teacher's,
+    unless same crops count too. Raises ValueError as `self_distillation`, or if the rows are not those of whole crops.
     """
+    if num_images < 1 or len(student_ND) % num_images or len(teacher_MD) % num_images:
+        raise ValueError(
+            f"crop_pairs needs rows of each of num_images={num_images} images. "
+            f"Got {len(student_ND)} and {len(teacher_MD)}."
+        )
+    student_SBD, teacher_TBD = (rows.unflatten(0, (-1, num_images)) for rows in (student_ND, teacher_MD))
     check_crops(student_SBD, teacher_TBD, leave_out_same_crop=leave_out_same_crop)
-    num_student, num_images, _ = student_SBD.shape
-    pairs_ST = student_SBD.new_ones(num_student, len(teacher_TBD), dtype=sum_dtype(student_SBD))
+    num_student, num_teacher = len(student_SBD), len(teacher_TBD)
+    pairs_ST = student_ND.new_ones(num_student, num_teacher, dtype=sum_dtype(student_ND))
     if leave_out_same_crop:
         pairs_ST.fill_diagonal_(0)
-    num_pairs = pairs_ST.numel() - (len(teacher_TBD) if leave_out_same_crop else 0)
+    num_pairs = num_student * num_teacher - leave_out_same_crop * num_teacher
     partners_S1 = pairs_ST.sum(dim=1, keepdim=True)
     weights_N = (partners_S1 / (num_pairs * num_images)).expand(-1, num_images).flatten()
     return weights_N, pairs_ST / partners_S1.clamp(min=1)
@@ -80,32 +88,6 @@ def prototype_cross_entropy(
         return _PrototypeCrossEntropy.apply(
             rows_ND.to(to), prototypes_KD.to(to), weights_N.detach().to(wide), mix_ST.to(wide), passes, temperature
         )
-
-
-def prototype_distillation(
-    student_SBD: Tensor,
-    prototypes_KD: Tensor,
-    teacher_TBD: Tensor,
-    teacher_prototypes_KD: Tensor,
-    centre_K: Tensor,
-    *,
-    temperature: float,
-    teacher_temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """`self_distillation` of DINO's logits, and the mean entropy of the teacher."""
-    targets = centred_targets(
-        teacher_TBD.flatten(0, 1), teacher_prototypes_KD, centre_K, temperature=teacher_temperature
-    )
-    weights_N, mix_ST = crop_pairs(student_SBD, teacher_TBD)
-    return prototype_cross_entropy(
-        student_SBD.flatten(0, 1), prototypes_KD, targets, weights_N, temperature=temperature, mix_ST=mix_ST
-    )
-
-
-@float32
-def mean_logits(bottleneck: Tensor, prototypes_KD: Tensor) -> Tensor:
-    """(..., D) -> (K,): the mean of the rows' products with the prototypes, which is the product of their mean."""
-    return prototypes_KD @ bottleneck.flatten(0, -2).mean(dim=0)
 
 
 @float32

@@ -12,11 +12,11 @@ from torch import Tensor
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.config import Config
-from ssl_pipeline.distributed import mean_over_ranks
-from ssl_pipeline.losses import mean_logits, prototype_distillation
+from ssl_pipeline.losses import centred_targets, crop_pairs, prototype_cross_entropy, total_logits
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead
+from ssl_pipeline.modules.memory import Centre
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Progress, Schedule
@@ -70,8 +70,7 @@ class DINO(Method):
         )
         self.student = Encoder(backbone, head)
         self.teacher = Teacher(self.student)
-        self.centre: Tensor
-        self.register_buffer("centre", torch.zeros(config.num_prototypes))
+        self.centre = Centre(config.num_prototypes)
 
     def backbones(self) -> dict[str, Backbone]:
         # the teacher first: what the official evaluation loads
@@ -82,27 +81,30 @@ class DINO(Method):
         student, teacher = self.student, self.teacher.network
         with torch.no_grad():
             features = teacher.backbone(global_views.flatten(0, 1))
-            teacher_TBD = teacher.head.bottleneck(features).unflatten(0, global_views.shape[:2])
-            teacher_prototypes = teacher.head.prototypes
+            teacher_MD, teacher_prototypes = teacher.head.bottleneck(features), teacher.head.prototypes
         # the backbone once per resolution, the head once for all, as the official code
         crops = [batch.views[name].flatten(0, 1) for name in ("global", "local") if name in batch.views]
-        student_features = torch.cat([student.backbone(views) for views in crops])
-        loss, target_entropy = prototype_distillation(
-            student.head.bottleneck(student_features).unflatten(0, (-1, global_views.shape[1])),
+        student_ND = student.head.bottleneck(torch.cat([student.backbone(views) for views in crops]))
+        targets = centred_targets(
+            teacher_MD, teacher_prototypes, self.centre.value, temperature=self.config.teacher_temperature(progress)
+        )
+        weights_N, mix_ST = crop_pairs(student_ND, teacher_MD, num_images=global_views.shape[1])
+        loss, target_entropy = prototype_cross_entropy(
+            student_ND,
             student.head.prototypes,
-            teacher_TBD,
-            teacher_prototypes,
-            self.centre,
+            targets,
+            weights_N,
             temperature=self.config.student_temperature,
-            teacher_temperature=self.config.teacher_temperature(progress),
+            mix_ST=mix_ST,
         )
         metrics = {"target_entropy": target_entropy, "feature_std": feature_std(features)}
-        return StepOutput(loss, metrics, {"teacher_mean": mean_logits(teacher_TBD, teacher_prototypes)})
+        total_K = total_logits(teacher_MD, teacher_prototypes)
+        return StepOutput(loss, metrics, {"total": total_K, "rows": total_K.new_full((), len(teacher_MD))})
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
-        mean = torch.stack([carry["teacher_mean"] for carry in carries]).mean(dim=0)
-        self.centre.lerp_(mean_over_ranks(mean).to(self.centre.dtype), 1 - self.config.centre_momentum)
+        total_K, num_rows = (torch.stack([carry[name] for carry in carries]).sum(dim=0) for name in ("total", "rows"))
+        self.centre.update(total_K, num_rows=num_rows, momentum=self.config.centre_momentum)
         self.teacher.update(self.student, self.config.teacher_momentum(progress))
 
     def param_rules(self) -> tuple[ParamRule, ...]:

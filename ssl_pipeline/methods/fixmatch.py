@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
-from ssl_pipeline.losses import fixmatch_loss
+from ssl_pipeline.config import Config
+from ssl_pipeline.losses import weighted_cross_entropy
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
-from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.teacher import Teacher
+from ssl_pipeline.modules.classifier import ClassifierPair, are_right
+from ssl_pipeline.modules.pseudo_labels import FixedThreshold
 from ssl_pipeline.schedule import Progress, Schedule
 
 
@@ -49,57 +49,37 @@ class FixMatch(Method):
     def __init__(self, config: FixMatchConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self._backbone = (backbone,)  # not a part of this module until its classifier is made
-        if config.num_classes is not None:
-            self._build(config.num_classes)
+        self.pair = ClassifierPair(backbone, config.num_classes)
+        self.weighting = FixedThreshold(threshold=config.threshold)
 
     def prepare(self, facts: RunFacts) -> None:
-        num_classes = facts.classes(self.config.num_classes)
-        if self.config.num_classes is None:
-            self._build(num_classes)
-        if facts.view_sizes["weak"] != facts.view_sizes["strong"]:
-            weak, strong = (" or ".join(map(str, facts.view_sizes[name])) for name in ("weak", "strong"))
-            raise ConfigError(f"augment.weak.size and augment.strong.size must be the same. Got {weak} and {strong}.")
-
-    def _build(self, num_classes: int) -> None:
-        (backbone,) = self._backbone
-        classifier = nn.Linear(backbone.embed_dim, num_classes)
-        nn.init.xavier_normal_(classifier.weight)
-        nn.init.zeros_(classifier.bias)
-        self.student = Encoder(backbone, classifier)
-        self.teacher = Teacher(self.student, buffers="copy")
+        self.pair.prepare(facts, self.config.num_classes, one_pass=("weak", "strong"))
 
     def backbones(self) -> dict[str, Backbone]:
-        return {"teacher": self.teacher.network.backbone, "student": self.student.backbone}
+        return self.pair.backbones()
 
     @property
     def classifier(self) -> nn.Linear:  # type: ignore[override]
         """The moving average's."""
-        return self.teacher.network.head
+        return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None
-        images = [batch.labelled.one("weak"), batch.one("weak"), batch.one("strong")]
-        # one pass, so batch norm sees one distribution
-        features = self.student.backbone(torch.cat(images))
-        labelled, weak, strong = self.student.head(features).split([len(views) for views in images])
-        loss, kept = fixmatch_loss(
-            labelled,
-            batch.labelled.labels,
-            weak,
-            strong,
-            threshold=self.config.threshold,
-            unlabelled_weight=self.config.unlabelled_weight,
-        )
-        right = weak.detach().argmax(dim=1) == batch.labels
+        labels = batch.labelled.labels
+        parts = (batch.labelled.one("weak"), batch.one("weak"), batch.one("strong"))
+        features, (labelled, weak, strong) = self.pair(*parts)
+        guessed = self.weighting(weak, labelled, batch.sample_ids)
+        unlabelled_loss = weighted_cross_entropy(strong, guessed.targets, guessed.weights)
+        loss = weighted_cross_entropy(labelled, labels) + self.config.unlabelled_weight * unlabelled_loss
         metrics = {
-            "kept": kept.float().mean(),
-            "kept_right": (kept & right).float().mean(),
-            "labelled_accuracy": (labelled.detach().argmax(dim=1) == batch.labelled.labels).float().mean(),
+            **guessed.metrics,
+            "kept_right": (guessed.weights * are_right(guessed.targets, batch.labels)).float().mean(),
+            "labelled_accuracy": are_right(labelled.argmax(dim=1), labels).float().mean(),
             "feature_std": feature_std(features.detach()),
         }
-        return StepOutput(loss, metrics)
+        return StepOutput(loss, metrics, guessed.carry)
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
-        self.teacher.update(self.student, self.config.teacher_momentum(progress))
+        self.weighting.after_step(carries)
+        self.pair.update(self.config.teacher_momentum(progress))

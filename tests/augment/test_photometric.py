@@ -13,8 +13,7 @@ from ssl_pipeline.augment.draw import draw_operations, num_uniforms
 from ssl_pipeline.augment.on_accelerator import augment_on_accelerator
 from ssl_pipeline.augment.operations.blur import blur, blur_by_matrices
 from ssl_pipeline.augment.operations.jitter import Adjustment
-from ssl_pipeline.augment.photometric import apply_photometric
-from ssl_pipeline.augment.stages import stages_per_view
+from ssl_pipeline.augment.photometric import apply_photometric, stages_per_view
 from ssl_pipeline.augment.views import ViewGroup
 from tests.augment.columns import NUM_COLUMNS, Column
 
@@ -300,7 +299,7 @@ def test_a_cpus_narrower_kernel_blurs_as_the_full_one(sigma):
     assert_close(blur_by_matrices(image, sigmas, 23, out=torch.empty_like(image)), full, atol=3e-6, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_cuda_gives_what_the_cpu_gives_and_never_waits(compile):
     group = ViewGroup(count=2, size=32, blur_prob=(1.0, 0.1), solarize_prob=(0.0, 0.2))

@@ -169,7 +169,7 @@ def test_nothing_is_asked_of_the_device(group):
         assert got.shape == (2, len(images), 3, 24, 24)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_makes_the_same_crops_without_a_word_to_the_host():
     group = ViewGroup(count=4, size=32)
     images = noise([(90, 120), (50, 40), (200, 30)])

@@ -19,6 +19,7 @@ from ssl_pipeline.losses import (
     sinkhorn_knopp,
     sinkhorn_targets,
 )
+from tests.methods.test_no_sync import cpu_refuses_to_wait
 from tests.ranks import run_on_ranks
 
 K, D = 11, 5
@@ -110,7 +111,7 @@ def test_dinov2_and_dinov3_balance_all_teacher_crops_at_once(num_iterations, lea
     else:
         targets = centred_targets(flat, teacher_weights, centre, temperature=TEACHER)
         codes = centred_softmax(logits_MK, centre, temperature=TEACHER)
-    weights_N, mix_ST = crop_pairs(student, teacher, leave_out_same_crop=leave_out_same_crop)
+    weights_N, mix_ST = crop_pairs(student.flatten(0, 1), flat, num_images=3, leave_out_same_crop=leave_out_same_crop)
     actual, found_entropy = prototype_cross_entropy(
         student.flatten(0, 1), weights, targets, weights_N, temperature=STUDENT, mix_ST=mix_ST
     )
@@ -132,7 +133,7 @@ def test_swav_balances_each_assigned_crop_on_its_own_with_its_queue(size_of_queu
         student[:num_assigned].flatten(0, 1), weights, epsilon=TEACHER, num_iterations=3, num_parts=num_assigned,
         queues_AQD=queues if size_of_queue else None,
     )  # fmt: skip
-    weights_N, mix_ST = crop_pairs(student, student[:num_assigned])
+    weights_N, mix_ST = crop_pairs(student.flatten(0, 1), student[:num_assigned].flatten(0, 1), num_images=num_images)
     actual, _ = prototype_cross_entropy(
         student.flatten(0, 1), weights, targets, weights_N, temperature=STUDENT, mix_ST=mix_ST
     )
@@ -150,7 +151,7 @@ def test_targets_that_are_there_give_what_computed_ones_give():
     (student, weights), (teacher, teacher_weights, centre) = student_rows(5, 3), teacher_rows(2, 3)
     computed = centred_targets(teacher.flatten(0, 1), teacher_weights, centre, temperature=TEACHER)
     given = centred_softmax(teacher.flatten(0, 1) @ teacher_weights.T, centre, temperature=TEACHER)
-    weights_N, mix_ST = crop_pairs(student, teacher)
+    weights_N, mix_ST = crop_pairs(student.flatten(0, 1), teacher.flatten(0, 1), num_images=3)
     found = [
         prototype_cross_entropy(student.flatten(0, 1), weights, targets, weights_N, temperature=STUDENT, mix_ST=mix_ST)
         for targets in (given.requires_grad_(), computed)
@@ -222,6 +223,14 @@ def test_under_autocast_codes_are_balanced_for_the_logits_that_are_used(dtype):
         logits = F.linear(teacher, teacher_weights).float() / TEACHER + targets.shifts
     assert targets.shifts.dtype == torch.float32
     assert_close(logits.softmax(dim=1), codes, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_makes_the_host_wait_for_the_device():
+    (student, weights), (teacher, teacher_weights, _) = student_rows(6), teacher_rows(6)
+    with cpu_refuses_to_wait():
+        targets = sinkhorn_targets(teacher, teacher_weights, epsilon=TEACHER, num_iterations=3, num_parts=2)
+        weights_N, mix_ST = crop_pairs(student, teacher, num_images=3)
+        prototype_cross_entropy(student, weights, targets, weights_N, temperature=STUDENT, mix_ST=mix_ST)[0].backward()
 
 
 def masked_patches_of_a_share(counts):

@@ -39,11 +39,10 @@ def bottlenecks(num_student=5, num_teacher=2, num_images=3, num_prototypes=23, d
 
 def distillation(student, weights, teacher, teacher_weights, centre, *, temperature, teacher_temperature):
     """DINO's loss from the bottlenecks on."""
-    targets = centred_targets(teacher.flatten(0, 1), teacher_weights, centre, temperature=teacher_temperature)
-    weights_N, mix_ST = crop_pairs(student, teacher)
-    return prototype_cross_entropy(
-        student.flatten(0, 1), weights, targets, weights_N, temperature=temperature, mix_ST=mix_ST
-    )
+    student_ND, teacher_MD = student.flatten(0, 1), teacher.flatten(0, 1)
+    targets = centred_targets(teacher_MD, teacher_weights, centre, temperature=teacher_temperature)
+    weights_N, mix_ST = crop_pairs(student_ND, teacher_MD, num_images=student.shape[1])
+    return prototype_cross_entropy(student_ND, weights, targets, weights_N, temperature=temperature, mix_ST=mix_ST)
 
 
 def whole(student, weights, teacher, teacher_weights, centre, *, temperature, teacher_temperature):
@@ -189,3 +188,8 @@ def test_under_autocast_only_the_products_are_in_half_precision(dtype):
 def test_crops_without_a_pair_are_refused(num_student, num_teacher, sentence):
     with pytest.raises(ValueError, match=sentence):
         distillation(*bottlenecks(num_student, num_teacher), **TEMPERATURES)
+
+
+def test_rows_of_no_whole_crops_are_refused():
+    with pytest.raises(ValueError, match=r"num_images=3 images\. Got 6 and 4"):
+        crop_pairs(torch.ones(6, 2), torch.ones(4, 2), num_images=3)

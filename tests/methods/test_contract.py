@@ -234,14 +234,14 @@ def test_a_fresh_copy_has_the_same_state_names_and_shapes(name):
 class CentreAsAttribute(DINO):
     def __init__(self, config, backbone):
         super().__init__(config, backbone)
-        del self._buffers["centre"]
-        self.centre = torch.zeros(config.num_prototypes)
+        del self.centre._buffers["value"]
+        self.centre.value = torch.zeros(config.num_prototypes)
 
 
 class CentreMovedByForward(DINO):
     def forward(self, batch, progress):
         output = super().forward(batch, progress)
-        self.centre.lerp_(output.carry["teacher_mean"], 0.1)
+        self.centre.value.lerp_(output.carry["total"], 0.1)
         return output
 
 

@@ -19,7 +19,7 @@ def dino(backbone=VIT, **changes):
     )
     torch.manual_seed(1)
     with torch.no_grad():
-        method.centre.normal_(std=0.1)
+        method.centre.value.normal_(std=0.1)
         for parameter in method.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return method.double()
@@ -31,7 +31,7 @@ def whole(method, batch):
     global_views, local_views = batch.views["global"], batch.views["local"]
     with torch.no_grad():
         logits_TBK = teacher(global_views.flatten(0, 1)).unflatten(0, global_views.shape[:2])
-    probabilities = centred_softmax(logits_TBK, method.centre, temperature=0.05)
+    probabilities = centred_softmax(logits_TBK, method.centre.value, temperature=0.05)
     features = [student.backbone(views.flatten(0, 1)) for views in (global_views, local_views)]
     student_SBK = student.head(torch.cat(features)).unflatten(0, (-1, global_views.shape[1]))
     entropy = -(probabilities * probabilities.log()).sum(dim=-1).mean()
@@ -49,13 +49,14 @@ def test_a_step_equals_that_of_whole_logits(monkeypatch, backbone, settings):
     loss, entropy, mean = whole(method, batch)
     assert_close(output.loss, loss, rtol=1e-10, atol=0)
     assert_close(output.metrics["target_entropy"], entropy, rtol=1e-10, atol=0)
-    assert_close(output.carry["teacher_mean"], mean, rtol=1e-10, atol=1e-12)
+    assert_close(output.carry["total"] / output.carry["rows"], mean, rtol=1e-10, atol=1e-12)
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     assert_close(torch.autograd.grad(output.loss, trained), torch.autograd.grad(loss, trained), rtol=1e-8, atol=1e-12)
 
 
-def test_the_centre_follows_the_mean_of_the_micro_batches():
+def test_the_centre_follows_the_mean_over_the_rows_of_all_micro_batches():
     method = dino(centre_momentum=0.75)
-    before, means = method.centre.clone(), [torch.randn(12, dtype=torch.float64) for _ in range(2)]
-    method.after_step([{"teacher_mean": mean} for mean in means], progress_at(1))
-    assert_close(method.centre, 0.75 * before + 0.25 * (means[0] + means[1]) / 2)
+    before, totals = method.centre.value.clone(), [torch.randn(12, dtype=torch.float64) for _ in range(2)]
+    carries = [{"total": total, "rows": torch.tensor(rows)} for total, rows in zip(totals, (4.0, 6.0), strict=True)]
+    method.after_step(carries, progress_at(1))
+    assert_close(method.centre.value, 0.75 * before + 0.25 * (totals[0] + totals[1]) / 10)

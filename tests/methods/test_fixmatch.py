@@ -11,7 +11,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -52,7 +51,7 @@ def batch_of(num_labelled=4, num_unlabelled=6, seed=0):
 
 def test_the_loss_is_that_of_one_pass_over_all_three_parts():
     method, batch = fixmatch(threshold=0.5), batch_of()
-    student = copies(method.student)
+    student = copies(method.pair.student)
     parts = [batch.labelled.views["weak"][0], batch.views["weak"][0], batch.views["strong"][0]]
     logits = student(torch.cat(parts))
     expected = sum(-logits[i].log_softmax(0)[batch.labelled.labels[i]] for i in range(4)) / 4
@@ -66,11 +65,11 @@ def test_the_loss_is_that_of_one_pass_over_all_three_parts():
     output = method(batch, START)
     assert_close(output.loss, expected)
     assert output.metrics["kept"].item() == pytest.approx(kept / 6)
-    assert_same_tensors(method.student, student)  # the statistics too
+    assert_same_tensors(method.pair.student, student)  # the statistics too
 
     output.loss.backward()
     expected.backward()
-    for own, theirs in zip(method.student.parameters(), student.parameters(), strict=True):
+    for own, theirs in zip(method.pair.student.parameters(), student.parameters(), strict=True):
         assert_close(own.grad, theirs.grad)
 
 
@@ -78,7 +77,7 @@ def test_batch_norm_sees_one_distribution():
     """In three passes the labelled images would be normalised on their own."""
     method, batch = fixmatch(), batch_of()
     parts = [batch.labelled.views["weak"][0], batch.views["weak"][0], batch.views["strong"][0]]
-    logits = torch.cat([method.student(part) for part in parts])
+    logits = torch.cat([method.pair.student(part) for part in parts])
     supervised = F.cross_entropy(logits[:4], batch.labelled.labels)
     method.config = method.config.model_copy(update={"unlabelled_weight": 0.0})
     assert abs(method(batch, START).loss - supervised) > 1e-3
@@ -90,7 +89,7 @@ def test_labels_of_unlabelled_images_change_metrics_alone():
     with_labels, without = method(batch, START), method(unknown, START)
     assert torch.equal(with_labels.loss, without.loss)
     assert without.metrics["kept_right"] == 0
-    guesses = copies(method.student)(
+    guesses = copies(method.pair.student)(
         torch.cat([batch.labelled.views["weak"][0], batch.views["weak"][0], batch.views["strong"][0]])
     )[4:10].argmax(dim=1)
     assert with_labels.metrics["kept_right"].item() == pytest.approx((guesses == batch.labels).double().mean().item())
@@ -98,8 +97,8 @@ def test_labels_of_unlabelled_images_change_metrics_alone():
 
 def test_the_moving_average_follows_the_weights_after_the_step_and_copies_statistics():
     method = fixmatch(teacher_momentum=Schedule(value=0.9))
-    assert_same_tensors(method.teacher.network, method.student)
-    expected = copies(method.student)
+    assert_same_tensors(method.pair.teacher.network, method.pair.student)
+    expected = copies(method.pair.student)
     for step in range(3):
         output = method(batch_of(seed=step), Progress(step, 10, 5))
         method.zero_grad()
@@ -107,25 +106,25 @@ def test_the_moving_average_follows_the_weights_after_the_step_and_copies_statis
         descend(method, 0.1)
         method.after_step([output.carry], Progress(step, 10, 5))
         with torch.no_grad():
-            for own, new in zip(expected.parameters(), method.student.parameters(), strict=True):
+            for own, new in zip(expected.parameters(), method.pair.student.parameters(), strict=True):
                 own.copy_(0.9 * own + 0.1 * new)
-            for own, new in zip(expected.buffers(), method.student.buffers(), strict=True):
+            for own, new in zip(expected.buffers(), method.pair.student.buffers(), strict=True):
                 own.copy_(new)
-    assert_same_tensors(method.teacher.network, expected)
+    assert_same_tensors(method.pair.teacher.network, expected)
     trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
-    assert all(name.startswith("student.") for name in trained)
+    assert all(name.startswith("pair.student.") for name in trained)
 
 
 def test_what_is_evaluated_is_the_moving_average():
     method = fixmatch()
     with torch.no_grad():
-        for parameter in method.student.parameters():
+        for parameter in method.pair.student.parameters():
             parameter.zero_()
     images = torch.randn(5, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     method.eval()
     with torch.no_grad():
         scores = method.classifier(method.backbone(images))
-        assert torch.equal(scores, method.teacher(images))
+        assert torch.equal(scores, method.pair.teacher(images))
     assert scores.std() > 0
     assert method.classifier.out_features == scores.shape[1] == 3
 
@@ -183,7 +182,7 @@ def test_decay_is_on_kernels_alone_and_equals_half_their_squares_in_the_loss():
             parameter.requires_grad and name.endswith("weight") and parameter.ndim > 1
         )
 
-    weight, norm = method.student.head.weight, method.student.backbone.model.norm.weight
+    weight, norm = method.pair.student.head.weight, method.pair.student.backbone.model.norm.weight
     before, norm_before = weight.detach().clone(), norm.detach().clone()
     for parameter in method.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -266,7 +265,7 @@ def test_the_monitor_measures_the_moving_averages_classifier(tmp_path, shards, l
     labels = torch.tensor([images[number][1] for number in range(48)])
     mean, std = (torch.tensor(value)[:, None, None] for value in (config.data.mean, config.data.std))
     with torch.no_grad():
-        right = method.teacher((pixels / 255 - mean) / std).argmax(dim=1) == labels
+        right = method.pair.teacher((pixels / 255 - mean) / std).argmax(dim=1) == labels
     assert last["classifier_top1"] == pytest.approx(100 * right.float().mean().item())
     assert last["classifier_top5"] == 100
 
@@ -320,12 +319,3 @@ def test_methods_without_labels_refuse_them(tmp_path, shards, labelled):
         PretrainConfig, [*argv, "data.batch_size=8", f"classifier={{every: 1ep, val: {shards}}}"], recipes=RECIPES
     )
     assert refusal(config) == ("SimCLR learns no classifier to measure. Leave classifier out; knn suits any method.")
-
-
-def test_the_classifier_begins_xavier_normal():
-    torch.manual_seed(0)
-    backbone = ToyBackbone()
-    backbone.embed_dim = 300
-    weight = FixMatch(FixMatchConfig(name="fixmatch", num_classes=200), backbone).student.head.weight
-    assert isinstance(weight, nn.Parameter)
-    assert weight.std().item() == pytest.approx(math.sqrt(2 / 500), rel=0.02)

@@ -122,7 +122,7 @@ def test_no_operation_of_a_step_would_wait(name, backbone, optimizer):
     check(name, backbone, optimizer, "cpu", cpu_refuses_to_wait(), enabled=False)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "backbone", "optimizer"), CASES)
 def test_no_step_on_a_gpu_waits(name, backbone, optimizer):
     check(name, backbone, optimizer, "cuda", cuda_refuses_to_wait(), dtype=torch.bfloat16)

@@ -87,7 +87,7 @@ def test_switched_off_nobody_looks_at_the_clock(clock):
     assert clock.asked == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_its_own_time_counts():
     device = torch.device("cuda")
     times, matrix = StepTimes(device, every=1), torch.randn(4096, 4096, device=device)

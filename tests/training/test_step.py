@@ -129,7 +129,7 @@ def test_a_late_check_is_sent_without_a_look_at_it(tmp_path, shards):
     assert checks.read() == 15
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("crop_on", ["worker", "device"])
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_gpu_a_step_does_not_synchronise(tmp_path, shards, name, crop_on):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from ssl_pipeline.config import Config
 
 PerView = float | tuple[float, ...]
 """One value for all views of a group, or one per view."""
+Channels = tuple[float, float, float]
+"""Of red, green and blue."""
 
 
 class ViewSettings(Config):
@@ -79,6 +81,27 @@ class Operation(Generic[Settings, Setting]):
     def on_accelerator(self, image_NCHW: Tensor, draws_NP: Tensor, setting: Setting) -> Tensor:
         """The images (N,3,H,W) after the operation, computed for all of them: no value decides what is done."""
         raise NotImplementedError
+
+
+class Stage(NamedTuple):
+    """An operation that can happen to a view, its setting there, and the columns of its draws."""
+
+    operation: Operation
+    setting: Hashable
+    first: int
+    end: int
+
+    def draws(self, draws_NP: Tensor) -> Tensor:
+        """Its own of the draws of all operations."""
+        return draws_NP[:, self.first : self.end]
+
+
+class Stages(NamedTuple):
+    """All that can happen to a view at all; equal for views that one pass can make."""
+
+    operations: tuple[Stage, ...]
+    factor: Channels  # of the normalisation: value * factor + offset, which is (value - mean) / std to rounding
+    offset: Channels
 
 
 def per_sample(values_N: Tensor) -> Tensor:

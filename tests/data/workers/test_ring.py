@@ -228,7 +228,7 @@ def test_without_cuda_nothing_is_locked() -> None:
         ring.unlock_pages()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_copies_to_a_gpu_run_in_the_background_and_are_whole() -> None:
     torch.zeros(1, device="cuda")
     stream = read_batches(Squares(), positions_of, batches=64, workers=2)

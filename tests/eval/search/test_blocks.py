@@ -158,7 +158,7 @@ def test_temporary_tensors_stay_within_the_memory(kind: str, dtype: torch.dtype)
     assert memory // 8 < counted.peak <= memory + copies + results
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_finds_the_same(kind: str) -> None:
     train, test = features_of(kind)

@@ -64,7 +64,7 @@ def test_a_cpu_searches_where_its_features_are() -> None:
     assert search_device(torch.ones(3, 2), torch.ones(1, 2), "cpu") == CPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_features_too_large_for_the_gpu_are_searched_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = torch.ones(3, 2), torch.ones(1, 2)
     assert search_device(train, test, "cuda").type == "cuda"
