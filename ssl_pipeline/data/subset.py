@@ -28,6 +28,7 @@ FORMAT = 1
 SMALL = 4096  # bytes
 
 Content = Literal["keep", "labels"]
+IN_WORDS = {"keep": "numbers of images to keep", "labels": "labels"}
 
 
 def open_subset(
@@ -153,7 +154,9 @@ def _read_description(path: Path, content: Content, index: ShardIndex, *, where:
     if format != FORMAT:
         raise DataError(f"{where}: '{beside}' has format {format}, needed is {FORMAT}. Write both again.")
     if what != content:
-        raise DataError(f"{where} must be a file of {content}. '{beside}' says that it holds {what}.")
+        raise DataError(
+            f"{where} must hold {IN_WORDS[content]}. '{beside}' says that it holds {IN_WORDS.get(what, what)}."
+        )
     if fingerprint != index.fingerprint:
         raise DataError(
             f"{where} was made for other images than those of '{index.source}' (fingerprint {fingerprint[:8]}, here "
