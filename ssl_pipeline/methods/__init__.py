@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.config import Config
+from ssl_pipeline.methods.barlow_twins import BarlowTwins
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
@@ -18,7 +19,7 @@ from ssl_pipeline.methods.moco_v3 import MoCoV3
 from ssl_pipeline.methods.simclr import SimCLR
 from ssl_pipeline.methods.simsiam import SimSiam
 
-METHODS: tuple[type[Method], ...] = (BYOL, DINO, FixMatch, MAE, MoCo, MoCoV3, SimCLR, SimSiam)
+METHODS: tuple[type[Method], ...] = (BarlowTwins, BYOL, DINO, FixMatch, MAE, MoCo, MoCoV3, SimCLR, SimSiam)
 
 if TYPE_CHECKING:
 
