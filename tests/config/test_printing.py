@@ -63,7 +63,8 @@ def test_mistakes_in_arguments_have_a_line_each_and_are_escaped(capsys):
 
 def test_warnings_are_escaped(capsys, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    with warnings.catch_warnings():
+    # recorded here: a report of pytest cannot travel with a lone surrogate in it
+    with warnings.catch_warnings(record=True):
         warnings.simplefilter("default")
         assert run(None) == 0
         assert warnings.formatwarning(f"Odd: {EVIL}", UserWarning, "x.py", 3) == f"warning: Odd: {TAMED}\n"
