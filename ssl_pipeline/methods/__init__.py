@@ -18,8 +18,9 @@ from ssl_pipeline.methods.moco import MoCo
 from ssl_pipeline.methods.moco_v3 import MoCoV3
 from ssl_pipeline.methods.simclr import SimCLR
 from ssl_pipeline.methods.simsiam import SimSiam
+from ssl_pipeline.methods.vicreg import VICReg
 
-METHODS: tuple[type[Method], ...] = (BarlowTwins, BYOL, DINO, FixMatch, MAE, MoCo, MoCoV3, SimCLR, SimSiam)
+METHODS: tuple[type[Method], ...] = (BarlowTwins, BYOL, DINO, FixMatch, MAE, MoCo, MoCoV3, SimCLR, SimSiam, VICReg)
 
 if TYPE_CHECKING:
 

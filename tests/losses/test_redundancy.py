@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_pipeline.losses import barlow_twins_loss
+from ssl_pipeline.losses import barlow_twins_loss, vicreg_loss
 
 
 def random_pair(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -49,21 +49,69 @@ def test_barlow_twins_by_hand():
     assert same.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype):
-    z1, z2 = (z.detach().to(dtype) for z in random_pair(6, 4))
-    exact = barlow_twins_loss(z1.double(), z2.double(), off_diagonal_weight=0.3)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = barlow_twins_loss(z1, z2, off_diagonal_weight=0.3)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+WEIGHTS = {"invariance_weight": 2.0, "variance_weight": 3.0, "covariance_weight": 0.5}
+
+
+def vicreg_by_loops(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+    num_rows, dim = z1.shape
+    invariance = sum((z1[n, d] - z2[n, d]) ** 2 for n in range(num_rows) for d in range(dim)) / (num_rows * dim)
+    variance, covariance = torch.zeros((), dtype=z1.dtype), torch.zeros((), dtype=z1.dtype)
+    for z in (z1, z2):
+        means = [sum(z[:, d]) / num_rows for d in range(dim)]
+        for i in range(dim):
+            for j in range(dim):
+                entry = sum((z[:, i] - means[i]) * (z[:, j] - means[j])) / (num_rows - 1)
+                if i != j:
+                    covariance = covariance + entry**2 / dim
+                elif entry + 1e-4 < 1:
+                    variance = variance + (1 - (entry + 1e-4) ** 0.5) / dim / 2
+    return {"invariance": invariance, "variance": variance, "covariance": covariance}
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (6, 4), (5, 1)])
+def test_vicreg_its_terms_and_its_gradient_equal_the_loop(shape):
+    z1, z2 = random_pair(*shape)
+    terms = vicreg_by_loops(z1, z2)
+    expected = 2 * terms["invariance"] + 3 * terms["variance"] + 0.5 * terms["covariance"]
+    actual, found = vicreg_loss(z1, z2, **WEIGHTS)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(found, {name: term.detach() for name, term in terms.items()})
+    assert not any(term.requires_grad for term in found.values())
+    torch.testing.assert_close(torch.autograd.grad(actual, (z1, z2)), torch.autograd.grad(expected, (z1, z2)))
+
+
+def test_vicreg_by_hand():
+    z1 = torch.tensor([[0.5, 0.0], [-0.5, 0.0]], dtype=torch.float64)  # variances 1/2 and 0, covariance 0
+    z2 = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)  # variances 2, covariance 2
+    _, terms = vicreg_loss(z1, z2, **WEIGHTS)
+    assert terms["invariance"].item() == pytest.approx((0.25 + 1 + 0.25 + 1) / 4)
+    assert terms["variance"].item() == pytest.approx((1 - 0.5001**0.5 + 1 - 0.01) / 2 / 2)
+    assert terms["covariance"].item() == pytest.approx(2 * 2**2 / 2)
+    same = torch.ones(4, 2, dtype=torch.float64, requires_grad=True)  # all embeddings the same
+    vicreg_loss(same, same, **WEIGHTS)[0].backward()
+    assert same.grad.isfinite().all()
 
 
 def barlow_twins(z1: Tensor, z2: Tensor) -> Tensor:
     return barlow_twins_loss(z1, z2, off_diagonal_weight=0.1)
 
 
-@pytest.mark.parametrize("loss", [barlow_twins])
+def vicreg(z1: Tensor, z2: Tensor) -> Tensor:
+    return vicreg_loss(z1, z2, **WEIGHTS)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [barlow_twins, vicreg])
+def test_half_precision_is_computed_in_float32(loss, dtype):
+    z1, z2 = (z.detach().to(dtype) for z in random_pair(6, 4))
+    exact = loss(z1.double(), z2.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(z1, z2)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [barlow_twins, vicreg])
 def test_what_does_not_fit_is_refused(loss):
     z = torch.randn(4, 3)
     with pytest.raises(ValueError, match=rf"^{loss.__name__}_loss needs z1, z2 of one shape \(N, D\)\. Got"):
