@@ -198,7 +198,7 @@ def test_a_learnt_classifier_is_exported_with_its_backbone(tmp_path, shards):
     state = start(trained, [f"recipe={recipe}", f"output={tmp_path / 'run'}", "train.steps=2"]).result()
     classifier, _ = load_classifier(tmp_path / "run")
     for name, tensor in classifier.state_dict().items():
-        assert torch.equal(tensor, state[f"teacher.network.head.{name}"])
+        assert torch.equal(tensor, state[f"pair.teacher.network.head.{name}"])
     backbone, _ = load_backbone(tmp_path / "run")
     assert classifier.in_features == backbone.embed_dim
 
