@@ -79,7 +79,7 @@ def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, pos
         prepared(cache.labels[samples_B]),
         prepared(cache.sample_ids[samples_B]),
         [bad for sample in samples_B.tolist() for bad in cache.bad.get(sample, ())],
-        images=DecodedImages(cache.pixels, images, boxes, flips, sampler.sizes()),
+        images=DecodedImages(cache.pixels, images, boxes, flips, sampler.sizes(positions)),
     )
 
 

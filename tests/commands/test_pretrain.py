@@ -20,6 +20,7 @@ import yaml
 
 from ssl_pipeline.backbones import load_backbone, load_classifier
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory
 from tests.ranks import Child, start, start_ranks
 from tests.runs import (
@@ -197,8 +198,10 @@ def test_a_learnt_classifier_is_exported_with_its_backbone(tmp_path, shards):
     recipe = write_recipe(tmp_path / "fixmatch.yaml", "fixmatch", shards)
     state = start(trained, [f"recipe={recipe}", f"output={tmp_path / 'run'}", "train.steps=2"]).result()
     classifier, _ = load_classifier(tmp_path / "run")
+    saved = Checkpoints(tmp_path / "run" / "checkpoints").load_latest().state.classifier
+    assert (saved.num_classes, "teacher." in saved.prefix) == (classifier.out_features, True)
     for name, tensor in classifier.state_dict().items():
-        assert torch.equal(tensor, state[f"pair.teacher.network.head.{name}"])
+        assert torch.equal(tensor, state[saved.prefix + name])
     backbone, _ = load_backbone(tmp_path / "run")
     assert classifier.in_features == backbone.embed_dim
 

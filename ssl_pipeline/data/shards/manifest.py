@@ -67,6 +67,8 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest | None:
     try:
         shards = [ManifestShard(**shard) for shard in content["shards"]]
         names = content["class_names"]
-        return Manifest(None if names is None else [str(name) for name in names], shards)
+        source = content.get("source")
+        about = source if isinstance(source, dict) else {}
+        return Manifest(None if names is None else [str(name) for name in names], shards, about)
     except (KeyError, TypeError):
         return None

@@ -53,11 +53,13 @@ class RemoteShards:
     url: str
     cache: Path
     cache_bytes: int
+    image_key: str | None = None
 
     @property
     def place(self) -> Path:
         """The index directory of these shards."""
-        return self.cache / f"index-{sha256_of_bytes(self.url.encode())[:32]}"
+        selection = self.url if self.image_key is None else f"{self.url}\0{self.image_key}"
+        return self.cache / f"index-{sha256_of_bytes(selection.encode())[:32]}"
 
     def open(self, shard: ShardEntry | ManifestShard) -> BinaryIO:
         """The file of a shard, fetched if need be; nobody evicts it while it is open."""
@@ -132,12 +134,12 @@ class RemoteShards:
         with tqdm(total=total, desc="fetching and indexing shards", unit="B", unit_scale=True, leave=False) as bar:
             for shard in shards:
                 with self.open(shard):
-                    entry, rows = index_shard(self._path(shard), shard.name)
+                    entry, rows = index_shard(self._path(shard), shard.name, image_key=self.image_key)
                 write_rows(self.place, shard.name, rows)
                 entries.append(replace(entry, modified_ns=0))
                 bar.update(shard.bytes)
         if not any(entry.samples for entry in entries):
-            raise no_samples(self.url, len(shards))
+            raise no_samples(self.url, entries)
         catalogue = Catalogue(ShardTable.of(entries))
         write_catalogue(self.place, catalogue)
         return catalogue
@@ -214,12 +216,12 @@ class RemoteShards:
                 total -= size
 
 
-def open_remote(url: str, *, cache_dir: Path | None, cache_gb: float) -> RemoteShards:
+def open_remote(url: str, *, cache_dir: Path | None, cache_gb: float, image_key: str | None = None) -> RemoteShards:
     """The shards below a URL; nothing in it is expanded, chained or run."""
     if "::" in url or any(sign in url for sign in "*?#"):
         raise DataError(f"'{url}' must be the plain URL of a directory, such as s3://bucket/train.")
     folder = user_cache() / "shards" if cache_dir is None else cache_dir
-    remote = RemoteShards(url.rstrip("/"), folder.absolute(), int(cache_gb * 1e9))
+    remote = RemoteShards(url.rstrip("/"), folder.absolute(), int(cache_gb * 1e9), image_key)
     try:
         remote.place.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -24,6 +24,9 @@ class ShardTable:
     image_bytes: NDArray[np.int64]
     pixel_bytes: NDArray[np.int64]
     widest: NDArray[np.int64]
+    passed_over: NDArray[np.int64]
+    other_files: NDArray[np.int64]
+    example: tuple[str, ...]
 
     @classmethod
     def of(cls, entries: Sequence[ShardEntry]) -> ShardTable:
@@ -47,6 +50,9 @@ class ShardTable:
             image_bytes=np.array(columns["image_bytes"], dtype=np.int64),
             pixel_bytes=np.array(columns["pixel_bytes"], dtype=np.int64),
             widest=np.array(columns["widest"], dtype=np.int64),
+            passed_over=np.array(columns["passed_over"], dtype=np.int64),
+            other_files=np.array(columns["other_files"], dtype=np.int64),
+            example=tuple(map(str, columns["example"])),
         )
 
     def columns(self) -> dict[str, list[str] | list[int]]:
@@ -70,6 +76,9 @@ class ShardTable:
             image_bytes=int(self.image_bytes[shard]),
             pixel_bytes=int(self.pixel_bytes[shard]),
             widest=int(self.widest[shard]),
+            passed_over=int(self.passed_over[shard]),
+            other_files=int(self.other_files[shard]),
+            example=self.example[shard],
         )
 
     def __iter__(self) -> Iterator[ShardEntry]:
@@ -77,4 +86,4 @@ class ShardTable:
 
 
 COLUMN_NAMES = tuple(field.name for field in fields(ShardEntry))
-TEXT_COLUMNS = ("name", "sha256")
+TEXT_COLUMNS = ("name", "sha256", "example")

@@ -171,7 +171,7 @@ def test_an_index_of_an_earlier_format_is_made_again(
     path.write_text(json.dumps(content | {"format": 2}))
     assert open_shards(url, cache_dir=cache).sizes([7]).tolist() == [[10, 12]]
     (line,) = caplog.messages
-    assert line.endswith("is of an earlier version, without image sizes: it is made again.")
+    assert line.endswith("is of an earlier version: it is made again.")
 
 
 def test_a_file_system_that_can_list_needs_no_manifest(shards: Path, cache: Path) -> None:
