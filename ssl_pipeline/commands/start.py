@@ -11,7 +11,9 @@ import sys
 
 from ssl_pipeline.config import RECIPES, recipe_files, refuse, without_flags
 from ssl_pipeline.config.arguments import pairs_and_recipe
-from ssl_pipeline.run.launcher import watch_launcher
+from ssl_pipeline.run.launcher import have_the_last_word, watch_launcher
+
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 BEGIN = """usage: {call} recipe=NAME [key=value ...] [--help] [--print] [--debug]
 
@@ -30,7 +32,7 @@ recipes: {recipes}"""
 
 def command(name: str = "pretrain.py") -> int:
     """The command line, called `name`; returns the exit code."""
-    watch_launcher()
+    launcher, first = watch_launcher(), os.environ.get("RANK", "0") == "0"
     arguments = sys.argv[1:]
     if not arguments:
         print(how_to_begin(name))
@@ -39,14 +41,17 @@ def command(name: str = "pretrain.py") -> int:
         pairs_and_recipe(without_flags(arguments)[0], RECIPES)
     except Exception as error:
         return refuse(error, running=False)
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         print("Loading torch and timm: some seconds ...", file=sys.stderr, flush=True)
     try:
         from ssl_pipeline.commands import pretrain
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    return pretrain.main(name)
+        return INTERRUPTED
+    code = pretrain.main(name)
+    if code == INTERRUPTED and launcher is not None and first:
+        have_the_last_word(launcher, "Interrupted. The same command goes on from the newest checkpoint.")
+    return code
 
 
 def how_to_begin(name: str) -> str:
