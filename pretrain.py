@@ -1,4 +1,4 @@
-"""`accelerate launch pretrain.py recipe=NAME [key=value ...]`: pretrain a backbone."""
+"""`python pretrain.py recipe=NAME [key=value ...]`: pretrain a backbone."""
 
 from __future__ import annotations
 

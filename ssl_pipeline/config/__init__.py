@@ -46,10 +46,13 @@ __all__ = [
     "read_recipe",
     "read_yaml",
     "recipe_files",
+    "refuse",
     "run_command",
     "validate",
+    "without_flags",
 ]
 
+FLAGS = ("--help", "-h", "--print", "--debug")
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
@@ -103,10 +106,7 @@ def run_command(
     an interrupt. `--help` lists every key, `--print` shows the resolved settings, `--debug` where errors and warnings
     come from.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = {flag for flag in ("--help", "-h", "--print", "--debug") if flag in arguments}
-    arguments = [argument for argument in arguments if argument not in flags]
-    rank = os.environ.get("RANK", "0")
+    arguments, flags = without_flags(sys.argv[1:] if argv is None else argv)
     running = False
     if "--debug" not in flags:
         warnings.formatwarning = lambda message, *_, **__: (
@@ -128,12 +128,26 @@ def run_command(
     except Exception as error:
         if "--debug" in flags:
             print(printable(traceback.format_exc(), longest=None, lines=True), end="", file=sys.stderr)
-        if rank == "0" or running:  # the arguments are the same on all ranks, what happens later is not
-            where = "error" if rank == "0" else f"error on rank {rank}"
-            sentences = error.sentences if isinstance(error, SettingsError) else [failure_sentence(error)]
-            text = "\n".join(printable(sentence) for sentence in sentences)
-            print(f"{where}: {text}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError | OSError) else 1
+        return refuse(error, running=running)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def without_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The arguments of the form key=value, and the flags among them that every command knows."""
+    flags = {flag for flag in FLAGS if flag in argv}
+    return [argument for argument in argv if argument not in flags], flags
+
+
+def refuse(error: Exception, *, running: bool) -> int:
+    """Print an error as the user reads it, a line per sentence; returns the exit code of its kind.
+
+    The first rank prints what comes before the run, for it is the same on all; what happens later each tells itself.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or running:
+        sentences = error.sentences if isinstance(error, SettingsError) else [failure_sentence(error)]
+        text = "\n".join(printable(sentence) for sentence in sentences)
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {text}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, ValueError | OSError) else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from ssl_pipeline.run.processes import began, parent_of
 
 SECONDS_BETWEEN_LOOKS = 0.25
+LONGEST_WAIT = 2.0  # seconds for the launcher's own last lines
 PROGRAMS = {"accelerate", "accelerate-launch", "torchrun", "deepspeed", "srun", "slurmstepd", "mpirun", "mpiexec"}
 MODULES = ("accelerate.", "torch.distributed.", "deepspeed.")
 LAUNCHED = "SSL_PIPELINE_LAUNCHED"  # set by those commands of ours that start others
@@ -52,11 +54,21 @@ def find_launcher(environment: Mapping[str, str]) -> Launcher | None:
     return None
 
 
-def watch_launcher() -> None:
+def watch_launcher() -> Launcher | None:
     """Send SIGTERM to this process when its launcher has ended; call it before anything that takes long."""
     launcher = find_launcher(os.environ)
     if launcher is not None:
         threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
+    return launcher
+
+
+def have_the_last_word(launcher: Launcher, text: str) -> None:
+    """Print a line once the launcher has ended, or soon: accelerate answers Ctrl-C with a long traceback."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # that its end sends
+    until = time.monotonic() + LONGEST_WAIT
+    while launcher.is_alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _watch(launcher: Launcher) -> None:
