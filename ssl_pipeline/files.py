@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias
 
@@ -36,6 +36,7 @@ def written_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
     cut may then lose the file, which a heartbeat can afford.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)  # maybe a link to somewhere else
     try:
         yield aside
         if durable:
@@ -113,10 +114,23 @@ def is_shortage(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in SHORTAGES
 
 
+def open_no_link(path: Path, flags: int) -> int:
+    """A descriptor of a file, made if `flags` has O_CREAT; OSError if there is a symbolic link in its place.
+
+    For files with a fixed name in directories that others may write to.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here; delete it", str(path)) from None
+
+
 # SHA-256, in hexadecimal digits
 
 
-def sha256_of(file: Path | BufferedReader) -> str:
+def sha256_of(file: Path | BufferedReader | FileIO) -> str:
     """Of the content of a file; of an open one from where it stands."""
     if isinstance(file, Path):
         with file.open("rb") as opened:

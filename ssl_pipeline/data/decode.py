@@ -26,7 +26,9 @@ __all__ = ["DecodeError", "decode_image", "decoded_size", "image_extension"]
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000
+MAX_SCANS = 100  # of a JPEG; each goes over the whole image, and real ones have about ten
 BAND_PIXELS = 1 << 20  # converted at a time
+SINGLE_SCAN_FRAMES = {0xC0, 0xC1}  # sequential
 PLAIN_FRAMES = {0xC0, 0xC2}  # baseline and progressive, Huffman coded
 
 
@@ -34,19 +36,23 @@ class DecodeError(ValueError):
     """An image that cannot be decoded: the reason in one line."""
 
 
-def decode_image(data: bytes, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+def decode_image(
+    data: bytes, out: NDArray[np.uint8] | None = None, *, max_pixels: int | None = None
+) -> NDArray[np.uint8]:
     """RGB pixels (H, W, 3) uint8 of the first frame of a JPEG, PNG or WebP file.
 
     They are written to the start of `out`, a flat array, if that is given and large enough; the result is then a view
-    of it, else an array of its own. The size is checked before any pixel is decoded (at most 50 megapixels). The
-    orientation that the file states is applied, 16-bit gray is shifted to 8 bits, transparent pixels lie on white.
+    of it, else an array of its own. The size is checked before any pixel is decoded (at most `max_pixels`, or 50
+    megapixels), and so is how often a JPEG goes over them (100 scans at most). The orientation that the file states is
+    applied, 16-bit gray is shifted to 8 bits, transparent pixels lie on white.
     Metadata, damaged or not, matters to nothing else. Raises DecodeError for everything else.
     """
     header = jpeg_header(data, 0, len(data))
+    _refuse_costly(data, header, MAX_PIXELS if max_pixels is None else max_pixels)
     orientation = orientation_of(data, 0, len(data), header)
     pixels = _decode_plain_jpeg(data, header, out if orientation == 1 else None)
     if pixels is None:
-        pixels = _decode_with_pillow(without_metadata(data))
+        pixels = _decode_with_pillow(without_metadata(data), MAX_PIXELS if max_pixels is None else max_pixels)
     elif orientation == 1:
         return pixels
     pixels = upright(pixels, orientation)
@@ -86,6 +92,29 @@ def decoded_size(data: TarBytes, start: int = 0, end: int | None = None) -> tupl
     return (width, height) if turned else (height, width)
 
 
+def _refuse_costly(data: bytes, header: JpegHeader | None, max_pixels: int) -> None:
+    """Raise DecodeError for what its head alone tells: opening a WebP image takes memory for all of its pixels."""
+    size = stored_size(data, 0, len(data)) if header is None else (header.height, header.width)
+    if size is not None:
+        _refuse_large(*size, max_pixels)
+    if header is None:
+        first = 0
+        if data[:2] != b"\xff\xd8":
+            return
+    else:
+        first = header.scan
+        if header.frame in SINGLE_SCAN_FRAMES and data[first + 4 : first + 5] == bytes([header.components]):
+            return  # all components in the first scan, which is the only one then
+    scans = data.count(b"\xff\xda", first)
+    if scans > MAX_SCANS:
+        raise DecodeError(f"{scans} scans are more than {MAX_SCANS}")
+
+
+def _refuse_large(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise DecodeError(f"{width}x{height} pixels are more than the limit of {max_pixels:,}")
+
+
 def _decode_plain_jpeg(
     data: bytes, header: JpegHeader | None, out: NDArray[np.uint8] | None
 ) -> NDArray[np.uint8] | None:
@@ -93,7 +122,7 @@ def _decode_plain_jpeg(
     if decode_jpeg is None or header is None or header.frame not in PLAIN_FRAMES:
         return None
     num_pixels = header.height * header.width
-    if header.bits != 8 or header.components not in (1, 3) or num_pixels > MAX_PIXELS:
+    if header.bits != 8 or header.components not in (1, 3):
         return None
     fits = out is not None and out.size >= 3 * num_pixels
     try:
@@ -103,14 +132,12 @@ def _decode_plain_jpeg(
         return None
 
 
-def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
+def _decode_with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about metadata that no pixel depends on
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise DecodeError(f"{width}x{height} pixels are more than {MAX_PIXELS // 10**6} megapixels")
+                _refuse_large(image.height, image.width, max_pixels)
                 return _rgb_pixels(image)
     except DecodeError:
         raise

@@ -13,7 +13,7 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import INDEX_DIRECTORY, INDEX_FILE
 from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
 from ssl_pipeline.data.shards.origins import ORIGINS_FILE
-from ssl_pipeline.files import lock
+from ssl_pipeline.files import lock, open_no_link
 
 REJECTED_FILE = "rejected.jsonl"
 PARTS = ("train", "test")  # of holdout=
@@ -30,7 +30,9 @@ def output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
     _refuse(output, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     start = f".{output.name}.partial-"
-    _clear_leftovers([path for path in output.parent.iterdir() if path.name.startswith(start)], output)
+    _clear_leftovers(
+        [path for path in output.parent.iterdir() if path.name.startswith(start) and not path.is_symlink()], output
+    )
     folder = Path(tempfile.mkdtemp(prefix=start, dir=output.parent))
     try:
         with (folder / LOCK_FILE).open("w") as file:
@@ -46,9 +48,13 @@ def output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
 def _clear_leftovers(folders: Sequence[Path], output: Path) -> None:
     """Delete what interrupted runs left; a run that is alive holds its lock."""
     for folder in folders:
-        with suppress(FileNotFoundError), (folder / LOCK_FILE).open("r+") as file:
-            if not lock(file, wait=False, inherited=False):
-                raise DataError(f"Another make_shards is writing '{output}' at this moment.")
+        with suppress(FileNotFoundError):
+            descriptor = open_no_link(folder / LOCK_FILE, os.O_RDWR)
+            try:
+                if not lock(descriptor, wait=False, inherited=False):
+                    raise DataError(f"Another make_shards is writing '{output}' at this moment.")
+            finally:
+                os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
 
 

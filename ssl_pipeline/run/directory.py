@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 from ssl_pipeline.config import ConfigError, failure_sentence, printable
-from ssl_pipeline.files import JSON, lock, write_json, write_text
+from ssl_pipeline.files import JSON, lock, open_no_link, write_json, write_text
 
 SECONDS_BETWEEN_HEARTBEATS = 5.0
 
@@ -44,7 +44,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"output={path} must be a directory. It is, or lies under, a file.") from None
-        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._lock = open_no_link(path / ".lock", os.O_RDWR | os.O_CREAT)
         if not lock(self._lock, wait=False, inherited=False):
             holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
             os.close(self._lock)

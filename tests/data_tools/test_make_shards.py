@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -202,6 +203,47 @@ def test_a_damaged_zip_member_is_rejected(tmp_path: Path, folder: Path) -> None:
     assert len(open_shards(output)) == 21
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_however_damaged_ends_in_no_traceback(folder: Path, tmp_path: Path, method: int) -> None:
+    path = tmp_path / "whole.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for number in range(4):
+            archive.write(folder / "train" / "cat" / f"{number:02d}.JPEG", f"c{number % 2}/é{number}.jpg")
+    whole = path.read_bytes()
+    generator = np.random.default_rng(method)
+    read = refused = 0
+    for number in range(40):
+        data = bytearray(whole)
+        start = len(whole) * 9 // 10 if number % 2 else 0  # where the directory of the archive lies
+        for place in generator.integers(start, len(whole), 8):
+            data[place] = generator.integers(256)
+        (tmp_path / f"{number}.zip").write_bytes(data)
+        try:
+            made(tmp_path / f"{number}.zip", tmp_path / "out", labels="none", overwrite=True)
+            read += 1
+        except DataError:
+            refused += 1
+    assert read > 5
+    assert refused > 0
+
+
+def test_a_zip_of_an_odd_version_or_with_odd_names_is_named(folder: Path, tmp_path: Path) -> None:
+    image = (folder / "train" / "cat" / "00.JPEG").read_bytes()
+    path = tmp_path / "odd.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("c/é.jpg", image)
+        archive.writestr("c/b.jpg", image)
+    whole = path.read_bytes()
+    entry = whole.index(b"PK\x01\x02")
+    path.write_bytes(whole[: entry + 6] + b"\xff\xff" + whole[entry + 8 :])  # the version that it needs
+    with pytest.raises(DataError, match=r"odd\.zip' cannot be read as a zip: zip file version 25\.5\. Pack it again"):
+        made(path, tmp_path / "out")
+    path = tmp_path / "other_odd.zip"
+    path.write_bytes(whole[:entry] + whole[entry:].replace("é".encode(), b"\xff\xfe"))  # no UTF-8, which it claims
+    with pytest.raises(DataError, match=r"odd\.zip' cannot be read as a zip: .*utf-8"):
+        made(path, tmp_path / "out")
+
+
 def test_digits_are_split_once_and_for_all(tmp_path: Path) -> None:
     train, test = DigitsSource("train"), DigitsSource("test")
     assert (len(train.names()), len(test.names())) == (1437, 360)
@@ -312,6 +354,18 @@ def test_leftovers_of_an_interrupted_run_are_cleared(folder: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
     assert not (output / ".lock").exists()
     assert output.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-abc").mkdir()
+    (tmp_path / ".out.partial-abc" / ".lock").symlink_to(folder / "train" / "cat" / "notes.txt")
+    (tmp_path / ".out.partial-def").symlink_to(folder)
+    with pytest.raises(OSError, match="is a symbolic link, which is not followed here"):
+        made(folder, tmp_path / "out", prefix="train")
+    shutil.rmtree(tmp_path / ".out.partial-abc")
+    made(folder, tmp_path / "out", prefix="train")
+    assert (tmp_path / ".out.partial-def").is_symlink()
+    assert len(list(folder.rglob("*.JPEG"))) == 10
 
 
 def test_two_runs_do_not_write_the_same_output(folder: Path, tmp_path: Path) -> None:

@@ -121,13 +121,17 @@ def read_catalogue(place: Path) -> Catalogue | None:
         if content["format"] != INDEX_FORMAT:
             raise DataError(f"The index '{place}' has another format. Delete it; it is made again at the next start.")
         names = content["class_names"]
+        if not isinstance(names, list | None):
+            raise TypeError("class_names must be a list")
         table = ShardTable.from_columns(content["shards"])
         return Catalogue(table, content["manifest"], None if names is None else tuple(map(str, names)))
     except FileNotFoundError:
         return None
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except OSError as error:
+        raise DataError(f"The index '{place}' cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise DataError(f"The index '{place}' is damaged. Delete it; it is made again at the next start.") from None
 
 
@@ -136,7 +140,7 @@ def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
     path = _rows_file(place, entry.name)
     try:
         rows = np.load(path, mmap_mode="r" if entry.samples else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header is Python code to numpy, which raises what Python does
         if is_shortage(error):
             raise
         rows = None

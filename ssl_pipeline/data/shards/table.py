@@ -42,16 +42,16 @@ class ShardTable:
                 raise TypeError(f"{name} must be text")
         return cls(
             name=tuple(map(str, columns["name"])),
-            bytes=np.array(columns["bytes"], dtype=np.int64),
-            modified_ns=np.array(columns["modified_ns"], dtype=np.int64),
+            bytes=_numbers(columns["bytes"]),
+            modified_ns=_numbers(columns["modified_ns"], signed=True),
             sha256=tuple(map(str, columns["sha256"])),
-            samples=np.array(columns["samples"], dtype=np.int64),
-            labelled=np.array(columns["labelled"], dtype=np.int64),
-            image_bytes=np.array(columns["image_bytes"], dtype=np.int64),
-            pixel_bytes=np.array(columns["pixel_bytes"], dtype=np.int64),
-            widest=np.array(columns["widest"], dtype=np.int64),
-            passed_over=np.array(columns["passed_over"], dtype=np.int64),
-            other_files=np.array(columns["other_files"], dtype=np.int64),
+            samples=_numbers(columns["samples"]),
+            labelled=_numbers(columns["labelled"]),
+            image_bytes=_numbers(columns["image_bytes"]),
+            pixel_bytes=_numbers(columns["pixel_bytes"]),
+            widest=_numbers(columns["widest"]),
+            passed_over=_numbers(columns["passed_over"]),
+            other_files=_numbers(columns["other_files"]),
             example=tuple(map(str, columns["example"])),
         )
 
@@ -83,6 +83,16 @@ class ShardTable:
 
     def __iter__(self) -> Iterator[ShardEntry]:
         return (self[shard] for shard in range(len(self)))
+
+
+def _numbers(values: list[str] | list[int], *, signed: bool = False) -> NDArray[np.int64]:
+    """A column; TypeError or ValueError for anything but whole numbers that fit."""
+    numbers = np.array(values) if values else np.empty(0, dtype=np.int64)
+    if numbers.dtype != np.int64 or numbers.ndim != 1:
+        raise TypeError("not a column of whole numbers")
+    if not signed and (numbers < 0).any():
+        raise ValueError("negative numbers in a column of counts")
+    return numbers
 
 
 COLUMN_NAMES = tuple(field.name for field in fields(ShardEntry))

@@ -206,13 +206,83 @@ def test_a_damaged_index_is_an_error(shards: Path, content: str) -> None:
         open_shards(shards)
 
 
+def spoil(path: Path, how: str) -> None:
+    content = json.loads(path.read_text())
+    columns = content["shards"]
+    if how == "deep":
+        path.write_text("[" * 200_000)
+        return
+    if how == "directory":
+        path.unlink()
+        path.mkdir()
+        return
+    if how == "names":
+        content["class_names"] = "abc"
+    elif how == "fraction":
+        columns["samples"][0] = 1.5
+    elif how == "negative":
+        columns["bytes"][1] = -1
+    elif how == "huge":
+        columns["widest"][2] = 2**70
+    elif how == "nested":
+        columns["samples"] = [[1], [2], [3]]
+    else:
+        columns["labelled"][0] = True
+        columns["labelled"][1] = "7"
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("how", ["deep", "directory", "names", "fraction", "negative", "huge", "nested", "kinds"])
+def test_a_damaged_index_is_named_whatever_the_damage(shards: Path, how: str) -> None:
+    open_shards(shards)
+    spoil(shards / ".index" / "index.json", how)
+    with pytest.raises(
+        DataError, match=r"The index '.*\.index' (is damaged\. Delete it|cannot be read: Is a directory)"
+    ):
+        open_shards(shards)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 200_000,
+        '{"class_names": "abc", "shards": []}',
+        *(
+            json.dumps(
+                {"class_names": None, "shards": [{"name": "a.tar", "samples": 1, "bytes": 1, "sha256": ""} | wrong]}
+            )
+            for wrong in (
+                {"name": ["a"]},
+                {"name": 3},
+                {"bytes": "1"},
+                {"bytes": -1},
+                {"samples": True},
+                {"sha256": None},
+            )
+        ),
+        json.dumps({"class_names": None, "shards": [{"name": "a", "samples": 1, "bytes": 1, "sha256": ""}] * 2}),
+    ],
+)
+def test_a_damaged_manifest_is_named(shards: Path, content: str) -> None:
+    (shards / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json' is (damaged|not valid JSON).* Copy it again, or delete it"):
+        open_shards(shards)
+
+
+def test_a_manifest_that_cannot_be_read_is_named(shards: Path) -> None:
+    (shards / "manifest.json").mkdir()
+    with pytest.raises(DataError, match=r"manifest\.json' cannot be read: Is a directory"):
+        open_shards(shards)
+
+
 def test_damaged_rows_are_an_error(shards: Path) -> None:
     index = open_shards(shards)
     path = shards / ".index" / "part-000000.tar.npy"
     np.save(path, np.full((7, 6), 2**60))
     with pytest.raises(DataError, match=r"index of shard .* is damaged"):
         index.read(0)
-    for damage in (b"", b"garbage", pickle.dumps([1])):
+    header = b"\x93NUMPY\x01\0v\0" + b"(" * 117 + b"\n"
+    for damage in (b"", b"garbage", pickle.dumps([1]), header, header.replace(b"(((", b"0x\0"), b"PK\3\4" + bytes(50)):
         path.write_bytes(damage)
         with pytest.raises(DataError, match="is damaged"):
             open_shards(shards).read(0)
