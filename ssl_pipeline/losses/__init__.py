@@ -13,6 +13,7 @@ from ssl_pipeline.losses.prototypes import (
     total_logits,
 )
 from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss
+from ssl_pipeline.losses.redundancy import barlow_twins_loss, vicreg_loss
 from ssl_pipeline.losses.semi_supervised import (
     align_distribution,
     consistency_loss,
@@ -28,6 +29,7 @@ from ssl_pipeline.losses.semi_supervised import (
 __all__ = [
     "PrototypeTargets",
     "align_distribution",
+    "barlow_twins_loss",
     "byol_loss",
     "centred_softmax",
     "centred_targets",
@@ -51,5 +53,6 @@ __all__ = [
     "sinkhorn_knopp",
     "sinkhorn_targets",
     "total_logits",
+    "vicreg_loss",
     "weighted_cross_entropy",
 ]
