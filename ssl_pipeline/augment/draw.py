@@ -224,7 +224,7 @@ class ViewSampler:
 def _size_at(uniform: float, group: ViewGroup) -> int:
     """The size that a number in [0, 1) stands for."""
     shares = np.cumsum(group.size_weights or np.ones(len(group.sizes)))
-    return group.sizes[int(np.searchsorted(shares, uniform * shares[-1], side="right"))]
+    return group.sizes[int(np.searchsorted(shares[:-1], uniform * shares[-1], side="right"))]
 
 
 def _with_those_of(

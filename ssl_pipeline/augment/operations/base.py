@@ -105,7 +105,7 @@ class Stage(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """All that can happen to a view at all; equal for views that one pass can make."""
+    """Whatever can happen to a view; equal for views that one pass can make."""
 
     operations: tuple[Stage, ...]
     factor: Channels  # of the normalisation: value * factor + offset, which is (value - mean) / std to rounding
