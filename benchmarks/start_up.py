@@ -20,12 +20,11 @@ from benchmarks.images import small_images, views_of
 from benchmarks.report import table_of
 from benchmarks.rounds import Comparison
 from benchmarks.settings import BenchmarkConfig, Size
+from benchmarks.shard_reports import BATCH_SIZE, batches_of
 from benchmarks.streams import OurInput
 from benchmarks.synthetic_shards import write_synthetic_shards
-from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data.stream import DataConfig, open_stream
+from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.files import JSON
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +38,6 @@ SAMPLES: dict[Size, tuple[int, ...]] = {
 }
 PROCESSES = (1, 2, 8)  # that share an epoch
 MOST_ROUNDS = 3
-BATCH_SIZE = 64
 MEMORY_BATCHES: dict[Size, int] = {"tiny": 3, "small": 300, "large": 300}  # more than a block of 16 shards holds
 
 Row = dict[str, float]
@@ -104,23 +102,6 @@ def measure_start_up(folder: Path, shard_counts: Sequence[int], *, rounds: int) 
     ]
 
 
-def report_start_up(folder: str, begin: str) -> None:
-    """Print, as JSON, the seconds since `begin` until the set is open, and those until there is a batch."""
-    imported, imported_cpu = time.monotonic(), time.process_time()
-    index = open_shards(folder)
-    opened, opened_cpu = time.monotonic(), time.process_time()
-    batches = _batches(index, workers=1)
-    next(batches)
-    row = {
-        "seconds": opened - float(begin),
-        "open_seconds": opened - imported,
-        "first_batch_seconds": time.monotonic() - opened,
-        "cpu_seconds": opened_cpu,
-        "open_cpu_seconds": opened_cpu - imported_cpu,
-    }
-    print(json.dumps(row))
-
-
 def measure_memory(folder: Path, sample_counts: Sequence[int], *, batches: int) -> list[Row]:
     """Megabytes of a worker that has read from more than one block, per number of samples."""
     rows: list[Row] = []
@@ -129,22 +110,6 @@ def measure_memory(folder: Path, sample_counts: Sequence[int], *, batches: int) 
         write_synthetic_shards(place, shards=samples // 1000, samples=1000)
         rows.append({"samples": samples, **_in_new_process("report_memory", place, batches)})
     return rows
-
-
-def report_memory(folder: str, batches: str) -> None:
-    """Print, as JSON, what /proc says of a worker: resident, and what of it is no other process's."""
-    stream = _batches(open_shards(folder), workers=1)
-    for _ in range(int(batches)):
-        next(stream)
-    own = Path("/proc/self/task")
-    (worker,) = [int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()]
-    lines = Path(f"/proc/{worker}/smaps_rollup").read_text().splitlines()[1:]
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    row = {
-        "resident_megabytes": kilobytes["Rss"] / 1024,
-        "own_megabytes": (kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]) / 1024,
-    }
-    print(json.dumps(row))
 
 
 def count_reads(folder: Path, world_size: int) -> dict[str, JSON]:
@@ -157,22 +122,16 @@ def count_reads(folder: Path, world_size: int) -> dict[str, JSON]:
     for rank in range(world_size):
         index = open_shards(place)
         with patch.object(index, "read", wraps=index.read) as read:
-            for batch in _batches(index, rank=rank, world_size=world_size, batches=samples // BATCH_SIZE // world_size):
+            for batch in batches_of(
+                index, rank=rank, world_size=world_size, batches=samples // BATCH_SIZE // world_size
+            ):
                 seen.update(batch.sample_ids.tolist())
         reads.append(read.call_count)
     return {"world_size": world_size, "samples": samples, "samples_read": len(seen), "reads_of_ranks": reads}
 
 
-def _batches(
-    index: ShardIndex, *, workers: int = 0, rank: int = 0, world_size: int = 1, batches: int | None = None
-) -> Iterator[StreamBatch]:
-    groups = {"view": ViewGroup(count=2, size=16)}
-    config = DataConfig(shards="", batch_size=BATCH_SIZE, workers=workers)
-    return open_stream(index, groups, config, seed=0, position=0, rank=rank, world_size=world_size, batches=batches)
-
-
 def _in_new_process(function: str, *arguments: object) -> Row:
-    command = f"import sys; from benchmarks import start_up; start_up.{function}(*sys.argv[1:])"
+    command = f"import sys; from benchmarks import shard_reports; shard_reports.{function}(*sys.argv[1:])"
     run = subprocess.run(
         [sys.executable, "-c", command, *map(str, arguments)], stdout=subprocess.PIPE, check=True, text=True
     )

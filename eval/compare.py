@@ -1,5 +1,7 @@
 """`python -m eval.compare key=value ...`: several recipes and seeds in one table."""
 
+from __future__ import annotations
+
 import sys
 
 from ssl_pipeline.eval.compare import command

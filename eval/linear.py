@@ -1,5 +1,7 @@
 """`python -m eval.linear key=value ...`: linear-probe accuracy of a backbone's features."""
 
+from __future__ import annotations
+
 import sys
 
 from ssl_pipeline.eval.linear import command

@@ -1,5 +1,7 @@
 """`python -m eval.table key=value ...`: the reports of a run in one table."""
 
+from __future__ import annotations
+
 import sys
 
 from ssl_pipeline.eval.table import command

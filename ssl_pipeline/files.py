@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT}
+
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 
@@ -105,6 +107,11 @@ def without_nan(value: JSON) -> JSON:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [without_nan(entry) for entry in value]
     return value
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says nothing of the file it was met at: no open files, no memory, no rights, no network."""
+    return isinstance(error, OSError) and error.errno in SHORTAGES
 
 
 def open_no_link(path: Path, flags: int) -> int:

@@ -1,5 +1,7 @@
 """Memory that this process may still take: of a GPU, or its share of what the machine or its container has left."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ssl_pipeline.augment.stages import Channels
+from ssl_pipeline.augment.operations.base import Channels
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing
 from ssl_pipeline.batch import Batch

@@ -51,3 +51,24 @@ def _cut(image_HWC: Tensor, top: int, left: int, height: int, width: int) -> Ten
 def _reflected(start: int, length: int, size: int) -> Tensor:
     """Indices start ... start + length - 1 with those outside [0, size) mirrored at the first and the last."""
     return (size - 1) - ((size - 1) - torch.arange(start, start + length).abs()).abs()
+
+
+def crop_images(
+    images: Sequence[Tensor],
+    boxes_VB4: Integers,
+    flips_VB: NDArray[np.bool_],
+    *,
+    interpolation: str,
+    out: Tensor,
+) -> None:
+    """Every view of some 8-bit images (H,W,3) into `out` (V,B,S,S,3)."""
+    boxes, flips, out_VBCHW = boxes_VB4.tolist(), flips_VB.tolist(), out.movedim(-1, 2)
+    for number, image in enumerate(images):
+        for view, (its_boxes, its_flips) in enumerate(zip(boxes, flips, strict=True)):
+            crop_and_resize(
+                image,
+                its_boxes[number],
+                flip=its_flips[number],
+                interpolation=interpolation,
+                out=out_VBCHW[view, number],
+            )

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator
 import torch
 from torch import Tensor
 
-from ssl_pipeline.augment.stages import Stages
+from ssl_pipeline.augment.operations.base import Stages
 
 # N samples, C channels, P draws
 

@@ -7,13 +7,14 @@ order (Pillow's semantics, to rounding), from numbers that the host drew.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ssl_pipeline.augment.on_accelerator import augment_on_accelerator, fused
 from ssl_pipeline.augment.on_cpu import augment_on_cpu
-from ssl_pipeline.augment.stages import Channels, stages_per_view
+from ssl_pipeline.augment.operations.base import Channels, Stage, Stages
 from ssl_pipeline.augment.views import ViewGroup
 
 # V views of each of B images, C channels; N: the same images, one view at a time; P draws
@@ -52,3 +53,20 @@ def apply_photometric(
                 augment = fused() if compile and device.type == "cuda" else augment_on_accelerator
                 views_NCHW.copy_(augment(crops_NCHW, draws_NP, stages))
     return views_VBCHW
+
+
+def stages_per_view(group: ViewGroup, *, size: int, mean: Channels, std: Channels) -> list[Stages]:
+    """What can happen to each view of the group, if it is `size` pixels wide."""
+    (mean_red, mean_green, mean_blue), (red, green, blue) = mean, std
+    factor, offset = (1 / red, 1 / green, 1 / blue), (-mean_red / red, -mean_green / green, -mean_blue / blue)
+    return [Stages(tuple(_stages_of(group, view, size)), factor, offset) for view in range(group.count)]
+
+
+def _stages_of(group: ViewGroup, view: int, size: int) -> Iterator[Stage]:
+    first = 0
+    for operation in group.operations:
+        end = first + operation.num_draws(group)
+        setting = operation.setting(group, view, size=size)
+        if setting is not None:
+            yield Stage(operation, setting, first, end)
+        first = end

@@ -1,7 +1,9 @@
 """The networks that are pretrained: any timm model by name, turned into features."""
 
+from __future__ import annotations
+
 from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
-from ssl_pipeline.backbones.config import BackboneConfig
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
@@ -10,6 +12,7 @@ from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose 
 from ssl_pipeline.backbones.tokens import Tokens
 
 __all__ = [
+    "ARCHITECTURE",
     "Backbone",
     "BackboneConfig",
     "Preprocessing",

@@ -6,12 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import write_bytes
+from ssl_pipeline.files import write_tensors
 
 FILE_NAME = "classifier.safetensors"
 
@@ -23,7 +22,7 @@ def save_classifier(directory: Path, classifier: nn.Linear, class_names: Sequenc
     if class_names is not None:
         header["class_names"] = json.dumps(list(class_names))
     directory.mkdir(parents=True, exist_ok=True)
-    write_bytes(directory / FILE_NAME, safetensors.torch.save(state, metadata=header))
+    write_tensors(directory / FILE_NAME, state, metadata=header)
 
 
 def load_classifier(directory: Path) -> tuple[nn.Linear, tuple[str, ...] | None]:

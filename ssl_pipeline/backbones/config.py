@@ -15,6 +15,7 @@ RESERVED_ARGUMENTS = {
     "drop_path_rate": "set backbone.drop_path",
     "dynamic_img_size": "it is always on where the model has it",
 }
+ARCHITECTURE = ("name", "arguments", "small_images")  # what shapes the tensors; the rest is how they begin and train
 
 
 class BackboneConfig(Config):

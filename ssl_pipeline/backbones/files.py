@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_pipeline.backbones.config import BackboneConfig
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.weights import first_line, load_weights
@@ -44,7 +44,7 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
     path = directory / "backbone.json"
     try:
         description = json.loads(path.read_bytes())
-        config = BackboneConfig(**{key: description[key] for key in ("name", "arguments", "small_images")})
+        config = BackboneConfig(**{key: description[key] for key in ARCHITECTURE})
         preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None

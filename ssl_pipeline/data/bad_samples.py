@@ -1,5 +1,7 @@
 """What became of images that could not be decoded, and how many of them a run puts up with."""
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Iterable

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from ssl_pipeline.augment.draw import ViewSampler
 from ssl_pipeline.data.bad_samples import BadSample
-from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader, ImageTable
+from ssl_pipeline.data.batches import DecodedImages, ImageTable, StreamBatch
+from ssl_pipeline.data.decode_reader import DecodedReader
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.samples import Integers, Samples, labels_layout
 from ssl_pipeline.data.shards.open import ShardIndex
@@ -51,7 +52,7 @@ def cached_stream(
     workers: int,
     rank: int,
     keepalive: Callable[[], None],
-) -> Iterator[DecodedBatch]:
+) -> Iterator[StreamBatch]:
     """The images at the positions of batch 0, 1, ...; of `batches`, or without end. They are decoded at the first."""
     cache = None
     for number in itertools.count() if batches is None else range(batches):
@@ -59,7 +60,7 @@ def cached_stream(
         yield _draw_batch(cache, samples, sampler, positions_of(number))
 
 
-def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, positions: Sequence[int]) -> DecodedBatch:
+def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, positions: Sequence[int]) -> StreamBatch:
     epochs_B, samples_B = samples.locate(positions)
     images = cache.images.of(samples_B)
     drawn = sampler.draw(
@@ -70,16 +71,15 @@ def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, pos
         tensor = torch.from_numpy(values)
         return tensor.pin_memory() if cache.pixels.is_cuda else tensor
 
-    return DecodedBatch(
-        cache.pixels,
-        images,
-        {name: group.boxes for name, group in drawn.items()},
-        {name: group.flips for name, group in drawn.items()},
-        {name: prepared(group.draws) for name, group in drawn.items()},
-        {name: prepared(group.masks) for name, group in drawn.items() if group.masks is not None},
+    boxes = {name: of.boxes for name, of in drawn.items()}
+    flips = {name: of.flips for name, of in drawn.items()}
+    return StreamBatch(
+        {name: prepared(of.draws) for name, of in drawn.items()},
+        {name: prepared(of.masks) for name, of in drawn.items() if of.masks is not None},
         prepared(cache.labels[samples_B]),
         prepared(cache.sample_ids[samples_B]),
         [bad for sample in samples_B.tolist() for bad in cache.bad.get(sample, ())],
+        images=DecodedImages(cache.pixels, images, boxes, flips, sampler.sizes(positions)),
     )
 
 
@@ -112,23 +112,24 @@ def decode_all(
     with tqdm(
         total=len(index), desc=f"decoding {index.source}", unit="image", leave=False, delay=1.0, disable=rank > 0
     ) as bar:
-        for slot, decoded in read:
-            batch = reader.batch(slot, decoded)
+        for tensors, notes in read:
+            batch = StreamBatch.over(tensors, notes)
             here = slice(done, done + len(batch.labels))
             labels[here], ids[here] = batch.labels.numpy(), batch.sample_ids.numpy()
             _copy_images(batch, images, index, out=pixels, first=done)
             done = here.stop
-            _add_chains(bad, decoded.bad)
+            _add_chains(bad, batch.bad)
             bar.update(len(batch.labels))
             keepalive()
     return CachedImages(pixels, images.of(ids), labels, ids, bad)
 
 
-def _copy_images(batch: DecodedBatch, images: ImageTable, index: ShardIndex, *, out: Tensor, first: int) -> None:
+def _copy_images(batch: StreamBatch, images: ImageTable, index: ShardIndex, *, out: Tensor, first: int) -> None:
     """Copy a batch that begins with image `first` to where `images` says, all but those that stand in for others."""
     numbers_B = np.arange(first, first + len(batch.sample_ids))
     own_B = batch.sample_ids.numpy() == numbers_B
-    places, found = images.of(numbers_B), batch.images
+    assert batch.images is not None
+    places, pixels, found = images.of(numbers_B), batch.images.pixels, batch.images.table
     differs_B = own_B & ((places.heights != found.heights) | (places.widths != found.widths))
     if differs_B.any():
         raise DataError(
@@ -137,9 +138,9 @@ def _copy_images(batch: DecodedBatch, images: ImageTable, index: ShardIndex, *, 
         )
     if own_B.all():
         start, used = places.offsets[0], (3 * found.heights * found.widths).sum()
-        out[start : start + used].copy_(batch.pixels[:used])
+        out[start : start + used].copy_(pixels[:used])
         return
-    for number, (source, target) in enumerate(zip(found.views(batch.pixels), places.views(out), strict=True)):
+    for number, (source, target) in enumerate(zip(found.views(pixels), places.views(out), strict=True)):
         if own_B[number]:
             target.copy_(source)
 

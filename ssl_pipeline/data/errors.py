@@ -1,5 +1,7 @@
 """The one error that every part of the data path raises for the user."""
 
+from __future__ import annotations
+
 from ssl_pipeline.config import ConfigError
 
 

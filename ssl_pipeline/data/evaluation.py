@@ -1,5 +1,7 @@
 """Images as evaluators see them: resized, centre-cropped, in the order of the index."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch

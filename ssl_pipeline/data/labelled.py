@@ -79,6 +79,7 @@ def open_labelled_stream(
         world_size=world_size,
         masks=masks,
         accumulate=accumulate,
+        size_seed=seed,
         repeat=True,
         device=device,
         keepalive=keepalive,

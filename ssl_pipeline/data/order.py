@@ -1,5 +1,7 @@
 """Who reads what when: a pure function of (seed, position), from SplitMix64 (Steele et al., OOPSLA 2014)."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Positions of the endless stream -> decoded samples."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,6 +1,9 @@
 """Shards -> batches of images: an endless stream whose whole state is one position."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
+from itertools import starmap
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +15,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import Config
 from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.data.crop_reader import CropBatch, CropReader
+from ssl_pipeline.data.crop_reader import CropReader
 from ssl_pipeline.data.decode import MAX_PIXELS
 from ssl_pipeline.data.decode_reader import DecodedReader
 from ssl_pipeline.data.device_cache import cached_stream
@@ -23,7 +26,7 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.subset import open_subset
 from ssl_pipeline.data.workers.pool import read_batches
 
-__all__ = ["CropBatch", "DataConfig", "LabelledConfig", "StreamBatch", "open_images", "open_stream"]
+__all__ = ["DataConfig", "LabelledConfig", "StreamBatch", "open_images", "open_stream"]
 
 
 class LabelledConfig(Config):
@@ -89,7 +92,7 @@ class DataConfig(Config):
     """A second, labelled set of images, for methods such as FixMatch."""
 
     @model_validator(mode="after")
-    def _cache_crops_on_the_device(self) -> "DataConfig":
+    def _cache_crops_on_the_device(self) -> DataConfig:
         if self.cache and self.crop_on == "worker":
             raise ValueError(
                 "cache keeps decoded images on the device, which then crops them. Leave crop_on=worker out, or cache."
@@ -128,6 +131,7 @@ def open_stream(
     world_size: int,
     masks: Mapping[str, MaskRule] = NO_MASKS,
     accumulate: int = 1,
+    size_seed: int | None = None,
     batches: int | None = None,
     repeat: bool = False,
     device: torch.device | str = "cpu",
@@ -137,7 +141,8 @@ def open_stream(
 
     Item m holds its slice of positions [position + m*G, position + (m+1)*G), G = batch_size * world_size. What it
     holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Each `accumulate`
-    micro-batches are an optimizer step. `masks` has the rules of the groups whose views are masked. Data sets smaller
+    micro-batches are an optimizer step, whose views have sizes of their own, by `size_seed`, where a group has several
+    (default: `seed`). `masks` has the rules of the groups whose views are masked. Data sets smaller
     than G are refused, unless samples may `repeat` within a batch. `device` is where batches will be taken, which
     decides where crops are cut out. A batch lasts until the next one is asked for, which may overwrite it; `clone()`
     keeps one for longer. The first may take long, where all images are decoded for it: `keepalive` is called
@@ -156,7 +161,14 @@ def open_stream(
     samples = Samples(index, order, seed=seed, substitutes=substitutes, max_pixels=config.max_pixels)
 
     global_batch = step * accumulate
-    sampler = ViewSampler(dict(groups), dict(masks), seed, global_batch, offset=position % global_batch)
+    sampler = ViewSampler(
+        dict(groups),
+        dict(masks),
+        seed,
+        global_batch,
+        offset=position % global_batch,
+        size_seed=seed if size_seed is None else size_seed,
+    )
 
     def positions_of(batch: int) -> range:
         start = position + batch * step
@@ -173,10 +185,7 @@ def open_stream(
             rank=rank,
             keepalive=keepalive,
         )
-    if config.crops_on_device(device):
-        decoder = DecodedReader(samples, sampler, batch_size=config.batch_size)
-        decoded = read_batches(decoder, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
-        return (decoder.batch(slot, extra) for slot, extra in decoded)
-    cropper = CropReader(samples, sampler, batch_size=config.batch_size)
-    cropped = read_batches(cropper, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
-    return (cropper.batch(slot, bad) for slot, bad in cropped)
+    make_reader = DecodedReader if config.crops_on_device(device) else CropReader
+    reader = make_reader(samples, sampler, batch_size=config.batch_size)
+    read = read_batches(reader, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
+    return starmap(StreamBatch.over, read)

@@ -22,12 +22,13 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import ShardSource
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, check_keep, check_labels
-from ssl_pipeline.files import JSON, sha256_of, write_array, write_json
+from ssl_pipeline.files import JSON, is_shortage, sha256_of, write_array, write_json
 
 FORMAT = 1
 SMALL = 4096  # bytes
 
 Content = Literal["keep", "labels"]
+IN_WORDS = {"keep": "numbers of images to keep", "labels": "labels"}
 
 
 def open_subset(
@@ -153,7 +154,9 @@ def _read_description(path: Path, content: Content, index: ShardIndex, *, where:
     if format != FORMAT:
         raise DataError(f"{where}: '{beside}' has format {format}, needed is {FORMAT}. Write both again.")
     if what != content:
-        raise DataError(f"{where} must be a file of {content}. '{beside}' says that it holds {what}.")
+        raise DataError(
+            f"{where} must hold {IN_WORDS[content]}. '{beside}' says that it holds {IN_WORDS.get(what, what)}."
+        )
     if fingerprint != index.fingerprint:
         raise DataError(
             f"{where} was made for other images than those of '{index.source}' (fingerprint {fingerprint[:8]}, here "
@@ -173,7 +176,9 @@ def _load(path: Path, where: str) -> NDArray:
     is_small = path.stat().st_size < SMALL  # maybe empty, and then it cannot be mapped
     try:
         array = np.load(path, mmap_mode=None if is_small else "r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError) as error:
+        if is_shortage(error):
+            raise
         array = None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{where} holds no array of numbers in numpy's format (pickles are not read).")

@@ -3,6 +3,8 @@
 python -m data_tools.check_shards DIR
 """
 
+from __future__ import annotations
+
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config import Config, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import ShardList, list_shards
@@ -67,7 +69,7 @@ def check_shards(config: CheckShards) -> int:
     if manifest is not None:
         problems += differences(entries, names, manifest, whole_folder=listed.whole_folder)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     images = sum(entry.samples for entry in entries)
     labelled = sum(entry.labelled for entry in entries)
     megabytes = sum(entry.bytes for entry in entries) / 1e6

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config import Config, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
@@ -266,7 +266,7 @@ def _report(
         unlabelled = sum(candidate.label is None for candidate, _ in samples)
         classes += f", {unlabelled:,} of them without a label" if unlabelled else ""
     megabytes = sum(shard.bytes for shard in shards) / 1e6
-    print(
+    _say(
         f"{sum(shard.samples for shard in shards):,} images {classes} -> "
         f"{len(shards)} shard{'s' * (len(shards) != 1)}, {megabytes:.1f} MB, "
         f"in {folder} ({ORIGINS_FILE} says which file became which)"
@@ -283,10 +283,14 @@ def _report_left_out(config: MakeShards, rejected: Sequence[Rejected]) -> None:
         f"{count:,} {first[kind].reason} ('{first[kind].file}')" for kind, count in kinds.most_common(REASONS_SHOWN)
     ]
     others = sum(kinds.values()) - sum(count for _, count in kinds.most_common(REASONS_SHOWN))
-    print(
+    _say(
         f"{len(rejected):,} files left out: {'; '.join(shown)}{f'; {others:,} for other reasons' if others else ''}. "
         f"All are listed in {config.output / REJECTED_FILE}"
     )
+
+
+def _say(text: str) -> None:
+    print(printable(text))
 
 
 def command(name: str = "python -m data_tools.make_shards") -> int:

@@ -1,5 +1,7 @@
 """Images made quick to decode: at most so many pixels on their shorter side, as baseline JPEG with 4:2:0 chroma."""
 
+from __future__ import annotations
+
 import io
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """A function of many tasks in several processes, in order and with a progress bar."""
 
+from __future__ import annotations
+
 import os
 import signal
 import threading

@@ -1,5 +1,7 @@
 """The losses as functions of plain tensors: no state, no randomness, the dtype of the inputs kept."""
 
+from __future__ import annotations
+
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
 from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nt_xent
 from ssl_pipeline.losses.distillation import byol_loss, self_distillation, simsiam_loss
@@ -11,6 +13,7 @@ from ssl_pipeline.losses.prototypes import (
     total_logits,
 )
 from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss
+from ssl_pipeline.losses.redundancy import barlow_twins_loss, vicreg_loss
 from ssl_pipeline.losses.semi_supervised import (
     align_distribution,
     consistency_loss,
@@ -26,6 +29,7 @@ from ssl_pipeline.losses.semi_supervised import (
 __all__ = [
     "PrototypeTargets",
     "align_distribution",
+    "barlow_twins_loss",
     "byol_loss",
     "centred_softmax",
     "centred_targets",
@@ -49,5 +53,6 @@ __all__ = [
     "sinkhorn_knopp",
     "sinkhorn_targets",
     "total_logits",
+    "vicreg_loss",
     "weighted_cross_entropy",
 ]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_pipeline.distributed import gather, mean_over_ranks
@@ -129,10 +128,11 @@ class SelfAdaptiveThresholds(nn.Module):
         """From the logits of the weak views; those of the labelled images and the images' numbers are not used."""
         probabilities_UC = _probabilities(weak_UC)
         confidence_U, guesses_U = probabilities_UC.max(dim=1)
+        guessed_UC = torch.zeros_like(probabilities_UC).scatter_(1, guesses_U[:, None], 1)
         carry = {
             "confidence": _global_mean(confidence_U),
             "predictions": _global_mean(probabilities_UC),
-            "guesses": _global_mean(F.one_hot(guesses_U, weak_UC.shape[1]).to(probabilities_UC.dtype)),
+            "guesses": _global_mean(guessed_UC),
         }
         predictions_C = self.predictions.after(carry["predictions"])
         thresholds_C = self._confidence_after(carry["confidence"]) * predictions_C / predictions_C.max()

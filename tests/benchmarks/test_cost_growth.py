@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import start_up
 from benchmarks.settings import BenchmarkConfig
-from benchmarks.start_up import count_reads, report_start_up
+from benchmarks.shard_reports import report_start_up
+from benchmarks.start_up import count_reads
 from benchmarks.synthetic_shards import write_synthetic_shards
 from ssl_pipeline.data.decode import decode_image
 from ssl_pipeline.data.shards import verification

@@ -12,11 +12,10 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, load
 from ssl_pipeline.data import device_cache
-from ssl_pipeline.data.decode_reader import DecodedBatch
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data.stream import CropBatch, DataConfig, LabelledConfig, StreamBatch, open_stream
+from ssl_pipeline.data.stream import DataConfig, LabelledConfig, StreamBatch, open_stream
 
 GROUPS = {
     "global": ViewGroup(count=2, size=8),
@@ -49,8 +48,8 @@ def assert_equal(first: StreamBatch, second: StreamBatch) -> None:
 def test_on_a_cpu_batches_are_those_of_workers_that_crop(shards: Path, mode: dict[str, object]) -> None:
     index = open_shards(shards)
     plain, other = batches(index, config(6), 8), batches(index, config(6, **mode), 8)
-    assert all(isinstance(batch, CropBatch) for batch in plain)
-    assert all(isinstance(batch, DecodedBatch) for batch in other)
+    assert all(batch.images is None for batch in plain)
+    assert all(batch.images is not None and not batch.crops for batch in other)
     for first, second in zip(plain, other, strict=True):
         assert_equal(first, second)
 
@@ -126,7 +125,7 @@ def test_a_labelled_stream_keeps_step(shards: Path, mode: dict[str, object]) -> 
         assert_equal(first, second)
         assert first.labelled.sample_ids.tolist() == second.labelled.sample_ids.tolist()
         assert torch.equal(first.labelled.cropped(GROUPS)["pad"], second.labelled.cropped(GROUPS)["pad"])
-        assert second.to("meta").labelled.pixels.is_meta
+        assert second.to("meta").labelled.images.pixels.is_meta
 
 
 def test_a_cache_is_filled_once_and_not_before_it_is_needed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +145,8 @@ def test_what_is_kept_of_a_cache_are_the_images_of_the_batch(shards: Path) -> No
     where = {"seed": 0, "position": 0, "rank": 0, "world_size": 1}
     batch = next(open_stream(index, GROUPS, config(4, **CACHE), **where))
     kept = batch.clone()
-    assert len(batch.pixels) > len(index) * 12 * 10 * 3
-    assert len(kept.pixels) == 4 * 12 * 10 * 3
+    assert len(batch.images.pixels) > len(index) * 12 * 10 * 3
+    assert len(kept.images.pixels) == 4 * 12 * 10 * 3
     assert_equal(kept, batch)
 
 
@@ -165,9 +164,11 @@ def test_keepalives_come_while_a_cache_fills(shards: Path) -> None:
 def test_auto_crops_on_a_gpu_and_in_the_workers_of_a_cpu(shards: Path) -> None:
     index = open_shards(shards)
     where = {"seed": 0, "position": 0, "rank": 0, "world_size": 1}
-    for device, kind in (("cpu", CropBatch), ("cuda", DecodedBatch), (torch.device("cuda", 0), DecodedBatch)):
-        assert isinstance(next(open_stream(index, GROUPS, config(4), device=device, **where)), kind)
-    assert isinstance(next(open_stream(index, GROUPS, config(4, crop_on="worker"), device="cuda", **where)), CropBatch)
+    for device, decoded in (("cpu", False), ("cuda", True), (torch.device("cuda", 0), True)):
+        batch = next(open_stream(index, GROUPS, config(4), device=device, **where))
+        assert (batch.images is not None) == decoded
+    batch = next(open_stream(index, GROUPS, config(4, crop_on="worker"), device="cuda", **where))
+    assert batch.images is None
 
 
 def test_a_cache_and_workers_that_crop_exclude_each_other() -> None:

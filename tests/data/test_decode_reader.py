@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from ssl_pipeline import machine
 from ssl_pipeline.augment.draw import ViewSampler, crop_boxes, group_uniforms
+from ssl_pipeline.augment.resample import crop_and_resize_batch
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data import decode_reader, device_cache
+from ssl_pipeline.data import device_cache
+from ssl_pipeline.data.batches import DecodedImages, StreamBatch
 from ssl_pipeline.data.decode import decode_image
-from ssl_pipeline.data.decode_reader import DecodedBatch, DecodedReader
+from ssl_pipeline.data.decode_reader import DecodedReader
 from ssl_pipeline.data.device_cache import decode_all
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.order import Order
@@ -42,30 +44,30 @@ def reader_of(index: ShardIndex, *, groups: dict[str, ViewGroup] = GROUPS, subst
     return DecodedReader(samples, ViewSampler(groups, {}, seed=0, global_batch=6), batch_size=6)
 
 
-def read(reader: DecodedReader, positions: range) -> DecodedBatch:
+def read(reader: DecodedReader, positions: range) -> StreamBatch:
     """By way of a slot of shared memory and a pipe, which hold an older batch."""
     slot = {
         name: torch.full(shape, 1, dtype=dtype) if dtype == torch.bool else torch.full(shape, 77, dtype=dtype)
         for name, (shape, dtype) in reader.layout(positions).items()
     }
     reader = pickle.loads(pickle.dumps(reader))
-    return reader.batch(slot, pickle.loads(pickle.dumps(reader(positions, slot))))
+    return StreamBatch.over(slot, pickle.loads(pickle.dumps(reader(positions, slot))))
 
 
-def images_of(batch: DecodedBatch) -> list[np.ndarray]:
-    table = batch.images
+def images_of(batch: StreamBatch) -> list[np.ndarray]:
+    images, table = batch.images, batch.images.table
     return [
-        batch.pixels[offset : offset + 3 * height * width].numpy().reshape(height, width, 3)
+        images.pixels[offset : offset + 3 * height * width].numpy().reshape(height, width, 3)
         for offset, height, width in zip(table.offsets, table.heights, table.widths, strict=True)
     ]
 
 
-def assert_equal(first: DecodedBatch, second: DecodedBatch) -> None:
+def assert_equal(first: StreamBatch, second: StreamBatch) -> None:
     for one, other in zip(images_of(first), images_of(second), strict=True):
         assert one.tolist() == other.tolist()
     for name in GROUPS:
-        assert first.boxes[name].tolist() == second.boxes[name].tolist()
-        assert first.flips[name].tolist() == second.flips[name].tolist()
+        assert first.images.boxes[name].tolist() == second.images.boxes[name].tolist()
+        assert first.images.flips[name].tolist() == second.images.flips[name].tolist()
         assert torch.equal(first.draws[name], second.draws[name])
     assert first.labels.tolist() == second.labels.tolist()
     assert first.sample_ids.tolist() == second.sample_ids.tolist()
@@ -85,20 +87,21 @@ def test_a_batch_holds_the_decoded_images_one_after_another(varied: ShardIndex, 
 
 
 def test_boxes_lie_in_their_images(varied: ShardIndex) -> None:
-    batch = read(reader_of(varied), range(6))
-    for boxes_VB4 in batch.boxes.values():
+    images = read(reader_of(varied), range(6)).images
+    for boxes_VB4 in images.boxes.values():
         assert (boxes_VB4[..., :2] >= 0).all()
-        assert (boxes_VB4[..., 0] + boxes_VB4[..., 2] <= batch.images.heights).all()
-        assert (boxes_VB4[..., 1] + boxes_VB4[..., 3] <= batch.images.widths).all()
+        assert (boxes_VB4[..., 0] + boxes_VB4[..., 2] <= images.table.heights).all()
+        assert (boxes_VB4[..., 1] + boxes_VB4[..., 3] <= images.table.widths).all()
 
 
 def test_only_what_is_used_of_a_slot_travels_to_the_device(varied: ShardIndex) -> None:
     batch = read(reader_of(varied), range(6))
-    used = 3 * int((batch.images.heights * batch.images.widths).sum())
-    assert len(batch.pixels) == used + 3 * batch.images.widths.max()
+    images, table = batch.images, batch.images.table
+    used = 3 * int((table.heights * table.widths).sum())
+    assert len(images.pixels) == used + 3 * table.widths.max()
     moved = batch.to("meta")
-    assert moved.pixels.is_meta
-    assert moved.pixels.shape == batch.pixels.shape
+    assert moved.images.pixels.is_meta
+    assert moved.images.pixels.shape == images.pixels.shape
     assert moved.draws["local"].is_meta
     assert moved.labels.is_meta
     assert moved.sample_ids.is_meta
@@ -158,10 +161,9 @@ def test_what_finds_no_room_beside_substitutes_is_there_all_the_same(damaged: Sh
         slot = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in reader.layout(positions).items()}
         outcome = reader(positions, slot)
         displaced += outcome.displaced is not None
-        batch = reader.batch(slot, outcome)
-        assert len(batch.pixels) >= 3 * int(
-            (batch.images.heights * batch.images.widths).sum() + batch.images.widths.max()
-        )
+        batch = StreamBatch.over(slot, outcome)
+        table = batch.images.table
+        assert len(batch.images.pixels) >= 3 * int((table.heights * table.widths).sum() + table.widths.max())
         assert len(outcome.bad) >= 2
         for sample, image in zip(batch.sample_ids.tolist(), images_of(batch), strict=True):
             assert sample % 2 == 0
@@ -178,14 +180,18 @@ def test_a_cache_shows_the_pixels_of_the_substitute_for_a_damaged_image(damaged:
         assert image.tolist() == decode_image(damaged.read(sample).image).tolist()
 
 
-def test_on_a_device_the_crops_are_those_of_the_cpu_before_rounding(
-    varied: ShardIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def crops_at_once(images: DecodedImages, name: str) -> torch.Tensor:
+    """What a device makes of them, on a CPU."""
+    table = images.table
+    where = images.pixels, table.offsets, table.heights, table.widths, images.boxes[name], images.flips[name]
+    return crop_and_resize_batch(*where, size=images.sizes[name], interpolation="bicubic")
+
+
+def test_on_a_device_the_crops_are_those_of_the_cpu_before_rounding(varied: ShardIndex) -> None:
     groups = {"pad": ViewGroup(count=2, size=20, crop="pad"), "view": ViewGroup(count=2, size=20, scale=(0.5, 1.0))}
     batch = read(reader_of(varied, groups=groups), range(6))
     rounded = batch.cropped(groups)
-    monkeypatch.setattr(decode_reader, "_crops_in_8_bits", decode_reader._crops_at_once)
-    exact = batch.cropped(groups)
+    exact = {name: crops_at_once(batch.images, name) for name in groups}
     for name in groups:
         assert rounded[name].dtype == torch.uint8
         assert exact[name].dtype == torch.float32
@@ -197,7 +203,7 @@ def test_on_a_device_the_crops_are_those_of_the_cpu_before_rounding(
 def test_a_kept_batch_is_not_overwritten(varied: ShardIndex) -> None:
     reader = reader_of(varied)
     slot = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in reader.layout(range(6)).items()}
-    kept = reader.batch(slot, reader(range(6), slot)).clone()
+    kept = StreamBatch.over(slot, reader(range(6), slot)).clone()
     for tensor in slot.values():
         tensor.zero_()
     assert_equal(kept, read(reader, range(6)))
@@ -294,6 +300,7 @@ def test_crop_boxes_follow_the_images_own_size(varied: ShardIndex) -> None:
     batch = read(reader, range(6))
     epochs, samples = reader.samples.locate(range(6))
     numbers = group_uniforms("local", GROUPS["local"], seed=0, epochs_B=epochs, samples_B=samples)
-    boxes, flips = crop_boxes(numbers, batch.images.heights, batch.images.widths, GROUPS["local"])
-    assert batch.boxes["local"].tolist() == boxes.tolist()
-    assert batch.flips["local"].tolist() == flips.tolist()
+    table = batch.images.table
+    boxes, flips = crop_boxes(numbers, table.heights, table.widths, GROUPS["local"])
+    assert batch.images.boxes["local"].tolist() == boxes.tolist()
+    assert batch.images.flips["local"].tolist() == flips.tolist()

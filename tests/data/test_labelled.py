@@ -8,7 +8,7 @@ import torch
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data.stream import CropBatch, DataConfig, LabelledConfig, open_stream
+from ssl_pipeline.data.stream import DataConfig, LabelledConfig, StreamBatch, open_stream
 
 GROUPS = {"weak": ViewGroup(size=8)}
 UNLABELLED = {"weak": ViewGroup(size=8), "strong": ViewGroup(size=8, rand_augment=2, cutout=(0.5, 0.5))}
@@ -23,13 +23,13 @@ def config(shards: Path, *, labelled: int, **settings: object) -> DataConfig:
     )
 
 
-def take(index: ShardIndex, settings: DataConfig, count: int, **where: int) -> list[CropBatch]:
+def take(index: ShardIndex, settings: DataConfig, count: int, **where: int) -> list[StreamBatch]:
     where = {"seed": 0, "step": 0, "rank": 0, "world_size": 1, "accumulate": 1} | where
     stream = open_labelled_stream(index, GROUPS, settings, **where)
     return [next(stream).clone() for _ in range(count)]
 
 
-def same(first: CropBatch, second: CropBatch) -> bool:
+def same(first: StreamBatch, second: StreamBatch) -> bool:
     return first.sample_ids.tolist() == second.sample_ids.tolist() and torch.equal(
         first.crops["weak"], second.crops["weak"]
     )

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from ssl_pipeline.augment.draw import ViewSampler
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.crop_reader import CropBatch, CropReader
+from ssl_pipeline.data.batches import StreamBatch
+from ssl_pipeline.data.crop_reader import CropReader
 from ssl_pipeline.data.order import Order
 from ssl_pipeline.data.samples import Samples
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
@@ -26,17 +27,17 @@ def config(batch_size: int, **settings: object) -> DataConfig:
     return DataConfig(shards="", batch_size=batch_size, block_shards=2, **{"workers": 0} | settings)
 
 
-def stream(index: ShardIndex, settings: DataConfig, **where: int) -> list[CropBatch]:
+def stream(index: ShardIndex, settings: DataConfig, **where: int) -> list[StreamBatch]:
     where = {"seed": 0, "position": 0, "rank": 0, "world_size": 1} | where
     return [batch.clone() for batch in open_stream(index, GROUPS, settings, **where)]
 
 
-def read(reader: CropReader, count: int) -> CropBatch:
+def read(reader: CropReader, count: int) -> StreamBatch:
     slot = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.layout(range(count)).items()}
-    return reader.batch(slot, reader(range(count), slot))
+    return StreamBatch.over(slot, reader(range(count), slot))
 
 
-def assert_equal(first: CropBatch, second: CropBatch) -> None:
+def assert_equal(first: StreamBatch, second: StreamBatch) -> None:
     for name in GROUPS:
         assert_close(first.crops[name], second.crops[name], rtol=0, atol=0)
         assert_close(first.draws[name], second.draws[name], rtol=0, atol=0)
@@ -45,15 +46,15 @@ def assert_equal(first: CropBatch, second: CropBatch) -> None:
     assert first.bad == second.bad
 
 
-def joined(batches: list[CropBatch]) -> CropBatch:
+def joined(batches: list[StreamBatch]) -> StreamBatch:
     """The shares of several ranks as one batch."""
-    return CropBatch(
-        {name: torch.cat([batch.crops[name] for batch in batches], dim=1) for name in GROUPS},
+    return StreamBatch(
         {name: torch.cat([batch.draws[name] for batch in batches], dim=1) for name in GROUPS},
         {},
         torch.cat([batch.labels for batch in batches]),
         torch.cat([batch.sample_ids for batch in batches]),
         [bad for batch in batches for bad in batch.bad],
+        {name: torch.cat([batch.crops[name] for batch in batches], dim=1) for name in GROUPS},
     )
 
 

@@ -19,6 +19,7 @@ from ssl_pipeline.losses import (
     sinkhorn_knopp,
     sinkhorn_targets,
 )
+from tests.methods.test_no_sync import cpu_refuses_to_wait
 from tests.ranks import run_on_ranks
 
 K, D = 11, 5
@@ -222,6 +223,14 @@ def test_under_autocast_codes_are_balanced_for_the_logits_that_are_used(dtype):
         logits = F.linear(teacher, teacher_weights).float() / TEACHER + targets.shifts
     assert targets.shifts.dtype == torch.float32
     assert_close(logits.softmax(dim=1), codes, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_makes_the_host_wait_for_the_device():
+    (student, weights), (teacher, teacher_weights, _) = student_rows(6), teacher_rows(6)
+    with cpu_refuses_to_wait():
+        targets = sinkhorn_targets(teacher, teacher_weights, epsilon=TEACHER, num_iterations=3, num_parts=2)
+        weights_N, mix_ST = crop_pairs(student, teacher, num_images=3)
+        prototype_cross_entropy(student, weights, targets, weights_N, temperature=STUDENT, mix_ST=mix_ST)[0].backward()
 
 
 def masked_patches_of_a_share(counts):

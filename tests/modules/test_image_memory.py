@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.modules.image_memory import ScoreBoard, TemporalEnsemble
+from tests.methods.test_no_sync import cpu_refuses_to_wait
 
 
 def thresholds_by_loop(labels, num_classes, threshold, warmup):
@@ -103,3 +104,13 @@ def test_a_memory_that_is_too_large_is_refused_before_it_is_made(make, sentence)
     with pytest.raises(ConfigError) as error:
         make()
     assert str(error.value).startswith(sentence)
+
+
+def test_nothing_makes_the_host_wait_for_the_device():
+    ensemble, board = TemporalEnsemble(3, 2, momentum=0.6), ScoreBoard(3, 2, threshold=0.5)
+    index, values, guesses = torch.tensor([2, 0]), torch.ones(2), torch.tensor([1, 1])
+    with cpu_refuses_to_wait():
+        board.record(index, values, guesses)
+        board.thresholds()
+        ensemble.update(index, values[:, None].expand(2, 2))
+        ensemble.targets(index)

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from ssl_pipeline.distributed import rank, world_size
 from ssl_pipeline.modules.memory import Centre, FeatureQueue, MovingDistribution, RecentDistribution
+from tests.methods.test_no_sync import cpu_refuses_to_wait
 from tests.ranks import run_on_ranks
 
 
@@ -168,3 +169,14 @@ def test_after_says_what_update_leaves_and_changes_nothing(make):
         resumed.load_state_dict(before)
         resumed.update(mean)
         assert torch.equal(resumed.value, said)
+
+
+def test_nothing_makes_the_host_wait_for_the_device():
+    queue, centre, moving = FeatureQueue(4, 2), Centre(3), MovingDistribution(3, momentum=0.9)
+    features, total, rows = torch.ones(2, 2), torch.ones(3), torch.full((), 4)
+    with cpu_refuses_to_wait():
+        queue.enqueue(features)
+        assert not queue.full
+        centre.update(total, num_rows=rows, momentum=0.9)
+        centre.update(total, num_rows=4, momentum=0.9)
+        moving.update(total / 3)

@@ -17,6 +17,7 @@ from ssl_pipeline.modules.pseudo_labels import (
     RelativeThreshold,
     SelfAdaptiveThresholds,
 )
+from tests.methods.test_no_sync import cpu_refuses_to_wait
 from tests.ranks import run_on_ranks
 
 NUM_IMAGES, C, U, B = 12, 3, 8, 4
@@ -234,6 +235,13 @@ def test_half_precision_logits_are_weighed_in_float32(name):
         found = MAKE[name]()(weak.bfloat16(), labelled.bfloat16(), numbers)
     floats = [tensor for tensor in (found.weights, *found.carry.values()) if tensor.is_floating_point()]
     assert all(tensor.dtype == torch.float32 for tensor in floats)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_nothing_makes_the_host_wait_for_the_device(name):
+    weighting, arguments = MAKE[name]().double(), inputs(0)
+    with cpu_refuses_to_wait():
+        weighting.after_step([weighting(*arguments).carry])
 
 
 def test_flexmatch_keeps_everything_in_its_first_step():

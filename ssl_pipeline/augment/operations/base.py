@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from ssl_pipeline.config import Config
 
 PerView = float | tuple[float, ...]
 """One value for all views of a group, or one per view."""
+Channels = tuple[float, float, float]
+"""Of red, green and blue."""
 
 
 class ViewSettings(Config):
@@ -23,8 +25,16 @@ class ViewSettings(Config):
 
     count: int = 1
     """Number of views of each image."""
-    size: int
-    """Height and width of a view in pixels."""
+    size: int | tuple[int, ...]
+    """Height and width of a view in pixels; of several, each optimizer step draws one for all its views (DINOv3)."""
+    size_weights: tuple[float, ...] = ()
+    """How often each of several sizes is drawn; by default all equally. Groups with the same weights change together:
+    the first size of one comes with the first size of the others."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sides in pixels that views can have."""
+        return self.size if isinstance(self.size, tuple) else (self.size,)
 
     def per_view(self, value: PerView) -> tuple[float, ...]:
         """One value for each of the `count` views."""
@@ -79,6 +89,27 @@ class Operation(Generic[Settings, Setting]):
     def on_accelerator(self, image_NCHW: Tensor, draws_NP: Tensor, setting: Setting) -> Tensor:
         """The images (N,3,H,W) after the operation, computed for all of them: no value decides what is done."""
         raise NotImplementedError
+
+
+class Stage(NamedTuple):
+    """An operation that can happen to a view, its setting there, and the columns of its draws."""
+
+    operation: Operation
+    setting: Hashable
+    first: int
+    end: int
+
+    def draws(self, draws_NP: Tensor) -> Tensor:
+        """Its own of the draws of all operations."""
+        return draws_NP[:, self.first : self.end]
+
+
+class Stages(NamedTuple):
+    """All that can happen to a view at all; equal for views that one pass can make."""
+
+    operations: tuple[Stage, ...]
+    factor: Channels  # of the normalisation: value * factor + offset, which is (value - mean) / std to rounding
+    offset: Channels
 
 
 def per_sample(values_N: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The manifest that data_tools.make_shards writes beside its shards; shards made by others do without."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,5 +1,7 @@
 """Walk a tar file by its headers: POSIX ustar and pax, GNU long names (POSIX.1-2017 pax, GNU tar manual)."""
 
+from __future__ import annotations
+
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone
+from ssl_pipeline.backbones import ARCHITECTURE, Backbone, BackboneConfig, Preprocessing, create_backbone
 from ssl_pipeline.config import ConfigError, nearest, validate
 from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -61,9 +61,8 @@ def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | Non
 
 
 def _build(checkpoint: Checkpoint, saved: SavedBackbone) -> Backbone:
-    """The network that its config describes, with the tensors of the checkpoint."""
-    config = validate(BackboneConfig, saved.config | {"weights": None, "initial_weights": None})
-    backbone = create_backbone(config)
+    """The network that its config describes, with the tensors of the checkpoint in place of those it began with."""
+    backbone = create_backbone(validate(BackboneConfig, {name: saved.config[name] for name in ARCHITECTURE}))
     tensors: dict[str, Tensor] = {
         name.removeprefix(saved.prefix): tensor
         for name, tensor in checkpoint.tensors["method"].items()

@@ -120,26 +120,23 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
     file = run / "backbone.safetensors"
     if config.which is None and config.checkpoint is None and file.is_file():
         backbone, preprocessing = load_backbone(run)
-        architecture = backbone.config
         label, sha256 = "pretrained", sha256_of(file)
         weights = "the run's evaluated backbone (backbone.safetensors)"
     else:
         found = load_from_checkpoint(run, which=config.which, step=config.checkpoint)
-        backbone, preprocessing, sha256 = found.backbone, found.preprocessing, found.sha256
-        architecture = validate(
-            BackboneConfig, backbone.config.model_dump(include={"name", "arguments", "small_images"})
-        )
-        label, weights = f"{found.name}, step {found.step}", f"{found.name} of {found.path.relative_to(run)}"
+        backbone, preprocessing = found.backbone, found.preprocessing
+        label, sha256 = f"{found.name}, step {found.step}", found.sha256
+        weights = f"{found.name} of {found.path.relative_to(run)}"
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
     about: dict[str, JSON] = {
         "run": str(run),
         "method": _method_of(run),
-        "backbone": architecture.model_dump(mode="json"),
+        "backbone": backbone.config.model_dump(mode="json"),
         "weights": weights,
         "weights_sha256": sha256,
     }
-    return EvaluatedModel(label, backbone, preprocessing, about, architecture)
+    return EvaluatedModel(label, backbone, preprocessing, about, backbone.config)
 
 
 def _method_of(run: Path) -> str | None:

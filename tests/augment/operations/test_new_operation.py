@@ -9,8 +9,7 @@ from ssl_pipeline.augment.draw import ViewSampler, num_draws, num_uniforms
 from ssl_pipeline.augment.on_accelerator import augment_on_accelerator
 from ssl_pipeline.augment.operations import OPERATIONS, Operation, ViewSettings
 from ssl_pipeline.augment.operations.base import change_due, happens, per_sample, per_view_mistakes
-from ssl_pipeline.augment.photometric import apply_photometric
-from ssl_pipeline.augment.stages import stages_per_view
+from ssl_pipeline.augment.photometric import apply_photometric, stages_per_view
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import Config, ConfigError, validate
 

@@ -16,8 +16,7 @@ from ssl_pipeline.augment.on_accelerator import augment_on_accelerator
 from ssl_pipeline.augment.on_cpu import augment_on_cpu
 from ssl_pipeline.augment.operations.cutout import CUTOUT_LEVEL, cut_out
 from ssl_pipeline.augment.operations.rand_augment import RANGES, RandOperation, apply_rounds
-from ssl_pipeline.augment.photometric import apply_photometric
-from ssl_pipeline.augment.stages import stages_per_view
+from ssl_pipeline.augment.photometric import apply_photometric, stages_per_view
 from ssl_pipeline.augment.views import ViewGroup
 from tests.augment.columns import NUM_COLUMNS
 

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
-from ssl_pipeline.data.stream import CropBatch, DataConfig, open_stream
+from ssl_pipeline.data.stream import DataConfig, StreamBatch, open_stream
 
 GROUPS = {"view": ViewGroup(count=2, size=8)}
 
@@ -134,7 +134,7 @@ def gigabytes(size: int) -> float:
     return (size + 0.5) / 1e9
 
 
-def batches(index: ShardIndex, workers: int) -> list[CropBatch]:
+def batches(index: ShardIndex, workers: int) -> list[StreamBatch]:
     config = DataConfig(shards="", batch_size=4, block_shards=2, workers=workers)
     stream = open_stream(index, GROUPS, config, seed=0, position=0, rank=0, world_size=1, batches=6)
     return [batch.clone() for batch in stream]
