@@ -110,7 +110,7 @@ def test_a_view_group_that_is_missing_or_unread_is_told():
     with pytest.raises(ConfigError, match=r"^DINO needs the view group augment\.global\. The recipe has local\.$"):
         check({"local": views["local"]})
     with pytest.raises(
-        ConfigError, match=r"^DINO has no use for the view group augment\.locla\. It reads global, local\.$"
+        ConfigError, match=r"^DINO does not use the view group augment\.locla\. It reads global, local\.$"
     ):
         check(views | {"locla": views["local"]})
     of_nobody = views["local"].model_copy(update={"crops_of": "globl"})
