@@ -24,6 +24,7 @@ from ssl_pipeline.distributed import (
 )
 from ssl_pipeline.losses import barlow_twins_loss, moco_v3_loss, nnclr_loss, nt_xent, vicreg_loss
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.modules.memory import FeatureQueue
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from tests.ranks import run_on_ranks
 from tests.tiny import CLASSES, CNN, CONFIGS, VIT, make_batch, make_method, progress_at, share_of
@@ -163,8 +164,13 @@ def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[st
     network: nn.Module = method
     if world_size() > 1 and wrong != "no DDP":
         network = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    for queue in method.modules():
+        if isinstance(queue, FeatureQueue):
+            queue.enqueue(nn.functional.normalize(random(*queue.features.shape, seed=5), dim=1))
     batch = share_of(make_batch(name, num_images=NUM_IMAGES, dtype=torch.float64), rank(), world_size())
-    with gathers_are(wrong == "gather"):
+    gather_codes = gather if wrong != "own codes" else lambda rows: rows
+    assignment = mock.patch("ssl_pipeline.losses.assignment.gather", gather_codes)
+    with gathers_are(wrong == "gather"), assignment:
         network(batch, progress_at(1)).loss.backward()
     return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
 
@@ -200,6 +206,7 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
         ("dino", "no DDP"),
         ("byol", "own batch norm"),
         ("mae", "no DDP"),
+        ("swav", "own codes"),
     ],
 )
 def test_a_wrong_gradient_is_noticed(name, wrong):
@@ -232,6 +239,6 @@ def test_teachers_queues_and_centres_are_those_of_one_process(name):
         torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("name", ["barlow_twins", "moco_v3", "nnclr", "simclr", "vicreg"])
+@pytest.mark.parametrize("name", ["barlow_twins", "moco_v3", "nnclr", "simclr", "swav", "vicreg"])
 def test_methods_for_which_accumulation_is_no_bigger_batch_say_so(name):
     assert "k micro-batches are not one big batch" in inspect.getdoc(CLASSES[name])

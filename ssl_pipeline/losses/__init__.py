@@ -25,6 +25,7 @@ from ssl_pipeline.losses.semi_supervised import (
     sharpen,
     weighted_cross_entropy,
 )
+from ssl_pipeline.losses.swapped import swav_loss
 
 __all__ = [
     "PrototypeTargets",
@@ -53,6 +54,7 @@ __all__ = [
     "simsiam_loss",
     "sinkhorn_knopp",
     "sinkhorn_targets",
+    "swav_loss",
     "total_logits",
     "vicreg_loss",
     "weighted_cross_entropy",

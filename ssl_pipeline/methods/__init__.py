@@ -19,6 +19,7 @@ from ssl_pipeline.methods.moco_v3 import MoCoV3
 from ssl_pipeline.methods.nnclr import NNCLR
 from ssl_pipeline.methods.simclr import SimCLR
 from ssl_pipeline.methods.simsiam import SimSiam
+from ssl_pipeline.methods.swav import SwAV
 from ssl_pipeline.methods.vicreg import VICReg
 
 METHODS: tuple[type[Method], ...] = (
@@ -32,6 +33,7 @@ METHODS: tuple[type[Method], ...] = (
     NNCLR,
     SimCLR,
     SimSiam,
+    SwAV,
     VICReg,
 )
 
