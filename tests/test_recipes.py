@@ -85,7 +85,8 @@ def test_a_recipe_is_complete(name):
     assert {"seed", "method", "backbone", "augment", "data", "optim", "train", "knn"} <= tree.keys()
     assert {"name", "lr", "weight_decay"} <= tree["optim"].keys()
     for group in tree["augment"].values():
-        assert {"count", "size", "scale", "flip_prob", "jitter_prob", "gray_prob", "blur_prob"} <= group.keys()
+        own_crops = set() if "crops_of" in group else {"scale", "flip_prob"}
+        assert {"count", "size", "jitter_prob", "gray_prob", "blur_prob", *own_crops} <= group.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,6 +113,9 @@ def test_a_view_group_that_is_missing_or_unread_is_told():
         ConfigError, match=r"^DINO has no use for the view group augment\.locla\. It reads global, local\.$"
     ):
         check(views | {"locla": views["local"]})
+    of_nobody = views["local"].model_copy(update={"crops_of": "globl"})
+    with pytest.raises(ConfigError, match=r"^augment\.local\.crops_of must be .* Did you mean 'global'\?$"):
+        check(views | {"local": of_nobody})
 
 
 # the official numbers

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.augment.views import ViewGroup, check_crops_of
 from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
@@ -24,6 +24,7 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
     Reads no image. Afterwards `forward` finds each group of `method.needs` as it asks for it.
     """
     name = type(method).__name__
+    check_crops_of(augment)
     for needed in method.needs:
         _check_group(name, needed, augment)
     known = {needed.name for needed in method.needs}

@@ -8,9 +8,11 @@ import random
 import re
 import shutil
 import signal
+import time
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import yaml
 
 from ssl_pipeline.backbones import load_backbone, load_classifier
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory
 from tests.ranks import Child, start, start_ranks
 from tests.runs import (
@@ -195,8 +198,10 @@ def test_a_learnt_classifier_is_exported_with_its_backbone(tmp_path, shards):
     recipe = write_recipe(tmp_path / "fixmatch.yaml", "fixmatch", shards)
     state = start(trained, [f"recipe={recipe}", f"output={tmp_path / 'run'}", "train.steps=2"]).result()
     classifier, _ = load_classifier(tmp_path / "run")
+    saved = Checkpoints(tmp_path / "run" / "checkpoints").load_latest().state.classifier
+    assert (saved.num_classes, "teacher." in saved.prefix) == (classifier.out_features, True)
     for name, tensor in classifier.state_dict().items():
-        assert torch.equal(tensor, state[f"teacher.network.head.{name}"])
+        assert torch.equal(tensor, state[saved.prefix + name])
     backbone, _ = load_backbone(tmp_path / "run")
     assert classifier.in_features == backbone.embed_dim
 
@@ -352,10 +357,31 @@ def test_a_killed_data_worker_ends_the_run_with_one_line(tmp_path, recipe):
 
 
 def test_a_hang_ends_the_process_and_shows_where(tmp_path, recipe):
-    code, printed = run(recipe, f"output={tmp_path}", "train.hang_timeout=1", happening=Happening("hang", at=2))
+    argv = [recipe, f"output={tmp_path}", "data.workers=2", "train.hang_timeout=1"]
+    code, printed = run(*argv, happening=Happening("hang", at=2))
     assert code == 1
-    assert "Timeout (0:00:01)!" in printed
+    assert "Timeout: Nothing has happened for 1 s while training" in printed
     assert "_accumulate" in printed
+    assert status(tmp_path)["state"] == "failed"
+    assert status(tmp_path)["step"] == 2
+    assert run(recipe, f"output={tmp_path}")[0] == 0, "nothing that is left holds the directory"
+
+
+def hanging_start(argv: list[str]) -> None:
+    with mock.patch("ssl_pipeline.commands.pretrain.open_images", side_effect=wait_for_images):
+        command(argv)
+
+
+def wait_for_images(config: object) -> None:
+    time.sleep(60)
+
+
+def test_a_start_that_hangs_ends_too(tmp_path, recipe):
+    child = start(hanging_start, [recipe, f"output={tmp_path}", "train.hang_timeout=1"])
+    assert child.wait() == 1
+    assert "Timeout: Nothing has happened for 1 s while starting (train.hang_timeout)." in child.printed()
+    assert "wait_for_images" in child.printed()
+    assert status(tmp_path)["state"] == "failed"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

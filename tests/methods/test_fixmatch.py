@@ -290,11 +290,11 @@ def test_labels_must_be_there_and_fit_the_classes(tmp_path, shards, labelled):
         "theirs."
     )
     bare = write_bare(tmp_path / "bare")
-    assert refusal(settings(shards, bare, tmp_path / "bare run")) == (
-        f"data.labelled.shards={bare} has images without labels; all of them need one."
+    assert refusal(settings(shards, bare, tmp_path / "bare run")).startswith(
+        f"data.labelled.shards={bare} has images without labels; all of them need one. "
     )
-    assert refusal(settings(shards, labelled, tmp_path / "val", f"classifier.val={bare}")) == (
-        f"classifier.val={bare} needs labels below 3. It has images without a label."
+    assert refusal(settings(shards, labelled, tmp_path / "val", f"classifier.val={bare}")).startswith(
+        f"classifier.val={bare} needs labels below 3. It has images without a label: "
     )
 
 
