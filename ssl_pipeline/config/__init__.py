@@ -19,11 +19,9 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, ConfigError, RunError, Tree, Value, nearest
-from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
-from ssl_pipeline.config.schema import complete
+from ssl_pipeline.config.schema import Config, ConfigError, RunError, Tree, Value, complete, nearest
 from ssl_pipeline.config.sentences import TOO_DEEP, help_page, mistakes
+from ssl_pipeline.config.sources import COMPARISONS, RECIPES, read_arguments, read_recipe, recipe_files
 from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 
 __all__ = [

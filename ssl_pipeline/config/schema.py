@@ -1,84 +1,113 @@
-"""Walking a schema beside the values given for it: which section applies where, and which defaults it keeps."""
+"""What a settings class is, and which of its sections, defaults and keys the values given for it mean."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
+from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from ssl_pipeline.config.base import Config, Location, Tree, Value
+Tree = dict[str, "Value"]
+Value = None | bool | int | float | str | list["Value"] | Tree
 
 
-def alternatives(annotation: object) -> list[object]:
-    """The members of a (nested) union, without None."""
-    if get_origin(annotation) is Annotated:
-        return alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [part for member in get_args(annotation) for part in alternatives(member)]
-    return [] if annotation is type(None) else [annotation]
+class ConfigError(ValueError):
+    """A mistake in a setting or an input that the user can mend; commands print it as one line and exit with code 2."""
 
 
-def sections_in(annotation: object) -> list[type[Config]]:
-    return [part for part in alternatives(annotation) if isinstance(part, type) and issubclass(part, Config)]
+class RunError(RuntimeError):
+    """A run that cannot go on; commands print it as one line and exit with code 1."""
 
 
-def section_of(annotation: object, data: Value) -> type[Config] | None:
-    """The section that a value is read with; of several (a union by `name`) the one that the value names."""
-    candidates = sections_in(annotation)
-    if len(candidates) > 1:
-        name = data.get("name") if isinstance(data, dict) else None
-        candidates = [candidate for candidate in candidates if name in tags_of(candidate)]
-    return candidates[0] if candidates else None
+class Config(BaseModel):
+    """Read-only settings of one component; the string under each field is its help text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    shorthand: ClassVar[str | None] = None
+    """The field that a bare value given for the whole section sets (`value` of a schedule)."""
+    positional: ClassVar[str | None] = None
+    """The field that a bare argument of a command sets."""
 
 
-def tags_of(section: type[Config]) -> tuple[str, ...]:
-    """The values of `name` that select a member of a union."""
+def nearest(name: str, known: Sequence[str]) -> str:
+    """` Did you mean 'x'?` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class Kinds(NamedTuple):
+    """What an annotation allows beside None: all members of its unions, and what some of them mean for a walk."""
+
+    all: tuple[object, ...]
+    sections: tuple[type[Config], ...]
+    item: object | None  # the value type of a dict[str, X]
+    length: int | None  # the number of values of a tuple[X, Y]
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The values of `name` that select a section."""
+        return tuple(tag for section in self.sections for tag in _tags_of(section))
+
+
+def kinds_of(annotation: object) -> Kinds:
+    kinds = tuple(_members(annotation))
+    sections = tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config))
+    items = (get_args(kind)[1] for kind in kinds if get_origin(kind) is dict)
+    tuples = (get_args(kind) for kind in kinds if get_origin(kind) is tuple)
+    return Kinds(kinds, sections, next(items, None), next((len(of) for of in tuples if Ellipsis not in of), None))
+
+
+def _members(annotation: object) -> Iterator[object]:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Annotated, Union, UnionType):
+        for member in inner[:1] if origin is Annotated else inner:
+            yield from _members(member)
+    elif annotation not in (None, type(None)):
+        yield annotation
+
+
+def _tags_of(section: type[Config]) -> tuple[str, ...]:
     field = section.model_fields.get("name")
     return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
-def mapping_value(annotation: object) -> object | None:
-    """The value type of a `dict[str, X]` annotation."""
-    for part in alternatives(annotation):
-        if get_origin(part) is dict:
-            return get_args(part)[1]
-    return None
+def section_of(annotation: object, data: Value) -> type[Config] | None:
+    """The section that a value is read with; of several (a union by `name`) the one that the value names."""
+    sections = kinds_of(annotation).sections
+    if len(sections) > 1:
+        name = value_at(data, "name")
+        sections = tuple(section for section in sections if name in _tags_of(section))
+    return sections[0] if sections else None
 
 
-def fixed_length(annotation: object) -> int | None:
-    """The number of values of a `tuple[X, Y]` annotation; None for any other."""
-    for part in alternatives(annotation):
-        if get_origin(part) is tuple and Ellipsis not in get_args(part):
-            return len(get_args(part))
-    return None
+def value_at(data: Value, key: object) -> Value:
+    """What a section holds under a key, None if nothing."""
+    return data.get(str(key)) if isinstance(data, dict) else None
 
 
-def annotation_at(schema: type[Config], data: Value, location: Location) -> object | None:
+def annotation_of(annotation: object, data: Value, key: str) -> object | None:
     """The type of a key, or None for an unknown one; in a union that of the member that `data` names."""
-    annotation: object | None = schema
-    for name in location:
-        section = section_of(annotation, data)
-        field = section.model_fields.get(name) if section is not None else None
-        annotation = field.annotation if field is not None else mapping_value(annotation)
-        data = data.get(name) if isinstance(data, dict) else None
-    return annotation
+    section = section_of(annotation, data)
+    field = section.model_fields.get(key) if section is not None else None
+    return field.annotation if field is not None else kinds_of(annotation).item
 
 
 def complete(annotation: object, data: Value, default: object = None) -> Value:
     """Expand shorthands, and give every mentioned section the defaults of its unmentioned keys."""
     section = section_of(annotation, data)
-    if section is None:
-        item_type = mapping_value(annotation)
-        if not isinstance(data, dict) or item_type is None:
-            return data
-        given = {name: item for name, item in data.items() if item is not None}  # null leaves an entry out
-        return {name: complete(item_type, item) for name, item in given.items()}
-    if section.shorthand and data is not None and not isinstance(data, dict):
+    if section is not None and section.shorthand and data is not None and not isinstance(data, dict):
         data = {section.shorthand: data}
     if not isinstance(data, dict):
         return data
+    if section is None:
+        item = kinds_of(annotation).item  # of a free section, where null leaves an entry out
+        return data if item is None else {key: complete(item, data[key]) for key in data if data[key] is not None}
     completed: Tree = default.model_dump(mode="json") if isinstance(default, section) else {}
     for name, item in data.items():
         field = section.model_fields.get(name)
@@ -90,13 +119,12 @@ def complete(annotation: object, data: Value, default: object = None) -> Value:
 def walk(schema: type[Config], data: Value, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every leaf key of the schema with its field; in a union only the member that `data` names."""
     for name, field in schema.model_fields.items():
-        value = data.get(name) if isinstance(data, dict) else None
+        value = value_at(data, name)
         section = section_of(field.annotation, value)
+        entry = section_of(kinds_of(field.annotation).item, None)
         if section is not None and not section.shorthand:
             yield from walk(section, value, f"{prefix}{name}.")
-            continue
-        item_type = mapping_value(field.annotation)
-        if item_type is not None and (item := section_of(item_type, None)) is not None:
-            yield from walk(item, None, f"{prefix}{name}.NAME.")
-            continue
-        yield f"{prefix}{name}", field
+        elif entry is not None:
+            yield from walk(entry, None, f"{prefix}{name}.NAME.")
+        else:
+            yield f"{prefix}{name}", field

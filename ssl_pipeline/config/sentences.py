@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, Location, Value, nearest
-from ssl_pipeline.config.recipes import recipe_files
-from ssl_pipeline.config.schema import fixed_length, mapping_value, section_of, sections_in, tags_of, walk
+from ssl_pipeline.config.schema import Config, Value, annotation_of, kinds_of, nearest, section_of, value_at, walk
+from ssl_pipeline.config.sources import read_arguments, recipe_files
 from ssl_pipeline.config.yaml_text import YamlDumper
 
 TOO_DEEP = "The settings are nested too deeply."
@@ -21,14 +20,14 @@ TOO_DEEP = "The settings are nested too deeply."
 
 def mistakes(schema: type[Config], data: Value, error: ValidationError) -> list[str]:
     """One sentence per mistake: where, what is needed, what came, what to try."""
-    by_place: dict[str, list[str]] = {}
+    by_place: dict[str, tuple[_Place, list[ErrorDetails]]] = {}
     for item in error.errors():
         place = _place(schema, data, item["loc"])
-        sentence = f"Unknown key '{place.where}'.{_suggest(schema, data, place)}"
-        if item["type"] != "extra_forbidden":
-            sentence = _sentence(place, item["type"], item["input"], str(item["msg"]), item.get("ctx", {}))
-        by_place.setdefault(place.where, []).append(sentence)
-    return [_join_alternatives(sentences) for sentences in by_place.values()]
+        by_place.setdefault(place.where, (place, []))[1].append(item)
+    return [
+        _suggestion(schema, data, place) if first["type"] == "extra_forbidden" else _sentence(place, [first, *others])
+        for place, (first, *others) in by_place.values()
+    ]
 
 
 class _Place(NamedTuple):
@@ -37,59 +36,55 @@ class _Place(NamedTuple):
     For an unknown key both are those of the section it was put into.
     """
 
-    parents: Location
-    key: str
+    path: tuple[str, ...]
     annotation: object
     section: type[Config] | None
 
     @property
     def where(self) -> str:
-        return ".".join((*self.parents, self.key) if self.key else self.parents)
+        return ".".join(self.path)
 
 
-def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapping[str, object]) -> str:
-    where, annotation = place.where, place.annotation
-    sections, length = sections_in(annotation), fixed_length(annotation)
-    tags = [tag for section in sections for tag in tags_of(section)] if len(sections) > 1 else []
+def _sentence(place: _Place, errors: Sequence[ErrorDetails]) -> str:
+    """Several errors at one place come from the members of a union: what they need is joined with "or"."""
+    where, kind, got, context = place.where, errors[0]["type"], errors[0]["input"], errors[0].get("ctx", {})
+    (_, sections, entry, length), tags = kinds_of(place.annotation), kinds_of(place.annotation).tags
     if kind in ("missing", "too_long") and length and isinstance(got, list):
         return f"{where} must have {length} values. Got {len(got)}."
     if kind == "missing":
-        inside = ".KEY" if sections else ".NAME.KEY" if mapping_value(annotation) is not None else ""
+        inside = ".KEY" if sections else ".NAME.KEY" if entry is not None else ""
         return f"{where} is missing: set {where}{inside}=..."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = str(got.get("name", "")) if isinstance(got, dict) else str(got)
         return f"{where}.name must be one of {', '.join(tags)}. Got '{name}'.{nearest(name, tags)}"
-    if tags and not isinstance(got, dict):
+    if len(sections) > 1 and not isinstance(got, dict):
         return f"{where} is a section: set {where}.name to one of {', '.join(tags)}. Got {got!r}."
     if kind == "value_error":
         reason = str(context["error"])
         starts_with_key = place.section is not None and re.split(r"[ .]", reason)[0] in place.section.model_fields
         return f"{where}.{reason}" if where and starts_with_key else f"{where}: {reason}".removeprefix(": ")
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(context["expected"]))
-        return f"{where} must be one of {', '.join(choices)}. Got {got!r}.{nearest(str(got), choices)}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         names = ", ".join(name for section in sections for name in section.model_fields)
         return f"{where} is a section with the keys {names or 'you choose'}. Got {got!r}."
     if kind == "json_invalid":
         return TOO_DEEP
-    if isinstance(got, dict) and got and not sections:
+    if kind != "literal_error" and isinstance(got, dict) and got and not sections:
         inner = next((name for name in got if name != "value"), "value")  # `value` stands for what was there before
         return f"Unknown key '{where}.{inner}'. {where} takes a value, it is no section."
-    needed = message.removeprefix("Input should be ").removeprefix("String should match ")
-    return f"{where} must be {needed}. Got {got!r}."
+    if any(error["type"] == "value_error" for error in errors):
+        errors = errors[:1]
+    needed = " or ".join(dict.fromkeys(map(_needed, errors)))
+    return f"{where} must be {needed}. Got {got!r}.{nearest(str(got), _choices(errors[0]))}"
 
 
-def _join_alternatives(sentences: list[str]) -> str:
-    """Several sentences about one key come from the members of a union: one sentence with "or"."""
-    if len(sentences) == 1:
-        return sentences[0]
-    parts = [re.match(r"^(\S+ must be )(.*?)(\. Got .*)$", sentence) for sentence in sentences]
-    matched = [part for part in parts if part is not None]
-    if len(matched) < len(parts):
-        return sentences[0]
-    needed = " or ".join(dict.fromkeys(part.group(2) for part in matched))
-    return matched[0].group(1) + needed + matched[0].group(3)
+def _choices(error: ErrorDetails) -> list[str]:
+    return re.findall(r"'([^']*)'", error["ctx"]["expected"]) if error["type"] == "literal_error" else []
+
+
+def _needed(error: ErrorDetails) -> str:
+    if error["type"] == "literal_error":
+        return f"one of {', '.join(_choices(error))}"
+    return error["msg"].removeprefix("Input should be ").removeprefix("String should match ")
 
 
 def _place(schema: type[Config], data: Value, loc: Sequence[int | str]) -> _Place:
@@ -97,38 +92,33 @@ def _place(schema: type[Config], data: Value, loc: Sequence[int | str]) -> _Plac
     annotation: object = schema
     tag_follows = False
     for part in loc:
-        section = section_of(annotation, data)
-        inside, item_type = isinstance(data, dict) and part in data, mapping_value(annotation)
         if tag_follows:
             tag_follows = False
             continue
-        if section is not None and part in section.model_fields:
-            annotation = section.model_fields[str(part)].annotation
-        elif inside and item_type is not None:
-            annotation = item_type
-        elif isinstance(part, int):
+        section, inner = section_of(annotation, data), annotation_of(annotation, data, str(part))
+        inside = isinstance(data, dict) and part in data
+        if isinstance(part, int):
             if isinstance(data, list) and part < len(data):  # otherwise an item is missing: a mistake of the list
                 path[-1] = f"{path[-1]}[{part}]"
-            continue
+        elif inner is not None and (inside or section is not None):
+            annotation, data = inner, value_at(data, part)
+            tag_follows = len(kinds_of(annotation).sections) > 1
+            path.append(part)
         elif inside and section is not None:
-            return _Place(tuple(path), str(part), annotation, section)
-        else:
-            continue  # the type of a union's member
-        tag_follows = len(sections_in(annotation)) > 1
-        path.append(str(part))
-        data = data.get(str(part)) if isinstance(data, dict) else None
-    return _Place(tuple(path[:-1]), path[-1] if path else "", annotation, section_of(annotation, data))
+            return _Place((*path, part), annotation, section)
+        # all else is the type of a union's member
+    return _Place(tuple(path), annotation, section_of(annotation, data))
 
 
-def _suggest(schema: type[Config], data: Value, place: _Place) -> str:
+def _suggestion(schema: type[Config], data: Value, place: _Place) -> str:
     known = list(place.section.model_fields) if place.section is not None else []
-    prefix = "".join(f"{parent}." for parent in place.parents)
-    if nearest(place.key, known):
-        return nearest(f"{prefix}{place.key}", [f"{prefix}{name}" for name in known])
-    elsewhere = [path for path, _ in walk(schema, data) if path.rpartition(".")[2] == place.key]
-    if elsewhere:
-        return f" Did you mean '{elsewhere[0]}'?"
-    return f" Known here: {', '.join(known)}"
+    *parents, key = place.path
+    elsewhere = [path for path, _ in walk(schema, data) if path.rpartition(".")[2] == key]
+    if nearest(key, known):
+        hint = nearest(place.where, [".".join((*parents, name)) for name in known])
+    else:
+        hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else f" Known here: {', '.join(known)}"
+    return f"Unknown key '{place.where}'.{hint}"
 
 
 def help_page(schema: type[Config], argv: Sequence[str], command: str, recipes: Path | None) -> str:
@@ -138,23 +128,21 @@ def help_page(schema: type[Config], argv: Sequence[str], command: str, recipes: 
     if recipes:
         lines += [f"recipes: {', '.join(recipe_files(recipes))}", ""]
     for path, field in walk(schema, tree):
-        tags = [tag for section in sections_in(field.annotation) for tag in tags_of(section)]
-        if tags:
-            lines.append(f"  {path}.name: one of {', '.join(tags)}; its keys: --help with recipe= or {path}.name=")
+        kinds = kinds_of(field.annotation)
+        if kinds.tags:
+            names = ", ".join(kinds.tags)
+            lines.append(f"  {path}.name: one of {names}; its keys: --help with recipe= or {path}.name=")
             continue
         default = "" if field.is_required() else _plain(field.get_default(call_default_factory=True))
         lines.append(f"  {path} ({f'default: {default}' if default else 'required'})")
         lines += [f"      {' '.join(field.description.split())}"] if field.description else []
-        for section in sections_in(field.annotation):  # a schedule: a bare value or its keys
+        for section in kinds.sections:  # a schedule: a bare value or its keys
             lines.append(f"      One value, or the keys {', '.join(f'.{name}' for name in section.model_fields)}.")
     return "\n".join(lines)
 
 
 def _plain(value: object) -> str:
     """A value in one line of YAML, as it would be written in a recipe."""
-    if isinstance(value, Config):
-        value = value.model_dump(mode="json", exclude_defaults=True)
-    elif not isinstance(value, bool | int | float | str | None):
-        value = TypeAdapter(type(value)).dump_python(value, mode="json")
-    text = yaml.dump(value, Dumper=YamlDumper, default_flow_style=True, width=10_000)
+    plain = TypeAdapter(type(value)).dump_python(value, mode="json", exclude_defaults=True)
+    text = yaml.dump(plain, Dumper=YamlDumper, default_flow_style=True, width=10_000)
     return text.removesuffix("...\n").strip()

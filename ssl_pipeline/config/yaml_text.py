@@ -6,7 +6,7 @@ import re
 
 import yaml
 
-from ssl_pipeline.config.base import ConfigError, Value
+from ssl_pipeline.config.schema import ConfigError, Value
 
 
 class _YamlLoader(yaml.SafeLoader):
