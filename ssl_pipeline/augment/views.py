@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,7 +18,8 @@ class CropSettings(ViewSettings):
 
     crops_of: str | None = None
     """Another group, whose boxes and flips these views have at a size of their own (BEiT's tokens, DINOv3's Gram
-    teacher). An operation that is on in both groups draws the same numbers for both."""
+    teacher). An operation draws the same numbers for both groups where it takes as many
+    of them in both."""
     crop: Literal["random_resized", "pad"] = "random_resized"
     """random_resized: a random part of the image, resized. pad: the whole image, shifted by up to `padding` of its
     size and reflected where it runs out (FixMatch's weak view)."""
@@ -90,7 +92,12 @@ class ViewGroup(_operation_settings, CropSettings):
         if self.crops_of is None:
             return []
         given = [key for key in BOX_KEYS if getattr(self, key) != CropSettings.model_fields[key].default]
-        return [f"{key} means nothing beside crops_of={self.crops_of}. Leave it out." for key in given]
+        defaults = {key: json.dumps(CropSettings.model_fields[key].default) for key in given}
+        return [
+            f"{key} has no effect with crops_of={self.crops_of}. Leave it out; over a recipe that has it, set "
+            f"{key}={default.strip(chr(34))}."
+            for key, default in defaults.items()
+        ]
 
 
 def check_crops_of(groups: Mapping[str, ViewGroup]) -> None:

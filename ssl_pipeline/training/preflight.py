@@ -31,7 +31,7 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
     for given in augment:
         if given not in known:
             raise ConfigError(
-                f"{name} has no use for the view group augment.{given}. It reads {', '.join(sorted(known))}."
+                f"{name} does not use the view group augment.{given}. It reads {', '.join(sorted(known))}."
             )
     _check_sizes(method, backbone, augment)
     reads_labelled = any(needed.labelled for needed in method.needs)
@@ -41,7 +41,7 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
             "(python -m data_tools.split_labels makes them)."
         )
     if not reads_labelled and data.labelled is not None:
-        raise ConfigError(f"{name} has no use for data.labelled. Leave it out, or set data.labelled=null.")
+        raise ConfigError(f"{name} does not use data.labelled. Leave it out, or set data.labelled=null.")
 
 
 def _check_group(name: str, needed: Views, augment: Augment) -> None:

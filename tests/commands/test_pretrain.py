@@ -302,7 +302,7 @@ MISTAKES = {
     ),
     "accumulated batch": (["train.accumulate=7"], "8 per process * 1 processes * 7 accumulated = 56, but "),
     "missing group": (["augment.global=null", "augment.view.size=16"], "DINO needs the view group augment.global."),
-    "unneeded group": (["augment.third.size=16"], "DINO has no use for the view group augment.third."),
+    "unneeded group": (["augment.third.size=16"], "DINO does not use the view group augment.third."),
     "backbone": (["backbone.name=vit_tiny_patch16_242"], "No timm model 'vit_tiny_patch16_242'. Did you mean"),
     "shards": (["data.shards=/nowhere"], "/nowhere"),
     "neither epochs nor steps": (["train.steps=null"], "set either epochs or steps. Got neither"),

@@ -314,7 +314,7 @@ def write_bare(folder):
 def test_methods_without_labels_refuse_them(tmp_path, shards, labelled):
     argv = ["recipe=cifar10_simclr_resnet18", f"data.shards={shards}", f"output={tmp_path / 'run'}", "knn=null"]
     config = load(PretrainConfig, [*argv, f"data.labelled.shards={labelled}"], recipes=RECIPES)
-    assert refusal(config) == "SimCLR has no use for data.labelled. Leave it out, or set data.labelled=null."
+    assert refusal(config) == "SimCLR does not use data.labelled. Leave it out, or set data.labelled=null."
     config = load(
         PretrainConfig, [*argv, "data.batch_size=8", f"classifier={{every: 1ep, val: {shards}}}"], recipes=RECIPES
     )

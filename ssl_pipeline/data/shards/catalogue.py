@@ -24,8 +24,8 @@ from ssl_pipeline.files import is_shortage, sha256_of_bytes, write_array, write_
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
-INDEX_FORMAT = 4
-EARLIER_FORMATS = (1, 2, 3)  # the first two without the sizes of the images, the third with some that were not turned
+INDEX_FORMAT = 5
+EARLIER_FORMATS = (1, 2, 3, 4)  # without sizes, with some not turned, without counts of what is passed over
 
 logger = logging.getLogger(__name__)
 

@@ -197,7 +197,7 @@ def test_shards_that_came_or_went_are_errors(shards: Path, write_tar: WriteTar, 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"format": 99}', '{"format": 4, "shards": [{}]}', '{"format": 4, "shards": {"name": ["a.tar"]}}'],
+    ["", "[]", "{}", '{"format": 99}', '{"format": 5, "shards": [{}]}', '{"format": 5, "shards": {"name": ["a.tar"]}}'],
 )
 def test_a_damaged_index_is_an_error(shards: Path, content: str) -> None:
     open_shards(shards)
@@ -455,8 +455,8 @@ def as_earlier_format(place: Path, format: int) -> None:
     if format == 1:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         path.write_text(json.dumps({"format": 1, "shards": rows}))
-    elif format == 3:
-        path.write_text(json.dumps(content | {"format": 3}))
+    elif format in (3, 4):
+        path.write_text(json.dumps(content | {"format": format}))
         return
     else:
         path.write_text(json.dumps(content | {"format": 2, "shards": columns}))
@@ -464,7 +464,7 @@ def as_earlier_format(place: Path, format: int) -> None:
         np.save(rows, np.load(rows, allow_pickle=False)[:, :4], allow_pickle=False)
 
 
-@pytest.mark.parametrize("format", [1, 2, 3])
+@pytest.mark.parametrize("format", [1, 2, 3, 4])
 def test_an_index_of_an_earlier_format_is_made_again(
     shards: Path, format: int, caplog: pytest.LogCaptureFixture
 ) -> None:
