@@ -71,6 +71,20 @@ def write_array(path: Path, array: NDArray, *, durable: bool = True) -> None:
         np.save(file, array, allow_pickle=False)
 
 
+def read_array(path: Path, *, mapped: bool) -> NDArray | None:
+    """The array of an .npy file, mapped or read; None if it holds none (a pickle is none).
+
+    A shortage (`is_shortage`) is raised: it says nothing of the file.
+    """
+    try:
+        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except Exception as error:  # a damaged header is Python code to numpy, which raises what Python does
+        if is_shortage(error):
+            raise
+        return None
+    return array if isinstance(array, np.ndarray) else None
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, durable: bool = True
 ) -> None:

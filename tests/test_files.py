@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from ssl_pipeline.files import (
     lock,
     locked,
     open_no_link,
+    read_array,
     sha256_of,
     sha256_of_bytes,
     sha256_of_json,
@@ -192,3 +194,31 @@ def test_files_with_a_fixed_name_do_not_follow_links(tmp_path):
     assert (tmp_path / "name").read_text() == "new"
     with pytest.raises(FileNotFoundError):
         open_no_link(tmp_path / "nothing", os.O_RDONLY)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_damaged_array_is_none_whatever_its_header_says(tmp_path, mapped):
+    path = tmp_path / "array.npy"
+    write_array(path, np.arange(6))
+    assert read_array(path, mapped=mapped).tolist() == [0, 1, 2, 3, 4, 5]
+    whole = path.read_bytes()
+    for position in range(whole.index(b"}")):
+        for byte in b"\x00'({\xff":
+            path.write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
+            found = read_array(path, mapped=mapped)
+            assert found is None or isinstance(found, np.ndarray)
+
+
+def test_a_pickle_is_no_array(tmp_path):
+    path = tmp_path / "array.npy"
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    assert read_array(path, mapped=False) is None
+
+
+def test_a_shortage_is_not_damage(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_array(tmp_path / "array.npy", mapped=True)

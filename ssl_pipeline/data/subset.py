@@ -22,7 +22,7 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import ShardSource
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, check_keep, check_labels
-from ssl_pipeline.files import JSON, is_shortage, sha256_of, write_array, write_json
+from ssl_pipeline.files import JSON, read_array, sha256_of, write_array, write_json
 
 FORMAT = 1
 SMALL = 4096  # bytes
@@ -174,12 +174,7 @@ def _check_name(path: Path, where: str) -> None:
 
 def _load(path: Path, where: str) -> NDArray:
     is_small = path.stat().st_size < SMALL  # maybe empty, and then it cannot be mapped
-    try:
-        array = np.load(path, mmap_mode=None if is_small else "r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        if is_shortage(error):
-            raise
-        array = None
-    if not isinstance(array, np.ndarray):
+    array = read_array(path, mapped=not is_small)
+    if array is None:
         raise DataError(f"{where} holds no array of numbers in numpy's format (pickles are not read).")
     return array

@@ -20,7 +20,7 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import ShardList
 from ssl_pipeline.data.shards.rows import COLUMNS, ShardEntry, index_shard
 from ssl_pipeline.data.shards.table import ShardTable
-from ssl_pipeline.files import is_shortage, sha256_of_bytes, write_array, write_json
+from ssl_pipeline.files import read_array, sha256_of_bytes, write_array, write_json
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
@@ -138,13 +138,8 @@ def read_catalogue(place: Path) -> Catalogue | None:
 def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
     """The rows of one shard, mapped from the file rather than read."""
     path = _rows_file(place, entry.name)
-    try:
-        rows = np.load(path, mmap_mode="r" if entry.samples else None, allow_pickle=False)
-    except Exception as error:  # a damaged header is Python code to numpy, which raises what Python does
-        if is_shortage(error):
-            raise
-        rows = None
-    if not isinstance(rows, np.ndarray) or rows.shape != (entry.samples, COLUMNS) or rows.dtype != np.int64:
+    rows = read_array(path, mapped=entry.samples > 0)
+    if rows is None or rows.shape != (entry.samples, COLUMNS) or rows.dtype != np.int64:
         raise DataError(f"The index file '{path}' is damaged. Delete '{place}'; it is made again at the next start.")
     return rows
 
