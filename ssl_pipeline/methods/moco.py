@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import info_nce
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import MLPHead
-from ssl_pipeline.modules.memory import FeatureQueue
+from ssl_pipeline.modules.memory import FeatureQueue, check_queue_size
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Progress, Schedule
 
@@ -72,12 +72,8 @@ class MoCo(Method):
 
     def prepare(self, facts: RunFacts) -> None:
         num_keys = facts.global_batch * (2 if self.config.symmetric else 1)
-        if self.config.queue_size % num_keys:
-            nearest = max(1, round(self.config.queue_size / num_keys)) * num_keys
-            raise ConfigError(
-                f"method.queue_size must be a multiple of the {num_keys} keys that a step brings "
-                f"(global batch {facts.global_batch}). Got {self.config.queue_size}; try {nearest}."
-            )
+        brought = f"the {num_keys} keys that a step brings (global batch {facts.global_batch})"
+        check_queue_size(self.config.queue_size, num_keys, multiple_of=brought)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         first, second = batch.two("view")

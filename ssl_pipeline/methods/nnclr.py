@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import nnclr_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
-from ssl_pipeline.modules.memory import FeatureQueue
+from ssl_pipeline.modules.memory import FeatureQueue, check_queue_size
 from ssl_pipeline.schedule import Progress
 
 
@@ -66,12 +66,8 @@ class NNCLR(Method):
         return {"encoder": self.encoder.backbone}
 
     def prepare(self, facts: RunFacts) -> None:
-        if self.config.queue_size % facts.global_batch:
-            nearest = max(1, round(self.config.queue_size / facts.global_batch)) * facts.global_batch
-            raise ConfigError(
-                f"method.queue_size must be a multiple of the global batch, {facts.global_batch}. "
-                f"Got {self.config.queue_size}; try {nearest}."
-            )
+        brought = f"the global batch, {facts.global_batch}"
+        check_queue_size(self.config.queue_size, facts.global_batch, multiple_of=brought)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         # each view in a pass of its own, as the paper's pseudocode: batch norm sees one view at a time

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config
 from ssl_pipeline.distributed import gather, rank, world_size
 from ssl_pipeline.losses import crop_pairs, prototype_cross_entropy, sinkhorn_targets
 from ssl_pipeline.losses.precision import sum_dtype
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import MLPHead, Prototypes
-from ssl_pipeline.modules.memory import FeatureQueue
+from ssl_pipeline.modules.memory import FeatureQueue, check_queue_size
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Progress
 
@@ -76,12 +76,8 @@ class SwAV(Method):
         return {"encoder": self.encoder.backbone}
 
     def prepare(self, facts: RunFacts) -> None:
-        if self.config.queue_size % facts.global_batch:
-            nearest = max(1, round(self.config.queue_size / facts.global_batch)) * facts.global_batch
-            raise ConfigError(
-                f"method.queue_size must be a multiple of the global batch, {facts.global_batch}, or 0. "
-                f"Got {self.config.queue_size}; try {nearest}."
-            )
+        brought = f"the global batch, {facts.global_batch}, or 0"
+        check_queue_size(self.config.queue_size, facts.global_batch, multiple_of=brought)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         num_images = batch.views["global"].shape[1]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_pipeline.config import ConfigError
 from ssl_pipeline.distributed import mean_over_ranks
 
 # Axes: B rows of a step, of all processes; K prototypes, C classes, W batches of a window.
@@ -54,6 +55,13 @@ class FeatureQueue(nn.Module):
         self.position.add_(num_new).remainder_(size)
         self._num_replaced = min(self._num_replaced + num_new, size)
         self.num_replaced.fill_(self._num_replaced)
+
+
+def check_queue_size(size: int, num_new: int, *, multiple_of: str) -> None:
+    """Raises ConfigError unless the `num_new` features of a step, `multiple_of` in words, fill a queue evenly."""
+    if size % num_new:
+        nearest = max(1, round(size / num_new)) * num_new
+        raise ConfigError(f"method.queue_size must be a multiple of {multiple_of}. Got {size}; try {nearest}.")
 
 
 def _read_num_replaced(queue: nn.Module, _: object) -> None:
