@@ -11,8 +11,7 @@ from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.data.stream import NO_MASKS, DataConfig, open_stream
-from ssl_pipeline.data.subset import open_subset
+from ssl_pipeline.data.stream import NO_MASKS, DataConfig, open_images, open_stream
 from ssl_pipeline.randomness import LABELLED, hash64
 
 
@@ -20,16 +19,7 @@ def open_labelled_images(config: DataConfig) -> ShardIndex | None:
     """The labelled images, as their `keep` and `labels` leave them; DataError if one of them has no label."""
     if config.labelled is None:
         return None
-    index = open_subset(
-        config.labelled.shards,
-        keep=config.labelled.keep,
-        labels=config.labelled.labels,
-        cache_dir=config.cache_dir,
-        cache_gb=config.cache_gb,
-        image_key=config.image_key,
-        budget=config.bad_sample_budget,
-        key="data.labelled",
-    )
+    index = open_images(config, labelled=config.labelled)
     if not index.has_labels:
         raise DataError(
             f"data.labelled.shards={config.labelled.shards} has images without labels; all of them need one. "

@@ -107,16 +107,18 @@ class DataConfig(Config):
 NO_MASKS: Mapping[str, MaskRule] = {}
 
 
-def open_images(config: DataConfig) -> ShardIndex:
-    """The images of a run, as `keep` and `labels` leave them."""
+def open_images(config: DataConfig, *, labelled: LabelledConfig | None = None) -> ShardIndex:
+    """The images of a run, or those of its labelled set, as `keep` and `labels` leave them."""
+    source = labelled or config
     return open_subset(
-        config.shards,
-        keep=config.keep,
-        labels=config.labels,
+        source.shards,
+        keep=source.keep,
+        labels=source.labels,
         cache_dir=config.cache_dir,
         cache_gb=config.cache_gb,
         image_key=config.image_key,
         budget=config.bad_sample_budget,
+        key="data.labelled" if labelled else "data",
     )
 
 
