@@ -109,11 +109,10 @@ def make_batch(setting: StepSetting, needs: tuple[Views, ...], device: torch.dev
     masks = {}
     for group in needs:
         if group.mask is not None:
-            assert isinstance(group.mask.ratio, float)
             count, pixels = setting.views[group.name]
             num_patches = (pixels // group.mask.patch_size) ** 2
             order = torch.rand(count, num_images, num_patches, device=device).argsort(dim=-1)
-            masks[group.name] = order >= int(num_patches * (1 - group.mask.ratio))
+            masks[group.name] = order >= group.mask.num_kept(num_patches)
     sample_ids = torch.arange(num_images, device=device)
     return Batch(views, torch.full_like(sample_ids, -1), sample_ids, masks)
 

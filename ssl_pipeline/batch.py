@@ -51,6 +51,12 @@ class MaskRule:
     exact: bool = False
     """blocks only: whether patches at random make up for what the blocks leave (BEiT v2)."""
 
+    def num_kept(self, num_patches: int) -> int:
+        """random with one ratio: how many patches of a view are not masked, a number that the host knows."""
+        assert self.kind == "random"
+        assert isinstance(self.ratio, float)
+        return int(num_patches * (1 - self.ratio))
+
     def __post_init__(self) -> None:
         low, high = self.ratio if isinstance(self.ratio, tuple) else (self.ratio, self.ratio)
         counted = self.num_masked is not None

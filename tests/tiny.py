@@ -86,10 +86,9 @@ def make_masks(
     rule: MaskRule, num_views: int, num_images: int, size: int, *, generator: torch.Generator
 ) -> torch.Tensor:
     """(V, B, L) masks with as many patches as `ratio` says, at random places."""
-    assert isinstance(rule.ratio, float)
     num_patches = (size // rule.patch_size) ** 2
     order = torch.rand(num_views, num_images, num_patches, generator=generator).argsort(dim=-1)
-    return order >= int(num_patches * (1 - rule.ratio))
+    return order >= rule.num_kept(num_patches)
 
 
 def share_of(batch: Batch, rank: int, world_size: int) -> Batch:

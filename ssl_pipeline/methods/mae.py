@@ -45,8 +45,8 @@ class MAE(Method):
         super().__init__()
         self.config = config
         self.encoder = _with_trained_tokens(backbone)
-        mask = MaskRule("random", self.encoder.patch_size, ratio=config.mask_ratio)
-        self.needs = (Views("image", mask=mask),)
+        self.mask = MaskRule("random", self.encoder.patch_size, ratio=config.mask_ratio)
+        self.needs = (Views("image", mask=self.mask),)
         self.decoder = PixelDecoder(
             backbone.embed_dim,
             self.encoder.grid,
@@ -61,7 +61,7 @@ class MAE(Method):
         images = batch.views["image"].flatten(0, 1)
         patches = patchify(images, self.encoder.patch_size)
         mask_NL = batch.masks["image"].flatten(0, 1)
-        kept, removed, restore = split_by_mask(mask_NL, num_kept=int(mask_NL.shape[1] * (1 - self.config.mask_ratio)))
+        kept, removed, restore = split_by_mask(mask_NL, num_kept=self.mask.num_kept(mask_NL.shape[1]))
         encoded = self.encoder.encode(self.encoder.embed_patches(take_patches(patches, kept), kept), kept)
         loss = removed_patches_loss(
             take_patches(patches, removed),
