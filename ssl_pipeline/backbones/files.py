@@ -27,9 +27,7 @@ def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocess
     """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments)."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     description: dict[str, JSON] = {
-        "name": backbone.config.name,
-        "arguments": backbone.config.arguments,
-        "small_images": backbone.config.small_images,
+        **backbone.config.model_dump(mode="json", include=set(ARCHITECTURE)),
         "size": preprocessing.size,
         "mean": preprocessing.mean,
         "std": preprocessing.std,

@@ -109,9 +109,8 @@ def run_command(
     arguments, flags = without_flags(sys.argv[1:] if argv is None else argv)
     running = False
     if "--debug" not in flags:
-        warnings.formatwarning = lambda message, *_, **__: (
-            f"warning: {printable(str(message))}\n"
-        )  # the source line means nothing to a user
+        # without the source line, which means nothing to a user
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     try:
         if flags & {"--help", "-h"}:
             print(help_page(schema, arguments, command, recipes))

@@ -141,9 +141,8 @@ class StreamBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> StreamBatch:
         """The same batch on a device; labels and sample ids, which outlive a step, are copies in any case."""
-        non_blocking = (
-            non_blocking and torch.device(device).type == "cuda"
-        )  # copies to other devices are synchronous anyway
+        # copies to other devices are synchronous anyway
+        non_blocking = non_blocking and torch.device(device).type == "cuda"
 
         def moved(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()}
