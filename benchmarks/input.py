@@ -110,10 +110,10 @@ def compare_photometric(config: BenchmarkConfig) -> Iterator[Comparison]:
     setting = f"{total_views(groups)}, batch of {num_images}"
     comparison = Comparison("photometric", "images", setting, num_images, ("torchvision v2",))
     torch.manual_seed(0)
-    crops = {
-        name: torch.randint(256, (group.count, num_images, 3, group.size, group.size), dtype=torch.uint8, device=device)
-        for name, group in groups.items()
-    }
+    crops = {}
+    for name, group in groups.items():
+        shape = group.count, num_images, 3, max(group.sizes), max(group.sizes)
+        crops[name] = torch.randint(256, shape, dtype=torch.uint8, device=device)
     of_torchvision = {name: _each_view(v2_colours, group) for name, group in groups.items()}
     note = "float, one view of one image at a time"
     comparison.add("torchvision v2", lambda: _by_view(of_torchvision, crops, one_by_one=True), note)
@@ -163,7 +163,9 @@ def _ours(
     draws = {}
     for name, group in groups.items():
         uniforms = generator.random((*crops[name].shape[:2], num_uniforms(group)))
-        draws[name] = torch.from_numpy(draw_operations(uniforms, group, size=group.size)).to(crops[name].device)
+        draws[name] = torch.from_numpy(draw_operations(uniforms, group, size=crops[name].shape[-1])).to(
+            crops[name].device
+        )
 
     def work() -> None:
         for name, group in groups.items():

@@ -46,7 +46,10 @@ def write_synthetic_shards(folder: Path, *, shards: int, samples: int) -> None:
     checksums = tuple(sha256_of_bytes(name.encode()) for name in names)
     widest = np.full(shards, entry.widest, dtype=np.int64)
     image_bytes, pixel_bytes = counts * entry.image_bytes, counts * entry.pixel_bytes
-    table = ShardTable(tuple(names), sizes, times, checksums, counts, counts, image_bytes, pixel_bytes, widest)
+    none, nothing = np.zeros(shards, dtype=np.int64), ("",) * shards
+    table = ShardTable(
+        tuple(names), sizes, times, checksums, counts, counts, image_bytes, pixel_bytes, widest, none, none, nothing
+    )
     write_catalogue(place, Catalogue(table))
     listed = [ManifestShard(name, samples, entry.bytes, sha) for name, sha in zip(names, checksums, strict=True)]
     write_manifest(folder, Manifest(["only"], listed))

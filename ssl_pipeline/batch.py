@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from ssl_pipeline.config import ConfigError
 
 # Axes: V views of each of B images, L patches row by row.
+
+
+Kind = Literal["random", "blocks", "units"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class MaskRule:
     blocks: rectangles until `num_masked`, or ratio * L, patches are masked (BEiT, iBOT, DINOv2).
     """
 
-    kind: Literal["random", "blocks", "units"]
+    kind: Kind
     patch_size: int
     """Side of a patch in pixels: a view of S pixels has (S / patch_size)^2 patches."""
     ratio: float | tuple[float, float] = 0.0
@@ -46,6 +50,24 @@ class MaskRule:
     """blocks only: largest height / width of a block; null: 1 / min_aspect."""
     exact: bool = False
     """blocks only: whether patches at random make up for what the blocks leave (BEiT v2)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.ratio if isinstance(self.ratio, tuple) else (self.ratio, self.ratio)
+        counted = self.num_masked is not None
+        checks = (
+            (self.kind in get_args(Kind), "kind", f"one of {', '.join(get_args(Kind))}", self.kind),
+            (self.patch_size >= 1, "patch_size", "at least 1", self.patch_size),
+            (0 <= low <= high < 1 or (low, high) == (1, 1), "ratio", "between 0 and 1, a pair increasing", self.ratio),
+            (0 <= self.probability <= 1, "probability", "between 0 and 1", self.probability),
+            (not counted or self.kind == "blocks", "num_masked", "left out unless kind is blocks", self.num_masked),
+            (not (counted and self.stratified), "num_masked", "left out of stratified masks", self.num_masked),
+            (self.unit >= 1, "unit", "at least 1", self.unit),
+            (1 <= self.min_block <= (self.max_block or math.inf), "min_block", "from 1 to max_block", self.min_block),
+            (self.min_aspect > 0, "min_aspect", "above 0", self.min_aspect),
+        )
+        for holds, name, needed, got in checks:
+            if not holds:
+                raise ConfigError(f"{name} of a mask must be {needed}. Got {got}.")
 
 
 @dataclass(frozen=True)

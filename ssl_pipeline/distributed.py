@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -89,15 +88,6 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
-
-
-@contextmanager
-def peer_failures_in_one_line() -> Iterator[None]:
-    """Raise RunError for what a collective inside the block raises when another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise (peer_failure(error) or error) from None
 
 
 def peer_failure(error: Exception) -> RunError | None:

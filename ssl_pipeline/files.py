@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias
 
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT}
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -33,6 +36,7 @@ def written_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
     cut may then lose the file, which a heartbeat can afford.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)  # maybe a link to somewhere else
     try:
         yield aside
         if durable:
@@ -105,10 +109,28 @@ def without_nan(value: JSON) -> JSON:
     return value
 
 
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says nothing of the file it was met at: no open files, no memory, no rights, no network."""
+    return isinstance(error, OSError) and error.errno in SHORTAGES
+
+
+def open_no_link(path: Path, flags: int) -> int:
+    """A descriptor of a file, made if `flags` has O_CREAT; OSError if there is a symbolic link in its place.
+
+    For files with a fixed name in directories that others may write to.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here; delete it", str(path)) from None
+
+
 # SHA-256, in hexadecimal digits
 
 
-def sha256_of(file: Path | BufferedReader) -> str:
+def sha256_of(file: Path | BufferedReader | FileIO) -> str:
     """Of the content of a file; of an open one from where it stands."""
     if isinstance(file, Path):
         with file.open("rb") as opened:

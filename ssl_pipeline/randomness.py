@@ -8,7 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
-SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE, LABELLED, SPLIT, MASK = (np.uint64(part) for part in range(1, 8))
+SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE, LABELLED, SPLIT, MASK, VIEW_SIZE, HOLDOUT = (
+    np.uint64(part) for part in range(1, 10)
+)
 
 
 def splitmix64(x: ArrayLike) -> NDArray[np.uint64]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
@@ -20,8 +22,9 @@ from ssl_pipeline.distributed import (
     rank,
     world_size,
 )
-from ssl_pipeline.losses import moco_v3_loss, nt_xent
+from ssl_pipeline.losses import barlow_twins_loss, moco_v3_loss, nnclr_loss, nt_xent, vicreg_loss
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.modules.memory import FeatureQueue
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from tests.ranks import run_on_ranks
 from tests.tiny import CLASSES, CNN, CONFIGS, VIT, make_batch, make_method, progress_at, share_of
@@ -103,24 +106,39 @@ def detach_the_others(local: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+@contextmanager
+def gathers_are(wrong: bool) -> Iterator[None]:
+    """Inside, the losses gather as they should, or make that mistake."""
+    with ExitStack() as patches:
+        for module in ("contrastive", "redundancy"):
+            gathers = detach_the_others if wrong else gather_with_grad
+            patches.enter_context(mock.patch(f"ssl_pipeline.losses.{module}.gather_with_grad", gathers))
+        yield
+
+
 def loss_gradients(name: str, wrong: bool) -> tuple[Tensor, Tensor]:
     """Mean loss over ranks and its gradient for the own rows, of 8 rows in all."""
     inputs = [random(8, 5, seed=seed).chunk(world_size())[rank()].clone().requires_grad_() for seed in range(4)]
-    with mock.patch(
-        "ssl_pipeline.losses.contrastive.gather_with_grad", detach_the_others if wrong else gather_with_grad
-    ):
-        loss = call_loss(name, inputs)
+    with gathers_are(wrong):
+        loss = LOSSES[name](*inputs)
     loss.backward()
     # without a gradient, as the keys: zeros
     gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in inputs]
     return mean_over_ranks(loss), torch.stack(gradients) / world_size()
 
 
-def call_loss(name: str, inputs: list[Tensor]) -> Tensor:
-    return nt_xent(*inputs[:2], temperature=0.3) if name == "nt_xent" else moco_v3_loss(*inputs, temperature=0.3)
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "barlow_twins_loss": lambda z1, z2, *_: barlow_twins_loss(z1, z2, off_diagonal_weight=0.1),
+    "moco_v3_loss": lambda *inputs: moco_v3_loss(*inputs, temperature=0.3),
+    "nnclr_loss": lambda *inputs: nnclr_loss(*inputs, random(20, 5, seed=9), temperature=0.3),
+    "nt_xent": lambda z1, z2, *_: nt_xent(z1, z2, temperature=0.3),
+    "vicreg_loss": lambda z1, z2, *_: vicreg_loss(
+        z1, z2, invariance_weight=25, variance_weight=25, covariance_weight=1
+    )[0],
+}
 
 
-@pytest.mark.parametrize("name", ["nt_xent", "moco_v3_loss"])
+@pytest.mark.parametrize("name", sorted(LOSSES))
 def test_a_loss_over_two_ranks_is_that_of_the_global_batch(name):
     expected_loss, expected = loss_gradients(name, False)
     (loss, first), (_, second) = run_on_ranks(loss_gradients, name, False)
@@ -128,9 +146,10 @@ def test_a_loss_over_two_ranks_is_that_of_the_global_batch(name):
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, rtol=0, atol=1e-14)
 
 
-def test_a_gather_that_drops_gradients_is_noticed():
-    _, expected = loss_gradients("nt_xent", False)
-    (_, first), (_, second) = run_on_ranks(loss_gradients, "nt_xent", True)
+@pytest.mark.parametrize("name", ["barlow_twins_loss", "nnclr_loss", "nt_xent", "vicreg_loss"])
+def test_a_gather_that_drops_gradients_is_noticed(name):
+    _, expected = loss_gradients(name, False)
+    (_, first), (_, second) = run_on_ranks(loss_gradients, name, True)
     assert relative_gap({"": torch.cat([first, second], dim=1)}, {"": expected}) > 0.05
 
 
@@ -145,9 +164,13 @@ def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[st
     network: nn.Module = method
     if world_size() > 1 and wrong != "no DDP":
         network = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    for queue in method.modules():
+        if isinstance(queue, FeatureQueue):
+            queue.enqueue(nn.functional.normalize(random(*queue.features.shape, seed=5), dim=1))
     batch = share_of(make_batch(name, num_images=NUM_IMAGES, dtype=torch.float64), rank(), world_size())
-    gathers = detach_the_others if wrong == "gather" else gather_with_grad
-    with mock.patch("ssl_pipeline.losses.contrastive.gather_with_grad", gathers):
+    gather_codes = gather if wrong != "own codes" else lambda rows: rows
+    assignment = mock.patch("ssl_pipeline.losses.assignment.gather", gather_codes)
+    with gathers_are(wrong == "gather"), assignment:
         network(batch, progress_at(1)).loss.backward()
     return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
 
@@ -176,10 +199,14 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
     ("name", "wrong"),
     [
         ("simclr", "gather"),
+        ("barlow_twins", "gather"),
+        ("nnclr", "gather"),
+        ("vicreg", "gather"),
         ("simclr", "own batch norm"),
         ("dino", "no DDP"),
         ("byol", "own batch norm"),
         ("mae", "no DDP"),
+        ("swav", "own codes"),
     ],
 )
 def test_a_wrong_gradient_is_noticed(name, wrong):
@@ -191,6 +218,7 @@ def test_a_wrong_gradient_is_noticed(name, wrong):
 def after_steps(name: str) -> dict[str, Tensor]:
     """The state that two calls of after_step leave, with two micro-batches each."""
     method = make_method(name).double()
+    synchronize_batch_norm(method, torch.device("cpu"))
     for step in (0, 1):
         carries = []
         for micro in (0, 1):
@@ -211,6 +239,6 @@ def test_teachers_queues_and_centres_are_those_of_one_process(name):
         torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("name", ["moco_v3", "simclr"])
+@pytest.mark.parametrize("name", ["barlow_twins", "moco_v3", "nnclr", "simclr", "swav", "vicreg"])
 def test_methods_for_which_accumulation_is_no_bigger_batch_say_so(name):
     assert "k micro-batches are not one big batch" in inspect.getdoc(CLASSES[name])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ssl_pipeline.files import (
     lock,
     locked,
+    open_no_link,
     sha256_of,
     sha256_of_bytes,
     sha256_of_json,
@@ -176,3 +177,18 @@ def test_where_there_are_no_locks_work_goes_on(tmp_path, monkeypatch):
         pass
     with pytest.raises(OSError, match="not supported"):
         lock(os.open(tmp_path, os.O_RDONLY))
+
+
+def test_files_with_a_fixed_name_do_not_follow_links(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "planted")
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+        with pytest.raises(OSError, match=r"is a symbolic link, which is not followed here; delete it: '.*\.lock'"):
+            open_no_link(tmp_path / ".lock", flags)
+    assert not (tmp_path / "planted").exists()
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / f".name.{os.getpid()}.tmp").symlink_to(tmp_path / "kept")
+    write_text(tmp_path / "name", "new")
+    assert (tmp_path / "kept").read_text() == "kept"
+    assert (tmp_path / "name").read_text() == "new"
+    with pytest.raises(FileNotFoundError):
+        open_no_link(tmp_path / "nothing", os.O_RDONLY)

@@ -85,7 +85,8 @@ def test_a_recipe_is_complete(name):
     assert {"seed", "method", "backbone", "augment", "data", "optim", "train", "knn"} <= tree.keys()
     assert {"name", "lr", "weight_decay"} <= tree["optim"].keys()
     for group in tree["augment"].values():
-        assert {"count", "size", "scale", "flip_prob", "jitter_prob", "gray_prob", "blur_prob"} <= group.keys()
+        own_crops = set() if "crops_of" in group else {"scale", "flip_prob"}
+        assert {"count", "size", "jitter_prob", "gray_prob", "blur_prob", *own_crops} <= group.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,9 +110,12 @@ def test_a_view_group_that_is_missing_or_unread_is_told():
     with pytest.raises(ConfigError, match=r"^DINO needs the view group augment\.global\. The recipe has local\.$"):
         check({"local": views["local"]})
     with pytest.raises(
-        ConfigError, match=r"^DINO has no use for the view group augment\.locla\. It reads global, local\.$"
+        ConfigError, match=r"^DINO does not use the view group augment\.locla\. It reads global, local\.$"
     ):
         check(views | {"locla": views["local"]})
+    of_nobody = views["local"].model_copy(update={"crops_of": "globl"})
+    with pytest.raises(ConfigError, match=r"^augment\.local\.crops_of must be .* Did you mean 'global'\?$"):
+        check(views | {"local": of_nobody})
 
 
 # the official numbers
@@ -187,8 +191,8 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     # with the usual stem a ResNet needs 32 pixels: oneDNN's bf16 gradient of a strided 3x3 convolution over a single
     # pixel reads memory that nobody wrote
     size = 16 if plain.backbone.small_images else 32
-    sizes = [f"augment.{group}.size={16 if group == 'local' else size}" for group in plain.augment]
     vit = plain.backbone.name.startswith("vit")
+    sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
     backbone = [f"backbone.arguments={TINY_VIT}"] if vit else TINY_RESNET
     widths = [
         f"method.{key}={value}"

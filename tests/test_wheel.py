@@ -45,7 +45,7 @@ def test_nothing_but_the_package_is_installed(installed: Path):
 def test_it_brings_the_recipes(installed: Path, tmp_path: Path):
     packed = recipe_files(installed / "ssl_pipeline" / "recipes")
     assert packed.keys() == recipe_files(RECIPES).keys()
-    command = [sys.executable, "-m", "ssl_pipeline.commands.pretrain", "--print", "recipe=digits_dino"]
+    command = [sys.executable, "-m", "ssl_pipeline.commands.start", "--print", "recipe=digits_dino"]
     environment = os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.startswith("recipe: digits_dino\n"), done.stderr

@@ -26,7 +26,12 @@ VIT = BackboneConfig(
 CNN = BackboneConfig(name="resnet10t", arguments={"stem_type": ""}, small_images=True)
 # by the end of a setting's name: a size that takes a CPU a moment
 SMALL = {"_dim": 16, "num_prototypes": 12, "queue_size": 64, "_depth": 1, "_heads": 2, "num_classes": 3}
-OWN = {"dino": {"freeze_prototypes_for": 1}, "fixmatch": {"threshold": 0.4}, "moco": {"symmetric": True}}
+OWN = {
+    "dino": {"freeze_prototypes_for": 1},
+    "fixmatch": {"threshold": 0.4},
+    "moco": {"symmetric": True},
+    "swav": {"queue_size": 16, "queue_starts": 0, "freeze_prototypes_for": 1},  # full after two steps
+}
 """What a method's tests need beside that."""
 COUNTS = {"global": 2, "local": 3}
 SIZES = {"local": 8}

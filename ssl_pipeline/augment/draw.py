@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_pipeline.augment.masks import draw_counts, draw_masks, grid_of
-from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.augment.operations import Operation
+from ssl_pipeline.augment.views import ViewGroup, check_crops_of
 from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.randomness import MASK, hash64, uniforms
+from ssl_pipeline.randomness import MASK, VIEW_SIZE, generate_uniforms, hash64, uniforms
 
 # V views of each of B images, U uniforms in [0, 1), N tries, P draws of the operations, L patches
 
@@ -90,12 +91,11 @@ def _crop_sizes(
 
 def draw_operations(uniforms_VBU: NDArray[np.float64], group: ViewGroup, *, size: int) -> NDArray[np.float32]:
     """(V,B,P): what each operation makes of its own uniforms for views of `size` pixels, one after the other."""
-    drawn, first = [], NUM_CROP_UNIFORMS
-    for operation in group.operations:
-        end = first + operation.num_uniforms(group)
-        if end > first:
-            drawn.append(operation.draw(uniforms_VBU[..., first:end], group, size=size))
-        first = end
+    drawn = [
+        operation.draw(uniforms_VBU[..., own], group, size=size)
+        for operation, own in _slices(group).items()
+        if own.stop > own.start
+    ]
     return np.concatenate(drawn, axis=-1)
 
 
@@ -107,6 +107,14 @@ def num_uniforms(group: ViewGroup) -> int:
 def num_draws(group: ViewGroup) -> int:
     """How many numbers the operations make of them: P."""
     return sum(operation.num_draws(group) for operation in group.operations)
+
+
+def _slices(group: ViewGroup) -> dict[Operation, slice]:
+    """Where the uniforms of each operation stand among those of a view."""
+    slices, first = {}, NUM_CROP_UNIFORMS
+    for operation in group.operations:
+        slices[operation] = slice(first, first := first + operation.num_uniforms(group))
+    return slices
 
 
 def group_uniforms(
@@ -138,10 +146,12 @@ class Drawn:
 class ViewSampler:
     """Everything random about the views of a stream, wherever crops are cut out and whatever process they are for.
 
-    What a view gets follows from the seed, the epoch, the sample and the group. `stratified` masks also depend on the
-    optimizer step and on the image's place among those of the step, which follow from its position in the stream.
+    What a view gets follows from the seed, the epoch, the sample and the group; its size from the seed and the
+    optimizer step; a `stratified` mask also from the step and from the image's place among those of the step. Step and
+    place follow from the position in the stream.
     masks: rules by the name of a group. global_batch: images per optimizer step, over all processes and micro-batches.
     offset: where in the stream a step begins, as do those `global_batch` positions before and after it.
+    size_seed: the seed of the sizes, which streams that feed one step have in common.
     """
 
     groups: Mapping[str, ViewGroup]
@@ -149,14 +159,29 @@ class ViewSampler:
     seed: int
     global_batch: int
     offset: int = 0
+    size_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, group in self.groups.items():
+        check_crops_of(self.groups)
+        for name, size in ((name, size) for name, group in self.groups.items() for size in group.sizes):
             if name in self.masks:
                 try:
-                    grid_of(self.masks[name], group.size)
+                    grid_of(self.masks[name], size)
                 except ValueError as error:
                     raise ConfigError(f"augment.{name}: {error}") from None
+
+    def sizes(self, positions: Sequence[int] | None = None) -> dict[str, int]:
+        """The side in pixels of the views of each group in the step of these positions; without them, the largest."""
+        if positions is None:
+            return {name: max(group.sizes) for name, group in self.groups.items()}
+        step, _ = self._step_and_place(positions)
+        (uniform,) = generate_uniforms(hash64(self.size_seed, VIEW_SIZE, step), 1)
+        return {name: _size_at(uniform, group) for name, group in self.groups.items()}
+
+    def num_patches(self, name: str, size: int) -> int:
+        """How many patches a view of a group with a mask has at this size: L."""
+        rows, columns = grid_of(self.masks[name], size)
+        return rows * columns
 
     def draw(
         self,
@@ -168,32 +193,49 @@ class ViewSampler:
         widths_B: Integers,
     ) -> dict[str, Drawn]:
         """All groups of views of the samples at some positions of one step; epochs, samples and sizes are theirs."""
-        drawn = {}
+        where, sizes, drawn = {"epochs_B": epochs_B, "samples_B": samples_B}, self.sizes(positions), {}
+        uniforms = {name: group_uniforms(name, group, seed=self.seed, **where) for name, group in self.groups.items()}
         for name, group in self.groups.items():
-            uniforms_VBU = group_uniforms(name, group, seed=self.seed, epochs_B=epochs_B, samples_B=samples_B)
-            boxes_VB4, flips_VB = crop_boxes(uniforms_VBU, heights_B, widths_B, group)
-            masks_VBL = self._masks(name, positions, epochs_B, samples_B) if name in self.masks else None
-            draws_VBP = draw_operations(uniforms_VBU, group, size=group.size)
+            source = group.crops_of or name
+            boxes_VB4, flips_VB = crop_boxes(uniforms[source], heights_B, widths_B, self.groups[source])
+            own_VBU = _with_those_of(self.groups[source], uniforms[source], group, uniforms[name])
+            draws_VBP = draw_operations(own_VBU, group, size=sizes[name])
+            masks_VBL = self._masks(name, sizes[name], positions, **where) if name in self.masks else None
             drawn[name] = Drawn(boxes_VB4, flips_VB, draws_VBP, masks_VBL)
         return drawn
 
-    def sizes(self) -> dict[str, int]:
-        """The side in pixels of the views of each group."""
-        return {name: group.size for name, group in self.groups.items()}
-
-    def num_patches(self, name: str) -> int:
-        """How many patches a view of a group with a mask has: L."""
-        rows, columns = grid_of(self.masks[name], self.groups[name].size)
-        return rows * columns
-
-    def _masks(self, name: str, positions: Sequence[int], epochs_B: Integers, samples_B: Integers) -> NDArray[np.bool_]:
-        rule, group, stream = self.masks[name], self.groups[name], _stream_of(name)
-        views_V1 = np.arange(group.count)[:, None]
-        states_VB = hash64(self.seed, MASK, stream, epochs_B, samples_B, views_V1)
+    def _masks(
+        self, name: str, size: int, positions: Sequence[int], *, epochs_B: Integers, samples_B: Integers
+    ) -> NDArray[np.bool_]:
+        rule, num_views, stream = self.masks[name], self.groups[name].count, _stream_of(name)
+        states_VB = hash64(self.seed, MASK, stream, epochs_B, samples_B, np.arange(num_views)[:, None])
         counts_VB = None
         if rule.stratified:
-            step, place = divmod(positions[0] - self.offset, self.global_batch)
-            state = hash64(self.seed, MASK, stream, step)
-            counts = draw_counts(rule, group.size, group.count * self.global_batch, state)
-            counts_VB = counts.reshape(group.count, -1)[:, place : place + len(positions)]
-        return draw_masks(rule, group.size, states_VB, counts_VB=counts_VB)
+            step, place = self._step_and_place(positions)
+            counts = draw_counts(rule, size, num_views * self.global_batch, hash64(self.seed, MASK, stream, step))
+            counts_VB = counts.reshape(num_views, -1)[:, place : place + len(positions)]
+        return draw_masks(rule, size, states_VB, counts_VB=counts_VB)
+
+    def _step_and_place(self, positions: Sequence[int]) -> tuple[int, int]:
+        """The optimizer step of these positions, and the place of the first among its images."""
+        return divmod(positions[0] - self.offset, self.global_batch)
+
+
+def _size_at(uniform: float, group: ViewGroup) -> int:
+    """The size that a number in [0, 1) stands for."""
+    shares = np.cumsum(group.size_weights or np.ones(len(group.sizes)))
+    return group.sizes[int(np.searchsorted(shares, uniform * shares[-1], side="right"))]
+
+
+def _with_those_of(
+    source: ViewGroup, theirs_VBU: NDArray[np.float64], group: ViewGroup, own_VBU: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The uniforms of a group, but those of the source for operations that take as many there."""
+    if group is source:
+        return own_VBU
+    of_source = _slices(source)
+    for operation, own in _slices(group).items():
+        theirs = of_source[operation]
+        if own.stop - own.start == theirs.stop - theirs.start:
+            own_VBU[..., own] = theirs_VBU[..., theirs]
+    return own_VBU

@@ -22,16 +22,20 @@ def augment_on_accelerator(crops_NCHW: Tensor, draws_NP: Tensor, stages: Stages)
     return torch.cat([channel * factor + offset for channel, factor, offset in channels], dim=1)
 
 
+MOST_KINDS = 64  # of views, their sizes counted: each is compiled once; by itself torch gives up at the ninth
+
+
 class Fused:
     """The same compiled, and as it is from the moment that torch.compile fails on this machine."""
 
     def __init__(self) -> None:
         # shapes stay the same from batch to batch; a second size is no reason for code that takes any
         self.augment = torch.compile(augment_on_accelerator, fullgraph=True, dynamic=False)
+        self.known: set[tuple[torch.Size, torch.dtype, Stages]] = set()
 
     def __call__(self, crops_NCHW: Tensor, draws_NP: Tensor, stages: Stages) -> Tensor:
         try:
-            return self.augment(crops_NCHW, draws_NP, stages)
+            return self._augment(crops_NCHW, draws_NP, stages)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of no common type: no triton, no C compiler, a fault of the compiler's
@@ -46,6 +50,15 @@ class Fused:
                 stacklevel=2,
             )
             return views_NCHW
+
+    def _augment(self, crops_NCHW: Tensor, draws_NP: Tensor, stages: Stages) -> Tensor:
+        kind = crops_NCHW.shape, crops_NCHW.dtype, stages
+        if kind in self.known:
+            return self.augment(crops_NCHW, draws_NP, stages)
+        with torch._dynamo.config.patch(recompile_limit=MOST_KINDS):
+            views_NCHW = self.augment(crops_NCHW, draws_NP, stages)
+        self.known.add(kind)
+        return views_NCHW
 
 
 @cache

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import create_model, model_validator
 
 from ssl_pipeline.augment.operations import OPERATIONS, Operation, PerView, ViewSettings
-from ssl_pipeline.augment.operations.base import per_view_mistakes, range_mistakes
+from ssl_pipeline.augment.operations.base import Channels, per_view_mistakes, range_mistakes
+from ssl_pipeline.config import ConfigError, nearest
 
 
 class CropSettings(ViewSettings):
     """How views are cut out of their image."""
 
+    crops_of: str | None = None
+    """Another group, whose boxes and flips these views have at a size of their own (BEiT's tokens, DINOv3's Gram
+    teacher). An operation draws the same numbers for both groups where it takes as many
+    of them in both."""
     crop: Literal["random_resized", "pad"] = "random_resized"
     """random_resized: a random part of the image, resized. pad: the whole image, shifted by up to `padding` of its
     size and reflected where it runs out (FixMatch's weak view)."""
@@ -26,7 +33,13 @@ class CropSettings(ViewSettings):
     """How crops are resized; both are antialiased."""
     flip_prob: PerView = 0.5
     """Probability of a horizontal flip."""
+    mean: Channels | None = None
+    """Subtracted from red, green and blue in [0, 1] at the end; by default data.mean."""
+    std: Channels | None = None
+    """What red, green and blue are divided by after that; by default data.std."""
 
+
+BOX_KEYS = ("crop", "scale", "aspect", "padding", "flip_prob")  # without meaning beside crops_of
 
 # all keys of the operations; of several bases pydantic takes the fields of the last one first
 _operation_settings: Any = create_model(
@@ -50,27 +63,64 @@ class ViewGroup(_operation_settings, CropSettings):
         def __getattr__(self, key: str) -> Any:
             """The keys of the operations, which no type checker sees."""
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The sides in pixels that views of this group can have."""
-        return (self.size,)
-
     @model_validator(mode="after")
     def _check(self) -> ViewGroup:
         mistakes = [mistake for operation in self.operations for mistake in operation.mistakes(self)]
-        mistakes += self._crop_mistakes()
+        mistakes += [*per_view_mistakes(self, flip_prob=1.0), *self._range_mistakes(), *self._box_mistakes()]
         if mistakes:
             raise ValueError(" ".join(mistakes))
         return self
 
-    def _crop_mistakes(self) -> list[str]:
-        return [
-            *per_view_mistakes(self, flip_prob=1.0),
-            *range_mistakes(
-                (self.count >= 1, "count", "at least 1", self.count),
-                (self.size >= 1, "size", "at least 1 pixel", self.size),
-                (0 < self.scale[0] <= self.scale[1] <= 1, "scale", "an increasing pair in (0, 1]", self.scale),
-                (0 < self.aspect[0] <= self.aspect[1], "aspect", "an increasing pair above 0", self.aspect),
-                (0 <= self.padding <= 0.5, "padding", "between 0 and 0.5", self.padding),
+    def _range_mistakes(self) -> list[str]:
+        sizes, weights, std = self.sizes, self.size_weights, self.std
+        return range_mistakes(
+            (self.count >= 1, "count", "at least 1", self.count),
+            (bool(sizes) and min(sizes) >= 1, "size", "at least 1 pixel", self.size),
+            (
+                not weights or (len(weights) == len(sizes) and min(weights) >= 0 and sum(weights) > 0),
+                "size_weights",
+                f"a share for each of the {len(sizes)} sizes",
+                weights,
             ),
+            (0 < self.scale[0] <= self.scale[1] <= 1, "scale", "an increasing pair in (0, 1]", self.scale),
+            (0 < self.aspect[0] <= self.aspect[1], "aspect", "an increasing pair above 0", self.aspect),
+            (0 <= self.padding <= 0.5, "padding", "between 0 and 0.5", self.padding),
+            (std is None or min(std) > 0, "std", "above 0", std),
+        )
+
+    def _box_mistakes(self) -> list[str]:
+        if self.crops_of is None:
+            return []
+        given = [key for key in BOX_KEYS if getattr(self, key) != CropSettings.model_fields[key].default]
+        defaults = {key: json.dumps(CropSettings.model_fields[key].default) for key in given}
+        return [
+            f"{key} has no effect with crops_of={self.crops_of}. Leave it out; over a recipe that has it, set "
+            f"{key}={default.strip(chr(34))}."
+            for key, default in defaults.items()
         ]
+
+
+def check_crops_of(groups: Mapping[str, ViewGroup]) -> None:
+    """Raises ConfigError if a group has the crops of one that is not there, that has none of its own, or of another
+    number of views.
+    """
+    for name, group in groups.items():
+        if group.crops_of is None:
+            continue
+        others = [other for other in groups if other != name]
+        source = groups[group.crops_of] if group.crops_of in others else None
+        if source is None:
+            raise ConfigError(
+                f"augment.{name}.crops_of must be another group of views that the method reads: "
+                f"{', '.join(others) or 'there is none'}. Got '{group.crops_of}'.{nearest(group.crops_of, others)}"
+            )
+        if source.crops_of is not None:
+            raise ConfigError(
+                f"augment.{name}.crops_of must be a group with crops of its own. Got '{group.crops_of}', which has "
+                f"those of '{source.crops_of}'."
+            )
+        if source.count != group.count:
+            raise ConfigError(
+                f"augment.{name}.count must be that of augment.{group.crops_of}, {source.count}, whose crops it has. "
+                f"Got {group.count}."
+            )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones.positions import resample_positions
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.files import is_shortage
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 CLASSIFIERS = ("head.", "fc.", "classifier.", "head_dist.")
@@ -54,6 +55,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers have no common error class
+        if is_shortage(error):
+            raise
+        if type(error).__name__ == "UnpicklingError":  # torch's advice is to trust the file
+            raise ConfigError(
+                f"cannot read weights from {path}: it holds more than tensors, or is damaged; pickled objects are not "
+                "read. Save its state dict alone, best as .safetensors."
+            ) from None
         raise ConfigError(f"cannot read weights from {path}: {first_line(error)}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

@@ -9,7 +9,7 @@ from ssl_pipeline.config import nearest
 
 PROGRAM = "ssl-pipeline"
 COMMANDS = {
-    "pretrain": "ssl_pipeline.commands.pretrain",
+    "pretrain": "ssl_pipeline.commands.start",
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
     "table": "ssl_pipeline.eval.table",

@@ -5,6 +5,7 @@ The composition root: it puts together what training and evaluation do not know 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -24,11 +25,10 @@ from ssl_pipeline.backbones import (
     save_backbone,
     save_classifier,
 )
-from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, read_yaml, run_command, validate
+from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, printable, read_yaml, run_command, validate
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
-from ssl_pipeline.distributed import peer_failures_in_one_line
 from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
 from ssl_pipeline.files import sha256_of_json
@@ -36,8 +36,11 @@ from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.run.directory import RunDirectory
+from ssl_pipeline.run.interruption import StopAtOnce, Stopped
+from ssl_pipeline.run.watchdog import Watchdog
 from ssl_pipeline.training.clock import Clock
-from ssl_pipeline.training.launch import start_accelerator
+from ssl_pipeline.training.failures import Failures
+from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
@@ -90,20 +93,39 @@ class PretrainConfig(Config):
 
 def pretrain(config: PretrainConfig) -> int:
     """Run the settings to the end; returns the exit code, 128 + the signal number if one stopped it."""
+    try:
+        with StopAtOnce():  # until training begins, and again after it
+            return _pretrain(config)
+    except Stopped as stopped:
+        print(f"Stopped by {stopped}, while no step was under way; run again to go on.", file=sys.stderr)
+        return 128 + stopped.signal_number
+
+
+def _pretrain(config: PretrainConfig) -> int:
     started = time.perf_counter()
     with ExitStack() as stack:
+        directory: RunDirectory | None = None
+        starting = stack.enter_context(ExitStack())
+        watchdog = Watchdog(
+            config.train.hang_timeout, note=lambda why: directory.fail(why) if directory else None, by_activity=True
+        )
+        starting.enter_context(watchdog)
+        ignored = ignored_variables(os.environ, config.train)
         accelerator = start_accelerator(config.train)
-        stack.enter_context(peer_failures_in_one_line())
+        if ignored and accelerator.is_main_process:
+            print(printable(f"Ignored, because the recipe decides: {', '.join(ignored)}"), flush=True)
+        output = config.run_directory
+        stack.enter_context(Failures(output, config.data, config.train, config.backbone).explained())
         torch.manual_seed(config.seed)
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
-        output = config.run_directory
         identity = _identity(config)
-        directory = None
         if accelerator.is_main_process:
             directory = stack.enter_context(RunDirectory(output))
             _refuse_other_run(directory, identity)
+        else:
+            starting.close()  # it waits for the first rank, which may index for hours, and whose end is the end of all
         asked = time.perf_counter()
         index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
@@ -117,7 +139,8 @@ def pretrain(config: PretrainConfig) -> int:
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = _monitors(config, method, preprocessing, accelerator)
         if directory is not None:
-            describe(config, method, clock, accelerator.num_processes)
+            describe(config, method, clock, accelerator)
+        starting.close()
         signal_number = train(
             Run(
                 method=method,
@@ -146,16 +169,17 @@ def pretrain(config: PretrainConfig) -> int:
     return 128 + signal_number if signal_number else 0
 
 
-def describe(config: PretrainConfig, method: Method, clock: Clock, num_processes: int) -> None:
+def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator) -> None:
     """Print what a reader of the log wants to know of a run that begins."""
     progress = clock.progress(0)
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
-    labelled = ""
+    labelled, num_processes = "", accelerator.num_processes
     if config.data.labelled is not None:
         beside = config.data.labelled.batch_size * num_processes * config.train.accumulate
         labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
+        f"{describe_launch(accelerator, config.train)}\n"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
         f"{labelled}"
@@ -225,10 +249,6 @@ def _monitors(
     return monitors
 
 
-def command(name: str = "pretrain.py") -> int:
-    """The command line, called `name`; returns the exit code."""
+def main(name: str) -> int:
+    """The command line, called `name`, behind `commands/start.py`; returns the exit code."""
     return run_command(PretrainConfig, pretrain, command=name, recipes=RECIPES)
-
-
-if __name__ == "__main__":
-    sys.exit(command())

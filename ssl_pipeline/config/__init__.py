@@ -20,7 +20,9 @@ import yaml
 from pydantic import ValidationError
 
 from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, ConfigError, RunError, Tree, Value, nearest
+from ssl_pipeline.config.base import Config, ConfigError, RunError, SettingsError, Tree, Value, nearest, sentences_of
+from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for
+from ssl_pipeline.config.printing import printable
 from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
 from ssl_pipeline.config.sentences import TOO_DEEP, help_page, mistakes
@@ -35,15 +37,22 @@ __all__ = [
     "Tree",
     "Value",
     "dump",
+    "failure_sentence",
+    "is_out_of_memory",
     "load",
+    "memory_asked_for",
     "nearest",
+    "printable",
     "read_recipe",
     "read_yaml",
     "recipe_files",
+    "refuse",
     "run_command",
     "validate",
+    "without_flags",
 ]
 
+FLAGS = ("--help", "-h", "--print", "--debug")
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
@@ -66,9 +75,8 @@ def load(
     except ConfigError as error:
         if recipes is None or "recipe" in tree:
             raise
-        raise ConfigError(
-            f"{error}\nNo recipe is given: recipe=NAME, one of {', '.join(recipe_files(recipes))}"
-        ) from None
+        known = f"No recipe is given: recipe=NAME, one of {', '.join(recipe_files(recipes))}"
+        raise SettingsError(*sentences_of(error), known) from None
 
 
 def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> ConfigType:
@@ -81,8 +89,7 @@ def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> Conf
         sentences = mistakes(schema, completed, error)
     except RecursionError:
         sentences = [TOO_DEEP]
-    help_line = f"\nSee: {command} --help" if command else ""
-    raise ConfigError("\n".join(sentences) + help_line)
+    raise SettingsError(*sentences, *([f"See: {command} --help"] if command else []))
 
 
 def run_command(
@@ -95,18 +102,15 @@ def run_command(
 ) -> int:
     """Read the arguments, call `run` with the config and return the exit code.
 
-    0 is success, 1 a failed run, 2 a mistake in settings or data (one `error:` line on stderr for either), 130 an
-    interrupt. `--help` lists every key, `--print` shows the resolved settings, `--debug` where errors and warnings come
-    from.
+    0 is success, 1 a failed run or a bug, 2 a mistake in settings or data (one `error:` line on stderr for either), 130
+    an interrupt. `--help` lists every key, `--print` shows the resolved settings, `--debug` where errors and warnings
+    come from.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = {flag for flag in ("--help", "-h", "--print", "--debug") if flag in arguments}
-    arguments = [argument for argument in arguments if argument not in flags]
-    rank = os.environ.get("RANK", "0")
+    arguments, flags = without_flags(sys.argv[1:] if argv is None else argv)
     running = False
     if "--debug" not in flags:
         warnings.formatwarning = lambda message, *_, **__: (
-            f"warning: {message}\n"
+            f"warning: {printable(str(message))}\n"
         )  # not the place, of which no user knows
     try:
         if flags & {"--help", "-h"}:
@@ -121,16 +125,29 @@ def run_command(
     except BrokenPipeError:  # whoever read our output (`--help | head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, RunError) as error:
+    except Exception as error:
         if "--debug" in flags:
-            traceback.print_exc()
-        elif not isinstance(error, ConfigError | RunError | OSError):
-            # A plain ValueError may be a bug of ours: name the place, so that a report is useful.
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            error = ConfigError(f"{error} (from {Path(frame.filename).name}:{frame.lineno}; --debug shows more)")
-        if rank == "0" or running:  # the arguments are the same on all ranks, what happens later is not
-            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, RunError) else 2
+            print(printable(traceback.format_exc(), longest=None, lines=True), end="", file=sys.stderr)
+        return refuse(error, running=running)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def without_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
+    """The arguments of the form key=value, and the flags among them that every command knows."""
+    flags = {flag for flag in FLAGS if flag in argv}
+    return [argument for argument in argv if argument not in flags], flags
+
+
+def refuse(error: Exception, *, running: bool) -> int:
+    """Print an error as the user reads it, a line per sentence; returns the exit code of its kind.
+
+    The first rank prints what comes before the run, for it is the same on all; what happens later each tells itself.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or running:
+        sentences = error.sentences if isinstance(error, SettingsError) else [failure_sentence(error)]
+        text = "\n".join(printable(sentence) for sentence in sentences)
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {text}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, ValueError | OSError) else 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_origin
 
-from ssl_pipeline.config.base import Config, ConfigError, Location, Tree, Value
+from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value
 from ssl_pipeline.config.recipes import read_recipe
 from ssl_pipeline.config.schema import alternatives, annotation_at
 from ssl_pipeline.config.yaml_text import read_yaml
@@ -14,17 +14,9 @@ from ssl_pipeline.config.yaml_text import read_yaml
 
 def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | None) -> Tree:
     """Recipe and `key=value` arguments as plain values; raises ConfigError that lists all that cannot be read."""
-    tree: Tree = {}
     given: dict[str, str] = {}
     mistakes = []
-    pairs = _pairs(schema, argv)
-    if recipes is not None:
-        names = [text for key, text in pairs if key == "recipe"]
-        pairs = [(key, text) for key, text in pairs if key != "recipe"]
-        if len(names) > 1:
-            raise ConfigError(f"recipe= is given {len(names)} times; one run has one recipe.")
-        if names:
-            tree = read_recipe(names[0], recipes) | {"recipe": names[0]}
+    pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
     for key, text in sorted(pairs, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
         if key in given:
             raise ConfigError(f"{key} is given twice: '{given[key]}' and '{text}'.")
@@ -35,24 +27,38 @@ def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | No
         except ConfigError as error:
             mistakes.append(str(error))
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise SettingsError(*mistakes)
     return tree
 
 
-def _pairs(schema: type[Config], argv: Sequence[str]) -> list[tuple[str, str]]:
+def pairs_and_recipe(
+    argv: Sequence[str], recipes: Path | None, *, positional: str | None = None
+) -> tuple[list[tuple[str, str]], Tree]:
+    """Keys and texts, without `recipe=NAME`, and the settings of that recipe; all that can be read without a schema."""
+    pairs = _pairs(positional, argv)
+    if recipes is None:
+        return pairs, {}
+    names = [text for key, text in pairs if key == "recipe"]
+    if len(names) > 1:
+        raise ConfigError(f"recipe= is given {len(names)} times; one run has one recipe.")
+    tree = read_recipe(names[0], recipes) | {"recipe": names[0]} if names else {}
+    return [(key, text) for key, text in pairs if key != "recipe"], tree
+
+
+def _pairs(positional: str | None, argv: Sequence[str]) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     mistakes = []
     for argument in argv:
         key, equals, text = argument.partition("=")
         if equals and all(key.split(".")) and not key.startswith("-"):
             pairs.append((key, text))
-        elif schema.positional and not equals and not key.startswith("-"):
-            pairs.append((schema.positional, argument))
+        elif positional and not equals and not key.startswith("-"):
+            pairs.append((positional, argument))
         else:
             hint = f" Try {key.lstrip('-')}={text or 'VALUE'}." if key.startswith("-") else ""
             mistakes.append(f"'{argument}' is not of the form key=value.{hint}")
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise SettingsError(*mistakes)
     return pairs
 
 

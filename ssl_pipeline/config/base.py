@@ -17,6 +17,14 @@ class ConfigError(ValueError):
     """A mistake in a setting or an input that the user can mend; commands print it as one line and exit with code 2."""
 
 
+class SettingsError(ConfigError):
+    """Several sentences, one to a line: no name from outside makes a line of its own."""
+
+    def __init__(self, *sentences: str) -> None:
+        super().__init__("\n".join(sentences))
+        self.sentences = sentences
+
+
 class RunError(RuntimeError):
     """A run that cannot go on; commands print it as one line and exit with code 1."""
 
@@ -38,3 +46,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """` Did you mean 'x'?` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def sentences_of(error: BaseException) -> tuple[str, ...]:
+    """What an error says: one line each."""
+    return error.sentences if isinstance(error, SettingsError) else (str(error),)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.files import lock
+from ssl_pipeline.files import lock, open_no_link
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BadSampleLog:
         new = {sample.sample: sample for sample in bad}
         if not new:
             return 0
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = open_no_link(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         with open(descriptor, "r+", encoding="utf-8") as file:  # noqa: PTH123 (a descriptor, opened to append)
             lock(file)
             text = file.read()

@@ -197,21 +197,23 @@ def _decoded(
     )
 
 
-def drawn_layout(sampler: ViewSampler, num_images: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def drawn_layout(
+    sampler: ViewSampler, num_images: int, sizes: Mapping[str, int]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The part of a reader's layout that is the same wherever crops are cut out: draws and masks of each group."""
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, group in sampler.groups.items():
         layout[f"draws.{name}"] = (group.count, num_images, num_draws(group)), torch.float32
         if name in sampler.masks:
-            layout[f"masks.{name}"] = (group.count, num_images, sampler.num_patches(name)), torch.bool
+            layout[f"masks.{name}"] = (group.count, num_images, sampler.num_patches(name, sizes[name])), torch.bool
     return layout
 
 
 def make_batch(images: StreamBatch, groups: Mapping[str, ViewGroup], *, mean: Channels, std: Channels) -> Batch:
     """The views and masks of a batch from the stream, cropped and augmented on the device that it is on."""
-    views = {
-        name: apply_photometric(crops_VBCHW, images.draws[name], groups[name], mean=mean, std=std)
-        for name, crops_VBCHW in images.cropped(groups).items()
-    }
+    views = {}
+    for name, crops_VBCHW in images.cropped(groups).items():
+        group, draws_VBP = groups[name], images.draws[name]
+        views[name] = apply_photometric(crops_VBCHW, draws_VBP, group, mean=group.mean or mean, std=group.std or std)
     labelled = None if images.labelled is None else make_batch(images.labelled, groups, mean=mean, std=std)
     return Batch(views, images.labels, images.sample_ids, dict(images.masks), labelled)

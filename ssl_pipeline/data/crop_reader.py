@@ -29,14 +29,15 @@ class CropReader:
         self.batch_size = batch_size
 
     def layout(self, positions: Sequence[int] | None = None) -> Layout:
-        """Crops (V,B,S,S,3), draws and masks of each group, labels and sample ids; the same for every batch."""
+        """Crops (V,B,S,S,3), draws and masks of each group, labels and sample ids."""
+        sizes = self.sampler.sizes(positions)
         crops = {
-            f"crops.{name}": ((group.count, self.batch_size, group.size, group.size, 3), torch.uint8)
+            f"crops.{name}": ((group.count, self.batch_size, sizes[name], sizes[name], 3), torch.uint8)
             for name, group in self.sampler.groups.items()
         }
         return {
             **crops,
-            **drawn_layout(self.sampler, self.batch_size),
+            **drawn_layout(self.sampler, self.batch_size, sizes),
             "labels": labels_layout(self.samples.index, self.batch_size),
             "sample_ids": ((self.batch_size,), torch.int64),
         }
@@ -62,7 +63,7 @@ class CropReader:
                     tensors[f"masks.{name}"][:, here] = torch.from_numpy(of.masks)
         tensors["labels"].numpy()[:] = labels
         tensors["sample_ids"].copy_(torch.tensor(taken))
-        return Notes(bad, self.sampler.sizes())
+        return Notes(bad, self.sampler.sizes(positions))
 
     @cached_property
     def _room(self) -> NDArray[np.uint8]:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ssl_pipeline.data.headers import ORIENTATION, image_extension, jpeg_header, upright_size
+from ssl_pipeline.data.headers import JpegHeader, image_extension, jpeg_header, stored_size
+from ssl_pipeline.data.metadata import orientation_of, without_metadata
 from ssl_pipeline.data.shards.tar import TarBytes
 
 try:
@@ -25,15 +26,9 @@ __all__ = ["DecodeError", "decode_image", "decoded_size", "image_extension"]
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+MAX_SCANS = 100  # of a JPEG; each goes over the whole image, and real ones have about ten
+BAND_PIXELS = 1 << 20  # converted at a time
+SINGLE_SCAN_FRAMES = {0xC0, 0xC1}  # sequential
 PLAIN_FRAMES = {0xC0, 0xC2}  # baseline and progressive, Huffman coded
 
 
@@ -41,23 +36,38 @@ class DecodeError(ValueError):
     """An image that cannot be decoded: the reason in one line."""
 
 
-def decode_image(data: bytes, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+def decode_image(
+    data: bytes, out: NDArray[np.uint8] | None = None, *, max_pixels: int | None = None
+) -> NDArray[np.uint8]:
     """RGB pixels (H, W, 3) uint8 of the first frame of a JPEG, PNG or WebP file.
 
     They are written to the start of `out`, a flat array, if that is given and large enough; the result is then a view
-    of it, else an array of its own. The size is checked before any pixel is decoded (at most 50 megapixels). The EXIF
-    orientation is applied, 16-bit gray is shifted to 8 bits, transparent pixels lie on white. Raises DecodeError for
-    everything else.
+    of it, else an array of its own. The size is checked before any pixel is decoded (at most `max_pixels`, or 50
+    megapixels), and so is how often a JPEG goes over them (100 scans at most). The orientation that the file states is
+    applied, 16-bit gray is shifted to 8 bits, transparent pixels lie on white.
+    Metadata, damaged or not, matters to nothing else. Raises DecodeError for everything else.
     """
-    pixels = _decode_plain_jpeg(data, out)
-    if pixels is not None:
+    header = jpeg_header(data, 0, len(data))
+    _refuse_costly(data, header, MAX_PIXELS if max_pixels is None else max_pixels)
+    orientation = orientation_of(data, 0, len(data), header)
+    pixels = _decode_plain_jpeg(data, header, out if orientation == 1 else None)
+    if pixels is None:
+        pixels = _decode_with_pillow(without_metadata(data), MAX_PIXELS if max_pixels is None else max_pixels)
+    elif orientation == 1:
         return pixels
-    pixels = _decode_with_pillow(data)
+    pixels = upright(pixels, orientation)
     if out is None or out.size < pixels.size:
-        return pixels
+        return np.ascontiguousarray(pixels)
     placed = out[: pixels.size].reshape(pixels.shape)
     placed[:] = pixels
     return placed
+
+
+def upright(pixels_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """The image turned as EXIF's orientation 1 to 8 says, as a view."""
+    turned = pixels_HWC[::-1] if orientation in (3, 4, 6, 7) else pixels_HWC
+    turned = turned[:, ::-1] if orientation in (2, 3, 7, 8) else turned
+    return turned.swapaxes(0, 1) if orientation >= 5 else turned
 
 
 def decoded_size(data: TarBytes, start: int = 0, end: int | None = None) -> tuple[int, int]:
@@ -67,7 +77,8 @@ def decoded_size(data: TarBytes, start: int = 0, end: int | None = None) -> tupl
     same.
     """
     end = len(data) if end is None else end
-    size = upright_size(data, start, end)
+    header = jpeg_header(data, start, end)
+    size = stored_size(data, start, end) if header is None else (header.height, header.width)
     if size is None:
         try:
             height, width, _ = decode_image(data[start:end]).shape
@@ -75,16 +86,43 @@ def decoded_size(data: TarBytes, start: int = 0, end: int | None = None) -> tupl
             return 0, 0
         return height, width
     height, width = size
-    return (height, width) if 0 < height * width <= MAX_PIXELS else (0, 0)
+    if not 0 < height * width <= MAX_PIXELS:
+        return 0, 0
+    turned = height != width and orientation_of(data, start, end, header) >= 5
+    return (width, height) if turned else (height, width)
 
 
-def _decode_plain_jpeg(data: bytes, out: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+def _refuse_costly(data: bytes, header: JpegHeader | None, max_pixels: int) -> None:
+    """Raise DecodeError for what its head alone tells: opening a WebP image takes memory for all of its pixels."""
+    size = stored_size(data, 0, len(data)) if header is None else (header.height, header.width)
+    if size is not None:
+        _refuse_large(*size, max_pixels)
+    if header is None:
+        first = 0
+        if data[:2] != b"\xff\xd8":
+            return
+    else:
+        first = header.scan
+        if header.frame in SINGLE_SCAN_FRAMES and data[first + 4 : first + 5] == bytes([header.components]):
+            return  # all components in the first scan, which is the only one then
+    scans = data.count(b"\xff\xda", first)
+    if scans > MAX_SCANS:
+        raise DecodeError(f"{scans} scans are more than {MAX_SCANS}")
+
+
+def _refuse_large(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise DecodeError(f"{width}x{height} pixels are more than the limit of {max_pixels:,}")
+
+
+def _decode_plain_jpeg(
+    data: bytes, header: JpegHeader | None, out: NDArray[np.uint8] | None
+) -> NDArray[np.uint8] | None:
     """The pixels of a JPEG file that needs nothing but decoding; None where Pillow must look at it."""
-    header = jpeg_header(data, 0, len(data)) if decode_jpeg is not None else None
-    if header is None or header.exif is not None or header.frame not in PLAIN_FRAMES:
+    if decode_jpeg is None or header is None or header.frame not in PLAIN_FRAMES:
         return None
     num_pixels = header.height * header.width
-    if header.bits != 8 or header.components not in (1, 3) or num_pixels > MAX_PIXELS:
+    if header.bits != 8 or header.components not in (1, 3):
         return None
     fits = out is not None and out.size >= 3 * num_pixels
     try:
@@ -94,16 +132,13 @@ def _decode_plain_jpeg(data: bytes, out: NDArray[np.uint8] | None) -> NDArray[np
         return None
 
 
-def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
+def _decode_with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about metadata that no pixel depends on
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise DecodeError(f"{width}x{height} pixels are more than {MAX_PIXELS // 10**6} megapixels")
-                plain = image.mode == "RGB" and not image.info.keys() & {"exif", "transparency"}
-                return np.array(image if plain else _upright(image, _as_rgb(image)))
+                _refuse_large(image.height, image.width, max_pixels)
+                return _rgb_pixels(image)
     except DecodeError:
         raise
     except Image.UnidentifiedImageError:
@@ -111,6 +146,20 @@ def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
     except Exception as error:  # damaged files make Pillow raise a dozen types, SyntaxError and struct.error among them
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DecodeError(reason[:200].rstrip(". ")) from None
+
+
+def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Converted in bands, because each conversion makes copies of what it is given."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)
+    image.load()
+    width, height = image.size
+    pixels_HWC = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(BAND_PIXELS // width, 1)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        pixels_HWC[top:bottom] = np.asarray(_as_rgb(image.crop((0, top, width, bottom))))
+    return pixels_HWC
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -122,14 +171,3 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = Image.new("RGB", image.size, "white")
         image.paste(transparent, mask=transparent.getchannel("A"))
     return image.convert("RGB")
-
-
-def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
-    """`image` turned as the EXIF data of `source` say; unreadable EXIF data turn nothing."""
-    if "exif" not in source.info:
-        return image
-    try:
-        orientation = source.getexif().get(ORIENTATION, 1)
-    except Exception:  # as above: any type at all, and the pixels are fine
-        return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image

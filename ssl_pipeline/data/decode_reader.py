@@ -45,7 +45,7 @@ class DecodedReader:
         for name, group in self.sampler.groups.items():
             layout[f"boxes.{name}"] = ((group.count, num_images, 4), torch.int64)
             layout[f"flips.{name}"] = ((group.count, num_images), torch.bool)
-        return layout | drawn_layout(self.sampler, num_images)
+        return layout | drawn_layout(self.sampler, num_images, self.sampler.sizes(positions))
 
     def __call__(self, positions: Sequence[int], tensors: Mapping[str, Tensor]) -> Notes:
         """Read and decode; raises DataError for what cannot be read or, under `stop`, decoded."""
@@ -70,4 +70,4 @@ class DecodedReader:
             tensors[f"draws.{name}"].numpy()[:] = of.draws
             if of.masks is not None:
                 tensors[f"masks.{name}"].numpy()[:] = of.masks
-        return Notes(bad, self.sampler.sizes(), used, np.concatenate(displaced) if displaced else None)
+        return Notes(bad, self.sampler.sizes(positions), used, np.concatenate(displaced) if displaced else None)

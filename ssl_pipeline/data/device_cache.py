@@ -79,7 +79,7 @@ def _draw_batch(cache: CachedImages, samples: Samples, sampler: ViewSampler, pos
         prepared(cache.labels[samples_B]),
         prepared(cache.sample_ids[samples_B]),
         [bad for sample in samples_B.tolist() for bad in cache.bad.get(sample, ())],
-        images=DecodedImages(cache.pixels, images, boxes, flips, sampler.sizes()),
+        images=DecodedImages(cache.pixels, images, boxes, flips, sampler.sizes(positions)),
     )
 
 
@@ -96,7 +96,7 @@ def decode_all(
     images = ImageTable.dense(heights_N, widths_N)
     total = int(index.shard_pixel_bytes.sum())
     pixels = _reserve(index, device, needed=total + 3 * index.widest)  # a row is read past the end, for nothing
-    in_order = Samples(index, None, seed=samples.seed, substitutes=samples.substitutes)
+    in_order = Samples(index, None, seed=samples.seed, substitutes=samples.substitutes, max_pixels=samples.max_pixels)
     step = min(max(SLOT_BYTES * len(index) // max(total, 1), 1), 1024, len(index))
     no_views = ViewSampler({}, {}, samples.seed, global_batch=step)
     reader = DecodedReader(in_order, no_views, batch_size=step)

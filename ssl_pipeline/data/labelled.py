@@ -26,11 +26,14 @@ def open_labelled_images(config: DataConfig) -> ShardIndex | None:
         labels=config.labelled.labels,
         cache_dir=config.cache_dir,
         cache_gb=config.cache_gb,
+        image_key=config.image_key,
+        budget=config.bad_sample_budget,
         key="data.labelled",
     )
     if not index.has_labels:
         raise DataError(
-            f"data.labelled.shards={config.labelled.shards} has images without labels; all of them need one."
+            f"data.labelled.shards={config.labelled.shards} has images without labels; all of them need one. "
+            f"{index.label_problem()}."
         )
     return index
 
@@ -76,6 +79,7 @@ def open_labelled_stream(
         world_size=world_size,
         masks=masks,
         accumulate=accumulate,
+        size_seed=seed,
         repeat=True,
         device=device,
         keepalive=keepalive,

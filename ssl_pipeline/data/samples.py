@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ssl_pipeline.data.bad_samples import BadSample
-from ssl_pipeline.data.decode import DecodeError, decode_image
+from ssl_pipeline.data.decode import MAX_PIXELS, DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.order import Order
 from ssl_pipeline.data.shards.open import ShardIndex
@@ -31,14 +31,23 @@ def labels_layout(index: ShardIndex, num_images: int) -> tuple[tuple[int, ...], 
 class Samples:
     """The samples of an index, in an order of their own or one after the other.
 
-    `substitutes`: whether other samples stand in for those that cannot be decoded.
+    `substitutes`: whether other samples stand in for those that cannot be decoded, or have more than `max_pixels`.
     """
 
-    def __init__(self, index: ShardIndex, order: Order | None, *, seed: int, substitutes: bool) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        order: Order | None,
+        *,
+        seed: int,
+        substitutes: bool,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.index = index
         self.order = order
         self.seed = seed
         self.substitutes = substitutes
+        self.max_pixels = max_pixels
 
     def locate(self, positions: Sequence[int]) -> tuple[Integers, Integers]:
         """Epoch and sample id at each position."""
@@ -72,7 +81,7 @@ class Samples:
         for attempt in range(1, MAX_SUBSTITUTES + 1):
             raw = self.index.read(sample)
             try:
-                pixels_HWC = decode_image(raw.image, out)
+                pixels_HWC = decode_image(raw.image, out, max_pixels=self.max_pixels)
             except DecodeError as error:
                 if not self.substitutes:
                     raise DataError(

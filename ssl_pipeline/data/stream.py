@@ -16,6 +16,7 @@ from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import Config
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.crop_reader import CropReader
+from ssl_pipeline.data.decode import MAX_PIXELS
 from ssl_pipeline.data.decode_reader import DecodedReader
 from ssl_pipeline.data.device_cache import cached_stream
 from ssl_pipeline.data.errors import DataError
@@ -48,8 +49,11 @@ class LabelledConfig(Config):
 class DataConfig(Config):
     """Where the images come from and how they are read."""
 
-    shards: str
-    """Directory of WebDataset shards, a pattern such as DIR/train-*.tar, or a URL such as s3://bucket/train."""
+    shards: str | tuple[str, ...]
+    """Directory of WebDataset shards, a pattern such as DIR/train-*.tar or DIR/train-{000..099}.tar, a list of such
+    places, or a URL such as s3://bucket/train."""
+    image_key: str | None = None
+    """Extension of the image where samples have several, such as input.jpg; a;b takes the first that is there."""
     keep: Path | None = None
     """Take just the images of the shards whose numbers stand in FILE.npy; FILE.json beside it says of which set."""
     labels: Path | None = None
@@ -72,7 +76,10 @@ class DataConfig(Config):
     bad_samples: Literal["stop", "substitute"] = "stop"
     """What to do with an image that cannot be decoded: stop, or take another one and note it."""
     bad_sample_budget: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of images that may be substituted before the run ends."""
+    """Largest share of images that may be substituted before the run ends, and of samples that may be passed over for
+    want of one image (10 always may, unless this is 0)."""
+    max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = MAX_PIXELS
+    """Pixels of an image above which it counts as one that cannot be decoded; a bound on memory and time per image."""
     block_shards: Annotated[int, Field(ge=1)] = 16
     """Samples are shuffled within blocks of this many shards; the shards themselves are shuffled as a whole."""
     prefetch: Annotated[int, Field(ge=1)] = 2
@@ -108,6 +115,8 @@ def open_images(config: DataConfig) -> ShardIndex:
         labels=config.labels,
         cache_dir=config.cache_dir,
         cache_gb=config.cache_gb,
+        image_key=config.image_key,
+        budget=config.bad_sample_budget,
     )
 
 
@@ -122,6 +131,7 @@ def open_stream(
     world_size: int,
     masks: Mapping[str, MaskRule] = NO_MASKS,
     accumulate: int = 1,
+    size_seed: int | None = None,
     batches: int | None = None,
     repeat: bool = False,
     device: torch.device | str = "cpu",
@@ -131,7 +141,8 @@ def open_stream(
 
     Item m holds its slice of positions [position + m*G, position + (m+1)*G), G = batch_size * world_size. What it
     holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Each `accumulate`
-    micro-batches are an optimizer step. `masks` has the rules of the groups whose views are masked. Data sets smaller
+    micro-batches are an optimizer step, whose views have sizes of their own, by `size_seed`, where a group has several
+    (default: `seed`). `masks` has the rules of the groups whose views are masked. Data sets smaller
     than G are refused, unless samples may `repeat` within a batch. `device` is where batches will be taken, which
     decides where crops are cut out. A batch lasts until the next one is asked for, which may overwrite it; `clone()`
     keeps one for longer. The first may take long, where all images are decoded for it: `keepalive` is called
@@ -146,10 +157,18 @@ def open_stream(
         )
     index.check_cache(config.block_shards)
     order = Order(index.shard_counts, seed, config.block_shards)
-    samples = Samples(index, order, seed=seed, substitutes=config.bad_samples == "substitute")
+    substitutes = config.bad_samples == "substitute"
+    samples = Samples(index, order, seed=seed, substitutes=substitutes, max_pixels=config.max_pixels)
 
     global_batch = step * accumulate
-    sampler = ViewSampler(dict(groups), dict(masks), seed, global_batch, offset=position % global_batch)
+    sampler = ViewSampler(
+        dict(groups),
+        dict(masks),
+        seed,
+        global_batch,
+        offset=position % global_batch,
+        size_seed=seed if size_seed is None else size_seed,
+    )
 
     def positions_of(batch: int) -> range:
         start = position + batch * step

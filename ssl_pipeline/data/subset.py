@@ -19,30 +19,34 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards.listing import ShardSource
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, check_keep, check_labels
-from ssl_pipeline.files import JSON, sha256_of, write_array, write_json
+from ssl_pipeline.files import JSON, is_shortage, sha256_of, write_array, write_json
 
 FORMAT = 1
 SMALL = 4096  # bytes
 
 Content = Literal["keep", "labels"]
+IN_WORDS = {"keep": "numbers of images to keep", "labels": "labels"}
 
 
 def open_subset(
-    shards: str | Path,
+    shards: ShardSource,
     *,
     keep: Path | None = None,
     labels: Path | None = None,
     cache_dir: Path | None = None,
     cache_gb: float = 50.0,
+    image_key: str | None = None,
+    budget: float = 0.01,
     key: str = "data",
 ) -> ShardIndex:
     """The shards (`open_shards`), less the images that `keep` leaves out, with the labels of `labels`.
 
     Raises DataError, with the setting below `key` that it comes from, if a file was not made for these shards.
     """
-    index = open_shards(shards, cache_dir=cache_dir, cache_gb=cache_gb)
+    index = open_shards(shards, cache_dir=cache_dir, cache_gb=cache_gb, image_key=image_key, budget=budget)
     if keep is None and labels is None:
         return index
     names, checksums = None, list[str]()
@@ -150,7 +154,9 @@ def _read_description(path: Path, content: Content, index: ShardIndex, *, where:
     if format != FORMAT:
         raise DataError(f"{where}: '{beside}' has format {format}, needed is {FORMAT}. Write both again.")
     if what != content:
-        raise DataError(f"{where} must be a file of {content}. '{beside}' says that it holds {what}.")
+        raise DataError(
+            f"{where} must hold {IN_WORDS[content]}. '{beside}' says that it holds {IN_WORDS.get(what, what)}."
+        )
     if fingerprint != index.fingerprint:
         raise DataError(
             f"{where} was made for other images than those of '{index.source}' (fingerprint {fingerprint[:8]}, here "
@@ -170,7 +176,9 @@ def _load(path: Path, where: str) -> NDArray:
     is_small = path.stat().st_size < SMALL  # maybe empty, and then it cannot be mapped
     try:
         array = np.load(path, mmap_mode=None if is_small else "r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError) as error:
+        if is_shortage(error):
+            raise
         array = None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{where} holds no array of numbers in numpy's format (pickles are not read).")

@@ -1,59 +1,57 @@
-"""The images of a source and their classes, by the names of files and folders alone."""
+"""The images of a source and their classes, by the names of files and folders, or by a table of labels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from pathlib import PurePosixPath
 
 from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
-from ssl_pipeline.data_tools.sources import Source
+from ssl_pipeline.data_tools.sources import Rejected, Source
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+JPEG_BY_OTHER_NAMES = ("jpe", "jfif")
+OTHER_FORMATS = ("avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "ppm", "tif", "tiff")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file of the source that looks like an image, and its class."""
+    """A file of the source that looks like an image, and its class; None without one."""
 
     name: str
     label: int | None
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A file that is left out."""
+class Candidates:
+    """The image files of a source, the names of their classes (None without labels), and what is no image file."""
 
-    file: str
-    reason: str
+    images: list[Candidate]
+    class_names: list[str] | None
+    others: list[Rejected]
 
 
-def find_candidates(
-    source: Source, *, labels: Literal["folders", "none"] | None = None
-) -> tuple[list[Candidate], list[str] | None, list[Rejected]]:
-    """Image files with their labels, the class names, and what is no image file.
+def find_candidates(source: Source, *, labels: str | None = None) -> Candidates:
+    """The images of a source; without `labels` or with "folders" the top folders are classes, with "none" none are.
 
-    Classes are the top folders, sorted, the empty ones among them; without any, or with labels="none", no image has a
-    label.
+    Classes are sorted, those of empty folders among them. An image that lies beside the class folders is kept, without
+    a label; where there are no folders, no image has one.
     """
-    images, others = dict[str, list[str]](), list[Rejected]()
-    for name in source.names():
-        parts = path_parts(name)
-        if not parts or _is_hidden(parts):
-            others.append(Rejected(name, "hidden file"))
-        elif Path(parts[-1]).suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
-            others.append(Rejected(name, "no image file"))
-        else:
-            images[name] = parts
+    images, others = _image_files(source)
     if labels == "none" or all(len(parts) == 1 for parts in images.values()):
-        return [Candidate(name, None) for name in images], None, others
+        return Candidates([Candidate(name, None) for name in images], None, others)
     folders = [parts for parts in map(path_parts, source.folders()) if parts and not _is_hidden(parts)]
     class_names = sorted({parts[0] for parts in images.values() if len(parts) > 1} | {parts[0] for parts in folders})
     label_of = {name: label for label, name in enumerate(class_names)}
-    others += [Rejected(name, "outside the class folders") for name, parts in images.items() if len(parts) == 1]
-    candidates = [Candidate(name, label_of[parts[0]]) for name, parts in images.items() if len(parts) > 1]
-    return candidates, class_names, others
+    candidates = [Candidate(name, label_of[parts[0]] if len(parts) > 1 else None) for name, parts in images.items()]
+    return Candidates(candidates, class_names, others)
+
+
+def label_candidates(source: Source, labels: Mapping[str, int], class_names: Sequence[str]) -> Candidates:
+    """The images of a source with the labels that a table has for their names; those that it lacks have none."""
+    images, others = _image_files(source)
+    candidates = [Candidate(name, labels.get("/".join(parts))) for name, parts in images.items()]
+    return Candidates(candidates, list(class_names), others)
 
 
 def looks_like_splits(class_names: Sequence[str]) -> bool:
@@ -64,6 +62,23 @@ def looks_like_splits(class_names: Sequence[str]) -> bool:
 def path_parts(name: str) -> list[str]:
     """Folders and file of a name; `/`, `.` and `..` only move about and are no part of it."""
     return [part for part in name.split("/") if part not in ("", ".", "..")]
+
+
+def _image_files(source: Source) -> tuple[dict[str, list[str]], list[Rejected]]:
+    """Files that are images by their names, with the parts of these, and the others with the reason."""
+    images, others = dict[str, list[str]](), list(source.left_out())
+    for name in source.names():
+        parts = path_parts(name)
+        extension = PurePosixPath(parts[-1]).suffix.lower().lstrip(".") if parts else ""
+        if not parts or _is_hidden(parts):
+            others.append(Rejected(name, "hidden file"))
+        elif extension in OTHER_FORMATS:
+            others.append(Rejected(name, f"neither JPEG, PNG nor WebP: .{extension}"))
+        elif extension not in IMAGE_EXTENSIONS and extension not in JPEG_BY_OTHER_NAMES:
+            others.append(Rejected(name, "no image file"))
+        else:
+            images[name] = parts
+    return images, others
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

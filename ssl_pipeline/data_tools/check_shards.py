@@ -14,12 +14,12 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config import Config, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.shards.catalogue import list_shards
-from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
-from ssl_pipeline.data.shards.rows import ShardEntry, index_shard, key_at
+from ssl_pipeline.data.shards.listing import ShardList, list_shards
+from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestShard, read_manifest, write_manifest
+from ssl_pipeline.data.shards.rows import INVALID_LABEL, ShardEntry, index_shard, key_at
 from ssl_pipeline.data_tools.processes import map_in_processes
 
 
@@ -32,6 +32,10 @@ class CheckShards(Config):
     """Directory of .tar shards, or a pattern such as DIR/train-*.tar; the key may be left out."""
     decode: bool = True
     """Decode every image. Without it the structure and the checksums alone are verified."""
+    image_key: str | None = None
+    """Extension of the image where samples have several, as data.image_key."""
+    write_manifest: bool = False
+    """Write the manifest.json by which shards made by others can be served over http, if there are no problems."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes; by default one per core, at most 16."""
 
@@ -46,12 +50,14 @@ class Checked:
 
 def check_shards(config: CheckShards) -> int:
     """Print every problem and a summary; returns 0 without problems, else 1."""
-    folder, names = list_shards(config.directory)
+    listed = list_shards(config.directory)
+    folder, names = listed.folder, listed.names
     shards = [folder / name for name in names]
     manifest = read_manifest(folder)
-    whole_folder = Path(config.directory).is_dir()
+    if config.write_manifest:
+        _refuse_manifest(listed, manifest)
     checked = map_in_processes(
-        partial(check_shard, decode=config.decode),
+        partial(check_shard, decode=config.decode, image_key=config.image_key),
         shards,
         sizes=[1] * len(shards),
         workers=config.workers,
@@ -61,9 +67,9 @@ def check_shards(config: CheckShards) -> int:
     entries = [shard.entry for shard in checked if shard.entry is not None]
     problems = [problem for shard in checked for problem in shard.problems]
     if manifest is not None:
-        problems += differences(entries, names, manifest, whole_folder=whole_folder)
+        problems += differences(entries, names, manifest, whole_folder=listed.whole_folder)
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     images = sum(entry.samples for entry in entries)
     labelled = sum(entry.labelled for entry in entries)
     megabytes = sum(entry.bytes for entry in entries) / 1e6
@@ -74,16 +80,36 @@ def check_shards(config: CheckShards) -> int:
         f"({labelled:,} with a label), {megabytes:.1f} MB; {depth}, {against}: "
         f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"
     )
+    if config.write_manifest and not problems:
+        listing = [ManifestShard(entry.name, entry.samples, entry.bytes, entry.sha256) for entry in entries]
+        write_manifest(folder, Manifest(shards=listing))
+        print(f"wrote {folder / MANIFEST_FILE}")
     return 1 if problems else 0
 
 
-def check_shard(path: Path, *, decode: bool) -> Checked:
+def _refuse_manifest(listed: ShardList, manifest: Manifest | None) -> None:
+    """Raise DataError unless a manifest can be written: one for the whole directory, where there is none."""
+    if manifest is not None or (listed.folder / MANIFEST_FILE).exists():
+        raise DataError(f"'{listed.folder}' has a {MANIFEST_FILE} already. Delete it if it is to be made again.")
+    if not listed.whole_folder:
+        raise DataError("write_manifest=true lists all shards of a directory. Give the directory itself.")
+
+
+def check_shard(path: Path, *, decode: bool, image_key: str | None = None) -> Checked:
     """One shard from end to end, every image of it if asked."""
     try:
-        entry, rows = index_shard(path)
+        entry, rows = index_shard(path, image_key=image_key)
     except (DataError, OSError) as error:
         return Checked(None, [str(error)])
     problems = []
+    if entry.passed_over:
+        problems.append(f"{entry.example} ({entry.passed_over:,} such samples are passed over)")
+    invalid = rows[rows[:, 2] == INVALID_LABEL]
+    if len(invalid):
+        first = _key(path, int(invalid[0, 3]))
+        problems.append(
+            f"Shard '{path.name}', key '{first}': no whole number for a label ({len(invalid):,} such labels)."
+        )
     if decode:
         with path.open("rb") as file:
             for offset, size, _, start, *_ in rows.tolist():

@@ -1,42 +1,55 @@
 """Images -> WebDataset shards: checked, shuffled as a whole, cut into tar files, listed in a manifest.
 
-python -m data_tools.make_shards source=FOLDER|ZIP|digits output=DIR [prefix=train/] [short_side=320]
+python -m data_tools.make_shards source=FOLDER|ZIP|digits output=DIR [prefix=train/] [labels=FILE.csv] [holdout=10%]
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from webdataset import TarWriter
+from pydantic import Field, field_validator, model_validator
 
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config import Config, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
-from ssl_pipeline.data_tools.candidates import Candidate, Rejected, find_candidates, looks_like_splits, path_parts
-from ssl_pipeline.data_tools.output import REJECTED_FILE, output_in_the_making
-from ssl_pipeline.data_tools.packing import Packing, pack, packed_size
+from ssl_pipeline.data.shards.origins import ORIGINS_FILE, write_origins
+from ssl_pipeline.data_tools.candidates import (
+    Candidate,
+    Candidates,
+    find_candidates,
+    label_candidates,
+    looks_like_splits,
+    path_parts,
+)
+from ssl_pipeline.data_tools.holdout import held_out
+from ssl_pipeline.data_tools.label_table import read_label_table
+from ssl_pipeline.data_tools.output import PARTS, REJECTED_FILE, output_in_the_making
+from ssl_pipeline.data_tools.packing import Packing, packed_size
 from ssl_pipeline.data_tools.processes import map_in_processes
-from ssl_pipeline.data_tools.sources import Source, UnreadableFileError, open_source
-from ssl_pipeline.files import sha256_of, sync, write_text
+from ssl_pipeline.data_tools.shard_writer import Accepted, key_of, write_shards
+from ssl_pipeline.data_tools.sources import Rejected, Source, UnreadableFileError, open_source
+from ssl_pipeline.files import write_text
 from ssl_pipeline.randomness import permutation
 
 CHUNK = 200  # files per task of the check
 DEFAULT_QUALITY = 90
+REASONS_SHOWN = 5
 
 
 class MakeShards(Config):
     """Write the images of a folder, a zip or scikit-learn's digits into WebDataset shards.
 
     Class folders become labels, a flat folder has none. Image files are stored as they are, unless short_side is
-    given. Files that cannot be decoded are left out and listed in rejected.jsonl.
+    given. Files that cannot be decoded are left out and listed in rejected.jsonl; files.jsonl says which file became
+    which image.
     """
 
     source: str
@@ -47,8 +60,11 @@ class MakeShards(Config):
     """Take only what lies below this folder of the source, e.g. train/."""
     split: Literal["train", "test"] | None = None
     """Part of source=digits; train if not given."""
-    labels: Literal["folders", "none"] | None = None
-    """folders: the top folders are classes, whatever they are called. none: no labels. By default folders, if any."""
+    labels: str | None = None
+    """folders: the top folders are classes, whatever they are called; images beside them have no label. none: no
+    labels. FILE.csv: a table with the columns file and label. By default folders, if any."""
+    holdout: str | None = None
+    """Write OUTPUT/train and OUTPUT/test, with this share of every class in test, such as 10%."""
     short_side: Annotated[int, Field(ge=16)] | None = None
     """Store baseline JPEG with at most this many pixels on the shorter side; 320 suits training at 224."""
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
@@ -56,11 +72,32 @@ class MakeShards(Config):
     samples_per_shard: Annotated[int, Field(ge=1)] = 1000
     """Images per shard."""
     shuffle_seed: Annotated[int, Field(ge=0)] = 0
-    """Another number gives another order."""
+    """Another number gives another order, and holds out other images."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes; by default one per core, at most 16."""
     overwrite: bool = False
     """Replace shards that an earlier run wrote to the same output."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_have_a_source(cls, labels: str | None) -> str | None:
+        if labels not in (None, "folders", "none") and not labels.lower().endswith(".csv"):
+            raise ValueError(f"must be folders, none or a FILE.csv with the columns file and label. Got {labels}.")
+        return labels
+
+    @field_validator("holdout", mode="before")
+    @classmethod
+    def _holdout_is_a_share(cls, holdout: object) -> object:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(holdout))
+        if holdout is not None and not (match and 0 < float(match[1]) < 100):
+            raise ValueError(f"must be a share between 0% and 100%, such as 10%. Got {holdout}.")
+        return holdout
+
+    @model_validator(mode="after")
+    def _holdout_needs_labels(self) -> MakeShards:
+        if self.holdout is not None and self.labels == "none":
+            raise ValueError("holdout takes its share of every class, and labels=none leaves no class.")
+        return self
 
     @model_validator(mode="after")
     def _quality_needs_short_side(self) -> MakeShards:
@@ -79,30 +116,65 @@ class MakeShards(Config):
 
 
 def make_shards(config: MakeShards) -> int:
-    """Write the shards, the manifest, the index and the list of rejected files; returns the exit code."""
+    """Write the shards, the manifest, the index and the lists of files; returns the exit code."""
     source = open_source(config.source, config.prefix, config.split)
-    candidates, class_names, rejected = find_candidates(source, labels=config.labels)
-    if config.labels is None and class_names and looks_like_splits(class_names):
-        raise _splits_for_classes(config, class_names)
-    if not candidates:
+    found = _candidates(source, config)
+    if not found.images:
         raise DataError(
-            f"source='{config.source}' has no image file (.jpg .jpeg .png .webp) among {len(rejected)} files. "
+            f"source='{config.source}' has no image file (.jpg .jpeg .png .webp) among {len(found.others)} files. "
             "Is prefix= missing?"
         )
+    if config.holdout is not None and found.class_names is None:
+        raise DataError(
+            f"holdout={config.holdout} takes its share of every class, and source='{config.source}' has no class "
+            "folders. Give labels by labels=FILE.csv, or leave holdout out."
+        )
     with output_in_the_making(config.output, overwrite=config.overwrite) as folder:
-        accepted, undecodable = _check(source, candidates, config)
-        rejected += undecodable
+        accepted, undecodable = _check(source, found.images, config)
         if not accepted:
             raise DataError(
-                f"None of the {len(candidates)} images can be decoded; '{rejected[-1].file}': {rejected[-1].reason}."
+                f"None of the {len(found.images)} images can be decoded; "
+                f"'{undecodable[-1].file}': {undecodable[-1].reason}."
             )
-        order = permutation(len(accepted), config.shuffle_seed)
-        shuffled = [accepted[number] for number in order]
-        shards = _write(source, shuffled, folder, config)
-        _write_lists(folder, config, shards, class_names, rejected)
-        open_shards(folder)
-    _report(config, shards, class_names, rejected)
+        rejected = found.others + undecodable
+        stem = config.output.resolve().name
+        if config.holdout is None:
+            parts = {"": accepted}
+        else:
+            parts = dict(
+                zip(PARTS, held_out(accepted, float(config.holdout.rstrip("% ")), config.shuffle_seed), strict=True)
+            )
+        sizes = []
+        for part, samples in parts.items():
+            (folder / part).mkdir(exist_ok=True)
+            name = f"{stem}-{part}" if part else stem
+            shards = _write_part(source, samples, folder / part, name, found.class_names, len(rejected), config)
+            sizes.append((part, samples, shards))
+        write_text(folder / REJECTED_FILE, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected))
+    for part, samples, shards in sizes:
+        _report(config.output / part, samples, shards, found.class_names)
+    _report_left_out(config, rejected)
     return 0
+
+
+def _candidates(source: Source, config: MakeShards) -> Candidates:
+    """The images of the source with their labels; DataError for a table of labels that names none of them."""
+    if config.labels is not None and config.labels not in ("folders", "none"):
+        table = read_label_table(Path(config.labels).expanduser())
+        found = label_candidates(source, table.below(config.prefix), table.class_names)
+        if found.images and all(candidate.label is None for candidate in found.images):
+            raise DataError(
+                f"labels={config.labels} names none of the {len(found.images)} images of source='{config.source}', "
+                f"such as '{found.images[0].name}'. Its column file must hold their names as they are there."
+            )
+        strangers = sorted(table.labels.keys() - {"/".join(path_parts(image.name)) for image in found.images})
+        if strangers and not config.prefix:
+            print(f"{len(strangers):,} rows of {config.labels} name no image of the source, such as '{strangers[0]}'")
+        return found
+    found = find_candidates(source, labels=config.labels)
+    if config.labels is None and found.class_names and looks_like_splits(found.class_names):
+        raise _splits_for_classes(config, found.class_names)
+    return found
 
 
 def _splits_for_classes(config: MakeShards, folders: Sequence[str]) -> DataError:
@@ -117,7 +189,7 @@ def _splits_for_classes(config: MakeShards, folders: Sequence[str]) -> DataError
 
 def _check(
     source: Source, candidates: Sequence[Candidate], config: MakeShards
-) -> tuple[list[tuple[Candidate, str]], list[Rejected]]:
+) -> tuple[list[Accepted], list[Rejected]]:
     """Candidates that decode, each with the extension that its content calls for, and the others with the reason."""
     chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
     results = map_in_processes(
@@ -147,91 +219,78 @@ def _check_chunk(source: Source, packing: Packing | None, candidates: Sequence[C
     return results
 
 
-def _write(
-    source: Source, samples: Sequence[tuple[Candidate, str]], folder: Path, config: MakeShards
-) -> list[ManifestShard]:
-    stem = re.sub(r"[^\w-]", "_", config.output.resolve().name, flags=re.ASCII) or "shard"
-    size = config.samples_per_shard
-    tasks = [
-        (folder / f"{stem}-{start // size:06d}.tar", start, samples[start : start + size])
-        for start in range(0, len(samples), size)
-    ]
-    return map_in_processes(
-        partial(write_shard, source, packing=config.packing),
-        tasks,
-        sizes=[len(part) for _, _, part in tasks],
-        workers=config.workers,
-        description="writing shards",
-    )
-
-
-def write_shard(
-    source: Source, task: tuple[Path, int, Sequence[tuple[Candidate, str]]], *, packing: Packing | None = None
-) -> ManifestShard:
-    """Write one tar: its path, the number of its first sample, and its files with their extensions.
-
-    Images are stored as they are, or packed.
-    """
-    path, start, samples = task
-    # times and owners are fixed: the same images and seed give the same bytes
-    with path.open("wb") as file, TarWriter(file, encoder=False, user="", group="", mtime=0) as writer:
-        for number, (candidate, extension) in enumerate(samples, start):
-            try:
-                image = source.read(candidate.name)
-                if packing is not None:
-                    image, extension = pack(image, packing), "jpg"
-            except (UnreadableFileError, DecodeError) as error:
-                raise DataError(f"'{candidate.name}' became unreadable while shards were written: {error}.") from None
-            label = {} if candidate.label is None else {"cls": str(candidate.label).encode()}
-            writer.write({"__key__": key_of(number, candidate.name), extension: image, **label})
-    sync(path)
-    return ManifestShard(path.name, len(samples), path.stat().st_size, sha256_of(path))
-
-
-def key_of(number: int, name: str) -> str:
-    """A key that is unique by its number and recognisable by what is left of the file's name."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "_", name.rpartition(".")[0]).strip("_")
-    return f"{number:08d}-{readable[-60:]}"
-
-
-def _write_lists(
+def _write_part(
+    source: Source,
+    samples: Sequence[Accepted],
     folder: Path,
+    stem: str,
+    class_names: Sequence[str] | None,
+    rejected: int,
     config: MakeShards,
-    shards: Sequence[ManifestShard],
-    class_names: list[str] | None,
-    rejected: Sequence[Rejected],
-) -> None:
-    write_text(folder / REJECTED_FILE, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected))
-    source: dict[str, str | int | None] = {
+) -> list[ManifestShard]:
+    """One set of shards with its manifest, its list of files and its index."""
+    shuffled = [samples[number] for number in permutation(len(samples), config.shuffle_seed)]
+    shards = write_shards(
+        source,
+        shuffled,
+        folder,
+        stem,
+        samples_per_shard=config.samples_per_shard,
+        packing=config.packing,
+        workers=config.workers,
+    )
+    start = "".join(f"{part}/" for part in path_parts(config.prefix))
+    write_origins(folder, [(key_of(n, image.name), start + image.name) for n, (image, _) in enumerate(shuffled)])
+    about: dict[str, str | int | None] = {
         "source": config.source,
         "prefix": config.prefix,
         "split": (config.split or "train") if config.source == "digits" else None,
         "labels": config.labels,
+        "holdout": config.holdout,
         "shuffle_seed": config.shuffle_seed,
         "short_side": config.short_side,
         "quality": None if config.packing is None else config.packing.quality,
     }
-    write_manifest(folder, Manifest(class_names, shards, source, len(rejected)))
+    write_manifest(folder, Manifest(class_names, shards, about, rejected))
+    open_shards(folder)
+    return shards
 
 
 def _report(
-    config: MakeShards, shards: Sequence[ManifestShard], class_names: list[str] | None, rejected: Sequence[Rejected]
+    folder: Path, samples: Sequence[Accepted], shards: Sequence[ManifestShard], class_names: Sequence[str] | None
 ) -> None:
     classes = "without labels"
     if class_names is not None:
         shown = ", ".join(class_names[:3]) + (", ..." if len(class_names) > 3 else "")
         classes = f"in {len(class_names)} {'class' if len(class_names) == 1 else 'classes'} ({shown})"
+        unlabelled = sum(candidate.label is None for candidate, _ in samples)
+        classes += f", {unlabelled:,} of them without a label" if unlabelled else ""
     megabytes = sum(shard.bytes for shard in shards) / 1e6
-    print(
+    _say(
         f"{sum(shard.samples for shard in shards):,} images {classes} -> "
         f"{len(shards)} shard{'s' * (len(shards) != 1)}, {megabytes:.1f} MB, "
-        f"in {config.output}"
+        f"in {folder} ({ORIGINS_FILE} says which file became which)"
     )
-    if rejected:
-        print(
-            f"{len(rejected):,} files left out, for example '{rejected[0].file}' ({rejected[0].reason}); "
-            f"all are listed in {config.output / REJECTED_FILE}"
-        )
+
+
+def _report_left_out(config: MakeShards, rejected: Sequence[Rejected]) -> None:
+    """How many files were left out, by reason, the most frequent first; numbers within a reason make no other one."""
+    if not rejected:
+        return
+    kinds = Counter(re.sub(r"\d+", "N", entry.reason) for entry in rejected)
+    first = {re.sub(r"\d+", "N", entry.reason): entry for entry in reversed(rejected)}
+    shown = [
+        f"{count:,} {first[kind].reason} ('{first[kind].file}')" for kind, count in kinds.most_common(REASONS_SHOWN)
+    ]
+    others = sum(kinds.values()) - sum(count for _, count in kinds.most_common(REASONS_SHOWN))
+    _say(
+        f"{len(rejected):,} files left out: {'; '.join(shown)}{f'; {others:,} for other reasons' if others else ''}. "
+        f"All are listed in {config.output / REJECTED_FILE}"
+    )
+
+
+def _say(text: str) -> None:
+    print(printable(text))
 
 
 def command(name: str = "python -m data_tools.make_shards") -> int:

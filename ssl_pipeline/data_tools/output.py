@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ssl_pipeline.data.shards.catalogue import INDEX_DIRECTORY
-from ssl_pipeline.data.shards.manifest import MANIFEST_FILE
-from ssl_pipeline.data.shards.open import DataError
-from ssl_pipeline.files import lock
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards.catalogue import INDEX_DIRECTORY, INDEX_FILE
+from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, read_manifest
+from ssl_pipeline.data.shards.origins import ORIGINS_FILE
+from ssl_pipeline.files import lock, open_no_link
 
 REJECTED_FILE = "rejected.jsonl"
+PARTS = ("train", "test")  # of holdout=
 LOCK_FILE = ".lock"
 
 
@@ -28,7 +30,9 @@ def output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
     _refuse(output, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     start = f".{output.name}.partial-"
-    _clear_leftovers([path for path in output.parent.iterdir() if path.name.startswith(start)], output)
+    _clear_leftovers(
+        [path for path in output.parent.iterdir() if path.name.startswith(start) and not path.is_symlink()], output
+    )
     folder = Path(tempfile.mkdtemp(prefix=start, dir=output.parent))
     try:
         with (folder / LOCK_FILE).open("w") as file:
@@ -44,9 +48,13 @@ def output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
 def _clear_leftovers(folders: Sequence[Path], output: Path) -> None:
     """Delete what interrupted runs left; a run that is alive holds its lock."""
     for folder in folders:
-        with suppress(FileNotFoundError), (folder / LOCK_FILE).open("r+") as file:
-            if not lock(file, wait=False, inherited=False):
-                raise DataError(f"Another make_shards is writing '{output}' at this moment.")
+        with suppress(FileNotFoundError):
+            descriptor = open_no_link(folder / LOCK_FILE, os.O_RDWR)
+            try:
+                if not lock(descriptor, wait=False, inherited=False):
+                    raise DataError(f"Another make_shards is writing '{output}' at this moment.")
+            finally:
+                os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -63,12 +71,41 @@ def _refuse(output: Path, *, overwrite: bool) -> None:
     found = sorted((path.name for path in output.iterdir()), reverse=True) if output.exists() else []
     if found and not overwrite:
         raise DataError(f"output='{output}' is not empty (it has '{found[0]}'). overwrite=true replaces shards there.")
-    ours = (MANIFEST_FILE, REJECTED_FILE, INDEX_DIRECTORY)
-    foreign = [name for name in found if name not in ours and not name.endswith(".tar")]
-    if foreign:
+    foreign = _foreign(output) if found else None
+    if foreign is not None:
         raise DataError(
-            f"output='{output}' holds '{foreign[0]}', which make_shards did not write. Choose another output."
+            f"output='{output}' holds '{foreign.relative_to(output)}', which make_shards did not write, or which "
+            "changed since. Choose another output."
         )
+
+
+def _foreign(folder: Path) -> Path | None:
+    """Something in a folder that no make_shards and no index wrote there; None if there is nothing else.
+
+    A shard is known by its name and size in the manifest, and the manifest by the source that it names.
+    """
+    manifest = read_manifest(folder)
+    written = {} if manifest is None or not manifest.source else {shard.name: shard.bytes for shard in manifest.shards}
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            return path
+        if path.is_dir():
+            if path.name in PARTS and not written:
+                inside = _foreign(path)
+                if inside is not None:
+                    return inside
+            elif not (path.name.partition("-")[0] == INDEX_DIRECTORY and _is_index(path)):
+                return path
+        elif path.name == MANIFEST_FILE:
+            if not written:
+                return path
+        elif path.name not in (REJECTED_FILE, ORIGINS_FILE) and written.get(path.name) != path.stat().st_size:
+            return path
+    return None
+
+
+def _is_index(folder: Path) -> bool:
+    return all(path.is_file() and (path.name == INDEX_FILE or path.suffix == ".npy") for path in folder.iterdir())
 
 
 def _replace(folder: Path, output: Path, *, overwrite: bool) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -17,17 +17,30 @@ from ssl_pipeline.config import nearest
 from ssl_pipeline.data.shards.open import DataError
 
 MAX_FILE_BYTES = 256 << 20  # a larger file is no image of at most 50 megapixels, and may be a zip bomb
+UTF8_FLAG = 0x800
 
 
 class UnreadableFileError(Exception):
     """One file that cannot be read; the others can."""
 
 
+@dataclass(frozen=True)
+class Rejected:
+    """A file that is left out."""
+
+    file: str
+    reason: str
+
+
 class Source(Protocol):
-    """Files by name ("folder/file", sorted) and their bytes; picklable, so that every process reads for itself."""
+    """Files by name ("folder/file", sorted) and their bytes; picklable, so that every process reads for itself.
+
+    `left_out` has what is there and has no name of its own: folders that cannot be listed, files under a later one.
+    """
 
     def names(self) -> list[str]: ...
     def folders(self) -> set[str]: ...
+    def left_out(self) -> list[Rejected]: ...
     def read(self, name: str) -> bytes: ...
 
 
@@ -63,6 +76,12 @@ class FolderSource:
     def folders(self) -> set[str]:
         return {folder for folder, _ in self._walk()}
 
+    def left_out(self) -> list[Rejected]:
+        found = list[Rejected]()
+        for _ in self._walk(found):
+            pass
+        return found
+
     def read(self, name: str) -> bytes:
         path = self.root / name
         try:
@@ -74,42 +93,58 @@ class FolderSource:
         except OSError as error:
             raise UnreadableFileError(error.strerror or str(error)) from None
 
-    def _walk(self) -> Iterator[tuple[str, list[str]]]:
-        """Folders, relative and "" for the root, with the names of their files; a link back up is not followed."""
-        seen = set()
-        for folder, subfolders, files in os.walk(self.root, followlinks=True):
-            real = os.path.realpath(folder)
+    def _walk(self, left_out: list[Rejected] | None = None) -> Iterator[tuple[str, list[str]]]:
+        """Folders, relative and "" for the root, with the names of their files; a folder is walked once.
+
+        Others are noted in `left_out`: links to a folder that was walked already, and what cannot be listed.
+        """
+        noted = [] if left_out is None else left_out
+        seen = set[str]()
+
+        def unreadable(error: OSError) -> None:
+            noted.append(Rejected(self._relative(error.filename), f"folder that cannot be listed: {error.strerror}"))
+
+        for folder, subfolders, files in os.walk(self.root, followlinks=True, onerror=unreadable):
+            subfolders.sort()
+            real, relative = os.path.realpath(folder), self._relative(folder)
             if real in seen:
                 subfolders.clear()
+                noted.append(Rejected(relative, "the same folder as another"))
                 continue
             seen.add(real)
-            relative = Path(folder).relative_to(self.root).as_posix()
             start = "" if relative == "." else f"{relative}/"
             yield start.rstrip("/"), [start + file for file in files]
 
+    def _relative(self, folder: str) -> str:
+        return Path(folder).relative_to(self.root).as_posix()
+
 
 class ZipSource:
-    """The files in a zip."""
+    """The files in a zip, whatever separates folders there: some Windows programs write backslashes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
-    def archive(self) -> zipfile.ZipFile:
-        return _opened_zip(self.path, os.getpid())
+    def files(self) -> dict[str, zipfile.ZipInfo]:
+        return _opened_zip(self.path, os.getpid()).files
 
     def names(self) -> list[str]:
-        return sorted({entry.filename for entry in self.archive.infolist() if not entry.is_dir()})
+        return sorted(self.files)
 
     def folders(self) -> set[str]:
-        return {entry.filename.rstrip("/") for entry in self.archive.infolist() if entry.is_dir()}
+        return _opened_zip(self.path, os.getpid()).folders
+
+    def left_out(self) -> list[Rejected]:
+        return _opened_zip(self.path, os.getpid()).replaced
 
     def read(self, name: str) -> bytes:
+        archive = _opened_zip(self.path, os.getpid())
         try:
-            with self.archive.open(name) as file:
+            with archive.file.open(archive.files[name]) as file:
                 data = file.read(MAX_FILE_BYTES + 1)  # whatever size the archive claims
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, zlib.error) as error:
-            raise UnreadableFileError(" ".join(str(error).split())) from None
+        except Exception as error:  # damage makes zipfile and its codecs raise a dozen types
+            raise UnreadableFileError(" ".join(str(error).split())[:200] or type(error).__name__) from None
         if len(data) > MAX_FILE_BYTES:
             raise UnreadableFileError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
         return data
@@ -135,6 +170,14 @@ class PartOfSource:
     def folders(self) -> set[str]:
         return {name.removeprefix(self.prefix) for name in self.source.folders() if name.startswith(self.prefix)}
 
+    def left_out(self) -> list[Rejected]:
+        found = self.source.left_out()
+        return [
+            Rejected(entry.file.removeprefix(self.prefix), entry.reason)
+            for entry in found
+            if entry.file.startswith(self.prefix)
+        ]
+
     def read(self, name: str) -> bytes:
         return self.source.read(self.prefix + name)
 
@@ -151,17 +194,52 @@ class DigitsSource:
     def folders(self) -> set[str]:
         return {str(digit) for digit in range(10)}
 
+    def left_out(self) -> list[Rejected]:
+        return []
+
     def read(self, name: str) -> bytes:
         return _digit_files(self.split)[name]
 
 
+@dataclass(frozen=True)
+class _OpenedZip:
+    """An archive, its files by name, its folders, and files that a later one of the same name replaces."""
+
+    file: zipfile.ZipFile
+    files: dict[str, zipfile.ZipInfo]
+    folders: set[str]
+    replaced: list[Rejected]
+
+
 @lru_cache(maxsize=1)
-def _opened_zip(path: Path, process: int) -> zipfile.ZipFile:
+def _opened_zip(path: Path, process: int) -> _OpenedZip:
     """The archive, opened once in each process: processes that share a file would move each other's position."""
     try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise DataError(f"'{path}' is damaged: {error}.") from None
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise DataError(f"'{path}' cannot be read as a zip: {reason}. Pack it again, or unpack it.") from None
+    opened = _OpenedZip(archive, {}, set(), [])
+    for entry in archive.infolist():
+        name = _zip_name(entry)
+        if name.endswith("/"):
+            opened.folders.add(name.rstrip("/"))
+            continue
+        if name in opened.files:
+            opened.replaced.append(Rejected(name, "another file of the same name follows in the zip"))
+        opened.files[name] = entry
+    return opened
+
+
+def _zip_name(entry: zipfile.ZipInfo) -> str:
+    """The name with `/` between folders, and in UTF-8 where the archive has that without saying so (macOS)."""
+    name = entry.filename
+    if not entry.flag_bits & UTF8_FLAG and not name.isascii():
+        try:
+            name = name.encode("cp437").decode("utf-8")
+        except UnicodeError:  # it is what it says
+            name = entry.filename
+    return name.replace("\\", "/")
 
 
 @lru_cache(maxsize=1)

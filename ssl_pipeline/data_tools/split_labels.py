@@ -5,7 +5,6 @@ python -m data_tools.split_labels shards=DIR output=DIR labels_per_class=N [seed
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +15,12 @@ from ssl_pipeline.config import Config, run_command
 from ssl_pipeline.data.decode import image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
+from ssl_pipeline.data.shards.origins import write_origins
 from ssl_pipeline.data.shards.overlay import Labels
 from ssl_pipeline.data_tools.candidates import Candidate
-from ssl_pipeline.data_tools.make_shards import write_shard
 from ssl_pipeline.data_tools.output import output_in_the_making
-from ssl_pipeline.data_tools.processes import map_in_processes
+from ssl_pipeline.data_tools.shard_writer import key_of, write_shards
+from ssl_pipeline.data_tools.sources import Rejected
 from ssl_pipeline.randomness import SPLIT, permutation
 
 
@@ -57,6 +57,9 @@ class ShardSource:
     def folders(self) -> set[str]:
         return set()
 
+    def left_out(self) -> list[Rejected]:
+        return []
+
     def read(self, name: str) -> bytes:
         return self.index.read(int(name.partition("/")[0])).image
 
@@ -81,15 +84,18 @@ def split_labels(config: SplitLabels) -> int:
         for sample in chosen:
             name = source.name_of(sample)
             samples.append((Candidate(name, int(labels_N[sample])), name.rpartition(".")[2]))
-        size = config.samples_per_shard
-        starts = range(0, len(samples), size)
-        shards = map_in_processes(
-            partial(write_shard, source),
-            [(folder / f"labelled-{start // size:06d}.tar", start, samples[start : start + size]) for start in starts],
-            sizes=[len(samples[start : start + size]) for start in starts],
+        shards = write_shards(
+            source,
+            samples,
+            folder,
+            "labelled",
+            samples_per_shard=config.samples_per_shard,
+            packing=None,
             workers=1,  # a few images: starting processes would take longer
-            description="writing shards",
         )
+        keys = [key_of(number, image.name) for number, (image, _) in enumerate(samples)]
+        files = [index.origin(sample) or index.key(sample) for sample in chosen]
+        write_origins(folder, zip(keys, files, strict=True))
         about: dict[str, str | int | None] = {
             "shards": config.shards,
             "labels_per_class": config.labels_per_class,

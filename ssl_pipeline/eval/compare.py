@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
 from ssl_pipeline.eval.protocol import write_report
 from ssl_pipeline.eval.table import EVALUATORS, MODELS, format_table, percent, read_top1
 from ssl_pipeline.files import JSON, write_json, write_text
+from ssl_pipeline.run.launcher import LAUNCHED
 
 COURSES = {"knn_top1": "k-NN", "classifier_top1": "own classifier"}
 CURVE_POINTS = 6
@@ -96,7 +98,8 @@ class Comparison:
 
 def run_pretraining(arguments: Sequence[str]) -> None:
     """`pretrain.py` as a process of its own; RunError if it fails."""
-    process = subprocess.run([sys.executable, "-m", "ssl_pipeline.commands.pretrain", *arguments], check=False)
+    command = [sys.executable, "-m", "ssl_pipeline.commands.start", *arguments]
+    process = subprocess.run(command, env=os.environ | {LAUNCHED: "1"}, check=False)
     if process.returncode:
         raise RunError(f"pretrain.py {' '.join(arguments)} ended with exit code {process.returncode}; see above.")
 

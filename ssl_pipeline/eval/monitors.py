@@ -51,7 +51,8 @@ class ClassifierMonitor:
         self.images = open_shards(config.val)
         labels_N = self.images.labels()
         if not self.images.has_labels or int(labels_N.max()) >= num_classes:
-            found = f"the label {labels_N.max()}" if self.images.has_labels else "images without a label"
+            problem = self.images.label_problem()
+            found = f"the label {labels_N.max()}" if problem is None else f"images without a label: {problem}"
             raise ConfigError(f"classifier.val={config.val} needs labels below {num_classes}. It has {found}.")
 
     @torch.no_grad()

@@ -71,7 +71,9 @@ def open_labelled(train: str, test: str, *, task: str) -> LabelledImages:
     images = LabelledImages(open_shards(train), open_shards(test))
     for directory, index in ((train, images.train), (test, images.test)):
         if not index.has_labels:
-            raise ConfigError(f"{directory} has no labels; {task} needs them in train and test.")
+            raise ConfigError(
+                f"{directory} has no labels; {task} needs them in train and test. {index.label_problem()}."
+            )
     names, test_names = images.train.class_names, images.test.class_names
     if names is not None and test_names is not None and names != test_names:
         only = sorted(set(names) ^ set(test_names))

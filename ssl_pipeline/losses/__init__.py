@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
-from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nt_xent
+from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nnclr_loss, nt_xent
 from ssl_pipeline.losses.distillation import byol_loss, self_distillation, simsiam_loss
 from ssl_pipeline.losses.precision import float32
 from ssl_pipeline.losses.prototype_targets import PrototypeTargets, centred_targets, sinkhorn_targets
@@ -13,6 +13,7 @@ from ssl_pipeline.losses.prototypes import (
     total_logits,
 )
 from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss
+from ssl_pipeline.losses.redundancy import barlow_twins_loss, vicreg_loss
 from ssl_pipeline.losses.semi_supervised import (
     align_distribution,
     consistency_loss,
@@ -24,10 +25,12 @@ from ssl_pipeline.losses.semi_supervised import (
     sharpen,
     weighted_cross_entropy,
 )
+from ssl_pipeline.losses.swapped import swav_loss
 
 __all__ = [
     "PrototypeTargets",
     "align_distribution",
+    "barlow_twins_loss",
     "byol_loss",
     "centred_softmax",
     "centred_targets",
@@ -40,6 +43,7 @@ __all__ = [
     "interpolate_logits",
     "mae_loss",
     "moco_v3_loss",
+    "nnclr_loss",
     "nt_xent",
     "prototype_cross_entropy",
     "pseudo_label_loss",
@@ -50,6 +54,8 @@ __all__ = [
     "simsiam_loss",
     "sinkhorn_knopp",
     "sinkhorn_targets",
+    "swav_loss",
     "total_logits",
+    "vicreg_loss",
     "weighted_cross_entropy",
 ]

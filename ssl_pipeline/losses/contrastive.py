@@ -1,8 +1,9 @@
 """Contrastive losses: each view finds its other view among many.
 
 NT-Xent is SimCLR's (Chen et al., 2020, https://arxiv.org/abs/2002.05709), InfoNCE with a queue MoCo's
-(He et al., 2019, https://arxiv.org/abs/1911.05722) and the symmetric, scaled form MoCo v3's (Chen et al., 2021,
-https://arxiv.org/abs/2104.02057).
+(He et al., 2019, https://arxiv.org/abs/1911.05722), the symmetric, scaled form MoCo v3's (Chen et al., 2021,
+https://arxiv.org/abs/2104.02057), and NNCLR (Dwibedi et al., 2021, https://arxiv.org/abs/2104.14548) lets nearest
+neighbours look for the other view.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.distributed import gather, gather_with_grad, rank
+from ssl_pipeline.losses.checks import check_positive
 from ssl_pipeline.losses.precision import float32
 
 # Axes: A anchors (the rows of this process), K keys (the rows of all processes), D dimensions.
@@ -80,6 +82,39 @@ def _one_direction(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     own_key = rank() * num_rows + torch.arange(num_rows, device=logits.device)
     # the factor makes the gradient's size independent of the temperature, and the published learning rates count on it
     return F.cross_entropy(logits, own_key) * (2 * temperature)
+
+
+@float32
+def nnclr_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, support: Tensor, *, temperature: float) -> Tensor:
+    """Mean cross-entropy of finding, from the nearest neighbour of one view, the prediction of the other view.
+
+    Shapes: p (predictions) and z (projections) of both views (N, D), row i of each from image i; support (Q, D), the
+    projections of earlier batches. All are normalised here. nn(z) is the row of the support with the largest cosine to
+    z; CE is the mean cross-entropy whose label for row i is column i:
+
+        (CE(nn(z1) @ p2.T / temperature) + CE(nn(z2) @ p1.T / temperature)) / 2
+
+    Only predictions receive a gradient; those of all processes are gathered with it. Raises ValueError for shapes that
+    do not fit, or unless temperature > 0.
+    """
+    check_positive("nnclr_loss", temperature=temperature)
+    _check_same_shape("nnclr_loss", p1=p1, p2=p2, z1=z1, z2=z2)
+    if support.ndim != 2 or len(support) == 0 or support.shape[1] != p1.shape[1]:
+        raise ValueError(
+            f"nnclr_loss needs a support of shape (Q, {p1.shape[1]}) like the projections, Q >= 1. "
+            f"Got {tuple(support.shape)}."
+        )
+    support = F.normalize(support.detach(), dim=1)
+    return (_from_neighbours(z1, p2, support, temperature) + _from_neighbours(z2, p1, support, temperature)) / 2
+
+
+def _from_neighbours(z: Tensor, p: Tensor, support: Tensor, temperature: float) -> Tensor:
+    # the length of z changes no order of cosines
+    nearest = support.index_select(0, (z.detach() @ support.T).argmax(dim=1))
+    predictions = gather_with_grad(F.normalize(p, dim=1))
+    num_rows = len(z)
+    own_prediction = rank() * num_rows + torch.arange(num_rows, device=z.device)
+    return F.cross_entropy(nearest @ predictions.T / temperature, own_prediction)
 
 
 class _NTXent(torch.autograd.Function):

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.config import Config
+from ssl_pipeline.methods.barlow_twins import BarlowTwins
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
@@ -15,10 +16,26 @@ from ssl_pipeline.methods.fixmatch import FixMatch
 from ssl_pipeline.methods.mae import MAE
 from ssl_pipeline.methods.moco import MoCo
 from ssl_pipeline.methods.moco_v3 import MoCoV3
+from ssl_pipeline.methods.nnclr import NNCLR
 from ssl_pipeline.methods.simclr import SimCLR
 from ssl_pipeline.methods.simsiam import SimSiam
+from ssl_pipeline.methods.swav import SwAV
+from ssl_pipeline.methods.vicreg import VICReg
 
-METHODS: tuple[type[Method], ...] = (BYOL, DINO, FixMatch, MAE, MoCo, MoCoV3, SimCLR, SimSiam)
+METHODS: tuple[type[Method], ...] = (
+    BarlowTwins,
+    BYOL,
+    DINO,
+    FixMatch,
+    MAE,
+    MoCo,
+    MoCoV3,
+    NNCLR,
+    SimCLR,
+    SimSiam,
+    SwAV,
+    VICReg,
+)
 
 if TYPE_CHECKING:
 

@@ -81,8 +81,8 @@ class DINO(Method):
         student, teacher = self.student, self.teacher.network
         with torch.no_grad():
             features = teacher.backbone(global_views.flatten(0, 1))
-            teacher_MD, teacher_prototypes = teacher.head.bottleneck(features), teacher.head.prototypes
-        # the backbone once per resolution, the head once for all, as the official code
+            teacher_MD, teacher_prototypes = teacher.head.bottleneck(features), teacher.head.prototypes()
+        # the backbone once per resolution, the head once for all, as in the official code
         crops = [batch.views[name].flatten(0, 1) for name in ("global", "local") if name in batch.views]
         student_ND = student.head.bottleneck(torch.cat([student.backbone(views) for views in crops]))
         targets = centred_targets(
@@ -91,7 +91,7 @@ class DINO(Method):
         weights_N, mix_ST = crop_pairs(student_ND, teacher_MD, num_images=global_views.shape[1])
         loss, target_entropy = prototype_cross_entropy(
             student_ND,
-            student.head.prototypes,
+            student.head.prototypes(),
             targets,
             weights_N,
             temperature=self.config.student_temperature,

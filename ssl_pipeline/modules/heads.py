@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,8 @@ class PrototypeHead(nn.Module):
     Parameter names are the official ones (mlp.0.weight, ..., last_layer.weight_g, last_layer.weight_v).
     """
 
+    forward_methods: ClassVar[tuple[str, ...]] = ("bottleneck", "prototypes")
+
     def __init__(
         self,
         in_dim: int,
@@ -83,7 +85,6 @@ class PrototypeHead(nn.Module):
         self.mlp = nn.Sequential(*layers)
         self.last_layer = WeightNormLinear(bottleneck_dim, num_prototypes, fixed_scale=fixed_scale)
 
-    @property
     def prototypes(self) -> Tensor:
         """(num_prototypes, bottleneck_dim)."""
         return self.last_layer.weight

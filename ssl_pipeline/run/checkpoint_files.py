@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssl_pipeline import __version__
-from ssl_pipeline.files import sha256_of, sha256_of_json, write_tensors, write_text
+from ssl_pipeline.files import is_shortage, sha256_of, sha256_of_json, write_tensors, write_text
 from ssl_pipeline.run.state import CheckpointError, RunState
 
 FORMAT = 2
@@ -76,6 +76,8 @@ def load_checkpoint(path: Path, *, files: Collection[str] | None = None) -> Chec
     try:
         tensors = {stem: load_file(path / name) for stem, name in names.items()}
     except (OSError, SafetensorError) as error:
+        if is_shortage(error):
+            raise
         raise CheckpointError(f"{path} is not used: {error}.") from None
     return Checkpoint(path, manifest.state, tensors, {stem: manifest.files[name][1] for stem, name in names.items()})
 
@@ -91,6 +93,8 @@ def read_manifest(path: Path) -> Manifest:
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in body["files"].items()}
         facts = body["facts"]
     except OSError as error:
+        if is_shortage(error):
+            raise
         raise CheckpointError(f"{path} is not used: no manifest.json ({error.strerror}).") from None
     except (TypeError, KeyError, AttributeError, RecursionError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -119,6 +123,8 @@ def verify_files(path: Path, manifest: Manifest, names: Collection[str]) -> None
             if sha256_of(path / name) != digest:
                 raise CheckpointError(f"{path} is not used: {name} is damaged (its sha256 does not fit).")
         except OSError as error:
+            if is_shortage(error):
+                raise
             raise CheckpointError(f"{path} is not used: {name}: {error.strerror}.") from None
 
 

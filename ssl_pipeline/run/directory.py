@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import JSON, lock, write_json, write_text
+from ssl_pipeline.config import ConfigError, failure_sentence, printable
+from ssl_pipeline.files import JSON, lock, open_no_link, write_json, write_text
 
 SECONDS_BETWEEN_HEARTBEATS = 5.0
 
@@ -43,7 +44,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"output={path} must be a directory. It is, or lies under, a file.") from None
-        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._lock = open_no_link(path / ".lock", os.O_RDWR | os.O_CREAT)
         if not lock(self._lock, wait=False, inherited=False):
             holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
             os.close(self._lock)
@@ -61,7 +62,22 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            with suppress(OSError, ConfigError):  # a full disk, a damaged file: the error itself counts
+                self._note_end(error)
         os.close(self._lock)
+
+    def _note_end(self, error: BaseException) -> None:
+        """A start that ends before training: the directory does not say "running", be it of one that was killed.
+
+        A refused start leaves a directory as it is, and no start makes a complete run another.
+        """
+        before = read_status(self.path)
+        if isinstance(error, ConfigError) or (before is not None and before.state != "running"):
+            return
+        state: State = "failed" if isinstance(error, Exception) else "preempted"
+        step = before.step if before is not None else 0
+        self.status(state, step=step, reason=printable(failure_sentence(error)))
 
     @property
     def config_path(self) -> Path:
@@ -73,6 +89,11 @@ class RunDirectory:
     def status(self, state: State, *, step: int, reason: str = "") -> None:
         """Write `status.json`: what an operator, or the script that restarts the run, goes by."""
         write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason, "time": _utc_now()})
+
+    def fail(self, reason: str) -> None:
+        """Write that the run has failed, at the step that it last told of."""
+        before = read_status(self.path)
+        self.status("failed", step=before.step if before is not None else 0, reason=reason)
 
     def heartbeat(self, *, step: int) -> None:
         """Write `heartbeat.json` if the last one is a few seconds old; call it in every step."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import ConfigError, printable
 from ssl_pipeline.files import without_nan, write_text
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -193,7 +193,7 @@ class ProgressBar:
         self._bar.update(step - self._bar.n)
 
     def message(self, text: str) -> None:
-        self._bar.write(text, file=self._bar.fp)
+        self._bar.write(printable(text), file=self._bar.fp)
 
     def close(self) -> None:
         self._bar.close()
@@ -227,7 +227,7 @@ class ProgressLines:
             self._print()
 
     def message(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._step != self._printed_step:

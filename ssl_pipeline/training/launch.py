@@ -1,19 +1,36 @@
-"""Processes, devices and the seeds of what is random in a model."""
+"""Processes, devices and precision: what the launcher gives, and what the recipe alone decides."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.training.parallel import DDP
 from ssl_pipeline.training.run import TrainConfig
 
+PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+USE_CPU = "ACCELERATE_USE_CPU"
+KEPT = {USE_CPU, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}  # where a run computes, not what
+NEUTRAL = {"", "no", "none", "false", "0", "default"}
+KEYS = {  # of the settings that do what a variable asks for
+    "ACCELERATE_MIXED_PRECISION": "train.precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
+    "ACCELERATE_GRADIENT_CLIPPING": "optim.clip_norm",
+    "ACCELERATE_DYNAMO_BACKEND": "train.compile",
+}
+
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's view of the processes and devices; raises ConfigError if it differs from the launcher's."""
+    """Accelerate's view of the processes and devices; raises ConfigError if it differs from the launcher's.
+
+    The precision is the config's, also where this process has had an Accelerator before, and whatever the environment
+    says: `ignored_variables` names what it would have changed; call it before.
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if launched > 1 and missing:
@@ -21,12 +38,17 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             f"The environment has WORLD_SIZE={launched}, but no {', '.join(missing)}. "
             "Launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
         )
-    has_gpu = torch.cuda.is_available()
-    if config.precision == "fp16" and not has_gpu:
+    on_cpu = not torch.cuda.is_available() or _asks_for_cpu(os.environ)
+    if config.precision == "fp16" and on_cpu:
         raise ConfigError("train.precision=fp16 needs a GPU, and there is none here. Try train.precision=no or bf16.")
+    for name in [name for name in os.environ if name.startswith(PREFIXES) and name not in KEPT]:
+        del os.environ[name]
+    AcceleratorState._reset_state()  # the processes stay; precision and plugins are those of this run
+    GradientState._reset_state()
     accelerator = Accelerator(
-        cpu=not has_gpu,
+        cpu=on_cpu,
         mixed_precision=config.precision,
+        dynamo_backend="no",  # train.compile compiles the parts that the method names
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DDP],
     )
@@ -36,3 +58,40 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "On CPUs launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
         )
     return accelerator
+
+
+def ignored_variables(environment: Mapping[str, str], config: TrainConfig) -> list[str]:
+    """What variables of Accelerate ask for and a run does not do, "NAME=VALUE" each, with the key that does it.
+
+    `accelerate launch` sets them by its options and its default_config.yaml; some are left over in a shell.
+    """
+    used = {
+        "ACCELERATE_MIXED_PRECISION": config.precision,
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(config.accumulate),
+    }
+    ignored = []
+    for name, value in sorted(environment.items()):
+        asks = value.strip().lower() not in {*NEUTRAL, used.get(name, "")}
+        if asks and name.startswith(PREFIXES) and name not in KEPT:
+            key = f" (set {KEYS[name]} instead)" if name in KEYS else ""
+            ignored.append(f"{name}={value}{key}")
+    return ignored
+
+
+def describe_launch(accelerator: Accelerator, config: TrainConfig) -> str:
+    """On what and how a run computes, in one line."""
+    number = accelerator.num_processes
+    device = f"{accelerator.device.type}{f' ({USE_CPU})' if _asks_for_cpu(os.environ) else ''}"
+    if accelerator.device.type == "cuda":
+        device = f"{torch.cuda.get_device_name(accelerator.device)}"
+    precision = "float32" if config.precision == "no" else config.precision
+    return (
+        f"{number} process{'es' if number > 1 else ''} on {device}, precision {precision}, "
+        f"{config.accumulate} micro-batch{'es' if config.accumulate > 1 else ''} per step, "
+        f"{'whole weights on each (DDP)' if number > 1 else 'no sharding'}, "
+        f"{'compiled' if config.compile else 'not compiled'}"
+    )
+
+
+def _asks_for_cpu(environment: Mapping[str, str]) -> bool:
+    return environment.get(USE_CPU, "").strip().lower() in {"1", "true", "yes", "on", "y", "t"}

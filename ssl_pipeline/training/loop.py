@@ -9,14 +9,17 @@ the backward passes of attention and of convolutions need not give the same bits
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 
+from ssl_pipeline.config import failure_sentence, printable
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.distributed import peer_failure, rank
+from ssl_pipeline.distributed import rank
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -26,6 +29,7 @@ from ssl_pipeline.run.profiling import Profile
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
+from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.reporting import Reporter
 from ssl_pipeline.training.resume import load_newest, optimizer_identity, write_settings
@@ -66,13 +70,16 @@ def train(run: Run) -> int:
         tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
         loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity)
+        interruption.note_hang = partial(loop.write_status, "failed")
         try:
             return loop.go(position)
         except BaseException as error:
             if isinstance(error, BrokenStepError):
                 loop.position = error.step * clock.global_batch
-            error = (isinstance(error, Exception) and peer_failure(error)) or error
-            loop.write_status("failed", str(error) or type(error).__name__)
+            if isinstance(error, Exception):
+                error = failures_of(run).explain(error)
+            with suppress(OSError):  # of a full disk; the error itself is told
+                loop.write_status("failed", printable(failure_sentence(error)))
             raise error from None
         finally:
             tracker.close()
@@ -135,6 +142,7 @@ class _Loop:
         self.reporter.start_interval()
         while not self.clock.is_last(self.position):
             progress = self.clock.progress(self.position)
+            self.interruption.step = progress.step + 1
             self.times.start(progress.step + 1, named=profile.active)
             result = self.step(stream, progress)
             self.position += self.clock.global_batch
@@ -182,4 +190,4 @@ class _Loop:
 
 def _say(text: str) -> None:
     if rank() == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)

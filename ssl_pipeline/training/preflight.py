@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.augment.views import ViewGroup, check_crops_of
 from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
@@ -24,13 +24,14 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
     Reads no image. Afterwards `forward` finds each group of `method.needs` as it asks for it.
     """
     name = type(method).__name__
+    check_crops_of(augment)
     for needed in method.needs:
         _check_group(name, needed, augment)
     known = {needed.name for needed in method.needs}
     for given in augment:
         if given not in known:
             raise ConfigError(
-                f"{name} has no use for the view group augment.{given}. It reads {', '.join(sorted(known))}."
+                f"{name} does not use the view group augment.{given}. It reads {', '.join(sorted(known))}."
             )
     _check_sizes(method, backbone, augment)
     reads_labelled = any(needed.labelled for needed in method.needs)
@@ -40,7 +41,7 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
             "(python -m data_tools.split_labels makes them)."
         )
     if not reads_labelled and data.labelled is not None:
-        raise ConfigError(f"{name} has no use for data.labelled. Leave it out, or set data.labelled=null.")
+        raise ConfigError(f"{name} does not use data.labelled. Leave it out, or set data.labelled=null.")
 
 
 def _check_group(name: str, needed: Views, augment: Augment) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ssl_pipeline.config import ConfigError, Value, read_yaml
+from ssl_pipeline.config import ConfigError, Value, printable, read_yaml
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.files import sha256_of_json
 from ssl_pipeline.methods.base import Method
@@ -61,9 +61,9 @@ def write_settings(directory: RunDirectory, settings: str, *, complete: bool) ->
                 f"{directory.path} has an unfinished run that is past the end of these settings, which differ from its "
                 f"own ({'; '.join(changes)}). Choose another output=DIR, or its own settings."
             )
-        print(f"This run was made with other settings, which stand: {'; '.join(changes)}", flush=True)
+        print(printable(f"This run was made with other settings, which stand: {'; '.join(changes)}"), flush=True)
     elif changes:
-        print(f"Changed since the last start of this run: {'; '.join(changes)}", flush=True)
+        print(printable(f"Changed since the last start of this run: {'; '.join(changes)}"), flush=True)
     if not complete:
         directory.write_config(settings)
 

@@ -51,8 +51,9 @@ class TrainConfig(Config):
     """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0 times none."""
     profile: int = Field(0, ge=0)
     """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0 for no trace."""
-    hang_timeout: float = Field(1800.0, ge=0)
-    """Seconds without a finished step after which the process prints its stacks and exits; 0 waits for ever."""
+    hang_timeout: float = Field(600.0, ge=0)
+    """Seconds without a finished step, or without any activity at the start, after which the process prints where it
+    stands and ends with status failed; 0 waits for ever."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -1,6 +1,7 @@
 """The batched colour operations against torchvision's functional ones, one sample at a time."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -248,6 +249,16 @@ def test_a_second_batch_compiles_nothing_new():
         for view, stages in enumerate(stages_of(group)):
             augment(noise(4, size=8, seed=seed), draws[view], stages)
     assert counter.frame_count == 2  # one for each kind of view
+
+
+def test_views_of_many_sizes_are_compiled_once_each(monkeypatch, recwarn):
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    fused = on_accelerator.Fused()
+    for size in [*range(8, 18), *range(8, 18)]:  # torch gives up at the ninth on its own
+        fused(noise(2, size=size), neutral(2), stages_of(ViewGroup(size=size, jitter_prob=0.0))[0])
+    assert counter.frame_count == 10
+    assert not recwarn.list
 
 
 def test_where_torch_cannot_compile_the_colours_run_as_they_are_and_say_so_once(monkeypatch, recwarn):

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from ssl_pipeline.augment.draw import CropUniform, num_draws, num_uniforms
 from ssl_pipeline.augment.operations.jitter import Uniform
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.config import Config, ConfigError, validate
+from ssl_pipeline.config import Config, ConfigError, dump, load, read_yaml, validate
 
 
 class Recipe(Config):
@@ -52,6 +52,21 @@ def test_a_mistake_names_the_group_what_is_needed_and_what_came():
         ({"rand_augment": -1}, "rand_augment must be 0 or more. Got -1."),
         ({"cutout": (0.5, 0.2)}, "cutout must be an increasing pair in [0, 1]. Got (0.5, 0.2)."),
         ({"cutout": (0.5, 1.5)}, "cutout must be an increasing pair in [0, 1]. Got (0.5, 1.5)."),
+        ({"size": (8, 0)}, "size must be at least 1 pixel. Got (8, 0)."),
+        ({"size": ()}, "size must be at least 1 pixel. Got ()."),
+        ({"size": (8, 4), "size_weights": (1.0,)}, "size_weights must be a share for each of the 2 sizes. Got (1.0,)."),
+        ({"size_weights": (1.0, 2.0)}, "size_weights must be a share for each of the 1 sizes. Got (1.0, 2.0)."),
+        (
+            {"size": (8, 4), "size_weights": (0.0, 0.0)},
+            "size_weights must be a share for each of the 2 sizes. Got (0.0, 0.0).",
+        ),
+        ({"size": (8, 32), "blur_kernel": 17}, "blur_kernel must be odd and from 1 to 15 for size=8. Got 17."),
+        ({"std": (0.1, 0.0, 0.1)}, "std must be above 0. Got (0.1, 0.0, 0.1)."),
+        (
+            {"crops_of": "image", "scale": (0.4, 1.0)},
+            "scale means nothing beside crops_of=image. Leave it out.",
+        ),
+        ({"crops_of": "image", "flip_prob": 0.0}, "flip_prob means nothing beside crops_of=image. Leave it out."),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, sentence):
@@ -75,6 +90,22 @@ def test_the_blur_kernel_covers_four_sigmas_unless_the_view_is_too_small():
 
 def test_every_setting_has_a_help_text():
     assert all(field.description for field in ViewGroup.model_fields.values())
+
+
+def test_one_size_or_several_are_read_from_a_recipe_and_from_a_command():
+    recipe = validate(Recipe, {"augment": {"view": {"size": [8, 16], "size_weights": [0.3, 0.7]}}})
+    assert recipe.augment["view"].sizes == (8, 16)
+    assert validate(Recipe, {"augment": {"view": {"size": 8}}}).augment["view"].sizes == (8,)
+    assert load(Recipe, ["augment.view.size=8,16,24"]).augment["view"].sizes == (8, 16, 24)
+    assert load(Recipe, ["augment.view.size=24"]).augment["view"].size == 24
+    with pytest.raises(ConfigError, match=r"^augment\.view\.size must be .*integer.*\. Got "):
+        validate(Recipe, {"augment": {"view": {"size": "large"}}})
+
+
+def test_what_is_printed_of_crops_of_another_group_reads_back():
+    settings = {"augment": {"image": {"size": 16}, "token": {"size": 8, "crops_of": "image", "mean": [0.5, 0.5, 0.5]}}}
+    recipe = validate(Recipe, settings)
+    assert validate(Recipe, read_yaml(dump(recipe), where="printed")) == recipe
 
 
 def test_the_keys_of_operations_stand_between_crop_and_colours_in_their_order():

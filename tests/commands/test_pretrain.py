@@ -8,9 +8,11 @@ import random
 import re
 import shutil
 import signal
+import time
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -300,7 +302,7 @@ MISTAKES = {
     ),
     "accumulated batch": (["train.accumulate=7"], "8 per process * 1 processes * 7 accumulated = 56, but "),
     "missing group": (["augment.global=null", "augment.view.size=16"], "DINO needs the view group augment.global."),
-    "unneeded group": (["augment.third.size=16"], "DINO has no use for the view group augment.third."),
+    "unneeded group": (["augment.third.size=16"], "DINO does not use the view group augment.third."),
     "backbone": (["backbone.name=vit_tiny_patch16_242"], "No timm model 'vit_tiny_patch16_242'. Did you mean"),
     "shards": (["data.shards=/nowhere"], "/nowhere"),
     "neither epochs nor steps": (["train.steps=null"], "set either epochs or steps. Got neither"),
@@ -355,10 +357,31 @@ def test_a_killed_data_worker_ends_the_run_with_one_line(tmp_path, recipe):
 
 
 def test_a_hang_ends_the_process_and_shows_where(tmp_path, recipe):
-    code, printed = run(recipe, f"output={tmp_path}", "train.hang_timeout=1", happening=Happening("hang", at=2))
+    argv = [recipe, f"output={tmp_path}", "data.workers=2", "train.hang_timeout=1"]
+    code, printed = run(*argv, happening=Happening("hang", at=2))
     assert code == 1
-    assert "Timeout (0:00:01)!" in printed
+    assert "Timeout: Nothing has happened for 1 s while training" in printed
     assert "_accumulate" in printed
+    assert status(tmp_path)["state"] == "failed"
+    assert status(tmp_path)["step"] == 2
+    assert run(recipe, f"output={tmp_path}")[0] == 0, "nothing that is left holds the directory"
+
+
+def hanging_start(argv: list[str]) -> None:
+    with mock.patch("ssl_pipeline.commands.pretrain.open_images", side_effect=wait_for_images):
+        command(argv)
+
+
+def wait_for_images(config: object) -> None:
+    time.sleep(60)
+
+
+def test_a_start_that_hangs_ends_too(tmp_path, recipe):
+    child = start(hanging_start, [recipe, f"output={tmp_path}", "train.hang_timeout=1"])
+    assert child.wait() == 1
+    assert "Timeout: Nothing has happened for 1 s while starting (train.hang_timeout)." in child.printed()
+    assert "wait_for_images" in child.printed()
+    assert status(tmp_path)["state"] == "failed"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,10 +1,13 @@
 """Commands: exit codes, `--help`, `--print`, `--debug`, arguments without a key."""
 
+import errno
+import os
 import warnings
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 from ssl_pipeline.config import Config, ConfigError, RunError, read_yaml, run_command, validate
 from ssl_pipeline.schedule import Schedule
@@ -60,9 +63,57 @@ def test_a_value_error_of_ours_names_its_place(capsys):
     assert "error: odd shape (from test_commands.py:" in capsys.readouterr().err
 
 
-def test_a_bug_is_not_swallowed():
-    with pytest.raises(ZeroDivisionError):
-        run(ZeroDivisionError(), "directory=x")
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ZeroDivisionError(), "error: unexpected ZeroDivisionError (from test_commands.py:"),
+        (KeyError("teacher"), "error: unexpected KeyError: 'teacher' (from test_commands.py:"),
+        (RuntimeError("Odd. Set weights_only=False.\nTrace: ..."), "error: unexpected RuntimeError: Odd. (from test_"),
+        (AssertionError("x" * 10_000), "error: unexpected AssertionError: xxx"),
+    ],
+)
+def test_a_bug_is_one_line_that_names_its_place(capsys, error, sentence):
+    assert run(error, "directory=x") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(sentence)
+    assert printed.endswith("; --debug shows more)\n")
+    assert len(printed) < 500
+    assert printed.count("\n") == 1
+    assert run(error, "directory=x", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ... see https://pytorch.org PYTORCH_CUDA_ALLOC_CONF"
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (MemoryError(), ""),
+        (torch.OutOfMemoryError(GPU), " (2.50 GiB were asked for)"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes. Error"),
+            " (12 bytes",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCompile with ..."), ""),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), ""),
+    ],
+)
+def test_out_of_memory_is_one_sentence_whoever_says_it(capsys, error, asked):
+    run(error, "directory=x")
+    assert capsys.readouterr().err.startswith(f"error: Out of memory{asked}")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.EMFILE, "ulimit -n 65536"), (errno.ENOSPC, "Free some space"), (errno.EROFS, "Choose")],
+)
+def test_an_error_of_the_system_says_what_to_do(capsys, number, advice):
+    assert run(OSError(number, os.strerror(number), "x"), "directory=x") == 2
+    printed = capsys.readouterr().err
+    assert os.strerror(number) in printed
+    assert advice in printed
 
 
 def test_a_mistake_in_an_argument_is_two(capsys):

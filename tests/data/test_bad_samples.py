@@ -50,3 +50,10 @@ def test_a_torn_line_is_left_out(tmp_path: Path) -> None:
     path.write_text('{"sample": 1}\n{"sam')
     assert BadSampleLog(path, budget=1, total=10).record([bad(2)]) == 2
     assert json.loads(path.read_text().splitlines()[-1])["sample"] == 2
+
+
+def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "bad_samples.jsonl").symlink_to(tmp_path / "planted")
+    with pytest.raises(OSError, match="is a symbolic link"):
+        BadSampleLog(tmp_path / "bad_samples.jsonl", budget=0.1, total=100).record([bad(3)])
+    assert not (tmp_path / "planted").exists()

@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -141,8 +143,57 @@ def test_a_huge_size_is_refused_before_decoding() -> None:
         bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with pytest.raises(DecodeError, match="pixels"):
+            with pytest.raises(DecodeError, match=f"{width}x10000 pixels are more than the limit of 50,000,000"):
                 decode_image(bomb)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_the_limit_of_pixels_can_be_lowered(encoded: Encoded, format: str) -> None:
+    data = encoded(0, format=format)
+    assert decode_image(data, max_pixels=120).shape == (10, 12, 3)
+    with pytest.raises(DecodeError, match="12x10 pixels are more than the limit of 119"):
+        decode_image(data, max_pixels=119)
+
+
+def test_a_large_webp_is_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "open", None)
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + (16_382).to_bytes(3, "little") * 2
+    with pytest.raises(DecodeError, match="16383x16383 pixels are more than the limit"):
+        decode_image(b"RIFF" + struct.pack("<I", len(body)) + body)
+
+
+def with_scans(count: int, **options: object) -> bytes:
+    """A JPEG whose last scan is there `count` times more."""
+    data = saved(Image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)), "JPEG", **options)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * count + data[-2:]
+
+
+@pytest.mark.parametrize("fill", [b"", b"\xff"])
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(fill: bytes) -> None:
+    data = with_scans(3000, progressive=True)
+    scans = data.count(b"\xff\xda")
+    with pytest.raises(DecodeError, match=f"^{scans} scans are more than 100$"):
+        decode_image(data[:2] + fill + data[2:])
+    assert decode_image(with_scans(0, progressive=True)).shape == (16, 16, 3)
+
+
+def test_what_looks_like_scans_in_metadata_is_none() -> None:
+    data = with_scans(0, progressive=True)
+    thumbnails = b"\xff\xe1\xff\xf0" + b"\xff\xda" * (0xFFEE // 2)
+    assert decode_image(data[:2] + thumbnails + data[2:]).shape == (16, 16, 3)
+
+
+def test_transparent_pixels_take_little_more_memory_than_themselves() -> None:
+    command = (
+        "import io, resource, numpy as np; from PIL import Image; from ssl_pipeline.data.decode import decode_image\n"
+        "file = io.BytesIO(); Image.new('RGBA', (4000, 4000)).save(file, 'PNG', compress_level=1)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert decode_image(file.getvalue()).shape == (4000, 4000, 3)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    kilobytes = int(subprocess.run([sys.executable, "-c", command], stdout=subprocess.PIPE, check=True).stdout)
+    assert kilobytes < 100_000  # the image as saved was 64 MB, decoded it is 64 + 48 MB
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"a text"])

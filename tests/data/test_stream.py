@@ -262,3 +262,18 @@ def test_webdataset_reads_the_same_samples(shards: Path, encoded: Callable) -> N
     assert [(sample["__key__"], sample["jpg"], int(sample["cls"])) for sample in samples] == [
         (index.read(number).key, index.read(number).image, index.read(number).label) for number in range(20)
     ]
+
+
+@pytest.mark.parametrize("settings", [{"crop_on": "worker"}, {"crop_on": "device"}, {"cache": True}])
+def test_an_image_of_too_many_pixels_is_named_or_another_stands_in(
+    shards: Path, encoded: Callable[..., bytes], write_tar: Callable[..., Path], settings: dict[str, object]
+) -> None:
+    write_tar(shards / "part-000003.tar", {"0020.jpg": encoded(20, size=(30, 20)), "0020.cls": b"0"})
+    index = open_shards(shards)
+    limited = config(7, max_pixels=599, **settings)
+    with pytest.raises(DataError, match=r"part-000003\.tar, key '0020', .*30x20 pixels are more than the limit of 599"):
+        stream(index, limited, batches=3)
+    substituted = stream(index, config(7, max_pixels=599, bad_samples="substitute", **settings), batches=3)
+    assert [bad.key for batch in substituted for bad in batch.bad] == ["0020"]
+    whole = stream(index, config(7, max_pixels=600, **settings), batches=3)
+    assert sum(len(batch.bad) for batch in whole) == 0

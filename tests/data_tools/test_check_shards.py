@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config import run_command
+from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data_tools.check_shards import CheckShards, check_shards
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 
@@ -78,3 +79,39 @@ def test_without_decoding_the_checksum_still_tells(made: Path, capsys: pytest.Ca
 def test_no_shards_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert checked(tmp_path / "nowhere") == 2
     assert "There is no directory" in capsys.readouterr().err
+
+
+def test_a_manifest_for_shards_made_by_others(made: Path, capsys: pytest.CaptureFixture) -> None:
+    original = json.loads((made / "manifest.json").read_text())
+    assert checked(made, "write_manifest=true") == 2
+    assert "has a manifest.json already" in capsys.readouterr().err
+    (made / "manifest.json").unlink()
+    assert checked(f"{made}/*.tar", "write_manifest=true") == 2
+    assert "Give the directory itself" in capsys.readouterr().err
+    assert checked(made, "write_manifest=true") == 0
+    written = json.loads((made / "manifest.json").read_text())
+    assert written["shards"] == original["shards"]
+    assert checked(made) == 0
+    again = MakeShards(source="digits", output=made, overwrite=True)
+    with pytest.raises(DataError, match="which make_shards did not write"):  # they stay somebody else's
+        make_shards(again)
+
+
+def test_no_manifest_for_shards_with_problems(made: Path, capsys: pytest.CaptureFixture) -> None:
+    (made / "manifest.json").unlink()
+    first = min(made.glob("*.tar"))
+    first.write_bytes(first.read_bytes()[:3000])
+    assert checked(made, "write_manifest=true") == 1
+    assert not (made / "manifest.json").exists()
+
+
+def test_what_is_passed_over_and_odd_labels_are_problems(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.jpg", "a.cls", "b.cls", "c.cls", "README.md"):
+            archive.addfile(tarfile.TarInfo(name))
+    assert checked(tmp_path, "decode=false") == 1
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("Shard 'a.tar', key 'b', byte 1024: a sample needs one image")
+    assert first.endswith("(2 such samples are passed over)")
+    assert second == "Shard 'a.tar', key 'a': no whole number for a label (1 such labels)."
+    assert last.endswith("2 problems")

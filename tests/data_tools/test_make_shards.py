@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -118,14 +120,13 @@ def test_files_that_do_not_decode_are_listed(folder: Path, tmp_path: Path) -> No
         "cat/.hidden.jpg": "hidden file",
         "cat/empty.png": "no JPEG, PNG or WebP image",
         "cat/notes.txt": "no image file",
-        "cat/other.gif": "no image file",
+        "cat/other.gif": "neither JPEG, PNG nor WebP: .gif",
         "cat/pipe.jpg": "no regular file",
         "cat/text.webp": "no JPEG, PNG or WebP image",
-        "loose.jpg": "outside the class folders",
     }
     index = open_shards(output)
-    assert len(index) == 23
-    keys = [index.read(number).key for number in range(23)]
+    assert len(index) == 24
+    keys = [index.read(number).key for number in range(24)]
     misnamed = next(key for key in keys if key.endswith("cat_misnamed"))
     with tarfile.open(next(output.glob(f"*-{int(misnamed[:8]) // 6:06d}.tar"))) as archive:
         assert f"{misnamed}.jpg" in archive.getnames()  # named by its content
@@ -149,11 +150,23 @@ def test_webdataset_reads_what_was_written(folder: Path, tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("name", ["a.b/c d/é.x.jpg", "../../etc/passwd.jpg", "/abs.jpg", "n" * 300 + ".jpg", ".jpg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.b/c d/é.x.jpg",
+        "../../etc/passwd.jpg",
+        "/abs.jpg",
+        "n" * 300 + ".jpg",
+        ".jpg",
+        "\U00020000" * 300 + ".png",
+        "\udcff.jpg",
+    ],
+)
 def test_keys_are_plain_whatever_the_file_is_called(name: str) -> None:
     key = key_of(7, name)
     assert key.startswith("00000007-")
     assert len(key) <= 69
+    assert len(key.encode()) <= 249
     assert not set(key) & set("./\\ ")
 
 
@@ -190,6 +203,47 @@ def test_a_damaged_zip_member_is_rejected(tmp_path: Path, folder: Path) -> None:
     assert len(open_shards(output)) == 21
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_however_damaged_ends_in_no_traceback(folder: Path, tmp_path: Path, method: int) -> None:
+    path = tmp_path / "whole.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for number in range(4):
+            archive.write(folder / "train" / "cat" / f"{number:02d}.JPEG", f"c{number % 2}/é{number}.jpg")
+    whole = path.read_bytes()
+    generator = np.random.default_rng(method)
+    read = refused = 0
+    for number in range(40):
+        data = bytearray(whole)
+        start = len(whole) * 9 // 10 if number % 2 else 0  # where the directory of the archive lies
+        for place in generator.integers(start, len(whole), 8):
+            data[place] = generator.integers(256)
+        (tmp_path / f"{number}.zip").write_bytes(data)
+        try:
+            made(tmp_path / f"{number}.zip", tmp_path / "out", labels="none", overwrite=True)
+            read += 1
+        except DataError:
+            refused += 1
+    assert read > 5
+    assert refused > 0
+
+
+def test_a_zip_of_an_odd_version_or_with_odd_names_is_named(folder: Path, tmp_path: Path) -> None:
+    image = (folder / "train" / "cat" / "00.JPEG").read_bytes()
+    path = tmp_path / "odd.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("c/é.jpg", image)
+        archive.writestr("c/b.jpg", image)
+    whole = path.read_bytes()
+    entry = whole.index(b"PK\x01\x02")
+    path.write_bytes(whole[: entry + 6] + b"\xff\xff" + whole[entry + 8 :])  # the version that it needs
+    with pytest.raises(DataError, match=r"odd\.zip' cannot be read as a zip: zip file version 25\.5\. Pack it again"):
+        made(path, tmp_path / "out")
+    path = tmp_path / "other_odd.zip"
+    path.write_bytes(whole[:entry] + whole[entry:].replace("é".encode(), b"\xff\xfe"))  # no UTF-8, which it claims
+    with pytest.raises(DataError, match=r"odd\.zip' cannot be read as a zip: .*utf-8"):
+        made(path, tmp_path / "out")
+
+
 def test_digits_are_split_once_and_for_all(tmp_path: Path) -> None:
     train, test = DigitsSource("train"), DigitsSource("test")
     assert (len(train.names()), len(test.names())) == (1437, 360)
@@ -217,6 +271,10 @@ def test_an_output_in_use_is_refused(folder: Path, tmp_path: Path) -> None:
     (output / "thesis.docx").touch()
     with pytest.raises(DataError, match=r"holds 'thesis\.docx', which make_shards did not write"):
         made(folder, output, prefix="train", overwrite=True)
+    (output / "thesis.docx").unlink()
+    index = len(open_shards(output / "out-*.tar"))  # with an index of its own, which is ours too
+    made(folder, output, prefix="train/dog", overwrite=True)
+    assert index == len(open_shards(output)) == 7
     with pytest.raises(DataError, match="is a file"):
         made(folder, folder / "train" / "cat" / "notes.txt", prefix="train")
 
@@ -298,6 +356,18 @@ def test_leftovers_of_an_interrupted_run_are_cleared(folder: Path, tmp_path: Pat
     assert output.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777
 
 
+def test_a_link_in_place_of_a_lock_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-abc").mkdir()
+    (tmp_path / ".out.partial-abc" / ".lock").symlink_to(folder / "train" / "cat" / "notes.txt")
+    (tmp_path / ".out.partial-def").symlink_to(folder)
+    with pytest.raises(OSError, match="is a symbolic link, which is not followed here"):
+        made(folder, tmp_path / "out", prefix="train")
+    shutil.rmtree(tmp_path / ".out.partial-abc")
+    made(folder, tmp_path / "out", prefix="train")
+    assert (tmp_path / ".out.partial-def").is_symlink()
+    assert len(list(folder.rglob("*.JPEG"))) == 10
+
+
 def test_two_runs_do_not_write_the_same_output(folder: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial-abc").mkdir()
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -308,6 +378,216 @@ def test_two_runs_do_not_write_the_same_output(folder: Path, tmp_path: Path) -> 
             made(folder, tmp_path / "out", prefix="train")
         other.communicate(b"\n")
     assert len(open_shards(made(folder, tmp_path / "out", prefix="train"))) == 22
+
+
+def disturbed(output: Path, change: str) -> Path:
+    """Something in the output that no make_shards left there."""
+    shard = output / "out-000000.tar"
+    if change == "backup":
+        return Path(shutil.copy(shard, output / "backup.tar"))
+    if change == "grown":
+        shard.write_bytes(shard.read_bytes() + bytes(512))
+        return shard
+    if change == "link":
+        target = shutil.move(shard, output.parent / "elsewhere.tar")
+        shard.symlink_to(target)
+        return shard
+    if change == "index":
+        (output / ".index" / "notes.txt").touch()
+        return output / ".index"
+    (output / "manifest.json").write_text('{"class_names": null, "shards": []}')  # somebody else's
+    return output / "manifest.json"
+
+
+@pytest.mark.parametrize("change", ["backup", "grown", "link", "index", "manifest"])
+def test_overwrite_deletes_nothing_that_is_not_ours(folder: Path, tmp_path: Path, change: str) -> None:
+    output = made(folder, tmp_path / "out", prefix="train")
+    stranger = disturbed(output, change)
+    before = contents(output)
+    with pytest.raises(DataError, match=rf"holds '{re.escape(stranger.name)}', which make_shards did not write, or"):
+        made(folder, output, prefix="train", overwrite=True)
+    assert stranger.exists()
+    assert contents(output) == before
+
+
+def test_loose_photographs_beside_folders_are_kept(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number in range(3):
+        shutil.copy(folder / "train" / "cat" / "00.JPEG", folder / "train" / f"loose{number}.jfif")
+    for source in (folder / "train", zipped(folder / "train", tmp_path / "train.zip")):
+        index = open_shards(made(source, tmp_path / source.suffix / "out"))
+        assert (len(index), index.class_names) == (25, ("cat", "dog", "owl"))
+        assert Counter(index.labels().tolist()) == {0: 10, 1: 7, 2: 5, -1: 3}
+        assert "25 images in 3 classes (cat, dog, owl), 3 of them without a label" in capsys.readouterr().out
+
+
+def test_a_zip_with_backslashes_has_its_folders(folder: Path, tmp_path: Path) -> None:
+    plain, windows = zipped(folder, tmp_path / "plain.zip"), tmp_path / "windows.zip"
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(windows, "w") as new:
+        for entry in old.infolist():
+            name = zipfile.ZipInfo("x")
+            name.filename = entry.filename.replace("/", "\\")  # the constructor may change it
+            new.writestr(name, old.read(entry))
+    first, second = (made(path, tmp_path / path.stem / "out", prefix="train") for path in (plain, windows))
+    assert [path.read_bytes() for path in sorted(first.glob("*.tar"))] == [
+        path.read_bytes() for path in sorted(second.glob("*.tar"))
+    ]
+    assert open_shards(second).class_names == ("cat", "dog", "owl")
+
+
+def test_names_in_utf8_are_read_where_a_zip_does_not_say_so(folder: Path, tmp_path: Path) -> None:
+    image = (folder / "train" / "cat" / "00.JPEG").read_bytes()
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        archive.writestr("été/a.jpg", image)
+        archive.writestr("hiver/b.jpg", image)
+    data = (tmp_path / "mac.zip").read_bytes()
+    data = re.sub(
+        rb"(PK\x03\x04..|PK\x01\x02....)\x00\x08", lambda match: match[1] + bytes(2), data, flags=re.DOTALL
+    )  # "this is UTF-8"
+    (tmp_path / "mac.zip").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "mac.zip") as archive:
+        assert not archive.infolist()[0].flag_bits & 0x800
+    assert open_shards(made(tmp_path / "mac.zip", tmp_path / "out")).class_names == ("hiver", "été")
+
+
+def test_a_key_keeps_its_letters_and_leads_back_to_its_file(folder: Path, tmp_path: Path) -> None:
+    names = ("été/grüße 1.jpg", "été/a.b.jpg", "猫/三毛.jpg", "हिन्दी/बिल्ली.jpg", "猫/" + "長" * 80 + ".jpg")
+    for name in names:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "train" / "cat" / "00.JPEG", tmp_path / "source" / name)
+    index = open_shards(made(tmp_path / "source", tmp_path / "bilder-été", samples_per_shard=2))
+    keys = {index.origin(number): index.key(number) for number in range(len(index))}
+    assert keys.keys() == set(names)
+    stems = {name: key.partition("-")[2] for name, key in keys.items()}
+    assert [stems[name] for name in names[:4]] == ["été_grüße_1", "été_a_b", "猫_三毛", "हिन्दी_बिल्ली"]
+    assert f"from '{index.origin(0)}'" in index.read(0).location
+    lines = [json.loads(line) for line in (tmp_path / "bilder-été" / "files.jsonl").read_text().splitlines()]
+    assert lines == [{"key": index.key(number), "file": index.origin(number)} for number in range(5)]
+    assert sorted(path.name for path in (tmp_path / "bilder-été").glob("*.tar"))[0] == "bilder_été-000000.tar"
+    (tmp_path / "bilder-été" / "files.jsonl").write_text("torn\n")
+    assert index.origin(0) is None
+    webdataset = pytest.importorskip("webdataset")
+    paths = [str(path) for path in sorted((tmp_path / "bilder-été").glob("*.tar"))]
+    read = [sample["__key__"] for sample in webdataset.WebDataset(paths, shardshuffle=False)]
+    assert read == [index.key(number) for number in range(5)]
+
+
+def test_the_origin_of_a_part_is_named_from_the_source_on(folder: Path, tmp_path: Path) -> None:
+    index = open_shards(made(folder, tmp_path / "out", prefix="/train/"))
+    for number in range(len(index)):
+        assert (folder / index.origin(number)).read_bytes() == index.read(number).image
+
+
+def test_what_is_left_out_is_counted_by_reason(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number in range(30):
+        (folder / "train" / "cat" / f"{number}.heic").touch()
+        (folder / "train" / "dog" / f"{number}.jpg").write_text("text")
+    cut = (folder / "train" / "cat" / "00.JPEG").read_bytes()
+    for number in range(1, 6):
+        (folder / "train" / "owl" / f"{number}.jpg").write_bytes(cut[: -100 * number])  # each cut elsewhere
+    (folder / "train" / "dog" / "again").symlink_to(folder / "train" / "cat")
+    made(folder, tmp_path / "out", prefix="train")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("67 files left out: 30 neither JPEG, PNG nor WebP: .heic ('cat/0.heic'); 30 no JPEG, PNG or")
+    assert re.search(r"; 5 [^;]*runcated[^;]* \('owl/1\.jpg'\)", line)
+    assert "1 the same folder as another ('dog/again')" in line
+    assert line.endswith("rejected.jsonl")
+
+
+def test_a_table_of_labels(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_bytes(
+        "\ufefflabel,author,file\nred,x,train/cat/00.JPEG\nblue,x,train\\cat\\01.JPEG\n,x,./train/cat/02.JPEG\n"
+        "grün,x,train/dog/10.PNG\nred,x,train/nothing.jpg\n".encode()
+    )
+    index = open_shards(made(folder, tmp_path / "out", labels=str(table)))
+    assert index.class_names == ("blue", "grün", "red")
+    found = {index.origin(number): int(label) for number, label in enumerate(index.labels())}
+    assert {name: label for name, label in found.items() if label >= 0} == {
+        "train/cat/00.JPEG": 2,
+        "train/cat/01.JPEG": 0,
+        "train/dog/10.PNG": 1,
+    }
+    assert len(found) == 22
+    assert "1 rows of" in (out := capsys.readouterr().out)
+    assert "such as 'train/nothing.jpg'" in out
+    part = open_shards(made(folder, tmp_path / "cats", labels=str(table), prefix="train/dog"))
+    assert part.class_names == ("blue", "grün", "red")  # the classes are those of the whole table
+    assert sorted(part.labels().tolist()) == [-1] * 6 + [1]
+
+
+def test_labels_that_are_numbers_are_sorted_by_number(tmp_path: Path, folder: Path) -> None:
+    table = tmp_path / "labels.CSV"
+    table.write_text("file,label\n" + "".join(f"cat/0{number}.JPEG,{number + 2}\n" for number in range(10)))
+    index = open_shards(made(folder, tmp_path / "out", labels=str(table), prefix="train"))
+    assert index.class_names == tuple(str(number) for number in range(2, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,label\na,b\n", r"needs the columns file,label in its first line\. It has name,label"),
+        ("", r"It has nothing"),
+        ("file,label\na.jpg,\n", "holds no label"),
+        ("file,label\na.jpg,x\nb.jpg,x\n./a.jpg,y\n", r"line 4: 'a\.jpg' has the label 'y', and 'x' above"),
+        ("file,label\na.jpg,x\n", r"names none of the 22 images of source='.*', such as 'train/cat/00\.JPEG'"),
+        ("file,label\n\xff,x\n", "is no CSV file in UTF-8"),
+    ],
+)
+def test_mistakes_in_a_table_of_labels_are_named(folder: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "labels.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=message):
+        made(folder, tmp_path / "out", labels=str(tmp_path / "labels.csv"))
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        made(folder, tmp_path / "out", labels=str(tmp_path / "nothing.csv"))
+
+
+def test_a_share_of_every_class_is_held_out(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "train" / "cat" / "00.JPEG", folder / "train" / "loose.jpg")
+    output = made(folder, tmp_path / "a" / "out", prefix="train", holdout="20%")
+    train, test = (open_shards(output / part) for part in ("train", "test"))
+    assert train.class_names == test.class_names == ("cat", "dog", "owl")
+    assert Counter(test.labels().tolist()) == {0: 2, 1: 1, 2: 1}
+    assert Counter(train.labels().tolist()) == {0: 8, 1: 6, 2: 4, -1: 1}
+    assert (output / "rejected.jsonl").exists()
+    origins = [{index.origin(number) for number in range(len(index))} for index in (train, test)]
+    assert not origins[0] & origins[1]
+    assert len(origins[0] | origins[1]) == 23
+    again = made(folder, tmp_path / "b" / "out", prefix="train", holdout="20%", workers=2)
+    other = made(folder, tmp_path / "c" / "out", prefix="train", holdout="20%", shuffle_seed=1)
+    for part in ("train", "test"):
+        assert contents(again / part) == contents(output / part)
+    assert (contents(other / "test")["files.jsonl"]) != contents(output / "test")["files.jsonl"]
+    with pytest.raises(DataError, match="is not empty"):
+        made(folder, output, prefix="train", holdout="20%")
+    made(folder, output, prefix="train", holdout="50%", overwrite=True)
+    assert len(open_shards(output / "test")) == 5 + 4 + 3
+    (output / "test" / "thesis.docx").touch()
+    with pytest.raises(DataError, match=r"holds 'test/thesis\.docx', which make_shards did not write"):
+        made(folder, output, prefix="train", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"holdout": "10"}, "must be a share between 0% and 100%, such as 10%. Got 10."),
+        ({"holdout": "100%"}, "must be a share between 0% and 100%"),
+        ({"holdout": "10%", "labels": "none"}, "labels=none leaves no class"),
+        ({"labels": "table"}, "must be folders, none or a FILE.csv with the columns file and label. Got table."),
+    ],
+)
+def test_holdout_and_labels_are_checked_before_anything_is_read(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MakeShards(source="nowhere", output=Path("nowhere"), **settings)
+
+
+def test_a_holdout_needs_classes_of_two(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no class folders"):
+        made(folder / "train" / "cat", tmp_path / "out", holdout="10%")
+    for name in ("a", "b"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        shutil.copy(folder / "train" / "cat" / "00.JPEG", tmp_path / "few" / name)
+    with pytest.raises(DataError, match="needs a class of two images or more"):
+        made(tmp_path / "few", tmp_path / "out", holdout="10%")
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason=f"needs {CIFAR10.name} in shared/data")

@@ -13,7 +13,8 @@ from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 
 from ssl_pipeline.config import run_command
-from ssl_pipeline.data.decode import ORIENTATION, DecodeError, decode_image
+from ssl_pipeline.data.decode import DecodeError, decode_image
+from ssl_pipeline.data.metadata import ORIENTATION
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.check_shards import CheckShards, check_shards
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards

@@ -1,4 +1,4 @@
-"""NT-Xent, InfoNCE and MoCo v3's loss against loops written from the formulas."""
+"""NT-Xent, InfoNCE, MoCo v3's and NNCLR's loss against loops written from the formulas."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssl_pipeline.losses import contrastive, info_nce, moco_v3_loss, nt_xent
+from ssl_pipeline.losses import contrastive, info_nce, moco_v3_loss, nnclr_loss, nt_xent
 
 
 def random_pairs(*shape, count=2, seed=0, dtype=torch.float64):
@@ -193,3 +193,50 @@ def test_anchors_of_the_second_process_meet_the_rows_of_both(monkeypatch):
 def test_wrong_shapes_are_named(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def nnclr_by_loops(p1, p2, z1, z2, support, temperature):
+    total = 0.0
+    for p, z in ((p2, z1), (p1, z2)):
+        for i in range(len(z)):
+            nearest = max(support, key=lambda row, z_i=z[i]: cosine(row, z_i).item())
+            terms = [torch.exp(cosine(nearest, prediction) / temperature) for prediction in p]
+            total = total - torch.log(terms[i] / sum(terms)) / len(z) / 2
+    return total
+
+
+@pytest.mark.parametrize(("num_images", "queue_size"), [(5, 7), (2, 1), (1, 3)])
+def test_nnclr_and_its_gradient_equal_the_loop(num_images, queue_size):
+    p1, p2, z1, z2 = random_pairs(num_images, 4, count=4)
+    (support,) = random_pairs(queue_size, 4, count=1, seed=1)
+    expected = nnclr_by_loops(p1, p2, z1, z2, support, 0.3)
+    actual = nnclr_loss(p1, p2, z1, z2, support, temperature=0.3)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, (p1, p2)), torch.autograd.grad(expected, (p1, p2)))
+
+
+def test_nnclr_gives_a_gradient_to_predictions_alone():
+    inputs = random_pairs(4, 3, count=5)
+    nnclr_loss(*inputs, temperature=0.3).backward()
+    assert [value.grad is not None for value in inputs] == [True, True, False, False, False]
+
+
+def test_nnclr_by_hand():
+    x, y = torch.eye(2, dtype=torch.float64)
+    z, support = torch.stack([2 * x, 3 * y]), torch.stack([x + 0.1 * y, 5 * y, -x])  # lengths do not count
+    p = torch.stack([x, y])
+    # the neighbour of the first image is x + 0.1 y, of the second y
+    first = math.log(1 + math.exp((0.1 - 1) / 1.01**0.5 / 0.5))
+    second = math.log(1 + math.exp((0 - 1) / 0.5))
+    assert nnclr_loss(p, p, z, z, support, temperature=0.5).item() == pytest.approx((first + second) / 2)
+
+
+@pytest.mark.parametrize("support", [torch.ones(3, 4), torch.ones(0, 3), torch.ones(3)])
+def test_nnclr_refuses_a_support_that_does_not_fit(support):
+    z = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"^nnclr_loss needs a support of shape \(Q, 3\) like the projections"):
+        nnclr_loss(z, z, z, z, support, temperature=0.1)
+    with pytest.raises(ValueError, match=r"^nnclr_loss needs p1, p2, z1, z2 of one shape"):
+        nnclr_loss(z, z, z[:1], z, torch.ones(3, 3), temperature=0.1)
+    with pytest.raises(ValueError, match=r"^nnclr_loss needs temperature above 0"):
+        nnclr_loss(z, z, z, z, torch.ones(3, 3), temperature=0.0)

@@ -84,8 +84,8 @@ def test_the_parameters_of_a_head_get_the_gradient_of_its_logits(monkeypatch, fi
     )
     features, teacher_features, centre = rows(4, 3, 6, seed=0), rows(2, 3, 6, seed=1), rows(10, seed=2)
     actual, _ = distillation(
-        student.bottleneck(features), student.prototypes,
-        teacher.bottleneck(teacher_features), teacher.prototypes, centre, **TEMPERATURES,
+        student.bottleneck(features), student.prototypes(),
+        teacher.bottleneck(teacher_features), teacher.prototypes(), centre, **TEMPERATURES,
     )  # fmt: skip
     probabilities = centred_softmax(teacher(teacher_features), centre, temperature=0.04)
     expected = self_distillation(student(features), probabilities, temperature=0.1)

@@ -290,11 +290,11 @@ def test_labels_must_be_there_and_fit_the_classes(tmp_path, shards, labelled):
         "theirs."
     )
     bare = write_bare(tmp_path / "bare")
-    assert refusal(settings(shards, bare, tmp_path / "bare run")) == (
-        f"data.labelled.shards={bare} has images without labels; all of them need one."
+    assert refusal(settings(shards, bare, tmp_path / "bare run")).startswith(
+        f"data.labelled.shards={bare} has images without labels; all of them need one. "
     )
-    assert refusal(settings(shards, labelled, tmp_path / "val", f"classifier.val={bare}")) == (
-        f"classifier.val={bare} needs labels below 3. It has images without a label."
+    assert refusal(settings(shards, labelled, tmp_path / "val", f"classifier.val={bare}")).startswith(
+        f"classifier.val={bare} needs labels below 3. It has images without a label: "
     )
 
 
@@ -314,7 +314,7 @@ def write_bare(folder):
 def test_methods_without_labels_refuse_them(tmp_path, shards, labelled):
     argv = ["recipe=cifar10_simclr_resnet18", f"data.shards={shards}", f"output={tmp_path / 'run'}", "knn=null"]
     config = load(PretrainConfig, [*argv, f"data.labelled.shards={labelled}"], recipes=RECIPES)
-    assert refusal(config) == "SimCLR has no use for data.labelled. Leave it out, or set data.labelled=null."
+    assert refusal(config) == "SimCLR does not use data.labelled. Leave it out, or set data.labelled=null."
     config = load(
         PretrainConfig, [*argv, "data.batch_size=8", f"classifier={{every: 1ep, val: {shards}}}"], recipes=RECIPES
     )

@@ -69,7 +69,7 @@ def test_mae_on_a_cnn_with_the_weights_that_its_recipe_begins_with(tmp_path):
 
 def test_local_crops_for_a_method_without_them(tmp_path):
     sentence = refusal(tmp_path, "cifar10_byol_resnet18", "augment.local={count: 2, size: 16}")
-    assert sentence == "BYOL has no use for the view group augment.local. It reads view."
+    assert sentence == "BYOL does not use the view group augment.local. It reads view."
 
 
 def check(name, sizes, backbone=VIT):

@@ -71,7 +71,7 @@ def test_prototype_head_equals_the_formula():
 def test_logits_are_the_bottleneck_times_the_prototypes():
     head, features = prototype_head(fixed_scale=False), torch.randn(5, 6, dtype=torch.float64)
     torch.testing.assert_close(head.bottleneck(features).norm(dim=1), torch.ones(5, dtype=torch.float64))
-    torch.testing.assert_close(head.bottleneck(features) @ head.prototypes.T, head(features))
+    torch.testing.assert_close(head.bottleneck(features) @ head.prototypes().T, head(features))
 
 
 def test_prototype_head_keeps_the_official_names_in_order():

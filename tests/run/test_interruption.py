@@ -1,15 +1,17 @@
-"""Signals are remembered, a lost launcher is noticed, a hang ends."""
+"""Signals are remembered and answered, a hang ends."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from ssl_pipeline.run.interruption import SIGNALS, Interruption
+from ssl_pipeline.run.interruption import SIGNALS, Interruption, StopAtOnce, Stopped
 from tests.ranks import start
 
 
@@ -50,19 +52,59 @@ def test_ctrl_c_pressed_again_after_a_while_interrupts_at_once(monkeypatch, usua
         assert interruption.requested() == signal.SIGINT
 
 
-def test_the_end_of_the_launcher_is_a_request_to_stop(monkeypatch):
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with Interruption(hang_timeout=0) as interruption:
-        assert interruption.requested() == 0
-        monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert interruption.requested() == signal.SIGTERM
+def test_a_start_is_stopped_at_once(usual_ctrl_c):
+    with pytest.raises(Stopped, match="signal 15"), StopAtOnce():
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), StopAtOnce():
+        signal.raise_signal(signal.SIGINT)
 
 
-def test_without_a_launcher_a_new_parent_means_nothing(monkeypatch):
-    monkeypatch.delitem(os.environ, "WORLD_SIZE", raising=False)
+def inside_torch(seconds: float) -> None:
+    """Ctrl-C and then the end of the launcher, while the main thread runs no Python."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Interruption(hang_timeout=0) as interruption:
-        monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert interruption.requested() == 0
+        interruption.step = 2
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+            time.sleep(seconds)
+        assert interruption.requested() == signal.SIGINT
+
+
+def test_a_signal_is_answered_with_the_step_and_how_to_quit():
+    child = start(inside_torch, 0.1)
+    assert child.wait() == 0
+    assert child.printed().splitlines() == [
+        "Ctrl-C: finishing step 2 and saving; Ctrl-C again to quit now",
+        f"SIGTERM: still finishing step 2 and saving; kill -INT {child.pid} to quit now",
+    ]
+
+
+def busy(seconds: float) -> None:
+    """The main thread is inside one call of torch, which holds no lock on Python; a thread sends the signal."""
+    with Interruption(hang_timeout=0):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        matrix = torch.rand(700, 700)
+        began = time.monotonic()
+        torch.linalg.multi_dot([matrix] * round(150 * seconds))
+        print(f"{time.monotonic() - began:.1f} s")
+
+
+def test_a_signal_is_answered_while_torch_computes():
+    child = start(busy, 1.0)
+    assert child.wait() == 0
+    first, second = child.printed().splitlines()
+    assert first == f"SIGUSR1: finishing the step and saving; kill -INT {child.pid} to quit now"
+    assert second.endswith(" s"), "the answer came before the end of the call"
+
+
+def test_what_nohup_switched_off_stays_off():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption(hang_timeout=0) as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert interruption.requested() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def wait_with_signs(seconds: float, timeout: float) -> None:
@@ -82,7 +124,7 @@ def hang(timeout: float) -> None:
 def test_a_hang_ends_the_process_with_its_stacks():
     child = start(hang, 0.2)
     assert child.wait() == 1
-    assert "Timeout" in child.printed()
+    assert "Timeout: Nothing has happened for 0.2 s while training" in child.printed()
     assert "in hang" in child.printed()
 
 

@@ -25,8 +25,16 @@ class ViewSettings(Config):
 
     count: int = 1
     """Number of views of each image."""
-    size: int
-    """Height and width of a view in pixels."""
+    size: int | tuple[int, ...]
+    """Height and width of a view in pixels; of several, each optimizer step draws one for all its views (DINOv3)."""
+    size_weights: tuple[float, ...] = ()
+    """How often each of several sizes is drawn; by default all equally. Groups with the same weights change together:
+    the first size of one comes with the first size of the others."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sides in pixels that views can have."""
+        return self.size if isinstance(self.size, tuple) else (self.size,)
 
     def per_view(self, value: PerView) -> tuple[float, ...]:
         """One value for each of the `count` views."""

@@ -50,7 +50,9 @@ class Blur(Operation[BlurSettings, int]):
 
     def mistakes(self, group: BlurSettings) -> list[str]:
         low, high = group.blur_sigma
-        kernel, largest = 1 if group.blur_kernel is None else group.blur_kernel, largest_kernel(group.size)
+        kernel = 1 if group.blur_kernel is None else group.blur_kernel
+        smallest = min(group.sizes, default=1)
+        largest = largest_kernel(smallest)
         return [
             *per_view_mistakes(group, blur_prob=1.0),
             *range_mistakes(
@@ -58,7 +60,7 @@ class Blur(Operation[BlurSettings, int]):
                 (
                     kernel % 2 == 1 and 1 <= kernel <= largest,
                     "blur_kernel",
-                    f"odd and from 1 to {largest} for size={group.size}",
+                    f"odd and from 1 to {largest} for size={smallest}",
                     kernel,
                 ),
             ),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,14 +17,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards.listing import ShardList
 from ssl_pipeline.data.shards.rows import COLUMNS, ShardEntry, index_shard
 from ssl_pipeline.data.shards.table import ShardTable
-from ssl_pipeline.files import sha256_of_bytes, write_array, write_json
+from ssl_pipeline.files import is_shortage, sha256_of_bytes, write_array, write_json
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
-INDEX_FORMAT = 3
-EARLIER_FORMATS = (1, 2)  # without the sizes of the images
+INDEX_FORMAT = 5
+EARLIER_FORMATS = (1, 2, 3, 4)  # without sizes, with some not turned, without counts of what is passed over
 
 logger = logging.getLogger(__name__)
 
@@ -46,33 +45,17 @@ class Catalogue:
     class_names: tuple[str, ...] | None = None
 
 
-def list_shards(directory: str | Path) -> tuple[Path, list[str]]:
-    """The folder and the names of its shards, sorted; raises DataError if there are none."""
-    path = Path(directory)
-    folder, pattern = (path, "*.tar") if path.is_dir() else (path.parent, path.name)
-    if not path.is_dir() and not (folder.is_dir() and any(sign in pattern for sign in "*?[")):
-        raise DataError(f"There is no directory '{path}'. Needed: a directory of .tar shards, or DIR/PREFIX-*.tar.")
-    matches = re.compile(fnmatch.translate(pattern)).match
-    with os.scandir(folder) as found:  # tells files from folders without asking for each
-        names = sorted(
-            entry.name for entry in found if matches(entry.name) and not entry.name.startswith(".") and entry.is_file()
-        )
-    if not names:
-        packed = next(folder.glob("*.t*gz"), None)
-        hint = f" '{packed.name}' is compressed: unpack it first." if packed else ""
-        raise DataError(f"'{path}' holds no .tar shard.{hint} Make some: python -m data_tools.make_shards --help")
-    return folder, names
-
-
-def find_index(folder: Path, pattern: str) -> Path:
+def find_index(listed: ShardList, image_key: str | None) -> Path:
     """The index directory of these shards: the one that exists and can be used, else the first that can be written.
 
-    The places are `.index` beside the shards and the user's cache; a pattern of shards has an index of its own.
+    The places are `.index` beside the shards and the user's cache; shards of several folders have theirs in the cache.
+    A selection of shards, or of images in them, has an index of its own.
     """
-    suffix = f"-{sha256_of_bytes(pattern.encode())[:8]}" if pattern else ""
+    folder, selection = listed.folder, listed.selection + ("" if image_key is None else f"\0{image_key}")
+    suffix = f"-{sha256_of_bytes(selection.encode())[:8]}" if selection else ""
     absolute = folder.resolve()
-    in_cache = f"{absolute.name}-{sha256_of_bytes(os.fsencode(absolute))[:16]}{suffix}"
-    places = (folder / f"{INDEX_DIRECTORY}{suffix}", user_cache() / in_cache)
+    in_cache = user_cache() / f"{absolute.name}-{sha256_of_bytes(os.fsencode(absolute))[:16]}{suffix}"
+    places = [folder / f"{INDEX_DIRECTORY}{suffix}", in_cache] if listed.in_one_folder else [in_cache]
     for place in places:
         if (place / INDEX_FILE).is_file() and (os.access(place, os.W_OK) or read_catalogue(place) is not None):
             return place
@@ -81,8 +64,9 @@ def find_index(folder: Path, pattern: str) -> Path:
             place.mkdir(parents=True, exist_ok=True)
             if os.access(place, os.W_OK):
                 return place
+    tried = "' nor '".join(map(str, places))
     raise DataError(
-        f"The index of '{folder}' needs a place: neither '{places[0]}' nor '{places[1]}' can be written. "
+        f"The index of '{folder}' needs a place: neither '{tried}' can be written. "
         "Set XDG_CACHE_HOME to a directory of yours."
     )
 
@@ -91,13 +75,20 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "ssl_pipeline"
 
 
-def build_index(folder: Path, names: Sequence[str], place: Path) -> Catalogue:
+def build_index(listed: ShardList, place: Path, image_key: str | None) -> Catalogue:
     """Index every shard into the directory `place`; `index.json` comes last, so a torn index is no index."""
     place.mkdir(parents=True, exist_ok=True)
     say_if_made_again(place)
-    entries = map_shards(_index_into(place), [folder / name for name in names], description="indexing shards")
+    path_of = {listed.folder / name: name for name in listed.names}
+
+    def index_and_write(path: Path) -> ShardEntry:
+        entry, rows = index_shard(path, path_of[path], image_key=image_key)
+        write_rows(place, path_of[path], rows)
+        return entry
+
+    entries = map_shards(index_and_write, list(path_of), description="indexing shards")
     if not any(entry.samples for entry in entries):
-        raise no_samples(str(folder), len(names))
+        raise no_samples(str(listed.folder), entries)
     catalogue = Catalogue(ShardTable.of(entries))
     write_catalogue(place, catalogue)
     return catalogue
@@ -106,11 +97,13 @@ def build_index(folder: Path, names: Sequence[str], place: Path) -> Catalogue:
 def say_if_made_again(place: Path) -> None:
     """One line for who waits, if an index of an earlier format is about to be replaced."""
     if (place / INDEX_FILE).is_file():
-        logger.warning("The index '%s' is of an earlier version, without image sizes: it is made again.", place)
+        logger.warning("The index '%s' is of an earlier version: it is made again.", place)
 
 
-def no_samples(source: str, shards: int) -> DataError:
-    return DataError(f"'{source}' holds {shards} shard{'s' * (shards != 1)} and no sample.")
+def no_samples(source: str, entries: Sequence[ShardEntry]) -> DataError:
+    example = next((entry.example for entry in entries if entry.example), "")
+    several = "s" * (len(entries) != 1)
+    return DataError(f"'{source}' holds {len(entries)} shard{several} and no sample.{f' {example}' if example else ''}")
 
 
 def write_catalogue(place: Path, catalogue: Catalogue) -> None:
@@ -128,22 +121,28 @@ def read_catalogue(place: Path) -> Catalogue | None:
         if content["format"] != INDEX_FORMAT:
             raise DataError(f"The index '{place}' has another format. Delete it; it is made again at the next start.")
         names = content["class_names"]
+        if not isinstance(names, list | None):
+            raise TypeError("class_names must be a list")
         table = ShardTable.from_columns(content["shards"])
         return Catalogue(table, content["manifest"], None if names is None else tuple(map(str, names)))
     except FileNotFoundError:
         return None
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except OSError as error:
+        raise DataError(f"The index '{place}' cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise DataError(f"The index '{place}' is damaged. Delete it; it is made again at the next start.") from None
 
 
 def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
     """The rows of one shard, mapped from the file rather than read."""
-    path = place / f"{entry.name}.npy"
+    path = _rows_file(place, entry.name)
     try:
         rows = np.load(path, mmap_mode="r" if entry.samples else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception as error:  # a damaged header is Python code to numpy, which raises what Python does
+        if is_shortage(error):
+            raise
         rows = None
     if not isinstance(rows, np.ndarray) or rows.shape != (entry.samples, COLUMNS) or rows.dtype != np.int64:
         raise DataError(f"The index file '{path}' is damaged. Delete '{place}'; it is made again at the next start.")
@@ -170,14 +169,9 @@ def map_shards(function: Callable[[Path], Result], shards: Sequence[Path], *, de
     return results
 
 
-def _index_into(place: Path) -> Callable[[Path], ShardEntry]:
-    def index_and_write(shard: Path) -> ShardEntry:
-        entry, rows = index_shard(shard)
-        write_rows(place, shard.name, rows)
-        return entry
-
-    return index_and_write
-
-
 def write_rows(place: Path, name: str, rows: NDArray[np.int64]) -> None:
-    write_array(place / f"{name}.npy", rows, durable=False)
+    write_array(_rows_file(place, name), rows, durable=False)
+
+
+def _rows_file(place: Path, name: str) -> Path:
+    return place / f"{name.replace('/', '%2F')}.npy"

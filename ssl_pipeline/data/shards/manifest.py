@@ -54,19 +54,37 @@ def manifest_content(folder: Path) -> bytes | None:
         return (folder / MANIFEST_FILE).read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise DataError(f"'{folder / MANIFEST_FILE}' cannot be read: {error.strerror}.") from None
 
 
 def parse_manifest(text: bytes, where: Path | str) -> Manifest | None:
-    """The manifest in a text; None if the text is somebody else's."""
+    """The manifest in a text; None if the text is somebody else's, DataError if it is damaged."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(
             f"'{where}' is not valid JSON. Copy it again, or delete it to use the shards without it."
         ) from None
     try:
         shards = [ManifestShard(**shard) for shard in content["shards"]]
-        names = content["class_names"]
-        return Manifest(None if names is None else [str(name) for name in names], shards)
+        names, source = content["class_names"], content.get("source")
     except (KeyError, TypeError):
         return None
+    for shard in shards:
+        for value in (shard.name, shard.sha256):
+            if not isinstance(value, str):
+                raise _damaged(where, f"{str(value)[:50]!r} is no name of a shard, nor its SHA-256")
+        for number in (shard.samples, shard.bytes):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise _damaged(where, f"{str(number)[:50]!r} is no number of samples or bytes")
+    if len({shard.name for shard in shards}) != len(shards):
+        raise _damaged(where, "it lists a shard twice")
+    if names is not None and not isinstance(names, list):
+        raise _damaged(where, "class_names is no list")
+    about = source if isinstance(source, dict) else {}
+    return Manifest(None if names is None else [str(name) for name in names], shards, about)
+
+
+def _damaged(where: Path | str, reason: str) -> DataError:
+    return DataError(f"'{where}' is damaged: {reason}. Copy it again, or delete it to use the shards without it.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +11,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.shards.catalogue import Catalogue, find_index, list_shards, read_rows
+from ssl_pipeline.data.shards.catalogue import Catalogue, find_index, read_rows
+from ssl_pipeline.data.shards.listing import ShardSource, list_shards
 from ssl_pipeline.data.shards.opened import OpenShards
+from ssl_pipeline.data.shards.origins import origin_of
 from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, is_labelled
 from ssl_pipeline.data.shards.remote import RemoteShards, is_url, open_remote
-from ssl_pipeline.data.shards.rows import NO_LABEL, SIZE, pixel_bytes
+from ssl_pipeline.data.shards.rows import INVALID_LABEL, NO_LABEL, SIZE, pixel_bytes
 from ssl_pipeline.data.shards.verification import verified_catalogue
 from ssl_pipeline.files import sha256_of_bytes
+
+FEW_PASSED_OVER = 10  # samples, whatever share of a small set they are
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["DataError", "RawSample", "ShardIndex", "open_shards"]
 
@@ -41,7 +48,8 @@ class RawSample:
 
     @property
     def location(self) -> str:
-        return f"{self.shard}, key '{self.key}', byte {self.byte}"
+        file = self.index.origin(self.sample)
+        return f"{self.shard}, key '{self.key}', byte {self.byte}" + ("" if file is None else f", from '{file}'")
 
 
 class ShardIndex:
@@ -58,11 +66,13 @@ class ShardIndex:
         catalogue: Catalogue,
         remote: RemoteShards | None = None,
         overlay: Overlay = NO_OVERLAY,
+        image_key: str | None = None,
     ) -> None:
         self.folder = folder
         self.source = str(folder) if remote is None else remote.url
         self.catalogue = catalogue
         self.overlay = overlay
+        self.image_key = image_key
         self.class_names = catalogue.class_names if overlay.labels_file is None else overlay.class_names
         self._table = catalogue.table
         self._shards = OpenShards(folder, place, catalogue.table, remote)
@@ -70,7 +80,8 @@ class ShardIndex:
 
     def overlaid(self, overlay: Overlay) -> ShardIndex:
         """The same shards under another overlay."""
-        return ShardIndex(self.folder, self._shards.place, self.catalogue, self._shards.remote, overlay)
+        place, remote = self._shards.place, self._shards.remote
+        return ShardIndex(self.folder, place, self.catalogue, remote, overlay, self.image_key)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.overlay.keep is None else len(self.overlay.keep)
@@ -87,7 +98,7 @@ class ShardIndex:
         if self.overlay.labels is not None:
             own = self.overlay.labels[number]
             label = own if own.ndim else int(own)
-        absent = isinstance(label, int) and label == NO_LABEL
+        absent = isinstance(label, int) and label < 0
         return RawSample(image, None if absent else label, self._table.name[shard], offset, self, sample)
 
     def key(self, sample: int) -> str:
@@ -95,10 +106,15 @@ class ShardIndex:
         shard, _, row = self._row(sample)
         return self._shards.key(shard, row[3])
 
+    def origin(self, sample: int) -> str | None:
+        """The file that a sample was made from, as `files.jsonl` beside the shards says; None without one."""
+        return origin_of(self.folder, self.key(sample))
+
     @property
     def checksums(self) -> list[str]:
-        """SHA-256 of each shard, and of the files of the overlay."""
-        return [*self._table.sha256, *self.overlay.checksums]
+        """SHA-256 of each shard, the choice of images in them, and SHA-256 of the files of the overlay."""
+        chosen = [] if self.image_key is None else [f"image_key {self.image_key}"]
+        return [*self._table.sha256, *chosen, *self.overlay.checksums]
 
     @property
     def fingerprint(self) -> str:
@@ -139,6 +155,20 @@ class ShardIndex:
             return True
         return bool(is_labelled(self.labels()).all())
 
+    def label_problem(self) -> str | None:
+        """How many images have no label, and the first of them by shard and key; None if all have one."""
+        unlabelled = np.flatnonzero(~is_labelled(self.labels()))
+        if not len(unlabelled):
+            return None
+        first = int(unlabelled[0])
+        shard, _, row = self._row(first)
+        invalid = self.overlay.labels is None and row[2] == INVALID_LABEL
+        what = "a label that is no whole number" if invalid else "no label"
+        return (
+            f"{len(unlabelled):,} of {len(self):,} images have no usable label; the first, shard "
+            f"'{self._table.name[shard]}', key '{self.key(first)}', has {what}"
+        )
+
     @property
     def num_soft_classes(self) -> int | None:
         """The C of soft labels (N, C); None where a label is one class."""
@@ -148,7 +178,7 @@ class ShardIndex:
     def labels(self) -> Labels:
         """The labels of all samples, (N,) int64 with -1 for none, or soft ones (N, C) float32; no image is read."""
         if self.overlay.labels is None:
-            return self._columns(2)
+            return np.maximum(self._columns(2), NO_LABEL)
         return self.overlay.labels if self.overlay.keep is None else self.overlay.labels[self.overlay.keep]
 
     def sizes(self, samples: ArrayLike | None = None) -> NDArray[np.int64]:
@@ -194,18 +224,60 @@ class ShardIndex:
         return shard, number, self._shards.rows(shard)[number - self._first(shard)].tolist()
 
 
-def open_shards(directory: str | Path, *, cache_dir: Path | None = None, cache_gb: float = 50.0) -> ShardIndex:
+def open_shards(
+    source: ShardSource,
+    *,
+    cache_dir: Path | None = None,
+    cache_gb: float = 50.0,
+    image_key: str | None = None,
+    budget: float = 0.01,
+) -> ShardIndex:
     """The shards of a directory, of a pattern such as `DIR/train-*.tar`, or of a URL such as `s3://bucket/train`.
 
-    Where there is no index, one is made (in `DIR/.index`, or in the user's cache if DIR is read-only). Where there is
-    one, every shard is checked against it: a shard that changed, came or went is a DataError. Safe to call from
-    several processes at once: the first makes the index, the others wait for it. Shards of a URL are fetched as they
-    are read, into `cache_dir` (by default in the user's cache), of which at most `cache_gb` are kept.
+    Files, braces and lists are read too (`list_shards`). Where there is no index, one is made (in `DIR/.index`, or in
+    the user's cache if DIR is read-only). Where there is one, every shard is checked against it: a shard that changed,
+    came or went is a DataError. Safe to call from several processes at once: the first makes the index, the others wait
+    for it. Shards of a URL are fetched as they are read, into `cache_dir` (by default in the user's cache), of which at
+    most `cache_gb` are kept.
+
+    `image_key` chooses the image by its extension where samples have several, such as `input.jpg`. Samples without an
+    image, or with several, are passed over, up to FEW_PASSED_OVER or a share of `budget`: more are a DataError.
     """
-    if is_url(directory):
-        remote = open_remote(str(directory), cache_dir=cache_dir, cache_gb=cache_gb)
-        return ShardIndex(remote.place, remote.place, remote.catalogue(), remote)
-    folder, names = list_shards(directory)
-    whole_folder = folder == Path(directory)
-    place = find_index(folder, "" if whole_folder else Path(directory).name)
-    return ShardIndex(folder, place, verified_catalogue(folder, names, place, whole_folder=whole_folder))
+    urls = [place for place in ([source] if isinstance(source, str | Path) else source) if is_url(place)]
+    if urls and (isinstance(source, Path) or source not in (urls[0], [urls[0]], (urls[0],))):
+        raise DataError(f"'{urls[0]}' must stand alone: a list of shards has files of this machine only.")
+    if urls:
+        remote = open_remote(str(urls[0]), cache_dir=cache_dir, cache_gb=cache_gb, image_key=image_key)
+        index = ShardIndex(remote.place, remote.place, remote.catalogue(), remote, image_key=image_key)
+    else:
+        listed = list_shards(source)
+        place = find_index(listed, image_key)
+        catalogue = verified_catalogue(listed, place, image_key=image_key)
+        index = ShardIndex(listed.folder, place, catalogue, image_key=image_key)
+    _check_passed_over(index, budget)
+    return index
+
+
+def _check_passed_over(index: ShardIndex, budget: float) -> None:
+    """Say what is passed over; DataError if that is more than the budget allows."""
+    table = index.catalogue.table
+    passed_over, others, samples = (
+        int(column.sum()) for column in (table.passed_over, table.other_files, table.samples)
+    )
+    if not passed_over and not others:
+        return
+    example = next((text for text in table.example if text), "")
+    allowed = max(FEW_PASSED_OVER, int(budget * (samples + passed_over))) if budget > 0 else 0
+    if passed_over > min(allowed, samples):
+        raise DataError(
+            f"{passed_over:,} of {samples + passed_over:,} samples of '{index.source}' cannot be used, more than "
+            f"data.bad_sample_budget={budget:g} allows. {example}"
+        )
+    logger.warning(
+        "%s: passed over %d of %d samples and %d files that belong to none.%s",
+        index.source,
+        passed_over,
+        samples + passed_over,
+        others,
+        f" {example}" if example else "",
+    )

@@ -8,13 +8,16 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 from urllib.parse import quote
 
 import fsspec
+from fsspec.callbacks import Callback
 from tqdm import tqdm
 
 from ssl_pipeline.data.errors import DataError
@@ -31,9 +34,11 @@ from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestS
 from ssl_pipeline.data.shards.rows import ShardEntry, index_shard
 from ssl_pipeline.data.shards.table import ShardTable
 from ssl_pipeline.data.shards.verification import shard_changed
-from ssl_pipeline.files import lock, locked, sha256_of, sha256_of_bytes, written_whole
+from ssl_pipeline.files import lock, locked, open_no_link, sha256_of, sha256_of_bytes, written_whole
 
 RETRY_AFTER = (1.0, 5.0)  # seconds
+LEAST_RATE, RATE_SECONDS = 10_000.0, 30.0  # bytes per second, looked at so often
+MAX_MANIFEST_BYTES = 64 << 20  # half a million shards
 ABANDONED = 3600.0  # seconds without a byte, after which a partial file is nobody's
 CACHED = re.compile(r"\.?[0-9a-f]{32}-.+\.tar(\.\d+\.tmp)?")  # eviction touches no other file
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -53,25 +58,41 @@ class RemoteShards:
     url: str
     cache: Path
     cache_bytes: int
+    image_key: str | None = None
+    verified: set[tuple[str, int]] = field(default_factory=set, compare=False, repr=False)
+    """Files of the cache, by name and inode, whose SHA-256 was found to be right in this run."""
 
     @property
     def place(self) -> Path:
         """The index directory of these shards."""
-        return self.cache / f"index-{sha256_of_bytes(self.url.encode())[:32]}"
+        selection = self.url if self.image_key is None else f"{self.url}\0{self.image_key}"
+        return self.cache / f"index-{sha256_of_bytes(selection.encode())[:32]}"
 
-    def open(self, shard: ShardEntry | ManifestShard) -> BinaryIO:
+    def open(self, shard: ShardEntry | ManifestShard) -> FileIO:
         """The file of a shard, fetched if need be; nobody evicts it while it is open."""
         path = self._path(shard)
         with suppress(FileNotFoundError):
-            return _hold(path, shard.bytes)
+            return self._cached(path, shard)
         turnstile = self.cache / f".{path.name[:2]}.lock"
-        turnstile.touch()
+        os.close(open_no_link(turnstile, os.O_RDWR | os.O_CREAT))
         with locked(turnstile):  # so that of several processes one fetches and the others wait
             with suppress(FileNotFoundError):
-                return _hold(path, shard.bytes)
+                return self._cached(path, shard)
             self._make_room(shard)
             file = self._attempt(f"{self.url}/{shard.name}", lambda: self._fetch(shard, path))
+        self.verified.add(_identity(path, file))
         self._make_room()  # for what others fetched meanwhile
+        return file
+
+    def _cached(self, path: Path, shard: ShardEntry | ManifestShard) -> FileIO:
+        """The file of a shard in the cache, hashed at its first use in a run; FileNotFoundError without a good one."""
+        file = _hold(path, shard.bytes)
+        if shard.sha256 and _identity(path, file) not in self.verified:
+            if sha256_of(file) != shard.sha256:
+                file.close()
+                path.unlink(missing_ok=True)
+                raise FileNotFoundError
+            self.verified.add(_identity(path, file))
         return file
 
     def catalogue(self) -> Catalogue:
@@ -132,22 +153,25 @@ class RemoteShards:
         with tqdm(total=total, desc="fetching and indexing shards", unit="B", unit_scale=True, leave=False) as bar:
             for shard in shards:
                 with self.open(shard):
-                    entry, rows = index_shard(self._path(shard), shard.name)
+                    entry, rows = index_shard(self._path(shard), shard.name, image_key=self.image_key)
                 write_rows(self.place, shard.name, rows)
                 entries.append(replace(entry, modified_ns=0))
                 bar.update(shard.bytes)
         if not any(entry.samples for entry in entries):
-            raise no_samples(self.url, len(shards))
+            raise no_samples(self.url, entries)
         catalogue = Catalogue(ShardTable.of(entries))
         write_catalogue(self.place, catalogue)
         return catalogue
 
     def _manifest(self) -> bytes | None:
         system, folder = _connect(self.url, os.getpid())
-        try:
-            return system.cat_file(f"{folder}/{MANIFEST_FILE}")
-        except FileNotFoundError:
-            return None
+        with TemporaryDirectory(prefix=".manifest-", dir=self.place) as aside:
+            local = Path(aside) / MANIFEST_FILE
+            try:
+                _download(system, f"{folder}/{MANIFEST_FILE}", local, MAX_MANIFEST_BYTES)
+            except FileNotFoundError:
+                return None
+            return local.read_bytes()
 
     def _listing(self) -> list[ManifestShard]:
         system, folder = _connect(self.url, os.getpid())
@@ -155,11 +179,11 @@ class RemoteShards:
         files = [(file["name"].rsplit("/", 1)[-1], file["size"]) for file in system.ls(folder, detail=True)]
         return [ManifestShard(name, 0, size, "") for name, size in files if _is_plain(name)]
 
-    def _fetch(self, shard: ShardEntry | ManifestShard, path: Path) -> BinaryIO:
+    def _fetch(self, shard: ShardEntry | ManifestShard, path: Path) -> FileIO:
         system, folder = _connect(self.url, os.getpid())
         name = quote(shard.name) if _protocol(self.url) in ("http", "https") else shard.name
         with written_whole(path, durable=False) as aside:
-            system.get_file(f"{folder}/{name}", str(aside))
+            _download(system, f"{folder}/{name}", aside, shard.bytes)
             if (size := aside.stat().st_size) != shard.bytes:
                 raise OSError(f"it came with {size} bytes instead of {shard.bytes}; fetched in part, or changed")
             if shard.sha256 and sha256_of(aside) != shard.sha256:
@@ -214,12 +238,12 @@ class RemoteShards:
                 total -= size
 
 
-def open_remote(url: str, *, cache_dir: Path | None, cache_gb: float) -> RemoteShards:
+def open_remote(url: str, *, cache_dir: Path | None, cache_gb: float, image_key: str | None = None) -> RemoteShards:
     """The shards below a URL; nothing in it is expanded, chained or run."""
     if "::" in url or any(sign in url for sign in "*?#"):
         raise DataError(f"'{url}' must be the plain URL of a directory, such as s3://bucket/train.")
     folder = user_cache() / "shards" if cache_dir is None else cache_dir
-    remote = RemoteShards(url.rstrip("/"), folder.absolute(), int(cache_gb * 1e9))
+    remote = RemoteShards(url.rstrip("/"), folder.absolute(), int(cache_gb * 1e9), image_key)
     try:
         remote.place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -263,9 +287,43 @@ def _may_pass(error: Exception) -> bool:
     return not lasting and not (isinstance(error, OSError) and error.errno in NO_SPACE)
 
 
-def _hold(path: Path, size: int) -> BinaryIO:
+class _Limits(Callback):
+    """Ends a download that brings more bytes than expected, or takes too long for them."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self.max_bytes = max_bytes
+        self.received = self.before = 0
+        self.since = time.monotonic()
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.received += inc
+        if self.received > self.max_bytes:
+            raise DataError(f"it sends more than {self.max_bytes:,} bytes, which are all that there may be")
+        now = time.monotonic()
+        if now - self.since >= RATE_SECONDS:
+            rate = (self.received - self.before) / (now - self.since)
+            if rate < LEAST_RATE:
+                raise OSError(f"it came at {rate / 1e3:.3g} kB/s; less than {LEAST_RATE / 1e3:g} is no connection")
+            self.since, self.before = now, self.received
+
+
+def _download(system: fsspec.AbstractFileSystem, remote: str, local: Path, max_bytes: int) -> None:
+    """Fetch a file; DataError if there are more than `max_bytes`, OSError if they come too slowly."""
+    system.get_file(remote, str(local), callback=_Limits(max_bytes))
+    if local.stat().st_size > max_bytes:  # of a file system that tells nothing meanwhile
+        raise DataError(f"it has more than {max_bytes:,} bytes, which are all that there may be")
+
+
+def _identity(path: Path, file: FileIO) -> tuple[str, int]:
+    return path.name, os.fstat(file.fileno()).st_ino
+
+
+def _hold(path: Path, size: int) -> FileIO:
     """Open a file of the cache as one in use; FileNotFoundError if it is not there, or not whole."""
-    file = path.open("rb", buffering=0)
+    if path.is_symlink():  # nobody here makes one
+        path.unlink(missing_ok=True)
+    file = FileIO(open_no_link(path, os.O_RDONLY))
     if os.fstat(file.fileno()).st_size != size:  # a power cut
         file.close()
         path.unlink(missing_ok=True)
@@ -273,7 +331,7 @@ def _hold(path: Path, size: int) -> BinaryIO:
     with suppress(OSError):  # no locks here: then it may be evicted, and yet be read to the end
         lock(file, shared=True, wait=False)
     with suppress(OSError):
-        os.utime(path)
+        os.utime(file.fileno())
     return file
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from ssl_pipeline.files import sha256_of
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
 LABEL_KEYS = ("label", "cls")  # of a .json member
-NO_LABEL = -1
+NO_LABEL, INVALID_LABEL = -1, -2  # without one; with one that is no whole number
 COLUMNS = 6
 SIZE = slice(4, 6)  # the columns of height and width
+MAX_EXAMPLE = 400  # letters
 MAX_LABEL_BYTES = 1 << 24
 
 
@@ -31,7 +31,8 @@ class ShardEntry:
     """One shard as it was when it was indexed.
 
     image_bytes: of its image files. pixel_bytes: of the images when they are decoded, three per pixel. widest: pixels
-    of its longest row.
+    of its longest row. passed_over: samples without an image, or with several; example: what is wrong with the first.
+    other_files: single files that belong to no sample, such as a README.
     """
 
     name: str
@@ -43,14 +44,90 @@ class ShardEntry:
     image_bytes: int
     pixel_bytes: int
     widest: int
+    passed_over: int = 0
+    other_files: int = 0
+    example: str = ""
 
 
-def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArray[np.int64]]:
+class ShardRows:
+    """What becomes of the members of one shard: rows of samples, and what is passed over."""
+
+    def __init__(self, data: TarBytes, shard: str, image_key: str | None) -> None:
+        self.data = data
+        self.shard = shard
+        self.image_keys = None if image_key is None else image_key.lower().split(";")
+        self.rows = list[tuple[int, ...]]()
+        self.passed_over = self.other_files = 0
+        self.example = ""
+
+    def read(self) -> None:
+        """Adjacent members of one key are a sample, in the order of the file."""
+        seen = set[str]()
+        current, members = "", list[tuple[str, Member]]()
+        for member in walk(self.data, shard=self.shard):
+            key, extension = split_name(member.name)
+            if not key:
+                continue
+            if key != current:
+                self._add(current, members, seen)
+                current, members = key, []
+            members.append((extension, member))
+        self._add(current, members, seen)
+
+    def _add(self, key: str, members: list[tuple[str, Member]], seen: set[str]) -> None:
+        if not members:
+            return
+        start, found = members[0][1].start, dict[str, Member]()
+        for extension, member in members:
+            found.setdefault(extension, member)
+        images = self._images(found)
+        if key in seen:
+            self._pass_over(f"Shard '{self.shard}' has the key '{key}' twice, again at byte {start}.")
+        elif len(found) != len(members):
+            twice = next(member for number, (name, member) in enumerate(members) if name in dict(members[:number]))
+            self._pass_over(f"Shard '{self.shard}' has the member {twice.name!r} twice, again at byte {twice.start}.")
+        elif (
+            not images and len(members) == 1 and members[0][0] not in LABEL_EXTENSIONS and not _is_image(members[0][0])
+        ):
+            self.other_files += 1
+        elif len(images) != 1:
+            self._pass_over(self._what_is_wrong(key, start, found))
+        else:
+            (image,) = images
+            size = decoded_size(self.data, image.offset, image.offset + image.size)
+            label = _label(self.data, found)
+            self.rows.append((image.offset, image.size, label, image.start, *size))
+        seen.add(key)
+
+    def _images(self, members: dict[str, Member]) -> list[Member]:
+        if self.image_keys is None:
+            return [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
+        return [members[name] for name in self.image_keys if name in members][:1]
+
+    def _what_is_wrong(self, key: str, start: int, members: dict[str, Member]) -> str:
+        needed = self.image_keys or IMAGE_EXTENSIONS
+        choices = [extension for extension in members if _is_image(extension)]
+        hint = f" Choose by data.image_key={choices[0]}." if choices and self.image_keys is None else ""
+        return (
+            f"Shard '{self.shard}', key '{key}', byte {start}: a sample needs one image "
+            f"({', '.join('.' + extension for extension in needed)}). It has "
+            f"{', '.join('.' + extension for extension in list(members)[:10])}.{hint}"
+        )
+
+    def _pass_over(self, reason: str) -> None:
+        self.passed_over += 1
+        self.example = self.example or reason[:MAX_EXAMPLE]
+
+
+def index_shard(
+    path: Path, name: str | None = None, *, image_key: str | None = None
+) -> tuple[ShardEntry, NDArray[np.int64]]:
     """Verify the structure of one shard from end to end and find its samples.
 
-    Rows are int64 (samples, 6): image offset, image size, label or -1, the byte of the header from which the key can
-    be read again, and height and width of the decoded image, 0 and 0 if its head says that it will be refused. `name`
-    is the shard's own if the file has another. Raises DataError naming the shard and the byte or key.
+    Rows are int64 (samples, 6): image offset, image size, label (-1: none, -2: no whole number), the byte of the header
+    from which the key can be read again, and height and width of the decoded image, 0 and 0 if its head says that it
+    will be refused. `name` is the shard's own if the file has another; `image_key` the extension of the images, or
+    several with `;` between them. Raises DataError naming the shard and the byte for a file that is damaged.
     """
     name = name or path.name
     with path.open("rb") as file:
@@ -59,18 +136,22 @@ def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArra
             raise DataError(f"Shard '{name}' is empty (0 bytes). Copy it again or make it again.")
         sha256 = sha256_of(file)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            rows = list(_samples(data, name))
-    array = np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)
+            found = ShardRows(data, name, image_key)
+            found.read()
+    array = np.array(found.rows, dtype=np.int64).reshape(-1, COLUMNS)
     entry = ShardEntry(
         name=name,
         bytes=status.st_size,
         modified_ns=status.st_mtime_ns,
         sha256=sha256,
         samples=len(array),
-        labelled=int((array[:, 2] != NO_LABEL).sum()),
+        labelled=int((array[:, 2] >= 0).sum()),
         image_bytes=int(array[:, 1].sum()),
         pixel_bytes=int(pixel_bytes(array[:, SIZE]).sum()),
         widest=int(array[:, SIZE.stop - 1].max(initial=0)),
+        passed_over=found.passed_over,
+        other_files=found.other_files,
+        example=found.example,
     )
     return entry, array
 
@@ -78,28 +159,6 @@ def index_shard(path: Path, name: str | None = None) -> tuple[ShardEntry, NDArra
 def pixel_bytes(sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
     """Bytes of each decoded image (N,), from their heights and widths."""
     return 3 * sizes_N2[:, 0] * sizes_N2[:, 1]
-
-
-def _samples(data: TarBytes, shard: str) -> Iterator[tuple[int, ...]]:
-    """One row per sample: adjacent members of one key, in the order of the file."""
-    seen = set()
-    current, members = "", dict[str, Member]()
-    for member in walk(data, shard=shard):
-        key, extension = split_name(member.name)
-        if not key:
-            continue
-        if key != current:
-            if members:
-                yield _row(data, shard, current, members)
-            if key in seen:
-                raise DataError(f"Shard '{shard}' has the key '{key}' twice, again at byte {member.start}.")
-            seen.add(key)
-            current, members = key, {}
-        if extension in members:
-            raise DataError(f"Shard '{shard}' has the member {member.name!r} twice, again at byte {member.start}.")
-        members[extension] = member
-    if members:
-        yield _row(data, shard, current, members)
 
 
 def key_at(data: TarBytes, start: int, *, shard: str) -> str:
@@ -119,36 +178,24 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _row(data: TarBytes, shard: str, key: str, members: dict[str, Member]) -> tuple[int, ...]:
-    images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
-    if len(images) != 1:
-        start = min(member.start for member in members.values())
-        found = ", ".join(f".{extension}" for extension in members)
-        raise DataError(
-            f"Shard '{shard}', key '{key}', byte {start}: a sample needs one image "
-            f"({', '.join('.' + extension for extension in IMAGE_EXTENSIONS)}). It has {found}."
-        )
-    (image,) = images
-    size = decoded_size(data, image.offset, image.offset + image.size)
-    return image.offset, image.size, _label(data, shard, key, members), image.start, *size
+def _is_image(extension: str) -> bool:
+    """Whether a member is an image by the last part of its extension: `input.jpg` is one."""
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def _label(data: TarBytes, shard: str, key: str, members: dict[str, Member]) -> int:
-    """The `.cls` number, or the integer `label` or `cls` of a `.json` object; -1 without either."""
+def _label(data: TarBytes, members: dict[str, Member]) -> int:
+    """The `.cls` number, or the integer `label` or `cls` of a `.json` object; -1 without, -2 for other things."""
     for extension in LABEL_EXTENSIONS:
         member = members.get(extension)
         if member is None:
             continue
         try:
             if member.size > MAX_LABEL_BYTES:
-                raise ValueError
+                return INVALID_LABEL
             text = data[member.offset : member.offset + member.size].decode("utf-8")
             value = int(text) if extension == "cls" else _json_label(json.loads(text))
         except (ValueError, RecursionError):
-            raise DataError(
-                f"Shard '{shard}', key '{key}', byte {member.offset}: the .{extension} member holds no valid "
-                f"{'integer' if extension == 'cls' else 'JSON'}."
-            ) from None
+            return INVALID_LABEL
         if value is not None:
             return value if 0 <= value < 2**63 else NO_LABEL
     return NO_LABEL

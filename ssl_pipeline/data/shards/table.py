@@ -24,6 +24,9 @@ class ShardTable:
     image_bytes: NDArray[np.int64]
     pixel_bytes: NDArray[np.int64]
     widest: NDArray[np.int64]
+    passed_over: NDArray[np.int64]
+    other_files: NDArray[np.int64]
+    example: tuple[str, ...]
 
     @classmethod
     def of(cls, entries: Sequence[ShardEntry]) -> ShardTable:
@@ -39,14 +42,17 @@ class ShardTable:
                 raise TypeError(f"{name} must be text")
         return cls(
             name=tuple(map(str, columns["name"])),
-            bytes=np.array(columns["bytes"], dtype=np.int64),
-            modified_ns=np.array(columns["modified_ns"], dtype=np.int64),
+            bytes=_numbers(columns["bytes"]),
+            modified_ns=_numbers(columns["modified_ns"], signed=True),
             sha256=tuple(map(str, columns["sha256"])),
-            samples=np.array(columns["samples"], dtype=np.int64),
-            labelled=np.array(columns["labelled"], dtype=np.int64),
-            image_bytes=np.array(columns["image_bytes"], dtype=np.int64),
-            pixel_bytes=np.array(columns["pixel_bytes"], dtype=np.int64),
-            widest=np.array(columns["widest"], dtype=np.int64),
+            samples=_numbers(columns["samples"]),
+            labelled=_numbers(columns["labelled"]),
+            image_bytes=_numbers(columns["image_bytes"]),
+            pixel_bytes=_numbers(columns["pixel_bytes"]),
+            widest=_numbers(columns["widest"]),
+            passed_over=_numbers(columns["passed_over"]),
+            other_files=_numbers(columns["other_files"]),
+            example=tuple(map(str, columns["example"])),
         )
 
     def columns(self) -> dict[str, list[str] | list[int]]:
@@ -70,11 +76,24 @@ class ShardTable:
             image_bytes=int(self.image_bytes[shard]),
             pixel_bytes=int(self.pixel_bytes[shard]),
             widest=int(self.widest[shard]),
+            passed_over=int(self.passed_over[shard]),
+            other_files=int(self.other_files[shard]),
+            example=self.example[shard],
         )
 
     def __iter__(self) -> Iterator[ShardEntry]:
         return (self[shard] for shard in range(len(self)))
 
 
+def _numbers(values: list[str] | list[int], *, signed: bool = False) -> NDArray[np.int64]:
+    """A column; TypeError or ValueError for anything but whole numbers that fit."""
+    numbers = np.array(values) if values else np.empty(0, dtype=np.int64)
+    if numbers.dtype != np.int64 or numbers.ndim != 1:
+        raise TypeError("not a column of whole numbers")
+    if not signed and (numbers < 0).any():
+        raise ValueError("negative numbers in a column of counts")
+    return numbers
+
+
 COLUMN_NAMES = tuple(field.name for field in fields(ShardEntry))
-TEXT_COLUMNS = ("name", "sha256")
+TEXT_COLUMNS = ("name", "sha256", "example")

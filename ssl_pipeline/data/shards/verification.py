@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ssl_pipeline.data.shards.catalogue import (
     read_catalogue,
     write_catalogue,
 )
+from ssl_pipeline.data.shards.listing import ShardList
 from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, manifest_content, parse_manifest
 from ssl_pipeline.data.shards.table import ShardTable
 from ssl_pipeline.files import locked, sha256_of, sha256_of_bytes
@@ -29,30 +30,52 @@ SLOW_STATUS = 5e-5  # seconds for a file: a network's answer, which threads wait
 STATUS_THREADS = 16
 
 
-def verified_catalogue(folder: Path, names: Sequence[str], place: Path, *, whole_folder: bool) -> Catalogue:
+def verified_catalogue(listed: ShardList, place: Path, *, image_key: str | None = None) -> Catalogue:
     """The index in `place` of these shards, made where there is none; raises DataError if they are not its shards.
 
     Where nothing changed since the last time, that is found out by a few operations on whole columns, and processes
     do not wait for each other.
     """
-    content = manifest_content(folder)
-    checksum = "" if content is None else sha256_of_bytes(content)
+    folder, names = listed.folder, listed.names
+    contents = _manifest_contents(listed)
+    checksum = sha256_of_bytes(*contents.values()) if contents else ""
     found = read_catalogue(place)
     if found is not None and found.manifest == checksum and _is_current(found.table, folder, names):
         return found
     with locked(place):
-        known = read_catalogue(place) or build_index(folder, names, place)
+        known = read_catalogue(place) or build_index(listed, place, image_key)
         table = unchanged(known.table, folder, names, place)
         if table is not known.table:  # whatever comes of the manifest, no shard is verified twice
             _keep(place, replace(known, table=table))
-        manifest = None if content is None else parse_manifest(content, folder / MANIFEST_FILE)
-        if manifest is not None:
-            compare_with_manifest(table, manifest, folder, whole_folder=whole_folder)
-        class_names = None if manifest is None or manifest.class_names is None else tuple(manifest.class_names)
+        class_names: tuple[str, ...] | None = None
+        for beside, content in contents.items():
+            manifest = parse_manifest(content, beside / MANIFEST_FILE)
+            if manifest is None:
+                continue
+            compare_with_manifest(_shards_in(table, folder, beside), manifest, beside, whole=listed.whole_folder)
+            own = None if manifest.class_names is None else tuple(manifest.class_names)
+            if class_names is not None and own is not None and own != class_names:
+                raise DataError(f"'{beside}' has other class names than the other shards of the list.")
+            class_names = class_names if own is None else own
         catalogue = Catalogue(table, checksum, class_names)
         if known.manifest != checksum:
             _keep(place, catalogue)
     return catalogue
+
+
+def _manifest_contents(listed: ShardList) -> dict[Path, bytes]:
+    """The manifest beside the shards, or those of all folders that they lie in."""
+    parents = {"."} if listed.in_one_folder else {name.rpartition("/")[0] or "." for name in listed.names}
+    found = ((listed.folder / parent, manifest_content(listed.folder / parent)) for parent in sorted(parents))
+    return {folder: content for folder, content in found if content is not None}
+
+
+def _shards_in(table: ShardTable, folder: Path, beside: Path) -> dict[str, str]:
+    """Name and SHA-256 of the shards in one folder."""
+    start = "" if beside == folder else f"{beside.relative_to(folder).as_posix()}/"
+    pairs = zip(table.name, table.sha256, strict=True)
+    named = ((name.removeprefix(start), sha256) for name, sha256 in pairs if name.startswith(start))
+    return {name: sha256 for name, sha256 in named if "/" not in name}
 
 
 def _keep(place: Path, catalogue: Catalogue) -> None:
@@ -118,16 +141,16 @@ def shard_changed(shard: Path | str, place: Path) -> DataError:
     )
 
 
-def compare_with_manifest(table: ShardTable, manifest: Manifest, folder: Path, *, whole_folder: bool) -> None:
-    """Raise DataError unless shards that came with a manifest are those that it lists."""
+def compare_with_manifest(shards: Mapping[str, str], manifest: Manifest, folder: Path, *, whole: bool) -> None:
+    """Raise DataError unless shards (name and SHA-256) that came with a manifest are those that it lists."""
     listed = {shard.name: shard.sha256 for shard in manifest.shards}
-    missing = listed.keys() - set(table.name)
-    if missing and whole_folder:
+    missing = listed.keys() - shards.keys()
+    if missing and whole:
         raise DataError(
             f"Shard '{min(missing)}' is in {MANIFEST_FILE} and not in '{folder}'. Copy it there, "
             f"or delete '{folder / MANIFEST_FILE}' to go on without it."
         )
-    for name, sha256 in zip(table.name, table.sha256, strict=True):
+    for name, sha256 in shards.items():
         if listed.get(name, sha256) != sha256:
             raise DataError(
                 f"Shard '{folder / name}' is not the one that {MANIFEST_FILE} lists. Copy it again, "

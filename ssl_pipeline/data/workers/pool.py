@@ -272,8 +272,8 @@ def start_worker(trainer: int) -> None:
     A preemption signal reaches the whole process group, and a worker that died of it would take the save with it. To
     ignore SIGTERM outright will not do: a trainer that exits sends it to its workers, and waits for them.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     if hasattr(signal, "sigtimedwait"):  # all but macOS, where a worker has to die of it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

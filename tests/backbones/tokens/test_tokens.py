@@ -63,7 +63,7 @@ def test_tokens_and_features_are_timms_at_the_networks_own_size(name):
 
 @pytest.mark.parametrize("name", ANY_SIZE)
 @pytest.mark.parametrize(("height", "width"), [(48, 24), (64, 64), (16, 16)])
-def test_tokens_and_features_are_timms_at_another_size(name, height, width):
+def test_tokens_and_features_at_another_size_are_timms_but_for_dinos_position_tables(name, height, width):
     backbone = network(name)
     assert backbone.tokens(images(height, width)).grid == (height // backbone.stride, width // backbone.stride)
     if name.startswith("vit") and backbone.model.pos_embed is not None:

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,6 +54,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.asked: list[str] = []
         self.truncated = self.unavailable = 0
+        self.sent = 0
+        self.endless = self.slow = ""  # the end of a path
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -70,8 +74,23 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content[: len(content) // 2])
+        elif self.server.endless and self.path.endswith(self.server.endless):
+            self.send(bytes(100_000), times=10_000, pause=0)
+        elif self.server.slow and self.path.endswith(self.server.slow):
+            self.send(b"x", times=1000, pause=0.02)
         else:
             super().do_GET()
+
+    def send(self, piece: bytes, *, times: int, pause: float) -> None:
+        """Pieces without end, so to speak; the client goes away at some time."""
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(times):
+                self.wfile.write(piece)
+                self.wfile.flush()
+                self.server.sent += len(piece)
+                time.sleep(pause)
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -171,7 +190,7 @@ def test_an_index_of_an_earlier_format_is_made_again(
     path.write_text(json.dumps(content | {"format": 2}))
     assert open_shards(url, cache_dir=cache).sizes([7]).tolist() == [[10, 12]]
     (line,) = caplog.messages
-    assert line.endswith("is of an earlier version, without image sizes: it is made again.")
+    assert line.endswith("is of an earlier version: it is made again.")
 
 
 def test_a_file_system_that_can_list_needs_no_manifest(shards: Path, cache: Path) -> None:
@@ -225,12 +244,14 @@ def test_a_cache_too_small_for_a_shard_or_a_block_is_an_error(listed: Path, cach
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[str], None], times: int) -> list[str]:
-    """Make the first `times` downloads go through `spoil(local path)`; returns the list of all downloads."""
+    """Make the first `times` downloads of shards go through `spoil(local path)`; returns the list of all of them."""
     fetched: list[str] = []
     get_file = LocalFileSystem.get_file
 
     def get(system: LocalFileSystem, remote: str, local: str, **options: object) -> None:
         get_file(system, remote, local, **options)
+        if not remote.endswith(".tar"):
+            return
         fetched.append(Path(remote).name)
         if len(fetched) <= times:
             spoil(local)
@@ -360,7 +381,7 @@ def test_a_missing_package_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch
         open_shards(f"{scheme}://bucket/train", cache_dir=cache)
 
 
-@pytest.mark.parametrize("name", ["../up.tar", "/etc/passwd", "a/b.tar", ".hidden.tar", "a.zip", "a\\b.tar", 3])
+@pytest.mark.parametrize("name", ["../up.tar", "/etc/passwd", "a/b.tar", ".hidden.tar", "a.zip", "a\\b.tar"])
 def test_a_manifest_names_plain_files_alone(listed: Path, cache: Path, name: str) -> None:
     write_manifest(listed, Manifest(None, [ManifestShard(name, 1, 1, "")]))
     with pytest.raises(DataError, match="which is no shard"):
@@ -399,3 +420,72 @@ def test_the_cache_is_the_users_by_default(listed: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     open_shards(f"file://{listed}")
     assert len(cached(tmp_path / "ssl_pipeline" / "shards")) == 3
+
+
+def test_a_server_cannot_send_more_than_the_manifest_says(server: Server, cache: Path) -> None:
+    server.endless = "part-000001.tar"
+    with pytest.raises(DataError, match=r"^Cannot fetch '.*part-000001\.tar': it sends more than [\d,]+ bytes"):
+        open_shards(server.url, cache_dir=cache)
+    assert server.asked.count("/part-000001.tar") == 1
+    assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 20e6
+    assert not list(cache.glob("*part-000001*"))
+
+
+@pytest.mark.parametrize("kind", ["http", "file"])
+def test_a_manifest_has_an_end(
+    server: Server, listed: Path, cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.endless = "manifest.json"
+    monkeypatch.setattr("ssl_pipeline.data.shards.remote.MAX_MANIFEST_BYTES", 500)
+    with pytest.raises(DataError, match=r"manifest\.json': it (sends|has) more than 500 bytes"):
+        open_shards(server.url if kind == "http" else f"file://{listed}", cache_dir=cache)
+    assert not list(cache.rglob("*manifest*"))
+    assert server.sent < 500e6
+
+
+@pytest.mark.parametrize("slow", ["manifest.json", "part-000001.tar"])
+def test_a_server_slower_than_the_least_rate_is_given_up(
+    server: Server, cache: Path, slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.slow = slow
+    monkeypatch.setattr("ssl_pipeline.data.shards.remote.RATE_SECONDS", 0.1)
+    with pytest.raises(DataError, match=rf"{slow}': it came at 0\.0\d+ kB/s; less than 10 is no connection"):
+        open_shards(server.url, cache_dir=cache)
+    assert server.asked.count(f"/{slow}") == 3
+
+
+def test_a_file_of_the_cache_is_hashed_at_its_first_use_in_a_run(
+    listed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = open_shards(f"file://{listed}", cache_dir=cache)
+    image = index.read(8).image
+    flip(str(cached(cache)[1]))
+    assert index.read(0).image == open_shards(listed).read(0).image
+    fetched = failing(monkeypatch, lambda path: None, times=0)
+    again = open_shards(f"file://{listed}", cache_dir=cache)  # another run
+    assert again.read(8).image == image
+    assert fetched == ["part-000001.tar"]
+    hashed: list[object] = []
+    monkeypatch.setattr("ssl_pipeline.data.shards.remote.sha256_of", lambda file: hashed.append(file))
+    for number, open_files in enumerate((1, 0, 1)):
+        again._shards.files.clear()
+        assert (number, again.read(8).image) == (number, image)
+        assert (open_files, hashed) == (open_files, [])
+
+
+def test_links_in_the_cache_are_not_followed(listed: Path, cache: Path, tmp_path: Path) -> None:
+    open_shards(f"file://{listed}", cache_dir=cache)
+    path, stranger = cached(cache)[1], tmp_path / "stranger.tar"
+    path.rename(stranger)
+    path.symlink_to(stranger)
+    before = stranger.stat().st_mtime_ns
+    again = open_shards(f"file://{listed}", cache_dir=cache)
+    assert again.read(8).label == 0
+    assert not path.is_symlink()
+    assert stranger.stat().st_mtime_ns == before
+    path.unlink()
+    (cache / f".{path.name[:2]}.lock").unlink(missing_ok=True)
+    (cache / f".{path.name[:2]}.lock").symlink_to(tmp_path / "planted")
+    with pytest.raises(DataError, match="is a symbolic link, which is not followed here; delete it"):
+        open_shards(f"file://{listed}", cache_dir=cache).read(8)
+    assert not (tmp_path / "planted").exists()

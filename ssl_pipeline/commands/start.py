@@ -1,0 +1,67 @@
+"""The start of `pretrain.py`: what must not wait for torch, whose import takes seconds.
+
+Here arguments are read as far as that needs no schema: their form, the recipe's name and the recipe itself. What a
+section may hold stands beside the class that reads it, and that imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ssl_pipeline.config import RECIPES, recipe_files, refuse, without_flags
+from ssl_pipeline.config.arguments import pairs_and_recipe
+from ssl_pipeline.run.launcher import have_the_last_word, watch_launcher
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+
+BEGIN = """usage: {call} recipe=NAME [key=value ...] [--help] [--print] [--debug]
+
+To begin, with images that come along:
+  {make} source=digits split=train output=data/digits/train
+  {make} source=digits split=test output=data/digits/test
+  {call} recipe=digits_dino
+
+With your own:
+  {make} source=photos/ output=data/photos
+  {call} recipe=dino_vits16 data.shards=data/photos output=runs/photos knn=null
+
+The same command resumes a run. --help lists all keys, with recipe=NAME those of its method; --print shows the settings.
+recipes: {recipes}"""
+
+
+def command(name: str = "pretrain.py") -> int:
+    """The command line, called `name`; returns the exit code."""
+    launcher, first = watch_launcher(), os.environ.get("RANK", "0") == "0"
+    arguments = sys.argv[1:]
+    if not arguments:
+        print(how_to_begin(name))
+        return 2
+    try:
+        pairs_and_recipe(without_flags(arguments)[0], RECIPES)
+    except Exception as error:
+        return refuse(error, running=False)
+    if first:
+        print("Loading torch and timm: some seconds ...", file=sys.stderr, flush=True)
+    try:
+        from ssl_pipeline.commands import pretrain
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    code = pretrain.main(name)
+    if code == INTERRUPTED and launcher is not None and first:
+        have_the_last_word(launcher, "Interrupted. The same command goes on from the newest checkpoint.")
+    return code
+
+
+def how_to_begin(name: str) -> str:
+    """What a call without arguments shows: commands to copy, under the names that this installation has for them."""
+    installed = not name.endswith(".py")
+    call, make = (
+        (name, "ssl-pipeline make-shards") if installed else (f"python {name}", "python -m data_tools.make_shards")
+    )
+    return BEGIN.format(call=call, make=make, recipes=", ".join(recipe_files(RECIPES)))
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,63 @@
+"""What is said of an error, whatever raised it: one sentence, and no advice of a library that is not ours."""
+
+from __future__ import annotations
+
+import errno
+import re
+import traceback
+from pathlib import Path
+
+from ssl_pipeline.config.base import ConfigError, RunError
+
+ADVICE = {
+    errno.EMFILE: "Allow this shell more open files: ulimit -n 65536.",
+    errno.ENFILE: "The whole machine has no open files left; end what holds them.",
+    errno.ENOSPC: "Free some space and run the same command again.",
+    errno.EDQUOT: "Your quota is used up; free some space and run the same command again.",
+    errno.EROFS: "Choose a place that can be written.",
+    errno.EACCES: "Choose a place that is yours, or ask its owner.",
+}
+NO_MEMORY = re.compile(  # of torch's CPU and GPU allocators, CUDA's libraries and the system
+    r"out of memory|can't allocate memory|cannot allocate memory|unable to allocate|_ALLOC_FAILED", re.IGNORECASE
+)
+ASKED = re.compile(r"(?:tried to allocate|unable to allocate) ([\d.]+ ?\w+)", re.IGNORECASE)
+FOREIGN_ADVICE = re.compile(r"weights_only|PYTORCH_\w+|please (?:file|report|open)|https?://", re.IGNORECASE)
+LONGEST_FOREIGN = 250  # characters of a message that is not ours
+
+
+def failure_sentence(error: BaseException) -> str:
+    """The sentence for a user; of what nobody foresaw the kind, the message and the place, for a report."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, ConfigError | RunError) or not isinstance(error, Exception):
+        return text
+    if is_out_of_memory(error):
+        return f"Out of memory{memory_asked_for(error)}. Lower the batch size, or the number of workers."
+    if isinstance(error, OSError):
+        return " ".join(filter(None, (text, ADVICE.get(error.errno or 0))))
+    told = _own_words(text)
+    if not isinstance(error, ValueError):
+        told = f"unexpected {type(error).__name__}" + (f": {told}" if str(error) else "")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"from {Path(frames[-1].filename).name}:{frames[-1].lineno}; " if frames else ""
+    return f"{told} ({place}--debug shows more)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of a GPU was refused: each library has its own class, or none."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and NO_MEMORY.search(str(error)) is not None
+
+
+def memory_asked_for(error: BaseException) -> str:
+    """` (2.5 GiB were asked for)`, or an empty string where the error does not say."""
+    found = ASKED.search(str(error))
+    return f" ({found[1]} were asked for)" if found else ""
+
+
+def _own_words(text: str) -> str:
+    """The first line, without sentences that tell users of a library what to do."""
+    line = text.strip().partition("\n")[0]
+    sentences = re.split(r"(?<=[.!?;]) ", line)
+    kept = " ".join(sentence for sentence in sentences if not FOREIGN_ADVICE.search(sentence))
+    return kept if len(kept) <= LONGEST_FOREIGN else f"{kept[:LONGEST_FOREIGN]} ..."

@@ -1,0 +1,30 @@
+"""The one printer of lines that hold names from outside: shards, zips, manifests, URLs, exceptions of libraries.
+
+Such a name may hold what a terminal obeys (escape sequences, line ends, marks that turn the direction of writing), and
+may be of any length.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+LONGEST_LINE = 500
+KEPT_END = 160  # characters at the end of a line that is too long, where the advice stands
+GAP = " [...] "
+CONTROLS = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode's categories of what is not shown but acts
+
+
+def printable(text: str, *, longest: int | None = LONGEST_LINE, lines: bool = False) -> str:
+    """The text with what a terminal obeys escaped (\\x1b): one line, or several with `lines`, of that length."""
+    if lines:
+        return "\n".join(printable(line, longest=longest) for line in text.split("\n"))
+    shown = "".join(_escaped(character) for character in text)
+    if longest is None or len(shown) <= longest:
+        return shown
+    return shown[: longest - KEPT_END - len(GAP)] + GAP + shown[-KEPT_END:]
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) not in CONTROLS:
+        return character
+    return character.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,87 @@
+"""The program that started this process (accelerate, torchrun, srun): its end is a request to stop.
+
+A launcher that is killed leaves its trainers running below pid 1, where nobody sees them. Needs no torch, so that it
+is watched while torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssl_pipeline.run.processes import began, parent_of
+
+SECONDS_BETWEEN_LOOKS = 0.25
+LONGEST_WAIT = 2.0  # seconds for the launcher's own last lines
+PROGRAMS = {"accelerate", "accelerate-launch", "torchrun", "deepspeed", "srun", "slurmstepd", "mpirun", "mpiexec"}
+MODULES = ("accelerate.", "torch.distributed.", "deepspeed.")
+LAUNCHED = "SSL_PIPELINE_LAUNCHED"  # set by those commands of ours that start others
+SET_BY_LAUNCHERS = ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", LAUNCHED)
+NUM_WORDS = 4  # of a command line in which a launcher's name stands: python -u -m torch.distributed.run
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A process: its number, and when it began (ticks since boot; numbers are given again)."""
+
+    pid: int
+    began: int | None
+
+    def is_alive(self) -> bool:
+        if self.began is None:
+            return os.getppid() == self.pid
+        return began(self.pid) == self.began
+
+
+def find_launcher(environment: Mapping[str, str]) -> Launcher | None:
+    """The nearest ancestor with a launcher's name; else the parent, if the environment has what launchers set.
+
+    None for a process of a shell: `nohup python pretrain.py &` goes on when the shell ends.
+    """
+    parent = pid = os.getppid()
+    while pid > 0:
+        if _is_launcher(pid):
+            return Launcher(pid, began(pid))
+        pid = parent_of(pid)
+    if parent > 0 and any(name in environment for name in SET_BY_LAUNCHERS):
+        return Launcher(parent, began(parent))
+    return None
+
+
+def watch_launcher() -> Launcher | None:
+    """Send SIGTERM to this process when its launcher has ended; call it before anything that takes long."""
+    launcher = find_launcher(os.environ)
+    if launcher is not None:
+        threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
+    return launcher
+
+
+def have_the_last_word(launcher: Launcher, text: str) -> None:
+    """Print a line once the launcher has ended, or soon: accelerate answers Ctrl-C with a long traceback."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # that its end sends
+    until = time.monotonic() + LONGEST_WAIT
+    while launcher.is_alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    print(text, file=sys.stderr, flush=True)
+
+
+def _watch(launcher: Launcher) -> None:
+    while launcher.is_alive():
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    words = [*words[0].split()[:1], *words[1:NUM_WORDS]]  # slurmstepd: [123.0]
+    names = [word.rpartition("/")[2].rstrip(":") for word in words]
+    return any(name in PROGRAMS or name.startswith(MODULES) for name in names)

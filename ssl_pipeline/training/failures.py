@@ -1,0 +1,68 @@
+"""What ends a run from outside its own code, in words of its settings: a lost process, no memory, a full disk."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssl_pipeline.backbones import BackboneConfig
+from ssl_pipeline.config import RunError, is_out_of_memory, memory_asked_for
+from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.distributed import peer_failure
+from ssl_pipeline.training.run import Run, TrainConfig
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL_TEXTS = ("No space left on device", "Disk quota exceeded")  # where a library drops the number
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Explains errors of the run with these settings."""
+
+    output: Path
+    data: DataConfig
+    train: TrainConfig
+    backbone: BackboneConfig
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise what is raised inside the block in the words of `explain`."""
+        try:
+            yield
+        except Exception as error:
+            raise self.explain(error) from None
+
+    def explain(self, error: Exception) -> Exception:
+        """A RunError for what has a cause that settings or an operator can mend; the same error for all else."""
+        lost = peer_failure(error)
+        if lost is not None:
+            return lost
+        if is_out_of_memory(error):
+            return RunError(self._out_of_memory(error))
+        if isinstance(error, OSError) and (error.errno in FULL or any(text in str(error) for text in FULL_TEXTS)):
+            return RunError(self._full(error))
+        return error
+
+    def _out_of_memory(self, error: Exception) -> str:
+        ways = [f"a smaller data.batch_size than {self.data.batch_size} (train.accumulate keeps the global batch)"]
+        ways += ["train.precision=bf16 instead of no"] if self.train.precision == "no" else []
+        ways += [] if self.backbone.checkpoint_activations else ["backbone.checkpoint_activations=true (a ViT's)"]
+        used = f"train.precision={self.train.precision}, backbone.checkpoint_activations="
+        used += str(self.backbone.checkpoint_activations).lower()
+        return f"Out of memory{memory_asked_for(error)} with {used}. Try {', or '.join(ways)}."
+
+    def _full(self, error: OSError) -> str:
+        whole = max((path.name for path in (self.output / "checkpoints").glob("step-????????")), default=None)
+        last = f"Its last whole checkpoint is {whole}" if whole else "It has no checkpoint yet"
+        return (
+            f"The disk of the run {self.output} is full ({error}). {last}; free some space and run the same command "
+            "again to go on from there."
+        )
+
+
+def failures_of(run: Run) -> Failures:
+    """Those of a run that is put together."""
+    return Failures(run.output.path, run.data, run.train, run.method.backbone.config)
