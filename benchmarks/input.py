@@ -13,22 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import views as peers
 from benchmarks.images import Images, decode_and_drop, photographs, small_images, total_views, views_of
 from benchmarks.rounds import Comparison
 from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.streams import PLACES, TITLES, WORK, OurInput
-from benchmarks.views import (
-    MEAN,
-    STD,
-    kornia_colours,
-    kornia_views,
-    lightly_views,
-    official_views,
-    one_by_one,
-    v2_colours,
-    v2_pillow_views,
-    v2_tensor_views,
-)
 from ssl_pipeline.augment.draw import draw_operations, num_uniforms
 from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import ViewGroup
@@ -58,9 +47,8 @@ def compare_input(config: BenchmarkConfig) -> Iterator[Comparison]:
         _add_peers(comparison, images, groups)
         with images.in_shards() as shards:
             _add_ours(comparison, shards, groups, cached=small)
-            comparison.add(
-                "decode and drop", partial(decode_and_drop, images.files), "our decoder, nothing else: the ceiling"
-            )
+            note = "our decoder, nothing else: the ceiling"
+            comparison.add("decode and drop", partial(decode_and_drop, images.files), note)
             yield comparison
 
 
@@ -73,13 +61,13 @@ def _add_peers(comparison: Comparison, images: Images, groups: Mapping[str, View
 
         comparison.add(name, work, "; ".join(filter(None, (note, RANDOM))))
 
-    add("official", partial(one_by_one, official_views(groups)), "torchvision v1 on Pillow images")
-    add("torchvision v2, Pillow", partial(one_by_one, v2_pillow_views(groups)))
-    add("torchvision v2, tensors", partial(one_by_one, v2_tensor_views(groups)))
+    add("official", partial(peers.one_by_one, peers.official_views(groups)), "torchvision v1 on Pillow images")
+    add("torchvision v2, Pillow", partial(peers.one_by_one, peers.v2_pillow_views(groups)))
+    add("torchvision v2, tensors", partial(peers.one_by_one, peers.v2_tensor_views(groups)))
     if comparison.has("lightly"):
-        add("lightly", partial(one_by_one, lightly_views(groups)))
+        add("lightly", partial(peers.one_by_one, peers.lightly_views(groups)))
     if comparison.has("kornia"):
-        add("kornia", kornia_views(groups), "no antialiasing")
+        add("kornia", peers.kornia_views(groups), "no antialiasing")
 
 
 def _add_ours(comparison: Comparison, shards: Path, groups: Mapping[str, ViewGroup], *, cached: bool) -> None:
@@ -92,13 +80,8 @@ def _add_ours(comparison: Comparison, shards: Path, groups: Mapping[str, ViewGro
 
     settings = DataConfig(shards=str(shards), batch_size=comparison.items or 1, workers=0, crop_on="worker")
     if cached:
-        kept = settings.model_copy(update={"crop_on": "auto", "cache": True})
-        add(
-            "ours, cached",
-            kept,
-            "data.cache: decoded at the start; crops and colours of a batch, on the CPU",
-            finish=True,
-        )
+        note = "data.cache: decoded at the start; crops and colours of a batch, on the CPU"
+        add("ours, cached", settings.model_copy(update={"crop_on": "auto", "cache": True}), note, finish=True)
     add("ours, all on the CPU", settings, "8-bit crops, then colours", finish=True)
     for place in PLACES:
         add(f"ours, {TITLES[place]}", settings.model_copy(update={"crop_on": place}), WORK[place], finish=False)
@@ -110,50 +93,44 @@ def compare_photometric(config: BenchmarkConfig) -> Iterator[Comparison]:
     setting = f"{total_views(groups)}, batch of {num_images}"
     comparison = Comparison("photometric", "images", setting, num_images, ("torchvision v2",))
     torch.manual_seed(0)
-    crops = {}
-    for name, group in groups.items():
-        shape = group.count, num_images, 3, max(group.sizes), max(group.sizes)
-        crops[name] = torch.randint(256, shape, dtype=torch.uint8, device=device)
-    of_torchvision = {name: _each_view(v2_colours, group) for name, group in groups.items()}
-    note = "float, one view of one image at a time"
-    comparison.add("torchvision v2", lambda: _by_view(of_torchvision, crops, one_by_one=True), note)
+    crops = {
+        name: torch.randint(
+            256, (group.count, num_images, 3, *[max(group.sizes)] * 2), dtype=torch.uint8, device=device
+        )
+        for name, group in groups.items()
+    }
+
+    def by_view(colours_of: Callable[[ViewGroup, int], nn.Module], *, batched: bool) -> Callable[[], None]:
+        transforms = {name: [colours_of(group, view) for view in range(group.count)] for name, group in groups.items()}
+
+        @torch.no_grad()
+        def work() -> None:
+            for name, views in crops.items():
+                for transform, images in zip(transforms[name], views, strict=True):
+                    if batched:
+                        transform(images.float().div_(255))
+                    else:
+                        torch.stack([transform(image.float().div_(255)) for image in images])
+
+        return work
+
+    comparison.add("torchvision v2", by_view(peers.v2_colours, batched=False), "float, one view of one image at a time")
     if comparison.has("kornia"):
-        of_kornia = {name: _each_view(kornia_colours, group) for name, group in groups.items()}
-        comparison.add("kornia", lambda: _by_view(of_kornia, crops, one_by_one=False), "batched")
+        comparison.add("kornia", by_view(peers.kornia_colours, batched=True), "batched")
     comparison.add("ours", _ours(groups, crops), "numbers from the host")
     why_not = ON_A_CPU if device.type == "cpu" else config.why_not_compiled()
     comparison.add_compiled(why_not, _ours(groups, crops, compiled=True), "compiled, as in training")
     yield comparison
-    yield from _compare_device_part(config, groups, setting)
-
-
-def _compare_device_part(
-    config: BenchmarkConfig, groups: Mapping[str, ViewGroup], setting: str
-) -> Iterator[Comparison]:
-    """All that the training process does to a batch from the stream before the network gets it."""
-    images = photographs(config, COLOURED[config.chosen_size()])
+    # the device part: all that the training process does to a batch from the stream before the network gets it
+    images = photographs(config, num_images)
     comparison = Comparison("device part", "images", f"{setting} of {images.source}", len(images.files))
     with images.in_shards() as shards:
         for place in PLACES:
             settings = DataConfig(shards=str(shards), batch_size=len(images.files), workers=0, crop_on=place)
-            source = OurInput(groups, settings, config.torch_device())
+            source = OurInput(groups, settings, device)
             batch = next(source.stream()).clone()
             comparison.add(f"crop_on={place}", partial(source.views, batch), DEVICE_PART[place])
         yield comparison
-
-
-def _each_view(colours_of: Callable[[ViewGroup, int], nn.Module], group: ViewGroup) -> list[nn.Module]:
-    return [colours_of(group, view) for view in range(group.count)]
-
-
-@torch.no_grad()
-def _by_view(transforms: Mapping[str, list[nn.Module]], crops: Mapping[str, Tensor], *, one_by_one: bool) -> None:
-    for name, views in crops.items():
-        for transform, images in zip(transforms[name], views, strict=True):
-            if one_by_one:
-                torch.stack([transform(image.float().div_(255)) for image in images])
-            else:
-                transform(images.float().div_(255))
 
 
 def _ours(
@@ -169,6 +146,6 @@ def _ours(
 
     def work() -> None:
         for name, group in groups.items():
-            apply_photometric(crops[name], draws[name], group, mean=MEAN, std=STD, compile=compiled)
+            apply_photometric(crops[name], draws[name], group, mean=peers.MEAN, std=peers.STD, compile=compiled)
 
     return torch.no_grad()(work)

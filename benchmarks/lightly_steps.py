@@ -42,15 +42,9 @@ def lightly_dino(method: DINO) -> TrainingStep:
 
 def dino_head(method: DINO) -> nn.Module:
     """lightly's head with the weights of ours."""
-    config, width = method.config, method.student.backbone.embed_dim
-    return _head(
-        "DINOProjectionHead",
-        method.student.head,
-        width,
-        config.head_hidden_dim,
-        config.head_bottleneck_dim,
-        config.num_prototypes,
-    )
+    config, student = method.config, method.student
+    widths = (config.head_hidden_dim, config.head_bottleneck_dim, config.num_prototypes)
+    return _head("DINOProjectionHead", student.head, student.backbone.embed_dim, *widths)
 
 
 def dino_loss(method: DINO) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +20,13 @@ from ssl_pipeline.losses import nt_xent
 from ssl_pipeline.methods.dino import DINO, DINOConfig
 from ssl_pipeline.modules.teacher import Teacher
 
-EMA_BACKBONE: dict[Size, str] = {
-    "tiny": "test_resnet",
-    "small": "vit_small_patch16_224",
-    "large": "vit_large_patch16_224",
-}
+EMA_BACKBONE = {"tiny": "test_resnet", "small": "vit_small_patch16_224", "large": "vit_large_patch16_224"}
 UPDATES = 10
 # images, features, prototypes
 HEAD: dict[Size, tuple[int, int, int]] = {"tiny": (2, 8, 64), "small": (16, 384, 65536), "large": (64, 384, 65536)}
 CROPS, GLOBAL_CROPS = 10, 2
 PAIRS: dict[Size, int] = {"tiny": 32, "small": 4096, "large": 16384}
 DIM, TEMPERATURE = 128, 0.1
-
-Outputs = TypeVar("Outputs")
 
 
 def compare_ema(config: BenchmarkConfig) -> Iterator[Comparison]:
@@ -110,29 +103,25 @@ def compare_head(config: BenchmarkConfig) -> Iterator[Comparison]:
 
         comparison.add(name, work, compare_losses(loss().item(), expected, ""), counted=work)
 
+    def of_peer(
+        head: Callable[[], nn.Module], loss: Callable, apply: Callable[[nn.Module, Tensor], object]
+    ) -> Callable:
+        student, teacher = head(), head()
+
+        def step() -> Tensor:
+            with torch.no_grad():
+                targets = apply(teacher, features[:GLOBAL_CROPS])
+            return loss(targets, apply(student, features))
+
+        return step
+
     head, loss = partial(deepcopy, method.student.head), official_steps.dino_loss()
-    add("official", _loss_of(head, loss, features, lambda head, crops: head(crops.flatten(0, 1))))
+    add("official", of_peer(head, loss, lambda head, crops: head(crops.flatten(0, 1))))
     if comparison.has("lightly"):
         theirs, their_loss = partial(lightly_steps.dino_head, method), lightly_steps.dino_loss(method)
-        add("lightly", _loss_of(theirs, their_loss, features, lambda head, crops: [head(crop) for crop in crops]))
+        add("lightly", of_peer(theirs, their_loss, lambda head, crops: [head(crop) for crop in crops]))
     add("ours", ours)
     yield comparison
-
-
-def _loss_of(
-    head_of: Callable[[], nn.Module],
-    criterion: Callable[[Outputs, Outputs], Tensor],
-    features: Tensor,
-    apply: Callable[[nn.Module, Tensor], Outputs],
-) -> Callable[[], Tensor]:
-    student, teacher = head_of(), head_of()
-
-    def loss() -> Tensor:
-        with torch.no_grad():
-            targets = apply(teacher, features[:GLOBAL_CROPS])
-        return criterion(targets, apply(student, features))
-
-    return loss
 
 
 def compare_nt_xent(config: BenchmarkConfig) -> Iterator[Comparison]:

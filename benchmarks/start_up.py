@@ -9,17 +9,19 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 from unittest.mock import patch
 
 from benchmarks.images import small_images, views_of
 from benchmarks.report import table_of
 from benchmarks.rounds import Comparison
-from benchmarks.settings import BenchmarkConfig, Size
+from benchmarks.settings import BenchmarkConfig
 from benchmarks.shard_reports import BATCH_SIZE, batches_of
 from benchmarks.streams import OurInput
 from benchmarks.synthetic_shards import write_synthetic_shards
@@ -29,16 +31,19 @@ from ssl_pipeline.files import JSON
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "digits_dino"
-# Numbers of shards to start with; numbers of samples, in shards of 1,000, to read from; smallest first.
-SHARDS: dict[Size, tuple[int, ...]] = {"tiny": (4, 20), "small": (10, 1_000, 100_000), "large": (10, 1_000, 100_000)}
-SAMPLES: dict[Size, tuple[int, ...]] = {
-    "tiny": (2_000, 4_000),
-    "small": (16_000, 16_000_000),
-    "large": (16_000, 16_000_000),
-}
 PROCESSES = (1, 2, 8)  # that share an epoch
 MOST_ROUNDS = 3
-MEMORY_BATCHES: dict[Size, int] = {"tiny": 3, "small": 300, "large": 300}  # more than a block of 16 shards holds
+
+
+class Growth(NamedTuple):
+    """Numbers of shards to start with; numbers of samples, in shards of 1,000, to read from; smallest first."""
+
+    shards: tuple[int, ...]
+    samples: tuple[int, ...]
+    batches: int  # more than a block of 16 shards holds
+
+
+TINY, USUAL = Growth((4, 20), (2_000, 4_000), 3), Growth((10, 1_000, 100_000), (16_000, 16_000_000), 300)
 
 Row = dict[str, float]
 
@@ -52,36 +57,33 @@ def compare_start_up(config: BenchmarkConfig) -> Iterator[Comparison]:
 
         def first_step() -> None:
             rmtree(run)
-            _python("pretrain.py", *keys, "train.epochs=null", "train.steps=1")()
+            run_python("pretrain.py", *keys, "train.epochs=null", "train.steps=1")
 
         def first_batch() -> None:
             next(OurInput(views_of(RECIPE), settings).stream())
 
-        comparison.add("import torch, timm", _python("-c", "import torch, timm"), "the floor")
-        comparison.add("pretrain.py --help", _python("pretrain.py", "--help"))
+        comparison.add("import torch, timm", partial(run_python, "-c", "import torch, timm"), "the floor")
+        comparison.add("pretrain.py --help", partial(run_python, "pretrain.py", "--help"))
         comparison.add("first batch", first_batch, f"open shards, start {config.workers} workers, one batch")
         comparison.add("run of one step", first_step, f"{RECIPE}: imports, network, batch, step, checkpoint")
         yield comparison
 
 
-def _python(*arguments: str) -> Callable[[], None]:
-    """Work that runs this interpreter in the checkout; an error is the unit's."""
-
-    def work() -> None:
-        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise RuntimeError(f"{' '.join(arguments[:2])} exited with {done.returncode}: {last}")
-
-    return work
+def run_python(*arguments: str) -> str:
+    """What this interpreter prints in the checkout; raises RuntimeError with the last line if it fails."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"{' '.join(arguments[:2])} exited with {done.returncode}: {last}")
+    return done.stdout
 
 
 def measure_growth(config: BenchmarkConfig) -> dict[str, JSON]:
     """The figures of each set, from the smallest to the largest."""
-    size = config.chosen_size()
+    sets = TINY if config.chosen_size() == "tiny" else USUAL
     with TemporaryDirectory() as name:
-        start_up = measure_start_up(Path(name), SHARDS[size], rounds=min(config.rounds, MOST_ROUNDS))
-        memory = measure_memory(Path(name), SAMPLES[size], batches=MEMORY_BATCHES[size])
+        start_up = measure_start_up(Path(name), sets.shards, rounds=min(config.rounds, MOST_ROUNDS))
+        memory = measure_memory(Path(name), sets.samples, batches=sets.batches)
         ranks = [count_reads(Path(name), world_size) for world_size in PROCESSES]
     return {"start_up": start_up, "worker_memory": memory, "ranks": ranks}
 
@@ -122,9 +124,8 @@ def count_reads(folder: Path, world_size: int) -> dict[str, JSON]:
     for rank in range(world_size):
         index = open_shards(place)
         with patch.object(index, "read", wraps=index.read) as read:
-            for batch in batches_of(
-                index, rank=rank, world_size=world_size, batches=samples // BATCH_SIZE // world_size
-            ):
+            own = samples // BATCH_SIZE // world_size
+            for batch in batches_of(index, rank=rank, world_size=world_size, batches=own):
                 seen.update(batch.sample_ids.tolist())
         reads.append(read.call_count)
     return {"world_size": world_size, "samples": samples, "samples_read": len(seen), "reads_of_ranks": reads}
@@ -132,10 +133,7 @@ def count_reads(folder: Path, world_size: int) -> dict[str, JSON]:
 
 def _in_new_process(function: str, *arguments: object) -> Row:
     command = f"import sys; from benchmarks import shard_reports; shard_reports.{function}(*sys.argv[1:])"
-    run = subprocess.run(
-        [sys.executable, "-c", command, *map(str, arguments)], stdout=subprocess.PIPE, check=True, text=True
-    )
-    return json.loads(run.stdout)
+    return json.loads(run_python("-c", command, *map(str, arguments)))
 
 
 def growth_table(figures: Mapping[str, JSON]) -> str:

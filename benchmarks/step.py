@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import lightly_steps, official_steps
+from benchmarks import lightly_steps as lightly
+from benchmarks import official_steps as official
 from benchmarks.rounds import Comparison
 from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.training_steps import TrainingStep, our_step
@@ -23,23 +24,25 @@ from ssl_pipeline.optim.optimizer import OptimConfig
 SETTINGS = Path(__file__).with_name("steps.yaml")
 SAME = 1e-4  # largest relative gap between losses that are called the same
 SAME_BY = "copies of our weights, one batch, float32"
-DIFFERENCES = {
-    ("dino", "lightly"): "timm resamples positions with antialiasing, and the example clips no gradients",
-    ("mae", "encode all"): "mask tokens go through the encoder",
-    ("mae", "lightly"): "other masks, plain pixels as targets, a class token among the masked",
-    ("simclr", "lightly"): "batch norm sees one view at a time",
+RESAMPLED = "timm resamples positions with antialiasing, and the example clips no gradients"
+ENCODE_ALL = partial(official.official_mae, encode_all=True)
+PEERS: Mapping[str, Sequence[tuple[str, Callable[..., TrainingStep], str]]] = {
+    "dino": (
+        ("official", official.official_dino, ""),
+        ("lightly", lightly.lightly_dino, RESAMPLED),
+    ),
+    "mae": (
+        ("official", official.official_mae, ""),
+        ("encode all", ENCODE_ALL, "mask tokens go through the encoder"),
+        ("lightly", lightly.lightly_mae, "other masks, plain pixels as targets, a class token among the masked"),
+    ),
+    "simclr": (
+        ("plain PyTorch", official.plain_simclr, ""),
+        ("lightly", lightly.lightly_simclr, "batch norm sees one view at a time"),
+    ),
+    "moco": (("official", official.official_moco, ""), ("lightly", lightly.lightly_moco, "")),
 }
-# The other code for a method, by name; it takes copies of the method's weights.
-PEERS: Mapping[str, Mapping[str, Callable[..., TrainingStep]]] = {
-    "dino": {"official": official_steps.official_dino, "lightly": lightly_steps.lightly_dino},
-    "mae": {
-        "official": official_steps.official_mae,
-        "encode all": partial(official_steps.official_mae, encode_all=True),
-        "lightly": lightly_steps.lightly_mae,
-    },
-    "simclr": {"plain PyTorch": official_steps.plain_simclr, "lightly": lightly_steps.lightly_simclr},
-    "moco": {"official": official_steps.official_moco, "lightly": lightly_steps.lightly_moco},
-}
+"""The other code for a method, which takes copies of its weights, and why its loss differs, if it does."""
 
 
 class StepSetting(Config):
@@ -83,10 +86,10 @@ def _add_contestants(comparison: Comparison, config: BenchmarkConfig, setting: S
     ours = our_step(deepcopy(method), optim)
     loss = ours.first_loss(batch)
     eager = partial(ours, batch, config.autocast())
-    for name, make in PEERS[setting.method.name].items():
+    for name, make, difference in PEERS[setting.method.name]:
         if name != "lightly" or comparison.has("lightly"):
             step = make(method)
-            note = compare_losses(step.first_loss(batch), loss, DIFFERENCES.get((setting.method.name, name), ""))
+            note = compare_losses(step.first_loss(batch), loss, difference)
             work = partial(step, batch, config.autocast())
             comparison.add(name, work, note, counted=work)
     comparison.add("ours, eager", eager, f"loss {loss:.6f}", counted=eager)

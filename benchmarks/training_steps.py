@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -30,8 +30,8 @@ class TrainingStep:
 
     loss: Callable[[Batch], Tensor]
     optimizer: torch.optim.Optimizer
-    prepare: Callable[[], None] = nothing
-    follow: Callable[[], None] = nothing
+    prepare: Callable[[], object] = nothing
+    follow: Callable[[], object] = nothing
 
     def __call__(self, batch: Batch, autocast: torch.autocast) -> None:
         """Make one step."""
@@ -68,21 +68,21 @@ def our_step(method: Method, optim: OptimConfig) -> TrainingStep:
     return TrainingStep(loss, optimizer, prepare, lambda: method.after_step([carry], PROGRESS))
 
 
-def adamw(*modules: nn.Module, lr: float, weight_decay: float, second_beta: float = 0.999) -> torch.optim.Optimizer:
+def adamw(network: nn.Module, *, lr: float, weight_decay: float, second_beta: float = 0.999) -> torch.optim.Optimizer:
     """AdamW with decay on matrices alone, as DINO's and MAE's code makes it."""
-    matrices = {"params": [p for p in trained(modules) if p.ndim > 1], "weight_decay": weight_decay}
-    others = {"params": [p for p in trained(modules) if p.ndim <= 1], "weight_decay": 0.0}
+    matrices = {"params": [p for p in trained(network) if p.ndim > 1], "weight_decay": weight_decay}
+    others = {"params": [p for p in trained(network) if p.ndim <= 1], "weight_decay": 0.0}
     return torch.optim.AdamW([matrices, others], lr=lr, betas=(0.9, second_beta))
 
 
-def sgd(*modules: nn.Module) -> torch.optim.Optimizer:
+def sgd(network: nn.Module) -> torch.optim.Optimizer:
     """SGD as MoCo's code has it."""
-    return torch.optim.SGD(trained(modules), lr=0.03, momentum=0.9, weight_decay=5e-4)
+    return torch.optim.SGD(trained(network), lr=0.03, momentum=0.9, weight_decay=5e-4)
 
 
-def trained(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The trained parameters of all modules."""
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+def trained(network: nn.Module) -> list[nn.Parameter]:
+    """Its trained parameters."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()

@@ -32,12 +32,14 @@ ViewsOf = Callable[[Image.Image], list[Tensor]]
 
 def official_views(groups: Mapping[str, ViewGroup]) -> ViewsOf:
     """torchvision's first transforms on Pillow images, as the official repositories have them."""
-    return _torchvision_views(groups, v1, _pillow_blur, finish=(v1.ToTensor(), v1.Normalize(MEAN, STD)))
+    return _torchvision_views(
+        groups, v1, partial(partial, _pillow_blur), finish=(v1.ToTensor(), v1.Normalize(MEAN, STD))
+    )
 
 
 def v2_pillow_views(groups: Mapping[str, ViewGroup]) -> ViewsOf:
     """The same with torchvision's transforms v2 on Pillow images."""
-    return _torchvision_views(groups, v2, _pillow_blur, finish=(v2.ToImage(), *FINISH))
+    return _torchvision_views(groups, v2, partial(partial, _pillow_blur), finish=(v2.ToImage(), *FINISH))
 
 
 def v2_tensor_views(groups: Mapping[str, ViewGroup]) -> ViewsOf:
@@ -85,13 +87,9 @@ def _torchvision_colours(
     )
 
 
-def _pillow_blur(group: ViewGroup) -> Callable[[Image.Image], Image.Image]:
-    return partial(_blur_by_pillow, group.blur_sigma)
-
-
-def _blur_by_pillow(sigma: tuple[float, float], image: Image.Image) -> Image.Image:
+def _pillow_blur(group: ViewGroup, image: Image.Image) -> Image.Image:
     """With a standard deviation drawn anew for every image."""
-    return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(*sigma).item()))
+    return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(*group.blur_sigma).item()))
 
 
 def _tensor_blur(group: ViewGroup) -> Callable[[Tensor], Tensor]:

@@ -33,7 +33,7 @@ def written_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path to write to, which takes the name `path` at the end; nothing is left of it if that is not reached.
 
     Whoever reads `path` meanwhile sees the old content or the new one. `durable=False` leaves out the fsync: a power
-    cut may then lose the file, which a heartbeat can afford.
+    cut may then lose the file, which is acceptable for a heartbeat.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.unlink(missing_ok=True)  # maybe a link to somewhere else
@@ -61,7 +61,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, value: JSON, *, durable: bool = True) -> None:
-    """`write_text` of indented JSON; NaN and infinity become null, because JSON has no word for them."""
+    """`write_text` of indented JSON; NaN and infinity become null, because JSON cannot represent them."""
     write_text(path, json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n", durable=durable)
 
 

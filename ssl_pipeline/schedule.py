@@ -146,21 +146,25 @@ class Schedule(Config):
     def _settings_fit_together(self) -> Schedule:
         if self.inclusive and self.warmup == 0:
             raise ValueError(
-                "inclusive speaks of the last warm-up step, but warmup is 0. Set warmup or leave inclusive out."
+                "inclusive applies to the last warm-up step, but warmup is 0. Set warmup or leave inclusive out."
             )
         if self.decay == "steps":
             if not self.milestones:
                 raise ValueError("milestones are missing: decay=steps needs one at least, for instance ['100ep'].")
             if self.final is not None:
-                raise ValueError("final has no part in decay=steps: milestones and factor say it all. Leave it out.")
+                raise ValueError(
+                    "final has no part in decay=steps: milestones and factor define the decay. Leave it out."
+                )
         elif self.milestones or self.factor != DEFAULT_FACTOR:
             setting = "milestones" if self.milestones else "factor"
             raise ValueError(f"{setting} belongs to decay=steps. Got decay={self.decay}.")
         decays = self.decay == "cosine_7_16" or self.final is not None
         for setting, is_set in (("decay_for", self.decay_for is not None), ("reach_final", self.reach_final)):
+            if is_set and self.decay == "steps":
+                raise ValueError(f"{setting} has no part in decay=steps, whose milestones say when. Leave it out.")
             if is_set and not decays:
                 raise ValueError(
-                    f"{setting} speaks of the way to final, but final is not set. Set it, or leave this out."
+                    f"{setting} applies to the way to final, but final is not set. Set it, or leave this out."
                 )
         self._check_arc()
         return self
@@ -184,7 +188,9 @@ class Schedule(Config):
         if now < warmup:
             return self._rising(now, max(warmup - self.inclusive, 1))
         if self.decay == "steps":
-            return self.value * self.factor ** sum(now >= self._length(stone, progress) for stone in self.milestones)
+            return self.value * self.factor ** sum(
+                now >= self._length(milestone, progress) for milestone in self.milestones
+            )
         if self.decay_for is None:
             length = self._length(WHOLE_RUN, progress) - self._length(self.delay, progress) - warmup
         else:

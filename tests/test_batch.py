@@ -18,7 +18,10 @@ from ssl_pipeline.config import ConfigError
         ({"ratio": (0.5, 0.1)}, r"ratio of a mask must be between 0 and 1, a pair increasing. Got \(0.5, 0.1\)."),
         ({"probability": 2.0}, "probability of a mask must be between 0 and 1. Got 2.0."),
         ({"num_masked": 3}, "num_masked of a mask must be left out unless kind is blocks. Got 3."),
-        ({"kind": "blocks", "num_masked": 3, "stratified": True}, "num_masked of a mask must be left out of strat"),
+        (
+            {"kind": "blocks", "num_masked": 3, "stratified": True},
+            "num_masked of a mask must be left out of stratified",
+        ),
         ({"kind": "blocks", "min_block": 9, "max_block": 4}, "min_block of a mask must be from 1 to max_block. Got 9."),
         ({"patch_size": 0}, "patch_size of a mask must be at least 1. Got 0."),
     ],

@@ -278,7 +278,7 @@ def test_scaling_multiplies_the_value_alone():
 
 
 def test_inclusive_without_warmup_is_refused():
-    with pytest.raises(ValidationError, match="inclusive speaks of the last warm-up step, but warmup is 0"):
+    with pytest.raises(ValidationError, match="inclusive applies to the last warm-up step, but warmup is 0"):
         Schedule(value=1.0, inclusive=True)
 
 
@@ -299,11 +299,11 @@ def test_without_warmup_the_value_is_there_at_once_whatever_the_rise():
         ({"decay": "cosine_arc", "final": 1.5}, r"Got final=1\.5 and value=1\."),
         ({"decay": "steps"}, "milestones are missing"),
         ({"decay": "steps", "milestones": [3], "final": 0.0}, "final has no part in decay=steps"),
-        ({"decay": "steps", "milestones": [3], "reach_final": True}, "reach_final speaks of the way to final"),
+        ({"decay": "steps", "milestones": [3], "reach_final": True}, "reach_final has no part in decay=steps"),
         ({"milestones": [3]}, "milestones belongs to decay=steps"),
         ({"factor": 0.5}, "factor belongs to decay=steps"),
-        ({"decay_for": 3}, "decay_for speaks of the way to final, but final is not set"),
-        ({"reach_final": True}, "reach_final speaks of the way to final, but final is not set"),
+        ({"decay_for": 3}, "decay_for applies to the way to final, but final is not set"),
+        ({"reach_final": True}, "reach_final applies to the way to final, but final is not set"),
         ({"milestones": ["soon"], "decay": "steps"}, "a duration is"),
     ],
 )

@@ -172,7 +172,7 @@ def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = Fals
 
 
 def without_drop_path(module: nn.Module) -> None:
-    """Switch stochastic depth off for good, as a teacher needs it."""
+    """Switch stochastic depth off permanently, as a teacher needs it."""
     for part in module.modules():
         if isinstance(part, DropPath):
             part.drop_prob = 0.0

@@ -111,7 +111,7 @@ def run_command(
     if "--debug" not in flags:
         warnings.formatwarning = lambda message, *_, **__: (
             f"warning: {printable(str(message))}\n"
-        )  # not the place, of which no user knows
+        )  # the source line means nothing to a user
     try:
         if flags & {"--help", "-h"}:
             print(help_page(schema, arguments, command, recipes))
@@ -122,7 +122,7 @@ def run_command(
             return 0
         running = True
         return run(config) or 0
-    except BrokenPipeError:  # whoever read our output (`--help | head`) has seen enough
+    except BrokenPipeError:  # the reader of our output (`--help | head`) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:

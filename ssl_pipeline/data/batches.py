@@ -141,7 +141,9 @@ class StreamBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> StreamBatch:
         """The same batch on a device; labels and sample ids, which outlive a step, are copies in any case."""
-        non_blocking = non_blocking and torch.device(device).type == "cuda"  # other devices' copies nobody waits for
+        non_blocking = (
+            non_blocking and torch.device(device).type == "cuda"
+        )  # copies to other devices are synchronous anyway
 
         def moved(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()}
@@ -184,7 +186,7 @@ def _decoded(
     tensors: Mapping[str, Tensor], boxes: Mapping[str, Tensor], flips: Mapping[str, Tensor], notes: Notes
 ) -> DecodedImages:
     heights_B, widths_B = tensors["sizes"].numpy().T
-    row = 3 * int(widths_B.max())  # is read past the end, for nothing
+    row = 3 * int(widths_B.max())  # one row past the end is read, and ignored
     pixels = tensors["pixels"][: notes.used + row]
     if notes.displaced is not None:
         pixels = torch.cat((pixels[: notes.used], torch.from_numpy(notes.displaced), pixels.new_zeros(row)))

@@ -95,7 +95,7 @@ def decode_all(
     heights_N, widths_N = index.sizes().T
     images = ImageTable.dense(heights_N, widths_N)
     total = int(index.shard_pixel_bytes.sum())
-    pixels = _reserve(index, device, needed=total + 3 * index.widest)  # a row is read past the end, for nothing
+    pixels = _reserve(index, device, needed=total + 3 * index.widest)  # one row past the end is read, and ignored
     in_order = Samples(index, None, seed=samples.seed, substitutes=samples.substitutes, max_pixels=samples.max_pixels)
     step = min(max(SLOT_BYTES * len(index) // max(total, 1), 1), 1024, len(index))
     no_views = ViewSampler({}, {}, samples.seed, global_batch=step)

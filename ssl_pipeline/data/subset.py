@@ -93,9 +93,9 @@ def write_labels(
         raise DataError(f"There must be a label for each of the {len(index)} images. Got {len(labels)}.")
     whole = index.overlaid(NO_OVERLAY)
     if len(whole) != len(index):
-        everybody = np.full((len(whole), *labels.shape[1:]), -1 if labels.ndim == 1 else 0, labels.dtype)
-        everybody[index.in_whole_set()] = labels
-        labels = everybody
+        of_whole_set = np.full((len(whole), *labels.shape[1:]), -1 if labels.ndim == 1 else 0, labels.dtype)
+        of_whole_set[index.in_whole_set()] = labels
+        labels = of_whole_set
     names = None if class_names is None else tuple(class_names)
     check_labels(labels, len(whole), names, where=str(path))
     _write(path, "labels", labels, whole, class_names=names, origin=origin)

@@ -167,9 +167,9 @@ def _candidates(source: Source, config: MakeShards) -> Candidates:
                 f"labels={config.labels} names none of the {len(found.images)} images of source='{config.source}', "
                 f"such as '{found.images[0].name}'. Its column file must hold their names as they are there."
             )
-        strangers = sorted(table.labels.keys() - {"/".join(path_parts(image.name)) for image in found.images})
-        if strangers and not config.prefix:
-            print(f"{len(strangers):,} rows of {config.labels} name no image of the source, such as '{strangers[0]}'")
+        unmatched = sorted(table.labels.keys() - {"/".join(path_parts(image.name)) for image in found.images})
+        if unmatched and not config.prefix:
+            print(f"{len(unmatched):,} rows of {config.labels} name no image of the source, such as '{unmatched[0]}'")
         return found
     found = find_candidates(source, labels=config.labels)
     if config.labels is None and found.class_names and looks_like_splits(found.class_names):

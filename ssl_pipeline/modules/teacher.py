@@ -50,7 +50,7 @@ class Teacher(nn.Module, Generic[Network]):
 
 
 class Snapshot(nn.Module, Generic[Network]):
-    """A frozen copy of a network, in evaluation mode for good.
+    """A frozen copy of a network, permanently in evaluation mode.
 
     One that was taken during training is saved with the run, and `refresh` takes it anew (DINOv3's Gram teacher). One
     whose weights came from the file `source` stays out of state dicts, which hold the SHA-256 of that file instead: a

@@ -20,7 +20,7 @@ LEAST_BYTES = 1_000_000  # read or written; of a file or of a server
 
 
 class Watchdog:
-    """Ends the process with exit code 1 if `seconds` pass without a keepalive; 0 waits for ever.
+    """Ends the process with exit code 1 if `seconds` pass without a keepalive; 0 never times out.
 
     `note` is called first, with a sentence, and its errors are forgotten. With `by_activity` a process that computes,
     reads or writes counts as alive: for a start, of which no part knows how long the next takes.

@@ -53,7 +53,7 @@ class TrainConfig(Config):
     """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0 for no trace."""
     hang_timeout: float = Field(600.0, ge=0)
     """Seconds without a finished step, or without any activity at the start, after which the process prints where it
-    stands and ends with status failed; 0 waits for ever."""
+    stands and ends with status failed; 0 never times out."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

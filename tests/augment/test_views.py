@@ -64,9 +64,12 @@ def test_a_mistake_names_the_group_what_is_needed_and_what_came():
         ({"std": (0.1, 0.0, 0.1)}, "std must be above 0. Got (0.1, 0.0, 0.1)."),
         (
             {"crops_of": "image", "scale": (0.4, 1.0)},
-            "scale means nothing beside crops_of=image. Leave it out.",
+            "scale has no effect with crops_of=image. Leave it out; over a recipe that has it, set scale=[0.08, 1.0].",
         ),
-        ({"crops_of": "image", "flip_prob": 0.0}, "flip_prob means nothing beside crops_of=image. Leave it out."),
+        (
+            {"crops_of": "image", "flip_prob": 0.0},
+            "flip_prob has no effect with crops_of=image. Leave it out; over a recipe that has it, set flip_prob=0.5.",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, sentence):
