@@ -14,7 +14,7 @@ torch.set_num_threads(1)  # the machines that run the tests have few cores, and 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`ddp` for what uses tests/ranks.py, and a skip for `gpu` where there is none."""
+    """`ddp` for what starts processes by tests/ranks.py or subprocess, and a skip for `gpu` where there is none."""
     for item in items:
         if getattr(item, "originalname", "") in starting_processes(item.path):
             item.add_marker("ddp")
@@ -24,10 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @cache
 def starting_processes(path: Path) -> frozenset[str]:
-    """The tests, fixtures and functions of a module that use tests/ranks.py, directly or through each other."""
+    """The tests, fixtures and functions of a module that start processes, directly or through each other."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "tests.ranks"]
-    found = {alias.name for node in imports for alias in node.names}
+    found = {"subprocess"} | {alias.name for node in imports for alias in node.names}
     used = {node.name: names_in(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     while more := {name for name, names in used.items() if names & found} - found:
         found |= more

@@ -20,7 +20,7 @@ LOSS, METHOD, RECIPE = (
     "recipes/digits/digits_spectral.yaml",
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.ddp]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

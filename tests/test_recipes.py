@@ -208,6 +208,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     return recipe(name, *sizes, *backbone, *where, *length, *widths)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_takes_a_few_steps(name, shards, labelled, tmp_path):

@@ -15,6 +15,8 @@ from ssl_pipeline.config import RECIPES, recipe_files
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:

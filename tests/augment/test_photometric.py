@@ -232,6 +232,7 @@ def test_accelerators_never_wait_for_a_value():
         augment_on_cpu(image, draws, stages)
 
 
+@pytest.mark.slow
 def test_the_accelerator_path_compiles_to_one_graph():
     group = ViewGroup(size=8, blur_prob=0.5, blur_kernel=3, solarize_prob=0.5)
     crops, draws = noise(8, size=8), draw(group, 8)[0]

@@ -86,6 +86,7 @@ def test_positions_belong_to_their_patch():
     torch.testing.assert_close(backbone.embed(images())[0], backbone.model.pos_embed[0, 1:])
 
 
+@pytest.mark.slow
 def test_a_vit_compiles_in_place_for_two_sizes():
     backbone = tiny_vit()
     expected = [backbone(images(size)) for size in (32, 16)]

@@ -44,6 +44,7 @@ def contestants(comparison: dict) -> set[str]:
     return set(comparison["contestants"])
 
 
+@pytest.mark.slow
 def test_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(input_benchmark, "RECIPES", {name: input_benchmark.RECIPES[name] for name in ("dino", "mae")})
     monkeypatch.setattr(input_benchmark, "SMALL_IMAGES", 1)
@@ -56,12 +57,14 @@ def test_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert set(comparison["left_out"]) == {"lightly", "kornia"} - PEERS
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("benchmarks.end_to_end.RECIPES", {"mae": "mae_vitb16"})
     comparison = run(tmp_path, "end_to_end", workers=1)["end to end mae"]
     assert {"official", "webdataset", "ours, crops", "decode and drop"} <= contestants(comparison)
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(streams, "START", "fork")  # nothing to import again
     monkeypatch.setattr(end_to_end, "num_cores", lambda: 2)
@@ -95,6 +98,7 @@ def test_photometric(tmp_path: Path):
     assert "ours, compiled" in comparison["left_out"]
 
 
+@pytest.mark.slow
 def test_steps(tmp_path: Path):
     compared = run(tmp_path, "step", precision="no")
     assert set(compared) == {"step dino", "step mae", "step simclr", "step moco"}
@@ -115,6 +119,7 @@ def measured_steps() -> Steps:
     return validate(Steps, read_recipe(str(SETTINGS), RECIPES))
 
 
+@pytest.mark.slow
 def test_steps_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(step_benchmark, "validate", lambda schema, tree: one_step())
     comparison = run(tmp_path, "step", precision="bf16")["step dino"]

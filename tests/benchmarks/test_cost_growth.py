@@ -46,6 +46,7 @@ def test_ranks_read_their_share(tmp_path: Path, world_size: int) -> None:
     assert work["reads_of_ranks"] == [work["samples"] // world_size] * world_size
 
 
+@pytest.mark.slow
 def test_growth_is_measured_in_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start_up, "PROCESSES", (2,))
     growth = start_up.measure_growth(BenchmarkConfig(size="tiny", rounds=1, device="cpu"))

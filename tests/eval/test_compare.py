@@ -31,6 +31,7 @@ def config(output: Path, train: str, test: str, *arguments: str) -> CompareConfi
     return load(CompareConfig, [*recipes, "seeds=0,1", "k=3", *paths, *arguments])
 
 
+@pytest.mark.slow
 def test_each_recipe_runs_once_per_seed_with_the_settings(
     tmp_path: Path, train: str, test: str, pretrain: Pretrain
 ) -> None:
@@ -80,6 +81,7 @@ def test_the_table_has_mean_and_spread_over_seeds() -> None:
     assert "during the runs" not in text
 
 
+@pytest.mark.slow
 def test_monitored_k_nn_and_the_methods_own_classifier_are_read_from_the_metrics(
     tmp_path: Path, train: str, test: str, pretrain: Pretrain
 ) -> None:

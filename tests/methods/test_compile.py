@@ -27,6 +27,7 @@ def loss_and_gradients(method, name, **autocast):
 
 
 # one size of views; two sizes and a teacher; entered and left at the tokens
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "graphs"), [("simclr", 1), ("dino", 3), ("mae", 2)])
 @pytest.mark.parametrize("half", [False, True])
 def test_a_compiled_step_is_the_plain_step(name, graphs, half):

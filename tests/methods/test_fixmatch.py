@@ -236,6 +236,7 @@ def weights(output: Path):
     return Checkpoints(output / "checkpoints").load_latest().tensors["method"]
 
 
+@pytest.mark.slow
 def test_a_run_with_fewer_labels_than_a_batch_trains_and_resumes_exactly(tmp_path, shards, labelled, capfd):
     every = ["classifier.every=2", "train.save_every=2"]
     straight = run(settings(shards, labelled, tmp_path / "straight", *every))

@@ -281,6 +281,7 @@ def test_a_copy_is_a_network_of_its_own(name):
     assert torch.equal(backbone(images()), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov3", "swin"])
 def test_tokens_compile_in_place_for_two_sizes(name):
     backbone = network(name, **({"depths": (1, 1), "num_heads": (1, 2)} if name == "swin" else {"depth": 1}))
