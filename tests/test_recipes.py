@@ -22,9 +22,9 @@ from PIL import Image
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import create_backbone
+from ssl_pipeline.commands.compare import CompareConfig
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import COMPARISONS, RECIPES, ConfigError, dump, load, read_yaml, recipe_files, validate
-from ssl_pipeline.eval.compare import CompareConfig
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
