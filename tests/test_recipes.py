@@ -51,8 +51,9 @@ def recipe(name: str, *argv: str) -> PretrainConfig:
 
 
 def on_meta(config: PretrainConfig) -> Method:
+    begins_anew = config.backbone.model_copy(update={"weights": None, "frozen_batch_norm": False})
     with torch.device("meta"):
-        return build_method(config.method, create_backbone(config.backbone))
+        return build_method(config.method, create_backbone(begins_anew))
 
 
 def trained_parameters(module: torch.nn.Module) -> int:
@@ -194,6 +195,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     vit = plain.backbone.name.startswith("vit")
     sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
     backbone = [f"backbone.arguments={TINY_VIT}"] if vit else TINY_RESNET
+    backbone = [*backbone, "backbone.weights=null", "backbone.frozen_batch_norm=false"]
     widths = [
         f"method.{key}={value}"
         for key in type(plain.method).model_fields

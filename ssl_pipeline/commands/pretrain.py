@@ -25,7 +25,19 @@ from ssl_pipeline.backbones import (
     save_backbone,
     save_classifier,
 )
-from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, printable, read_yaml, run_command, validate
+from ssl_pipeline.commands.images import expand
+from ssl_pipeline.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    dump,
+    printable,
+    read_yaml,
+    refuse,
+    run_command,
+    validate,
+    without_flags,
+)
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
@@ -55,8 +67,11 @@ from ssl_pipeline.training.run import Monitor, Output, Run, Start, TrainConfig, 
 class PretrainConfig(Config):
     """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
 
+    images: str | None = None
+    """Folder or zip of images, packed into OUTPUT/images at the first start, in place of data.shards; or shards."""
     recipe: str | None = None
-    """The recipe that these settings come from: a name in recipes/, or a path to a YAML file."""
+    """The recipe that these settings come from: a name in recipes/, or a path to a YAML file. With images it may be
+    left out, or `auto`: chosen by the images and the machine."""
     output: Path | None = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -251,4 +266,13 @@ def _monitors(
 
 def main(name: str) -> int:
     """The command line, called `name`, behind `commands/start.py`; returns the exit code."""
-    return run_command(PretrainConfig, pretrain, command=name, recipes=RECIPES)
+    arguments = sys.argv[1:]
+    pairs, flags = without_flags(arguments)
+    if not flags & {"--help", "-h"}:
+        try:
+            arguments = [*expand(pairs), *flags]
+        except Exception as error:
+            if "--debug" in flags:
+                raise
+            return refuse(error, running=False)
+    return run_command(PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES)
