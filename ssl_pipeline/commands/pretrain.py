@@ -137,7 +137,7 @@ def _pretrain(config: PretrainConfig) -> int:
         method.prepare(run_facts(index, labelled_index, config.augment, config.data, global_batch=clock.global_batch))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
-        monitors = _monitors(config, method, preprocessing, accelerator)
+        monitors = _monitors(config, method, preprocessing, accelerator, labelled_index)
         if directory is not None:
             describe(config, method, clock, accelerator)
         starting.close()
@@ -218,7 +218,11 @@ def _identity(config: PretrainConfig) -> dict[str, str]:
 
 
 def _monitors(
-    config: PretrainConfig, method: Method, preprocessing: Preprocessing, accelerator: Accelerator
+    config: PretrainConfig,
+    method: Method,
+    preprocessing: Preprocessing,
+    accelerator: Accelerator,
+    labelled_index: ShardIndex | None,
 ) -> list[Monitor]:
     monitors: list[Monitor] = []
     if config.knn is not None:
@@ -242,6 +246,7 @@ def _monitors(
                 preprocessing,
                 classifier=method.classifier,
                 num_classes=method.classifier.out_features,
+                labelled=labelled_index,
                 workers=config.data.workers,
                 device=accelerator.device,
             )

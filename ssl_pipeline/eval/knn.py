@@ -12,15 +12,14 @@ from torch.nn.functional import normalize
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import Config, ConfigError, run_command
 from ssl_pipeline.distributed import mean_over_ranks, rank, world_size
-from ssl_pipeline.eval.accuracy import top_k_accuracy, top_k_hits
+from ssl_pipeline.eval.accuracy import top_k_hits
 from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.labelled import look_at_first, open_labelled
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
     choose_device,
-    count_classes,
     measure_models,
-    open_labelled,
     write_report,
 )
 from ssl_pipeline.eval.search.neighbours import (
@@ -89,18 +88,23 @@ def knn_accuracy(
     train_MD, test_ND = (normalize(x, dim=1) for x in (train_features, test_features))
     similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=max(k), search=search)
     labels_NK = train_labels.to(neighbours_NK.device)[neighbours_NK]
-    return {
-        count: top_k_accuracy(
-            vote(
-                similarities_NK[:, :count],
-                labels_NK[:, :count],
-                temperature=temperature,
-                num_classes=num_classes,
-            ),
-            test_labels.to(test_ND.device),
+    found = {}
+    for count in k:
+        scores_NC = vote(
+            similarities_NK[:, :count], labels_NK[:, :count], temperature=temperature, num_classes=num_classes
         )
-        for count in k
-    }
+        top1, top5 = voted_hits(scores_NC, test_labels.to(test_ND.device)).sum(dim=1).tolist()
+        found[count] = {"top1": 100.0 * top1 / len(test_ND), "top5": 100.0 * top5 / len(test_ND)}
+    return found
+
+
+def voted_hits(scores_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """Whether each image's class is the one with the most votes, and among the five with the most: (2, N) bool.
+
+    A class that no neighbour voted for is never among them, however few have votes.
+    """
+    has_votes_N = scores_NC.gather(1, labels_N[:, None])[:, 0] > 0
+    return torch.stack([top_k_hits(scores_NC, labels_N, k=k) & has_votes_N for k in (1, 5)])
 
 
 class KnnConfig(EvaluationConfig):
@@ -134,7 +138,7 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
 
     images = open_labelled(config.train, config.test, task="k-NN")
     require_k(max(config.k), len(images.train))
-    measured = measure_models(config, images, measure, task="k-NN")
+    measured = measure_models(config, images, measure)
     settings: dict[str, JSON] = {
         "k": config.k,
         "temperature": config.temperature,
@@ -192,10 +196,12 @@ class KnnMonitor:
         self.precision: Precision = precision
         self.images = open_labelled(config.train, config.val, task="k-NN")
         require_k(config.k, len(self.images.train))
+        for index in (self.images.train, self.images.test):
+            look_at_first(index, preprocessing.size)
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""
-        (train, train_labels), (val, val_labels) = (
+        train, val = (
             extract_features(
                 backbone,
                 index,
@@ -205,7 +211,7 @@ class KnnMonitor:
                 device=self.device,
                 precision=self.precision,
                 description=f"k-NN, {name} images",
-            )
+            )[0]
             for name, index in (("training", self.images.train), ("validation", self.images.test))
         )
         require_finite(train, val)  # before the shares part: an error on one rank alone would leave the others waiting
@@ -213,13 +219,13 @@ class KnnMonitor:
         device = search_device(train, val[share], self.device)
         scores = weighted_knn(
             normalize(train.to(device), dim=1),
-            train_labels,
+            self.images.train_labels,
             normalize(val[share].to(device), dim=1),
             k=self.config.k,
             temperature=self.config.temperature,
-            num_classes=count_classes(self.images, train_labels, val_labels, task="k-NN"),
+            num_classes=self.images.num_classes,
         )
-        hits = torch.stack([top_k_hits(scores, val_labels[share].to(device), k=k).sum() for k in (1, 5)])
+        hits = voted_hits(scores, self.images.test_labels[share].to(device)).sum(dim=1)
         percents = mean_over_ranks(hits.float().to(self.device)) * world_size() * 100.0 / len(val)
         return {"knn_top1": percents[0].item(), "knn_top5": percents[1].item()}
 

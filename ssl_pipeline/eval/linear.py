@@ -14,13 +14,13 @@ from torch.nn.functional import cross_entropy
 
 from ssl_pipeline.config import Config, ConfigError, run_command
 from ssl_pipeline.eval.accuracy import top_k_accuracy
+from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
     choose_device,
     measure_models,
-    open_labelled,
     write_report,
 )
 from ssl_pipeline.eval.table import format_table, percent
@@ -186,7 +186,7 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
         )
 
     images = open_labelled(config.train, config.test, task="the linear probe")
-    measured = measure_models(config, images, measure, task="the linear probe")
+    measured = measure_models(config, images, measure)
     protocol = measured.result.solver
     settings: dict[str, JSON] = {
         "solver": protocol,
