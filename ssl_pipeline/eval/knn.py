@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import Config, ConfigError, run_command
-from ssl_pipeline.distributed import mean_over_ranks, rank, world_size
+from ssl_pipeline.config import ConfigError, run_command
+from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
 from ssl_pipeline.eval.accuracy import top_k_hits
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled
+from ssl_pipeline.eval.monitors import MonitorConfig
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
@@ -31,7 +32,7 @@ from ssl_pipeline.eval.search.neighbours import (
 )
 from ssl_pipeline.eval.table import format_table, percent
 from ssl_pipeline.files import JSON
-from ssl_pipeline.schedule import Duration, Progress
+from ssl_pipeline.schedule import Progress
 
 # Axes: M training images, N test images, D feature dimensions, K neighbours, C classes.
 
@@ -157,11 +158,9 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
     return report
 
 
-class KnnMonitorConfig(Config):
+class KnnMonitorConfig(MonitorConfig):
     """k-NN accuracy of the evaluated backbone during training."""
 
-    every: Duration
-    """How often: `5ep`, `10%` or a number of optimizer steps."""
     train: str
     """Shards of labelled training images."""
     val: str
@@ -214,18 +213,19 @@ class KnnMonitor:
             )[0]
             for name, index in (("training", self.images.train), ("validation", self.images.test))
         )
-        require_finite(train, val)  # before the shares part: an error on one rank alone would leave the others waiting
-        share = slice(rank(), None, world_size())
-        device = search_device(train, val[share], self.device)
-        scores = weighted_knn(
-            normalize(train.to(device), dim=1),
-            self.images.train_labels,
-            normalize(val[share].to(device), dim=1),
-            k=self.config.k,
-            temperature=self.config.temperature,
-            num_classes=self.images.num_classes,
-        )
-        hits = voted_hits(scores, self.images.test_labels[share].to(device)).sum(dim=1)
+        require_finite(train, val)
+        with failing_together(self.device):
+            share = slice(rank(), None, world_size())
+            device = search_device(train, val[share], self.device)
+            scores = weighted_knn(
+                normalize(train.to(device), dim=1),
+                self.images.train_labels,
+                normalize(val[share].to(device), dim=1),
+                k=self.config.k,
+                temperature=self.config.temperature,
+                num_classes=self.images.num_classes,
+            )
+            hits = voted_hits(scores, self.images.test_labels[share].to(device)).sum(dim=1)
         percents = mean_over_ranks(hits.float().to(self.device)) * world_size() * 100.0 / len(val)
         return {"knn_top1": percents[0].item(), "knn_top5": percents[1].item()}
 

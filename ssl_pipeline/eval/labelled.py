@@ -84,9 +84,9 @@ def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:
     raise ConfigError(f"{directory} {has}; {task} needs them in train and test. {problem}. {LABELS_COME_FROM}")
 
 
-def look_at_first(index: ShardIndex, size: int) -> None:
-    """Decode the first image as the measure will; DataError if that fails."""
-    EvaluationSet(index, size)[0]
+def look_at_first(index: ShardIndex, size: int, *, sample: int = 0) -> None:
+    """Decode the first image that a measure takes, as it will; DataError if that fails."""
+    EvaluationSet(index, size)[sample]
 
 
 def _same_classes(
