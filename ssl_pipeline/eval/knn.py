@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import normalize
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
-from ssl_pipeline.eval.accuracy import top_k_hits
+from ssl_pipeline.eval.accuracy import bootstrap_interval, top_k_hits
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled
 from ssl_pipeline.eval.monitors import MonitorConfig
@@ -30,7 +31,7 @@ from ssl_pipeline.eval.search.neighbours import (
     require_k,
     search_device,
 )
-from ssl_pipeline.eval.table import format_table, percent
+from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 from ssl_pipeline.schedule import Progress
 
@@ -146,12 +147,26 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
         "search": config.search,
         "faiss": faiss.__version__,
     }
-    report = measured.report(
-        lambda by_k: {**by_k[config.k[0]], "by_k": {str(k): accuracy for k, accuracy in by_k.items()}}, settings
-    )
+    num_test = len(images.test)
+
+    def to_json(by_k: dict[int, dict[str, float]]) -> dict[str, JSON]:
+        intervals = {str(k): bootstrap_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
+        return {
+            **by_k[config.k[0]],
+            "top1_interval": intervals[str(config.k[0])],
+            "by_k": {str(k): accuracy for k, accuracy in by_k.items()},
+            "top1_interval_by_k": intervals,
+        }
+
+    report = measured.report(to_json, settings)
     header = ["k-NN", *(f"{name}, k={k}" for k in config.k for name in ("top-1", "top-5"))]
     rows = [
-        [label, *(percent(by_k[k][name]) for k in config.k for name in ("top1", "top5"))]
+        [
+            label,
+            *chain.from_iterable(
+                (with_interval(by_k[k]["top1"], num_test), percent(by_k[k]["top5"])) for k in config.k
+            ),
+        ]
         for label, by_k in measured.rows()
     ]
     print(format_table(header, rows))

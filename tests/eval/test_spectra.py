@@ -99,6 +99,7 @@ def test_half_precision_is_computed_in_double() -> None:
         (lambda: rankme(torch.full((2, 2), torch.nan)), "rankme needs finite features"),
         (lambda: alpha_req(random(50, 4)), "two eigenvalues or more of the ranks 4 to 100"),
         (lambda: alpha_req(torch.ones(50, 9)), "have 0 in all"),
+        (lambda: alpha_req(torch.full((50, 9), 0.1)), "have 0 in all"),
         (lambda: lidar(random(3, 4)), "lidar needs features with 3 axes"),
         (lambda: lidar(random(3, 1, 4)), r"two views of each\. Got \(3, 1, 4\)"),
     ],
