@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import ConfigError, run_command
+from ssl_pipeline.config import run_command
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
-from ssl_pipeline.eval.accuracy import bootstrap_interval, top_k_hits
+from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
-from ssl_pipeline.eval.labelled import look_at_first, open_labelled
+from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
 from ssl_pipeline.eval.monitors import MonitorConfig
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
@@ -27,13 +26,17 @@ from ssl_pipeline.eval.protocol import (
 from ssl_pipeline.eval.search.neighbours import (
     Search,
     nearest_neighbours,
+    other_neighbours,
     require_finite,
     require_k,
     search_device,
 )
 from ssl_pipeline.eval.table import format_table, percent, with_interval
+from ssl_pipeline.eval.votes import vote, voted_hits, votes_accuracy
 from ssl_pipeline.files import JSON
 from ssl_pipeline.schedule import Progress
+
+Positive = Annotated[float, Field(gt=0)]
 
 # Axes: M training images, N test images, D feature dimensions, K neighbours, C classes.
 
@@ -61,20 +64,6 @@ def weighted_knn(
     return vote(similarities_NK, labels_NK, temperature=temperature, num_classes=num_classes)
 
 
-def vote(similarities_NK: Tensor, labels_NK: Tensor, *, temperature: float, num_classes: int) -> Tensor:
-    """Scores (N, C): the sum of exp(similarity / temperature) over the neighbours of each class."""
-    if temperature <= 0:
-        raise ConfigError(f"k-NN needs a temperature above 0. Got temperature={temperature}.")
-    weights_NK = (similarities_NK / temperature).exp()
-    scores_NC = weights_NK.new_zeros(len(weights_NK), num_classes).scatter_add_(1, labels_NK, weights_NK)
-    if not scores_NC.isfinite().all():
-        raise ConfigError(
-            f"k-NN votes exp(similarity / temperature) overflow at temperature={temperature}. "
-            "Normalise the features, or try temperature=0.02 or more."
-        )
-    return scores_NC
-
-
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -90,87 +79,115 @@ def knn_accuracy(
     train_MD, test_ND = (normalize(x, dim=1) for x in (train_features, test_features))
     similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=max(k), search=search)
     labels_NK = train_labels.to(neighbours_NK.device)[neighbours_NK]
-    found = {}
-    for count in k:
-        scores_NC = vote(
-            similarities_NK[:, :count], labels_NK[:, :count], temperature=temperature, num_classes=num_classes
-        )
-        top1, top5 = voted_hits(scores_NC, test_labels.to(test_ND.device)).sum(dim=1).tolist()
-        found[count] = {"top1": 100.0 * top1 / len(test_ND), "top5": 100.0 * top5 / len(test_ND)}
-    return found
-
-
-def voted_hits(scores_NC: Tensor, labels_N: Tensor) -> Tensor:
-    """Whether each image's class is the one with the most votes, and among the five with the most: (2, N) bool.
-
-    A class that no neighbour voted for is never among them, however few have votes.
-    """
-    has_votes_N = scores_NC.gather(1, labels_N[:, None])[:, 0] > 0
-    return torch.stack([top_k_hits(scores_NC, labels_N, k=k) & has_votes_N for k in (1, 5)])
+    return votes_accuracy(
+        similarities_NK, labels_NK, test_labels, k=k, temperature=temperature, num_classes=num_classes
+    )
 
 
 class KnnConfig(EvaluationConfig):
     """Weighted k-NN accuracy of frozen features: a run's backbone, or a timm model."""
 
-    k: tuple[Annotated[int, Field(gt=0)], ...] = (20,)
+    k: tuple[Annotated[int, Field(gt=0)], ...] = Field((20,), min_length=1)
     """Neighbours that vote; several at once as `k=10,20,100,200`, the first is the headline."""
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Votes weigh exp(similarity / temperature)."""
+    temperature: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 0.07
+    """Votes weigh exp(similarity / temperature); several at once as `temperature=0.07,0.1`, the first is the
+    headline."""
+    leave_one_out: bool = False
+    """Whether every image is classified by all others of the same set, with test=train."""
+    per_class: Annotated[int, Field(gt=0)] | None = None
+    """Training images of each class that vote, drawn by `seed`; by default all of them."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice that `per_class` makes."""
     search: Search = "auto"
     """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where there are units
     for it, then in float32; `auto` takes blocks on GPUs and CPUs with such units and for few test images."""
+
+    @model_validator(mode="after")
+    def _one_set_for_leave_one_out(self) -> KnnConfig:
+        if self.leave_one_out and self.test != self.train:
+            raise ValueError(f"leave_one_out=true classifies the images of train: set test={self.train}.")
+        if self.leave_one_out and self.per_class is not None:
+            raise ValueError(
+                "per_class and leave_one_out choose the images that vote in two ways. Leave one of them out."
+            )
+        return self
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+
+
+ByTemperature = dict[float, dict[int, dict[str, float]]]  # of the accuracies by k
 
 
 def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
     """The k-NN report of the config's model, as it stands in `eval/knn.json`, with a table on stdout."""
     import faiss
 
-    def measure(features: LabelledFeatures) -> dict[int, dict[str, float]]:
-        device = search_device(features.train, features.test, choose_device(config.device))
-        return knn_accuracy(
-            features.train.to(device),
-            features.train_labels,
-            features.test.to(device),
-            features.test_labels,
-            k=config.k,
-            temperature=config.temperature,
-            num_classes=features.num_classes,
-            search=config.search,
-        )
+    images = open_labelled(config.train, config.test, task="k-NN", shared=not config.leave_one_out)
+    voters_M = torch.arange(len(images.train))
+    if config.per_class is not None:
+        voters_M = torch.from_numpy(some_of_each_class(images, config.per_class, seed=config.seed))
+    require_k(max(config.k), len(voters_M) - config.leave_one_out)
 
-    images = open_labelled(config.train, config.test, task="k-NN")
-    require_k(max(config.k), len(images.train))
+    def measure(features: LabelledFeatures) -> ByTemperature:
+        device, most = search_device(features.train, features.test, choose_device(config.device)), max(config.k)
+        train_MD = normalize(features.train[voters_M].to(device), dim=1)
+        if config.leave_one_out:
+            similarities_NK, neighbours_NK = other_neighbours(train_MD, k=most, search=config.search)
+        else:
+            test_ND = normalize(features.test.to(device), dim=1)
+            similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=most, search=config.search)
+        labels_NK = features.train_labels[voters_M].to(device)[neighbours_NK]
+        return {
+            temperature: votes_accuracy(
+                similarities_NK,
+                labels_NK,
+                features.test_labels,
+                k=config.k,
+                temperature=temperature,
+                num_classes=features.num_classes,
+            )
+            for temperature in config.temperatures
+        }
+
     measured = measure_models(config, images, measure)
     settings: dict[str, JSON] = {
-        "k": config.k,
-        "temperature": config.temperature,
-        "search": config.search,
+        **config.model_dump(include={"k", "leave_one_out", "per_class", "seed", "search"}),
+        "temperature": config.temperatures if len(config.temperatures) > 1 else config.temperatures[0],
         "faiss": faiss.__version__,
     }
     num_test = len(images.test)
+    print(format_table(*_table(config, measured.rows(), num_test)))
+    return measured.report(lambda found: _to_json(config, found, num_test), settings)
 
-    def to_json(by_k: dict[int, dict[str, float]]) -> dict[str, JSON]:
-        intervals = {str(k): bootstrap_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
-        return {
-            **by_k[config.k[0]],
-            "top1_interval": intervals[str(config.k[0])],
-            "by_k": {str(k): accuracy for k, accuracy in by_k.items()},
-            "top1_interval_by_k": intervals,
-        }
 
-    report = measured.report(to_json, settings)
+def _to_json(config: KnnConfig, found: ByTemperature, num_test: int) -> dict[str, JSON]:
+    by_k = found[config.temperatures[0]]
+    intervals = {str(k): bootstrap_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
+    several = {str(temperature): {str(k): by_k[k] for k in by_k} for temperature, by_k in found.items()}
+    return {
+        **by_k[config.k[0]],
+        "top1_interval": intervals[str(config.k[0])],
+        "by_k": several[str(config.temperatures[0])],
+        "top1_interval_by_k": intervals,
+        **({"by_temperature": several} if len(several) > 1 else {}),
+    }
+
+
+def _table(
+    config: KnnConfig, models: list[tuple[str, ByTemperature]], num_test: int
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a row for each model and temperature, two columns for each k."""
     header = ["k-NN", *(f"{name}, k={k}" for k in config.k for name in ("top-1", "top-5"))]
-    rows = [
-        [
-            label,
-            *chain.from_iterable(
-                (with_interval(by_k[k]["top1"], num_test), percent(by_k[k]["top5"])) for k in config.k
-            ),
-        ]
-        for label, by_k in measured.rows()
-    ]
-    print(format_table(header, rows))
-    return report
+    rows = []
+    for label, found in models:
+        for temperature, by_k in found.items():
+            row = [f"{label}, temperature {temperature:g}" if len(found) > 1 else label]
+            for k in config.k:
+                row += [with_interval(by_k[k]["top1"], num_test), percent(by_k[k]["top5"])]
+            rows.append(row)
+    return header, rows
 
 
 class KnnMonitorConfig(MonitorConfig):

@@ -19,6 +19,7 @@ from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.shared import shared_images
 from ssl_pipeline.distributed import rank
+from ssl_pipeline.randomness import SPLIT, permutation
 
 NAMED_CLASSES = 5  # that a warning lists
 LABELS_COME_FROM = (
@@ -46,9 +47,10 @@ class LabelledImages:
     warnings: tuple[str, ...]
 
 
-def open_labelled(train: str, test: str, *, task: str) -> LabelledImages:
+def open_labelled(train: str, test: str, *, task: str, shared: bool = True) -> LabelledImages:
     """Both sets, after checking that `task` can be measured on them: labels for all, two classes or more.
 
+    `shared`: whether images that both have are looked for.
     Says on stderr, once, what makes it doubtful. Raises ConfigError for what makes it impossible.
     """
     indices = open_shards(train), open_shards(test)
@@ -62,14 +64,31 @@ def open_labelled(train: str, test: str, *, task: str) -> LabelledImages:
             f"{task} needs two classes or more in the training set. Got one: all images of {train} are of class "
             f"{_class_name(present_C[0], names)}."
         )
-    found = unseen_classes(present_C, test_numbers_N, names, train=train, test=test) + shared_warnings(
-        indices[0], indices[1], train=train, test=test
-    )
+    found = unseen_classes(present_C, test_numbers_N, names, train=train, test=test)
+    if shared:
+        found += shared_warnings(indices[0], indices[1], train=train, test=test)
     say(found)
     train_labels, test_labels = (
         torch.from_numpy(np.searchsorted(used_C, numbers)) for numbers in (train_numbers_M, test_numbers_N)
     )
     return LabelledImages(indices[0], indices[1], train_labels, test_labels, len(used_C), found)
+
+
+def some_of_each_class(images: LabelledImages, count: int, *, seed: int) -> Numbers:
+    """`count` training images of each class, as if drawn from a hat; of fewer from the same hat, the first ones.
+
+    Raises ConfigError if a class has fewer.
+    """
+    chosen = []
+    for label in images.train_labels.unique().tolist():
+        of_class = np.flatnonzero(images.train_labels.numpy() == label)
+        if len(of_class) < count:
+            raise ConfigError(
+                f"per_class={count} is more than {images.train.source} has of one of its classes: {len(of_class)}. "
+                "Take at most that many."
+            )
+        chosen.append(of_class[permutation(len(of_class), seed, SPLIT, label)[:count]])
+    return np.sort(np.concatenate(chosen))
 
 
 def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:

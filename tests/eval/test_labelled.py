@@ -14,6 +14,7 @@ from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.eval import knn, linear
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled
 from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
+from ssl_pipeline.eval.votes import voted_hits
 
 WriteShards = Callable[..., Path]
 IDENTIFIERS = [3_000_000_000, 7, 9_000_000_000_000]
@@ -95,7 +96,7 @@ def test_one_class_is_nothing_to_measure(
 
 def test_classes_without_a_vote_are_not_among_the_five_best() -> None:
     scores_NC = torch.tensor([[0.0, 3.0, 0.0, 1.0], [0.0, 3.0, 0.0, 1.0], [0.0, 3.0, 0.0, 1.0]])
-    assert knn.voted_hits(scores_NC, torch.tensor([1, 3, 0])).tolist() == [[True, False, False], [True, True, False]]
+    assert voted_hits(scores_NC, torch.tensor([1, 3, 0])).tolist() == [[True, False, False], [True, True, False]]
 
 
 def classifier_monitor(val: Path, labelled: Path) -> ClassifierMonitor:
