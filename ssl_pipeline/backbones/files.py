@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
+from ssl_pipeline.backbones.preprocessing import Preprocessing
 from ssl_pipeline.backbones.weights import first_line, load_weights
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import JSON, write_json, write_tensors
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel."""
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:
@@ -50,4 +41,5 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
         raise ConfigError(f"{path} is no description of a backbone ({first_line(error)}).") from error
     backbone = create_backbone(config)
     load_weights(backbone.model, directory / "backbone.safetensors")
+    backbone.preprocessing = preprocessing
     return backbone, preprocessing

@@ -13,9 +13,8 @@ import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
+from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_run
 from ssl_pipeline.config import Config, validate
-from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
 from ssl_pipeline.files import JSON, sha256_of
 
 RAW_PIXELS = "raw_pixels"
@@ -117,15 +116,12 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
     """What the run exported; or from its checkpoints, if that is asked for or the run has not ended."""
-    file = run / "backbone.safetensors"
-    if config.which is None and config.checkpoint is None and file.is_file():
-        backbone, preprocessing = load_backbone(run)
-        label, sha256 = "pretrained", sha256_of(file)
-        weights = "the run's evaluated backbone (backbone.safetensors)"
+    found = load_run(run, which=config.which, step=config.checkpoint)
+    backbone, preprocessing = found.backbone, found.preprocessing
+    if found.step is None:
+        label, weights = "pretrained", f"the run's evaluated backbone ({found.path.name})"
     else:
-        found = load_from_checkpoint(run, which=config.which, step=config.checkpoint)
-        backbone, preprocessing = found.backbone, found.preprocessing
-        label, sha256 = f"{found.name}, step {found.step}", found.sha256
+        label = f"{found.name}, step {found.step}"
         weights = f"{found.name} of {found.path.relative_to(run)}"
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
@@ -134,7 +130,7 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         "method": _method_of(run),
         "backbone": backbone.config.model_dump(mode="json"),
         "weights": weights,
-        "weights_sha256": sha256,
+        "weights_sha256": found.sha256,
     }
     return EvaluatedModel(label, backbone, preprocessing, about, backbone.config)
 
