@@ -191,6 +191,7 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
+        f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"

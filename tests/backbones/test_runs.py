@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ssl_pipeline
-from ssl_pipeline.backbones import BackboneConfig, load_from_checkpoint, save_backbone
+from ssl_pipeline.backbones import BackboneConfig, create_backbone, load_from_checkpoint, save_backbone
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval import knn
@@ -98,6 +98,22 @@ def test_the_package_loads_an_unfinished_run_ready_for_use(dino, shards):
         assert not any(part.training for part in backbone.modules())
         assert backbone.preprocessing == dino.preprocessing
         torch.testing.assert_close(backbone.state_dict(), found.state_dict(), rtol=0, atol=0)
+
+
+def test_an_unfinished_run_and_one_of_its_checkpoints_are_weights_to_start_from(dino):
+    path = dino.output.path
+    for weights, which, step in (
+        (path, None, 3),
+        (path, "student", 3),
+        (path / "checkpoints" / "step-00000002", "student", 2),
+    ):
+        backbone = create_backbone(VIT.model_copy(update={"weights": str(weights), "weights_from": which}))
+        expected = load_from_checkpoint(path, which=which, step=step).backbone
+        torch.testing.assert_close(backbone.state_dict(), expected.state_dict(), rtol=0, atol=0)
+        count = len(backbone.model.state_dict())
+        assert backbone.origin.text == f"{which or 'teacher'} of step {step} of {path}, took {count} of {count} tensors"
+    with pytest.raises(ConfigError, match=r"has no backbone which=target\. .*It has teacher, student\."):
+        create_backbone(VIT.model_copy(update={"weights": str(path), "weights_from": "target"}))
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(dino):
