@@ -16,6 +16,8 @@ from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.state import SavedBackbone
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+FILES = ("backbone.safetensors", "model.safetensors", "pytorch_model.bin")
+"""What is read of a directory: a run's export, or a model of Hugging Face."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,17 @@ def load_source(model: nn.Module, weights: str, *, network: str | None) -> Origi
     and if there is no such file, run or backbone.
     """
     path = Path(weights).expanduser()
-    if (path.is_dir() and not (path / "backbone.safetensors").is_file()) or (path.is_dir() and network is not None):
+    file = next((path / name for name in FILES if (path / name).is_file()), None) if path.is_dir() else path
+    if file is None or (file.name == FILES[0] and path.is_dir() and network is not None):
         checkpoint, name, saved = find_in_run(path, which=network)
         tensors = tensors_of(checkpoint, saved.prefix + "model.")
         taken = load_weights(model, tensors, source=str(checkpoint.path))
         where = f"{name} of step {checkpoint.state.step} of {checkpoint.path.parent.parent}"
         return Origin(f"{where}, {taken}", checkpoint.sha256["method"])
-    if path.is_dir():
-        path = path / "backbone.safetensors"
     if network not in (None, "teacher", "student"):
         raise ConfigError(f"backbone.weights_from must be teacher or student for a file. Got '{network}'.")
-    taken = load_weights(model, read_tensors(path), source=str(path), network=network)
-    return Origin(f"{path}, {taken}", sha256_of(path))
+    taken = load_weights(model, read_tensors(file), source=str(file), network=network)
+    return Origin(f"{file}, {taken}", sha256_of(file))
 
 
 def find_in_run(

@@ -172,6 +172,15 @@ def test_a_finished_run_is_a_source_of_weights(tmp_path):
     assert larger.model.pos_embed.shape == (1, 37, 48)
 
 
+def test_a_directory_of_hugging_face_is_a_source_of_weights(tmp_path):
+    network = random_network(NAME, **VIT)
+    tensors = official.hugging_face_vit(network.state_dict())
+    safetensors.torch.save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors"
+    )
+    torch.testing.assert_close(start_from(str(tmp_path))(images()), network(images()))
+
+
 def test_a_directory_without_weights_is_refused(tmp_path):
     assert "has no backbone.safetensors, which pretraining writes when it ends" in error_of(str(tmp_path))
 
