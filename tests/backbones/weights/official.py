@@ -253,6 +253,26 @@ def hugging_face_vit(state: State, *, prefix: str = "", layer_scale: str = "", k
     return below(prefix, found) | {"classifier.weight": torch.ones(10, 48)}
 
 
+def hugging_face_swin(state: State) -> State:
+    """transformers' SwinForImageClassification."""
+    names = {"q": "query", "k": "key", "v": "value"}
+    found = renamed(
+        split(official_swin(state), "{part}."),
+        *((rf"attn\.{part}\.", f"attention.self.{word}.") for part, word in names.items()),
+        (r"attn\.proj\.", "attention.output.dense."),
+        (r"attn\.", "attention.self."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"mlp\.fc1\.", "intermediate.dense."),
+        (r"mlp\.fc2\.", "output.dense."),
+        (r"^layers\.", "encoder.layers."),
+        (r"^norm\.", "layernorm."),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+        (r"^patch_embed\.norm\.", "embeddings.norm."),
+    )
+    return below("swin.", found) | {"classifier.weight": torch.ones(10, 192)}
+
+
 def beit(state: State) -> dict[str, object]:
     """run_beit_pretraining.py and run_class_finetuning.py: index tables are in the file."""
     indices = {

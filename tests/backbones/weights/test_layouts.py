@@ -40,6 +40,16 @@ LAYOUTS: dict[str, tuple[str, dict[str, object], Callable[..., object]]] = {
     "BYOL, byol-pytorch": (RESNET, RESNET_ARGUMENTS, official.byol_pytorch),
     "BYOL, PyTorch-BYOL": (RESNET, RESNET_ARGUMENTS, official.byol_sthalles),
     "BYOL, converted": (RESNET, RESNET_ARGUMENTS, lambda own, other: official.byol_converted(own)),
+    "the average of timm's training": (
+        RESNET,
+        RESNET_ARGUMENTS,
+        lambda own, other: {"state_dict": other, "state_dict_ema": own, "epoch": 3},
+    ),
+    "ResNet in a row, deep in a file": (
+        RESNET,
+        RESNET_ARGUMENTS,
+        lambda own, other: {"state_dict": below("model.trunk.", official.in_a_row(own))},
+    ),
     "compiled and in DDP": ("vit_tiny_patch16_224", VIT, lambda own, other: {"model": below("module._orig_mod.", own)}),
     "DINOv2": (DINOV2, VIT, lambda own, other: official.dinov2(own)),
     "DINOv2, registers": (DINOV2_REG, VIT, lambda own, other: official.dinov2(own, registers=4)),
@@ -77,6 +87,11 @@ LAYOUTS: dict[str, tuple[str, dict[str, object], Callable[..., object]]] = {
         DINOV3_GATED,
         VIT,
         lambda own, other: official.hugging_face_dinov3(own, gated=True),
+    ),
+    "Hugging Face, Swin": (
+        "swin_tiny_patch4_window7_224",
+        SWIN,
+        lambda own, other: official.hugging_face_swin(own),
     ),
     "Hugging Face, BEiT": (
         "beit_base_patch16_224",
