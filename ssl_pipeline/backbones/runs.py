@@ -42,6 +42,8 @@ def load_run(run: Path, *, which: str | None = None, step: int | None = None) ->
     """
     if not run.is_dir():
         raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+    if run.parent.name == "checkpoints" and (run / "manifest.json").is_file():
+        raise ConfigError(f"run={run} must be the directory of a run. It is a checkpoint of {run.parent.parent}.")
     file = run / "backbone.safetensors"
     if which is not None or step is not None or not file.is_file():
         return load_from_checkpoint(run, which=which, step=step)
