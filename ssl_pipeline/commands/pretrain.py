@@ -193,9 +193,21 @@ def _pretrain(config: PretrainConfig) -> int:
                 names = labelled_index.class_names if labelled_index is not None else None
                 save_classifier(output, method.classifier, names)
             save_backbone(output, method.backbone, preprocessing)
-            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
+            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS\n{in_python(output)}")
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
+
+
+def in_python(run: Path) -> str:
+    """How a program uses the backbone of a finished run, as README shows it."""
+    return (
+        "In Python:\n"
+        "    import ssl_pipeline\n"
+        "    from PIL import Image\n"
+        f"    backbone = ssl_pipeline.load({str(run)!r})\n"
+        "    image = backbone.transform()(Image.open('photo.jpg'))\n"
+        "    features = backbone(image[None])  # (1, backbone.embed_dim)"
+    )
 
 
 def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator) -> None:
@@ -208,6 +220,7 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
+        f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
