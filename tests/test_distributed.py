@@ -205,6 +205,7 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
         ("vicreg", "gather"),
         ("simclr", "own batch norm"),
         ("dino", "no DDP"),
+        ("ibot", "no DDP"),
         ("byol", "own batch norm"),
         ("mae", "no DDP"),
         ("swav", "own codes"),

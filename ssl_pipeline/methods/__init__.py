@@ -13,6 +13,7 @@ from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
 from ssl_pipeline.methods.fixmatch import FixMatch
+from ssl_pipeline.methods.ibot import IBOT
 from ssl_pipeline.methods.mae import MAE
 from ssl_pipeline.methods.moco import MoCo
 from ssl_pipeline.methods.moco_v3 import MoCoV3
@@ -27,6 +28,7 @@ METHODS: tuple[type[Method], ...] = (
     BYOL,
     DINO,
     FixMatch,
+    IBOT,
     MAE,
     MoCo,
     MoCoV3,
