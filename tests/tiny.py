@@ -28,6 +28,7 @@ CNN = BackboneConfig(name="resnet10t", arguments={"stem_type": ""}, small_images
 SMALL = {"_dim": 16, "num_prototypes": 12, "queue_size": 64, "_depth": 1, "_heads": 2, "num_classes": 3}
 OWN: dict[str, dict[str, object]] = {
     "dino": {"freeze_prototypes_for": 1},
+    "dinov2": {"freeze_prototypes_for": 1, "patch_head": "separate", "num_patch_prototypes": 10, "koleo_weight": 2.0},
     "fixmatch": {"threshold": 0.4},
     "ibot": {"freeze_prototypes_for": 1, "patch_head": "own_prototypes", "num_patch_prototypes": 10},
     "moco": {"symmetric": True},

@@ -12,6 +12,7 @@ from ssl_pipeline.methods.barlow_twins import BarlowTwins
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
+from ssl_pipeline.methods.dinov2 import DINOv2
 from ssl_pipeline.methods.fixmatch import FixMatch
 from ssl_pipeline.methods.ibot import IBOT
 from ssl_pipeline.methods.mae import MAE
@@ -27,6 +28,7 @@ METHODS: tuple[type[Method], ...] = (
     BarlowTwins,
     BYOL,
     DINO,
+    DINOv2,
     FixMatch,
     IBOT,
     MAE,
