@@ -186,7 +186,7 @@ def facts(global_batch, micro_batch=None):
     [
         (
             {},
-            r"^KoLeo looks .* needs 2 images at once at least\. Got 1; raise data\.batch_size, or set method\.koleo_w",
+            r"^KoLeo looks .* needs 2 images at once at least\. Got 1; raise data\.batch_size, or set method",
         ),
         ({"koleo_per_process": True}, r"^KoLeo .* at least in each process\. Got 1"),
         (
