@@ -29,14 +29,20 @@ SMALL = {"_dim": 16, "num_prototypes": 12, "queue_size": 64, "_depth": 1, "_head
 OWN: dict[str, dict[str, object]] = {
     "dino": {"freeze_prototypes_for": 1},
     "dinov2": {"freeze_prototypes_for": 1, "patch_head": "separate", "num_patch_prototypes": 10, "koleo_weight": 2.0},
+    "dinov3": {
+        "freeze_prototypes_for": 1,
+        "num_patch_prototypes": 10,
+        "teacher_temperature": {"value": 0.01},  # prototypes begin small: codes that differ
+        "gram": {"first": 1, "every": 2},
+    },
     "fixmatch": {"threshold": 0.4},
     "ibot": {"freeze_prototypes_for": 1, "patch_head": "own_prototypes", "num_patch_prototypes": 10},
     "moco": {"symmetric": True},
     "swav": {"queue_size": 16, "queue_starts": 0, "freeze_prototypes_for": 1},  # full after two steps
 }
 """What a method's tests need beside that."""
-COUNTS = {"global": 2, "local": 3}
-SIZES = {"local": 8}
+COUNTS = {"global": 2, "gram": 2, "local": 3}
+SIZES = {"gram": 24, "local": 8}
 
 CONFIGS: dict[str, type[Config]] = {
     get_args(method.config_class.model_fields["name"].annotation)[0]: method.config_class for method in METHODS

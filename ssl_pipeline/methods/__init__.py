@@ -13,6 +13,7 @@ from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
 from ssl_pipeline.methods.dinov2 import DINOv2
+from ssl_pipeline.methods.dinov3 import DINOv3
 from ssl_pipeline.methods.fixmatch import FixMatch
 from ssl_pipeline.methods.ibot import IBOT
 from ssl_pipeline.methods.mae import MAE
@@ -29,6 +30,7 @@ METHODS: tuple[type[Method], ...] = (
     BYOL,
     DINO,
     DINOv2,
+    DINOv3,
     FixMatch,
     IBOT,
     MAE,

@@ -134,12 +134,11 @@ class DINOv2(Method):
         return {"teacher": self.teacher.network.backbone, "student": self.student.backbone}
 
     def prepare(self, facts: RunFacts) -> None:
-        config = self.config
         check_batch(
             facts,
-            koleo="method.koleo_weight=0" if config.koleo_weight else None,
-            per_process=config.koleo_per_process,
-            sinkhorn="method.centring=centring" if config.centring == "sinkhorn_knopp" else None,
+            num_neighbours=1 if self.config.koleo_weight else 0,
+            per_process=self.config.koleo_per_process,
+            sinkhorn=self.config.centring == "sinkhorn_knopp",
         )
 
     def _centres(self) -> tuple[Centre | None, Centre | None]:

@@ -109,26 +109,29 @@ def compare(
     return Compared(class_loss, patch_loss, metrics, carry, predicted, seen)
 
 
-def koleo_of_large_crops(found: Compared, batch: Batch, *, per_process: bool) -> Tensor:
+def koleo_of_large_crops(found: Compared, batch: Batch, *, num_neighbours: int = 1, per_process: bool) -> Tensor:
     """KoLeo of the student's class tokens before the head, each large crop on its own, summed."""
     num_crops, num_images = batch.views["global"].shape[:2]
     crops_TBD = found.student.classes[: num_crops * num_images].unflatten(0, (num_crops, num_images))
-    return torch.stack([koleo_loss(crop_BD, per_process=per_process) for crop_BD in crops_TBD]).sum()
+    of_crops = [koleo_loss(crop, num_neighbours=num_neighbours, per_process=per_process) for crop in crops_TBD]
+    return torch.stack(of_crops).sum()
 
 
-def check_batch(facts: RunFacts, *, koleo: str | None, per_process: bool, sinkhorn: str | None) -> None:
-    """Raises ConfigError if there are too few images at once; `koleo` and `sinkhorn` say how to do without, if used."""
+def check_batch(facts: RunFacts, *, num_neighbours: int, per_process: bool, sinkhorn: bool) -> None:
+    """Raises ConfigError if there are too few images at once for KoLeo's neighbours (0: no KoLeo), or for Sinkhorn."""
     at_once = facts.micro_batch or facts.global_batch
     searched = at_once // world_size() if per_process else at_once
-    if koleo is not None and searched < 2:
+    if searched <= num_neighbours:
+        where = " in each process" if per_process else ""
+        which = "nearest other image" if num_neighbours == 1 else f"{num_neighbours} nearest other images"
         raise ConfigError(
-            "KoLeo looks for the nearest other image, and so needs 2 images at once at least"
-            f"{' in each process' if per_process else ''}. Got {searched}; raise data.batch_size, or set {koleo}."
+            f"KoLeo looks for the {which}, and so needs {num_neighbours + 1} at once at "
+            f"least{where}. Got {searched}; raise data.batch_size, or set method.koleo_weight=0."
         )
-    if sinkhorn is not None and at_once < 2:
+    if sinkhorn and at_once < 2:
         raise ConfigError(
             "Sinkhorn-Knopp shares the images of a batch out over the prototypes, and so needs 2 images at once at "
-            f"least. Got {at_once}; raise data.batch_size{f', or set {sinkhorn}' if sinkhorn else ''}."
+            f"least. Got {at_once}; raise data.batch_size."
         )
 
 
