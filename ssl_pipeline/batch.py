@@ -91,6 +91,8 @@ class Views:
     """Whether evaluators show the backbone images of this group's size; without any, that of the first group."""
     mask: MaskRule | None = None
     """How its views are masked; None: not at all."""
+    crops_of: str | None = None
+    """The group whose crops they must be, at a size of their own; None: a recipe may say so or not."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class DINOv3(Method):
             min_block=config.mask_min_block,
             max_block=config.mask_max_block,
         )
-        gram = (Views("gram"),) if config.gram is not None else ()
+        gram = (Views("gram", crops_of="global"),) if config.gram is not None else ()
         self.needs = (Views("global", mask=mask), Views("local", optional=True), *gram)
 
     def backbones(self) -> dict[str, Backbone]:

@@ -54,6 +54,11 @@ def _check_group(name: str, needed: Views, augment: Augment) -> None:
         )
     if needed.count is not None and group.count != needed.count:
         raise ConfigError(f"augment.{needed.name}.count must be {needed.count} for {name}. Got {group.count}.")
+    if needed.crops_of is not None and group.crops_of != needed.crops_of:
+        got = "none" if group.crops_of is None else f"'{group.crops_of}'"
+        raise ConfigError(
+            f"augment.{needed.name}.crops_of must be {needed.crops_of} for {name}, which compares the two. Got {got}."
+        )
 
 
 def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:

@@ -75,8 +75,11 @@ def test_local_crops_for_a_method_without_them(tmp_path):
 def check(name, sizes, backbone=VIT):
     """What is checked of a recipe with views of these sizes."""
     method = make_method(name, backbone=backbone)
-    counts = {views.name: view_shape(views)[0] for views in method.needs}
-    views = {group: ViewGroup(count=counts[group], size=size) for group, size in sizes.items()}
+    needed = {views.name: views for views in method.needs}
+    views = {
+        group: ViewGroup(count=view_shape(needed[group])[0], size=size, crops_of=needed[group].crops_of)
+        for group, size in sizes.items()
+    }
     labelled = LabelledConfig(shards="") if any(views.labelled for views in method.needs) else None
     check_recipe(method, create_backbone(backbone), views, DataConfig(shards="", batch_size=8, labelled=labelled))
     facts = RunFacts(100, 3, 8, {group: (size,) for group, size in sizes.items()}, (0.5,) * 3, (0.5,) * 3)
@@ -101,6 +104,15 @@ def check(name, sizes, backbone=VIT):
 def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         check(name, sizes)
+
+
+def test_a_gram_teacher_that_sees_other_crops_is_refused():
+    method = make_method("dinov3")
+    views = {name: ViewGroup(count=2, size=16) for name in ("global", "gram")}
+    with pytest.raises(ConfigError, match=r"^augment\.gram\.crops_of must be global for DINOv3, .* Got none\.$"):
+        check_recipe(method, method.backbone, views, DataConfig(shards="", batch_size=8))
+    with pytest.raises(ConfigError, match=r"^DINOv3 needs the view group augment\.gram\. The recipe has global\.$"):
+        check_recipe(method, method.backbone, {"global": views["global"]}, DataConfig(shards="", batch_size=8))
 
 
 @pytest.mark.parametrize("backbone", [VIT, CNN])
