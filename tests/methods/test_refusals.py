@@ -18,6 +18,7 @@ WIDTHS = {
     "cifar10_byol_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
     "cifar10_moco_resnet18": ["projector_hidden_dim", "projector_dim"],
     "cifar10_simsiam_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
+    "cifar10_dinov2_vit_tiny": ["head_hidden_dim", "head_bottleneck_dim", "num_prototypes"],
     "mae_vitb16": ["decoder_dim"],
 }
 
@@ -50,6 +51,28 @@ def test_a_queue_that_the_global_batch_does_not_divide(tmp_path):
 def test_batch_norm_over_a_single_image(tmp_path, recipe):
     sentence = refusal(tmp_path, recipe, "train.accumulate=4", batch_size=1)
     assert "with resnet18 has batch norm, which needs more than one image. Got data.batch_size=1" in sentence
+
+
+def test_neighbours_of_one_image_at_a_time(tmp_path):
+    sentence = refusal(tmp_path, "cifar10_dinov2_vit_tiny", "train.accumulate=4", batch_size=1)
+    assert sentence == (
+        "KoLeo looks for the nearest other image, and so needs 2 at once at least. Got 1; raise data.batch_size, or "
+        "set method.koleo_weight=0."
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        (30, "augment.global.size must be a multiple of the backbone's patch size 4. Got 30; try 32."),
+        (
+            8,
+            "augment.global.size=8 is too small for masks in blocks: blocks of 4 patches need a grid of more than 2 x 2",
+        ),
+    ],
+)
+def test_views_in_which_no_patch_can_be_masked(tmp_path, size, sentence):
+    assert sentence in refusal(tmp_path, "cifar10_dinov2_vit_tiny", f"augment.global.size={size}")
 
 
 def test_mae_on_a_cnn(tmp_path):
