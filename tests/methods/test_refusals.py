@@ -67,7 +67,7 @@ def test_neighbours_of_one_image_at_a_time(tmp_path):
         (30, "augment.global.size must be a multiple of the backbone's patch size 4. Got 30; try 32."),
         (
             8,
-            "augment.global.size=8 is too small for masks in blocks: blocks of 4 patches need a grid of more than 2 x 2",
+            "augment.global.size=8 is too small for masks in blocks: blocks of 4 patches need a grid of more than 2 x",
         ),
     ],
 )
