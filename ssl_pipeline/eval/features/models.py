@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
-from ssl_pipeline.config import Config, validate
+from ssl_pipeline.config import Config, ConfigError, validate
 from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
 from ssl_pipeline.files import JSON, sha256_of
 
@@ -42,7 +42,7 @@ class ModelConfig(Config):
     weights: str | None = None
     """With `backbone`: a weights file or a timm pretrained tag; without it the model is at random initialisation."""
     size: Annotated[int, Field(gt=0)] | None = None
-    """Side of the images in pixels; by default the run's evaluation size, or 224."""
+    """Side of the images in pixels; by default the run's evaluation size, or `arguments.img_size`, or 224."""
     mean: tuple[float, float, float] | None = None
     """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
     std: tuple[float, float, float] | None = None
@@ -107,7 +107,15 @@ def _preprocessing(config: ModelConfig) -> Preprocessing:
     if config.weights is not None and not Path(config.weights).is_file():
         published = timm.get_pretrained_cfg(f"{str(config.backbone).split('.')[0]}.{config.weights}")
     mean, std = (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
-    return Preprocessing(config.size or 224, config.mean or _three(mean), config.std or _three(std))
+    return Preprocessing(_size(config), config.mean or _three(mean), config.std or _three(std))
+
+
+def _size(config: ModelConfig) -> int:
+    """The side of the images: what is asked for, else what the network is built for, else 224 pixels."""
+    built_for = config.arguments.get("img_size", 224)
+    if not isinstance(built_for, int) or built_for < 1:
+        raise ConfigError(f"arguments.img_size must be a whole number of pixels. Got {built_for!r}.")
+    return config.size or built_for
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
