@@ -91,6 +91,8 @@ class Views:
     """Whether evaluators show the backbone images of this group's size; without any, that of the first group."""
     mask: MaskRule | None = None
     """How its views are masked; None: not at all."""
+    crops_of: str | None = None
+    """The group whose crops they must be, at a size of their own; None: a recipe may say so or not."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class RunFacts:
         None without labelled images.
     global_batch: images per optimizer step, over all processes and micro-batches.
     view_sizes: the sides in pixels of each group of views, one or several. mean, std: of the normalisation.
+    micro_batch: images that go through the network at once, over all processes; None: as many as `global_batch`.
     """
 
     num_images: int
@@ -111,6 +114,7 @@ class RunFacts:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     class_names: tuple[str, ...] | None = None
+    micro_batch: int | None = None
 
     def classes(self, wanted: int | None) -> int:
         """The number of classes: `wanted`, or the labelled images' if it is None; ConfigError if the two disagree."""
@@ -134,6 +138,7 @@ class Batch:
     sample_ids: (B,) int64, the number of each image in the data set.
     masks: group name -> (V, B, L) bool, True = masked, for groups that have a MaskRule.
     labelled: a second batch, of labelled images, for semi-supervised methods.
+    masked: group name -> (M,) int64, where its flattened masks are True, in order; found while they are on the host.
     """
 
     views: dict[str, Tensor]
@@ -141,6 +146,14 @@ class Batch:
     sample_ids: Tensor
     masks: dict[str, Tensor] = field(default_factory=dict)
     labelled: Batch | None = None
+    masked: dict[str, Tensor] = field(default_factory=dict)
+
+    def masked_patches(self, name: str) -> Tensor:
+        """(M,) int64, where the flattened masks (V * B * L,) of a group are True, in order.
+
+        A batch of the data path has them; for one made by hand they are looked for, and the host waits for the device.
+        """
+        return self.masked[name] if name in self.masked else self.masks[name].flatten().nonzero().flatten()
 
     def one(self, name: str) -> Tensor:
         """The single view (B, C, H, W) of a group."""

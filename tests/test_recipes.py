@@ -194,6 +194,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     size = 16 if plain.backbone.small_images else 32
     vit = plain.backbone.name.startswith("vit")
     sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
+    sizes += [f"augment.{group}.size_weights=[]" for group, views in plain.augment.items() if views.size_weights]
     backbone = [f"backbone.arguments={TINY_VIT}"] if vit else TINY_RESNET
     backbone = [*backbone, "backbone.weights=null", "backbone.frozen_batch_norm=false"]
     widths = [

@@ -26,15 +26,23 @@ VIT = BackboneConfig(
 CNN = BackboneConfig(name="resnet10t", arguments={"stem_type": ""}, small_images=True)
 # by the end of a setting's name: a size that takes a CPU a moment
 SMALL = {"_dim": 16, "num_prototypes": 12, "queue_size": 64, "_depth": 1, "_heads": 2, "num_classes": 3}
-OWN = {
+OWN: dict[str, dict[str, object]] = {
     "dino": {"freeze_prototypes_for": 1},
+    "dinov2": {"freeze_prototypes_for": 1, "patch_head": "separate", "num_patch_prototypes": 10, "koleo_weight": 2.0},
+    "dinov3": {
+        "freeze_prototypes_for": 1,
+        "num_patch_prototypes": 10,
+        "teacher_temperature": {"value": 0.01},  # prototypes begin small: codes that differ
+        "gram": {"first": 1, "every": 2},
+    },
     "fixmatch": {"threshold": 0.4},
+    "ibot": {"freeze_prototypes_for": 1, "patch_head": "own_prototypes", "num_patch_prototypes": 10},
     "moco": {"symmetric": True},
     "swav": {"queue_size": 16, "queue_starts": 0, "freeze_prototypes_for": 1},  # full after two steps
 }
 """What a method's tests need beside that."""
-COUNTS = {"global": 2, "local": 3}
-SIZES = {"local": 8}
+COUNTS = {"global": 2, "gram": 2, "local": 3}
+SIZES = {"gram": 24, "local": 8}
 
 CONFIGS: dict[str, type[Config]] = {
     get_args(method.config_class.model_fields["name"].annotation)[0]: method.config_class for method in METHODS
@@ -66,6 +74,11 @@ def view_shape(views: Views) -> tuple[int, int]:
     return views.count or COUNTS.get(views.name, 1), SIZES.get(views.name, 16)
 
 
+def takes_cnn(name: str) -> bool:
+    """Whether the method `name` works without patches."""
+    return all(views.mask is None for views in needs(name))
+
+
 def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
     """Random views and masks for the method `name`; those of its labelled groups in a batch of their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,10 +98,15 @@ def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dt
 def make_masks(
     rule: MaskRule, num_views: int, num_images: int, size: int, *, generator: torch.Generator
 ) -> torch.Tensor:
-    """(V, B, L) masks with as many patches as `ratio` says, at random places."""
+    """(V, B, L) masks at random places: as many patches as `ratio` says, or of every other view a share in between."""
     num_patches = (size // rule.patch_size) ** 2
     order = torch.rand(num_views, num_images, num_patches, generator=generator).argsort(dim=-1)
-    return order >= rule.num_kept(num_patches)
+    if not isinstance(rule.ratio, tuple):
+        return order >= rule.num_kept(num_patches)
+    low, high = rule.ratio
+    ratios = low + (high - low) * torch.rand(num_views, num_images, 1, generator=generator)
+    ratios[:, ::2] = 0.0
+    return order < (num_patches * ratios).ceil()
 
 
 def share_of(batch: Batch, rank: int, world_size: int) -> Batch:

@@ -184,10 +184,13 @@ NEEDS_ALL_PATCHES = (
 )
 
 
-def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = False) -> TokenBackbone:
+def require_tokens(
+    backbone: Backbone, method: str, *, some_patches: bool = False, no_pooling: bool = False
+) -> TokenBackbone:
     """`backbone`, if it has the tokens that `method` works on.
 
-    some_patches: whether it must take some of an image's patches alone. Raises ConfigError that says which networks do.
+    some_patches: whether it must take some of an image's patches alone. no_pooling: whether all that it trains must
+    come before the pooling of its tokens. Raises ConfigError that says which networks do.
     """
     if not isinstance(backbone, TokenBackbone):
         raise ConfigError(
@@ -196,7 +199,17 @@ def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = Fals
         )
     if some_patches and not backbone.takes_some_patches:
         raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
+    after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
+    if no_pooling and after_pooling:
+        raise ConfigError(
+            f"{method} trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
+            f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
+        )
     return backbone
+
+
+def _has_weights(part: nn.Module | None) -> bool:
+    return part is not None and any(True for _ in part.parameters())
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,10 @@ from ssl_pipeline.methods.barlow_twins import BarlowTwins
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
+from ssl_pipeline.methods.dinov2 import DINOv2
+from ssl_pipeline.methods.dinov3 import DINOv3
 from ssl_pipeline.methods.fixmatch import FixMatch
+from ssl_pipeline.methods.ibot import IBOT
 from ssl_pipeline.methods.mae import MAE
 from ssl_pipeline.methods.moco import MoCo
 from ssl_pipeline.methods.moco_v3 import MoCoV3
@@ -26,7 +29,10 @@ METHODS: tuple[type[Method], ...] = (
     BarlowTwins,
     BYOL,
     DINO,
+    DINOv2,
+    DINOv3,
     FixMatch,
+    IBOT,
     MAE,
     MoCo,
     MoCoV3,
