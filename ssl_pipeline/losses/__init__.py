@@ -7,7 +7,12 @@ from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nnclr_loss, 
 from ssl_pipeline.losses.distillation import byol_loss, self_distillation, simsiam_loss
 from ssl_pipeline.losses.masked_patches import masked_patch_loss, masked_patch_weights
 from ssl_pipeline.losses.precision import float32
-from ssl_pipeline.losses.prototype_targets import PrototypeTargets, centred_targets, sinkhorn_targets
+from ssl_pipeline.losses.prototype_targets import (
+    PrototypeTargets,
+    centred_targets,
+    prototypes_used,
+    sinkhorn_targets,
+)
 from ssl_pipeline.losses.prototypes import (
     crop_pairs,
     prototype_cross_entropy,
@@ -52,6 +57,7 @@ __all__ = [
     "nnclr_loss",
     "nt_xent",
     "prototype_cross_entropy",
+    "prototypes_used",
     "pseudo_label_loss",
     "relative_threshold",
     "removed_patches_loss",

@@ -16,6 +16,7 @@ from ssl_pipeline.losses.checks import check_positive
 from ssl_pipeline.losses.precision import matmul_dtype, sum_dtype
 
 # Axes: M target rows, D dimensions, K prototypes, k those of one slab; A equal parts of the rows, Q rows of a queue.
+ROWS_TO_COUNT = 64  # for a metric: a thousandth of a step's time
 SLAB = 8192  # 160 rows on one core: 2,048 to 16,384 prototypes are alike, 65,536 (all at once) take 1.5x the time
 
 
@@ -84,6 +85,23 @@ def sinkhorn_targets(
         with torch.autocast(rows_MD.device.type, enabled=False):
             shifts.append(balancing_shift(balanced.logits, slabs, num_iterations=num_iterations))
     return PrototypeTargets(rows_MD, prototypes_KD, torch.stack(shifts), epsilon)
+
+
+@torch.no_grad()
+def prototypes_used(targets: PrototypeTargets) -> Tensor:
+    """How many different prototypes are the likeliest ones of the first 64 target rows (of the first part), as a share.
+
+    1 if each row has a prototype of its own (or all prototypes are in use), near 0 if nearly all prototypes are dead.
+    """
+    num_rows = min(len(targets.rows) // len(targets.shifts), ROWS_TO_COUNT)
+    few = replace(targets, rows=targets.rows[:num_rows], shifts=targets.shifts[:1])
+    num_prototypes = len(targets.prototypes)
+    of_slabs = [few.logits(slab).max(dim=1) for slab in slabs_of(num_prototypes, SLAB)]
+    values_SM = torch.stack([best.values for best in of_slabs])
+    indices_SM = torch.stack([best.indices + SLAB * number for number, best in enumerate(of_slabs)])
+    likeliest_M = indices_SM.gather(0, values_SM.argmax(dim=0, keepdim=True))[0].sort().values
+    different = 1 + (likeliest_M[1:] != likeliest_M[:-1]).sum()
+    return different / min(num_rows, num_prototypes)
 
 
 def slabs_of(num_prototypes: int, width: int) -> list[slice]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.config import Config
-from ssl_pipeline.losses import centred_targets, crop_pairs, prototype_cross_entropy, total_logits
+from ssl_pipeline.losses import centred_targets, crop_pairs, prototype_cross_entropy, prototypes_used, total_logits
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead
@@ -97,7 +97,8 @@ class DINO(Method):
             temperature=self.config.student_temperature,
             mix_ST=mix_ST,
         )
-        metrics = {"target_entropy": target_entropy, "feature_std": feature_std(features)}
+        metrics = {"target_entropy": target_entropy, "prototypes_used": prototypes_used(targets)}
+        metrics["feature_std"] = feature_std(features)
         total_K = total_logits(teacher_MD, teacher_prototypes)
         return StepOutput(loss, metrics, {"total": total_K, "rows": total_K.new_full((), len(teacher_MD))})
 

@@ -14,7 +14,7 @@ from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config
 from ssl_pipeline.distributed import gather, rank, world_size
-from ssl_pipeline.losses import crop_pairs, prototype_cross_entropy, sinkhorn_targets
+from ssl_pipeline.losses import crop_pairs, prototype_cross_entropy, prototypes_used, sinkhorn_targets
 from ssl_pipeline.losses.precision import sum_dtype
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -106,7 +106,8 @@ class SwAV(Method):
                 temperature=self.config.temperature,
                 mix_ST=mix_ST,
             )
-        metrics = {"target_entropy": target_entropy, "feature_std": feature_std(features[:num_images])}
+        metrics = {"target_entropy": target_entropy, "prototypes_used": prototypes_used(targets)}
+        metrics["feature_std"] = feature_std(features[:num_images])
         return StepOutput(loss, metrics, {"embeddings": assigned_MD.unflatten(0, (NUM_ASSIGNED, -1))})
 
     def _share_of_queues(self) -> Tensor | None:

@@ -22,6 +22,7 @@ from ssl_pipeline.losses import (
     koleo_loss,
     masked_patch_weights,
     prototype_cross_entropy,
+    prototypes_used,
     sinkhorn_targets,
     total_logits,
 )
@@ -106,6 +107,7 @@ def compare(
     )
     metrics = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
     metrics |= {"target_entropy": class_entropy, "patch_target_entropy": patch_entropy}
+    metrics["prototypes_used"] = prototypes_used(targets[0])
     return Compared(class_loss, patch_loss, metrics, carry, predicted, seen)
 
 

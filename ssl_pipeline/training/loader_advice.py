@@ -11,9 +11,9 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.shards.remote import is_url
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.machine import cores_per_process, free_bytes
+from ssl_pipeline.run.doctor.optimization import WAITING
 
-TOO_MUCH = 0.10  # of the time spent waiting: the loader is the bottleneck
-ENOUGH = 0.05  # it no longer is; in between, the last message stands
+ENOUGH = 0.05  # of the time spent waiting: the loader no longer is the bottleneck; in between, the last message stands
 STEPS_TO_JUDGE = 10  # one slow batch is no bottleneck
 LARGE_IMAGE = 80_000  # bytes; ImageNet's have 110,000, packed ones 42,000
 SMALL = 0.25  # of the free memory: a set that can stay decoded on the device
@@ -42,7 +42,7 @@ class LoaderWatch:
             return None
         share, of_steps = self._waited / self._seconds, f"of the last {self._steps} steps' time"
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        if share > TOO_MUCH and not self._is_slow:
+        if share > WAITING and not self._is_slow:
             self._is_slow = True
             return (
                 f"The loader is the bottleneck: {share:.0%} {of_steps} was spent waiting for images. {self._advise()}"

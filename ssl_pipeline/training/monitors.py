@@ -10,12 +10,10 @@ from torch import nn
 
 from ssl_pipeline.config import failure_sentence, printable
 from ssl_pipeline.distributed import copy_from_first_rank, peer_failure
+from ssl_pipeline.run.doctor.learning import FALL_HELPS, fell_below
 from ssl_pipeline.run.interruption import WithKeepalive
 from ssl_pipeline.schedule import Duration, Progress
 from ssl_pipeline.training.run import Monitor, Run
-
-POINT = 1.0  # percent: so much below the start is said
-WHAT_HELPS = "Try a lower optim.lr, a backbone that stays frozen for longer, or other (weaker) augmentation."
 
 OnError = Literal["skip", "stop"]
 Figures = dict[str, float | int | str]
@@ -100,11 +98,11 @@ class Monitors:
                 if metric not in figures or metric not in self.start:
                     continue
                 start, now, told = self.start[metric], float(figures[metric]), self._told.pop(metric, None)
-                if start - now >= POINT - 1e-6:
+                if fell_below(start, now):
                     self._told[metric] = f"{now:.1f}"
                     if told != self._told[metric]:
                         self._say(
-                            f"{name} fell from {start:.1f} % at the start to {now:.1f} % at step {step}. {WHAT_HELPS}"
+                            f"{name} fell from {start:.1f} % at the start to {now:.1f} % at step {step}. {FALL_HELPS}"
                         )
                 elif told is not None:
                     self._say(f"{name} is {now:.1f} % at step {step}, no longer below the start ({start:.1f} %).")

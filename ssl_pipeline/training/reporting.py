@@ -10,7 +10,8 @@ import torch
 from ssl_pipeline.distributed import max_over_ranks, mean_over_ranks
 from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
-from ssl_pipeline.run.tracking import Tracker
+from ssl_pipeline.run.tracking import Row, Tracker
+from ssl_pipeline.training.checkups import Checkups
 from ssl_pipeline.training.loader_advice import LoaderWatch, loader_advice, supply_of
 from ssl_pipeline.training.monitors import Monitors
 from ssl_pipeline.training.run import Run
@@ -35,6 +36,7 @@ class Reporter:
         self._run, self._clock, self._tracker, self._times = run, run.clock, tracker, times
         self._keepalive = keepalive
         self._monitors = Monitors(run, say=tracker.message, keepalive=keepalive, start=start)
+        self._checkups = Checkups(run, tracker.message)
         device = run.accelerator.device
         self._loader = LoaderWatch(lambda: loader_advice(run.data, supply_of(run.index, device), device))
         self.start_interval()
@@ -57,7 +59,7 @@ class Reporter:
     def log_start(self) -> None:
         """Log a row of step 0 with what monitors find before the first step, if any is to look then."""
         if figures := self._monitors.measure_start():
-            self._tracker.log({"step": 0, "epoch": 0.0, "position": 0, **figures})
+            self._log({"step": 0, "epoch": 0.0, "position": 0, **figures}, 0)
 
     def begin(self, result: StepResult, position: int) -> LoggedRow | None:
         """Count a step that ends at `position`; its row without what monitors add to it, if it is due."""
@@ -77,10 +79,14 @@ class Reporter:
         """Let the monitors measure that are due, log the row, and move on."""
         if row is not None:
             began = time.perf_counter()
-            self._tracker.log({**row, **self._monitors.measure(position)})
+            self._log({**row, **self._monitors.measure(position)}, position)
             self._started += time.perf_counter() - began  # no time of training
         self._tracker.advance(self._clock.progress(position).step)
         self._keepalive()
+
+    def _log(self, row: Row, position: int) -> None:
+        self._tracker.log(row)
+        self._checkups.see(row, is_last=self._clock.is_last(position))
 
     def log_missing(self, row: LoggedRow | None, position: int) -> None:
         """Finish the row of the step that was saved last, if the run was ended before it was logged."""

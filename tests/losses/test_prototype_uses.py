@@ -16,6 +16,7 @@ from ssl_pipeline.losses import (
     prototype_cross_entropy,
     prototype_targets,
     prototypes,
+    prototypes_used,
     sinkhorn_knopp,
     sinkhorn_targets,
 )
@@ -260,3 +261,24 @@ def test_sinkhorn_targets_of_two_processes_are_those_of_one(counts):
 def without_gathering(counts):
     with mock.patch("ssl_pipeline.losses.assignment.gather", lambda local: local):
         return masked_patches_of_a_share(counts)
+
+
+def test_prototypes_used_counts_the_likeliest_of_each_row():
+    prototypes_KD = torch.eye(5, dtype=torch.float64)
+    centre_K = torch.zeros(5, dtype=torch.float64)
+    rows_MD = torch.stack([prototypes_KD[k] for k in (4, 0, 4, 3)])
+    targets = centred_targets(rows_MD, prototypes_KD, centre_K, temperature=TEACHER)
+    assert prototypes_used(targets).item() == 3 / 4
+    same = centred_targets(prototypes_KD[[2] * 10], prototypes_KD, centre_K, temperature=TEACHER)
+    assert prototypes_used(same).item() == pytest.approx(1 / 5), "of 5 prototypes at most 5 can be used"
+    centred = centred_targets(rows_MD, prototypes_KD, 2 * prototypes_KD[4], temperature=TEACHER)
+    assert prototypes_used(centred).item() == pytest.approx(2 / 4), (
+        "the centre takes the fifth away; a tie is the first"
+    )
+
+
+def test_prototypes_used_is_that_of_whole_logits():
+    rows_MD, prototypes_KD, _ = teacher_rows(12)
+    targets = sinkhorn_targets(rows_MD, prototypes_KD, epsilon=TEACHER, num_iterations=3, num_parts=2)
+    likeliest = targets.logits(slice(0, K))[:6].argmax(dim=1).tolist()
+    assert prototypes_used(targets).item() == pytest.approx(len(set(likeliest)) / 6)
