@@ -91,6 +91,9 @@ class Views:
     """Whether evaluators show the backbone images of this group's size; without any, that of the first group."""
     mask: MaskRule | None = None
     """How its views are masked; None: not at all."""
+    for_backbone: bool = True
+    """Whether the backbone is shown the views, so that they must have a size that it takes; False where another network
+    alone is (the tokenizer of BEiT)."""
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,16 @@ RESERVED_ARGUMENTS = {
     "drop_path_rate": "set backbone.drop_path",
     "dynamic_img_size": "it is always on where the model has it",
 }
+Argument = bool | int | float | str | list[bool | int | float | str]
+"""What a timm model may be told: a value, or a list of them (the depths of a Swin's stages)."""
 ARCHITECTURE = ("name", "arguments", "small_images")  # what shapes the tensors; the rest is how they begin and train
 
 
 class BackboneConfig(Config):
     name: str
     """Name of a timm model, for instance resnet18 or vit_small_patch16_224."""
-    arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further arguments of the timm model, for instance {img_size: 32, patch_size: 4}."""
+    arguments: dict[str, Argument] = Field(default_factory=dict)
+    """Further arguments of the timm model, for instance {img_size: 32, patch_size: 4}; lists too, depths=[2,2,6,2]."""
     drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Stochastic depth rate of the last block."""
     small_images: bool = False

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import ResNet, VisionTransformer
 from torch import nn
 
 import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to timm's registry)
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
+from ssl_pipeline.backbones.memory_format import choose_memory_format
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone
 from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import WEIGHT_SUFFIXES, first_line, load_weights
@@ -37,7 +37,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     if has_tokens(model):
         backbone: Backbone = TokenBackbone(model)
     else:
-        backbone = Backbone(model.to(memory_format=torch.channels_last))
+        backbone = Backbone(model, memory_format=choose_memory_format(model))
     backbone.config = config
     if weights_file:
         load_weights(backbone.model, Path(str(config.weights)))

@@ -17,16 +17,20 @@ from ssl_pipeline.config import ConfigError
 
 
 class Backbone(nn.Module):
-    """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim)."""
+    """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim).
+
+    memory_format: the layout of the model's weights, into which images are brought.
+    """
 
     config: BackboneConfig
     """What `create_backbone` made it from, and makes another one from."""
     forward_methods: ClassVar[tuple[str, ...]] = ()
     """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, memory_format: torch.memory_format = torch.channels_last) -> None:
         super().__init__()
         self.model = model
+        self.memory_format = memory_format
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
 
     @property
@@ -35,8 +39,7 @@ class Backbone(nn.Module):
         return getattr(self.model, "default_cfg", {}).get("architecture", type(self.model).__name__)
 
     def forward(self, images: Tensor) -> Tensor:
-        # the layout of `create_backbone`: convolutions take a third of the time on CPUs, and less on GPUs too
-        return self.model(images.contiguous(memory_format=torch.channels_last))
+        return self.model(images.contiguous(memory_format=self.memory_format))
 
 
 class TokenBackbone(Backbone):

@@ -13,7 +13,15 @@ import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
+from ssl_pipeline.backbones import (
+    Argument,
+    Backbone,
+    BackboneConfig,
+    Preprocessing,
+    check_image_sizes,
+    create_backbone,
+    load_backbone,
+)
 from ssl_pipeline.config import Config, validate
 from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
 from ssl_pipeline.files import JSON, sha256_of
@@ -35,7 +43,7 @@ class ModelConfig(Config):
     """With `run`: the step of one of its checkpoints, instead of the newest."""
     backbone: str | None = None
     """Instead of a run: a timm model by name, or `raw_pixels`."""
-    arguments: dict[str, bool | int | float | str] = Field(default={})
+    arguments: dict[str, Argument] = Field(default={})
     """With `backbone`: the model's arguments, `arguments.img_size=32`."""
     small_images: bool = False
     """With `backbone`: a CNN's 3x3 stem without max-pool."""
@@ -76,7 +84,15 @@ class EvaluatedModel:
 
 
 def open_model(config: ModelConfig) -> EvaluatedModel:
-    """The backbone that the config names, ready to be measured."""
+    """The backbone that the config names, ready to be measured; ConfigError if it does not take images of the size."""
+    model = _model(config)
+    if isinstance(model.backbone, Backbone):
+        arguments = "arguments" if config.run is None else None  # a run brings its own
+        check_image_sizes(model.backbone, {"size": (model.preprocessing.size,)}, arguments=arguments)
+    return model
+
+
+def _model(config: ModelConfig) -> EvaluatedModel:
     if config.run is not None:
         return _run_model(config, config.run)
     assert config.backbone is not None
@@ -86,7 +102,7 @@ def open_model(config: ModelConfig) -> EvaluatedModel:
         BackboneConfig,
         {
             "name": config.backbone,
-            "arguments": dict(config.arguments),
+            "arguments": config.model_dump(mode="json")["arguments"],
             "small_images": config.small_images,
             "weights": config.weights,
         },
