@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import timm
 from pydantic import Field, model_validator
+from timm.models import is_model_in_modules
 
 from ssl_pipeline.config import Config
 
@@ -41,6 +43,12 @@ class BackboneConfig(Config):
     checkpoint_activations: bool = False
     """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
+
+    @classmethod
+    def of_name(cls, name: str) -> tuple[str, ...]:
+        """All but `small_images` where the new network is a ResNet: that is about the images."""
+        keeps_stem = timm.is_model(name) and is_model_in_modules(name, ["resnet"])
+        return tuple(key for key in cls.model_fields if key != "small_images" or not keeps_stem)
 
     @model_validator(mode="after")
     def _arguments_are_the_models_own(self) -> BackboneConfig:

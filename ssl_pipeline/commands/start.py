@@ -24,7 +24,7 @@ To begin, with images that come along:
 
 With your own:
   {make} source=photos/ output=data/photos
-  {call} recipe=dino_vits16 data.shards=data/photos output=runs/photos knn=null
+  {call} recipe=dino_vits16 data.shards=data/photos output=runs/photos
 
 The same command resumes a run. --help lists all keys, with recipe=NAME those of its method; --print shows the settings.
 recipes: {recipes}"""

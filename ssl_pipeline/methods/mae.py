@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from pydantic import Field
@@ -93,9 +94,10 @@ def _with_trained_tokens(backbone: Backbone) -> TokenBackbone:
     with_tokens = require_tokens(backbone, "MAE", some_patches=True)
     after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
     if after_pooling:
+        wanted = backbone.config.arguments | {"global_pool": "avg", "fc_norm": False}
         raise ConfigError(
             f"MAE trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
-            f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
+            f"{' and '.join(after_pooling)} there; set backbone.arguments='{json.dumps(wanted)}'."
         )
     return with_tokens
 

@@ -54,15 +54,14 @@ def test_batch_norm_over_a_single_image(tmp_path, recipe):
 
 
 def test_mae_on_a_cnn(tmp_path):
-    settings = ["backbone.name=resnet18", "backbone.initial_weights=null", "backbone.fixed_positions=false"]
-    sentence = refusal(tmp_path, "mae_vitb16", *settings)
+    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18")
     assert sentence.startswith(
         "MAE needs a backbone with patch tokens (a ViT). 'resnet18' has none. Networks that have"
     )
 
 
 def test_mae_on_a_cnn_with_the_weights_that_its_recipe_begins_with(tmp_path):
-    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18")
+    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18", "backbone.initial_weights=mae")
     assert sentence == (
         "MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. 'resnet18' has none."
     )
