@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
@@ -16,11 +17,15 @@ from ssl_pipeline.files import JSON, write_json, write_tensors
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel."""
+    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel.
+
+    interpolation: how an evaluation resizes images; the evaluation chooses it, a finished run does not keep it.
+    """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:

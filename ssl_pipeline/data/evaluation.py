@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.workers.pool import read_batches
 from ssl_pipeline.data.workers.ring import Layout
 
+Interpolation = Literal["bicubic", "bilinear"]
 LARGEST_UNCUT_SIZE = 96  # small images fill their frame: nothing is cut from the shorter side
 CROP_RATIO = 256 / 224
 LONGEST_SIDE = 4  # times the shorter one; what lies beyond never reaches the central square
@@ -25,12 +27,13 @@ class EvaluationSet(Dataset[tuple[Tensor, Label, int]]):
     """Sample i as (image (3,S,S) uint8, label or -1, i).
 
     The shorter side is resized to size*256/224 pixels, as the evaluations of DINO and SimCLR do (to `size` itself up to
-    96 pixels), bicubic and antialiased; then the central square is cut out.
+    96 pixels), antialiased; then the central square is cut out.
     """
 
-    def __init__(self, index: ShardIndex, size: int) -> None:
+    def __init__(self, index: ShardIndex, size: int, interpolation: Interpolation = "bicubic") -> None:
         self.index = index
         self.size = size
+        self.interpolation: Interpolation = interpolation
 
     def __len__(self) -> int:
         return len(self.index)
@@ -41,7 +44,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Label, int]]):
             image_HWC = torch.from_numpy(decode_image(raw.image))
         except DecodeError as error:
             raise DataError(f"Cannot decode {raw.location}: {error}.") from None
-        return central_crop(image_HWC, self.size), -1 if raw.label is None else raw.label, sample
+        return central_crop(image_HWC, self.size, self.interpolation), -1 if raw.label is None else raw.label, sample
 
 
 class EvaluationReader:
@@ -83,7 +86,7 @@ def evaluation_batches(
     return ((batch["images"], batch["labels"].clone(), batch["ids"].clone()) for batch, _ in read)
 
 
-def central_crop(image_HWC: Tensor, size: int) -> Tensor:
+def central_crop(image_HWC: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
     """The evaluation view (3, size, size) of an 8-bit image (H, W, 3)."""
     longest = LONGEST_SIDE * min(image_HWC.shape[:2])
     for side in (0, 1):
@@ -97,7 +100,7 @@ def central_crop(image_HWC: Tensor, size: int) -> Tensor:
         scaled = (
             (shorter, int(shorter * width / height)) if height <= width else (int(shorter * height / width), shorter)
         )
-        image_1CHW = interpolate(image_1CHW, size=scaled, mode="bicubic", antialias=True)
+        image_1CHW = interpolate(image_1CHW, size=scaled, mode=interpolation, antialias=True)
     height, width = image_1CHW.shape[-2:]
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image_1CHW[0, :, top : top + size, left : left + size].contiguous()

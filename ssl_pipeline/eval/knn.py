@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.data.evaluation import Interpolation
 from ssl_pipeline.distributed import mean_over_ranks, rank, world_size
 from ssl_pipeline.eval.accuracy import top_k_accuracy, top_k_hits
 from ssl_pipeline.eval.features.extract import Precision, extract_features
@@ -166,6 +168,8 @@ class KnnMonitorConfig(Config):
     """Neighbours that vote."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """Votes weigh exp(similarity / temperature)."""
+    interpolation: Interpolation = "bicubic"
+    """How images are resized, antialiased in either way."""
 
 
 class KnnMonitor:
@@ -186,7 +190,7 @@ class KnnMonitor:
     ) -> None:
         self.every = config.every
         self.config = config
-        self.preprocessing = preprocessing
+        self.preprocessing = replace(preprocessing, interpolation=config.interpolation)
         self.batch_size, self.workers = batch_size, workers
         self.device = device
         self.precision: Precision = precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.data.evaluation import Interpolation
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.accuracy import top_k_accuracy
 from ssl_pipeline.eval.features.extract import Precision, extract_features
@@ -25,6 +27,8 @@ class ClassifierMonitorConfig(Config):
     """Shards of labelled validation images, with the classes that the method learns."""
     batch_size: Annotated[int, Field(gt=0)] = 256
     """Images per forward pass."""
+    interpolation: Interpolation = "bicubic"
+    """How images are resized, antialiased in either way."""
 
 
 class ClassifierMonitor:
@@ -43,7 +47,7 @@ class ClassifierMonitor:
     ) -> None:
         self.every = config.every
         self.config = config
-        self.preprocessing = preprocessing
+        self.preprocessing = replace(preprocessing, interpolation=config.interpolation)
         self.classifier = classifier
         self.workers = workers
         self.device = device

@@ -149,6 +149,7 @@ def measure_models(
     protocol: dict[str, JSON] = {
         "subject": model.about,
         "size": model.preprocessing.size,
+        "interpolation": model.preprocessing.interpolation,
         "mean": model.preprocessing.mean,
         "std": model.preprocessing.std,
         "precision": config.precision,

@@ -43,7 +43,7 @@ def extract_features(
     samples = range(len(index))[rank() * share : (rank() + 1) * share] or range(1)
     features, labels = torch.empty(0), torch.full((share,), -1)
     batches = evaluation_batches(
-        EvaluationSet(index, preprocessing.size),
+        EvaluationSet(index, preprocessing.size, preprocessing.interpolation),
         samples,
         batch_size=batch_size,
         workers=workers,

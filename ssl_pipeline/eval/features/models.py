@@ -23,6 +23,7 @@ from ssl_pipeline.backbones import (
     load_backbone,
 )
 from ssl_pipeline.config import Config, validate
+from ssl_pipeline.data.evaluation import Interpolation
 from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
 from ssl_pipeline.files import JSON, sha256_of
 
@@ -51,6 +52,8 @@ class ModelConfig(Config):
     """With `backbone`: a weights file or a timm pretrained tag; without it the model is at random initialisation."""
     size: Annotated[int, Field(gt=0)] | None = None
     """Side of the images in pixels; by default the run's evaluation size, or 224."""
+    interpolation: Interpolation = "bicubic"
+    """How images are resized, antialiased in either way; published figures of most ResNets are bilinear."""
     mean: tuple[float, float, float] | None = None
     """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
     std: tuple[float, float, float] | None = None
@@ -86,6 +89,8 @@ class EvaluatedModel:
 def open_model(config: ModelConfig) -> EvaluatedModel:
     """The backbone that the config names, ready to be measured; ConfigError if it does not take images of the size."""
     model = _model(config)
+    preprocessing = replace(model.preprocessing, interpolation=config.interpolation)
+    model = replace(model, preprocessing=preprocessing)
     if isinstance(model.backbone, Backbone):
         arguments = "arguments" if config.run is None else None  # a run brings its own
         check_image_sizes(model.backbone, {"size": (model.preprocessing.size,)}, arguments=arguments)
@@ -165,7 +170,9 @@ def _method_of(run: Path) -> str | None:
 
 def baselines_of(model: EvaluatedModel) -> dict[str, EvaluatedModel]:
     """The yardsticks: the pixels themselves, and the same architecture at random initialisation."""
-    baselines = {RAW_PIXELS: raw_pixels(model.preprocessing.size)}
+    pixels = raw_pixels(model.preprocessing.size)
+    resized = replace(pixels.preprocessing, interpolation=model.preprocessing.interpolation)
+    baselines = {RAW_PIXELS: replace(pixels, preprocessing=resized)}
     if model.config is not None:
         baselines["random"] = random_initialisation(model.config, model.preprocessing)
     return baselines

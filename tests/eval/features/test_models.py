@@ -7,6 +7,8 @@ import torch
 
 from ssl_pipeline.backbones import load_backbone, save_backbone
 from ssl_pipeline.config import ConfigError, load
+from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model, raw_pixels
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 
@@ -22,6 +24,20 @@ def test_a_run_brings_its_weights_and_preprocessing(run: Path) -> None:
     backbone, preprocessing = load_backbone(run)
     assert model.preprocessing == preprocessing
     torch.testing.assert_close(model.backbone.state_dict(), backbone.state_dict())
+
+
+def test_the_interpolation_reaches_features_baselines_and_report(run: Path, train: str, test: str) -> None:
+    chosen = [f"run={run}", "interpolation=bilinear", "size=8"]
+    model = open_model(settings(*chosen))
+    everything = [model, *baselines_of(model).values()]
+    assert [each.preprocessing.interpolation for each in everything] == ["bilinear"] * 3
+    config = load(KnnConfig, [*chosen, f"train={train}", f"test={test}", "k=3", "workers=0"])
+    assert evaluate_knn(config)["protocol"]["interpolation"] == "bilinear"
+    features = [
+        extract_features(each.backbone, open_shards(train), each.preprocessing, batch_size=16, workers=0)[0]
+        for each in (model, open_model(settings(f"run={run}", "size=8")))
+    ]
+    assert not torch.equal(*features)
 
 
 def test_size_overrides_that_of_the_run(run: Path) -> None:
