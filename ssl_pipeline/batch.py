@@ -93,6 +93,9 @@ class Views:
     """How its views are masked; None: not at all."""
     crops_of: str | None = None
     """The group whose crops they must be, at a size of their own; None: a recipe may say so or not."""
+    for_backbone: bool = True
+    """Whether the backbone is shown the views, so that they must have a size that it takes; False where another network
+    alone is (the tokenizer of BEiT)."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 from timm.models import ResNet, VisionTransformer
 from torch import nn
 
 import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to timm's registry)
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
+from ssl_pipeline.backbones.memory_format import choose_memory_format
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
 from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source
@@ -41,7 +41,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     if has_tokens(model):
         backbone: Backbone = TokenBackbone(model)
     else:
-        backbone = Backbone(model.to(memory_format=torch.channels_last))
+        backbone = Backbone(model, memory_format=choose_memory_format(model))
     backbone.config = config
     if tag is not None:
         backbone.origin = Origin(f"timm's {config.name}.{tag}")

@@ -10,7 +10,7 @@ from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.preprocessing import Preprocessing
 from ssl_pipeline.backbones.weights import first_line, load_source
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.files import JSON, write_json, write_tensors
 
 
@@ -33,7 +33,7 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
     path = directory / "backbone.json"
     try:
         description = json.loads(path.read_bytes())
-        config = BackboneConfig(**without_tag({key: description[key] for key in ARCHITECTURE}))
+        config = validate(BackboneConfig, without_tag({key: description[key] for key in ARCHITECTURE}))
         preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Self
 
@@ -19,7 +20,10 @@ from ssl_pipeline.config import ConfigError
 
 
 class Backbone(nn.Module):
-    """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim)."""
+    """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim).
+
+    memory_format: the layout of the model's weights, into which images are brought.
+    """
 
     config: BackboneConfig
     """What `create_backbone` made it from, and makes another one from."""
@@ -30,9 +34,10 @@ class Backbone(nn.Module):
     forward_methods: ClassVar[tuple[str, ...]] = ()
     """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, memory_format: torch.memory_format = torch.channels_last) -> None:
         super().__init__()
         self.model = model
+        self.memory_format = memory_format
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
         self.keeps_statistics = False
         """Whether batch norm never leaves evaluation mode."""
@@ -63,8 +68,7 @@ class Backbone(nn.Module):
         return ImageTransform(self.preprocessing)
 
     def forward(self, images: Tensor) -> Tensor:
-        # the layout of `create_backbone`: convolutions take a third of the time on CPUs, and less on GPUs too
-        return self.model(images.contiguous(memory_format=torch.channels_last))
+        return self.model(images.contiguous(memory_format=self.memory_format))
 
 
 class TokenBackbone(Backbone):
@@ -201,9 +205,10 @@ def require_tokens(
         raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
     after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
     if no_pooling and after_pooling:
+        wanted = backbone.config.arguments | {"global_pool": "avg", "fc_norm": False}
         raise ConfigError(
             f"{method} trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
-            f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
+            f"{' and '.join(after_pooling)} there; set backbone.arguments='{json.dumps(wanted)}'."
         )
     return backbone
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from ssl_pipeline.config import (
     RECIPES,
     Config,
     ConfigError,
+    Tree,
+    Value,
     dump,
     printable,
     read_yaml,
@@ -40,6 +42,7 @@ from ssl_pipeline.config import (
     without_flags,
 )
 from ssl_pipeline.data.labelled import open_labelled_images
+from ssl_pipeline.data.shards.listing import list_shards
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
 from ssl_pipeline.eval.knn import KnnMonitorConfig
@@ -104,9 +107,39 @@ class PretrainConfig(Config):
             raise ValueError("output is missing: set output=DIR (with recipe=NAME it is runs/NAME).")
         return self
 
+    @classmethod
+    def fit_recipe(cls, tree: Tree, given: Collection[str]) -> list[str]:
+        """Own images: monitors go whose labelled images are the recipe's and are not there."""
+        notes = []
+        typed = {".".join(key.split(".")[:depth]) for key in given for depth in (1, 2)}
+        for name, paths in (("knn", ("train", "val")), ("classifier", ("val",))):
+            monitor = tree.get(name)
+            theirs = [f"{name}.{path}" for path in paths]
+            if "data.shards" not in typed or not isinstance(monitor, dict) or name in given or typed & set(theirs):
+                continue
+            missing = next((path for path in paths if not _is_there(monitor.get(path))), None)
+            if missing:
+                tree[name] = None
+                notes.append(
+                    f"{name}.{missing}={monitor[missing]} of the recipe is not there, so this run goes on without "
+                    f"{name}. Set {' and '.join(theirs)} to measure on your own labelled images."
+                )
+        return notes
+
     @property
     def run_directory(self) -> Path:
         return self.output if self.output is not None else Path("runs") / Path(str(self.recipe)).stem
+
+
+def _is_there(shards: Value) -> bool:
+    """Whether there are such shards; of those elsewhere that is not known before they are asked for."""
+    if not isinstance(shards, str) or "://" in shards:
+        return True
+    try:
+        list_shards(shards)
+    except ValueError:
+        return False
+    return True
 
 
 def pretrain(config: PretrainConfig) -> int:

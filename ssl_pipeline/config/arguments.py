@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import get_origin
 
 from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value
+from ssl_pipeline.config.other_name import drop_of_other_name, is_free_mapping
+from ssl_pipeline.config.printing import note
 from ssl_pipeline.config.recipes import read_recipe
 from ssl_pipeline.config.schema import alternatives, annotation_at
 from ssl_pipeline.config.yaml_text import read_yaml
@@ -23,11 +25,18 @@ def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | No
         given[key] = text
         location = tuple(key.split("."))
         try:
-            _assign(tree, location, _value(annotation_at(schema, tree, location), key, text))
+            value = _value(annotation_at(schema, tree, location), key, text)
+            if dropped := drop_of_other_name(schema, tree, location, value):
+                note(dropped)
+            if isinstance(value, dict) and is_free_mapping(annotation_at(schema, tree, location)):
+                _assign(tree, location, None)  # the new mapping replaces that of the recipe
+            _assign(tree, location, value)
         except ConfigError as error:
             mistakes.append(str(error))
     if mistakes:
         raise SettingsError(*mistakes)
+    for text in schema.fit_recipe(tree, given.keys()):
+        note(text)
     return tree
 
 

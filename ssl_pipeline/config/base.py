@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -40,6 +40,16 @@ class Config(BaseModel):
     """The field that a bare value given for the whole section sets (`value` of a schedule)."""
     positional: ClassVar[str | None] = None
     """The field that a bare argument of a command sets."""
+
+    @classmethod
+    def of_name(cls, name: str) -> tuple[str, ...]:
+        """The keys of a recipe that go when the command line changes the `name` of this section to another."""
+        return ()
+
+    @classmethod
+    def fit_recipe(cls, tree: Tree, given: Collection[str]) -> list[str]:
+        """Change in the settings of a recipe what those `given` on the command line make useless; what to say of it."""
+        return []
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
+from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
@@ -51,6 +53,8 @@ class ClassifierMonitorConfig(MonitorConfig):
     """Shards of labelled validation images, with the classes that the method learns."""
     batch_size: Annotated[int, Field(gt=0)] = 256
     """Images per forward pass."""
+    interpolation: Interpolation = "bicubic"
+    """How images are resized, antialiased in either way."""
 
 
 class ClassifierMonitor:
@@ -70,7 +74,7 @@ class ClassifierMonitor:
     ) -> None:
         self.every = config.every
         self.config = config
-        self.preprocessing = preprocessing
+        self.preprocessing = replace(preprocessing, interpolation=config.interpolation)
         self.classifier = classifier
         self.workers = workers
         self.device = device

@@ -106,6 +106,7 @@ def measure_models(
         "label": model.label,
         "subject": model.about,
         "size": model.preprocessing.size,
+        "interpolation": model.preprocessing.interpolation,
         "mean": model.preprocessing.mean,
         "std": model.preprocessing.std,
         "precision": config.precision,

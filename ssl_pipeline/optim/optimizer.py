@@ -52,6 +52,10 @@ class OptimConfig(Config):
     clip_each: bool = False
     """Whether `clip_norm` holds for each parameter on its own (DINO's official code) instead of for all together."""
 
+    @classmethod
+    def of_name(cls, name: str) -> tuple[str, ...]:
+        return ("betas", "eps", "nesterov", "trust_coefficient", "lr_before_momentum")
+
     @model_validator(mode="after")
     def _settings_fit_together(self) -> OptimConfig:
         if self.clip_each and self.clip_norm is None:

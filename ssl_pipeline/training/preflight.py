@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup, check_crops_of
-from ssl_pipeline.backbones import Backbone, TokenBackbone
+from ssl_pipeline.backbones import Backbone, TokenBackbone, check_image_sizes
 from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex
@@ -64,12 +64,12 @@ def _check_group(name: str, needed: Views, augment: Augment) -> None:
 
 
 def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
-    """The backbone's patches, and those of a mask, must cover a view exactly."""
-    of_backbone = backbone.patch_size if isinstance(backbone, TokenBackbone) else 1
+    """The patches of a mask must cover a view exactly, and the backbone must take the views that it is shown."""
     masked = {needed.name: needed.mask.patch_size for needed in method.needs if needed.mask is not None}
+    shown = [needed.name for needed in method.needs if needed.for_backbone and needed.name in augment]
     for group, views in augment.items():
-        for patch_size in {of_backbone, masked.get(group, 1)}:
-            for size in views.sizes:
+        for size in views.sizes:
+            for patch_size in (_uncovering_patch(backbone, size) if group in shown else 1, masked.get(group, 1)):
                 if size % patch_size:
                     nearest = max(1, round(size / patch_size)) * patch_size
                     raise ConfigError(
@@ -77,6 +77,7 @@ def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
                         f"Got {size}; try {nearest}."
                     )
     _check_block_masks(method, augment)
+    check_image_sizes(backbone, {f"augment.{group}.size": augment[group].sizes for group in dict.fromkeys(shown)})
 
 
 def _check_block_masks(method: Method, augment: Augment) -> None:
@@ -94,6 +95,16 @@ def _check_block_masks(method: Method, augment: Augment) -> None:
                     f"patches need a grid of more than {block} x {block} patches of {rule.patch_size} pixels. "
                     f"Got {side} x {side}; try larger views, a backbone with smaller patches, or smaller blocks."
                 )
+
+
+def _uncovering_patch(backbone: Backbone, size: int) -> int:
+    """Side of the patches of a ViT that do not cover an image of this size, where it needs them to; else 1."""
+    if isinstance(backbone, TokenBackbone) and size % backbone.patch_size:
+        try:
+            backbone.check_size(size, size)
+        except ValueError:
+            return backbone.patch_size
+    return 1
 
 
 def run_facts(

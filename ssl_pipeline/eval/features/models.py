@@ -13,7 +13,16 @@ import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_run
+from ssl_pipeline.augment.central_crop import Interpolation
+from ssl_pipeline.backbones import (
+    Argument,
+    Backbone,
+    BackboneConfig,
+    Preprocessing,
+    check_image_sizes,
+    create_backbone,
+    load_run,
+)
 from ssl_pipeline.backbones.weights import is_tag
 from ssl_pipeline.config import Config, ConfigError, validate
 from ssl_pipeline.files import JSON
@@ -35,7 +44,7 @@ class ModelConfig(Config):
     """With `run`: the step of one of its checkpoints, instead of the newest."""
     backbone: str | None = None
     """Instead of a run: a timm model by name, or `raw_pixels`."""
-    arguments: dict[str, bool | int | float | str] = Field(default={})
+    arguments: dict[str, Argument] = Field(default={})
     """With `backbone`: the model's arguments, `arguments.img_size=32`."""
     small_images: bool = False
     """With `backbone`: a CNN's 3x3 stem without max-pool."""
@@ -46,6 +55,8 @@ class ModelConfig(Config):
     """With `weights`: `teacher` or `student` of a file, a backbone of a run by name."""
     size: Annotated[int, Field(gt=0)] | None = None
     """Side of the images in pixels; by default the run's evaluation size, or `arguments.img_size`, or 224."""
+    interpolation: Interpolation = "bicubic"
+    """How images are resized, antialiased in either way; published figures of most ResNets are bilinear."""
     mean: tuple[float, float, float] | None = None
     """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
     std: tuple[float, float, float] | None = None
@@ -97,7 +108,17 @@ class EvaluatedModel:
 
 
 def open_model(config: ModelConfig) -> EvaluatedModel:
-    """The backbone that the config names, ready to be measured."""
+    """The backbone that the config names, ready to be measured; ConfigError if it does not take images of the size."""
+    model = _model(config)
+    preprocessing = replace(model.preprocessing, interpolation=config.interpolation)
+    model = replace(model, preprocessing=preprocessing)
+    if isinstance(model.backbone, Backbone):
+        arguments = "arguments" if config.run is None else None  # a run brings its own
+        check_image_sizes(model.backbone, {"size": (model.preprocessing.size,)}, arguments=arguments)
+    return model
+
+
+def _model(config: ModelConfig) -> EvaluatedModel:
     if config.run is not None:
         return _run_model(config, config.run)
     assert config.backbone is not None
@@ -107,7 +128,7 @@ def open_model(config: ModelConfig) -> EvaluatedModel:
         BackboneConfig,
         {
             "name": config.backbone,
-            "arguments": dict(config.arguments),
+            "arguments": config.model_dump(mode="json")["arguments"],
             "small_images": config.small_images,
             "weights": config.weights,
             "weights_from": config.weights_from,
@@ -179,7 +200,9 @@ def _method_of(run: Path) -> str | None:
 
 def baselines_of(model: EvaluatedModel) -> dict[str, EvaluatedModel]:
     """The yardsticks: the pixels themselves, and the same architecture at random initialisation."""
-    baselines = {RAW_PIXELS: raw_pixels(model.preprocessing.size)}
+    pixels = raw_pixels(model.preprocessing.size)
+    resized = replace(pixels.preprocessing, interpolation=model.preprocessing.interpolation)
+    baselines = {RAW_PIXELS: replace(pixels, preprocessing=resized)}
     if model.config is not None:
         baselines["random"] = random_initialisation(model.config, model.preprocessing)
     return baselines
