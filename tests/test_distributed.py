@@ -206,6 +206,7 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
         ("dino", "no DDP"),
         ("byol", "own batch norm"),
         ("mae", "no DDP"),
+        ("simmim", "no DDP"),
         ("swav", "own codes"),
     ],
 )

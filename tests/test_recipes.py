@@ -41,9 +41,15 @@ ORDERED = {
     "dino_vits16",
     "simclr_resnet50",
 }
-TINY = {"num_prototypes": 32, "queue_size": 32, "decoder_depth": 1, "_dim": 32}  # by the end of a method's key
+TINY = {
+    "num_prototypes": 32,
+    "queue_size": 32,
+    "decoder_depth": 1,
+    "_dim": 32,
+    "mask_size": 16,
+}  # by the end of a method's key
 TINY_RESNET = ["backbone.name=test_resnet", "backbone.arguments.stem_type=''"]
-TINY_VIT = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
+TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
 def recipe(name: str, *argv: str) -> PretrainConfig:
@@ -191,9 +197,9 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     # with the usual stem a ResNet needs 32 pixels: oneDNN's bf16 gradient of a strided 3x3 convolution over a single
     # pixel reads memory that nobody wrote
     size = 16 if plain.backbone.small_images else 32
-    vit = plain.backbone.name.startswith("vit")
+    vit = plain.backbone.name.startswith(("vit", "beit"))
     sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
-    backbone = [f"backbone.arguments={TINY_VIT}"] if vit else TINY_RESNET
+    backbone = [f"backbone.arguments.{key}={value}" for key, value in TINY_VIT.items()] if vit else TINY_RESNET
     widths = [
         f"method.{key}={value}"
         for key in type(plain.method).model_fields

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ssl_pipeline.augment.masks import draw_counts, draw_masks
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.batch import Batch, MaskRule, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
@@ -30,6 +31,7 @@ OWN = {
     "dino": {"freeze_prototypes_for": 1},
     "fixmatch": {"threshold": 0.4},
     "moco": {"symmetric": True},
+    "simmim": {"mask_size": 8},
     "swav": {"queue_size": 16, "queue_starts": 0, "freeze_prototypes_for": 1},  # full after two steps
 }
 """What a method's tests need beside that."""
@@ -54,6 +56,16 @@ def tiny_settings(name: str) -> dict[str, object]:
 def make_method(name: str, *, backbone: BackboneConfig = VIT, seed: int = 0) -> Method:
     torch.manual_seed(seed)
     return build_method(CONFIGS[name](**tiny_settings(name)), create_backbone(backbone))
+
+
+@cache
+def takes_cnns(name: str) -> bool:
+    """Whether the method `name` trains networks without tokens too."""
+    try:
+        make_method(name, backbone=CNN)
+    except ConfigError:
+        return False
+    return True
 
 
 @cache
@@ -85,7 +97,13 @@ def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dt
 def make_masks(
     rule: MaskRule, num_views: int, num_images: int, size: int, *, generator: torch.Generator
 ) -> torch.Tensor:
-    """(V, B, L) masks with as many patches as `ratio` says, at random places."""
+    """(V, B, L) masks by the rule: random ones at places of the generator's, others as the data path draws them."""
+    if rule.kind != "random":
+        states = torch.randint(2**62, (num_views, num_images), generator=generator).numpy().astype(np.uint64)
+        counts = None
+        if rule.stratified:
+            counts = draw_counts(rule, size, states.size, states.flat[0]).reshape(states.shape)
+        return torch.from_numpy(draw_masks(rule, size, states, counts_VB=counts))
     num_patches = (size // rule.patch_size) ** 2
     order = torch.rand(num_views, num_images, num_patches, generator=generator).argsort(dim=-1)
     return order >= rule.num_kept(num_patches)

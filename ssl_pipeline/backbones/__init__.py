@@ -7,7 +7,13 @@ from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
-from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, require_tokens, without_drop_path
+from ssl_pipeline.backbones.networks import (
+    Backbone,
+    TokenBackbone,
+    require_tokens,
+    require_trained_tokens,
+    without_drop_path,
+)
 from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose public place is here
 from ssl_pipeline.backbones.tokens import Tokens
 
@@ -24,6 +30,7 @@ __all__ = [
     "load_backbone",
     "load_classifier",
     "require_tokens",
+    "require_trained_tokens",
     "save_backbone",
     "save_classifier",
     "sincos_position_embedding",

@@ -29,8 +29,9 @@ class BackboneConfig(Config):
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
     weights: str | None = None
     """Weights to start from: a file (.safetensors, .pth, .pt) or the tag of a pretrained timm model."""
-    initial_weights: Literal["mae", "moco_v3"] | None = None
-    """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
+    initial_weights: Literal["mae", "moco_v3", "beit"] | None = None
+    """ViTs only: how the weights begin, as in the official code of MAE, MoCo v3 or BEiT (SimMIM's too); null leaves it
+    to timm."""
     fixed_positions: bool = False
     """ViTs only: a table of sines that is not trained, instead of learnt positions: MAE's, and MoCo v3's with its
     initial_weights."""

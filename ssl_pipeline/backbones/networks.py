@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from timm.layers import DropPath
+from timm.models import Beit
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.config import BackboneConfig
@@ -128,6 +129,15 @@ class TokenBackbone(Backbone):
         """Raises ValueError if the network does not take images of this height and width in pixels."""
         check_sides(self.model.patch_embed, height, width)
 
+    def require_size(self, size: int, *, group: str) -> None:
+        """Raises ConfigError if the network does not take the views of augment.GROUP, `size` pixels wide."""
+        try:
+            self.check_size(size, size)
+        except ValueError as error:
+            own = self.model.patch_embed.img_size
+            hint = f" Try backbone.arguments.img_size={size}." if own is not None and own != (size, size) else ""
+            raise ConfigError(f"augment.{group}.size={size} does not suit '{self.name}': {error}{hint}") from None
+
     def compile(
         self,
         *,
@@ -169,6 +179,23 @@ def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = Fals
     if some_patches and not backbone.takes_some_patches:
         raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
     return backbone
+
+
+def require_trained_tokens(backbone: Backbone, method: str, *, some_patches: bool = False) -> TokenBackbone:
+    """As `require_tokens`, for a method whose loss is on the tokens: nothing with weights may follow their pooling."""
+    with_tokens = require_tokens(backbone, method, some_patches=some_patches)
+    after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
+    if after_pooling:
+        setting = "use_fc_norm" if isinstance(backbone.model, Beit) else "fc_norm"
+        raise ConfigError(
+            f"{method} trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
+            f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, {setting}: false}}'."
+        )
+    return with_tokens
+
+
+def _has_weights(part: object) -> bool:
+    return isinstance(part, nn.Module) and any(True for _ in part.parameters())
 
 
 def without_drop_path(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from ssl_pipeline.losses.prototypes import (
     prototype_cross_entropy,
     total_logits,
 )
-from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss
+from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss, simmim_loss
 from ssl_pipeline.losses.redundancy import barlow_twins_loss, vicreg_loss
 from ssl_pipeline.losses.semi_supervised import (
     align_distribution,
@@ -51,6 +51,7 @@ __all__ = [
     "removed_patches_loss",
     "self_distillation",
     "sharpen",
+    "simmim_loss",
     "simsiam_loss",
     "sinkhorn_knopp",
     "sinkhorn_targets",

@@ -18,6 +18,7 @@ from ssl_pipeline.methods.moco import MoCo
 from ssl_pipeline.methods.moco_v3 import MoCoV3
 from ssl_pipeline.methods.nnclr import NNCLR
 from ssl_pipeline.methods.simclr import SimCLR
+from ssl_pipeline.methods.simmim import SimMIM
 from ssl_pipeline.methods.simsiam import SimSiam
 from ssl_pipeline.methods.swav import SwAV
 from ssl_pipeline.methods.vicreg import VICReg
@@ -32,6 +33,7 @@ METHODS: tuple[type[Method], ...] = (
     MoCoV3,
     NNCLR,
     SimCLR,
+    SimMIM,
     SimSiam,
     SwAV,
     VICReg,

@@ -26,6 +26,9 @@ LOSSES = {
     "removed_patches_loss": lambda to: losses.removed_patches_loss(
         to(rows()[None]), to(rows(seed=1)[None]), normalize_targets=True
     ),
+    "simmim_loss": lambda to: losses.simmim_loss(
+        to(rows()[None, None, :4, :4]), to(rows(seed=1)[None, None, :4, :4]), torch.ones(1, 4), patch_size=2
+    ),
     "fixmatch_loss": lambda to: losses.fixmatch_loss(
         to(rows()), torch.tensor([0, 1, 2, 3]), to(rows(seed=1)), to(rows(seed=2)), threshold=0.3, unlabelled_weight=1
     )[0],

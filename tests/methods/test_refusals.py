@@ -12,7 +12,7 @@ from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import RECIPES, ConfigError, load
 from ssl_pipeline.data.stream import DataConfig, LabelledConfig
 from ssl_pipeline.training.preflight import check_recipe
-from tests.tiny import CNN, CONFIGS, VIT, make_method, needs, view_shape, write_shards
+from tests.tiny import CNN, CONFIGS, VIT, make_method, needs, takes_cnns, view_shape, write_shards
 
 WIDTHS = {
     "cifar10_byol_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
@@ -87,6 +87,7 @@ def check(name, sizes, backbone=VIT):
     ("name", "sizes", "sentence"),
     [
         ("dino", {"global": 16, "local": 10}, r"augment\.local\.size must be a multiple .* size 4\. Got 10; try 8\."),
+        ("simmim", {"image": 20}, r"image\.size must be a multiple of method\.mask_size, 8\. Got 20; try"),
         ("mae", {"image": 24}, r"augment\.image\.size must be that of the backbone, 4 \* 4 pixels\. Got 24; try"),
         ("fixmatch", {"weak": 16, "strong": 20}, r"strong\.size must be the same\. Got 16 and 20\."),
         ("simclr", {"view": 2}, r"Got 2; try 4\."),
@@ -100,7 +101,7 @@ def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
 @pytest.mark.parametrize("backbone", [VIT, CNN])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_views_that_fit_are_let_through(name, backbone):
-    if name != "mae" or backbone is VIT:
+    if backbone is VIT or takes_cnns(name):
         check(name, {views.name: view_shape(views)[1] for views in needs(name)}, backbone)
 
 
