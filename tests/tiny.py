@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssl_pipeline.augment.masks import draw_counts, draw_masks
+from ssl_pipeline.augment.masks import draw_masks
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.batch import Batch, MaskRule, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
@@ -27,9 +27,10 @@ VIT = BackboneConfig(
 CNN = BackboneConfig(name="resnet10t", arguments={"stem_type": ""}, small_images=True)
 # by the end of a setting's name: a size that takes a CPU a moment
 SMALL = {"_dim": 16, "num_prototypes": 12, "queue_size": 64, "_depth": 1, "_heads": 2, "num_classes": 3}
-OWN = {
+OWN: dict[str, dict[str, object]] = {
     "dino": {"freeze_prototypes_for": 1},
     "fixmatch": {"threshold": 0.4},
+    "ibot": {"freeze_prototypes_for": 1, "patch_head": "own_prototypes", "num_patch_prototypes": 10},
     "moco": {"symmetric": True},
     "simmim": {"mask_size": 8},
     "swav": {"queue_size": 16, "queue_starts": 0, "freeze_prototypes_for": 1},  # full after two steps
@@ -59,16 +60,6 @@ def make_method(name: str, *, backbone: BackboneConfig = VIT, seed: int = 0) -> 
 
 
 @cache
-def takes_cnns(name: str) -> bool:
-    """Whether the method `name` trains networks without tokens too."""
-    try:
-        make_method(name, backbone=CNN)
-    except ConfigError:
-        return False
-    return True
-
-
-@cache
 def needs(name: str) -> tuple[Views, ...]:
     return make_method(name).needs
 
@@ -76,6 +67,11 @@ def needs(name: str) -> tuple[Views, ...]:
 def view_shape(views: Views) -> tuple[int, int]:
     """How many tiny views a group has, and their side in pixels."""
     return views.count or COUNTS.get(views.name, 1), SIZES.get(views.name, 16)
+
+
+def takes_cnn(name: str) -> bool:
+    """Whether the method `name` works without patches."""
+    return all(views.mask is None for views in needs(name))
 
 
 def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
@@ -97,16 +93,19 @@ def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dt
 def make_masks(
     rule: MaskRule, num_views: int, num_images: int, size: int, *, generator: torch.Generator
 ) -> torch.Tensor:
-    """(V, B, L) masks by the rule: random ones at places of the generator's, others as the data path draws them."""
-    if rule.kind != "random":
+    """(V, B, L) masks: as many patches as `ratio` says at random places or, for a pair, some or none; where the rule
+    counts otherwise, those of the data path."""
+    if rule.kind == "units" or rule.num_masked is not None:
         states = torch.randint(2**62, (num_views, num_images), generator=generator).numpy().astype(np.uint64)
-        counts = None
-        if rule.stratified:
-            counts = draw_counts(rule, size, states.size, states.flat[0]).reshape(states.shape)
-        return torch.from_numpy(draw_masks(rule, size, states, counts_VB=counts))
+        return torch.from_numpy(draw_masks(rule, size, states))
     num_patches = (size // rule.patch_size) ** 2
     order = torch.rand(num_views, num_images, num_patches, generator=generator).argsort(dim=-1)
-    return order >= rule.num_kept(num_patches)
+    if not isinstance(rule.ratio, tuple):
+        return order >= rule.num_kept(num_patches)
+    low, high = rule.ratio
+    ratios = low + (high - low) * torch.rand(num_views, num_images, 1, generator=generator)
+    ratios[:, ::2] = 0.0
+    return order < (num_patches * ratios).ceil()
 
 
 def share_of(batch: Batch, rank: int, world_size: int) -> Batch:

@@ -11,7 +11,6 @@ from ssl_pipeline.backbones.networks import (
     Backbone,
     TokenBackbone,
     require_tokens,
-    require_trained_tokens,
     without_drop_path,
 )
 from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose public place is here
@@ -30,7 +29,6 @@ __all__ = [
     "load_backbone",
     "load_classifier",
     "require_tokens",
-    "require_trained_tokens",
     "save_backbone",
     "save_classifier",
     "sincos_position_embedding",

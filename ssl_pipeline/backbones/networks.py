@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ class Backbone(nn.Module):
 
     config: BackboneConfig
     """What `create_backbone` made it from, and makes another one from."""
-    forward_methods: ClassVar[tuple[str, ...]] = ()
+    forward_methods: ClassVar[tuple[str, ...]] = ("features_and_map",)
     """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,6 +40,29 @@ class Backbone(nn.Module):
         # the layout of `create_backbone`: convolutions take a third of the time on CPUs, and less on GPUs too
         return self.model(images.contiguous(memory_format=torch.channels_last))
 
+    def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, embed_dim), those of `forward`, and the map (B, D, rows, columns) that they are pooled from.
+
+        Raises ConfigError if the network has no such map.
+        """
+        network: TimmModel = self.model
+        inner = network.forward_features(images.contiguous(memory_format=torch.channels_last))
+        features = network.forward_head(inner)
+        if inner.ndim == 4 and inner.shape[1] == network.num_features:
+            return features, inner
+        if inner.ndim == 4 and inner.shape[3] == network.num_features:
+            return features, inner.movedim(3, 1)
+        raise ConfigError(
+            f"'{self.name}' has no map of features. Networks that have: CNNs, and {NETWORKS_WITH_TOKENS}."
+        )
+
+    def map_shape(self, size: int) -> tuple[int, Grid]:
+        """Dimensions and grid of `features_and_map` for images of `size` pixels; nothing is computed."""
+        on_meta = deepcopy(self).to("meta").eval()
+        with torch.no_grad():
+            _, its_map = on_meta.features_and_map(torch.empty(1, 3, size, size, device="meta"))
+        return its_map.shape[1], (its_map.shape[2], its_map.shape[3])
+
 
 class TokenBackbone(Backbone):
     """A timm ViT that can also be entered and left at its tokens; `create_backbone` makes one wherever it can.
@@ -48,7 +72,7 @@ class TokenBackbone(Backbone):
     """
 
     model: TimmModel
-    forward_methods = ("tokens", "pool", "embed", "embed_patches", "encode")
+    forward_methods = ("features_and_map", "tokens", "pool", "embed", "embed_patches", "encode")
 
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
@@ -96,6 +120,13 @@ class TokenBackbone(Backbone):
         """Tokens -> features (N, embed_dim), those of `forward` for the same images."""
         return self._adapter.pool(tokens)
 
+    def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.tokens(images)
+        return self.pool(tokens), tokens.patch_map()
+
+    def map_shape(self, size: int) -> tuple[int, Grid]:
+        return self.embed_dim, (size // self.stride, size // self.stride)
+
     def embed(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> patch tokens with their positions (N, L, embed_dim), row by row."""
         adapter = self._for_some_patches()
@@ -129,13 +160,16 @@ class TokenBackbone(Backbone):
         """Raises ValueError if the network does not take images of this height and width in pixels."""
         check_sides(self.model.patch_embed, height, width)
 
-    def require_size(self, size: int, *, group: str) -> None:
-        """Raises ConfigError if the network does not take the views of augment.GROUP, `size` pixels wide."""
+    def require_size(self, size: int, *, group: str, setting: str = "backbone") -> None:
+        """Raises ConfigError if the network does not take the views of augment.GROUP, `size` pixels wide.
+
+        setting: where a recipe says what the network is.
+        """
         try:
             self.check_size(size, size)
         except ValueError as error:
             own = self.model.patch_embed.img_size
-            hint = f" Try backbone.arguments.img_size={size}." if own is not None and own != (size, size) else ""
+            hint = f" Try {setting}.arguments.img_size={size}." if own is not None and own != (size, size) else ""
             raise ConfigError(f"augment.{group}.size={size} does not suit '{self.name}': {error}{hint}") from None
 
     def compile(
@@ -166,10 +200,13 @@ NEEDS_ALL_PATCHES = (
 )
 
 
-def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = False) -> TokenBackbone:
+def require_tokens(
+    backbone: Backbone, method: str, *, some_patches: bool = False, no_pooling: bool = False
+) -> TokenBackbone:
     """`backbone`, if it has the tokens that `method` works on.
 
-    some_patches: whether it must take some of an image's patches alone. Raises ConfigError that says which networks do.
+    some_patches: whether it must take some of an image's patches alone. no_pooling: whether all that it trains must
+    come before the pooling of its tokens. Raises ConfigError that says which networks do.
     """
     if not isinstance(backbone, TokenBackbone):
         raise ConfigError(
@@ -178,24 +215,18 @@ def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = Fals
         )
     if some_patches and not backbone.takes_some_patches:
         raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
-    return backbone
-
-
-def require_trained_tokens(backbone: Backbone, method: str, *, some_patches: bool = False) -> TokenBackbone:
-    """As `require_tokens`, for a method whose loss is on the tokens: nothing with weights may follow their pooling."""
-    with_tokens = require_tokens(backbone, method, some_patches=some_patches)
     after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
-    if after_pooling:
+    if no_pooling and after_pooling:
         setting = "use_fc_norm" if isinstance(backbone.model, Beit) else "fc_norm"
         raise ConfigError(
             f"{method} trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
             f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, {setting}: false}}'."
         )
-    return with_tokens
+    return backbone
 
 
-def _has_weights(part: object) -> bool:
-    return isinstance(part, nn.Module) and any(True for _ in part.parameters())
+def _has_weights(part: nn.Module | None) -> bool:
+    return part is not None and any(True for _ in part.parameters())
 
 
 def without_drop_path(module: nn.Module) -> None:

@@ -134,7 +134,11 @@ def _pretrain(config: PretrainConfig) -> int:
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
         clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
-        method.prepare(run_facts(index, labelled_index, config.augment, config.data, global_batch=clock.global_batch))
+        batches = {
+            "global_batch": clock.global_batch,
+            "micro_batch": clock.global_batch // config.train.accumulate,
+        }
+        method.prepare(run_facts(index, labelled_index, config.augment, config.data, **batches))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = _monitors(config, method, preprocessing, accelerator)

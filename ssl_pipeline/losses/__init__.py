@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
 from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nnclr_loss, nt_xent
-from ssl_pipeline.losses.distillation import byol_loss, self_distillation, simsiam_loss
+from ssl_pipeline.losses.distillation import byol_loss, feature_loss, self_distillation, simsiam_loss
+from ssl_pipeline.losses.masked_patches import masked_patch_loss, masked_patch_weights
 from ssl_pipeline.losses.precision import float32
 from ssl_pipeline.losses.prototype_targets import PrototypeTargets, centred_targets, sinkhorn_targets
 from ssl_pipeline.losses.prototypes import (
@@ -14,6 +15,7 @@ from ssl_pipeline.losses.prototypes import (
 )
 from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss, simmim_loss
 from ssl_pipeline.losses.redundancy import barlow_twins_loss, vicreg_loss
+from ssl_pipeline.losses.regularizers import gram_anchoring_loss, koleo_loss
 from ssl_pipeline.losses.semi_supervised import (
     align_distribution,
     consistency_loss,
@@ -36,12 +38,17 @@ __all__ = [
     "centred_targets",
     "consistency_loss",
     "crop_pairs",
+    "feature_loss",
     "fixmatch_loss",
     "float32",
+    "gram_anchoring_loss",
     "guess_labels",
     "info_nce",
     "interpolate_logits",
+    "koleo_loss",
     "mae_loss",
+    "masked_patch_loss",
+    "masked_patch_weights",
     "moco_v3_loss",
     "nnclr_loss",
     "nt_xent",

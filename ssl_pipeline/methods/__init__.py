@@ -12,7 +12,9 @@ from ssl_pipeline.methods.barlow_twins import BarlowTwins
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
+from ssl_pipeline.methods.distillation import Distillation
 from ssl_pipeline.methods.fixmatch import FixMatch
+from ssl_pipeline.methods.ibot import IBOT
 from ssl_pipeline.methods.mae import MAE
 from ssl_pipeline.methods.moco import MoCo
 from ssl_pipeline.methods.moco_v3 import MoCoV3
@@ -27,7 +29,9 @@ METHODS: tuple[type[Method], ...] = (
     BarlowTwins,
     BYOL,
     DINO,
+    Distillation,
     FixMatch,
+    IBOT,
     MAE,
     MoCo,
     MoCoV3,

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from ssl_pipeline.backbones import Backbone, require_trained_tokens
+from ssl_pipeline.backbones import Backbone, require_tokens
 from ssl_pipeline.backbones.patches import patchify, split_by_mask, take_patches
 from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
@@ -44,7 +44,7 @@ class MAE(Method):
     def __init__(self, config: MAEConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.encoder = require_trained_tokens(backbone, "MAE", some_patches=True)
+        self.encoder = require_tokens(backbone, "MAE", some_patches=True, no_pooling=True)
         self.mask = MaskRule("random", self.encoder.patch_size, ratio=config.mask_ratio)
         self.needs = (Views("image", mask=self.mask),)
         self.decoder = PixelDecoder(

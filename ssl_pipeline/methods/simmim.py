@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ssl_pipeline.backbones import Backbone, require_trained_tokens
+from ssl_pipeline.backbones import Backbone, require_tokens
 from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.losses import simmim_loss
@@ -39,7 +39,7 @@ class SimMIM(Method):
     def __init__(self, config: SimMIMConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.encoder = require_trained_tokens(backbone, "SimMIM")
+        self.encoder = require_tokens(backbone, "SimMIM", no_pooling=True)
         unit, rest = divmod(config.mask_size, self.encoder.patch_size)
         if rest:
             raise ConfigError(

@@ -54,6 +54,12 @@ def _check_group(name: str, needed: Views, augment: Augment) -> None:
         )
     if needed.count is not None and group.count != needed.count:
         raise ConfigError(f"augment.{needed.name}.count must be {needed.count} for {name}. Got {group.count}.")
+    if needed.crops_of is not None and group.crops_of != needed.crops_of:
+        got = f"Got {group.crops_of}" if group.crops_of else "It is not set"
+        raise ConfigError(
+            f"augment.{needed.name}.crops_of must be {needed.crops_of} for {name}, which shows both the same part of "
+            f"an image. {got}; set augment.{needed.name}.crops_of={needed.crops_of}."
+        )
 
 
 def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
@@ -69,10 +75,34 @@ def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
                         f"augment.{group}.size must be a multiple of the backbone's patch size {patch_size}. "
                         f"Got {size}; try {nearest}."
                     )
+    _check_block_masks(method, augment)
+
+
+def _check_block_masks(method: Method, augment: Augment) -> None:
+    """The smallest block of a mask must be smaller than the grid of patches, in both directions."""
+    for needed in method.needs:
+        rule = needed.mask
+        if rule is None or rule.kind != "blocks" or needed.name not in augment:
+            continue
+        block = round(rule.min_block**0.5)
+        for size in augment[needed.name].sizes:
+            side = size // rule.patch_size
+            if side <= block:
+                raise ConfigError(
+                    f"augment.{needed.name}.size={size} is too small for masks in blocks: blocks of {rule.min_block} "
+                    f"patches need a grid of more than {block} x {block} patches of {rule.patch_size} pixels. "
+                    f"Got {side} x {side}; try larger views, a backbone with smaller patches, or smaller blocks."
+                )
 
 
 def run_facts(
-    index: ShardIndex, labelled: ShardIndex | None, augment: Augment, data: DataConfig, *, global_batch: int
+    index: ShardIndex,
+    labelled: ShardIndex | None,
+    augment: Augment,
+    data: DataConfig,
+    *,
+    global_batch: int,
+    micro_batch: int | None = None,
 ) -> RunFacts:
     """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes."""
     num_classes = names = None
@@ -86,7 +116,18 @@ def run_facts(
                 "name. Make the shards anew, or mend the class names in their manifest."
             )
     sizes = {name: group.sizes for name, group in augment.items()}
-    return RunFacts(len(index), num_classes, global_batch, sizes, data.mean, data.std, names)
+    return RunFacts(
+        len(index),
+        num_classes,
+        global_batch,
+        sizes,
+        data.mean,
+        data.std,
+        names,
+        micro_batch,
+        {name: group.mean for name, group in augment.items() if group.mean is not None},
+        {name: group.std for name, group in augment.items() if group.std is not None},
+    )
 
 
 def check_batch_norm(method: Method, data: DataConfig, train: TrainConfig, *, num_processes: int) -> None:

@@ -12,7 +12,7 @@ from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import RECIPES, ConfigError, load
 from ssl_pipeline.data.stream import DataConfig, LabelledConfig
 from ssl_pipeline.training.preflight import check_recipe
-from tests.tiny import CNN, CONFIGS, VIT, make_method, needs, takes_cnns, view_shape, write_shards
+from tests.tiny import CNN, CONFIGS, VIT, make_method, needs, takes_cnn, view_shape, write_shards
 
 WIDTHS = {
     "cifar10_byol_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
@@ -91,6 +91,12 @@ def check(name, sizes, backbone=VIT):
         ("mae", {"image": 24}, r"augment\.image\.size must be that of the backbone, 4 \* 4 pixels\. Got 24; try"),
         ("fixmatch", {"weak": 16, "strong": 20}, r"strong\.size must be the same\. Got 16 and 20\."),
         ("simclr", {"view": 2}, r"Got 2; try 4\."),
+        (
+            "ibot",
+            {"global": 4, "local": 8},
+            r"^augment\.global\.size=4 is too small for masks in blocks: blocks of 1 patches need a grid of more than "
+            r"1 x 1 patches of 4 pixels\. Got 1 x 1; try larger views",
+        ),
     ],
 )
 def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
@@ -101,7 +107,7 @@ def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
 @pytest.mark.parametrize("backbone", [VIT, CNN])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_views_that_fit_are_let_through(name, backbone):
-    if backbone is VIT or takes_cnns(name):
+    if backbone is VIT or takes_cnn(name):
         check(name, {views.name: view_shape(views)[1] for views in needs(name)}, backbone)
 
 
