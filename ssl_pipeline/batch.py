@@ -92,7 +92,8 @@ class Views:
     mask: MaskRule | None = None
     """How its views are masked; None: not at all."""
     crops_of: str | None = None
-    """Another group, whose crops a recipe must give this one."""
+    """Another group, whose crops a recipe must give this one: the same part of an image for a network beside the
+    backbone."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class RunFacts:
     def require_normalisation(self, group: str, mean: Sequence[float], std: Sequence[float], *, why: str) -> None:
         """Raises ConfigError if the images of augment.GROUP are normalised otherwise; `why` begins the sentence."""
         own = (self.group_mean.get(group, self.mean), self.group_std.get(group, self.std))
-        if any(abs(a - b) > 1e-4 for have, needed in zip(own, (mean, std), strict=True) for a, b in zip(have, needed)):
+        if any(abs(a - b) > 1e-4 for a, b in zip((*own[0], *own[1]), (*mean, *std), strict=True)):
             raise ConfigError(
                 f"{why} images with mean {list(mean)} and std {list(std)}. Got mean {list(own[0])} and std "
                 f"{list(own[1])}; set augment.{group}.mean and .std."

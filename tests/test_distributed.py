@@ -209,6 +209,7 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
         ("byol", "own batch norm"),
         ("mae", "no DDP"),
         ("simmim", "no DDP"),
+        ("distillation", "no DDP"),
         ("swav", "own codes"),
     ],
 )

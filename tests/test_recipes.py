@@ -21,10 +21,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import create_backbone
+from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import COMPARISONS, RECIPES, ConfigError, dump, load, read_yaml, recipe_files, validate
 from ssl_pipeline.eval.compare import CompareConfig
+from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
@@ -49,7 +50,13 @@ TINY = {
     "mask_size": 16,
 }  # by the end of a method's key
 TINY_RESNET = ["backbone.name=test_resnet", "backbone.arguments.stem_type=''"]
-TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TINY_VIT: dict[str, bool | int | float | str] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+}
 
 
 def recipe(name: str, *argv: str) -> PretrainConfig:
@@ -211,7 +218,19 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     if plain.data.labelled is not None:
         where += [f"data.labelled.shards={labelled}", "data.labelled.batch_size=8"]
     length = ["train.epochs=null", "train.steps=2", "train.log_every=1"]
-    return recipe(name, *sizes, *backbone, *where, *length, *widths)
+    files = [f"method={json.dumps(plain.method.model_dump(mode='json') | given)}" for given in files_of(plain, output)]
+    return recipe(name, *sizes, *backbone, *where, *length, *files, *widths)
+
+
+def files_of(plain: PretrainConfig, folder: Path) -> list[dict[str, object]]:
+    """Small files in the place of those that a method's settings lead to."""
+    if plain.method.name == "distillation":
+        teacher = BackboneConfig(name="vit_tiny_patch16_224", arguments=TINY_VIT)
+        path = folder.with_name("teacher.safetensors")
+        state = create_backbone(teacher).model.state_dict()
+        write_tensors(path, {key: tensor.contiguous() for key, tensor in state.items()})
+        return [{"teacher": teacher.model_copy(update={"weights": str(path)}).model_dump(mode="json")}]
+    return []
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -14,8 +16,9 @@ from PIL import Image
 
 from ssl_pipeline.augment.masks import draw_masks
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
-from ssl_pipeline.batch import Batch, MaskRule, Views
+from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
 from ssl_pipeline.config import Config
+from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
@@ -36,6 +39,23 @@ OWN: dict[str, dict[str, object]] = {
     "swav": {"queue_size": 16, "queue_starts": 0, "freeze_prototypes_for": 1},  # full after two steps
 }
 """What a method's tests need beside that."""
+FOLDER = tempfile.TemporaryDirectory(prefix="tiny-methods-")
+
+
+@cache
+def teacher_settings() -> dict[str, object]:
+    """A network with more patches than the student has, and its weights in a file."""
+    arguments = VIT.arguments | {"patch_size": 2, "embed_dim": 20}
+    path = Path(FOLDER.name) / "teacher.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        teacher = create_backbone(BackboneConfig(name="vit_tiny_patch16_224", arguments=arguments))
+    write_tensors(path, teacher.model.state_dict())
+    return {"teacher": BackboneConfig(name="vit_tiny_patch16_224", arguments=arguments, weights=str(path))}
+
+
+FILES: dict[str, Callable[[], dict[str, object]]] = {"distillation": teacher_settings}
+"""Settings that lead to files, which are made at their first use."""
 COUNTS = {"global": 2, "local": 3}
 SIZES = {"local": 8}
 
@@ -51,12 +71,17 @@ def tiny_settings(name: str) -> dict[str, object]:
     """The settings of the method `name` in its smallest form."""
     fields = CONFIGS[name].model_fields
     small = {field: value for field in fields for end, value in SMALL.items() if field.endswith(end)}
-    return {"name": name, **small, **OWN.get(name, {})}
+    files = FILES[name]() if name in FILES else {}
+    return {"name": name, **small, **files, **OWN.get(name, {})}
 
 
 def make_method(name: str, *, backbone: BackboneConfig = VIT, seed: int = 0) -> Method:
     torch.manual_seed(seed)
-    return build_method(CONFIGS[name](**tiny_settings(name)), create_backbone(backbone))
+    method = build_method(CONFIGS[name](**tiny_settings(name)), create_backbone(backbone))
+    if name in FILES:  # what is in them is read before a run begins, and not before
+        sizes = {views.name: (view_shape(views)[1],) for views in method.needs}
+        method.prepare(RunFacts(100, 3, 8, sizes, mean=(0.5,) * 3, std=(0.5,) * 3))
+    return method
 
 
 @cache

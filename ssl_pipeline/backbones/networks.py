@@ -47,11 +47,9 @@ class Backbone(nn.Module):
         """
         network: TimmModel = self.model
         inner = network.forward_features(images.contiguous(memory_format=torch.channels_last))
-        features = network.forward_head(inner)
-        if inner.ndim == 4 and inner.shape[1] == network.num_features:
-            return features, inner
-        if inner.ndim == 4 and inner.shape[3] == network.num_features:
-            return features, inner.movedim(3, 1)
+        if inner.ndim == 4 and network.num_features in (inner.shape[1], inner.shape[3]):
+            channels_first = inner.shape[1] == network.num_features
+            return network.forward_head(inner), inner if channels_first else inner.movedim(3, 1)
         raise ConfigError(
             f"'{self.name}' has no map of features. Networks that have: CNNs, and {NETWORKS_WITH_TOKENS}."
         )

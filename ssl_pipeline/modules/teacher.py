@@ -112,5 +112,5 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return sha256_of_bytes(*parts)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -63,11 +63,12 @@ def _check_group(name: str, needed: Views, augment: Augment) -> None:
 
 
 def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
-    """The backbone's patches, and those of a mask, must cover a view exactly."""
+    """The backbone's patches, and those of a mask, must cover a view exactly; what another network sees is its own."""
+    of_others = {needed.name for needed in method.needs if needed.crops_of is not None}
     of_backbone = backbone.patch_size if isinstance(backbone, TokenBackbone) else 1
     masked = {needed.name: needed.mask.patch_size for needed in method.needs if needed.mask is not None}
     for group, views in augment.items():
-        for patch_size in {of_backbone, masked.get(group, 1)}:
+        for patch_size in {1 if group in of_others else of_backbone, masked.get(group, 1)}:
             for size in views.sizes:
                 if size % patch_size:
                     nearest = max(1, round(size / patch_size)) * patch_size

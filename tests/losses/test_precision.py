@@ -26,6 +26,7 @@ LOSSES = {
     "removed_patches_loss": lambda to: losses.removed_patches_loss(
         to(rows()[None]), to(rows(seed=1)[None]), normalize_targets=True
     ),
+    "feature_loss": lambda to: losses.feature_loss(to(rows()), to(rows(seed=1)), distance="cosine"),
     "simmim_loss": lambda to: losses.simmim_loss(
         to(rows()[None, None, :4, :4]), to(rows(seed=1)[None, None, :4, :4]), torch.ones(1, 4), patch_size=2
     ),

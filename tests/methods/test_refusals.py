@@ -76,7 +76,10 @@ def check(name, sizes, backbone=VIT):
     """What is checked of a recipe with views of these sizes."""
     method = make_method(name, backbone=backbone)
     counts = {views.name: view_shape(views)[0] for views in method.needs}
-    views = {group: ViewGroup(count=counts[group], size=size) for group, size in sizes.items()}
+    crops_of = {views.name: views.crops_of for views in method.needs}
+    views = {
+        group: ViewGroup(count=counts[group], size=size, crops_of=crops_of[group]) for group, size in sizes.items()
+    }
     labelled = LabelledConfig(shards="") if any(views.labelled for views in method.needs) else None
     check_recipe(method, create_backbone(backbone), views, DataConfig(shards="", batch_size=8, labelled=labelled))
     facts = RunFacts(100, 3, 8, {group: (size,) for group, size in sizes.items()}, (0.5,) * 3, (0.5,) * 3)
@@ -87,6 +90,7 @@ def check(name, sizes, backbone=VIT):
     ("name", "sizes", "sentence"),
     [
         ("dino", {"global": 16, "local": 10}, r"augment\.local\.size must be a multiple .* size 4\. Got 10; try 8\."),
+        ("distillation", {"image": 16, "teacher": 9}, r"augment\.teacher\.size=9 does not suit .* multiples"),
         ("simmim", {"image": 20}, r"image\.size must be a multiple of method\.mask_size, 8\. Got 20; try"),
         ("mae", {"image": 24}, r"augment\.image\.size must be that of the backbone, 4 \* 4 pixels\. Got 24; try"),
         ("fixmatch", {"weak": 16, "strong": 20}, r"strong\.size must be the same\. Got 16 and 20\."),
