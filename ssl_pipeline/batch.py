@@ -120,9 +120,13 @@ class RunFacts:
     group_mean: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     group_std: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
 
+    def normalisation(self, group: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and std of the images of augment.GROUP."""
+        return self.group_mean.get(group, self.mean), self.group_std.get(group, self.std)
+
     def require_normalisation(self, group: str, mean: Sequence[float], std: Sequence[float], *, why: str) -> None:
         """Raises ConfigError if the images of augment.GROUP are normalised otherwise; `why` begins the sentence."""
-        own = (self.group_mean.get(group, self.mean), self.group_std.get(group, self.std))
+        own = self.normalisation(group)
         if any(abs(a - b) > 1e-4 for a, b in zip((*own[0], *own[1]), (*mean, *std), strict=True)):
             raise ConfigError(
                 f"{why} images with mean {list(mean)} and std {list(std)}. Got mean {list(own[0])} and std "

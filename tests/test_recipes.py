@@ -28,6 +28,7 @@ from ssl_pipeline.eval.compare import CompareConfig
 from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.modules.tokenizer import Tokenizer, save_tokenizer
 from ssl_pipeline.schedule import Progress
 from ssl_pipeline.training.preflight import check_recipe
 from tests.tiny import write_shards
@@ -48,6 +49,7 @@ TINY = {
     "decoder_depth": 1,
     "_dim": 32,
     "mask_size": 16,
+    "num_tokens": 32,
 }  # by the end of a method's key
 TINY_RESNET = ["backbone.name=test_resnet", "backbone.arguments.stem_type=''"]
 TINY_VIT: dict[str, bool | int | float | str] = {
@@ -206,7 +208,10 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     size = 16 if plain.backbone.small_images else 32
     vit = plain.backbone.name.startswith(("vit", "beit"))
     sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
-    backbone = [f"backbone.arguments.{key}={value}" for key, value in TINY_VIT.items()] if vit else TINY_RESNET
+    small_vit = [f"backbone.arguments.{key}={value}" for key, value in TINY_VIT.items()]
+    backbone = small_vit if vit else TINY_RESNET
+    if plain.backbone.name == "dalle_encoder":
+        backbone = ["backbone.arguments.hidden_dim=4", "backbone.arguments.blocks_per_group=1"]
     widths = [
         f"method.{key}={value}"
         for key in type(plain.method).model_fields
@@ -230,6 +235,13 @@ def files_of(plain: PretrainConfig, folder: Path) -> list[dict[str, object]]:
         state = create_backbone(teacher).model.state_dict()
         write_tensors(path, {key: tensor.contiguous() for key, tensor in state.items()})
         return [{"teacher": teacher.model_copy(update={"weights": str(path)}).model_dump(mode="json")}]
+    if plain.method.name == "beit":
+        path, tokens = folder.with_name("tokenizer.safetensors"), plain.augment["tokens"]
+        encoder = create_backbone(BackboneConfig(name="vit_tiny_patch16_224", arguments=TINY_VIT))
+        save_tokenizer(
+            path, Tokenizer(encoder, 32), mean=tokens.mean or plain.data.mean, std=tokens.std or plain.data.std
+        )
+        return [{"tokenizer": str(path), "num_masked": 6, "min_block": 2}]
     return []
 
 

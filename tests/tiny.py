@@ -21,7 +21,8 @@ from ssl_pipeline.config import Config
 from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.schedule import Progress
+from ssl_pipeline.modules.tokenizer import Tokenizer, save_tokenizer
+from ssl_pipeline.schedule import Progress, Schedule
 
 VIT = BackboneConfig(
     name="vit_tiny_patch16_224",
@@ -29,8 +30,18 @@ VIT = BackboneConfig(
 )
 CNN = BackboneConfig(name="resnet10t", arguments={"stem_type": ""}, small_images=True)
 # by the end of a setting's name: a size that takes a CPU a moment
-SMALL = {"_dim": 16, "num_prototypes": 12, "queue_size": 64, "_depth": 1, "_heads": 2, "num_classes": 3}
+SMALL = {
+    "_dim": 16,
+    "num_prototypes": 12,
+    "num_tokens": 12,
+    "queue_size": 64,
+    "_depth": 1,
+    "_heads": 2,
+    "num_classes": 3,
+}
 OWN: dict[str, dict[str, object]] = {
+    "beit": {"num_masked": 6, "min_block": 2},
+    "dvae": {"reconstruction": "mse", "kl_weight": Schedule(value=0.1)},
     "dino": {"freeze_prototypes_for": 1},
     "fixmatch": {"threshold": 0.4},
     "ibot": {"freeze_prototypes_for": 1, "patch_head": "own_prototypes", "num_patch_prototypes": 10},
@@ -54,7 +65,21 @@ def teacher_settings() -> dict[str, object]:
     return {"teacher": BackboneConfig(name="vit_tiny_patch16_224", arguments=arguments, weights=str(path))}
 
 
-FILES: dict[str, Callable[[], dict[str, object]]] = {"distillation": teacher_settings}
+@cache
+def tokenizer_settings() -> dict[str, object]:
+    """A tokenizer of twelve codes, one for each patch of the tiny ViT."""
+    path = Path(FOLDER.name) / "tokenizer.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        tokenizer = Tokenizer(create_backbone(VIT), 12)
+    save_tokenizer(path, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return {"tokenizer": path}
+
+
+FILES: dict[str, Callable[[], dict[str, object]]] = {
+    "beit": tokenizer_settings,
+    "distillation": teacher_settings,
+}
 """Settings that lead to files, which are made at their first use."""
 COUNTS = {"global": 2, "local": 3}
 SIZES = {"local": 8}

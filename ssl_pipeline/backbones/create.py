@@ -10,7 +10,8 @@ import torch
 from timm.models import Beit, ResNet, VisionTransformer
 from torch import nn
 
-import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to timm's registry)
+import ssl_pipeline.backbones.dalle_encoder
+import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (both add a network to timm's registry)
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone

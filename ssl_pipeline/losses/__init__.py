@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
 from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nnclr_loss, nt_xent
+from ssl_pipeline.losses.discrete import (
+    gumbel_softmax,
+    logit_laplace_loss,
+    masked_token_loss,
+    uniform_kl_loss,
+)
 from ssl_pipeline.losses.distillation import byol_loss, feature_loss, self_distillation, simsiam_loss
 from ssl_pipeline.losses.masked_patches import masked_patch_loss, masked_patch_weights
 from ssl_pipeline.losses.precision import float32
@@ -43,12 +49,15 @@ __all__ = [
     "float32",
     "gram_anchoring_loss",
     "guess_labels",
+    "gumbel_softmax",
     "info_nce",
     "interpolate_logits",
     "koleo_loss",
+    "logit_laplace_loss",
     "mae_loss",
     "masked_patch_loss",
     "masked_patch_weights",
+    "masked_token_loss",
     "moco_v3_loss",
     "nnclr_loss",
     "nt_xent",
@@ -64,6 +73,7 @@ __all__ = [
     "sinkhorn_targets",
     "swav_loss",
     "total_logits",
+    "uniform_kl_loss",
     "vicreg_loss",
     "weighted_cross_entropy",
 ]

@@ -10,9 +10,11 @@ from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.config import Config
 from ssl_pipeline.methods.barlow_twins import BarlowTwins
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.methods.beit import BEiT
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
 from ssl_pipeline.methods.distillation import Distillation
+from ssl_pipeline.methods.dvae import DVAE
 from ssl_pipeline.methods.fixmatch import FixMatch
 from ssl_pipeline.methods.ibot import IBOT
 from ssl_pipeline.methods.mae import MAE
@@ -27,9 +29,11 @@ from ssl_pipeline.methods.vicreg import VICReg
 
 METHODS: tuple[type[Method], ...] = (
     BarlowTwins,
+    BEiT,
     BYOL,
     DINO,
     Distillation,
+    DVAE,
     FixMatch,
     IBOT,
     MAE,
