@@ -68,7 +68,7 @@ def seed_everything(*key: int) -> None:
 
 
 def uniform_noise(keys_NA: torch.Tensor, count: int, *, dtype: torch.dtype) -> torch.Tensor:
-    """Uniform numbers in (0, 1) with 24 random bits, on the device of the keys: (N, count).
+    """Uniform numbers in (0, 1), exclusive, with 23 random bits, on the device of the keys: (N, count).
 
     Row n follows from the integers keys_NA[n] alone: no generator, and the same on any process. Nothing waits for the
     device. A multiplicative hash of 32 bits, twice for each number; for noise, not for secrets.
@@ -78,7 +78,7 @@ def uniform_noise(keys_NA: torch.Tensor, count: int, *, dtype: torch.dtype) -> t
         state_N = _mix((state_N ^ (keys_N & _32_BITS)) + _ODD)
     numbers = torch.arange(count, device=keys_NA.device) * _ODD + _ODD
     mixed = _mix(_mix((state_N[:, None] + numbers) & _32_BITS) ^ state_N[:, None])
-    return (mixed >> 8).to(dtype).add_(0.5).mul_(2.0**-24)
+    return (mixed >> 9).to(dtype).add_(0.5).mul_(2.0**-23)  # with 24 bits float32 would round up to 1
 
 
 _32_BITS, _ODD, _FACTOR = 0xFFFFFFFF, 0x1E3779B9, 0x45D9F3B  # products of 32 bits and the factor fit into 63

@@ -13,23 +13,26 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-NUM_GROUPS = 4
-
 
 class DalleEncoder(nn.Module):
-    """(B, 3, H, W) -> a map (B, 8 * hidden_dim, H / 8, W / 8): four groups of residual blocks, halved after three."""
+    """(B, 3, H, W) -> a map (B, 8 * hidden_dim, H / 8, W / 8): four groups of residual blocks, halved after three.
 
-    def __init__(self, *, hidden_dim: int, blocks_per_group: int, num_classes: int, in_chans: int) -> None:
+    num_groups: another number of them; a cell of the map stands for 2^(num_groups - 1) pixels.
+    """
+
+    def __init__(
+        self, *, hidden_dim: int, blocks_per_group: int, num_groups: int, num_classes: int, in_chans: int
+    ) -> None:
         super().__init__()
-        num_blocks, in_dim = NUM_GROUPS * blocks_per_group, hidden_dim
+        num_blocks, in_dim = num_groups * blocks_per_group, hidden_dim
         parts: OrderedDict[str, nn.Module] = OrderedDict(input=nn.Conv2d(in_chans, hidden_dim, 7, padding=3))
-        for group in range(NUM_GROUPS):
+        for group in range(num_groups):
             dim = hidden_dim * 2**group
             blocks: OrderedDict[str, nn.Module] = OrderedDict()
             for number in range(blocks_per_group):
                 blocks[f"block_{number + 1}"] = ResidualBlock(in_dim, dim, kernels=(3, 3, 3, 1), num_blocks=num_blocks)
                 in_dim = dim
-            if group < NUM_GROUPS - 1:
+            if group < num_groups - 1:
                 blocks["pool"] = nn.MaxPool2d(2)
             parts[f"group_{group + 1}"] = nn.Sequential(blocks)
         self.blocks = nn.Sequential(parts)
@@ -38,7 +41,7 @@ class DalleEncoder(nn.Module):
         self.classifier = nn.Linear(in_dim, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, num_features, H / 8, W / 8)."""
+        """(B, 3, H, W) -> the map."""
         return relu(self.blocks(images))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -95,10 +98,15 @@ def dalle_encoder(
     in_chans: int = 3,
     hidden_dim: int = 256,
     blocks_per_group: int = 2,
+    num_groups: int = 4,
 ) -> DalleEncoder:
     """DALL-E's encoder, 53 M parameters without its codes; timm hands over the first four arguments."""
     if pretrained:
         raise ValueError("dalle_encoder has no pretrained weights.")
     return DalleEncoder(
-        hidden_dim=hidden_dim, blocks_per_group=blocks_per_group, num_classes=num_classes, in_chans=in_chans
+        hidden_dim=hidden_dim,
+        blocks_per_group=blocks_per_group,
+        num_groups=num_groups,
+        num_classes=num_classes,
+        in_chans=in_chans,
     )

@@ -151,7 +151,7 @@ def test_class_token_is_spared_weight_decay_and_mask_token_and_relative_position
     optimizer = build_optimizer(method, OptimConfig(name="adamw", lr=Schedule(value=1e-3)))
     decays = {id(p): group["decays"] for group in optimizer.param_groups for p in group["params"]}
     spared = {name for name, p in method.named_parameters() if not decays[id(p)] and p.ndim > 1}
-    assert spared == {"encoder.model.cls_token", "encoder.model.pos_embed"}
+    assert spared == {"encoder.model.cls_token"}
     assert decays[id(method.mask_token)]
     assert decays[id(method.encoder.model.rel_pos_bias.relative_position_bias_table)]
 

@@ -93,6 +93,13 @@ def test_noise_is_gumbels():
     assert abs((centred[1:] * centred[:-1]).mean() * 12) < 0.01
 
 
+def test_float32_holds_the_smallest_and_the_largest_number():
+    # of 30 million numbers with 24 bits some would be rounded to 1, whose noise is infinite
+    uniforms = uniform_noise(torch.arange(300)[:, None], 100_000, dtype=torch.float32)
+    assert 0 < uniforms.min() < 1e-6
+    assert 1 - 1e-6 < uniforms.max() < 1
+
+
 def test_noise_follows_from_run_step_and_image_alone():
     method, (batch,) = dvae(), batches(1)
     like = torch.zeros(3, 6, 2, 2, dtype=torch.float64)

@@ -110,6 +110,10 @@ def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
         check(name, sizes)
 
 
+def test_a_view_for_another_network_need_not_suit_the_backbones_patches():
+    check("distillation", {"image": 16, "teacher": 18})  # patches of 4 and of 2
+
+
 @pytest.mark.parametrize("backbone", [VIT, CNN])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_views_that_fit_are_let_through(name, backbone):

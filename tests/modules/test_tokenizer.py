@@ -18,13 +18,15 @@ from tests.tiny import CNN, VIT
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 SMALL_DALLE = BackboneConfig(name="dalle_encoder", arguments={"hidden_dim": 8, "blocks_per_group": 2})
 
+THREE_GROUPS = BackboneConfig(name="dalle_encoder", arguments={**SMALL_DALLE.arguments, "num_groups": 3})
+
 
 def tokenizer(backbone=SMALL_DALLE, num_tokens=7):
     torch.manual_seed(0)
     return Tokenizer(create_backbone(backbone), num_tokens).eval()
 
 
-@pytest.mark.parametrize(("backbone", "stride"), [(SMALL_DALLE, 8), (VIT, 4), (CNN, 8)])
+@pytest.mark.parametrize(("backbone", "stride"), [(SMALL_DALLE, 8), (THREE_GROUPS, 4), (VIT, 4), (CNN, 8)])
 def test_a_tokenizer_gives_each_cell_a_code(backbone, stride):
     network, images = tokenizer(backbone), torch.randn(2, 3, 16, 16)
     assert network.stride == stride
