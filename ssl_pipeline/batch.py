@@ -92,8 +92,9 @@ class Views:
     mask: MaskRule | None = None
     """How its views are masked; None: not at all."""
     crops_of: str | None = None
-    """Another group, whose crops a recipe must give this one: the same part of an image for a network beside the
-    backbone."""
+    """The group whose crops they must be, at a size of their own; None: a recipe may say so or not."""
+    for_backbone: bool = True
+    """Whether the backbone sees them, so that their size must suit its patches; False: another network does."""
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,11 @@ class Happening:
 
 def tiny_views(name: str) -> dict[str, ViewGroup]:
     """The groups of views that a method needs, in their smallest form."""
-    shapes = {views.name: view_shape(views) for views in needs(name)}
-    return {group: ViewGroup(count=count, size=size) for group, (count, size) in shapes.items()}
+    groups = {}
+    for views in needs(name):
+        count, size = view_shape(views)
+        groups[views.name] = ViewGroup(count=count, size=size, crops_of=views.crops_of)
+    return groups
 
 
 def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Path:
@@ -71,7 +74,9 @@ def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Pat
     tree: dict[str, object] = {
         "method": tiny_settings(name),
         "backbone": VIT.model_dump(mode="json", include={"name", "arguments"}),
-        "augment": {group: view.model_dump(include={"count", "size"}) for group, view in tiny_views(name).items()},
+        "augment": {
+            group: view.model_dump(include={"count", "size", "crops_of"}) for group, view in tiny_views(name).items()
+        },
         "data": _data(name, shards, batch_size=8),
         "optim": ADAMW,
         "train": {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0},

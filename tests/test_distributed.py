@@ -206,6 +206,8 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
         ("simclr", "own batch norm"),
         ("dino", "no DDP"),
         ("ibot", "no DDP"),
+        ("dinov2", "gather"),
+        ("dinov3", "own codes"),
         ("byol", "own batch norm"),
         ("mae", "no DDP"),
         ("simmim", "no DDP"),
@@ -245,6 +247,6 @@ def test_teachers_queues_and_centres_are_those_of_one_process(name):
         torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("name", ["barlow_twins", "moco_v3", "nnclr", "simclr", "swav", "vicreg"])
+@pytest.mark.parametrize("name", ["barlow_twins", "dinov2", "dinov3", "moco_v3", "nnclr", "simclr", "swav", "vicreg"])
 def test_methods_for_which_accumulation_is_no_bigger_batch_say_so(name):
     assert "k micro-batches are not one big batch" in inspect.getdoc(CLASSES[name])

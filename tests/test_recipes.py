@@ -208,6 +208,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     size = 16 if plain.backbone.small_images else 32
     vit = plain.backbone.name.startswith(("vit", "beit"))
     sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
+    sizes += [f"augment.{group}.size_weights=[]" for group, views in plain.augment.items() if views.size_weights]
     small_vit = [f"backbone.arguments.{key}={value}" for key, value in TINY_VIT.items()]
     backbone = small_vit if vit else TINY_RESNET
     if plain.backbone.name == "dalle_encoder":

@@ -43,6 +43,13 @@ OWN: dict[str, dict[str, object]] = {
     "beit": {"num_masked": 6, "min_block": 2},
     "dvae": {"reconstruction": "mse", "kl_weight": Schedule(value=0.1)},
     "dino": {"freeze_prototypes_for": 1},
+    "dinov2": {"freeze_prototypes_for": 1, "patch_head": "separate", "num_patch_prototypes": 10, "koleo_weight": 2.0},
+    "dinov3": {
+        "freeze_prototypes_for": 1,
+        "num_patch_prototypes": 10,
+        "teacher_temperature": {"value": 0.01},  # prototypes begin small: codes that differ
+        "gram": {"first": 1, "every": 2},
+    },
     "fixmatch": {"threshold": 0.4},
     "ibot": {"freeze_prototypes_for": 1, "patch_head": "own_prototypes", "num_patch_prototypes": 10},
     "moco": {"symmetric": True},
@@ -81,8 +88,8 @@ FILES: dict[str, Callable[[], dict[str, object]]] = {
     "distillation": teacher_settings,
 }
 """Settings that lead to files, which are made at their first use."""
-COUNTS = {"global": 2, "local": 3}
-SIZES = {"local": 8}
+COUNTS = {"global": 2, "gram": 2, "local": 3}
+SIZES = {"gram": 24, "local": 8}
 
 CONFIGS: dict[str, type[Config]] = {
     get_args(method.config_class.model_fields["name"].annotation)[0]: method.config_class for method in METHODS

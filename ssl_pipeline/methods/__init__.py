@@ -13,6 +13,8 @@ from ssl_pipeline.methods.base import Method
 from ssl_pipeline.methods.beit import BEiT
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
+from ssl_pipeline.methods.dinov2 import DINOv2
+from ssl_pipeline.methods.dinov3 import DINOv3
 from ssl_pipeline.methods.distillation import Distillation
 from ssl_pipeline.methods.dvae import DVAE
 from ssl_pipeline.methods.fixmatch import FixMatch
@@ -32,6 +34,8 @@ METHODS: tuple[type[Method], ...] = (
     BEiT,
     BYOL,
     DINO,
+    DINOv2,
+    DINOv3,
     Distillation,
     DVAE,
     FixMatch,

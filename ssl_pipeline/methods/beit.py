@@ -68,7 +68,7 @@ class BEiT(Method):
             min_aspect=config.min_aspect,
             exact=config.exact_number,
         )
-        self.needs = (Views("image", mask=mask), Views("tokens", crops_of="image"))
+        self.needs = (Views("image", mask=mask), Views("tokens", crops_of="image", for_backbone=False))
         self.mask_token = nn.Parameter(torch.empty(1, 1, backbone.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         self.head = nn.Linear(backbone.embed_dim, config.num_tokens)

@@ -78,7 +78,7 @@ class Distillation(Method):
     """
 
     config_class = DistillationConfig
-    needs = (Views("image"), Views("teacher", optional=True, crops_of="image"))
+    needs = (Views("image"), Views("teacher", optional=True, crops_of="image", for_backbone=False))
 
     teacher: Snapshot[Backbone]
 

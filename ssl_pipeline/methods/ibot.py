@@ -12,22 +12,13 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import Batch, MaskRule, Views
 from ssl_pipeline.config import Config
-from ssl_pipeline.losses import centred_targets
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead, WeightNormLinear
+from ssl_pipeline.modules.masked_tokens import MaskedPatches, with_class_token
 from ssl_pipeline.modules.memory import Centre
 from ssl_pipeline.modules.teacher import Teacher
-from ssl_pipeline.modules.token_distillation import (
-    MaskedPatches,
-    centre_carry,
-    class_token_loss,
-    class_tokens,
-    patch_loss,
-    student_tokens,
-    update_centre,
-    with_class_token,
-)
+from ssl_pipeline.modules.token_distillation import Comparison, compare, distillation_rules, update_centres
 from ssl_pipeline.modules.token_heads import TokenHeads
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Progress, Schedule
@@ -116,62 +107,26 @@ class IBOT(Method):
         return {"teacher": self.teacher.network.backbone, "student": self.student.backbone}
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        config, student, teacher = self.config, self.student, self.teacher.network
-        assert isinstance(student.backbone, TokenBackbone)
-        assert isinstance(teacher.backbone, TokenBackbone)
+        config = self.config
         masked = MaskedPatches.of(batch, masking=progress.step >= config.masking_starts.steps(progress))
-        with torch.no_grad():
-            seen = teacher.backbone.tokens(batch.views["global"].flatten(0, 1))
-            features_ND = class_tokens(seen.cls)
-            class_rows, patch_rows_NLE = teacher.head.class_rows(features_ND), teacher.head.patch_rows(seen.patches)
-            class_prototypes, patch_prototypes = teacher.head.prototypes()
-        predicted = student_tokens(student.backbone, batch, masked, mask_token=self.mask_token)
-        prototypes = student.head.prototypes()
-        of_classes, target_entropy = class_token_loss(
-            student.head.class_rows(predicted.classes),
-            prototypes[0],
-            centred_targets(
-                class_rows, class_prototypes, self.centre.value, temperature=config.teacher_temperature(progress)
-            ),
-            num_images=batch.views["global"].shape[1],
-            temperature=config.student_temperature,
+        how = Comparison(
+            student_temperature=config.student_temperature,
+            temperatures=(config.teacher_temperature(progress), config.patch_teacher_temperature(progress)),
+            centres=(self.centre, self.patch_centre),
+            all_patches=True,
         )
-        # the student's head on masked patches alone: the others do not count
-        of_patches, patch_target_entropy = patch_loss(
-            student.head.patch_rows(masked.take(predicted.patches)),
-            prototypes[1],
-            centred_targets(
-                masked.take(patch_rows_NLE),
-                patch_prototypes,
-                self.patch_centre.value,
-                temperature=config.patch_teacher_temperature(progress),
-            ),
-            masked,
-            temperature=config.student_temperature,
-        )
-        metrics = {
-            "class_loss": of_classes.detach(),
-            "patch_loss": of_patches.detach(),
-            "target_entropy": target_entropy,
-            "patch_target_entropy": patch_target_entropy,
-            "feature_std": feature_std(features_ND),
-        }
-        # the patches' centre is that of all patches, masked or not
-        carry = centre_carry("class", class_rows, class_prototypes)
-        carry |= centre_carry("patch", patch_rows_NLE.flatten(0, 1), patch_prototypes)
-        return StepOutput(config.class_weight * of_classes + config.patch_weight * of_patches, metrics, carry)
+        found = compare(self.student, self.teacher.network, batch, masked, how, mask_token=self.mask_token)
+        loss = config.class_weight * found.class_loss + config.patch_weight * found.patch_loss
+        return StepOutput(loss, found.metrics | {"feature_std": feature_std(found.teacher.classes)}, found.carry)
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
-        update_centre(self.centre, "class", carries, momentum=self.config.centre_momentum)
-        update_centre(self.patch_centre, "patch", carries, momentum=self.config.patch_centre_momentum)
+        momenta = (self.config.centre_momentum, self.config.patch_centre_momentum)
+        update_centres((self.centre, self.patch_centre), carries, momenta=momenta)
         self.teacher.update(self.student, self.config.teacher_momentum(progress))
 
     def param_rules(self) -> tuple[ParamRule, ...]:
-        frozen_for = self.config.freeze_prototypes_for
-        return tuple(
-            ParamRule(f"student.head.{layer}", frozen_for=frozen_for) for layer in self.student.head.last_layers
-        )
+        return distillation_rules(self.student, frozen_for=self.config.freeze_prototypes_for)
 
 
 def _heads(config: IBOTConfig, backbone: TokenBackbone) -> TokenHeads:

@@ -55,16 +55,15 @@ def _check_group(name: str, needed: Views, augment: Augment) -> None:
     if needed.count is not None and group.count != needed.count:
         raise ConfigError(f"augment.{needed.name}.count must be {needed.count} for {name}. Got {group.count}.")
     if needed.crops_of is not None and group.crops_of != needed.crops_of:
-        got = f"Got {group.crops_of}" if group.crops_of else "It is not set"
+        got = "none" if group.crops_of is None else f"'{group.crops_of}'"
         raise ConfigError(
-            f"augment.{needed.name}.crops_of must be {needed.crops_of} for {name}, which shows both the same part of "
-            f"an image. {got}; set augment.{needed.name}.crops_of={needed.crops_of}."
+            f"augment.{needed.name}.crops_of must be {needed.crops_of} for {name}, which compares the two. Got {got}."
         )
 
 
 def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
     """The backbone's patches, and those of a mask, must cover a view exactly; what another network sees is its own."""
-    of_others = {needed.name for needed in method.needs if needed.crops_of is not None}
+    of_others = {needed.name for needed in method.needs if not needed.for_backbone}
     of_backbone = backbone.patch_size if isinstance(backbone, TokenBackbone) else 1
     masked = {needed.name: needed.mask.patch_size for needed in method.needs if needed.mask is not None}
     for group, views in augment.items():

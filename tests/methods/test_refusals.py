@@ -18,6 +18,7 @@ WIDTHS = {
     "cifar10_byol_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
     "cifar10_moco_resnet18": ["projector_hidden_dim", "projector_dim"],
     "cifar10_simsiam_resnet18": ["projector_hidden_dim", "projector_dim", "predictor_hidden_dim"],
+    "cifar10_dinov2_vit_tiny": ["head_hidden_dim", "head_bottleneck_dim", "num_prototypes"],
     "mae_vitb16": ["decoder_dim"],
 }
 
@@ -52,6 +53,28 @@ def test_batch_norm_over_a_single_image(tmp_path, recipe):
     assert "with resnet18 has batch norm, which needs more than one image. Got data.batch_size=1" in sentence
 
 
+def test_neighbours_of_one_image_at_a_time(tmp_path):
+    sentence = refusal(tmp_path, "cifar10_dinov2_vit_tiny", "train.accumulate=4", batch_size=1)
+    assert sentence == (
+        "KoLeo looks for the nearest other image, and so needs 2 at once at least. Got 1; raise data.batch_size, or "
+        "set method.koleo_weight=0."
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        (30, "augment.global.size must be a multiple of the backbone's patch size 4. Got 30; try 32."),
+        (
+            8,
+            "augment.global.size=8 is too small for masks in blocks: blocks of 4 patches need a grid of more than 2 x",
+        ),
+    ],
+)
+def test_views_in_which_no_patch_can_be_masked(tmp_path, size, sentence):
+    assert sentence in refusal(tmp_path, "cifar10_dinov2_vit_tiny", f"augment.global.size={size}")
+
+
 def test_mae_on_a_cnn(tmp_path):
     settings = ["backbone.name=resnet18", "backbone.initial_weights=null", "backbone.fixed_positions=false"]
     sentence = refusal(tmp_path, "mae_vitb16", *settings)
@@ -75,10 +98,10 @@ def test_local_crops_for_a_method_without_them(tmp_path):
 def check(name, sizes, backbone=VIT):
     """What is checked of a recipe with views of these sizes."""
     method = make_method(name, backbone=backbone)
-    counts = {views.name: view_shape(views)[0] for views in method.needs}
-    crops_of = {views.name: views.crops_of for views in method.needs}
+    needed = {views.name: views for views in method.needs}
     views = {
-        group: ViewGroup(count=counts[group], size=size, crops_of=crops_of[group]) for group, size in sizes.items()
+        group: ViewGroup(count=view_shape(needed[group])[0], size=size, crops_of=needed[group].crops_of)
+        for group, size in sizes.items()
     }
     labelled = LabelledConfig(shards="") if any(views.labelled for views in method.needs) else None
     check_recipe(method, create_backbone(backbone), views, DataConfig(shards="", batch_size=8, labelled=labelled))
@@ -112,6 +135,15 @@ def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
 
 def test_a_view_for_another_network_need_not_suit_the_backbones_patches():
     check("distillation", {"image": 16, "teacher": 18})  # patches of 4 and of 2
+
+
+def test_a_gram_teacher_that_sees_other_crops_is_refused():
+    method = make_method("dinov3")
+    views = {name: ViewGroup(count=2, size=16) for name in ("global", "gram")}
+    with pytest.raises(ConfigError, match=r"^augment\.gram\.crops_of must be global for DINOv3, .* Got none\.$"):
+        check_recipe(method, method.backbone, views, DataConfig(shards="", batch_size=8))
+    with pytest.raises(ConfigError, match=r"^DINOv3 needs the view group augment\.gram\. The recipe has global\.$"):
+        check_recipe(method, method.backbone, {"global": views["global"]}, DataConfig(shards="", batch_size=8))
 
 
 @pytest.mark.parametrize("backbone", [VIT, CNN])
