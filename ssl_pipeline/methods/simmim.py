@@ -73,4 +73,8 @@ class SimMIM(Method):
         return {"encoder": self.encoder}
 
     def param_rules(self) -> tuple[ParamRule, ...]:
-        return untouched_by_decay(self, "encoder.")
+        if self.encoder.stride == self.encoder.patch_size:
+            return untouched_by_decay(self, "encoder.")
+        # the official Swin also spares the mask token and the biases by position, which have two dimensions
+        names = [name for name, _ in self.encoder.named_parameters() if name.endswith("relative_position_bias_table")]
+        return tuple(ParamRule(name, decays=False) for name in ("mask_token", *(f"encoder.{name}" for name in names)))

@@ -121,6 +121,11 @@ def test_a_swin_is_masked_in_its_small_patches_and_paints_with_its_last():
     output = method(Batch({"image": images}, torch.zeros(2), torch.arange(2), {"image": masks.flatten(2)}), PROGRESS)
     output.loss.backward()
     assert all(parameter.grad is not None for parameter in method.parameters())
+    optimizer = build_optimizer(method, OptimConfig(name="adamw", lr=Schedule(value=1e-3)))
+    decays = {id(p): group["decays"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in method.named_parameters():
+        spared = parameter.ndim == 1 or name.endswith(("mask_token", "relative_position_bias_table"))
+        assert decays[id(parameter)] != spared, name
 
 
 def test_a_collapse_shows():
