@@ -22,9 +22,9 @@ from PIL import Image
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.commands.compare import CompareConfig
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import COMPARISONS, RECIPES, ConfigError, dump, load, read_yaml, recipe_files, validate
-from ssl_pipeline.eval.compare import CompareConfig
 from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
@@ -66,8 +66,9 @@ def recipe(name: str, *argv: str) -> PretrainConfig:
 
 
 def on_meta(config: PretrainConfig) -> Method:
+    begins_anew = config.backbone.model_copy(update={"weights": None, "frozen_batch_norm": False})
     with torch.device("meta"):
-        return build_method(config.method, create_backbone(config.backbone))
+        return build_method(config.method, create_backbone(begins_anew))
 
 
 def trained_parameters(module: torch.nn.Module) -> int:
@@ -213,6 +214,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     backbone = small_vit if vit else TINY_RESNET
     if plain.backbone.name == "dalle_encoder":
         backbone = ["backbone.arguments.hidden_dim=4", "backbone.arguments.blocks_per_group=1"]
+    backbone = [*backbone, "backbone.weights=null", "backbone.frozen_batch_norm=false"]
     widths = [
         f"method.{key}={value}"
         for key in type(plain.method).model_fields

@@ -25,6 +25,7 @@ from ssl_pipeline.backbones import (
     load_backbone,
 )
 from ssl_pipeline.backbones.tokens.base import TimmModel
+from ssl_pipeline.backbones.weights.sources import find_in_run, is_tag
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.losses import feature_loss
@@ -150,8 +151,8 @@ def load_teacher(config: BackboneConfig) -> tuple[Backbone, Path | str, Preproce
 
     Raises ConfigError if a run's network is another one than `config` says.
     """
-    source = Path(str(config.weights))
-    if source.is_dir():
+    source = Path(str(config.weights)).expanduser()
+    if (source / "backbone.json").is_file() and config.weights_from is None:
         teacher, preprocessing = load_backbone(source)
         there, here = (given.model_dump(include=set(ARCHITECTURE)) for given in (teacher.config, config))
         if there != here:
@@ -161,15 +162,14 @@ def load_teacher(config: BackboneConfig) -> tuple[Backbone, Path | str, Preproce
             )
         return teacher, source / "backbone.safetensors", preprocessing
     teacher = create_backbone(config)
-    if source.is_file():
-        return teacher, source, None
-    network: TimmModel = teacher.model
-    about = network.pretrained_cfg
-    return (
-        teacher,
-        str(config.weights),
-        Preprocessing(about["input_size"][1], tuple(about["mean"]), tuple(about["std"])),
-    )
+    if is_tag(str(config.weights)):
+        network: TimmModel = teacher.model
+        about = network.pretrained_cfg
+        return teacher, str(source), Preprocessing(about["input_size"][1], tuple(about["mean"]), tuple(about["std"]))
+    if (source / "checkpoints").is_dir():
+        _, _, saved = find_in_run(source, which=config.weights_from)
+        return teacher, str(source), Preprocessing(saved.size, saved.mean, saved.std)
+    return teacher, source if source.is_file() else str(source), None
 
 
 def resampled(map_NDRC: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -54,8 +54,8 @@ class Snapshot(nn.Module, Generic[Network]):
 
     One that was taken during training is saved with the run, and `refresh` takes it anew (DINOv3's Gram teacher). One
     whose weights came from the file `source` stays out of state dicts, which hold the SHA-256 of that file instead: a
-    run goes on with the same file or not at all (a tokenizer, a distilled teacher). Weights that have a name and no
-    path (a pretrained tag of timm's) are treated alike, by the SHA-256 of their tensors.
+    run goes on with the same file or not at all (a tokenizer, a distilled teacher). Weights from elsewhere (a
+    pretrained tag of timm's, a run's newest checkpoint) are treated alike, by the SHA-256 of their tensors.
     """
 
     source_sha256: Tensor

@@ -16,6 +16,8 @@ from ssl_pipeline.config import RECIPES, ConfigError, load
 from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods.distillation import Distillation, DistillationConfig, load_teacher, resampled
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer
+from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.state import RunState, SavedBackbone
 from ssl_pipeline.schedule import Progress, Schedule
 from tests.methods.toys import assert_same_tensors, descend, train
 from tests.tiny import CNN, VIT, teacher_settings
@@ -168,6 +170,18 @@ def test_a_run_is_a_teacher_with_its_weights_and_normalisation(tmp_path):
     assert "teacher.source_sha256" in method.state_dict()
 
 
+def test_a_run_that_has_not_ended_is_a_teacher_from_its_newest_checkpoint(tmp_path):
+    torch.manual_seed(3)
+    saved = create_backbone(CNN)
+    about = SavedBackbone("encoder.", CNN.model_dump(mode="json"), 16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    tensors = {f"encoder.{name}": tensor for name, tensor in saved.state_dict().items()}
+    Checkpoints(tmp_path / "checkpoints").save(RunState(2, 1, backbones={"encoder": about}), {"method": tensors})
+    teacher, source, expected = load_teacher(CNN.model_copy(update={"weights": str(tmp_path)}))
+    torch.testing.assert_close(teacher.state_dict(), saved.state_dict(), rtol=0, atol=0)
+    assert source == str(tmp_path)
+    assert expected == Preprocessing(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
 def test_a_run_of_another_network_is_refused(tmp_path):
     save_backbone(tmp_path, create_backbone(CNN), Preprocessing(16, HALF, HALF))
     with pytest.raises(ConfigError, match=r"^method\.teacher must be the network of .*resnet10t.* Got .*vit_tiny"):
@@ -175,7 +189,7 @@ def test_a_run_of_another_network_is_refused(tmp_path):
 
 
 def test_a_folder_without_an_export_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no backbone\.json"):
+    with pytest.raises(ConfigError, match=r"has no backbone\.safetensors, which pretraining writes"):
         load_teacher(CNN.model_copy(update={"weights": str(tmp_path)}))
 
 
