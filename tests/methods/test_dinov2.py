@@ -17,6 +17,7 @@ from ssl_pipeline.losses import prototype_targets, prototypes
 from ssl_pipeline.methods.dinov2 import DINOv2, DINOv2Config
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer
 from ssl_pipeline.schedule import Duration, Progress, Schedule
+from tests.losses.test_prototypes import Sizes
 from tests.methods.token_distillation import (
     Plain,
     batches,
@@ -246,3 +247,13 @@ def test_the_recipes_have_the_official_numbers(name, batch, steps, lr, warmup, m
     assert config.method.koleo_per_process
     decays = [config.optim.weight_decay(Progress(step, steps, 1)) for step in (0, steps // 2, steps)]
     assert all(before < after for before, after in pairwise(decays))
+
+
+@pytest.mark.parametrize("centring", ["centring", "sinkhorn_knopp"])
+def test_logits_are_never_whole(monkeypatch, centring):
+    monkeypatch.setattr(prototypes, "SLAB", 64)
+    monkeypatch.setattr(prototype_targets, "SLAB", 64)
+    method, (batch,) = dinov2(num_prototypes=4096, centring=centring), batches("dinov2", 1)
+    with Sizes() as sizes:
+        method(batch, Progress(0, 10, 5)).loss.backward()
+    assert sizes.largest == 4096 * 8  # the prototypes; the logits of 20 class tokens alone are 10 * 8 * 1024

@@ -113,7 +113,7 @@ def test_bfloat16_leaves_the_weights_in_float32(tmp_path, shards):
 # Accumulation
 
 
-@pytest.mark.parametrize("name", ["dino", "fixmatch", "moco"])
+@pytest.mark.parametrize("name", ["dino", "fixmatch", "ibot", "moco"])
 def test_two_micro_batches_are_one_batch_of_twice_the_size(tmp_path, shards, name):
     one = train_alone(tmp_path / "one", name, shards, batch_size=8, float64=True)
     two = train_alone(tmp_path / "two", name, shards, batch_size=4, accumulate=2, float64=True)
