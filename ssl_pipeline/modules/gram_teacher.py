@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import TokenBackbone
-from ssl_pipeline.backbones.weights import load_weights
+from ssl_pipeline.backbones.weights import load_source
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.losses import gram_anchoring_loss
@@ -82,7 +82,7 @@ class GramTeacher(nn.Module):
         if not file.is_file():
             raise ConfigError(f"method.gram.teacher must be a file of weights. There is no '{file}'.")
         loaded = deepcopy(backbone)
-        load_weights(loaded.model, file)
+        load_source(loaded.model, str(file), network=None)
         self.snapshot = Snapshot(loaded, source=file)
 
     def loss(self, student_NLD: Tensor, batch: Batch, masked: MaskedPatches, progress: Progress) -> Tensor:
