@@ -45,8 +45,9 @@ class BackboneConfig(Config):
     weights_from: str | None = None
     """Which network of the weights: `teacher` or `student` of a file, a backbone of a run by name; by default the one
     that is usually evaluated."""
-    initial_weights: Literal["mae", "moco_v3"] | None = None
-    """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
+    initial_weights: Literal["mae", "moco_v3", "beit"] | None = None
+    """ViTs only: how the weights begin, as in the official code of MAE, MoCo v3 or BEiT (SimMIM's too); null leaves it
+    to timm."""
     fixed_positions: bool = False
     """ViTs only: a table of sines that is not trained, instead of learnt positions: MAE's, and MoCo v3's with its
     initial_weights."""

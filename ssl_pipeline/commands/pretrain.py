@@ -229,6 +229,7 @@ def _pretrain(config: PretrainConfig) -> int:
             if method.classifier is not None:
                 names = labelled_index.class_names if labelled_index is not None else None
                 save_classifier(output, method.classifier, names)
+            method.export(output)
             save_backbone(output, method.backbone, preprocessing)
             print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS\n{in_python(output)}")
         accelerator.end_training()

@@ -88,7 +88,7 @@ def build_optimizer(method: Trained, config: OptimConfig) -> torch.optim.Optimiz
         if name.startswith(backbones):
             rule = _of_backbone(rule, config)
         spared = config.weight_decay_on == "matrices" and (parameter.ndim <= 1 or name.endswith(".bias"))
-        groups.setdefault((rule, not spared), []).append(parameter)
+        groups.setdefault((rule, rule.decays and not spared), []).append(parameter)
     for rule in rules[:-1]:
         if rule.prefix not in used:
             raise ConfigError(f"the rule for parameters '{rule.prefix}*' fits no trainable parameter of the method.")

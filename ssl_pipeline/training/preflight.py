@@ -133,7 +133,18 @@ def run_facts(
                 "name. Make the shards anew, or mend the class names in their manifest."
             )
     sizes = {name: group.sizes for name, group in augment.items()}
-    return RunFacts(len(index), num_classes, global_batch, sizes, data.mean, data.std, names, micro_batch)
+    return RunFacts(
+        len(index),
+        num_classes,
+        global_batch,
+        sizes,
+        data.mean,
+        data.std,
+        names,
+        micro_batch,
+        {name: group.mean for name, group in augment.items() if group.mean is not None},
+        {name: group.std for name, group in augment.items() if group.std is not None},
+    )
 
 
 def check_batch_norm(method: Method, data: DataConfig, train: TrainConfig, *, num_processes: int) -> None:

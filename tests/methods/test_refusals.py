@@ -113,6 +113,10 @@ def check(name, sizes, backbone=VIT):
     ("name", "sizes", "sentence"),
     [
         ("dino", {"global": 16, "local": 10}, r"augment\.local\.size must be a multiple .* size 4\. Got 10; try 8\."),
+        ("distillation", {"image": 16, "teacher": 9}, r"augment\.teacher\.size=9 does not suit .* multiples"),
+        ("beit", {"image": 16, "tokens": 20}, r"augment\.tokens\.size must be 16 for images of 16 pixels.* Got 20\."),
+        ("beit", {"image": 8, "tokens": 8}, r"num_masked must be below the 4 patches of an image of 8 pixels\. Got 6"),
+        ("simmim", {"image": 20}, r"image\.size must be a multiple of method\.mask_size, 8\. Got 20; try"),
         ("mae", {"image": 24}, r"augment\.image\.size must be that of the backbone, 4 \* 4 pixels\. Got 24; try"),
         ("fixmatch", {"weak": 16, "strong": 20}, r"strong\.size must be the same\. Got 16 and 20\."),
         ("simclr", {"view": 2}, r"Got 2; try 4\."),
@@ -127,6 +131,10 @@ def check(name, sizes, backbone=VIT):
 def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         check(name, sizes)
+
+
+def test_a_view_for_another_network_need_not_suit_the_backbones_patches():
+    check("distillation", {"image": 16, "teacher": 18})  # patches of 4 and of 2
 
 
 def test_a_gram_teacher_that_sees_other_crops_is_refused():
