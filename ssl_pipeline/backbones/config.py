@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, MayChange
 
 RESERVED_ARGUMENTS = {
     "num_classes": "the head is always left out",
@@ -36,7 +36,7 @@ class BackboneConfig(Config):
     initial_weights."""
     frozen_patch_embed: bool = False
     """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
-    checkpoint_activations: bool = False
+    checkpoint_activations: MayChange[bool] = False
     """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
 

@@ -23,18 +23,35 @@ class Preprocessing:
     std: tuple[float, float, float]
 
 
-def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:
-    """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments)."""
+def save_backbone(
+    directory: Path, backbone: Backbone, preprocessing: Preprocessing, *, step: int | None = None
+) -> None:
+    """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments).
+
+    `step` is the number of optimizer steps that made it (`exported_step`). Nothing describes tensors of another step:
+    the description of those before goes first.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     description: dict[str, JSON] = {
         **backbone.config.model_dump(mode="json", include=set(ARCHITECTURE)),
         "size": preprocessing.size,
         "mean": preprocessing.mean,
         "std": preprocessing.std,
+        **({} if step is None else {"step": step}),
     }
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "backbone.json").unlink(missing_ok=True)
     write_tensors(directory / "backbone.safetensors", state, metadata={"format": "pt"})
     write_json(directory / "backbone.json", description)
+
+
+def exported_step(directory: Path) -> int | None:
+    """The optimizer steps that made what a run has exported; None where that is not known."""
+    try:
+        step = json.loads((directory / "backbone.json").read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:

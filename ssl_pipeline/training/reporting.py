@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ssl_pipeline.distributed import copy_from_first_rank, max_over_ranks, mean_over_ranks
 from ssl_pipeline.run.interruption import WithKeepalive
 from ssl_pipeline.run.step_times import StepTimes
-from ssl_pipeline.run.tracking import Tracker
+from ssl_pipeline.run.tracking import Row, Tracker
 from ssl_pipeline.training.loader_advice import LoaderWatch, loader_advice, supply_of
 from ssl_pipeline.training.run import Monitor, Run
 from ssl_pipeline.training.step import StepResult
@@ -32,13 +33,12 @@ class Reporter:
 
     def is_due(self, position: int) -> bool:
         """Whether the step that ends at `position` gets a row."""
-        step = self._clock.progress(position).step
+        step = self._clock.steps_made(position)
         due = step == 1 or step % self._run.train.log_every == 0 or self._clock.is_last(position)
         return due or bool(self._due_monitors(position))
 
     def report(self, result: StepResult, position: int) -> None:
         """Count a step that ends at `position`, and log its row if it is due."""
-        step = self._clock.progress(position).step
         self._waited += result.waited
         self._steps += 1
         if self.is_due(position):
@@ -49,17 +49,21 @@ class Reporter:
                     self._tracker.message(advice)
             self._tracker.log(row | self._monitored(position))
             self.start_interval()
-        self._tracker.advance(step)
+            self._tracker.advance(self._clock.steps_made(position))
+        else:
+            losses, epoch, rate = [o.loss for o in result.outputs], self._clock.epoch(position), result.learning_rate
+            self._tracker.advance(self._clock.steps_made(position), lambda: _between_rows(losses, epoch, rate))
         self._keepalive()
 
     def _row(self, result: StepResult, position: int) -> tuple[float, dict[str, float | int]]:
         """The seconds since the row before, and the row, without what monitors add to it."""
-        outputs, done = result.outputs, self._clock.progress(position)
+        outputs, clock = result.outputs, self._clock
         names = ["loss", *outputs[0].metrics]
         values = [torch.stack([o.loss, *(o.metrics[name].float() for name in names[1:])]) for o in outputs]
         means = mean_over_ranks(torch.stack(values).mean(dim=0)).tolist()  # here the host waits for the device
         seconds = time.perf_counter() - self._started
-        row: dict[str, float | int] = {"step": done.step, "epoch": done.epoch, "position": position}
+        row: dict[str, float | int] = {"step": clock.steps_made(position), "epoch": clock.epoch(position)}
+        row["images"] = position
         row |= dict(zip(names, means, strict=True))
         row["learning_rate"] = result.learning_rate
         row["gradient_norm"] = float(result.gradient_norm)
@@ -80,3 +84,8 @@ class Reporter:
     def _due_monitors(self, position: int) -> list[Monitor]:
         last = self._clock.is_last(position)
         return [monitor for monitor in self._run.monitors if last or self._clock.is_due(monitor.every, position)]
+
+
+def _between_rows(losses: list[Tensor], epoch: float, learning_rate: float) -> Row:
+    """What a step without a row shows: the loss is that of this process alone, and the host waits for the device."""
+    return {"epoch": epoch, "loss": float(torch.stack(losses).mean()), "learning_rate": learning_rate}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from ssl_pipeline.backbones import Preprocessing
+from ssl_pipeline.backbones import Preprocessing, save_backbone, save_classifier
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import optimizer_tensors
@@ -27,6 +28,14 @@ def save_run(
     run.accelerator.wait_for_everyone()
 
 
+def export_run(run: Run, folder: Path, *, position: int) -> None:
+    """Write the evaluated backbone and, of methods that learn one, the classifier, as they are at `position`."""
+    if run.method.classifier is not None:
+        names = run.labelled_index.class_names if run.labelled_index is not None else None
+        save_classifier(folder, run.method.classifier, names)
+    save_backbone(folder, run.method.backbone, run.preprocessing, step=run.clock.steps_made(position))
+
+
 def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunState:
     """Where the run stands at `position`, and what is in its method file."""
     scaler = run.accelerator.scaler
@@ -37,7 +46,10 @@ def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunSta
         identity=dict(identity),
         backbones=saved_backbones(run.method, run.preprocessing),
         classifier=saved_classifier(run.method, tuple(names) if names is not None else None),
+        settings=run.output.plain_settings(),
         scaler=scaler.state_dict() if scaler is not None else None,
+        steps=run.clock.steps_made(position),
+        labelled_position=run.clock.labelled_position(position) if run.labelled_index is not None else None,
     )
 
 
