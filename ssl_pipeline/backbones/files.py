@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
+from ssl_pipeline.backbones.preprocessing import Preprocessing
 from ssl_pipeline.backbones.weights import first_line, load_weights
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import JSON, write_json, write_tensors
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel."""
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def save_backbone(
@@ -45,15 +36,6 @@ def save_backbone(
     write_json(directory / "backbone.json", description)
 
 
-def exported_step(directory: Path) -> int | None:
-    """The optimizer steps that made what a run has exported; None where that is not known."""
-    try:
-        step = json.loads((directory / "backbone.json").read_bytes())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return step if isinstance(step, int) else None
-
-
 def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
     """The backbone that `save_backbone` wrote into a directory, and what it expects of images."""
     path = directory / "backbone.json"
@@ -67,4 +49,5 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
         raise ConfigError(f"{path} is no description of a backbone ({first_line(error)}).") from error
     backbone = create_backbone(config)
     load_weights(backbone.model, directory / "backbone.safetensors")
+    backbone.preprocessing = preprocessing
     return backbone, preprocessing

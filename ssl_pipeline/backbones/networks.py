@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.positions import Grid
+from ssl_pipeline.backbones.preprocessing import ImageTransform, Preprocessing
 from ssl_pipeline.backbones.tokens import ADAPTERS, NETWORKS_WITH_TOKENS, FlatAdapter, Tokens, has_tokens
 from ssl_pipeline.backbones.tokens.base import TimmModel, check_sides, replace_masked
 from ssl_pipeline.config import ConfigError
@@ -21,6 +22,8 @@ class Backbone(nn.Module):
 
     config: BackboneConfig
     """What `create_backbone` made it from, and makes another one from."""
+    preprocessing: Preprocessing | None = None
+    """What it expects of images, if it comes from a run."""
     forward_methods: ClassVar[tuple[str, ...]] = ()
     """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
@@ -33,6 +36,18 @@ class Backbone(nn.Module):
     def name(self) -> str:
         """The timm name of its architecture."""
         return getattr(self.model, "default_cfg", {}).get("architecture", type(self.model).__name__)
+
+    def transform(self) -> ImageTransform:
+        """Makes an image into what this backbone expects: (3, size, size), as the evaluators see it.
+
+        Raises ConfigError if the backbone comes from no run, so that nobody knows.
+        """
+        if self.preprocessing is None:
+            raise ConfigError(
+                f"this '{self.name}' comes from no run, so nothing says which images it expects. "
+                "ssl_pipeline.load(run) brings that along; else set backbone.preprocessing."
+            )
+        return ImageTransform(self.preprocessing)
 
     def forward(self, images: Tensor) -> Tensor:
         # the layout of `create_backbone`: convolutions take a third of the time on CPUs, and less on GPUs too

@@ -161,9 +161,21 @@ def _pretrain(config: PretrainConfig) -> int:
             )
         )
         if signal_number == 0 and directory is not None:
-            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
+            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS\n{in_python(output)}")
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
+
+
+def in_python(run: Path) -> str:
+    """How a program uses the backbone of a finished run, as README shows it."""
+    return (
+        "In Python:\n"
+        "    import ssl_pipeline\n"
+        "    from PIL import Image\n"
+        f"    backbone = ssl_pipeline.load({str(run)!r})\n"
+        "    image = backbone.transform()(Image.open('photo.jpg'))\n"
+        "    features = backbone(image[None])  # (1, backbone.embed_dim)"
+    )
 
 
 def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_pipeline.backbones.files import exported_step
+from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.config import Config, ConfigError, MayChange, dump
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer

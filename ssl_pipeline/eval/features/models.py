@@ -13,9 +13,9 @@ import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
+from ssl_pipeline.backbones import BackboneConfig, BackboneOfRun, Preprocessing, create_backbone, load_run
+from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.config import Config, validate
-from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
 from ssl_pipeline.files import JSON, sha256_of
 
 RAW_PIXELS = "raw_pixels"
@@ -28,11 +28,13 @@ class ModelConfig(Config):
     """The backbone to measure: a run's, or a timm model."""
 
     run: Path | None = None
-    """A run's directory: what it exported (backbone.safetensors) is measured, before its end the newest checkpoint."""
+    """A run's directory: its newest backbone is measured, exported (backbone.safetensors) or in a checkpoint."""
     which: str | None = None
     """With `run`: a backbone of its checkpoints by name, `student` or `teacher`, instead of the one it exports."""
+    step: Annotated[int, Field(gt=0)] | None = None
+    """With `run`: what it had after so many steps, exported or in a checkpoint, instead of the newest."""
     checkpoint: Annotated[int, Field(gt=0)] | None = None
-    """With `run`: the step of one of its checkpoints, instead of the newest."""
+    """The same as `step`, its earlier name."""
     backbone: str | None = None
     """Instead of a run: a timm model by name, or `raw_pixels`."""
     arguments: dict[str, bool | int | float | str] = Field(default={})
@@ -55,10 +57,17 @@ class ModelConfig(Config):
         given = [name for name in ("arguments", "small_images", "weights", "mean", "std") if getattr(self, name)]
         if self.run is not None and given:
             raise ValueError(f"{given[0]} belongs to backbone=NAME. run=DIR brings its own.")
-        of_run = [name for name in ("which", "checkpoint") if getattr(self, name)]
+        of_run = [name for name in ("which", "step", "checkpoint") if getattr(self, name)]
         if self.backbone is not None and of_run:
             raise ValueError(f"{of_run[0]} belongs to run=DIR. backbone=NAME is a single network.")
+        if self.step and self.checkpoint and self.step != self.checkpoint:
+            raise ValueError(f"step={self.step} and checkpoint={self.checkpoint} are the same setting. Leave one out.")
         return self
+
+    @property
+    def picked_step(self) -> int | None:
+        """The step that is asked for, under either name."""
+        return self.step or self.checkpoint
 
 
 @dataclass(frozen=True)
@@ -116,17 +125,16 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
-    """What the run exported; or from its checkpoints, if that is asked for or the run has not ended."""
-    file = run / "backbone.safetensors"
-    if config.which is None and config.checkpoint is None and file.is_file():
-        backbone, preprocessing = load_backbone(run)
-        label, sha256 = "pretrained", sha256_of(file)
-        weights = "the run's evaluated backbone (backbone.safetensors)"
+    """The newest backbone of the run, or the one that is asked for; prints which that is."""
+    found = load_run(run, which=config.which, step=config.picked_step)
+    backbone, preprocessing = found.backbone, found.preprocessing
+    of_step = "" if found.step is None else f" of step {found.step}"
+    if found.name is None:
+        label, weights = "pretrained", f"the run's evaluated backbone{of_step} ({found.path.name})"
     else:
-        found = load_from_checkpoint(run, which=config.which, step=config.checkpoint)
-        backbone, preprocessing = found.backbone, found.preprocessing
-        label, sha256 = f"{found.name}, step {found.step}", found.sha256
+        label = f"{found.name}, step {found.step}"
         weights = f"{found.name} of {found.path.relative_to(run)}"
+    print(f"Measuring {weights}{_beside(run, found)}.", flush=True)
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
     about: dict[str, JSON] = {
@@ -134,9 +142,18 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         "method": _method_of(run),
         "backbone": backbone.config.model_dump(mode="json"),
         "weights": weights,
-        "weights_sha256": sha256,
+        "step": found.step,
+        "weights_sha256": found.sha256,
     }
     return EvaluatedModel(label, backbone, preprocessing, about, backbone.config)
+
+
+def _beside(run: Path, found: BackboneOfRun) -> str:
+    """What else the run has exported, if that is of another step."""
+    exported = exported_step(run)
+    if exported is None or found.step is None or exported == found.step:
+        return ""
+    return f"; what {run} has exported is of step {exported} (step={exported} measures that)"
 
 
 def _method_of(run: Path) -> str | None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_pipeline.backbones import BackboneConfig, save_backbone
+import ssl_pipeline
+from ssl_pipeline.backbones import BackboneConfig, load_backbone, load_from_checkpoint, save_backbone
+from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval import knn
-from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
+from ssl_pipeline.eval.export import ExportConfig, export
 from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model
 from ssl_pipeline.eval.knn import KnnConfig
@@ -91,6 +93,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path, dino, capsys):
     assert "step-00000003 is not used: method.safetensors is damaged" in capsys.readouterr().out
 
 
+def test_the_package_loads_an_unfinished_run_ready_for_use(dino, shards):
+    for arguments in ({}, {"which": "student"}, {"which": "student", "step": 2}):
+        backbone = ssl_pipeline.load(str(dino.output.path), **arguments)
+        found = load_from_checkpoint(dino.output.path, **arguments).backbone
+        assert not any(part.training for part in backbone.modules())
+        assert backbone.preprocessing == dino.preprocessing
+        torch.testing.assert_close(backbone.state_dict(), found.state_dict(), rtol=0, atol=0)
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones(dino):
     with pytest.raises(ConfigError) as error:
         load_from_checkpoint(dino.output.path, which="techer")
@@ -108,7 +119,7 @@ def test_a_run_without_checkpoints_is_refused(tmp_path, which, missing):
 
 
 def test_a_network_that_is_built_otherwise_now_is_refused_in_one_line(dino, monkeypatch):
-    other = "ssl_pipeline.eval.features.checkpoints.create_backbone"
+    other = "ssl_pipeline.backbones.runs.create_backbone"
     monkeypatch.setattr(other, lambda config: torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="step-00000003 holds a backbone that this version builds otherwise") as error:
         load_from_checkpoint(dino.output.path)
@@ -121,12 +132,62 @@ def test_a_network_that_is_built_otherwise_now_is_refused_in_one_line(dino, monk
 def test_the_export_is_what_is_measured_unless_something_else_is_asked_for(tmp_path, dino):
     output = shutil.copytree(dino.output.path, tmp_path / "run")
     assert open_model(load(ModelConfig, [f"run={output}"])).label == "teacher, step 3"
-    save_backbone(output, dino.method.backbones()["student"], dino.preprocessing)
-    labels = [
-        open_model(load(ModelConfig, [f"run={output}", *arguments])).label
-        for arguments in ([], ["which=teacher"], ["checkpoint=2"], ["which=student", "checkpoint=2"])
-    ]
-    assert labels == ["pretrained", "teacher, step 3", "teacher, step 2", "student, step 2"]
+    save_backbone(output, dino.method.backbones()["student"], dino.preprocessing, step=3)
+    expected = {
+        (): "pretrained",
+        ("which=teacher",): "teacher, step 3",
+        ("step=2",): "teacher, step 2",
+        ("step=3",): "pretrained",
+        ("checkpoint=2",): "teacher, step 2",
+        ("which=student", "step=2"): "student, step 2",
+    }
+    assert {arguments: measured(output, *arguments) for arguments in expected} == expected
+
+
+def measured(output: Path, *arguments: str) -> str:
+    return open_model(load(ModelConfig, [f"run={output}", *arguments])).label
+
+
+def test_of_a_run_that_was_extended_and_failed_the_newest_is_measured_and_said(tmp_path, dino, capsys):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    save_backbone(output, dino.method.backbone, dino.preprocessing, step=1)
+    assert measured(output) == "teacher, step 3"
+    assert capsys.readouterr().out == (
+        f"Measuring teacher of checkpoints/step-00000003; what {output} has exported is of step 1 (step=1 measures "
+        "that).\n"
+    )
+    assert measured(output, "step=1") == "pretrained"
+    assert capsys.readouterr().out == ("Measuring the run's evaluated backbone of step 1 (backbone.safetensors).\n")
+    shutil.rmtree(output / "checkpoints")
+    assert measured(output) == "pretrained"
+
+
+@pytest.mark.parametrize(("state", "label"), [("done", "pretrained"), ("failed", "teacher, step 3")])
+def test_an_export_that_tells_no_step_is_the_newest_if_the_run_is_done(tmp_path, dino, state, label):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    save_backbone(output, dino.method.backbone, dino.preprocessing)
+    with RunDirectory(output) as directory:
+        directory.status(state, step=3)
+    assert measured(output) == label
+
+
+def test_step_and_its_earlier_name_may_not_contradict_each_other():
+    with pytest.raises(ConfigError, match="step=2 and checkpoint=3 are the same setting"):
+        load(ModelConfig, ["run=x", "step=2", "checkpoint=3"])
+
+
+# Exported by a command
+
+
+def test_any_backbone_of_a_run_is_exported_as_timm_reads_it(tmp_path, dino):
+    arguments = [f"run={dino.output.path}", f"output={tmp_path / 'student'}", "which=student", "step=2"]
+    export(load(ExportConfig, arguments))
+    read, _ = load_backbone(tmp_path / "student")
+    saved = load_from_checkpoint(dino.output.path, which="student", step=2).backbone
+    torch.testing.assert_close(read.state_dict(), saved.state_dict(), rtol=0, atol=0)
+    assert exported_step(tmp_path / "student") == 2
+    with pytest.raises(ConfigError, match=r"has a backbone\.safetensors already"):
+        export(load(ExportConfig, arguments))
 
 
 def test_the_random_baseline_is_that_of_the_export(tmp_path, dino):
@@ -138,7 +199,7 @@ def test_the_random_baseline_is_that_of_the_export(tmp_path, dino):
     torch.testing.assert_close(before.backbone.state_dict(), after.backbone.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("argument", ["which=student", "checkpoint=2"])
+@pytest.mark.parametrize("argument", ["which=student", "checkpoint=2", "step=2"])
 def test_only_runs_have_checkpoints(argument):
     with pytest.raises(ConfigError, match=f"{argument.split('=')[0]} belongs to run=DIR"):
         load(ModelConfig, ["backbone=resnet18", argument])

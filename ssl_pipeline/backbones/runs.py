@@ -1,4 +1,7 @@
-"""Any backbone of a run, from its checkpoints: what they hold is in their manifests, so no method is imported."""
+"""The backbones of a run: the one that it exported, and any one of its checkpoints.
+
+What a checkpoint holds is in its manifest, so no method is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,49 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ssl_pipeline.backbones import ARCHITECTURE, Backbone, BackboneConfig, Preprocessing, create_backbone
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
+from ssl_pipeline.backbones.create import create_backbone
+from ssl_pipeline.backbones.exported import exported_step, takes_export
+from ssl_pipeline.backbones.files import load_backbone
+from ssl_pipeline.backbones.networks import Backbone
+from ssl_pipeline.backbones.preprocessing import Preprocessing
 from ssl_pipeline.config import ConfigError, nearest, validate
+from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.state import SavedBackbone
 
 
 @dataclass(frozen=True)
-class CheckpointedBackbone:
-    """A backbone with its place: the checkpoint's path and step, and the SHA-256 of the file that it stands in."""
+class BackboneOfRun:
+    """A backbone with its place: the path and the SHA-256 of the file that it stands in.
 
-    name: str
+    name: that of a checkpoint; None for the exported one. step: None where an export does not tell it.
+    """
+
+    name: str | None
     backbone: Backbone
     preprocessing: Preprocessing
     path: Path
-    step: int
+    step: int | None
     sha256: str
 
 
-def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | None = None) -> CheckpointedBackbone:
+def load_run(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:
+    """The newest backbone of the run, be it exported or in a checkpoint, or that of one step, or another one by name.
+
+    Raises ConfigError as `load_from_checkpoint` does, and for a directory that is none.
+    """
+    if not run.is_dir():
+        raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+    if not takes_export(run, which=which, step=step):
+        return load_from_checkpoint(run, which=which, step=step)
+    file = run / "backbone.safetensors"
+    backbone, preprocessing = load_backbone(run)
+    return BackboneOfRun(None, backbone, preprocessing, file, exported_step(run), sha256_of(file))
+
+
+def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:
     """The backbone `which` (the one that the run exports if None) of the newest whole checkpoint, or of one step.
 
     The run may still be training. Raises ConfigError if it has no such backbone or no such checkpoint.
@@ -50,10 +76,13 @@ def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | Non
             f"run={run} has no backbone which={name}.{nearest(name, list(known))} It has {', '.join(known)}."
         )
     saved = known[name]
-    return CheckpointedBackbone(
+    preprocessing = Preprocessing(saved.size, saved.mean, saved.std)
+    backbone = _build(checkpoint, saved)
+    backbone.preprocessing = preprocessing
+    return BackboneOfRun(
         name=name,
-        backbone=_build(checkpoint, saved),
-        preprocessing=Preprocessing(saved.size, saved.mean, saved.std),
+        backbone=backbone,
+        preprocessing=preprocessing,
         path=checkpoint.path,
         step=checkpoint.state.step,
         sha256=checkpoint.sha256["method"],
