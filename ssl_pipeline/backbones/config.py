@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ssl_pipeline.config import Config, MayChange
+from ssl_pipeline.config import Config, MayChange, PlaceText
 
 RESERVED_ARGUMENTS = {
     "num_classes": "the head is always left out",
@@ -27,7 +27,7 @@ class BackboneConfig(Config):
     """Stochastic depth rate of the last block."""
     small_images: bool = False
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
-    weights: str | None = None
+    weights: PlaceText | None = None
     """Weights to start from: a file (.safetensors, .pth, .pt) or the tag of a pretrained timm model."""
     initial_weights: Literal["mae", "moco_v3"] | None = None
     """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""

@@ -20,7 +20,18 @@ import yaml
 from pydantic import ValidationError
 
 from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, ConfigError, RunError, SettingsError, Tree, Value, nearest, sentences_of
+from ssl_pipeline.config.base import (
+    Config,
+    ConfigError,
+    PlaceText,
+    RunError,
+    SettingsError,
+    Tree,
+    Value,
+    at_home,
+    nearest,
+    sentences_of,
+)
 from ssl_pipeline.config.changes import Change, MayChange, changes
 from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for
 from ssl_pipeline.config.printing import printable
@@ -36,9 +47,11 @@ __all__ = [
     "Config",
     "ConfigError",
     "MayChange",
+    "PlaceText",
     "RunError",
     "Tree",
     "Value",
+    "at_home",
     "changes",
     "dump",
     "failure_sentence",

@@ -15,7 +15,7 @@ from torch import nn
 
 from ssl_pipeline.backbones import BackboneConfig, BackboneOfRun, Preprocessing, create_backbone, load_run
 from ssl_pipeline.backbones.exported import exported_step
-from ssl_pipeline.config import Config, validate
+from ssl_pipeline.config import Config, PlaceText, validate
 from ssl_pipeline.files import JSON, sha256_of
 
 RAW_PIXELS = "raw_pixels"
@@ -41,7 +41,7 @@ class ModelConfig(Config):
     """With `backbone`: the model's arguments, `arguments.img_size=32`."""
     small_images: bool = False
     """With `backbone`: a CNN's 3x3 stem without max-pool."""
-    weights: str | None = None
+    weights: PlaceText | None = None
     """With `backbone`: a weights file or a timm pretrained tag; without it the model is at random initialisation."""
     size: Annotated[int, Field(gt=0)] | None = None
     """Side of the images in pixels; by default the run's evaluation size, or 224."""
