@@ -21,6 +21,7 @@ from ssl_pipeline.backbones import (
     Preprocessing,
     create_backbone,
 )
+from ssl_pipeline.backbones.exported import about_weights
 from ssl_pipeline.config import RECIPES, Config, ConfigError, MayChange, printable, run_command
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
@@ -129,18 +130,21 @@ def _pretrain(config: PretrainConfig) -> int:
         index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
         identity = {"images": _images(index)}
-        about = describe_start(num_processes=accelerator.num_processes) | {"data": _about(config.data.shards, index)}
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
-            about["labelled data"] = _about(labelled_index.source, labelled_index)
         clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
         method.prepare(run_facts(index, labelled_index, config.augment, config.data, global_batch=clock.global_batch))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = _monitors(config, method, preprocessing, accelerator)
+        about: dict[str, JSON] = {}
         if directory is not None:
             describe(config, method, clock, accelerator)
+            about = describe_start(num_processes=accelerator.num_processes)
+            about |= {"data": _about(index), "labelled data": _about(labelled_index)}
+            tensors = backbone.model.state_dict()
+            about["weights"] = about_weights(config.backbone.weights, tensors) if config.backbone.weights else None
         starting.close()
         signal_number = train(
             Run(
@@ -204,9 +208,11 @@ def _images(index: ShardIndex) -> str:
     return f"{len(index)} ({index.fingerprint[:8]})"
 
 
-def _about(shards: str | tuple[str, ...], index: ShardIndex) -> JSON:
+def _about(index: ShardIndex | None) -> JSON:
     """The images for run.json."""
-    return {"shards": shards, "images": len(index), "fingerprint": index.fingerprint}
+    if index is None:
+        return None
+    return {"shards": index.source, "images": len(index), "fingerprint": index.fingerprint}
 
 
 def _monitors(

@@ -16,6 +16,7 @@ from ssl_pipeline.files import sync
 from ssl_pipeline.run.checkpoint_files import (
     Checkpoint,
     FormatError,
+    Manifest,
     load_checkpoint,
     read_manifest,
     verify_files,
@@ -88,11 +89,11 @@ class Checkpoints:
             )
         return None
 
-    def newest_step(self) -> int | None:
-        """The step of the newest checkpoint, by the manifests alone; None if none can be read."""
+    def newest(self) -> tuple[Path, Manifest] | None:
+        """The newest checkpoint by the manifests alone, which say nothing of damage; None if none can be read."""
         for path in self._newest_first():
             with suppress(CheckpointError):
-                return read_manifest(path).state.step
+                return path, read_manifest(path)
         return None
 
     def load_step(self, step: int, *, files: Collection[str] | None = None) -> Checkpoint:

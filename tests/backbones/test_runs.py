@@ -11,7 +11,7 @@ import torch
 
 import ssl_pipeline
 from ssl_pipeline.backbones import BackboneConfig, load_backbone, load_from_checkpoint, save_backbone
-from ssl_pipeline.backbones.exported import exported_step
+from ssl_pipeline.backbones.exported import about_weights, exported_step
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval import knn
@@ -19,6 +19,7 @@ from ssl_pipeline.eval.export import ExportConfig, export
 from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model
 from ssl_pipeline.eval.knn import KnnConfig
+from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.run import Run
@@ -169,6 +170,21 @@ def test_an_export_that_tells_no_step_is_the_newest_if_the_run_is_done(tmp_path,
     with RunDirectory(output) as directory:
         directory.status(state, step=3)
     assert measured(output) == label
+
+
+def test_the_weights_of_a_run_are_told_with_their_step_and_their_sum(tmp_path, dino):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    checkpoint = output / "checkpoints" / "step-00000002"
+    for place, step in ((output, 3), (checkpoint, 2)):
+        file = output / "checkpoints" / f"step-{step:08d}" / "method.safetensors"
+        parent = {"run": str(output), "step": step}
+        assert about_weights(str(place), {}) == {"from": str(place), "sha256": sha256_of(file), "parent run": parent}
+    save_backbone(output, dino.method.backbone, dino.preprocessing, step=4)
+    assert about_weights(str(output), {})["parent run"] is None, "no config.yaml says that a run was there"
+    (output / "config.yaml").write_text("seed: 0")
+    assert about_weights(str(output), {})["parent run"] == {"run": str(output), "step": 4}
+    tags = [about_weights("a1_in1k", {"a": torch.tensor([value, 0.0])})["sha256"] for value in (1.0, 1.0, 2.0)]
+    assert tags[0] == tags[1] != tags[2]
 
 
 def test_step_and_its_earlier_name_may_not_contradict_each_other():

@@ -23,6 +23,7 @@ from ssl_pipeline.backbones import load_backbone, load_classifier
 from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.commands.pretrain import in_python
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory
 from tests.ranks import Child, start, start_ranks
@@ -111,7 +112,7 @@ def test_a_run_leaves_what_others_read(uninterrupted):
     assert status(uninterrupted) | {"time": ""} == told
     assert exported_step(uninterrupted) == 12
     (start,) = json.loads((uninterrupted / "run.json").read_text())["starts"]
-    assert {"command", "commit", "versions", "hardware", "data"} <= start.keys()
+    assert {"command", "commit", "versions", "hardware", "data", "weights"} <= start.keys()
     assert (start["data"]["images"], len(start["data"]["fingerprint"])) == (NUM_IMAGES, 64)
 
 
@@ -285,6 +286,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
     assert len(rows(tmp_path)) == 2
     assert run(recipe, f"output={tmp_path}")[0] == 0
     check_same(tmp_path, uninterrupted)
+
+
+def test_run_json_tells_the_starting_weights_and_the_run_that_they_are_of(tmp_path, recipe, uninterrupted):
+    file = uninterrupted / "backbone.safetensors"
+    assert run(recipe, f"output={tmp_path}", "train.steps=2", f"backbone.weights={file}")[0] == 0
+    (started,) = json.loads((tmp_path / "run.json").read_text())["starts"]
+    parent = {"run": str(uninterrupted), "step": 12}
+    assert started["weights"] == {"from": str(file), "sha256": sha256_of(file), "parent run": parent}
 
 
 def test_each_start_stands_in_run_json(tmp_path, recipe):
