@@ -52,7 +52,8 @@ def train(run: Run) -> int:
         run.clock = resumed_clock(run.clock, run.train, saved.state)
     clock, position = run.clock, saved.state.position if saved is not None else 0
     if run.output.directory is not None:
-        begin_or_keep(run, run.output.directory, position=position)
+        with failures_of(run).explained():
+            begin_or_keep(run, run.output.directory, position=position)
     if clock.is_last(position):
         return 0
     if run.train.compile:
