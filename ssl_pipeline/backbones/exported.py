@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssl_pipeline.files import JSON, sha256_of, sha256_of_bytes
+from ssl_pipeline.files import JSON, sha256_of_bytes
 from ssl_pipeline.run.checkpoint_files import read_manifest
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import read_status
@@ -43,29 +43,37 @@ def takes_export(run: Path, *, which: str | None = None, step: int | None = None
     return exported >= newest[1].state.step
 
 
-def about_weights(weights: str, tensors: Mapping[str, Tensor]) -> dict[str, JSON]:
+def about_weights(
+    weights: str, *, which: str | None, sha256: str | None, tensors: Mapping[str, Tensor]
+) -> dict[str, JSON]:
     """What run.json tells of the weights that a run starts from: the setting, a SHA-256, and the run they are of.
 
-    weights: a file, a run, one of its checkpoints, or a tag; of a tag it is the SHA-256 of the `tensors` themselves.
+    sha256: of the file; of a tag, which has none here, that of the `tensors` is told.
     """
-    place = Path(weights)
-    if place.is_dir() and takes_export(place):
+    if sha256 is None:
+        sha256 = sha256_of_bytes(*(part for item in tensors.items() for part in _bytes_of(*item)))
+    return {
+        "from": weights,
+        "sha256": sha256,
+        "parent run": _parent_of(Path(weights), which),
+    }
+
+
+def _parent_of(place: Path, which: str | None) -> JSON:
+    """The run and the step of a run's directory, of one of its checkpoints, or of its export; None of anything else."""
+    if place.is_dir() and takes_export(place, which=which):
         place = place / "backbone.safetensors"
     if place.is_file():
-        run = place.parent
-        is_export = place.name == "backbone.safetensors" and (run / "config.yaml").is_file()
-        parent: JSON = {"run": str(run), "step": exported_step(run)} if is_export else None
-        return {"from": weights, "sha256": sha256_of(place), "parent run": parent}
-    found = Checkpoints(place / "checkpoints").newest() if place.is_dir() else None
-    if place.is_dir() and found is None:
+        is_export = place.name == "backbone.safetensors" and (place.parent / "config.yaml").is_file()
+        return {"run": str(place.parent), "step": exported_step(place.parent)} if is_export else None
+    found = Checkpoints(place / "checkpoints").newest()
+    if found is None and (place / "manifest.json").is_file():
         found = place, read_manifest(place)
-    if found is not None:
-        checkpoint, manifest = found
-        parent = {"run": str(checkpoint.parent.parent), "step": manifest.state.step}
-        return {"from": weights, "sha256": manifest.files["method.safetensors"][1], "parent run": parent}
-    parts = [part for name, tensor in tensors.items() for part in (name.encode(), _bytes_of(tensor))]
-    return {"from": weights, "sha256": sha256_of_bytes(*parts), "parent run": None}
+    if found is None:
+        return None
+    checkpoint, manifest = found
+    return {"run": str(checkpoint.parent.parent), "step": manifest.state.step}
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes_of(name: str, tensor: Tensor) -> tuple[bytes, bytes]:
+    return name.encode(), tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, without_tag
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.preprocessing import Preprocessing
-from ssl_pipeline.backbones.weights import first_line, load_weights
+from ssl_pipeline.backbones.weights import first_line, load_source
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import JSON, write_json, write_tensors
 
@@ -41,13 +41,13 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
     path = directory / "backbone.json"
     try:
         description = json.loads(path.read_bytes())
-        config = BackboneConfig(**{key: description[key] for key in ARCHITECTURE})
+        config = BackboneConfig(**without_tag({key: description[key] for key in ARCHITECTURE}))
         preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no description of a backbone ({first_line(error)}).") from error
     backbone = create_backbone(config)
-    load_weights(backbone.model, directory / "backbone.safetensors")
+    backbone.origin = load_source(backbone.model, str(directory / "backbone.safetensors"), network=None)
     backbone.preprocessing = preprocessing
     return backbone, preprocessing

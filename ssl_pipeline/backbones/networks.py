@@ -14,6 +14,7 @@ from ssl_pipeline.backbones.positions import Grid
 from ssl_pipeline.backbones.preprocessing import ImageTransform, Preprocessing
 from ssl_pipeline.backbones.tokens import ADAPTERS, NETWORKS_WITH_TOKENS, FlatAdapter, Tokens, has_tokens
 from ssl_pipeline.backbones.tokens.base import TimmModel, check_sides, replace_masked
+from ssl_pipeline.backbones.weights import RANDOM, Origin
 from ssl_pipeline.config import ConfigError
 
 
@@ -22,6 +23,8 @@ class Backbone(nn.Module):
 
     config: BackboneConfig
     """What `create_backbone` made it from, and makes another one from."""
+    origin: Origin = RANDOM
+    """Where its weights come from."""
     preprocessing: Preprocessing | None = None
     """What it expects of images, if it comes from a run."""
     forward_methods: ClassVar[tuple[str, ...]] = ()

@@ -8,18 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, without_tag
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.exported import exported_step, takes_export
 from ssl_pipeline.backbones.files import load_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.preprocessing import Preprocessing
-from ssl_pipeline.config import ConfigError, nearest, validate
+from ssl_pipeline.backbones.weights import Origin, find_in_run, tensors_of
+from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoint_files import Checkpoint
-from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.state import SavedBackbone
 
 
@@ -57,28 +55,11 @@ def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | Non
 
     The run may still be training. Raises ConfigError if it has no such backbone or no such checkpoint.
     """
-    checkpoints = Checkpoints(run / "checkpoints", report=print)
-    if step is not None:
-        checkpoint = checkpoints.load_step(step, files=["method"])
-    else:
-        newest = checkpoints.load_latest(files=["method"])
-        if newest is None:
-            export = "" if which else "backbone.safetensors, which pretraining writes when it ends, and no "
-            raise ConfigError(
-                f"run={run} has no {export}checkpoint. "
-                f"Let it train first: accelerate launch pretrain.py recipe=NAME output={run}"
-            )
-        checkpoint = newest
-    known = checkpoint.state.backbones
-    name = which or next(iter(known))
-    if name not in known:
-        raise ConfigError(
-            f"run={run} has no backbone which={name}.{nearest(name, list(known))} It has {', '.join(known)}."
-        )
-    saved = known[name]
+    checkpoint, name, saved = find_in_run(run, which=which, step=step)
     preprocessing = Preprocessing(saved.size, saved.mean, saved.std)
     backbone = _build(checkpoint, saved)
     backbone.preprocessing = preprocessing
+    backbone.origin = Origin(f"{name} of step {checkpoint.state.step} of {run}", checkpoint.sha256["method"])
     return BackboneOfRun(
         name=name,
         backbone=backbone,
@@ -91,14 +72,11 @@ def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | Non
 
 def _build(checkpoint: Checkpoint, saved: SavedBackbone) -> Backbone:
     """The network that its config describes, with the tensors of the checkpoint in place of those it began with."""
-    backbone = create_backbone(validate(BackboneConfig, {name: saved.config[name] for name in ARCHITECTURE}))
-    tensors: dict[str, Tensor] = {
-        name.removeprefix(saved.prefix): tensor
-        for name, tensor in checkpoint.tensors["method"].items()
-        if name.startswith(saved.prefix)
-    }
+    backbone = create_backbone(
+        validate(BackboneConfig, without_tag({name: saved.config[name] for name in ARCHITECTURE}))
+    )
     try:
-        backbone.load_state_dict(tensors)
+        backbone.load_state_dict(tensors_of(checkpoint, saved.prefix))
     except RuntimeError as error:
         raise ConfigError(
             f"{checkpoint.path} holds a backbone that this version builds otherwise: {' '.join(str(error).split())}."

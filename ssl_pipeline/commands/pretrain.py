@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import (
+    Backbone,
     BackboneConfig,
     Preprocessing,
     create_backbone,
@@ -143,8 +144,7 @@ def _pretrain(config: PretrainConfig) -> int:
             describe(config, method, clock, accelerator)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
-            tensors = backbone.model.state_dict()
-            about["weights"] = about_weights(config.backbone.weights, tensors) if config.backbone.weights else None
+            about["weights"] = _about_weights(backbone)
         starting.close()
         signal_number = train(
             Run(
@@ -192,6 +192,7 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
+        f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
@@ -213,6 +214,14 @@ def _about(index: ShardIndex | None) -> JSON:
     if index is None:
         return None
     return {"shards": index.source, "images": len(index), "fingerprint": index.fingerprint}
+
+
+def _about_weights(backbone: Backbone) -> JSON:
+    """What it starts from for run.json, None for random weights."""
+    config, tensors = backbone.config, backbone.model.state_dict()
+    if config.weights is None:
+        return None
+    return about_weights(config.weights, which=config.weights_from, sha256=backbone.origin.sha256, tensors=tensors)
 
 
 def _monitors(

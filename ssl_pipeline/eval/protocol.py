@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import ConfigError, printable
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.features.cache import cached
 from ssl_pipeline.eval.features.extract import Precision, extract_features
@@ -141,12 +141,14 @@ def measure_models(
 ) -> Measured[Result]:
     """`measure` on the features of the model and, if asked for, of its baselines."""
     model = open_model(config)
+    print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
     features = model_features(config, model, images, task=task)
     baselines = {
         name: (baseline, measure(model_features(config, baseline, images, task=task)))
         for name, baseline in (baselines_of(model) if config.baselines else {}).items()
     }
     protocol: dict[str, JSON] = {
+        "label": model.label,
         "subject": model.about,
         "size": model.preprocessing.size,
         "mean": model.preprocessing.mean,

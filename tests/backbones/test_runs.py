@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ssl_pipeline
-from ssl_pipeline.backbones import BackboneConfig, load_backbone, load_from_checkpoint, save_backbone
+from ssl_pipeline.backbones import BackboneConfig, create_backbone, load_backbone, load_from_checkpoint, save_backbone
 from ssl_pipeline.backbones.exported import about_weights, exported_step
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import open_shards
@@ -19,7 +19,6 @@ from ssl_pipeline.eval.export import ExportConfig, export
 from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model
 from ssl_pipeline.eval.knn import KnnConfig
-from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.run import Run
@@ -103,6 +102,22 @@ def test_the_package_loads_an_unfinished_run_ready_for_use(dino, shards):
         torch.testing.assert_close(backbone.state_dict(), found.state_dict(), rtol=0, atol=0)
 
 
+def test_an_unfinished_run_and_one_of_its_checkpoints_are_weights_to_start_from(dino):
+    path = dino.output.path
+    for weights, which, step in (
+        (path, None, 3),
+        (path, "student", 3),
+        (path / "checkpoints" / "step-00000002", "student", 2),
+    ):
+        backbone = create_backbone(VIT.model_copy(update={"weights": str(weights), "weights_from": which}))
+        expected = load_from_checkpoint(path, which=which, step=step).backbone
+        torch.testing.assert_close(backbone.state_dict(), expected.state_dict(), rtol=0, atol=0)
+        count = len(backbone.model.state_dict())
+        assert backbone.origin.text == f"{which or 'teacher'} of step {step} of {path}, took {count} of {count} tensors"
+    with pytest.raises(ConfigError, match=r"has no backbone which=target\. .*It has teacher, student\."):
+        create_backbone(VIT.model_copy(update={"weights": str(path), "weights_from": "target"}))
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones(dino):
     with pytest.raises(ConfigError) as error:
         load_from_checkpoint(dino.output.path, which="techer")
@@ -153,12 +168,9 @@ def test_of_a_run_that_was_extended_and_failed_the_newest_is_measured_and_said(t
     output = shutil.copytree(dino.output.path, tmp_path / "run")
     save_backbone(output, dino.method.backbone, dino.preprocessing, step=1)
     assert measured(output) == "teacher, step 3"
-    assert capsys.readouterr().out == (
-        f"Measuring teacher of checkpoints/step-00000003; what {output} has exported is of step 1 (step=1 measures "
-        "that).\n"
-    )
+    note = f"{output} was trained on after its export, of step 1; step 3 is measured (step=1 measures the export).\n"
+    assert capsys.readouterr().out == note
     assert measured(output, "step=1") == "pretrained"
-    assert capsys.readouterr().out == ("Measuring the run's evaluated backbone of step 1 (backbone.safetensors).\n")
     shutil.rmtree(output / "checkpoints")
     assert measured(output) == "pretrained"
 
@@ -175,16 +187,30 @@ def test_an_export_that_tells_no_step_is_the_newest_if_the_run_is_done(tmp_path,
 def test_the_weights_of_a_run_are_told_with_their_step_and_their_sum(tmp_path, dino):
     output = shutil.copytree(dino.output.path, tmp_path / "run")
     checkpoint = output / "checkpoints" / "step-00000002"
+
+    def about(place: Path | str, *tensors: float, which: str | None = None, sha256: str | None = None) -> dict:
+        return about_weights(str(place), which=which, sha256=sha256, tensors={"a": torch.tensor(tensors)})
+
     for place, step in ((output, 3), (checkpoint, 2)):
-        file = output / "checkpoints" / f"step-{step:08d}" / "method.safetensors"
         parent = {"run": str(output), "step": step}
-        assert about_weights(str(place), {}) == {"from": str(place), "sha256": sha256_of(file), "parent run": parent}
+        assert about(place, sha256="12ab") == {"from": str(place), "sha256": "12ab", "parent run": parent}
     save_backbone(output, dino.method.backbone, dino.preprocessing, step=4)
-    assert about_weights(str(output), {})["parent run"] is None, "no config.yaml says that a run was there"
+    assert about(output)["parent run"] is None, "no config.yaml says that a run was there"
     (output / "config.yaml").write_text("seed: 0")
-    assert about_weights(str(output), {})["parent run"] == {"run": str(output), "step": 4}
-    tags = [about_weights("a1_in1k", {"a": torch.tensor([value, 0.0])})["sha256"] for value in (1.0, 1.0, 2.0)]
-    assert tags[0] == tags[1] != tags[2]
+    assert about(output)["parent run"] == {"run": str(output), "step": 4}
+    assert about(output, which="student")["parent run"] == {"run": str(output), "step": 3}
+    assert about(tmp_path)["parent run"] is None
+    tags = [about("a1_in1k", value, 0.0) for value in (1.0, 1.0, 2.0)]
+    assert tags[0] == tags[1]
+    assert tags[0]["sha256"] != tags[2]["sha256"]
+    assert tags[0]["parent run"] is None
+
+
+@pytest.mark.parametrize(("step", "origin"), [(2, "teacher of step 3 of "), (3, "backbone.safetensors")])
+def test_a_run_starts_from_the_newest_backbone_of_another(tmp_path, dino, step, origin):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    save_backbone(output, dino.method.backbone, dino.preprocessing, step=step)
+    assert origin in create_backbone(VIT.model_copy(update={"weights": str(output)})).origin.text
 
 
 def test_step_and_its_earlier_name_may_not_contradict_each_other():

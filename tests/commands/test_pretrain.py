@@ -119,6 +119,7 @@ def test_a_run_leaves_what_others_read(uninterrupted):
 def test_the_same_command_gives_the_same_run(tmp_path, recipe, uninterrupted):
     code, printed = run(recipe, f"output={tmp_path}")
     assert code == 0
+    assert "\nweights to begin with: random initialisation\n" in printed
     assert printed.rstrip().endswith(in_python(tmp_path))
     check_same(tmp_path, uninterrupted)
 

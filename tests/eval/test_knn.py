@@ -186,7 +186,7 @@ def test_random_initialisation_is_the_same_every_time(run: Path, train: str, tes
         (("backbone=resnet18", "arguments.num_classes=3"), "the head is always left out"),
         (("backbone=raw_pixels", "k=73"), r"number of training images (72). Got k=73"),
         (("backbone=raw_pixels", "device=tpuu"), "device must be auto, cpu or cuda"),
-        (("run=no/such/run",), "run=no/such/run must be the directory of a run"),
+        (("run=no/such/run",), "run=no/such/run must be the directory of a run. There is none"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -13,10 +13,11 @@ import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
-from ssl_pipeline.backbones import BackboneConfig, BackboneOfRun, Preprocessing, create_backbone, load_run
+from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_run
 from ssl_pipeline.backbones.exported import exported_step
-from ssl_pipeline.config import Config, PlaceText, validate
-from ssl_pipeline.files import JSON, sha256_of
+from ssl_pipeline.backbones.weights import is_tag
+from ssl_pipeline.config import Config, PlaceText, printable, validate
+from ssl_pipeline.files import JSON
 
 RAW_PIXELS = "raw_pixels"
 RAW_PIXELS_SIDE = 32
@@ -42,7 +43,10 @@ class ModelConfig(Config):
     small_images: bool = False
     """With `backbone`: a CNN's 3x3 stem without max-pool."""
     weights: PlaceText | None = None
-    """With `backbone`: a weights file or a timm pretrained tag; without it the model is at random initialisation."""
+    """With `backbone`: a weights file, a run or a timm pretrained tag; without it the model is at random
+    initialisation."""
+    weights_from: str | None = None
+    """With `weights`: `teacher` or `student` of a file, a backbone of a run by name."""
     size: Annotated[int, Field(gt=0)] | None = None
     """Side of the images in pixels; by default the run's evaluation size, or 224."""
     mean: tuple[float, float, float] | None = None
@@ -54,9 +58,21 @@ class ModelConfig(Config):
     def _one_model(self) -> ModelConfig:
         if (self.run is None) == (self.backbone is None):
             raise ValueError("Give either run=DIR or backbone=NAME.")
-        given = [name for name in ("arguments", "small_images", "weights", "mean", "std") if getattr(self, name)]
+        given = [
+            name
+            for name in ("arguments", "small_images", "weights", "weights_from", "mean", "std")
+            if getattr(self, name)
+        ]
         if self.run is not None and given:
             raise ValueError(f"{given[0]} belongs to backbone=NAME. run=DIR brings its own.")
+        architecture, _, tag = (self.backbone or "").partition(".")
+        if tag:
+            raise ValueError(
+                f"backbone must be an architecture without a tag of pretrained weights. Got '{self.backbone}'; write "
+                f"backbone={architecture} weights={tag}"
+            )
+        if self.weights_from and not self.weights:
+            raise ValueError(f"weights_from={self.weights_from} says which network of weights is measured. Set both.")
         of_run = [name for name in ("which", "step", "checkpoint") if getattr(self, name)]
         if self.backbone is not None and of_run:
             raise ValueError(f"{of_run[0]} belongs to run=DIR. backbone=NAME is a single network.")
@@ -83,6 +99,12 @@ class EvaluatedModel:
     about: dict[str, JSON]
     config: BackboneConfig | None
 
+    @property
+    def weights(self) -> str:
+        """Where its weights come from, for the reader; empty for raw pixels, which have none."""
+        sha256 = self.about.get("weights_sha256")
+        return f"{self.about.get('weights', '')}" + (f"; SHA-256 {str(sha256)[:16]}" if sha256 else "")
+
 
 def open_model(config: ModelConfig) -> EvaluatedModel:
     """The backbone that the config names, ready to be measured."""
@@ -98,23 +120,27 @@ def open_model(config: ModelConfig) -> EvaluatedModel:
             "arguments": dict(config.arguments),
             "small_images": config.small_images,
             "weights": config.weights,
+            "weights_from": config.weights_from,
         },
     )
     if config.weights is None:
         model = random_initialisation(architecture, _preprocessing(config))
         return replace(model, label=f"{config.backbone} at random initialisation")
     backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
-    about: dict[str, JSON] = {"backbone": architecture.model_dump(mode="json"), "weights": config.weights}
-    if Path(config.weights).is_file():
-        about["weights_sha256"] = sha256_of(Path(config.weights))
-    return EvaluatedModel(config.backbone, backbone, _preprocessing(config), about, architecture)
+    about: dict[str, JSON] = {
+        "backbone": architecture.model_dump(mode="json"),
+        "weights": backbone.origin.text,
+        "weights_sha256": backbone.origin.sha256,
+    }
+    label = f"{config.backbone}, {Path(config.weights).name}"
+    return EvaluatedModel(label, backbone, _preprocessing(config), about, architecture)
 
 
 def _preprocessing(config: ModelConfig) -> Preprocessing:
     """The size, mean and deviation that are given, else those of the pretrained tag, else ImageNet's at 224 pixels."""
     published = None
-    if config.weights is not None and not Path(config.weights).is_file():
-        published = timm.get_pretrained_cfg(f"{str(config.backbone).split('.')[0]}.{config.weights}")
+    if config.weights is not None and is_tag(config.weights):
+        published = timm.get_pretrained_cfg(f"{config.backbone}.{config.weights}")
     mean, std = (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
     return Preprocessing(config.size or 224, config.mean or _three(mean), config.std or _three(std))
 
@@ -125,7 +151,7 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
-    """The newest backbone of the run, or the one that is asked for; prints which that is."""
+    """The newest backbone of the run, or the one that is asked for; prints if the run has exported another one."""
     found = load_run(run, which=config.which, step=config.picked_step)
     backbone, preprocessing = found.backbone, found.preprocessing
     of_step = "" if found.step is None else f" of step {found.step}"
@@ -134,7 +160,10 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
     else:
         label = f"{found.name}, step {found.step}"
         weights = f"{found.name} of {found.path.relative_to(run)}"
-    print(f"Measuring {weights}{_beside(run, found)}.", flush=True)
+    exported = exported_step(run)
+    if exported is not None and found.step not in (None, exported):
+        note = f"{run} was trained on after its export, of step {exported}; step {found.step} is measured"
+        print(printable(f"{note} (step={exported} measures the export)."), flush=True)
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
     about: dict[str, JSON] = {
@@ -146,14 +175,6 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         "weights_sha256": found.sha256,
     }
     return EvaluatedModel(label, backbone, preprocessing, about, backbone.config)
-
-
-def _beside(run: Path, found: BackboneOfRun) -> str:
-    """What else the run has exported, if that is of another step."""
-    exported = exported_step(run)
-    if exported is None or found.step is None or exported == found.step:
-        return ""
-    return f"; what {run} has exported is of step {exported} (step={exported} measures that)"
 
 
 def _method_of(run: Path) -> str | None:
@@ -183,7 +204,7 @@ def raw_pixels(size: int) -> EvaluatedModel:
 
 def random_initialisation(architecture: BackboneConfig, preprocessing: Preprocessing) -> EvaluatedModel:
     """The architecture as it is before any training, from a fixed seed."""
-    architecture = architecture.model_copy(update={"weights": None})
+    architecture = architecture.model_copy(update={"weights": None, "weights_from": None})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(RANDOM_SEED)
         backbone = create_backbone(architecture)
