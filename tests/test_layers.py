@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("ssl_pipeline", "eval", "data_tools", "benchmarks")
 FRONTS = ("eval", "data_tools", "pretrain")  # the commands' thin front: a few lines over the package each
 
-STARTS = {"pretrain": "ssl_pipeline.commands.start"}  # what must not wait for torch; the others are called as they are
+STARTS = {  # commands that compose rooms; the others are called as they are
+    "pretrain": "ssl_pipeline.commands.start",
+    "eval.compare": "ssl_pipeline.commands.compare",
+}
 
 # lowest row first; a module may import its own row and those below
 ROWS = [

@@ -48,6 +48,9 @@ class BackboneConfig(Config):
     initial_weights."""
     frozen_patch_embed: bool = False
     """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
+    frozen_batch_norm: bool = False
+    """Whether batch norm keeps the statistics of the weights. Those of some hundred augmented images, which it would
+    take on in training, cost a good network more than training on few images wins."""
     checkpoint_activations: MayChange[bool] = False
     """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
@@ -82,6 +85,8 @@ class BackboneConfig(Config):
             raise ValueError(
                 "backbone.weights and initial_weights both say how the weights begin. Leave one of them out."
             )
+        if self.frozen_batch_norm and not self.weights:
+            raise ValueError("backbone.frozen_batch_norm keeps the statistics of weights. Set backbone.weights too.")
         return self
 
 

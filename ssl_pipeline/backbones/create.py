@@ -12,7 +12,7 @@ from torch import nn
 import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to timm's registry)
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
-from ssl_pipeline.backbones.networks import Backbone, TokenBackbone
+from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
 from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source
 from ssl_pipeline.config import ConfigError, nearest
@@ -48,6 +48,11 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     elif config.weights is not None:
         backbone.origin = load_source(backbone.model, config.weights, network=config.weights_from)
     _prepare_vit(backbone, config)
+    if config.frozen_batch_norm:
+        if not batch_norms(backbone):
+            raise ConfigError(f"backbone.frozen_batch_norm needs batch norm. '{config.name}' has none; leave it out.")
+        backbone.keeps_statistics = True
+        backbone.train()
     if config.checkpoint_activations:
         _checkpoint_activations(backbone, config.name)
     return backbone
@@ -106,7 +111,7 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
 
 
 def _checkpoint_activations(backbone: Backbone, name: str) -> None:
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in backbone.modules()):
+    if batch_norms(backbone):
         raise ConfigError(
             f"backbone.checkpoint_activations needs a network without batch norm, which would count each batch twice. "
             f"'{name}' has some."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from timm.layers import DropPath
@@ -34,11 +34,21 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+        self.keeps_statistics = False
+        """Whether batch norm never leaves evaluation mode."""
 
     @property
     def name(self) -> str:
         """The timm name of its architecture."""
         return getattr(self.model, "default_cfg", {}).get("architecture", type(self.model).__name__)
+
+    def train(self, mode: bool = True) -> Self:
+        """As `torch.nn.Module.train`; batch norm whose statistics are frozen stays in evaluation mode."""
+        super().train(mode)
+        if self.keeps_statistics:
+            for part in batch_norms(self):
+                part.eval()
+        return self
 
     def transform(self) -> ImageTransform:
         """Makes an image into what this backbone expects: (3, size, size), as the evaluators see it.
@@ -187,6 +197,11 @@ def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = Fals
     if some_patches and not backbone.takes_some_patches:
         raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
     return backbone
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The parts that normalise by statistics of a batch."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
 def without_drop_path(module: nn.Module) -> None:

@@ -43,6 +43,8 @@ def load_run(run: Path, *, which: str | None = None, step: int | None = None) ->
     """
     if not run.is_dir():
         raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+    if run.parent.name == "checkpoints" and (run / "manifest.json").is_file():
+        raise ConfigError(f"run={run} must be the directory of a run. It is a checkpoint of {run.parent.parent}.")
     if not takes_export(run, which=which, step=step):
         return load_from_checkpoint(run, which=which, step=step)
     file = run / "backbone.safetensors"

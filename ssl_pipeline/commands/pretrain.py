@@ -23,12 +23,23 @@ from ssl_pipeline.backbones import (
     create_backbone,
 )
 from ssl_pipeline.backbones.exported import about_weights
-from ssl_pipeline.config import RECIPES, Config, ConfigError, MayChange, printable, run_command
+from ssl_pipeline.commands.images import expand
+from ssl_pipeline.commands.monitors import open_monitors
+from ssl_pipeline.config import (
+    RECIPES,
+    Config,
+    MayChange,
+    PlaceText,
+    printable,
+    refuse,
+    run_command,
+    without_flags,
+)
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
-from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
-from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
+from ssl_pipeline.eval.knn import KnnMonitorConfig
+from ssl_pipeline.eval.monitors import ClassifierMonitorConfig, SpectrumMonitorConfig
 from ssl_pipeline.files import JSON
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
@@ -48,14 +59,17 @@ from ssl_pipeline.training.preflight import (
     run_facts,
 )
 from ssl_pipeline.training.resume import check_settings, read_settings
-from ssl_pipeline.training.run import Monitor, Output, Run, Start, TrainConfig, start_clock
+from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
 
 
 class PretrainConfig(Config):
     """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
 
+    images: MayChange[PlaceText | None] = None
+    """Folder or zip of images, packed into OUTPUT/images at the first start, in place of data.shards; or shards."""
     recipe: MayChange[str | None] = None
-    """The recipe that these settings come from: a name in recipes/, or a path to a YAML file."""
+    """The recipe that these settings come from: a name in recipes/, or a path to a YAML file. With images it may be
+    left out, or `auto`: chosen by the images and the machine."""
     output: MayChange[Path | None] = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -76,6 +90,8 @@ class PretrainConfig(Config):
     """k-NN accuracy during training; leave out for images without labels."""
     classifier: MayChange[ClassifierMonitorConfig | None] = None
     """Accuracy of the method's own classifier during training, for methods that have one."""
+    spectrum: MayChange[SpectrumMonitorConfig | None] = None
+    """RankMe and alpha-ReQ of the features during training: what can be told without labels."""
     wandb: MayChange[bool] = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
 
@@ -138,7 +154,18 @@ def _pretrain(config: PretrainConfig) -> int:
         method.prepare(run_facts(index, labelled_index, config.augment, config.data, global_batch=clock.global_batch))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
-        monitors = _monitors(config, method, preprocessing, accelerator)
+        monitors = open_monitors(
+            config.knn,
+            config.spectrum,
+            config.classifier,
+            method=method,
+            preprocessing=preprocessing,
+            data=config.data,
+            index=index,
+            labelled_index=labelled_index,
+            from_weights=config.backbone.weights is not None,
+            device=accelerator.device,
+        )
         about: dict[str, JSON] = {}
         if directory is not None:
             describe(config, method, clock, accelerator)
@@ -224,38 +251,15 @@ def _about_weights(backbone: Backbone) -> JSON:
     return about_weights(config.weights, which=config.weights_from, sha256=backbone.origin.sha256, tensors=tensors)
 
 
-def _monitors(
-    config: PretrainConfig, method: Method, preprocessing: Preprocessing, accelerator: Accelerator
-) -> list[Monitor]:
-    monitors: list[Monitor] = []
-    if config.knn is not None:
-        monitors.append(
-            KnnMonitor(
-                config.knn,
-                preprocessing,
-                batch_size=config.data.batch_size,
-                workers=config.data.workers,
-                device=accelerator.device,
-            )
-        )
-    if config.classifier is not None:
-        if method.classifier is None:
-            raise ConfigError(
-                f"{type(method).__name__} learns no classifier to measure. Leave classifier out; knn suits any method."
-            )
-        monitors.append(
-            ClassifierMonitor(
-                config.classifier,
-                preprocessing,
-                classifier=method.classifier,
-                num_classes=method.classifier.out_features,
-                workers=config.data.workers,
-                device=accelerator.device,
-            )
-        )
-    return monitors
-
-
 def main(name: str) -> int:
     """The command line, called `name`, behind `commands/start.py`; returns the exit code."""
-    return run_command(PretrainConfig, pretrain, command=name, recipes=RECIPES)
+    arguments = sys.argv[1:]
+    pairs, flags = without_flags(arguments)
+    if not flags & {"--help", "-h"}:
+        try:
+            arguments = [*expand(pairs), *flags]
+        except Exception as error:
+            if "--debug" in flags:
+                raise
+            return refuse(error, running=False)
+    return run_command(PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES)

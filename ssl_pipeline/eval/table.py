@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.eval.accuracy import bootstrap_interval
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
 EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1"}
@@ -38,6 +39,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
+
+
+def with_interval(value: float, num_images: int) -> str:
+    """`76.94 % (74.2 to 79.6)`: a share of so many images with its 95 % bootstrap interval."""
+    low, high = bootstrap_interval(value, num_images)
+    return f"{percent(value)} ({low:.1f} to {high:.1f})"
 
 
 def read_top1(run: Path) -> dict[str, dict[str, float]]:

@@ -25,7 +25,7 @@ NUMBERS = {
 }
 FEW_NUMBERS = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "wait {:.0%}"}
 
-Row = Mapping[str, float | int]
+Row = Mapping[str, float | int | str | None]
 Now = Callable[[], Row]
 
 
@@ -41,7 +41,8 @@ class Tracker:
 
     A row is a flat mapping with at least "step" (optimizer steps made) and "images" (seen, the position).
     `metrics.jsonl` gets it as one line at once, floats unrounded, NaN and infinity as null. At resume, after
-    `first_step` steps and `resumed_position` images, the rows behind that go.
+    `first_step` steps and `resumed_position` images, the rows behind that go; of a run that begins anew
+    (-1) all go.
     """
 
     def __init__(
@@ -56,16 +57,21 @@ class Tracker:
     ) -> None:
         self._progress: ProgressBar | ProgressLines | None = None
         self._sinks: list[Sink] = []
+        self._last_logged = -1
         if not enabled:
             return
-        last_logged = cut_back(directory / "metrics.jsonl", position=resumed_position)
+        self._last_logged = cut_back(directory / "metrics.jsonl", position=resumed_position)
         self._sinks.append(MetricsFile(directory / "metrics.jsonl"))
-        self._sinks.append(TensorBoard(directory, first_step=last_logged + 1))
+        self._sinks.append(TensorBoard(directory, first_step=self._last_logged + 1))
         if wandb:
             self._sinks.append(WeightsAndBiases(directory))
         progress = ProgressBar if sys.stderr.isatty() else ProgressLines
         self._progress = progress(sys.stderr, total_steps=total_steps, first_step=first_step)
         self._sinks.append(self._progress)
+
+    def is_new(self, row: Row) -> bool:
+        """Whether a row of an earlier start is none of those that were kept."""
+        return int(row["step"] or 0) > self._last_logged
 
     def log(self, row: Row) -> None:
         assert {"step", "images"} <= set(row), sorted(row)
@@ -136,8 +142,8 @@ class TensorBoard:
 
     def log(self, row: Row) -> None:
         for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(row["step"]))
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, int(row["step"] or 0))
 
     def close(self) -> None:
         self._writer.close()
@@ -194,7 +200,7 @@ class ProgressBar:
     def log(self, row: Row) -> None:
         self._row = {**self._row, **row}
         self._show()
-        self.advance(int(row["step"]))
+        self.advance(int(row["step"] or 0))
 
     def advance(self, step: int, now: Now | None = None) -> None:
         if now is not None and time.monotonic() - self._shown >= SECONDS_BETWEEN_NUMBERS:
@@ -237,7 +243,7 @@ class ProgressLines:
 
     def log(self, row: Row) -> None:
         self._row, self._now = {**self._row, **row}, None
-        self.advance(int(row["step"]))
+        self.advance(int(row["step"] or 0))
 
     def advance(self, step: int, now: Now | None = None) -> None:
         if step != self._step or now is not None:
@@ -268,7 +274,7 @@ class ProgressLines:
 
 def summary(row: Row, *, forms: Mapping[str, str] = NUMBERS) -> str:
     """The part of a row that tells whether a run goes well: "loss 2.31, learning rate 0.0005, 812 images/s, ..." """
-    return ", ".join(form.format(row[name]) for name, form in forms.items() if name in row)
+    return ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
 
 
 def _columns(stream: TextIO) -> int:

@@ -22,9 +22,12 @@ from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.optim.optimizer import build_optimizer
+from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.directory import read_status
 from ssl_pipeline.run.interruption import Interruption
 from ssl_pipeline.run.profiling import Profile
+from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
@@ -51,10 +54,11 @@ def train(run: Run) -> int:
     if saved is not None:
         run.clock = resumed_clock(run.clock, run.train, saved.state)
     clock, position = run.clock, saved.state.position if saved is not None else 0
+    status = read_status(run.output.path)
     if run.output.directory is not None:
         with failures_of(run).explained():
             begin_or_keep(run, run.output.directory, position=position)
-    if clock.is_last(position):
+    if clock.is_last(position) and status is not None and status.state == "done":
         return 0
     if run.train.compile:
         for part in method.parts_to_compile():
@@ -66,14 +70,14 @@ def train(run: Run) -> int:
         run.output.path,
         total_steps=clock.total_steps,
         first_step=clock.steps_made(position),
-        resumed_position=position,
+        resumed_position=position if saved is not None else -1,
         wandb=run.output.wandb,
         enabled=run.output.directory is not None,
     )
     if saved is not None:
         tracker.message(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
-        loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity)
+        loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity, saved=saved)
         interruption.note_hang = partial(loop.write_status, "failed")
         try:
             return loop.go(position)
@@ -101,7 +105,10 @@ class _Loop:
         optimizer: torch.optim.Optimizer,
         interruption: Interruption,
         identity: Mapping[str, str],
+        *,
+        saved: Checkpoint | None,
     ) -> None:
+        self.saved = None if saved is None else saved.state
         self.run, self.clock, self.checkpoints, self.tracker = run, run.clock, checkpoints, tracker
         self.optimizer, self.interruption, self.identity = optimizer, interruption, identity
         self.position = 0
@@ -121,14 +128,23 @@ class _Loop:
             keepalive=self._keepalive,
             requested=interruption.requested,
         )
-        self.reporter = Reporter(run, tracker, self.times, self._keepalive)
+        start = {} if saved is None else saved.state.start
+        self.reporter = Reporter(run, tracker, self.times, self._keepalive, start=start)
 
     def go(self, position: int) -> int:
         """Step until the end of the run, and export it, or until a signal; returns the signal."""
         self.position = position
-        stream = open_batches(self.run, position, self._keepalive)
-        with self._profile() as profile:
-            signal_number = self._train(announced(stream, self.run, self.tracker.message), profile)
+        if self.saved is not None:
+            self.reporter.log_missing(self.saved.row, position)
+        else:
+            self.reporter.log_start()
+        signal_number = 0
+        if self.clock.is_last(position):  # cut off between the last checkpoint and the export
+            self.tracker.message(f"Nothing is left to train; step {self.clock.steps_made(position)} is exported.")
+        else:
+            stream = open_batches(self.run, position, self._keepalive)
+            with self._profile() as profile:
+                signal_number = self._train(announced(stream, self.run, self.tracker.message), profile)
         if times := self.times.summary():
             self.tracker.message(times)
         if not signal_number and self.run.output.directory is not None:
@@ -150,15 +166,16 @@ class _Loop:
             if signal_number or save_due or self.reporter.is_due(self.position):
                 signal_number = self.checks.read() or signal_number  # before anything of this step is logged or saved
             profile.step_done()
-            if signal_number and not last:
-                self._save()  # before the monitors, which may outlast the time that a preempted run is given
+            row = self.reporter.begin(result, self.position)
+            stopped = signal_number and not last
+            if stopped or save_due:
+                self._save(row)  # before the monitors: they may fail, or outlast the time that a preempted run has
+            if stopped:
                 self.write_status("preempted", f"signal {signal_number}")
-                self.reporter.report(result, self.position)
+            self.reporter.finish(row, self.position, result)
+            if stopped:
                 self.tracker.message(f"Stopped by signal {signal_number} after step {step}; run again to go on.")
                 return signal_number
-            self.reporter.report(result, self.position)
-            if save_due:
-                self._save()
         return 0
 
     def _profile(self) -> Profile:
@@ -170,9 +187,17 @@ class _Loop:
             report=self.tracker.message,
         )
 
-    def _save(self) -> None:
+    def _save(self, row: LoggedRow | None) -> None:
         optimizer: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
-        save_run(self.run, self.checkpoints, optimizer, position=self.position, identity=self.identity)
+        save_run(
+            self.run,
+            self.checkpoints,
+            optimizer,
+            position=self.position,
+            identity=self.identity,
+            row=row,
+            start=self.reporter.start,
+        )
         if self.run.output.directory is not None:
             self.run.output.directory.checkpoint = self.clock.steps_made(self.position)
             self.write_status("running")

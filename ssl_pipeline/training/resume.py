@@ -89,8 +89,8 @@ def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict
 def begin_or_keep(run: Run, directory: RunDirectory, *, position: int) -> None:
     """Make the directory that of a run which trains from `position` on, or keep the complete one that is there.
 
-    What a run that goes on changes is said. A complete one keeps all that it has; only its export is made, if it was
-    stopped before that. Raises ConfigError if the settings end before the point that an unfinished run has reached.
+    What a run that goes on changes is said. A complete one keeps all that it has; only an export that is gone is made
+    again. Raises ConfigError if the settings end before the point that an unfinished run has reached.
     """
     changed, step = _changes(directory, run.output.settings), run.clock.steps_made(position)
     shown = "; ".join(map(str, changed))
@@ -105,10 +105,10 @@ def begin_or_keep(run: Run, directory: RunDirectory, *, position: int) -> None:
             )
         if changed:
             _say(f"This run was made with other settings, which stand: {shown}")
-        if not done or not (directory.path / "backbone.safetensors").is_file():
+        if not done:
+            return
+        if not (directory.path / "backbone.safetensors").is_file():
             export_run(run, directory.path, position=position)
-            directory.status("done", step=step)
-            _say(f"Exported the backbone of step {step}, which was still to be done.")
         _say(f"The run in {directory.path} is complete already, at step {step}; nothing is left to train.")
         return
     if changed:

@@ -199,3 +199,30 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read weights") as error:
         start_from(tmp_path / "weights.pth")
     assert "\n" not in str(error.value)
+
+
+def save(backbone, path):
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights_of(backbone).items()}, path)
+
+
+def test_frozen_batch_norm_keeps_the_statistics_of_the_weights(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    began = create_backbone(BackboneConfig(name="resnet18"))
+    save(began, path)
+    backbone = create_backbone(BackboneConfig(name="resnet18", weights=str(path), frozen_batch_norm=True))
+    backbone.eval().train()
+    shown = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 3
+    features = backbone(shown)
+    features.sum().backward()
+    assert torch.equal(features, began.eval()(shown))
+    assert torch.equal(backbone.model.bn1.running_mean, torch.zeros(64))
+    assert backbone.model.bn1.weight.grad is not None  # scale and shift are trained all the same
+
+
+def test_frozen_statistics_need_weights_and_batch_norm(tmp_path):
+    with pytest.raises(ValueError, match=r"Set backbone\.weights too"):
+        BackboneConfig(name="resnet18", frozen_batch_norm=True)
+    path = tmp_path / "weights.safetensors"
+    save(create_backbone(BackboneConfig(name="convnext_atto")), path)
+    with pytest.raises(ConfigError, match="'convnext_atto' has none"):
+        create_backbone(BackboneConfig(name="convnext_atto", weights=str(path), frozen_batch_norm=True))

@@ -81,6 +81,8 @@ def test_the_weights_that_a_run_began_with_are_not_needed_again(tmp_path, shards
 
 def test_a_step_can_be_picked(dino):
     assert load_from_checkpoint(dino.output.path, step=2).step == 2
+    with pytest.raises(ConfigError, match=r"step-00000002 must be the directory of a run\. It is a checkpoint of "):
+        ssl_pipeline.load(dino.output.path / "checkpoints" / "step-00000002")
     with pytest.raises(ConfigError, match=r"has no checkpoint of step 7\. It has 2, 3\."):
         load_from_checkpoint(dino.output.path, step=7)
 

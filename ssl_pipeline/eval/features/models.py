@@ -16,7 +16,7 @@ from torch import nn
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_run
 from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.backbones.weights import is_tag
-from ssl_pipeline.config import Config, PlaceText, printable, validate
+from ssl_pipeline.config import Config, ConfigError, PlaceText, printable, validate
 from ssl_pipeline.files import JSON
 
 RAW_PIXELS = "raw_pixels"
@@ -48,7 +48,7 @@ class ModelConfig(Config):
     weights_from: str | None = None
     """With `weights`: `teacher` or `student` of a file, a backbone of a run by name."""
     size: Annotated[int, Field(gt=0)] | None = None
-    """Side of the images in pixels; by default the run's evaluation size, or 224."""
+    """Side of the images in pixels; by default the run's evaluation size, or `arguments.img_size`, or 224."""
     mean: tuple[float, float, float] | None = None
     """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
     std: tuple[float, float, float] | None = None
@@ -142,7 +142,15 @@ def _preprocessing(config: ModelConfig) -> Preprocessing:
     if config.weights is not None and is_tag(config.weights):
         published = timm.get_pretrained_cfg(f"{config.backbone}.{config.weights}")
     mean, std = (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
-    return Preprocessing(config.size or 224, config.mean or _three(mean), config.std or _three(std))
+    return Preprocessing(_size(config), config.mean or _three(mean), config.std or _three(std))
+
+
+def _size(config: ModelConfig) -> int:
+    """The side of the images: what is asked for, else what the network is built for, else 224 pixels."""
+    built_for = config.arguments.get("img_size", 224)
+    if not isinstance(built_for, int) or built_for < 1:
+        raise ConfigError(f"arguments.img_size must be a whole number of pixels. Got {built_for!r}.")
+    return config.size or built_for
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
