@@ -8,7 +8,7 @@ import timm
 from pydantic import Field, model_validator
 from timm.models import is_model_in_modules
 
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, MayChange, PlaceText
 
 RESERVED_ARGUMENTS = {
     "num_classes": "the head is always left out",
@@ -39,7 +39,7 @@ class BackboneConfig(Config):
     """Stochastic depth rate of the last block."""
     small_images: bool = False
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
-    weights: str | None = None
+    weights: PlaceText | None = None
     """Weights to start from: a file (.safetensors, .pth, .pt), a run's directory or that of one of its checkpoints, or
     the tag of a pretrained timm model."""
     weights_from: str | None = None
@@ -56,7 +56,7 @@ class BackboneConfig(Config):
     frozen_batch_norm: bool = False
     """Whether batch norm keeps the statistics of the weights. Those of some hundred augmented images, which it would
     take on in training, cost a good network more than training on few images wins."""
-    checkpoint_activations: bool = False
+    checkpoint_activations: MayChange[bool] = False
     """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
 

@@ -14,16 +14,24 @@ from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.files import JSON, write_json, write_tensors
 
 
-def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:
-    """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments)."""
+def save_backbone(
+    directory: Path, backbone: Backbone, preprocessing: Preprocessing, *, step: int | None = None
+) -> None:
+    """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments).
+
+    `step` is the number of optimizer steps that made it (`exported_step`). Nothing describes tensors of another step:
+    the description of those before goes first.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     description: dict[str, JSON] = {
         **backbone.config.model_dump(mode="json", include=set(ARCHITECTURE)),
         "size": preprocessing.size,
         "mean": preprocessing.mean,
         "std": preprocessing.std,
+        **({} if step is None else {"step": step}),
     }
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "backbone.json").unlink(missing_ok=True)
     write_tensors(directory / "backbone.safetensors", state, metadata={"format": "pt"})
     write_json(directory / "backbone.json", description)
 

@@ -20,7 +20,19 @@ import yaml
 from pydantic import ValidationError
 
 from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, ConfigError, RunError, SettingsError, Tree, Value, nearest, sentences_of
+from ssl_pipeline.config.base import (
+    Config,
+    ConfigError,
+    PlaceText,
+    RunError,
+    SettingsError,
+    Tree,
+    Value,
+    at_home,
+    nearest,
+    sentences_of,
+)
+from ssl_pipeline.config.changes import Change, MayChange, changes
 from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for
 from ssl_pipeline.config.printing import printable
 from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
@@ -31,11 +43,16 @@ from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 __all__ = [
     "COMPARISONS",
     "RECIPES",
+    "Change",
     "Config",
     "ConfigError",
+    "MayChange",
+    "PlaceText",
     "RunError",
     "Tree",
     "Value",
+    "at_home",
+    "changes",
     "dump",
     "failure_sentence",
     "is_out_of_memory",
@@ -48,6 +65,7 @@ __all__ = [
     "recipe_files",
     "refuse",
     "run_command",
+    "sentences_of",
     "validate",
     "without_flags",
 ]

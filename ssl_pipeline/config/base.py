@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 
 Tree = dict[str, "Value"]
 Value = None | bool | int | float | str | list["Value"] | Tree
@@ -50,6 +51,25 @@ class Config(BaseModel):
     def fit_recipe(cls, tree: Tree, given: Collection[str]) -> list[str]:
         """Change in the settings of a recipe what those `given` on the command line make useless; what to say of it."""
         return []
+
+    @field_validator("*")
+    @classmethod
+    def _paths_begin_at_home(cls, value: object) -> object:
+        return Path(at_home(str(value))) if isinstance(value, Path) else value
+
+
+def at_home(place: str) -> str:
+    """A path with the home directory for a `~` at its beginning, which a shell leaves as it is in key=~/x."""
+    if not place.startswith("~"):
+        return place
+    try:
+        return str(Path(place).expanduser())
+    except RuntimeError:
+        raise ConfigError(f"There is no home directory for the ~ in '{place}'. Write the whole path.") from None
+
+
+PlaceText = Annotated[str, AfterValidator(at_home)]
+"""A path in a setting that may also hold another word, such as `digits`; settings of type Path need no more."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

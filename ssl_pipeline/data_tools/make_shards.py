@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ssl_pipeline.config import Config, printable, run_command
+from ssl_pipeline.config import Config, PlaceText, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
@@ -52,7 +52,7 @@ class MakeShards(Config):
     which image.
     """
 
-    source: str
+    source: PlaceText
     """Folder, zip file, or the word digits."""
     output: Path
     """Directory to write; it appears when everything is done."""
@@ -60,7 +60,7 @@ class MakeShards(Config):
     """Take only what lies below this folder of the source, e.g. train/."""
     split: Literal["train", "test"] | None = None
     """Part of source=digits; train if not given."""
-    labels: str | None = None
+    labels: PlaceText | None = None
     """folders: the top folders are classes, whatever they are called; images beside them have no label. none: no
     labels. FILE.csv: a table with the columns file and label. By default folders, if any."""
     holdout: str | None = None
@@ -160,7 +160,7 @@ def make_shards(config: MakeShards) -> int:
 def _candidates(source: Source, config: MakeShards) -> Candidates:
     """The images of the source with their labels; DataError for a table of labels that names none of them."""
     if config.labels is not None and config.labels not in ("folders", "none"):
-        table = read_label_table(Path(config.labels).expanduser())
+        table = read_label_table(Path(config.labels))
         found = label_candidates(source, table.below(config.prefix), table.class_names)
         if found.images and all(candidate.label is None for candidate in found.images):
             raise DataError(

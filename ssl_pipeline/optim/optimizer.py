@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, MayChange
 from ssl_pipeline.optim.lars import LARS
 from ssl_pipeline.optim.rules import ParamRule, Trained
 from ssl_pipeline.schedule import Duration, Progress, Schedule
@@ -21,13 +21,13 @@ class OptimConfig(Config):
 
     name: Literal["adamw", "sgd", "lars"]
     """The update rule; LARS is MoCo v3's (decay before the trust ratio, 1-D tensors plain)."""
-    lr: Schedule
+    lr: MayChange[Schedule]
     """The learning rate, before scaling by the batch."""
     lr_reference_batch: int | None = Field(None, gt=0)
     """The effective lr is lr * global batch / this; null uses lr as it is."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """Whether lr grows with the batch or with its square root."""
-    weight_decay: Schedule = Schedule(value=0.0)
+    weight_decay: MayChange[Schedule] = Schedule(value=0.0)
     """Weight decay; decoupled for AdamW, part of the gradient for SGD and LARS."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     """`matrices` spares biases and 1-D tensors (norms); `all` decays every tensor."""
@@ -47,9 +47,9 @@ class OptimConfig(Config):
     """Factor on the learning rate of the backbone; below 1 for one that starts from weights."""
     freeze_backbone_for: Duration = Duration(0)
     """How long the backbone stays as it began while the heads learn; its batch norm sees the images all the same."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: MayChange[float | None] = Field(None, gt=0)
     """The largest gradient norm; null does not clip."""
-    clip_each: bool = False
+    clip_each: MayChange[bool] = False
     """Whether `clip_norm` holds for each parameter on its own (DINO's official code) instead of for all together."""
 
     @classmethod

@@ -23,8 +23,9 @@ from ssl_pipeline.backbones import (
     create_backbone,
     load_run,
 )
+from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.backbones.weights import is_tag
-from ssl_pipeline.config import Config, ConfigError, validate
+from ssl_pipeline.config import Config, ConfigError, PlaceText, printable, validate
 from ssl_pipeline.files import JSON
 
 RAW_PIXELS = "raw_pixels"
@@ -37,18 +38,20 @@ class ModelConfig(Config):
     """The backbone to measure: a run's, or a timm model."""
 
     run: Path | None = None
-    """A run's directory: what it exported (backbone.safetensors) is measured, before its end the newest checkpoint."""
+    """A run's directory: its newest backbone is measured, exported (backbone.safetensors) or in a checkpoint."""
     which: str | None = None
     """With `run`: a backbone of its checkpoints by name, `student` or `teacher`, instead of the one it exports."""
+    step: Annotated[int, Field(gt=0)] | None = None
+    """With `run`: what it had after so many steps, exported or in a checkpoint, instead of the newest."""
     checkpoint: Annotated[int, Field(gt=0)] | None = None
-    """With `run`: the step of one of its checkpoints, instead of the newest."""
+    """The same as `step`, its earlier name."""
     backbone: str | None = None
     """Instead of a run: a timm model by name, or `raw_pixels`."""
     arguments: dict[str, Argument] = Field(default={})
     """With `backbone`: the model's arguments, `arguments.img_size=32`."""
     small_images: bool = False
     """With `backbone`: a CNN's 3x3 stem without max-pool."""
-    weights: str | None = None
+    weights: PlaceText | None = None
     """With `backbone`: a weights file, a run or a timm pretrained tag; without it the model is at random
     initialisation."""
     weights_from: str | None = None
@@ -81,10 +84,17 @@ class ModelConfig(Config):
             )
         if self.weights_from and not self.weights:
             raise ValueError(f"weights_from={self.weights_from} says which network of weights is measured. Set both.")
-        of_run = [name for name in ("which", "checkpoint") if getattr(self, name)]
+        of_run = [name for name in ("which", "step", "checkpoint") if getattr(self, name)]
         if self.backbone is not None and of_run:
             raise ValueError(f"{of_run[0]} belongs to run=DIR. backbone=NAME is a single network.")
+        if self.step and self.checkpoint and self.step != self.checkpoint:
+            raise ValueError(f"step={self.step} and checkpoint={self.checkpoint} are the same setting. Leave one out.")
         return self
+
+    @property
+    def picked_step(self) -> int | None:
+        """The step that is asked for, under either name."""
+        return self.step or self.checkpoint
 
 
 @dataclass(frozen=True)
@@ -170,14 +180,19 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
-    """What the run exported; or from its checkpoints, if that is asked for or the run has not ended."""
-    found = load_run(run, which=config.which, step=config.checkpoint)
+    """The newest backbone of the run, or the one that is asked for; prints if the run has exported another one."""
+    found = load_run(run, which=config.which, step=config.picked_step)
     backbone, preprocessing = found.backbone, found.preprocessing
-    if found.step is None:
-        label, weights = "pretrained", f"the run's evaluated backbone ({found.path.name})"
+    of_step = "" if found.step is None else f" of step {found.step}"
+    if found.name is None:
+        label, weights = "pretrained", f"the run's evaluated backbone{of_step} ({found.path.name})"
     else:
         label = f"{found.name}, step {found.step}"
         weights = f"{found.name} of {found.path.relative_to(run)}"
+    exported = exported_step(run)
+    if exported is not None and found.step not in (None, exported):
+        note = f"{run} was trained on after its export, of step {exported}; step {found.step} is measured"
+        print(printable(f"{note} (step={exported} measures the export)."), flush=True)
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
     about: dict[str, JSON] = {
@@ -185,6 +200,7 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         "method": _method_of(run),
         "backbone": backbone.config.model_dump(mode="json"),
         "weights": weights,
+        "step": found.step,
         "weights_sha256": found.sha256,
     }
     return EvaluatedModel(label, backbone, preprocessing, about, backbone.config)
