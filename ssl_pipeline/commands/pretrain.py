@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import (
@@ -25,7 +25,7 @@ from ssl_pipeline.backbones import (
     save_backbone,
     save_classifier,
 )
-from ssl_pipeline.config import RECIPES, Config, ConfigError, dump, printable, read_yaml, run_command, validate
+from ssl_pipeline.config import RECIPES, Config, ConfigError, Seed, dump, printable, read_yaml, run_command, validate
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
@@ -59,7 +59,7 @@ class PretrainConfig(Config):
     """The recipe that these settings come from: a name in recipes/, or a path to a YAML file."""
     output: Path | None = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Seed = 0
     """Seed of the weights, the order of the images and the augmentation."""
     method: MethodConfig
     """What is learnt."""

@@ -23,6 +23,7 @@ from ssl_pipeline.config.arguments import read_arguments
 from ssl_pipeline.config.base import Config, ConfigError, RunError, SettingsError, Tree, Value, nearest, sentences_of
 from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for
 from ssl_pipeline.config.printing import printable
+from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, Seed, Width
 from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
 from ssl_pipeline.config.sentences import TOO_DEEP, help_page, mistakes
@@ -31,11 +32,17 @@ from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 __all__ = [
     "COMPARISONS",
     "RECIPES",
+    "BatchSize",
     "Config",
     "ConfigError",
+    "Depth",
+    "InRange",
+    "Processes",
     "RunError",
+    "Seed",
     "Tree",
     "Value",
+    "Width",
     "dump",
     "failure_sentence",
     "is_out_of_memory",

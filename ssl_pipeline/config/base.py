@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import ClassVar
+from functools import cache
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from ssl_pipeline.config.ranges import LARGEST, LARGEST_WHOLE, numbers_in, plain, ranges_of
 
 Tree = dict[str, "Value"]
 Value = None | bool | int | float | str | list["Value"] | Tree
@@ -40,6 +43,25 @@ class Config(BaseModel):
     """The field that a bare value given for the whole section sets (`value` of a schedule)."""
     positional: ClassVar[str | None] = None
     """The field that a bare argument of a command sets."""
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Keys that say the same in different ways: one of them on the command line replaces those of the recipe."""
+
+    @model_validator(mode="after")
+    def _numbers_have_an_end(self) -> Self:
+        for name in _without_top(type(self)):
+            for number in numbers_in(getattr(self, name)):
+                largest = LARGEST_WHOLE if isinstance(number, int) else LARGEST
+                if abs(number) > largest:
+                    needed = "at most " if number > 0 else "at least -"
+                    raise ValueError(f"{name} must be {needed}{plain(largest)}. Got {plain(number)}.")
+        return self
+
+
+@cache
+def _without_top(section: type[Config]) -> tuple[str, ...]:
+    """The fields whose numbers have no upper end of their own."""
+    fields = section.model_fields.items()
+    return tuple(name for name, field in fields if not any(found.has_top for found in ranges_of(field)))
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

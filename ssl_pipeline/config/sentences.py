@@ -16,6 +16,12 @@ from ssl_pipeline.config.recipes import recipe_files
 from ssl_pipeline.config.schema import fixed_length, mapping_value, section_of, sections_in, tags_of, walk
 from ssl_pipeline.config.yaml_text import YamlDumper
 
+BOUNDS = (  # pydantic's words and those of ranges
+    ("greater than or equal to", "at least"),
+    ("less than or equal to", "at most"),
+    ("greater than", "above"),
+    ("less than", "below"),
+)
 TOO_DEEP = "The settings are nested too deeply."
 
 
@@ -63,6 +69,8 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
         return f"{where} is a section: set {where}.name to one of {', '.join(tags)}. Got {got!r}."
     if kind == "value_error":
         reason = str(context["error"])
+        if reason.startswith("must "):
+            return f"{where} {reason}"
         starts_with_key = place.section is not None and re.split(r"[ .]", reason)[0] in place.section.model_fields
         return f"{where}.{reason}" if where and starts_with_key else f"{where}: {reason}".removeprefix(": ")
     if kind == "literal_error":
@@ -77,6 +85,8 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
         inner = next((name for name in got if name != "value"), "value")  # `value` stands for what was there before
         return f"Unknown key '{where}.{inner}'. {where} takes a value, it is no section."
     needed = message.removeprefix("Input should be ").removeprefix("String should match ")
+    for theirs, ours in BOUNDS:
+        needed = needed.replace(theirs, ours)
     return f"{where} must be {needed}. Got {got!r}."
 
 

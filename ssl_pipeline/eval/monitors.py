@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import nn
 
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.accuracy import top_k_accuracy
 from ssl_pipeline.eval.features.extract import Precision, extract_features
@@ -23,7 +20,7 @@ class ClassifierMonitorConfig(Config):
     """How often: `5ep`, `10%` or a number of optimizer steps."""
     val: str
     """Shards of labelled validation images, with the classes that the method learns."""
-    batch_size: Annotated[int, Field(gt=0)] = 256
+    batch_size: BatchSize = 256
     """Images per forward pass."""
 
 

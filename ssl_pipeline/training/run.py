@@ -29,13 +29,13 @@ from ssl_pipeline.training.clock import Clock
 class TrainConfig(Config):
     """How long and how the method is trained."""
 
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     """Passes over the data; or set steps."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, le=10**9)
     """Optimizer steps; or set epochs."""
     precision: Literal["bf16", "fp16", "no"] = "no"
     """Mixed precision of forward and backward; weights, losses and averages stay float32."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=2**20)
     """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
     sync_batch_norm: bool = False
     """Whether batch norm sees the images of all processes."""
@@ -49,9 +49,9 @@ class TrainConfig(Config):
     """Steps between logged rows."""
     time_steps: int = Field(0, ge=0)
     """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0 times none."""
-    profile: int = Field(0, ge=0)
+    profile: int = Field(0, ge=0, le=1000)
     """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0 for no trace."""
-    hang_timeout: float = Field(600.0, ge=0)
+    hang_timeout: float = Field(600.0, ge=0, le=1e9)
     """Seconds without a finished step, or without any activity at the start, after which the process prints where it
     stands and ends with status failed; 0 never times out."""
 

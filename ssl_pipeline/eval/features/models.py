@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
+from ssl_pipeline.augment.operations.base import Deviation, Mean
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
 from ssl_pipeline.config import Config, validate
 from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
@@ -41,11 +42,11 @@ class ModelConfig(Config):
     """With `backbone`: a CNN's 3x3 stem without max-pool."""
     weights: str | None = None
     """With `backbone`: a weights file or a timm pretrained tag; without it the model is at random initialisation."""
-    size: Annotated[int, Field(gt=0)] | None = None
+    size: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Side of the images in pixels; by default the run's evaluation size, or 224."""
-    mean: tuple[float, float, float] | None = None
+    mean: Mean | None = None
     """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
-    std: tuple[float, float, float] | None = None
+    std: Deviation | None = None
     """With `backbone`: standard deviation of the colour channels; by default as `mean`."""
 
     @model_validator(mode="after")
