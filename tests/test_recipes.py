@@ -204,7 +204,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     where += ["knn=null", "classifier=null"]
     if plain.data.labelled is not None:
         where += [f"data.labelled.shards={labelled}", "data.labelled.batch_size=8"]
-    length = ["train.epochs=null", "train.steps=2", "train.log_every=1"]
+    length = ["train.steps=2", "train.log_every=1"]
     return recipe(name, *sizes, *backbone, *where, *length, *widths)
 
 

@@ -29,8 +29,10 @@ from ssl_pipeline.training.clock import Clock
 class TrainConfig(Config):
     """How long and how the method is trained."""
 
+    one_of = ("epochs", "steps")
+
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """Passes over the data; or set steps."""
+    """Passes over the data; or set steps. On the command line either replaces the recipe's length."""
     steps: int | None = Field(None, gt=0, le=10**9)
     """Optimizer steps; or set epochs."""
     precision: Literal["bf16", "fp16", "no"] = "no"
@@ -59,7 +61,7 @@ class TrainConfig(Config):
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             got = "both" if self.epochs is not None else "neither"
-            raise ValueError(f"set either epochs or steps. Got {got}; to replace one of a recipe, set it to null.")
+            raise ValueError(f"set either epochs or steps. Got {got}.")
         return self
 
 

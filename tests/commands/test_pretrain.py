@@ -447,7 +447,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path, rec
 
 def test_one_two_and_one_process_see_every_image_once_per_epoch(tmp_path, recipe):
     record = tmp_path / "ids"
-    argv = [recipe, f"output={tmp_path / 'run'}", "train.steps=null", "train.epochs=2"]
+    argv = [recipe, f"output={tmp_path / 'run'}", "train.epochs=2"]
     stop = {"what": "SIGTERM", "record": record}
     assert run(*argv, "data.batch_size=8", happening=Happening(at=2, **stop))[0] == 143  # 24 images
     codes, _ = run_together(*argv, "data.batch_size=2", happening=Happening(at=4, **stop))  # 20 images

@@ -27,7 +27,7 @@ def refusal(folder, recipe, *settings, batch_size=8):
     shards = write_shards(folder / "shards")
     small = [f"method.{width}=16" for width in WIDTHS[recipe]]
     run = [f"data.shards={shards}", "data.workers=0", f"output={folder / 'run'}", "knn=null"]
-    run += [f"data.batch_size={batch_size}", "train.precision=no", "train.epochs=null", "train.steps=1"]
+    run += [f"data.batch_size={batch_size}", "train.precision=no", "train.steps=1"]
     config = load(PretrainConfig, [f"recipe={recipe}", *run, *small, *settings], recipes=RECIPES)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
