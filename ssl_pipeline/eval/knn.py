@@ -157,7 +157,7 @@ class KnnMonitorConfig(Config):
     """k-NN accuracy of the evaluated backbone during training."""
 
     every: Duration
-    """How often: `5ep`, `10%` or a number of optimizer steps."""
+    """How often: `5ep`, `10%` or a number of optimizer steps; 0: only at the end, when it is measured in any case."""
     train: str
     """Shards of labelled training images."""
     val: str

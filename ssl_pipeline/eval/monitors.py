@@ -17,7 +17,7 @@ class ClassifierMonitorConfig(Config):
     """Accuracy of the method's own classifier during training."""
 
     every: Duration
-    """How often: `5ep`, `10%` or a number of optimizer steps."""
+    """How often: `5ep`, `10%` or a number of optimizer steps; 0: only at the end, when it is measured in any case."""
     val: str
     """Shards of labelled validation images, with the classes that the method learns."""
     batch_size: BatchSize = 256

@@ -44,15 +44,15 @@ class TrainConfig(Config):
     compile: bool = False
     """Whether backbones (and MAE's decoder) go through torch.compile."""
     save_every: Duration = Duration("1ep")
-    """Time between checkpoints; one is written at the end in any case."""
+    """Time between checkpoints; 0: none on the way. One is written at the end in any case."""
     keep_checkpoints: int = Field(2, ge=2)
     """Newest checkpoints that are kept."""
-    log_every: int = Field(50, ge=1)
-    """Steps between logged rows."""
+    log_every: int = Field(50, ge=0)
+    """Steps between logged rows; 0: none on the way. The first and the last step have one in any case."""
     time_steps: int = Field(0, ge=0)
-    """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0 times none."""
+    """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
     profile: int = Field(0, ge=0, le=1000)
-    """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0 for no trace."""
+    """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0: no trace."""
     hang_timeout: float = Field(600.0, ge=0, le=1e9)
     """Seconds without a finished step, or without any activity at the start, after which the process prints where it
     stands and ends with status failed; 0 never times out."""
