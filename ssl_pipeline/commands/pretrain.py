@@ -48,6 +48,7 @@ from ssl_pipeline.training.preflight import (
     evaluation_size,
     run_facts,
 )
+from ssl_pipeline.training.remarks import remarks
 from ssl_pipeline.training.resume import check_identity
 from ssl_pipeline.training.run import Monitor, Output, Run, Start, TrainConfig, start_clock
 
@@ -188,6 +189,8 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"output: {config.run_directory} (settings in config.yaml, metrics in metrics.jsonl)",
         flush=True,
     )
+    for remark in remarks(config.method, config.optim, config.augment, clock):
+        print(printable(f"warning: {remark}"), flush=True)
 
 
 def _refuse_other_run(directory: RunDirectory, identity: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ class Clock:
         )
 
     def is_due(self, every: Duration, position: int) -> bool:
-        """Whether what happens `every` so often happens after the step that ends at `position`; a period of 0: never."""
+        """Whether what happens `every` so often happens after the step that ends at `position`; 0: never."""
         if every.is_zero:
             return False
         done = self.progress(position)
