@@ -171,6 +171,12 @@ def test_a_longer_run_continues_a_complete_one(tmp_path, recipe):
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_a_run_that_ends_inside_its_warm_up_says_so(tmp_path, recipe):
+    code, printed = run(recipe, f"output={tmp_path}", "train.steps=1")
+    assert code == 0
+    assert "warning: optim.lr.warmup=2 is 2 steps, but the run ends after 1: 0.001 is never reached.\n" in printed
+
+
 # Checkpoints
 
 
