@@ -8,10 +8,12 @@ from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup, check_crops_of
 from ssl_pipeline.backbones import Backbone, TokenBackbone
-from ssl_pipeline.batch import RunFacts, Views
+from ssl_pipeline.batch import MaskRule, RunFacts, Views
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config.ranges import plain
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.machine import free_host_bytes
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.training.run import TrainConfig
 
@@ -34,6 +36,8 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
                 f"{name} does not use the view group augment.{given}. It reads {', '.join(sorted(known))}."
             )
     _check_sizes(method, backbone, augment)
+    _check_masks(method, augment)
+    _check_batch_fits(augment, data)
     reads_labelled = any(needed.labelled for needed in method.needs)
     if reads_labelled and data.labelled is None:
         raise ConfigError(
@@ -69,6 +73,47 @@ def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
                         f"augment.{group}.size must be a multiple of the backbone's patch size {patch_size}. "
                         f"Got {size}; try {nearest}."
                     )
+
+
+def _check_masks(method: Method, augment: Augment) -> None:
+    """A mask must leave a patch of its views, and hide one at least where it hides the most."""
+    keys = [key for key in type(method).config_class.model_fields if key.endswith(("mask_ratio", "num_masked"))]
+    setting = " or ".join(f"method.{key}" for key in keys) or f"the mask ratio of {type(method).__name__}"
+    for needed in method.needs:
+        rule, group = needed.mask, augment.get(needed.name)
+        for size in group.sizes if rule is not None and group is not None else ():
+            assert rule is not None
+            side = size // rule.patch_size
+            most = rule.masked_patches(side**2)[1]
+            if side % rule.unit:
+                raise ConfigError(
+                    f"augment.{needed.name}.size must be a multiple of {rule.patch_size * rule.unit} pixels, for masks "
+                    f"of {rule.unit} x {rule.unit} patches. Got {size}."
+                )
+            if not 0 < most < side**2:
+                raise ConfigError(
+                    f"{setting} must hide some of the {side**2} patches of augment.{needed.name}.size={size} and leave "
+                    f"some. Got {plain(_as_given(rule))}, which hides {most}; choose another, or larger views."
+                )
+
+
+def _as_given(rule: MaskRule) -> float:
+    if rule.num_masked is not None:
+        return rule.num_masked
+    return max(rule.ratio) if isinstance(rule.ratio, tuple) else rule.ratio
+
+
+def _check_batch_fits(augment: Augment, data: DataConfig) -> None:
+    """What certainly has no room: one batch of views of a byte per channel, in the memory that this process has."""
+    pixels = sum(group.count * max(group.sizes) ** 2 for group in augment.values())
+    needed, free = 3 * pixels * data.batch_size, free_host_bytes()
+    if needed > free:
+        views = " + ".join(f"{group.count} * {max(group.sizes)} px" for group in augment.values())
+        raise ConfigError(
+            f"One batch of views takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB of memory are free: "
+            f"data.batch_size={data.batch_size} with views of {views}. Lower data.batch_size, or count or size of the "
+            "views."
+        )
 
 
 def run_facts(
