@@ -26,7 +26,8 @@ With your own:
   {make} source=photos/ output=data/photos
   {call} recipe=dino_vits16 data.shards=data/photos output=runs/photos knn=null
 
-The same command resumes a run. --help lists all keys, with recipe=NAME those of its method; --print shows the settings.
+The same command resumes a run. --help lists all keys, with recipe=NAME those of its method, --help optim those of a
+section; --print shows the settings.
 recipes: {recipes}"""
 
 
