@@ -63,7 +63,7 @@ def test_a_mistake_names_the_group_what_is_needed_and_what_came():
             "size_weights must be a share for each of the 2 sizes. Got (0.0, 0.0).",
         ),
         ({"size": (8, 32), "blur_kernel": 17}, "blur_kernel must be odd and from 1 to 15 for size=8. Got 17."),
-        ({"std": (0.1, 0.0, 0.1)}, "std must be between 0.001 and 1. Got 0."),
+        ({"std": (0.1, 0.0, 0.1)}, "std must be between 0.001 and 2. Got 0."),
         (
             {"crops_of": "image", "scale": (0.4, 1.0)},
             "scale has no effect with crops_of=image. Leave it out; over a recipe that has it, set scale=[0.08, 1.0].",

@@ -30,7 +30,8 @@ class ColourRange(InRange):
 
     def check(self, value: Any) -> Any:
         """The value; raises ValueError for a number of it outside the range."""
-        if 1 < max(value) <= 255 and min(value) >= 0:
+        assert self.le is not None
+        if self.le < max(value) <= 255 and min(value) >= 0:
             levels, instead = ([plain(number) for number in numbers] for numbers in (value, _in_one(value)))
             raise ValueError(
                 f"must be for colours from 0 to 1, not to 255: write [{','.join(instead)}]. Got [{','.join(levels)}]."
@@ -42,8 +43,9 @@ def _in_one(levels: Channels) -> list[float]:
     return [round(level / 255, 5) for level in levels]
 
 
-Mean = Annotated[Channels, ColourRange(ge=0, le=1)]
-Deviation = Annotated[Channels, ColourRange(ge=0.001, le=1)]
+# beyond colours themselves: 0.8 * x + 0.1, the input of DALL-E's tokenizer, is a mean of -0.125 and a deviation of 1.25
+Mean = Annotated[Channels, ColourRange(ge=-1, le=1)]
+Deviation = Annotated[Channels, ColourRange(ge=0.001, le=2)]
 
 
 class ViewSettings(Config):
