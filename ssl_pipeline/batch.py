@@ -57,18 +57,12 @@ class MaskRule:
         assert isinstance(self.ratio, float)
         return int(num_patches * (1 - self.ratio))
 
-    def masked_patches(self, num_patches: int) -> tuple[int, int]:
-        """The fewest and the most patches of a masked view that the rule asks for."""
-        low, high = self.ratio if isinstance(self.ratio, tuple) else (self.ratio, self.ratio)
-        if self.kind == "random":
-            return num_patches - int(num_patches * (1 - low)), num_patches - int(num_patches * (1 - high))
+    def most_masked(self, num_patches: int) -> int:
+        """How many patches of a view the largest `ratio` masks."""
+        ratio = max(self.ratio) if isinstance(self.ratio, tuple) else self.ratio
         if self.kind == "units":
-            of_unit = self.unit**2
-            num_units = num_patches // of_unit
-            return math.ceil(num_units * low) * of_unit, math.ceil(num_units * high) * of_unit
-        if self.num_masked is not None:
-            return self.num_masked, self.num_masked
-        return int(num_patches * low), int(num_patches * high)
+            return math.ceil(num_patches // self.unit**2 * ratio) * self.unit**2
+        return num_patches - int(num_patches * (1 - ratio)) if self.kind == "random" else int(num_patches * ratio)
 
     def __post_init__(self) -> None:
         low, high = self.ratio if isinstance(self.ratio, tuple) else (self.ratio, self.ratio)

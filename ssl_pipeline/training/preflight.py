@@ -8,7 +8,7 @@ from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup, check_crops_of
 from ssl_pipeline.backbones import Backbone, TokenBackbone
-from ssl_pipeline.batch import MaskRule, RunFacts, Views
+from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.config.ranges import plain
 from ssl_pipeline.data.shards.open import ShardIndex
@@ -76,31 +76,22 @@ def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
 
 
 def _check_masks(method: Method, augment: Augment) -> None:
-    """A mask must leave a patch of its views, and hide one at least where it hides the most."""
-    keys = [key for key in type(method).config_class.model_fields if key.endswith(("mask_ratio", "num_masked"))]
-    setting = " or ".join(f"method.{key}" for key in keys) or f"the mask ratio of {type(method).__name__}"
+    """A mask by its ratio must leave a patch of its views, and hide one at least where it hides the most."""
+    keys = [f"method.{key}" for key in type(method).config_class.model_fields if key.endswith("mask_ratio")]
+    setting = " or ".join(keys) or f"the mask ratio of {type(method).__name__}"
     for needed in method.needs:
         rule, group = needed.mask, augment.get(needed.name)
-        for size in group.sizes if rule is not None and group is not None else ():
-            assert rule is not None
-            side = size // rule.patch_size
-            most = rule.masked_patches(side**2)[1]
-            if side % rule.unit:
+        if rule is None or rule.num_masked is not None or group is None:
+            continue
+        for size in group.sizes:
+            num_patches = (size // rule.patch_size) ** 2
+            most = rule.most_masked(num_patches)
+            if not 0 < most < num_patches:
+                ratio = max(rule.ratio) if isinstance(rule.ratio, tuple) else rule.ratio
                 raise ConfigError(
-                    f"augment.{needed.name}.size must be a multiple of {rule.patch_size * rule.unit} pixels, for masks "
-                    f"of {rule.unit} x {rule.unit} patches. Got {size}."
+                    f"{setting} must hide some of the {num_patches} patches of augment.{needed.name}.size={size} and "
+                    f"leave some. Got {plain(ratio)}, which hides {most}; choose another, or larger views."
                 )
-            if not 0 < most < side**2:
-                raise ConfigError(
-                    f"{setting} must hide some of the {side**2} patches of augment.{needed.name}.size={size} and leave "
-                    f"some. Got {plain(_as_given(rule))}, which hides {most}; choose another, or larger views."
-                )
-
-
-def _as_given(rule: MaskRule) -> float:
-    if rule.num_masked is not None:
-        return rule.num_masked
-    return max(rule.ratio) if isinstance(rule.ratio, tuple) else rule.ratio
 
 
 def _check_batch_fits(augment: Augment, data: DataConfig) -> None:
