@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssl_pipeline.config import RunError
+from ssl_pipeline.config import RunError, failure_sentence
+
+LONGEST_TOLD = 400  # bytes of an error that other processes are told
 
 
 def rank() -> int:
@@ -88,6 +91,29 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+@contextmanager
+def failing_together(device: torch.device | str) -> Iterator[None]:
+    """An error that one process meets inside is raised by all of them behind the block: nobody waits for a process that
+    gave up. The others raise a RunError with its words. The block must hold no collective.
+    """
+    if world_size() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    told = failure_sentence(error).encode()[:LONGEST_TOLD] if error is not None else b""
+    texts = gather(torch.tensor([*told.ljust(LONGEST_TOLD, b"\0")], dtype=torch.uint8, device=device)).cpu()
+    if error is not None:
+        raise error
+    for number, text in enumerate(texts.view(world_size(), LONGEST_TOLD)):
+        words = bytes(text.tolist()).rstrip(b"\0").decode(errors="ignore")
+        if words:
+            raise RunError(f"On rank {number}: {words}")
 
 
 def peer_failure(error: Exception) -> RunError | None:

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("ssl_pipeline", "eval", "data_tools", "benchmarks")
 FRONTS = ("eval", "data_tools", "pretrain")  # the commands' thin front: a few lines over the package each
 
-STARTS = {"pretrain": "ssl_pipeline.commands.start"}  # what must not wait for torch; the others are called as they are
+STARTS = {  # commands that compose rooms; the others are called as they are
+    "pretrain": "ssl_pipeline.commands.start",
+    "eval.compare": "ssl_pipeline.commands.compare",
+}
 
 # lowest row first; a module may import its own row and those below
 ROWS = [
@@ -41,6 +44,7 @@ STRANGERS = [  # rooms of one row, or of a row below, that do not know each othe
     ("data_tools", "methods"),
 ]
 TRAINING_NEEDS = {"ssl_pipeline.methods.base"}  # training knows the contract, not a method
+PACKAGE = "ssl_pipeline"  # offers what is below it, and imports it when it is asked for
 GRAB_BAGS = {"util", "utils", "misc", "helper", "helpers", "common", "stuff"}
 
 
@@ -80,6 +84,8 @@ def unit(module: str) -> str:
 
 
 def row_of(module: str) -> int:
+    if module == PACKAGE:
+        return len(ROWS)
     return next(number for number, row in enumerate(ROWS) if unit(module) in row.split())
 
 
@@ -181,12 +187,17 @@ def test_benchmarks_know_the_library_and_nobody_knows_them():
     assert [m for m in others if any(name.split(".")[0] == "benchmarks" for name in imports_of(m))] == []
 
 
+def test_importing_the_package_imports_nothing_of_it_and_no_torch():
+    at_its_top = [node for node in tree_of(PACKAGE).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {ast.unparse(node).split()[1] for node in at_its_top} == {"__future__", "pathlib", "typing"}
+
+
 def test_no_import_cycle():
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join((*path[path.index(module) :], module))
-        if module not in done:
+        if module not in done and module != PACKAGE:
             for imported in imports_of(module) & sources().keys():
                 visit(imported, (*path, module))
             done.add(module)

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from benchmarks.settings import BenchmarkConfig
 from benchmarks.step import Steps
+from ssl_pipeline.commands.compare import CompareConfig
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, load, recipe_files, validate
 from ssl_pipeline.config.ranges import numbers_in, ranges_of
@@ -19,7 +20,6 @@ from ssl_pipeline.config.schema import annotation_at
 from ssl_pipeline.data_tools.check_shards import CheckShards
 from ssl_pipeline.data_tools.make_shards import MakeShards
 from ssl_pipeline.data_tools.split_labels import SplitLabels
-from ssl_pipeline.eval.compare import CompareConfig
 from ssl_pipeline.eval.knn import KnnConfig
 from ssl_pipeline.eval.linear import LinearConfig
 from ssl_pipeline.eval.table import TableConfig

@@ -22,9 +22,9 @@ from PIL import Image
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import create_backbone
+from ssl_pipeline.commands.compare import CompareConfig
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import COMPARISONS, RECIPES, ConfigError, dump, load, read_yaml, recipe_files, validate
-from ssl_pipeline.eval.compare import CompareConfig
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
@@ -51,8 +51,9 @@ def recipe(name: str, *argv: str) -> PretrainConfig:
 
 
 def on_meta(config: PretrainConfig) -> Method:
+    begins_anew = config.backbone.model_copy(update={"weights": None, "frozen_batch_norm": False})
     with torch.device("meta"):
-        return build_method(config.method, create_backbone(config.backbone))
+        return build_method(config.method, create_backbone(begins_anew))
 
 
 def trained_parameters(module: torch.nn.Module) -> int:
@@ -194,6 +195,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     vit = plain.backbone.name.startswith("vit")
     sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
     backbone = [f"backbone.arguments={TINY_VIT}"] if vit else TINY_RESNET
+    backbone = [*backbone, "backbone.weights=null", "backbone.frozen_batch_norm=false"]
     widths = [
         f"method.{key}={value}"
         for key in type(plain.method).model_fields

@@ -5,16 +5,20 @@ from __future__ import annotations
 from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
 from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
-from ssl_pipeline.backbones.files import Preprocessing, load_backbone, save_backbone
+from ssl_pipeline.backbones.files import load_backbone, save_backbone
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, require_tokens, without_drop_path
 from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose public place is here
+from ssl_pipeline.backbones.preprocessing import ImageTransform, Preprocessing
+from ssl_pipeline.backbones.runs import BackboneOfRun, load_from_checkpoint, load_run
 from ssl_pipeline.backbones.tokens import Tokens
 
 __all__ = [
     "ARCHITECTURE",
     "Backbone",
     "BackboneConfig",
+    "BackboneOfRun",
+    "ImageTransform",
     "Preprocessing",
     "TokenBackbone",
     "Tokens",
@@ -23,6 +27,8 @@ __all__ = [
     "layer_lr_scale",
     "load_backbone",
     "load_classifier",
+    "load_from_checkpoint",
+    "load_run",
     "require_tokens",
     "save_backbone",
     "save_classifier",

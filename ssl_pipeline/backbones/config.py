@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,14 @@ RESERVED_ARGUMENTS = {
     "checkpoint_path": "set backbone.weights",
     "drop_path_rate": "set backbone.drop_path",
     "dynamic_img_size": "it is always on where the model has it",
+    "features_only": "a backbone gives one vector of features for an image",
+    "out_indices": "a backbone gives one vector of features for an image",
+    "pretrained_cfg": "set backbone.weights",
+    "pretrained_cfg_overlay": "set backbone.weights",
+    "pretrained_strict": "weights must fill every tensor",
+    "cache_dir": "set the environment variable HF_HOME",
+    "scriptable": "a backbone is trained and evaluated as it is",
+    "exportable": "a backbone is trained and evaluated as it is",
 }
 ARCHITECTURE = ("name", "arguments", "small_images")  # what shapes the tensors; the rest is how they begin and train
 
@@ -28,7 +36,11 @@ class BackboneConfig(Config):
     small_images: bool = False
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
     weights: str | None = None
-    """Weights to start from: a file (.safetensors, .pth, .pt) or the tag of a pretrained timm model."""
+    """Weights to start from: a file (.safetensors, .pth, .pt), a run's directory or that of one of its checkpoints, or
+    the tag of a pretrained timm model."""
+    weights_from: str | None = None
+    """Which network of the weights: `teacher` or `student` of a file, a backbone of a run by name; by default the one
+    that is usually evaluated."""
     initial_weights: Literal["mae", "moco_v3"] | None = None
     """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
     fixed_positions: bool = False
@@ -36,17 +48,48 @@ class BackboneConfig(Config):
     initial_weights."""
     frozen_patch_embed: bool = False
     """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
+    frozen_batch_norm: bool = False
+    """Whether batch norm keeps the statistics of the weights. Those of some hundred augmented images, which it would
+    take on in training, cost a good network more than training on few images wins."""
     checkpoint_activations: bool = False
     """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
 
     @model_validator(mode="after")
     def _arguments_are_the_models_own(self) -> BackboneConfig:
+        architecture, _, tag = self.name.partition(".")
+        if tag:
+            raise ValueError(
+                f"backbone.name must be an architecture without a tag of pretrained weights. Got '{self.name}'; write "
+                f"backbone.name={architecture} backbone.weights={tag}"
+            )
         for argument, reason in RESERVED_ARGUMENTS.items():
             if argument in self.arguments:
                 raise ValueError(f"backbone.arguments must not hold '{argument}': {reason}.")
+        if self.arguments.get("in_chans", 3) != 3:
+            raise ValueError(
+                f"backbone.arguments.in_chans must be 3, the channels of every image here (gray ones are made RGB). "
+                f"Got {self.arguments['in_chans']}; leave it out."
+            )
+        pool = self.arguments.get("global_pool", "avg")
+        if not pool or "cat" in str(pool):
+            raise ValueError(
+                "backbone.arguments.global_pool must give one vector of the network's width for an image. "
+                f"Got '{pool}'; leave it out, or try avg (ViTs: token or avg)."
+            )
+        if self.weights_from and not self.weights:
+            raise ValueError(
+                f"backbone.weights_from={self.weights_from} says which network of backbone.weights is taken. Set both."
+            )
         if self.weights and self.initial_weights:
             raise ValueError(
                 "backbone.weights and initial_weights both say how the weights begin. Leave one of them out."
             )
+        if self.frozen_batch_norm and not self.weights:
+            raise ValueError("backbone.frozen_batch_norm keeps the statistics of weights. Set backbone.weights too.")
         return self
+
+
+def without_tag(architecture: dict[str, Any]) -> dict[str, Any]:
+    """The description of an architecture, as runs of 0.2.0 and before may have it with a tag that changed nothing."""
+    return architecture | {"name": str(architecture["name"]).partition(".")[0]}

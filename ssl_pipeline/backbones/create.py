@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,9 +12,9 @@ from torch import nn
 import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to timm's registry)
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
-from ssl_pipeline.backbones.networks import Backbone, TokenBackbone
+from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
 from ssl_pipeline.backbones.tokens import has_tokens
-from ssl_pipeline.backbones.weights import WEIGHT_SUFFIXES, first_line, load_weights
+from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source
 from ssl_pipeline.config import ConfigError, nearest
 
 
@@ -26,12 +25,17 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     """
     if not timm.is_model(config.name):
         raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
-    weights_file = _is_file(config.weights)
-    if config.small_images and config.weights and not weights_file:
+    tag = config.weights if config.weights is not None and is_tag(config.weights) else None
+    if config.small_images and tag is not None:
         raise ConfigError(
             "backbone.small_images replaces the stem that pretrained weights need. Leave one of them out."
         )
-    model = _create_model(config, tag=None if weights_file else config.weights)
+    if config.weights_from is not None and tag is not None:
+        raise ConfigError(
+            f"backbone.weights_from={config.weights_from} is about files and runs, which hold several networks. "
+            f"'{tag}' is a tag of timm; leave weights_from out."
+        )
+    model = _create_model(config, tag=tag)
     if config.small_images:
         _shrink_stem(model, config.name)
     if has_tokens(model):
@@ -39,9 +43,16 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     else:
         backbone = Backbone(model.to(memory_format=torch.channels_last))
     backbone.config = config
-    if weights_file:
-        load_weights(backbone.model, Path(str(config.weights)))
+    if tag is not None:
+        backbone.origin = Origin(f"timm's {config.name}.{tag}")
+    elif config.weights is not None:
+        backbone.origin = load_source(backbone.model, config.weights, network=config.weights_from)
     _prepare_vit(backbone, config)
+    if config.frozen_batch_norm:
+        if not batch_norms(backbone):
+            raise ConfigError(f"backbone.frozen_batch_norm needs batch norm. '{config.name}' has none; leave it out.")
+        backbone.keeps_statistics = True
+        backbone.train()
     if config.checkpoint_activations:
         _checkpoint_activations(backbone, config.name)
     return backbone
@@ -51,11 +62,11 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
     name = config.name
     arguments: dict[str, Any] = dict(config.arguments)
     if tag is not None:
-        name = f"{config.name.split('.')[0]}.{tag}"
-        known = timm.list_pretrained(f"{config.name.split('.')[0]}.*")
+        name = f"{config.name}.{tag}"
+        known = timm.list_pretrained(f"{config.name}.*")
         if name not in known:
             raise ConfigError(
-                f"backbone.weights: no file and no pretrained '{name}'. Known: {', '.join(known) or 'none'}"
+                f"backbone.weights: no file, no run and no pretrained '{name}'. Known: {', '.join(known) or 'none'}"
             )
     if config.drop_path:
         arguments["drop_path_rate"] = config.drop_path
@@ -69,7 +80,10 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
     except Exception as error:  # whatever timm raises, the cause is in the config or the connection
         unwanted = next((argument for argument in config.arguments if f"'{argument}'" in str(error)), None)
         hint = f" backbone.arguments.{unwanted}=null leaves it out." if unwanted else ""
-        raise ConfigError(f"timm cannot create '{name}': {first_line(error)}.{hint}") from error
+        hint = " Set backbone.drop_path=0." if config.drop_path and "'drop_path_rate'" in str(error) else hint
+        values = ", ".join(f"{argument}={value}" for argument, value in config.arguments.items())
+        reason = first_line(error) if str(error).strip() else f"it does not take these arguments: {values}"
+        raise ConfigError(f"timm cannot create '{name}': {reason}.{hint}") from error
 
 
 def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
@@ -97,7 +111,7 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
 
 
 def _checkpoint_activations(backbone: Backbone, name: str) -> None:
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in backbone.modules()):
+    if batch_norms(backbone):
         raise ConfigError(
             f"backbone.checkpoint_activations needs a network without batch norm, which would count each batch twice. "
             f"'{name}' has some."
@@ -118,7 +132,3 @@ def _shrink_stem(model: nn.Module, name: str) -> None:
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm does
     model.add_module("conv1", stem)
     model.add_module("maxpool", nn.Identity())
-
-
-def _is_file(weights: str | None) -> bool:
-    return weights is not None and (weights.endswith(WEIGHT_SUFFIXES) or Path(weights).is_file())

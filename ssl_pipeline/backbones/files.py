@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, without_tag
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
-from ssl_pipeline.backbones.weights import first_line, load_weights
+from ssl_pipeline.backbones.preprocessing import Preprocessing
+from ssl_pipeline.backbones.weights import first_line, load_source
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import JSON, write_json, write_tensors
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel."""
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:
@@ -42,12 +33,13 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
     path = directory / "backbone.json"
     try:
         description = json.loads(path.read_bytes())
-        config = BackboneConfig(**{key: description[key] for key in ARCHITECTURE})
+        config = BackboneConfig(**without_tag({key: description[key] for key in ARCHITECTURE}))
         preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is no description of a backbone ({first_line(error)}).") from error
     backbone = create_backbone(config)
-    load_weights(backbone.model, directory / "backbone.safetensors")
+    backbone.origin = load_source(backbone.model, str(directory / "backbone.safetensors"), network=None)
+    backbone.preprocessing = preprocessing
     return backbone, preprocessing

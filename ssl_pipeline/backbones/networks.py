@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from timm.layers import DropPath
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.positions import Grid
+from ssl_pipeline.backbones.preprocessing import ImageTransform, Preprocessing
 from ssl_pipeline.backbones.tokens import ADAPTERS, NETWORKS_WITH_TOKENS, FlatAdapter, Tokens, has_tokens
 from ssl_pipeline.backbones.tokens.base import TimmModel, check_sides, replace_masked
+from ssl_pipeline.backbones.weights import RANDOM, Origin
 from ssl_pipeline.config import ConfigError
 
 
@@ -21,6 +23,10 @@ class Backbone(nn.Module):
 
     config: BackboneConfig
     """What `create_backbone` made it from, and makes another one from."""
+    origin: Origin = RANDOM
+    """Where its weights come from."""
+    preprocessing: Preprocessing | None = None
+    """What it expects of images, if it comes from a run."""
     forward_methods: ClassVar[tuple[str, ...]] = ()
     """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
@@ -28,11 +34,33 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+        self.keeps_statistics = False
+        """Whether batch norm never leaves evaluation mode."""
 
     @property
     def name(self) -> str:
         """The timm name of its architecture."""
         return getattr(self.model, "default_cfg", {}).get("architecture", type(self.model).__name__)
+
+    def train(self, mode: bool = True) -> Self:
+        """As `torch.nn.Module.train`; batch norm whose statistics are frozen stays in evaluation mode."""
+        super().train(mode)
+        if self.keeps_statistics:
+            for part in batch_norms(self):
+                part.eval()
+        return self
+
+    def transform(self) -> ImageTransform:
+        """Makes an image into what this backbone expects: (3, size, size), as the evaluators see it.
+
+        Raises ConfigError if the backbone comes from no run, so that nobody knows.
+        """
+        if self.preprocessing is None:
+            raise ConfigError(
+                f"this '{self.name}' comes from no run, so nothing says which images it expects. "
+                "ssl_pipeline.load(run) brings that along; else set backbone.preprocessing."
+            )
+        return ImageTransform(self.preprocessing)
 
     def forward(self, images: Tensor) -> Tensor:
         # the layout of `create_backbone`: convolutions take a third of the time on CPUs, and less on GPUs too
@@ -169,6 +197,11 @@ def require_tokens(backbone: Backbone, method: str, *, some_patches: bool = Fals
     if some_patches and not backbone.takes_some_patches:
         raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
     return backbone
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The parts that normalise by statistics of a batch."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
 def without_drop_path(module: nn.Module) -> None:

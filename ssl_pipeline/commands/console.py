@@ -13,7 +13,7 @@ COMMANDS = {
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
     "table": "ssl_pipeline.eval.table",
-    "compare": "ssl_pipeline.eval.compare",
+    "compare": "ssl_pipeline.commands.compare",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",

@@ -25,12 +25,26 @@ from ssl_pipeline.backbones import (
     save_backbone,
     save_classifier,
 )
-from ssl_pipeline.config import RECIPES, Config, ConfigError, Seed, dump, printable, read_yaml, run_command, validate
+from ssl_pipeline.commands.images import expand
+from ssl_pipeline.commands.monitors import open_monitors
+from ssl_pipeline.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    Seed,
+    dump,
+    printable,
+    read_yaml,
+    refuse,
+    run_command,
+    validate,
+    without_flags,
+)
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
-from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
-from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
+from ssl_pipeline.eval.knn import KnnMonitorConfig
+from ssl_pipeline.eval.monitors import ClassifierMonitorConfig, SpectrumMonitorConfig
 from ssl_pipeline.files import sha256_of_json
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
@@ -50,14 +64,17 @@ from ssl_pipeline.training.preflight import (
 )
 from ssl_pipeline.training.remarks import remarks
 from ssl_pipeline.training.resume import check_identity
-from ssl_pipeline.training.run import Monitor, Output, Run, Start, TrainConfig, start_clock
+from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
 
 
 class PretrainConfig(Config):
     """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
 
+    images: str | None = None
+    """Folder or zip of images, packed into OUTPUT/images at the first start, in place of data.shards; or shards."""
     recipe: str | None = None
-    """The recipe that these settings come from: a name in recipes/, or a path to a YAML file."""
+    """The recipe that these settings come from: a name in recipes/, or a path to a YAML file. With images it may be
+    left out, or `auto`: chosen by the images and the machine."""
     output: Path | None = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
     seed: Seed = 0
@@ -78,6 +95,8 @@ class PretrainConfig(Config):
     """k-NN accuracy during training; leave out for images without labels."""
     classifier: ClassifierMonitorConfig | None = None
     """Accuracy of the method's own classifier during training, for methods that have one."""
+    spectrum: SpectrumMonitorConfig | None = None
+    """RankMe and alpha-ReQ of the features during training: what can be told without labels."""
     wandb: bool = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
 
@@ -138,7 +157,18 @@ def _pretrain(config: PretrainConfig) -> int:
         method.prepare(run_facts(index, labelled_index, config.augment, config.data, global_batch=clock.global_batch))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
-        monitors = _monitors(config, method, preprocessing, accelerator)
+        monitors = open_monitors(
+            config.knn,
+            config.spectrum,
+            config.classifier,
+            method=method,
+            preprocessing=preprocessing,
+            data=config.data,
+            index=index,
+            labelled_index=labelled_index,
+            from_weights=config.backbone.weights is not None,
+            device=accelerator.device,
+        )
         if directory is not None:
             describe(config, method, clock, accelerator)
         starting.close()
@@ -165,9 +195,21 @@ def _pretrain(config: PretrainConfig) -> int:
                 names = labelled_index.class_names if labelled_index is not None else None
                 save_classifier(output, method.classifier, names)
             save_backbone(output, method.backbone, preprocessing)
-            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
+            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS\n{in_python(output)}")
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
+
+
+def in_python(run: Path) -> str:
+    """How a program uses the backbone of a finished run, as README shows it."""
+    return (
+        "In Python:\n"
+        "    import ssl_pipeline\n"
+        "    from PIL import Image\n"
+        f"    backbone = ssl_pipeline.load({str(run)!r})\n"
+        "    image = backbone.transform()(Image.open('photo.jpg'))\n"
+        "    features = backbone(image[None])  # (1, backbone.embed_dim)"
+    )
 
 
 def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator) -> None:
@@ -180,6 +222,7 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
+        f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
@@ -220,38 +263,15 @@ def _identity(config: PretrainConfig) -> dict[str, str]:
     return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
 
 
-def _monitors(
-    config: PretrainConfig, method: Method, preprocessing: Preprocessing, accelerator: Accelerator
-) -> list[Monitor]:
-    monitors: list[Monitor] = []
-    if config.knn is not None:
-        monitors.append(
-            KnnMonitor(
-                config.knn,
-                preprocessing,
-                batch_size=config.data.batch_size,
-                workers=config.data.workers,
-                device=accelerator.device,
-            )
-        )
-    if config.classifier is not None:
-        if method.classifier is None:
-            raise ConfigError(
-                f"{type(method).__name__} learns no classifier to measure. Leave classifier out; knn suits any method."
-            )
-        monitors.append(
-            ClassifierMonitor(
-                config.classifier,
-                preprocessing,
-                classifier=method.classifier,
-                num_classes=method.classifier.out_features,
-                workers=config.data.workers,
-                device=accelerator.device,
-            )
-        )
-    return monitors
-
-
 def main(name: str) -> int:
     """The command line, called `name`, behind `commands/start.py`; returns the exit code."""
-    return run_command(PretrainConfig, pretrain, command=name, recipes=RECIPES)
+    arguments = sys.argv[1:]
+    pairs, flags = without_flags(arguments)
+    if not flags & {"--help", "-h"}:
+        try:
+            arguments = [*expand(pairs), *flags]
+        except Exception as error:
+            if "--debug" in flags:
+                raise
+            return refuse(error, running=False)
+    return run_command(PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES)

@@ -15,16 +15,15 @@ from ssl_pipeline.run.launcher import have_the_last_word, watch_launcher
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
-BEGIN = """usage: {call} recipe=NAME [key=value ...] [--help] [--print] [--debug]
+BEGIN = """usage: {call} images=FOLDER [recipe=NAME] [key=value ...] [--help] [--print] [--debug]
 
-To begin, with images that come along:
+To begin, with your own images (a folder of any depth, or a zip):
+  {call} images=photos/
+
+With images that come along:
   {make} source=digits split=train output=data/digits/train
   {make} source=digits split=test output=data/digits/test
   {call} recipe=digits_dino
-
-With your own:
-  {make} source=photos/ output=data/photos
-  {call} recipe=dino_vits16 data.shards=data/photos output=runs/photos knn=null
 
 The same command resumes a run. --help lists all keys, with recipe=NAME those of its method, --help optim those of a
 section; --print shows the settings.
@@ -39,7 +38,8 @@ def command(name: str = "pretrain.py") -> int:
         print(how_to_begin(name))
         return 2
     try:
-        pairs_and_recipe(without_flags(arguments)[0], RECIPES)
+        given = [argument for argument in without_flags(arguments)[0] if argument != "recipe=auto"]
+        pairs_and_recipe(given, RECIPES)
     except Exception as error:
         return refuse(error, running=False)
     if first:

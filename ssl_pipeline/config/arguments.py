@@ -72,6 +72,16 @@ def pairs_and_recipe(
     return [(key, text) for key, text in pairs if key != "recipe"], tree
 
 
+def keys_of(argv: Sequence[str]) -> dict[str, str]:
+    """The texts of `key=value` arguments by their keys; raises ConfigError for a key that is given twice."""
+    found: dict[str, str] = {}
+    for key, text in _pairs(None, argv):
+        if key in found:
+            raise ConfigError(f"{key} is given twice: '{found[key]}' and '{text}'.")
+        found[key] = text
+    return found
+
+
 def _pairs(positional: str | None, argv: Sequence[str]) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     mistakes = []

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ssl_pipeline.augment.rgb import as_rgb
 from ssl_pipeline.data.headers import JpegHeader, image_extension, jpeg_header, stored_size
 from ssl_pipeline.data.metadata import orientation_of, without_metadata
 from ssl_pipeline.data.shards.tar import TarBytes
@@ -158,16 +159,5 @@ def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
     rows = max(BAND_PIXELS // width, 1)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        pixels_HWC[top:bottom] = np.asarray(_as_rgb(image.crop((0, top, width, bottom))))
+        pixels_HWC[top:bottom] = np.asarray(as_rgb(image.crop((0, top, width, bottom))))
     return pixels_HWC
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits per pixel; `convert` would saturate
-        high_byte = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
-    elif image.has_transparency_data:
-        transparent = image.convert("RGBA")
-        image = Image.new("RGB", image.size, "white")
-        image.paste(transparent, mask=transparent.getchannel("A"))
-    return image.convert("RGB")

@@ -6,19 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
+from ssl_pipeline.augment.central_crop import central_crop
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.samples import Label, labels_layout
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.workers.pool import read_batches
 from ssl_pipeline.data.workers.ring import Layout
-
-LARGEST_UNCUT_SIZE = 96  # small images fill their frame: nothing is cut from the shorter side
-CROP_RATIO = 256 / 224
-LONGEST_SIDE = 4  # times the shorter one; what lies beyond never reaches the central square
 
 
 class EvaluationSet(Dataset[tuple[Tensor, Label, int]]):
@@ -81,23 +77,3 @@ def evaluation_batches(
     batches = -(-len(samples) // batch_size)
     read = read_batches(EvaluationReader(images, batch_size), samples_of, batches=batches, workers=workers)
     return ((batch["images"], batch["labels"].clone(), batch["ids"].clone()) for batch, _ in read)
-
-
-def central_crop(image_HWC: Tensor, size: int) -> Tensor:
-    """The evaluation view (3, size, size) of an 8-bit image (H, W, 3)."""
-    longest = LONGEST_SIDE * min(image_HWC.shape[:2])
-    for side in (0, 1):
-        length = image_HWC.shape[side]
-        if length > longest:
-            image_HWC = image_HWC.narrow(side, (length - longest) // 2, longest)
-    height, width, _ = image_HWC.shape
-    shorter = size if size <= LARGEST_UNCUT_SIZE else round(size * CROP_RATIO)
-    image_1CHW = image_HWC.permute(2, 0, 1)[None]
-    if min(height, width) != shorter:
-        scaled = (
-            (shorter, int(shorter * width / height)) if height <= width else (int(shorter * height / width), shorter)
-        )
-        image_1CHW = interpolate(image_1CHW, size=scaled, mode="bicubic", antialias=True)
-    height, width = image_1CHW.shape[-2:]
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return image_1CHW[0, :, top : top + size, left : left + size].contiguous()

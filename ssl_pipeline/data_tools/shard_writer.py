@@ -15,7 +15,7 @@ from ssl_pipeline.data.shards.manifest import ManifestShard
 from ssl_pipeline.data_tools.candidates import Candidate
 from ssl_pipeline.data_tools.packing import Packing, pack
 from ssl_pipeline.data_tools.processes import map_in_processes
-from ssl_pipeline.data_tools.sources import Source, UnreadableFileError
+from ssl_pipeline.data_tools.sources import Readable, UnreadableFileError
 from ssl_pipeline.files import sha256_of, sync
 
 NAME_LETTERS = 60  # of a file's name in its key; at most 240 bytes, since file systems end at 255
@@ -25,7 +25,7 @@ Accepted = tuple[Candidate, str]
 
 
 def write_shards(
-    source: Source,
+    source: Readable,
     samples: Sequence[Accepted],
     folder: Path,
     stem: str,
@@ -49,7 +49,7 @@ def write_shards(
 
 
 def _write_shard(
-    source: Source, task: tuple[Path, int, Sequence[Accepted]], *, packing: Packing | None
+    source: Readable, task: tuple[Path, int, Sequence[Accepted]], *, packing: Packing | None
 ) -> ManifestShard:
     """Write one tar: its path, the number of its first sample, and its files, stored as they are or packed."""
     path, start, samples = task

@@ -32,16 +32,23 @@ class Rejected:
     reason: str
 
 
-class Source(Protocol):
-    """Files by name ("folder/file", sorted) and their bytes; picklable, so that every process reads for itself.
+class Readable(Protocol):
+    """Files that are read by their name; picklable, so that every process reads for itself."""
+
+    def read(self, name: str) -> bytes: ...
+
+
+class Source(Readable, Protocol):
+    """Files by name ("folder/file", sorted) and their bytes.
 
     `left_out` has what is there and has no name of its own: folders that cannot be listed, files under a later one.
+    `sizes`: name -> bytes of each file, as the file system or the zip says; -1 for one that is not there any more.
     """
 
     def names(self) -> list[str]: ...
+    def sizes(self) -> dict[str, int]: ...
     def folders(self) -> set[str]: ...
     def left_out(self) -> list[Rejected]: ...
-    def read(self, name: str) -> bytes: ...
 
 
 def open_source(source: str, prefix: str, split: str | None) -> Source:
@@ -72,6 +79,9 @@ class FolderSource:
 
     def names(self) -> list[str]:
         return sorted(name for _, files in self._walk() for name in files)
+
+    def sizes(self) -> dict[str, int]:
+        return {name: _size_of(self.root / name) for name in self.names()}
 
     def folders(self) -> set[str]:
         return {folder for folder, _ in self._walk()}
@@ -132,6 +142,9 @@ class ZipSource:
     def names(self) -> list[str]:
         return sorted(self.files)
 
+    def sizes(self) -> dict[str, int]:
+        return {name: entry.file_size for name, entry in sorted(self.files.items())}
+
     def folders(self) -> set[str]:
         return _opened_zip(self.path, os.getpid()).folders
 
@@ -167,6 +180,10 @@ class PartOfSource:
             raise DataError(f"There is nothing below prefix={self.prefix}.{hint} Top folders: {known or 'none'}")
         return names
 
+    def sizes(self) -> dict[str, int]:
+        sizes = self.source.sizes()
+        return {name: sizes[self.prefix + name] for name in self.names()}
+
     def folders(self) -> set[str]:
         return {name.removeprefix(self.prefix) for name in self.source.folders() if name.startswith(self.prefix)}
 
@@ -191,6 +208,9 @@ class DigitsSource:
     def names(self) -> list[str]:
         return sorted(_digit_files(self.split))
 
+    def sizes(self) -> dict[str, int]:
+        return {name: len(data) for name, data in sorted(_digit_files(self.split).items())}
+
     def folders(self) -> set[str]:
         return {str(digit) for digit in range(10)}
 
@@ -199,6 +219,13 @@ class DigitsSource:
 
     def read(self, name: str) -> bytes:
         return _digit_files(self.split)[name]
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 @dataclass(frozen=True)

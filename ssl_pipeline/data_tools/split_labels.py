@@ -20,7 +20,6 @@ from ssl_pipeline.data.shards.overlay import Labels
 from ssl_pipeline.data_tools.candidates import Candidate
 from ssl_pipeline.data_tools.output import output_in_the_making
 from ssl_pipeline.data_tools.shard_writer import key_of, write_shards
-from ssl_pipeline.data_tools.sources import Rejected
 from ssl_pipeline.randomness import SPLIT, permutation
 
 
@@ -50,15 +49,6 @@ class ShardSource:
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
-
-    def names(self) -> list[str]:
-        return [self.name_of(sample) for sample in range(len(self.index))]
-
-    def folders(self) -> set[str]:
-        return set()
-
-    def left_out(self) -> list[Rejected]:
-        return []
 
     def read(self, name: str) -> bytes:
         return self.index.read(int(name.partition("/")[0])).image

@@ -22,3 +22,18 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     """`{"top1": percent, "top5": percent}`; with fewer than 5 classes top-5 counts all of them."""
     hits = {k: int(top_k_hits(scores_NC, labels_N, k=k).sum()) for k in (1, 5)}
     return {f"top{k}": 100.0 * count / len(labels_N) for k, count in hits.items()}
+
+
+def bootstrap_interval(percent: float, num_images: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a share of `num_images` images, in percent, by the percentile method.
+
+    Each resample counts hits among `num_images` images drawn with replacement, which is a binomial number: its
+    quantiles are those of infinitely many resamples, without a draw.
+    """
+    hits = torch.arange(num_images + 1, dtype=torch.float64)
+    misses, share = num_images - hits, torch.tensor(min(percent / 100.0, 1.0), dtype=torch.float64)
+    orders = torch.lgamma(hits[-1] + 1) - torch.lgamma(hits + 1) - torch.lgamma(misses + 1)
+    probabilities = (orders + torch.xlogy(hits, share) + torch.xlogy(misses, 1 - share)).exp()
+    places = torch.searchsorted(probabilities.cumsum(dim=0), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = (100.0 * places.clamp(max=num_images).double() / num_images).tolist()
+    return low, high

@@ -5,34 +5,38 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import Config, ConfigError, run_command
-from ssl_pipeline.distributed import mean_over_ranks, rank, world_size
-from ssl_pipeline.eval.accuracy import top_k_accuracy, top_k_hits
+from ssl_pipeline.config import run_command
+from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
+from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
+from ssl_pipeline.eval.monitors import MonitorConfig
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
     choose_device,
-    count_classes,
     measure_models,
-    open_labelled,
     write_report,
 )
 from ssl_pipeline.eval.search.neighbours import (
     Search,
     nearest_neighbours,
+    other_neighbours,
     require_finite,
     require_k,
     search_device,
 )
-from ssl_pipeline.eval.table import format_table, percent
+from ssl_pipeline.eval.table import format_table, percent, with_interval
+from ssl_pipeline.eval.votes import vote, voted_hits, votes_accuracy
 from ssl_pipeline.files import JSON
-from ssl_pipeline.schedule import Duration, Progress
+from ssl_pipeline.schedule import Progress
+
+Positive = Annotated[float, Field(gt=0)]
 
 # Axes: M training images, N test images, D feature dimensions, K neighbours, C classes.
 
@@ -60,20 +64,6 @@ def weighted_knn(
     return vote(similarities_NK, labels_NK, temperature=temperature, num_classes=num_classes)
 
 
-def vote(similarities_NK: Tensor, labels_NK: Tensor, *, temperature: float, num_classes: int) -> Tensor:
-    """Scores (N, C): the sum of exp(similarity / temperature) over the neighbours of each class."""
-    if temperature <= 0:
-        raise ConfigError(f"k-NN needs a temperature above 0. Got temperature={temperature}.")
-    weights_NK = (similarities_NK / temperature).exp()
-    scores_NC = weights_NK.new_zeros(len(weights_NK), num_classes).scatter_add_(1, labels_NK, weights_NK)
-    if not scores_NC.isfinite().all():
-        raise ConfigError(
-            f"k-NN votes exp(similarity / temperature) overflow at temperature={temperature}. "
-            "Normalise the features, or try temperature=0.02 or more."
-        )
-    return scores_NC
-
-
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -89,75 +79,120 @@ def knn_accuracy(
     train_MD, test_ND = (normalize(x, dim=1) for x in (train_features, test_features))
     similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=max(k), search=search)
     labels_NK = train_labels.to(neighbours_NK.device)[neighbours_NK]
-    return {
-        count: top_k_accuracy(
-            vote(
-                similarities_NK[:, :count],
-                labels_NK[:, :count],
-                temperature=temperature,
-                num_classes=num_classes,
-            ),
-            test_labels.to(test_ND.device),
-        )
-        for count in k
-    }
+    return votes_accuracy(
+        similarities_NK, labels_NK, test_labels, k=k, temperature=temperature, num_classes=num_classes
+    )
 
 
 class KnnConfig(EvaluationConfig):
     """Weighted k-NN accuracy of frozen features: a run's backbone, or a timm model."""
 
-    k: tuple[Annotated[int, Field(gt=0)], ...] = (20,)
+    k: tuple[Annotated[int, Field(gt=0)], ...] = Field((20,), min_length=1)
     """Neighbours that vote; several at once as `k=10,20,100,200`, the first is the headline."""
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Votes weigh exp(similarity / temperature)."""
+    temperature: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 0.07
+    """Votes weigh exp(similarity / temperature); several at once as `temperature=0.07,0.1`, the first is the
+    headline."""
+    leave_one_out: bool = False
+    """Whether every image is classified by all others of the same set, with test=train."""
+    per_class: Annotated[int, Field(gt=0)] | None = None
+    """Training images of each class that vote, drawn by `seed`; by default all of them."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice that `per_class` makes."""
     search: Search = "auto"
     """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where there are units
     for it, then in float32; `auto` takes blocks on GPUs and CPUs with such units and for few test images."""
+
+    @model_validator(mode="after")
+    def _one_set_for_leave_one_out(self) -> KnnConfig:
+        if self.leave_one_out and self.test != self.train:
+            raise ValueError(f"leave_one_out=true classifies the images of train: set test={self.train}.")
+        if self.leave_one_out and self.per_class is not None:
+            raise ValueError(
+                "per_class and leave_one_out choose the images that vote in two ways. Leave one of them out."
+            )
+        return self
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+
+
+ByTemperature = dict[float, dict[int, dict[str, float]]]  # of the accuracies by k
 
 
 def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
     """The k-NN report of the config's model, as it stands in `eval/knn.json`, with a table on stdout."""
     import faiss
 
-    def measure(features: LabelledFeatures) -> dict[int, dict[str, float]]:
-        device = search_device(features.train, features.test, choose_device(config.device))
-        return knn_accuracy(
-            features.train.to(device),
-            features.train_labels,
-            features.test.to(device),
-            features.test_labels,
-            k=config.k,
-            temperature=config.temperature,
-            num_classes=features.num_classes,
-            search=config.search,
-        )
+    images = open_labelled(config.train, config.test, task="k-NN", shared=not config.leave_one_out)
+    voters_M = torch.arange(len(images.train))
+    if config.per_class is not None:
+        voters_M = torch.from_numpy(some_of_each_class(images, config.per_class, seed=config.seed))
+    require_k(max(config.k), len(voters_M) - config.leave_one_out)
 
-    images = open_labelled(config.train, config.test, task="k-NN")
-    require_k(max(config.k), len(images.train))
-    measured = measure_models(config, images, measure, task="k-NN")
+    def measure(features: LabelledFeatures) -> ByTemperature:
+        device, most = search_device(features.train, features.test, choose_device(config.device)), max(config.k)
+        train_MD = normalize(features.train[voters_M].to(device), dim=1)
+        if config.leave_one_out:
+            similarities_NK, neighbours_NK = other_neighbours(train_MD, k=most, search=config.search)
+        else:
+            test_ND = normalize(features.test.to(device), dim=1)
+            similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=most, search=config.search)
+        labels_NK = features.train_labels[voters_M].to(device)[neighbours_NK]
+        return {
+            temperature: votes_accuracy(
+                similarities_NK,
+                labels_NK,
+                features.test_labels,
+                k=config.k,
+                temperature=temperature,
+                num_classes=features.num_classes,
+            )
+            for temperature in config.temperatures
+        }
+
+    measured = measure_models(config, images, measure)
     settings: dict[str, JSON] = {
-        "k": config.k,
-        "temperature": config.temperature,
-        "search": config.search,
+        **config.model_dump(include={"k", "leave_one_out", "per_class", "seed", "search"}),
+        "temperature": config.temperatures if len(config.temperatures) > 1 else config.temperatures[0],
         "faiss": faiss.__version__,
     }
-    report = measured.report(
-        lambda by_k: {**by_k[config.k[0]], "by_k": {str(k): accuracy for k, accuracy in by_k.items()}}, settings
-    )
+    num_test = len(images.test)
+    print(format_table(*_table(config, measured.rows(), num_test)))
+    return measured.report(lambda found: _to_json(config, found, num_test), settings)
+
+
+def _to_json(config: KnnConfig, found: ByTemperature, num_test: int) -> dict[str, JSON]:
+    by_k = found[config.temperatures[0]]
+    intervals = {str(k): bootstrap_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
+    several = {str(temperature): {str(k): by_k[k] for k in by_k} for temperature, by_k in found.items()}
+    return {
+        **by_k[config.k[0]],
+        "top1_interval": intervals[str(config.k[0])],
+        "by_k": several[str(config.temperatures[0])],
+        "top1_interval_by_k": intervals,
+        **({"by_temperature": several} if len(several) > 1 else {}),
+    }
+
+
+def _table(
+    config: KnnConfig, models: list[tuple[str, ByTemperature]], num_test: int
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a row for each model and temperature, two columns for each k."""
     header = ["k-NN", *(f"{name}, k={k}" for k in config.k for name in ("top-1", "top-5"))]
-    rows = [
-        [label, *(percent(by_k[k][name]) for k in config.k for name in ("top1", "top5"))]
-        for label, by_k in measured.rows()
-    ]
-    print(format_table(header, rows))
-    return report
+    rows = []
+    for label, found in models:
+        for temperature, by_k in found.items():
+            row = [f"{label}, temperature {temperature:g}" if len(found) > 1 else label]
+            for k in config.k:
+                row += [with_interval(by_k[k]["top1"], num_test), percent(by_k[k]["top5"])]
+            rows.append(row)
+    return header, rows
 
 
-class KnnMonitorConfig(Config):
+class KnnMonitorConfig(MonitorConfig):
     """k-NN accuracy of the evaluated backbone during training."""
 
-    every: Duration
-    """How often: `5ep`, `10%` or a number of optimizer steps; 0: only at the end, when it is measured in any case."""
     train: str
     """Shards of labelled training images."""
     val: str
@@ -192,10 +227,12 @@ class KnnMonitor:
         self.precision: Precision = precision
         self.images = open_labelled(config.train, config.val, task="k-NN")
         require_k(config.k, len(self.images.train))
+        for index in (self.images.train, self.images.test):
+            look_at_first(index, preprocessing.size)
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""
-        (train, train_labels), (val, val_labels) = (
+        train, val = (
             extract_features(
                 backbone,
                 index,
@@ -205,21 +242,22 @@ class KnnMonitor:
                 device=self.device,
                 precision=self.precision,
                 description=f"k-NN, {name} images",
-            )
+            )[0]
             for name, index in (("training", self.images.train), ("validation", self.images.test))
         )
-        require_finite(train, val)  # before the shares part: an error on one rank alone would leave the others waiting
-        share = slice(rank(), None, world_size())
-        device = search_device(train, val[share], self.device)
-        scores = weighted_knn(
-            normalize(train.to(device), dim=1),
-            train_labels,
-            normalize(val[share].to(device), dim=1),
-            k=self.config.k,
-            temperature=self.config.temperature,
-            num_classes=count_classes(self.images, train_labels, val_labels, task="k-NN"),
-        )
-        hits = torch.stack([top_k_hits(scores, val_labels[share].to(device), k=k).sum() for k in (1, 5)])
+        require_finite(train, val)
+        with failing_together(self.device):
+            share = slice(rank(), None, world_size())
+            device = search_device(train, val[share], self.device)
+            scores = weighted_knn(
+                normalize(train.to(device), dim=1),
+                self.images.train_labels,
+                normalize(val[share].to(device), dim=1),
+                k=self.config.k,
+                temperature=self.config.temperature,
+                num_classes=self.images.num_classes,
+            )
+            hits = voted_hits(scores, self.images.test_labels[share].to(device)).sum(dim=1)
         percents = mean_over_ranks(hits.float().to(self.device)) * world_size() * 100.0 / len(val)
         return {"knn_top1": percents[0].item(), "knn_top5": percents[1].item()}
 

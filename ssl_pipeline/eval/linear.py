@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed, run_command
-from ssl_pipeline.eval.accuracy import top_k_accuracy
+from ssl_pipeline.eval.accuracy import bootstrap_interval, top_k_accuracy
+from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
     choose_device,
     measure_models,
-    open_labelled,
     write_report,
 )
-from ssl_pipeline.eval.table import format_table, percent
+from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 
 LARGEST_LOGISTIC = 4_000_000  # numbers in the training features up to which `solver=auto` takes L-BFGS: a minute or so
@@ -186,8 +186,8 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
         )
 
     images = open_labelled(config.train, config.test, task="the linear probe")
-    measured = measure_models(config, images, measure, task="the linear probe")
-    protocol = measured.result.solver
+    measured = measure_models(config, images, measure)
+    protocol, num_test = measured.result.solver, len(images.test)
     settings: dict[str, JSON] = {
         "solver": protocol,
         "about": ABOUT_SOLVER[protocol],
@@ -199,12 +199,20 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
         "scikit-learn": sklearn.__version__,
     }
     rows = [
-        [label, percent(result.top1), percent(result.top5), percent(result.validation_top1), _plain(result)]
+        [
+            label,
+            with_interval(result.top1, num_test),
+            percent(result.top5),
+            percent(result.validation_top1),
+            _plain(result),
+        ]
         for label, result in measured.rows()
     ]
     print(format_table(["linear probe", "top-1", "top-5", "validation top-1", "chosen"], rows))
     print("\n" + sweep_table(measured.result))
-    return measured.report(asdict, settings)
+    return measured.report(
+        lambda result: {**asdict(result), "top1_interval": bootstrap_interval(result.top1, num_test)}, settings
+    )
 
 
 def sweep_table(result: ProbeResult) -> str:

@@ -12,11 +12,11 @@ import timm
 import torch
 from torch import Tensor
 
-from ssl_pipeline.config import BatchSize, ConfigError, Processes
-from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.config import BatchSize, ConfigError, Processes, printable
 from ssl_pipeline.eval.features.cache import cached
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig, baselines_of, open_model
+from ssl_pipeline.eval.labelled import LabelledImages
 from ssl_pipeline.files import JSON, write_json
 
 Result = TypeVar("Result")
@@ -44,14 +44,6 @@ class EvaluationConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """Training and test images that share their classes."""
-
-    train: ShardIndex
-    test: ShardIndex
-
-
-@dataclass(frozen=True)
 class LabelledFeatures:
     """Features (M, D) and (N, D) with labels (M,) and (N,) below `num_classes`."""
 
@@ -60,41 +52,6 @@ class LabelledFeatures:
     test: Tensor
     test_labels: Tensor
     num_classes: int
-
-
-def open_labelled(train: str, test: str, *, task: str) -> LabelledImages:
-    """Both sets, after checking that `task` can be measured on them: labels, and the same class names.
-
-    Raises ConfigError otherwise.
-    """
-    images = LabelledImages(open_shards(train), open_shards(test))
-    for directory, index in ((train, images.train), (test, images.test)):
-        if not index.has_labels:
-            raise ConfigError(
-                f"{directory} has no labels; {task} needs them in train and test. {index.label_problem()}."
-            )
-    names, test_names = images.train.class_names, images.test.class_names
-    if names is not None and test_names is not None and names != test_names:
-        only = sorted(set(names) ^ set(test_names))
-        difference = f"only one has {only[0]!r}" if only else "the order differs"
-        raise ConfigError(
-            f"{train} and {test} must name the same classes. "
-            f"Got {len(names)} and {len(test_names)} names; {difference}."
-        )
-    return images
-
-
-def count_classes(images: LabelledImages, train_labels: Tensor, test_labels: Tensor, *, task: str) -> int:
-    """The number of classes by names and labels; ConfigError if a label is missing, or lies beyond the names."""
-    for name, labels in (("training", train_labels), ("test", test_labels)):
-        missing = int((labels < 0).sum())
-        if missing:
-            raise ConfigError(f"{missing} of {len(labels)} {name} images have no label; {task} needs all of them.")
-    largest = int(torch.cat((train_labels, test_labels)).max())
-    names = images.train.class_names or images.test.class_names
-    if names is not None and largest >= len(names):
-        raise ConfigError(f"Labels must lie below the number of class names ({len(names)}). Got {largest}.")
-    return largest + 1 if names is None else len(names)
 
 
 def choose_device(name: str) -> torch.device:
@@ -135,17 +92,17 @@ def measure_models(
     config: EvaluationConfig,
     images: LabelledImages,
     measure: Callable[[LabelledFeatures], Result],
-    *,
-    task: str,
 ) -> Measured[Result]:
     """`measure` on the features of the model and, if asked for, of its baselines."""
     model = open_model(config)
-    features = model_features(config, model, images, task=task)
+    print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
+    features = model_features(config, model, images)
     baselines = {
-        name: (baseline, measure(model_features(config, baseline, images, task=task)))
+        name: (baseline, measure(model_features(config, baseline, images)))
         for name, baseline in (baselines_of(model) if config.baselines else {}).items()
     }
     protocol: dict[str, JSON] = {
+        "label": model.label,
         "subject": model.about,
         "size": model.preprocessing.size,
         "mean": model.preprocessing.mean,
@@ -156,15 +113,14 @@ def measure_models(
         "test": config.test,
         "num_test": len(features.test),
         "num_classes": features.num_classes,
+        "warnings": images.warnings,
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
     return Measured(model.label, measure(features), baselines, protocol)
 
 
-def model_features(
-    config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages, *, task: str
-) -> LabelledFeatures:
+def model_features(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> LabelledFeatures:
     """Features of both sets, from the cache in `DIR/eval/cache` where it has them."""
     device = choose_device(config.device)
     directory = config.output or config.run
@@ -190,10 +146,10 @@ def model_features(
             precision=config.precision,
             description=f"{model.label}, {name} images",
         )
-        found += cached(directory and directory / "eval" / "cache", identity, compute)
-    train, train_labels, test, test_labels = found
-    num_classes = count_classes(images, train_labels, test_labels, task=task)
-    return LabelledFeatures(train, train_labels, test, test_labels, num_classes)
+        features, _ = cached(directory and directory / "eval" / "cache", identity, compute)
+        found.append(features)
+    train, test = found
+    return LabelledFeatures(train, images.train_labels, test, images.test_labels, images.num_classes)
 
 
 def write_report(config: EvaluationConfig, name: str, report: dict[str, JSON]) -> None:

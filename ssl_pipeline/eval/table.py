@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.eval.accuracy import bootstrap_interval
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
 EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1"}
 
 
 class TableConfig(Config):
-    """Raw pixels, random initialisation and the pretrained backbone of a run, under k-NN and linear probe."""
+    """Raw pixels, random initialisation and the backbone of a run, or of whatever was measured there, under k-NN and
+    linear probe."""
 
     positional = "run"
 
@@ -36,6 +39,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
+
+
+def with_interval(value: float, num_images: int) -> str:
+    """`76.94 % (74.2 to 79.6)`: a share of so many images with its 95 % bootstrap interval."""
+    low, high = bootstrap_interval(value, num_images)
+    return f"{percent(value)} ({low:.1f} to {high:.1f})"
 
 
 def read_top1(run: Path) -> dict[str, dict[str, float]]:
@@ -64,22 +73,69 @@ def read_top1(run: Path) -> dict[str, dict[str, float]]:
     return top1
 
 
-def summary(top1: Mapping[str, Mapping[str, float]]) -> str:
+@dataclass(frozen=True)
+class Subject:
+    """The network that reports are about: what it is called, and where its weights come from (empty: not told)."""
+
+    label: str = MODELS["pretrained"]
+    weights: str = ""
+
+    def __str__(self) -> str:
+        return f"the {self.label} backbone" if self.label == MODELS["pretrained"] else self.label
+
+
+def read_subject(run: Path) -> Subject:
+    """What the reports in a directory are about; ConfigError if they are about different networks."""
+    found: dict[str, tuple[dict[str, object], Subject]] = {}
+    for name in EVALUATORS:
+        path = run / "eval" / f"{name}.json"
+        if path.is_file() and (about := _read_about(path, name)):
+            found[name] = about
+    if len(found) > 1 and found["knn"][0] != found["linear"][0]:
+        knn, linear = (f"{subject.label} ({subject.weights})" for _, subject in found.values())
+        raise ConfigError(
+            f"{run}/eval/knn.json and linear.json are about different networks: {knn}, and {linear}. Run the "
+            "evaluator again whose report is not about the network that you want."
+        )
+    return next((subject for _, subject in found.values()), Subject())
+
+
+def _read_about(path: Path, name: str) -> tuple[dict[str, object], Subject] | None:
+    """What tells the network of a report from others, wherever its run lies, and what it is called."""
+    try:
+        protocol = json.loads(path.read_text()).get("protocol", {})
+        about = dict(protocol.get("subject", {}))
+        if not about:
+            return None
+        of_a_run = about.pop("run", None) is not None
+        label = protocol.get("label") or (MODELS["pretrained"] if of_a_run else about["backbone"]["name"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
+        ) from None
+    return about, Subject(str(label), str(about.get("weights", "")))
+
+
+def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject()) -> str:
     """The table, where raw pixels are ahead, and how many times smaller the k-NN error became."""
     measured = {name: title for name, title in EVALUATORS.items() if name in top1}
-    rows = [(label, *(percent(top1[name].get(model)) for name in measured)) for model, label in MODELS.items()]
+    labels = MODELS | {"pretrained": subject.label}
+    rows = [(label, *(percent(top1[name].get(model)) for name in measured)) for model, label in labels.items()]
     lines = [format_table(("", *measured.values()), rows), ""]
-    lines += compare_with_raw_pixels(top1)
+    lines += compare_with_raw_pixels(top1, subject)
     if "random" in top1.get("knn", {}):
         random, pretrained = (100.0 - top1["knn"][model] for model in ("random", "pretrained"))
         ratio = f"{random / pretrained:.1f} times smaller" if pretrained else "none is left"
         if 0 < random < pretrained:
             ratio = f"{pretrained / random:.1f} times larger"
-        lines.append(f"k-NN error: {random:.2f} % at random initialisation, {pretrained:.2f} % pretrained: {ratio}.")
+        measured_one = f"{pretrained:.2f} % {subject.label}"
+        lines.append(f"k-NN error: {random:.2f} % at random initialisation, {measured_one}: {ratio}.")
+    if subject.weights:
+        lines.append(f"{subject.label}: {subject.weights}")
     return "\n".join(lines)
 
 
-def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]]) -> list[str]:
+def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]], subject: Subject) -> list[str]:
     """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
     compared = [name for name in EVALUATORS if "raw_pixels" in top1.get(name, {})]
     if not compared:
@@ -92,16 +148,16 @@ def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]]) -> list[str
         else:
             relation = "equal" if raw == pretrained else "beat"
             lines.append(
-                f"Raw pixels {relation} the pretrained backbone in {EVALUATORS[name]}: "
-                f"{percent(raw)} against {percent(pretrained)}."
+                f"Raw pixels {relation} {subject} in {EVALUATORS[name]}: {percent(raw)} against {percent(pretrained)}."
             )
     if lost:
-        lines.append(f"The pretrained backbone is ahead of raw pixels in {' and '.join(lost)}.")
+        name = str(subject).replace("the ", "The ", 1) if subject.label == MODELS["pretrained"] else str(subject)
+        lines.append(f"{name} is ahead of raw pixels in {' and '.join(lost)}.")
     return lines
 
 
 def main(config: TableConfig) -> None:
-    print(summary(read_top1(config.run)))
+    print(summary(read_top1(config.run), read_subject(config.run)))
 
 
 def command(name: str = "python -m eval.table") -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.config import Config, ConfigError, InRange
 from ssl_pipeline.optim.lars import LARS
 from ssl_pipeline.optim.rules import ParamRule, Trained
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
 class OptimConfig(Config):
@@ -41,6 +43,10 @@ class OptimConfig(Config):
     """LARS's eta."""
     lr_before_momentum: bool = False
     """Whether LARS's momentum averages steps (SimCLR) instead of directions (MoCo v3)."""
+    backbone_lr_scale: float = Field(1.0, ge=0)
+    """Factor on the learning rate of the backbone; below 1 for one that starts from weights."""
+    freeze_backbone_for: Duration = Duration(0)
+    """How long the backbone stays as it began while the heads learn; its batch norm sees the images all the same."""
     clip_norm: float | None = Field(None, gt=0)
     """The largest gradient norm; null does not clip."""
     clip_each: bool = False
@@ -69,11 +75,14 @@ def build_optimizer(method: Trained, config: OptimConfig) -> torch.optim.Optimiz
     rules = (*method.param_rules(), ParamRule(prefix=""))
     groups: dict[tuple[ParamRule, bool], list[nn.Parameter]] = {}
     used = set()
+    backbones = tuple(f"{name}." for name, part in method.named_modules() if isinstance(part, Backbone))
     for name, parameter in method.named_parameters():
         if not parameter.requires_grad:
             continue
         rule = next(rule for rule in rules if name.startswith(rule.prefix))
         used.add(rule.prefix)
+        if name.startswith(backbones):
+            rule = _of_backbone(rule, config)
         spared = config.weight_decay_on == "matrices" and (parameter.ndim <= 1 or name.endswith(".bias"))
         groups.setdefault((rule, not spared), []).append(parameter)
     for rule in rules[:-1]:
@@ -95,6 +104,12 @@ def build_optimizer(method: Trained, config: OptimConfig) -> torch.optim.Optimiz
         trust_coefficient=config.trust_coefficient,
         lr_before_momentum=config.lr_before_momentum,
     )
+
+
+def _of_backbone(rule: ParamRule, config: OptimConfig) -> ParamRule:
+    """`rule` with what the settings say of backbones; a rule that freezes for a time of its own keeps that."""
+    frozen_for = rule.frozen_for if rule.frozen_for != Duration(0) else config.freeze_backbone_for
+    return replace(rule, lr_scale=rule.lr_scale * config.backbone_lr_scale, frozen_for=frozen_for)
 
 
 def write_values(optimizer: torch.optim.Optimizer, config: OptimConfig, lr: Schedule, progress: Progress) -> float:

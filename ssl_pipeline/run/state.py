@@ -11,6 +11,9 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from ssl_pipeline.config import ConfigError
 
+LoggedRow = dict[str, int | float | str | None]
+"""A row of metrics.jsonl; what is not finite is None."""
+
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be used, in one sentence."""
@@ -48,6 +51,8 @@ class RunState:
     identity: what a run must share with this one to continue it (method, backbone, seed, images, optimizer).
     backbones: by name; the first is the one that a run exports. classifier: of a method that learns to classify.
     scaler: the state of fp16's GradScaler.
+    row: the logged row of this step, if it has one, without what monitors add after the checkpoint is written.
+    start: the monitors' figures before the first step that later ones are compared with.
     """
 
     position: Annotated[int, Field(ge=0)]
@@ -56,6 +61,8 @@ class RunState:
     backbones: dict[str, SavedBackbone] = field(default_factory=dict)
     classifier: SavedClassifier | None = None
     scaler: dict[str, int | float] | None = None
+    row: LoggedRow | None = None
+    start: dict[str, float] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

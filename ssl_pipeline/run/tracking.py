@@ -24,7 +24,7 @@ NUMBERS = {
 }
 FEW_NUMBERS = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "wait {:.0%}"}
 
-Row = Mapping[str, float | int]
+Row = Mapping[str, float | int | str | None]
 
 
 class Sink(Protocol):
@@ -38,7 +38,8 @@ class Tracker:
     """Sends each logged row to every place that shows it; on the ranks where `enabled` is false, nowhere.
 
     A row is a flat mapping with at least "step" and "position" (images seen). `metrics.jsonl` gets it as one
-    line at once, floats unrounded, NaN and infinity as null. At resume the rows behind `resumed_position` go.
+    line at once, floats unrounded, NaN and infinity as null. At resume the rows behind `resumed_position` go; of a run
+    that begins anew (-1) all go.
     """
 
     def __init__(
@@ -53,17 +54,22 @@ class Tracker:
     ) -> None:
         self._progress: ProgressBar | ProgressLines | None = None
         self._sinks: list[Sink] = []
+        self._last_logged = -1
         if not enabled:
             return
-        first_step = resumed_position // global_batch
-        last_logged = cut_back(directory / "metrics.jsonl", position=resumed_position)
+        first_step = max(resumed_position, 0) // global_batch
+        self._last_logged = cut_back(directory / "metrics.jsonl", position=resumed_position)
         self._sinks.append(MetricsFile(directory / "metrics.jsonl"))
-        self._sinks.append(TensorBoard(directory, first_step=last_logged + 1))
+        self._sinks.append(TensorBoard(directory, first_step=self._last_logged + 1))
         if wandb:
             self._sinks.append(WeightsAndBiases(directory))
         progress = ProgressBar if sys.stderr.isatty() else ProgressLines
         self._progress = progress(sys.stderr, total_steps=total_steps, first_step=first_step)
         self._sinks.append(self._progress)
+
+    def is_new(self, row: Row) -> bool:
+        """Whether a row of an earlier start is none of those that were kept."""
+        return int(row["step"] or 0) > self._last_logged
 
     def log(self, row: Row) -> None:
         assert {"step", "position"} <= set(row), sorted(row)
@@ -128,8 +134,8 @@ class TensorBoard:
 
     def log(self, row: Row) -> None:
         for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, int(row["step"]))
+            if name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, int(row["step"] or 0))
 
     def close(self) -> None:
         self._writer.close()
@@ -187,7 +193,7 @@ class ProgressBar:
             text = summary(row, forms=FEW_NUMBERS)
         if text:
             self._bar.set_postfix_str(text, refresh=False)
-        self.advance(int(row["step"]))
+        self.advance(int(row["step"] or 0))
 
     def advance(self, step: int) -> None:
         self._bar.update(step - self._bar.n)
@@ -219,7 +225,7 @@ class ProgressLines:
 
     def log(self, row: Row) -> None:
         self._summary = summary(row) or self._summary
-        self.advance(int(row["step"]))
+        self.advance(int(row["step"] or 0))
 
     def advance(self, step: int) -> None:
         self._step = step
@@ -246,7 +252,7 @@ class ProgressLines:
 
 def summary(row: Row, *, forms: Mapping[str, str] = NUMBERS) -> str:
     """The part of a row that tells whether a run goes well: "loss 2.31, learning rate 0.0005, 812 images/s, ..." """
-    return ", ".join(form.format(row[name]) for name, form in forms.items() if name in row)
+    return ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
 
 
 def _columns(stream: TextIO) -> int:

@@ -22,10 +22,12 @@ from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.optim.optimizer import build_optimizer
+from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import read_status
 from ssl_pipeline.run.interruption import Interruption
 from ssl_pipeline.run.profiling import Profile
+from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
@@ -61,7 +63,7 @@ def train(run: Run) -> int:
     tracker = Tracker(
         run.output.path,
         total_steps=clock.progress(0).total_steps,
-        resumed_position=position,
+        resumed_position=position if saved is not None else -1,
         global_batch=clock.global_batch,
         wandb=run.output.wandb,
         enabled=run.output.directory is not None,
@@ -69,7 +71,7 @@ def train(run: Run) -> int:
     if saved is not None and position < clock.end:
         tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
-        loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity)
+        loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity, saved=saved)
         interruption.note_hang = partial(loop.write_status, "failed")
         try:
             return loop.go(position)
@@ -97,7 +99,10 @@ class _Loop:
         optimizer: torch.optim.Optimizer,
         interruption: Interruption,
         identity: Mapping[str, str],
+        *,
+        saved: Checkpoint | None,
     ) -> None:
+        self.saved = None if saved is None else saved.state
         self.run, self.clock, self.checkpoints, self.tracker = run, run.clock, checkpoints, tracker
         self.optimizer, self.interruption, self.identity = optimizer, interruption, identity
         self.position = 0
@@ -117,12 +122,15 @@ class _Loop:
             keepalive=self._keepalive,
             requested=interruption.requested,
         )
-        self.reporter = Reporter(run, tracker, self.times, self._keepalive)
+        start = {} if saved is None else saved.state.start
+        self.reporter = Reporter(run, tracker, self.times, self._keepalive, start=start)
 
     def go(self, position: int) -> int:
         """Step until the end of the run or until a signal; returns the signal."""
         self.position = position
         stream = open_batches(self.run, position, self._keepalive)
+        if self.saved is not None:
+            self.reporter.log_missing(self.saved.row, position)
         if self.clock.is_last(position):
             self.tracker.message("The run is complete already; nothing is left to train.")
             status = read_status(self.run.output.path)
@@ -130,6 +138,8 @@ class _Loop:
                 self.write_status("done")
             return 0
         self.write_status("running")
+        if self.saved is None:
+            self.reporter.log_start()
         with self._profile() as profile:
             signal_number = self._train(announced(stream, self.run, self.tracker.message), profile)
         if times := self.times.summary():
@@ -152,17 +162,18 @@ class _Loop:
             if signal_number or save_due or self.reporter.is_due(self.position):
                 signal_number = self.checks.read() or signal_number  # before anything of this step is logged or saved
             profile.step_done()
-            if signal_number and not last:
-                self._save()  # before the monitors, which may outlast the time that a preempted run is given
+            row = self.reporter.begin(result, self.position)
+            stopped = signal_number and not last
+            if stopped or save_due:
+                self._save(row)  # before the monitors: they may fail, or outlast the time that a preempted run has
+            if stopped:
                 self.write_status("preempted", f"signal {signal_number}")
-                self.reporter.report(result, self.position)
+            self.reporter.finish(row, self.position)
+            if stopped:
                 self.tracker.message(
                     f"Stopped by signal {signal_number} after step {progress.step + 1}; run again to go on."
                 )
                 return signal_number
-            self.reporter.report(result, self.position)
-            if save_due:
-                self._save()
         return 0
 
     def _profile(self) -> Profile:
@@ -174,9 +185,17 @@ class _Loop:
             report=self.tracker.message,
         )
 
-    def _save(self) -> None:
+    def _save(self, row: LoggedRow | None) -> None:
         optimizer: torch.optim.Optimizer = self.optimizer.optimizer  # type: ignore[attr-defined]
-        save_run(self.run, self.checkpoints, optimizer, position=self.position, identity=self.identity)
+        save_run(
+            self.run,
+            self.checkpoints,
+            optimizer,
+            position=self.position,
+            identity=self.identity,
+            row=row,
+            start=self.reporter.start,
+        )
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
         if self.run.output.directory is not None:

@@ -19,6 +19,8 @@ from ssl_pipeline.training.run import TrainConfig
 
 Augment = Mapping[str, ViewGroup]
 
+MOST_CLASSES = 100_000  # that labels without names may count where there are fewer images
+
 
 def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: DataConfig) -> None:
     """Raises ConfigError if the recipe's views or labelled images are not what the method needs.
@@ -116,6 +118,11 @@ def run_facts(
         names, soft = labelled.class_names, labelled.num_soft_classes
         largest = int(labelled.labels().max()) if soft is None else soft - 1
         num_classes = largest + 1 if names is None else len(names)
+        if names is None and soft is None and largest >= max(len(labelled), MOST_CLASSES):
+            raise ConfigError(
+                f"The {len(labelled):,} labelled images in {labelled.source} have labels up to {largest:,}; labels "
+                "must count the classes from 0. Are they identifiers? make_shards labels=FILE.csv numbers classes."
+            )
         if largest >= num_classes:
             raise ConfigError(
                 f"The labelled images in {labelled.source} have label {largest}, but only {num_classes} classes have a "

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from ssl_pipeline.distributed import copy_from_first_rank, max_over_ranks, mean_over_ranks
-from ssl_pipeline.run.interruption import WithKeepalive
+from ssl_pipeline.distributed import max_over_ranks, mean_over_ranks
+from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.loader_advice import LoaderWatch, loader_advice, supply_of
-from ssl_pipeline.training.run import Monitor, Run
+from ssl_pipeline.training.monitors import Monitors
+from ssl_pipeline.training.run import Run
 from ssl_pipeline.training.step import StepResult
 
 
 class Reporter:
-    """Logs a row now and then: the losses and metrics of its step, the speed since the row before, the monitors."""
+    """Logs a row now and then: the losses and metrics of its step, the speed since the row before, the monitors.
 
-    def __init__(self, run: Run, tracker: Tracker, times: StepTimes, keepalive: Callable[[], None]) -> None:
+    A row is begun before the step is saved and finished after it: what is due is on disk before anything is measured.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        tracker: Tracker,
+        times: StepTimes,
+        keepalive: Callable[[], None],
+        *,
+        start: Mapping[str, float],
+    ) -> None:
         self._run, self._clock, self._tracker, self._times = run, run.clock, tracker, times
         self._keepalive = keepalive
+        self._monitors = Monitors(run, say=tracker.message, keepalive=keepalive, start=start)
         device = run.accelerator.device
         self._loader = LoaderWatch(lambda: loader_advice(run.data, supply_of(run.index, device), device))
         self.start_interval()
@@ -35,23 +48,46 @@ class Reporter:
         step = self._clock.progress(position).step
         every = self._run.train.log_every  # 0: never
         due = step == 1 or (every > 0 and step % every == 0) or self._clock.is_last(position)
-        return due or bool(self._due_monitors(position))
+        return due or self._monitors.are_due(position)
 
-    def report(self, result: StepResult, position: int) -> None:
-        """Count a step that ends at `position`, and log its row if it is due."""
-        step = self._clock.progress(position).step
+    @property
+    def start(self) -> Mapping[str, float]:
+        """What the monitors found before the first step, as far as it is compared with."""
+        return self._monitors.start
+
+    def log_start(self) -> None:
+        """Log a row of step 0 with what monitors find before the first step, if any is to look then."""
+        if figures := self._monitors.measure_start():
+            self._tracker.log({"step": 0, "epoch": 0.0, "position": 0, **figures})
+
+    def begin(self, result: StepResult, position: int) -> LoggedRow | None:
+        """Count a step that ends at `position`; its row without what monitors add to it, if it is due."""
         self._waited += result.waited
         self._steps += 1
-        if self.is_due(position):
-            seconds, row = self._row(result, position)
-            if self._run.output.directory is not None:  # the other ranks print nothing
-                advice = self._loader.observe(steps=self._steps, seconds=seconds, data_wait=row["data_wait"])
-                if advice is not None:
-                    self._tracker.message(advice)
-            self._tracker.log(row | self._monitored(position))
-            self.start_interval()
-        self._tracker.advance(step)
+        if not self.is_due(position):
+            return None
+        seconds, row = self._row(result, position)
+        if self._run.output.directory is not None:  # the other ranks print nothing
+            advice = self._loader.observe(steps=self._steps, seconds=seconds, data_wait=row["data_wait"])
+            if advice is not None:
+                self._tracker.message(advice)
+        self.start_interval()
+        return {**row}
+
+    def finish(self, row: LoggedRow | None, position: int) -> None:
+        """Let the monitors measure that are due, log the row, and move on."""
+        if row is not None:
+            began = time.perf_counter()
+            self._tracker.log({**row, **self._monitors.measure(position)})
+            self._started += time.perf_counter() - began  # no time of training
+        self._tracker.advance(self._clock.progress(position).step)
         self._keepalive()
+
+    def log_missing(self, row: LoggedRow | None, position: int) -> None:
+        """Finish the row of the step that was saved last, if the run was ended before it was logged."""
+        missing = self._run.output.directory is not None and row is not None and self._tracker.is_new(row)
+        if max_over_ranks(torch.tensor(float(missing), device=self._run.accelerator.device)).item():
+            self.finish(row, position)
 
     def _row(self, result: StepResult, position: int) -> tuple[float, dict[str, float | int]]:
         """The seconds since the row before, and the row, without what monitors add to it."""
@@ -68,16 +104,3 @@ class Reporter:
         # the others wait for the rank whose loader is slowest
         row["data_wait"] = float(max_over_ranks(outputs[0].loss.new_tensor(self._waited / seconds)))
         return seconds, row | self._times.read()
-
-    def _monitored(self, position: int) -> dict[str, float]:
-        monitors = self._due_monitors(position)
-        if monitors:  # plain batch norm has statistics of its own on each rank; saved are those of rank 0
-            copy_from_first_rank(self._run.method.backbone.buffers())
-        row: dict[str, float] = {}
-        for monitor in monitors:
-            row |= monitor(WithKeepalive(self._run.method.backbone, self._keepalive), self._clock.progress(position))
-        return row
-
-    def _due_monitors(self, position: int) -> list[Monitor]:
-        last = self._clock.is_last(position)
-        return [monitor for monitor in self._run.monitors if last or self._clock.is_due(monitor.every, position)]

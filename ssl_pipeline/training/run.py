@@ -68,7 +68,8 @@ class TrainConfig(Config):
 class Monitor(Protocol):
     """Something measured on the backbone from time to time; all ranks call it, rank 0's result is logged."""
 
-    every: Duration
+    @property
+    def every(self) -> Duration: ...
 
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]: ...
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -11,20 +14,41 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import optimizer_tensors
-from ssl_pipeline.run.state import RunState, SavedBackbone, SavedClassifier
+from ssl_pipeline.run.state import LoggedRow, RunState, SavedBackbone, SavedClassifier
 from ssl_pipeline.training.parallel import full_state
 from ssl_pipeline.training.run import Run
 
+NO_FIGURES: Mapping[str, float] = MappingProxyType({})
+
 
 def save_run(
-    run: Run, checkpoints: Checkpoints, optimizer: torch.optim.Optimizer, *, position: int, identity: Mapping[str, str]
+    run: Run,
+    checkpoints: Checkpoints,
+    optimizer: torch.optim.Optimizer,
+    *,
+    position: int,
+    identity: Mapping[str, str],
+    row: LoggedRow | None = None,
+    start: Mapping[str, float] = NO_FIGURES,
 ) -> None:
-    """Write a checkpoint of a run that has seen `position` images; all processes call it, rank 0 writes."""
+    """Write a checkpoint of a run that has seen `position` images; all processes call it, rank 0 writes.
+
+    row, start: of `RunState`.
+    """
     method = full_state(run.method)
     if run.output.directory is not None:
         tensors = {"method": method, "optimizer": optimizer_tensors(optimizer)}
-        checkpoints.save(run_state(run, position=position, identity=identity), tensors)
+        state = run_state(run, position=position, identity=identity)
+        checkpoints.save(replace(state, row=_without_nan(row), start=dict(start)), tensors)
     run.accelerator.wait_for_everyone()
+
+
+def _without_nan(row: LoggedRow | None) -> LoggedRow | None:
+    if row is None:
+        return None
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunState:

@@ -1,15 +1,17 @@
 """Backbones from their config: stems, checkpointed activations, weights in files, and mistakes."""
 
 import copy
+import hashlib
 import math
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.positions import resample_positions
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import ConfigError, validate
 from tests.backbones.tiny_vit import images, tiny_vit
 
 
@@ -80,8 +82,14 @@ def test_batch_norm_and_checkpointed_activations_are_refused(name):
         ({"name": "resnet18", "arguments": {"depht": 3}}, "timm cannot create 'resnet18': .*depht"),
         (
             {"name": "resnet18", "weights": "no_such_tag"},
-            "no pretrained 'resnet18.no_such_tag'. Known: .*resnet18.a1_in1k",
+            "no run and no pretrained 'resnet18.no_such_tag'. Known: .*resnet18.a1_in1k",
         ),
+        (
+            {"name": "mixer_s32_224", "arguments": {"dynamic": 3}},
+            r"got an unexpected keyword argument 'dynamic'\. .*=null",
+        ),
+        ({"name": "vit_tiny_patch16_224", "arguments": {"global_pool": "mean"}}, "timm cannot create 'vit_tiny"),
+        ({"name": "vgg11", "drop_path": 0.1}, r"'drop_path_rate'\. Set backbone\.drop_path=0\."),
         ({"name": "resnet18", "weights": "missing.safetensors"}, "cannot read weights from missing.safetensors"),
         ({"name": "resnet18", "weights": "a1_in1k", "small_images": True}, "Leave one of them out"),
     ],
@@ -90,6 +98,48 @@ def test_a_mistake_is_one_line(config, sentence):
     with pytest.raises(ConfigError, match=sentence) as error:
         create_backbone(BackboneConfig(**config))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            {"name": "resnet18.a1_in1k"},
+            r"without a tag .* Got 'resnet18\.a1_in1k'; write backbone\.name=resnet18 backbone\.weights=a1_in1k$",
+        ),
+        ({"arguments": {"in_chans": 1}}, r"in_chans must be 3, .* Got 1; leave it out"),
+        ({"arguments": {"global_pool": ""}}, r"global_pool must give one vector .* Got ''; leave it out, or try avg"),
+        ({"arguments": {"global_pool": False}}, r"global_pool must give one vector .* Got 'False'"),
+        ({"arguments": {"global_pool": "catavgmax"}}, r"global_pool must give one vector of the network's width"),
+        ({"arguments": {"features_only": True}}, r"must not hold 'features_only': a backbone gives one vector"),
+    ],
+)
+def test_what_no_backbone_can_be_is_told_before_it_is_built(config, sentence):
+    with pytest.raises(ConfigError, match=sentence) as error:
+        validate(BackboneConfig, {"name": "resnet18", **config})
+    assert "\n" not in str(error.value)
+
+
+def test_a_backbone_says_where_its_weights_come_from(tmp_path):
+    assert str(create_backbone(BackboneConfig(name="resnet18")).origin) == "random initialisation"
+    safetensors.torch.save_file(weights_of(tiny_vit()), tmp_path / "weights.safetensors")
+    digest = hashlib.sha256((tmp_path / "weights.safetensors").read_bytes()).hexdigest()
+    origin = start_from(tmp_path / "weights.safetensors").origin
+    count = len(weights_of(tiny_vit()))
+    assert str(origin) == f"{tmp_path}/weights.safetensors, took {count} of {count} tensors; SHA-256 {digest[:16]}"
+    assert origin.sha256 == digest
+
+
+def test_the_weights_of_a_tag_are_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: asked.append(name) or timm_model())
+    backbone = create_backbone(BackboneConfig(name="resnet18", weights="a1_in1k"))
+    assert asked == ["resnet18.a1_in1k"]
+    assert str(backbone.origin) == "timm's resnet18.a1_in1k"
+
+
+def timm_model():
+    return timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=0)
 
 
 def test_arguments_with_a_setting_of_their_own_are_refused():
@@ -133,7 +183,7 @@ def test_a_position_table_of_another_size_is_resampled(tmp_path):
         (lambda w: [w.pop(name) for name in list(w)[:5]], r"misses cls_token, pos_embed, .* \(5 in all\)"),
         (lambda w: w.update({"extra.weight": torch.ones(1)}), r"has unknown extra.weight \(1 in all\)"),
         (lambda w: w.update({"norm.bias": torch.ones(3)}), r"norm.bias must be \(48,\). Got \(3,\)"),
-        (lambda w: w.update({"epoch": 3}), "holds no plain table of tensors"),
+        (lambda w: w.clear(), "holds no table of tensors by name: there is no tensor in it"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, change, sentence):
@@ -149,3 +199,30 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot read weights") as error:
         start_from(tmp_path / "weights.pth")
     assert "\n" not in str(error.value)
+
+
+def save(backbone, path):
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights_of(backbone).items()}, path)
+
+
+def test_frozen_batch_norm_keeps_the_statistics_of_the_weights(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    began = create_backbone(BackboneConfig(name="resnet18"))
+    save(began, path)
+    backbone = create_backbone(BackboneConfig(name="resnet18", weights=str(path), frozen_batch_norm=True))
+    backbone.eval().train()
+    shown = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 3
+    features = backbone(shown)
+    features.sum().backward()
+    assert torch.equal(features, began.eval()(shown))
+    assert torch.equal(backbone.model.bn1.running_mean, torch.zeros(64))
+    assert backbone.model.bn1.weight.grad is not None  # scale and shift are trained all the same
+
+
+def test_frozen_statistics_need_weights_and_batch_norm(tmp_path):
+    with pytest.raises(ValueError, match=r"Set backbone\.weights too"):
+        BackboneConfig(name="resnet18", frozen_batch_norm=True)
+    path = tmp_path / "weights.safetensors"
+    save(create_backbone(BackboneConfig(name="convnext_atto")), path)
+    with pytest.raises(ConfigError, match="'convnext_atto' has none"):
+        create_backbone(BackboneConfig(name="convnext_atto", weights=str(path), frozen_batch_norm=True))

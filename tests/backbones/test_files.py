@@ -40,6 +40,14 @@ def test_a_stranger_loads_a_saved_backbone_with_timm_alone(tmp_path):
     torch.testing.assert_close(model.eval()(images()), backbone(images()))
 
 
+def test_an_export_with_a_tag_in_its_name_is_still_read(tmp_path):
+    save_backbone(tmp_path, tiny_vit(), PREPROCESSING)
+    description = json.loads((tmp_path / "backbone.json").read_text())
+    tagged = description | {"name": "vit_tiny_patch16_224.augreg_in21k"}
+    (tmp_path / "backbone.json").write_text(json.dumps(tagged))
+    assert load_backbone(tmp_path)[0].config.name == "vit_tiny_patch16_224"
+
+
 def test_a_directory_without_a_backbone_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no backbone.json"):
         load_backbone(tmp_path)

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from ssl_pipeline.backbones import load_backbone, load_classifier
+from ssl_pipeline.commands.pretrain import in_python
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory
@@ -107,7 +108,10 @@ def test_a_run_leaves_what_others_read(uninterrupted):
 
 
 def test_the_same_command_gives_the_same_run(tmp_path, recipe, uninterrupted):
-    assert run(recipe, f"output={tmp_path}")[0] == 0
+    code, printed = run(recipe, f"output={tmp_path}")
+    assert code == 0
+    assert "\nweights to begin with: random initialisation\n" in printed
+    assert printed.rstrip().endswith(in_python(tmp_path))
     check_same(tmp_path, uninterrupted)
 
 

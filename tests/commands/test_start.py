@@ -41,6 +41,8 @@ def test_the_commands_that_it_shows_are_commands(name):
         if "recipe=" in " ".join(arguments):
             assert " ".join(line).startswith("python pretrain.py" if name == "pretrain.py" else name)
             assert list(RECIPES.rglob(f"{arguments[0].removeprefix('recipe=')}.yaml"))
+        elif arguments[0].startswith("images="):
+            assert " ".join(line).startswith("python pretrain.py" if name == "pretrain.py" else name)
         else:
             load(MakeShards, arguments)
 

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ssl_pipeline.data.evaluation import EvaluationSet, central_crop, evaluation_batches
+from ssl_pipeline.augment.central_crop import central_crop
+from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
 from ssl_pipeline.data.shards.open import DataError, open_shards
 
 

@@ -5,12 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import ConfigError, load, run_command
-from ssl_pipeline.eval.knn import KnnConfig, KnnMonitor, KnnMonitorConfig, knn_accuracy, main, weighted_knn
+from ssl_pipeline.eval.knn import (
+    KnnConfig,
+    KnnMonitor,
+    KnnMonitorConfig,
+    knn_accuracy,
+    main,
+    weighted_knn,
+)
+from ssl_pipeline.eval.labelled import open_labelled, some_of_each_class
+from ssl_pipeline.eval.search.neighbours import other_neighbours
 from ssl_pipeline.schedule import Progress
 
 WriteShards = Callable[..., Path]
@@ -153,6 +163,51 @@ def test_the_search_does_not_change_the_report(run: Path, train: str, test: str)
     assert reports[0] == reports[1] == reports[2]
 
 
+def report_of(run: Path, *arguments: str) -> dict:
+    assert knn(f"run={run}", *arguments) == 0
+    return json.loads((run / "eval" / "knn.json").read_text())
+
+
+def test_several_temperatures_at_once_are_each_alone(
+    run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = (f"train={train}", f"test={test}", "k=5,20")
+    together = report_of(run, *sets, "temperature=0.07,1")
+    assert "pretrained, temperature 0.07" in capsys.readouterr().out
+    for temperature in ("0.07", "1.0"):
+        assert together["by_temperature"][temperature] == report_of(run, *sets, f"temperature={temperature}")["by_k"]
+    assert together["by_k"] == together["by_temperature"]["0.07"]
+
+
+def test_leaving_one_out_is_the_loop_over_all_others(run: Path, train: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report_of(run, f"train={train}", f"test={train}", "k=3", "leave_one_out=true")
+    assert "warning" not in capsys.readouterr().err
+    (cached,) = (run / "eval" / "cache").iterdir()
+    with safe_open(cached, framework="pt") as file:
+        features, labels = normalize(file.get_tensor("features"), dim=1), file.get_tensor("labels")
+    right = 0
+    for image in range(72):
+        others = [other for other in range(72) if other != image]
+        scores = knn_in_loops(features[others], labels[others], features[[image]], k=3, temperature=0.07, num_classes=6)
+        right += max(range(6), key=lambda label: scores[0][label]) == labels[image]
+    assert found["top1"] == pytest.approx(100 * right / 72)
+    assert found["top1_interval"][0] < found["top1"] < found["top1_interval"][1]
+
+
+def test_an_image_with_many_copies_is_left_out_too() -> None:
+    similarities, neighbours = other_neighbours(torch.ones(5, 2), k=2)
+    assert similarities.shape == neighbours.shape == (5, 2)
+    assert not (neighbours == torch.arange(5)[:, None]).any()
+
+
+def test_a_few_images_of_each_class_vote(train: str, test: str) -> None:
+    images = open_labelled(train, test, task="k-NN")
+    chosen = some_of_each_class(images, 3, seed=0)
+    assert images.train_labels[chosen].bincount().tolist() == [3] * 6
+    assert set(chosen) < set(some_of_each_class(images, 4, seed=0))
+    assert chosen.tolist() != some_of_each_class(images, 3, seed=1).tolist()
+
+
 def test_a_timm_model_is_measured_without_a_run(
     train: str, test: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,8 +240,13 @@ def test_random_initialisation_is_the_same_every_time(run: Path, train: str, tes
         (("backbone=resnet18", "weights=absent_tag"), "absent_tag"),
         (("backbone=resnet18", "arguments.num_classes=3"), "the head is always left out"),
         (("backbone=raw_pixels", "k=73"), r"number of training images (72). Got k=73"),
+        (("backbone=raw_pixels", "per_class=2", "k=13"), "number of training images (12). Got k=13"),
+        (("backbone=raw_pixels", "per_class=13"), "has of one of its classes: 12"),
+        (("backbone=raw_pixels", "leave_one_out=true"), "leave_one_out=true classifies the images of train: set test="),
+        (("backbone=raw_pixels", "k=[]"), "k must"),
+        (("backbone=raw_pixels", "temperature=0"), "temperature must be greater than 0"),
         (("backbone=raw_pixels", "device=tpuu"), "device must be auto, cpu or cuda"),
-        (("run=no/such/run",), "run=no/such/run has no backbone.safetensors"),
+        (("run=no/such/run",), "run=no/such/run must be the directory of a run. There is none"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -172,7 +172,7 @@ def test_missing_labels_name_the_shards(
 ) -> None:
     unlabelled = write_shards(tmp_path / "unlabelled", [0, None])
     assert linear("backbone=raw_pixels", f"train={unlabelled}", f"test={train}") == 2
-    assert f"{unlabelled} has no labels; the linear probe needs them" in capsys.readouterr().err
+    assert f"{unlabelled} has labels for 1 of 2 images; the linear probe needs them" in capsys.readouterr().err
 
 
 def test_a_run_that_has_not_ended_says_what_to_do(

@@ -4,12 +4,16 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config import ConfigError, run_command
-from ssl_pipeline.eval.table import TableConfig, format_table, main, read_top1, summary
+from ssl_pipeline.eval.table import TableConfig, format_table, main, read_subject, read_top1, summary
 
 
-def write(run: Path, name: str, top1: float, **baselines: float) -> None:
+def write(run: Path, name: str, top1: float, protocol: dict[str, object] | None = None, **baselines: float) -> None:
     (run / "eval").mkdir(exist_ok=True)
-    report = {"top1": top1, "baselines": {model: {"top1": value} for model, value in baselines.items()}}
+    report: dict[str, object] = {
+        "top1": top1,
+        "baselines": {model: {"top1": value} for model, value in baselines.items()},
+    }
+    report |= {"protocol": protocol} if protocol else {}
     (run / "eval" / f"{name}.json").write_text(json.dumps(report))
 
 
@@ -35,6 +39,30 @@ def test_one_row_per_model_and_one_column_per_evaluator(tmp_path: Path, capsys: 
         "The pretrained backbone is ahead of raw pixels in k-NN top-1 and linear top-1.",
         "k-NN error: 16.00 % at random initialisation, 4.00 % pretrained: 4.0 times smaller.",
     ]
+
+
+def about(label: str, weights: str, **more: str) -> dict[str, object]:
+    return {"label": label, "subject": {"backbone": {"name": "resnet18"}, "weights": weights, **more}}
+
+
+def test_a_network_is_called_what_it_is_and_its_weights_are_told(tmp_path: Path) -> None:
+    protocol = about("resnet18 at random initialisation", "random initialisation, seed 0")
+    for name in ("knn", "linear"):
+        write(tmp_path, name, 96.0, protocol, raw_pixels=90.0, random=97.0)
+    subject = read_subject(tmp_path)
+    text = summary(read_top1(tmp_path), subject)
+    assert "pretrained" not in text
+    assert "resnet18 at random initialisation is ahead of raw pixels in k-NN top-1 and linear top-1." in text
+    assert text.splitlines()[-1] == "resnet18 at random initialisation: random initialisation, seed 0"
+
+
+def test_reports_of_different_networks_are_not_joined(tmp_path: Path) -> None:
+    write(tmp_path, "knn", 96.0, about("pretrained", "exported", weights_sha256="a", run="x"))
+    write(tmp_path, "linear", 97.0, about("pretrained", "exported", weights_sha256="a", run="moved"))
+    assert read_subject(tmp_path).label == "pretrained"
+    write(tmp_path, "linear", 97.0, about("teacher, step 3", "teacher of step 3", weights_sha256="b"))
+    with pytest.raises(ConfigError, match=r"networks: pretrained \(exported\), and teacher, step 3 \(teacher of"):
+        read_subject(tmp_path)
 
 
 def test_raw_pixels_that_win_are_named(tmp_path: Path) -> None:

@@ -145,6 +145,27 @@ def test_layers_of_the_full_rate_need_no_rule():
     ]
 
 
+def test_a_backbone_can_learn_more_slowly_and_begin_later_than_its_heads():
+    method = WithBackbone(lambda backbone: layer_decay_rules(backbone, "student.backbone.", decay=0.5))
+    settings = config(backbone_lr_scale=0.1, freeze_backbone_for="1ep")
+    optimizer = build_optimizer(method, settings)
+    inner = method.student["backbone"].model.blocks[0].attn.qkv.weight
+    before, head_before = inner.detach().clone(), method.head.weight.detach().clone()
+    for step in range(11):
+        progress = Progress(step, 100, 10)
+        fill_gradients(method)
+        write_values(optimizer, settings, settings.lr, progress)
+        prepare_gradients(optimizer, settings, progress)
+        optimizer.step()
+        assert torch.equal(inner, before) == (step < 10)
+    assert not torch.equal(method.head.weight, head_before)
+    plain = build_optimizer(method, config())
+    write_values(plain, config(), config().lr, START)
+    write_values(optimizer, settings, settings.lr, START)
+    assert group_of(optimizer, inner)["lr"] == pytest.approx(0.1 * group_of(plain, inner)["lr"])
+    assert group_of(optimizer, method.head.weight)["lr"] == group_of(plain, method.head.weight)["lr"]
+
+
 def test_layer_wise_rates_need_blocks():
     with pytest.raises(ConfigError, match="need one network with blocks"):
         layer_decay_rules(create_backbone(BackboneConfig(name="resnet18")), "", decay=0.9)

@@ -139,9 +139,24 @@ class ShardIndex:
     @property
     def image_bytes(self) -> int:
         """Bytes of all image files."""
-        if self.overlay.keep is None:
-            return int(self._table.image_bytes.sum())
-        return int(self._columns(slice(1, 2)).sum())
+        return int(self._table.image_bytes.sum() if self.overlay.keep is None else self.lengths().sum())
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Bytes of each image file (N,); no image is read."""
+        return self._columns(1)
+
+    def excerpt(self, sample: int, length: int) -> bytes:
+        """`length` bytes from the middle of an image file and as many from its end, or the whole of a small one."""
+        shard, _, (offset, size, *_) = self._row(sample)
+        if size <= 2 * length:
+            return self._shards.read(shard, offset, size)
+        middle = self._shards.read(shard, offset + (size - length) // 2, length)
+        return middle + self._shards.read(shard, offset + size - length, length)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched before they are read."""
+        return self._shards.remote is not None
 
     @property
     def widest(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.distributed import gather, rank, world_size
+from ssl_pipeline.distributed import failing_together, gather, rank, world_size
 
 Item = TypeVar("Item")
 Precision = Literal["no", "bf16", "fp16"]
@@ -31,20 +31,25 @@ def extract_features(
     device: torch.device | str = "cpu",
     precision: Precision = "no",
     description: str = "features",
+    samples: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) float32 and labels (N,) int64 of every image, in the order of `index`, on the CPU.
 
+    `samples` are those that are wanted, by their numbers, if not all are.
+
     `backbone` maps (B, 3, S, S) on `device` to (B, D). It runs in eval mode; every module gets its own mode back
     afterwards, and the global random state is not touched. With a process group each rank computes a contiguous
-    share and all ranks return everything. A label of -1 means that the image has none.
+    share and all ranks return everything; an error on one is an error on all. A label of -1 means that the image has
+    none.
     """
     device = torch.device(device)
-    share = -(-len(index) // world_size())  # rounded up: the last shares may be smaller, or empty
-    samples = range(len(index))[rank() * share : (rank() + 1) * share] or range(1)
+    wanted = range(len(index)) if samples is None else samples
+    share = -(-len(wanted) // world_size())  # rounded up: the last shares may be smaller, or empty
+    own = wanted[rank() * share : (rank() + 1) * share] or wanted[:1]
     features, labels = torch.empty(0), torch.full((share,), -1)
     batches = evaluation_batches(
         EvaluationSet(index, preprocessing.size),
-        samples,
+        own,
         batch_size=batch_size,
         workers=workers,
     )
@@ -52,7 +57,8 @@ def extract_features(
     autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")
     done = 0
     with (
-        tqdm(total=len(samples), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
+        failing_together(device),
+        tqdm(total=len(own), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
         eval_mode(backbone),
         torch.no_grad(),  # not inference_mode: what a backbone keeps (a position table) must serve training later
         autocast,
@@ -72,7 +78,7 @@ def extract_features(
             labels[done:end] = batch_labels
             bar.update(end - done)
             done = end
-    return _all_shares(features, device)[: len(index)], _all_shares(labels, device)[: len(index)]
+    return _all_shares(features, device)[: len(wanted)], _all_shares(labels, device)[: len(wanted)]
 
 
 def _one_late(items: Iterable[Item]) -> Iterator[Item]:

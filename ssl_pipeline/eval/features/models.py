@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ssl_pipeline.augment.operations.base import Deviation, Mean
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone
-from ssl_pipeline.config import Config, validate
-from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
-from ssl_pipeline.files import JSON, sha256_of
+from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_run
+from ssl_pipeline.backbones.weights import is_tag
+from ssl_pipeline.config import Config, ConfigError, validate
+from ssl_pipeline.files import JSON
 
 RAW_PIXELS = "raw_pixels"
 RAW_PIXELS_SIDE = 32
@@ -41,9 +41,12 @@ class ModelConfig(Config):
     small_images: bool = False
     """With `backbone`: a CNN's 3x3 stem without max-pool."""
     weights: str | None = None
-    """With `backbone`: a weights file or a timm pretrained tag; without it the model is at random initialisation."""
+    """With `backbone`: a weights file, a run or a timm pretrained tag; without it the model is at random
+    initialisation."""
+    weights_from: str | None = None
+    """With `weights`: `teacher` or `student` of a file, a backbone of a run by name."""
     size: Annotated[int, Field(gt=0, le=8192)] | None = None
-    """Side of the images in pixels; by default the run's evaluation size, or 224."""
+    """Side of the images in pixels; by default the run's evaluation size, or `arguments.img_size`, or 224."""
     mean: Mean | None = None
     """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
     std: Deviation | None = None
@@ -53,9 +56,21 @@ class ModelConfig(Config):
     def _one_model(self) -> ModelConfig:
         if (self.run is None) == (self.backbone is None):
             raise ValueError("Give either run=DIR or backbone=NAME.")
-        given = [name for name in ("arguments", "small_images", "weights", "mean", "std") if getattr(self, name)]
+        given = [
+            name
+            for name in ("arguments", "small_images", "weights", "weights_from", "mean", "std")
+            if getattr(self, name)
+        ]
         if self.run is not None and given:
             raise ValueError(f"{given[0]} belongs to backbone=NAME. run=DIR brings its own.")
+        architecture, _, tag = (self.backbone or "").partition(".")
+        if tag:
+            raise ValueError(
+                f"backbone must be an architecture without a tag of pretrained weights. Got '{self.backbone}'; write "
+                f"backbone={architecture} weights={tag}"
+            )
+        if self.weights_from and not self.weights:
+            raise ValueError(f"weights_from={self.weights_from} says which network of weights is measured. Set both.")
         of_run = [name for name in ("which", "checkpoint") if getattr(self, name)]
         if self.backbone is not None and of_run:
             raise ValueError(f"{of_run[0]} belongs to run=DIR. backbone=NAME is a single network.")
@@ -75,6 +90,12 @@ class EvaluatedModel:
     about: dict[str, JSON]
     config: BackboneConfig | None
 
+    @property
+    def weights(self) -> str:
+        """Where its weights come from, for the reader; empty for raw pixels, which have none."""
+        sha256 = self.about.get("weights_sha256")
+        return f"{self.about.get('weights', '')}" + (f"; SHA-256 {str(sha256)[:16]}" if sha256 else "")
+
 
 def open_model(config: ModelConfig) -> EvaluatedModel:
     """The backbone that the config names, ready to be measured."""
@@ -90,25 +111,37 @@ def open_model(config: ModelConfig) -> EvaluatedModel:
             "arguments": dict(config.arguments),
             "small_images": config.small_images,
             "weights": config.weights,
+            "weights_from": config.weights_from,
         },
     )
     if config.weights is None:
         model = random_initialisation(architecture, _preprocessing(config))
         return replace(model, label=f"{config.backbone} at random initialisation")
     backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
-    about: dict[str, JSON] = {"backbone": architecture.model_dump(mode="json"), "weights": config.weights}
-    if Path(config.weights).is_file():
-        about["weights_sha256"] = sha256_of(Path(config.weights))
-    return EvaluatedModel(config.backbone, backbone, _preprocessing(config), about, architecture)
+    about: dict[str, JSON] = {
+        "backbone": architecture.model_dump(mode="json"),
+        "weights": backbone.origin.text,
+        "weights_sha256": backbone.origin.sha256,
+    }
+    label = f"{config.backbone}, {Path(config.weights).name}"
+    return EvaluatedModel(label, backbone, _preprocessing(config), about, architecture)
 
 
 def _preprocessing(config: ModelConfig) -> Preprocessing:
     """The size, mean and deviation that are given, else those of the pretrained tag, else ImageNet's at 224 pixels."""
     published = None
-    if config.weights is not None and not Path(config.weights).is_file():
-        published = timm.get_pretrained_cfg(f"{str(config.backbone).split('.')[0]}.{config.weights}")
+    if config.weights is not None and is_tag(config.weights):
+        published = timm.get_pretrained_cfg(f"{config.backbone}.{config.weights}")
     mean, std = (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
-    return Preprocessing(config.size or 224, config.mean or _three(mean), config.std or _three(std))
+    return Preprocessing(_size(config), config.mean or _three(mean), config.std or _three(std))
+
+
+def _size(config: ModelConfig) -> int:
+    """The side of the images: what is asked for, else what the network is built for, else 224 pixels."""
+    built_for = config.arguments.get("img_size", 224)
+    if not isinstance(built_for, int) or built_for < 1:
+        raise ConfigError(f"arguments.img_size must be a whole number of pixels. Got {built_for!r}.")
+    return config.size or built_for
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
@@ -118,15 +151,12 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
     """What the run exported; or from its checkpoints, if that is asked for or the run has not ended."""
-    file = run / "backbone.safetensors"
-    if config.which is None and config.checkpoint is None and file.is_file():
-        backbone, preprocessing = load_backbone(run)
-        label, sha256 = "pretrained", sha256_of(file)
-        weights = "the run's evaluated backbone (backbone.safetensors)"
+    found = load_run(run, which=config.which, step=config.checkpoint)
+    backbone, preprocessing = found.backbone, found.preprocessing
+    if found.step is None:
+        label, weights = "pretrained", f"the run's evaluated backbone ({found.path.name})"
     else:
-        found = load_from_checkpoint(run, which=config.which, step=config.checkpoint)
-        backbone, preprocessing = found.backbone, found.preprocessing
-        label, sha256 = f"{found.name}, step {found.step}", found.sha256
+        label = f"{found.name}, step {found.step}"
         weights = f"{found.name} of {found.path.relative_to(run)}"
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
@@ -135,7 +165,7 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         "method": _method_of(run),
         "backbone": backbone.config.model_dump(mode="json"),
         "weights": weights,
-        "weights_sha256": sha256,
+        "weights_sha256": found.sha256,
     }
     return EvaluatedModel(label, backbone, preprocessing, about, backbone.config)
 
@@ -167,7 +197,7 @@ def raw_pixels(size: int) -> EvaluatedModel:
 
 def random_initialisation(architecture: BackboneConfig, preprocessing: Preprocessing) -> EvaluatedModel:
     """The architecture as it is before any training, from a fixed seed."""
-    architecture = architecture.model_copy(update={"weights": None})
+    architecture = architecture.model_copy(update={"weights": None, "weights_from": None})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(RANDOM_SEED)
         backbone = create_backbone(architecture)

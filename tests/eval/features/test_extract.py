@@ -40,6 +40,15 @@ def test_features_and_labels_come_in_the_order_of_the_index(test: str, workers: 
     assert labels.dtype == torch.int64
 
 
+def test_some_samples_have_the_features_that_they_have_among_all(test: str) -> None:
+    index, wanted = open_shards(test), [3, 4, 17, 30]
+    settings = {"batch_size": 3, "workers": 0}
+    features, labels = extract_features(MeanColour(), index, PREPROCESSING, **settings)
+    some, some_labels = extract_features(MeanColour(), index, PREPROCESSING, **settings, samples=wanted)
+    assert torch.equal(some, features[wanted])
+    assert torch.equal(some_labels, labels[wanted])
+
+
 def test_features_are_ordinary_tensors_without_gradient(test: str) -> None:
     backbone = nn.Sequential(MeanColour(), nn.Linear(3, 4))
     features, _ = extract_features(backbone, open_shards(test), PREPROCESSING, batch_size=16, workers=0)

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from ssl_pipeline.backbones import load_backbone, save_backbone
-from ssl_pipeline.config import load
+from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model, raw_pixels
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 
@@ -35,6 +36,41 @@ def test_a_weights_file_gives_the_network_of_the_run(run: Path) -> None:
     expected = open_model(settings(f"run={run}"))
     assert model.preprocessing == expected.preprocessing
     torch.testing.assert_close(model.backbone.state_dict(), expected.backbone.state_dict())
+
+
+def test_the_weights_of_a_run_and_of_a_file_are_told(run: Path) -> None:
+    assert re.fullmatch(
+        r"the run's evaluated backbone \(backbone\.safetensors\); SHA-256 [0-9a-f]{16}",
+        open_model(settings(f"run={run}")).weights,
+    )
+    arguments = ["backbone=vit_tiny_patch16_224", f"arguments={TINY_VIT}"]
+    random = open_model(settings(*arguments))
+    assert (random.label, random.weights) == (
+        "vit_tiny_patch16_224 at random initialisation",
+        "random initialisation, seed 0",
+    )
+    of_file = open_model(settings(*arguments, f"weights={run}/backbone.safetensors"))
+    assert of_file.label == "vit_tiny_patch16_224, backbone.safetensors"
+    assert re.search(r"backbone\.safetensors, took (\d+) of \1 tensors; SHA-256", of_file.weights)
+    of_run = open_model(settings(*arguments, f"weights={run}"))
+    torch.testing.assert_close(of_run.backbone.state_dict(), of_file.backbone.state_dict())
+
+
+def test_a_tag_in_the_name_is_refused_and_written_out() -> None:
+    with pytest.raises(ConfigError, match=r"Got 'resnet18\.a1_in1k'; write backbone=resnet18 weights=a1_in1k"):
+        settings("backbone=resnet18.a1_in1k")
+    with pytest.raises(ConfigError, match=r"weights_from=teacher says which network of weights is measured"):
+        settings("backbone=resnet18", "weights_from=teacher")
+
+
+def test_an_evaluation_begins_by_saying_whose_weights_it_measures(
+    run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = evaluate_knn(KnnConfig(run=run, train=train, test=test, k=(5,), workers=0))
+    assert capsys.readouterr().out.startswith(
+        "pretrained: the run's evaluated backbone (backbone.safetensors); SHA-256 "
+    )
+    assert report["protocol"]["label"] == "pretrained"
 
 
 def test_the_random_baseline_has_the_architecture_and_not_the_weights(run: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_pipeline.backbones import BackboneConfig, save_backbone
+import ssl_pipeline
+from ssl_pipeline.backbones import BackboneConfig, create_backbone, load_from_checkpoint, save_backbone
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval import knn
-from ssl_pipeline.eval.features.checkpoints import load_from_checkpoint
 from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model
 from ssl_pipeline.eval.knn import KnnConfig
@@ -79,6 +79,8 @@ def test_the_weights_that_a_run_began_with_are_not_needed_again(tmp_path, shards
 
 def test_a_step_can_be_picked(dino):
     assert load_from_checkpoint(dino.output.path, step=2).step == 2
+    with pytest.raises(ConfigError, match=r"step-00000002 must be the directory of a run\. It is a checkpoint of "):
+        ssl_pipeline.load(dino.output.path / "checkpoints" / "step-00000002")
     with pytest.raises(ConfigError, match=r"has no checkpoint of step 7\. It has 2, 3\."):
         load_from_checkpoint(dino.output.path, step=7)
 
@@ -89,6 +91,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path, dino, capsys):
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     assert load_from_checkpoint(output).step == 2
     assert "step-00000003 is not used: method.safetensors is damaged" in capsys.readouterr().out
+
+
+def test_the_package_loads_an_unfinished_run_ready_for_use(dino, shards):
+    for arguments in ({}, {"which": "student"}, {"which": "student", "step": 2}):
+        backbone = ssl_pipeline.load(str(dino.output.path), **arguments)
+        found = load_from_checkpoint(dino.output.path, **arguments).backbone
+        assert not any(part.training for part in backbone.modules())
+        assert backbone.preprocessing == dino.preprocessing
+        torch.testing.assert_close(backbone.state_dict(), found.state_dict(), rtol=0, atol=0)
+
+
+def test_an_unfinished_run_and_one_of_its_checkpoints_are_weights_to_start_from(dino):
+    path = dino.output.path
+    for weights, which, step in (
+        (path, None, 3),
+        (path, "student", 3),
+        (path / "checkpoints" / "step-00000002", "student", 2),
+    ):
+        backbone = create_backbone(VIT.model_copy(update={"weights": str(weights), "weights_from": which}))
+        expected = load_from_checkpoint(path, which=which, step=step).backbone
+        torch.testing.assert_close(backbone.state_dict(), expected.state_dict(), rtol=0, atol=0)
+        count = len(backbone.model.state_dict())
+        assert backbone.origin.text == f"{which or 'teacher'} of step {step} of {path}, took {count} of {count} tensors"
+    with pytest.raises(ConfigError, match=r"has no backbone which=target\. .*It has teacher, student\."):
+        create_backbone(VIT.model_copy(update={"weights": str(path), "weights_from": "target"}))
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(dino):
@@ -108,7 +135,7 @@ def test_a_run_without_checkpoints_is_refused(tmp_path, which, missing):
 
 
 def test_a_network_that_is_built_otherwise_now_is_refused_in_one_line(dino, monkeypatch):
-    other = "ssl_pipeline.eval.features.checkpoints.create_backbone"
+    other = "ssl_pipeline.backbones.runs.create_backbone"
     monkeypatch.setattr(other, lambda config: torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="step-00000003 holds a backbone that this version builds otherwise") as error:
         load_from_checkpoint(dino.output.path)

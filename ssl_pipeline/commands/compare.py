@@ -1,4 +1,7 @@
-"""Several recipes, several seeds, one table: what each method's backbone is worth at the same budget."""
+"""Several recipes, several seeds, one table: what each method's backbone is worth at the same budget.
+
+It stands here because it puts together two rooms that do not know each other: pretraining and evaluation.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from ssl_pipeline.commands import start
 from ssl_pipeline.config import COMPARISONS, Config, RunError, Seed, run_command
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
@@ -98,7 +102,7 @@ class Comparison:
 
 def run_pretraining(arguments: Sequence[str]) -> None:
     """`pretrain.py` as a process of its own; RunError if it fails."""
-    command = [sys.executable, "-m", "ssl_pipeline.commands.start", *arguments]
+    command = [sys.executable, "-m", start.__name__, *arguments]
     process = subprocess.run(command, env=os.environ | {LAUNCHED: "1"}, check=False)
     if process.returncode:
         raise RunError(f"pretrain.py {' '.join(arguments)} ended with exit code {process.returncode}; see above.")

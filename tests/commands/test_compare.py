@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ssl_pipeline.commands.compare import CompareConfig, Comparison, compare, summary
 from ssl_pipeline.config import ConfigError, load
-from ssl_pipeline.eval.compare import CompareConfig, Comparison, compare, summary
 
 Pretrain = Callable[[Sequence[str]], None]
 

@@ -1,0 +1,85 @@
+"""The backbones of a run: the one that it exported, and any one of its checkpoints.
+
+What a checkpoint holds is in its manifest, so no method is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, without_tag
+from ssl_pipeline.backbones.create import create_backbone
+from ssl_pipeline.backbones.files import load_backbone
+from ssl_pipeline.backbones.networks import Backbone
+from ssl_pipeline.backbones.preprocessing import Preprocessing
+from ssl_pipeline.backbones.weights import Origin, find_in_run, tensors_of
+from ssl_pipeline.config import ConfigError, validate
+from ssl_pipeline.files import sha256_of
+from ssl_pipeline.run.checkpoint_files import Checkpoint
+from ssl_pipeline.run.state import SavedBackbone
+
+
+@dataclass(frozen=True)
+class BackboneOfRun:
+    """A backbone with its place: the path and the SHA-256 of the file that it stands in.
+
+    name, step: those of a checkpoint; None for the exported one.
+    """
+
+    name: str | None
+    backbone: Backbone
+    preprocessing: Preprocessing
+    path: Path
+    step: int | None
+    sha256: str
+
+
+def load_run(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:
+    """What the run exported; or from its checkpoints, if that is asked for or the run has not ended.
+
+    Raises ConfigError as `load_from_checkpoint` does, and for a directory that is none.
+    """
+    if not run.is_dir():
+        raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+    if run.parent.name == "checkpoints" and (run / "manifest.json").is_file():
+        raise ConfigError(f"run={run} must be the directory of a run. It is a checkpoint of {run.parent.parent}.")
+    file = run / "backbone.safetensors"
+    if which is not None or step is not None or not file.is_file():
+        return load_from_checkpoint(run, which=which, step=step)
+    backbone, preprocessing = load_backbone(run)
+    return BackboneOfRun(None, backbone, preprocessing, file, None, sha256_of(file))
+
+
+def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:
+    """The backbone `which` (the one that the run exports if None) of the newest whole checkpoint, or of one step.
+
+    The run may still be training. Raises ConfigError if it has no such backbone or no such checkpoint.
+    """
+    checkpoint, name, saved = find_in_run(run, which=which, step=step)
+    preprocessing = Preprocessing(saved.size, saved.mean, saved.std)
+    backbone = _build(checkpoint, saved)
+    backbone.preprocessing = preprocessing
+    backbone.origin = Origin(f"{name} of step {checkpoint.state.step} of {run}", checkpoint.sha256["method"])
+    return BackboneOfRun(
+        name=name,
+        backbone=backbone,
+        preprocessing=preprocessing,
+        path=checkpoint.path,
+        step=checkpoint.state.step,
+        sha256=checkpoint.sha256["method"],
+    )
+
+
+def _build(checkpoint: Checkpoint, saved: SavedBackbone) -> Backbone:
+    """The network that its config describes, with the tensors of the checkpoint in place of those it began with."""
+    backbone = create_backbone(
+        validate(BackboneConfig, without_tag({name: saved.config[name] for name in ARCHITECTURE}))
+    )
+    try:
+        backbone.load_state_dict(tensors_of(checkpoint, saved.prefix))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{checkpoint.path} holds a backbone that this version builds otherwise: {' '.join(str(error).split())}."
+        ) from None
+    return backbone

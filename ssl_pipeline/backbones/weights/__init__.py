@@ -1,0 +1,22 @@
+"""Weights of any origin into a timm network: `sources` (tag, file or run), `reading` (a file's tensors), `layouts` (the
+names that others use, as tables), `matching` (which network in the file, under which layout), `fitting` (values),
+`loading` (all tensors, or an error)."""
+
+from __future__ import annotations
+
+from ssl_pipeline.backbones.weights.loading import Taken, load_weights
+from ssl_pipeline.backbones.weights.reading import first_line, read_tensors
+from ssl_pipeline.backbones.weights.sources import RANDOM, Origin, find_in_run, is_tag, load_source, tensors_of
+
+__all__ = [
+    "RANDOM",
+    "Origin",
+    "Taken",
+    "find_in_run",
+    "first_line",
+    "is_tag",
+    "load_source",
+    "load_weights",
+    "read_tensors",
+    "tensors_of",
+]

@@ -1,0 +1,66 @@
+"""The tensors of a weights file by name: safetensors, or a file of torch.save that holds data alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.files import is_shortage
+
+OF_THE_TRAINING = ("optim", "scaler", "amp", "lr_sched", "scheduler")  # how the names of what is no network begin
+
+
+SETTINGS = (argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"))
+"""What the official checkpoints of DINO, iBOT, MAE and SimMIM hold beside tensors: settings, read as plain data."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, those of nested tables as `outer.inner`; the state of optimizers is left out.
+
+    Raises ConfigError if the file cannot be read, would run code, or holds no tensor.
+    """
+    content = _read(path)
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} holds no table of tensors by name, but a {type(content).__name__}.")
+    tensors = dict(_flat(content, ""))
+    if not tensors:
+        raise ConfigError(f"{path} holds no table of tensors by name: there is no tensor in it.")
+    return tensors
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _read(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(list(SETTINGS)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers have no common error class
+        if is_shortage(error):
+            raise
+        if type(error).__name__ == "UnpicklingError":  # torch's advice is to trust the file
+            raise ConfigError(
+                f"cannot read weights from {path}: it holds more than tensors, or is damaged; pickled objects are not "
+                "read. Save its state dict alone, best as .safetensors."
+            ) from None
+        raise ConfigError(f"cannot read weights from {path}: {first_line(error)}") from error
+
+
+def _flat(table: Mapping[object, object], before: str) -> Iterator[tuple[str, Tensor]]:
+    for key, value in table.items():
+        name = f"{before}{key}"
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping) and not str(key).startswith(OF_THE_TRAINING):
+            yield from _flat(value, f"{name}.")

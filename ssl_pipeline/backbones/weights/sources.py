@@ -1,0 +1,104 @@
+"""What `backbone.weights` names: a pretrained tag of timm, a file, a run, or one of its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones.weights.loading import load_weights
+from ssl_pipeline.backbones.weights.reading import read_tensors
+from ssl_pipeline.config import ConfigError, nearest
+from ssl_pipeline.files import sha256_of
+from ssl_pipeline.run.checkpoint_files import Checkpoint, load_checkpoint
+from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.state import SavedBackbone
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+FILES = ("backbone.safetensors", "model.safetensors", "pytorch_model.bin")
+"""What is read of a directory: a run's export, or a model of Hugging Face."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a backbone come from, in words; and the SHA-256 of the file, if they come from one."""
+
+    text: str
+    sha256: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.text}; SHA-256 {self.sha256[:16]}" if self.sha256 else self.text
+
+
+RANDOM = Origin("random initialisation")
+
+
+def is_tag(weights: str) -> bool:
+    """Whether `backbone.weights` is neither a file nor a directory, nor looks like one."""
+    path = Path(weights).expanduser()
+    return not (path.exists() or weights.endswith(WEIGHT_SUFFIXES) or "/" in weights)
+
+
+def load_source(model: nn.Module, weights: str, *, network: str | None) -> Origin:
+    """Fill a timm network from a file, a run or a checkpoint; says where the tensors come from, and how many.
+
+    network: "teacher" or "student" of a file; of a run the name of a backbone. Raises ConfigError as `load_weights`,
+    and if there is no such file, run or backbone.
+    """
+    path = Path(weights).expanduser()
+    file = next((path / name for name in FILES if (path / name).is_file()), None) if path.is_dir() else path
+    if file is None or (file.name == FILES[0] and path.is_dir() and network is not None):
+        checkpoint, name, saved = find_in_run(path, which=network)
+        tensors = tensors_of(checkpoint, saved.prefix + "model.")
+        taken = load_weights(model, tensors, source=str(checkpoint.path))
+        where = f"{name} of step {checkpoint.state.step} of {checkpoint.path.parent.parent}"
+        return Origin(f"{where}, {taken}", checkpoint.sha256["method"])
+    if network not in (None, "teacher", "student"):
+        raise ConfigError(f"backbone.weights_from must be teacher or student for a file. Got '{network}'.")
+    taken = load_weights(model, read_tensors(file), source=str(file), network=network)
+    return Origin(f"{file}, {taken}", sha256_of(file))
+
+
+def find_in_run(
+    run: Path, *, which: str | None = None, step: int | None = None
+) -> tuple[Checkpoint, str, SavedBackbone]:
+    """The newest whole checkpoint of a run or that of a step, with the name and place of one of its backbones.
+
+    run: its directory, or that of one of its checkpoints. which: by default the backbone that the run exports. Raises
+    ConfigError if there is no such checkpoint or backbone.
+    """
+    if (run / "manifest.json").is_file() and step is None and not (run / "checkpoints").is_dir():
+        checkpoint = load_checkpoint(run, files=["method"])
+    else:
+        checkpoint = _find_checkpoint(run, which=which, step=step)
+    known = checkpoint.state.backbones
+    name = which or next(iter(known))
+    if name not in known:
+        raise ConfigError(
+            f"run={run} has no backbone which={name}.{nearest(name, list(known))} It has {', '.join(known)}."
+        )
+    return checkpoint, name, known[name]
+
+
+def _find_checkpoint(run: Path, *, which: str | None, step: int | None) -> Checkpoint:
+    checkpoints = Checkpoints(run / "checkpoints", report=print)
+    if step is not None:
+        return checkpoints.load_step(step, files=["method"])
+    newest = checkpoints.load_latest(files=["method"])
+    if newest is None:
+        export = "" if which else "backbone.safetensors, which pretraining writes when it ends, and no "
+        raise ConfigError(
+            f"run={run} has no {export}checkpoint. "
+            f"Let it train first: accelerate launch pretrain.py recipe=NAME output={run}"
+        )
+    return newest
+
+
+def tensors_of(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's method file whose names begin with `prefix`, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint.tensors["method"].items()
+        if name.startswith(prefix)
+    }

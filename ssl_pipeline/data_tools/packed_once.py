@@ -1,0 +1,70 @@
+"""A folder or zip of images, packed into shards once and known again afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ssl_pipeline.data.shards.open import DataError
+from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits
+from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
+from ssl_pipeline.data_tools.sources import open_source
+from ssl_pipeline.files import write_text
+
+SHARDS = "images"
+LISTING = "images.jsonl"
+NAMES_SHOWN = 3
+
+
+def pack_once(source: str, place: Path) -> Path:
+    """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
+
+    LISTING beside it has the name and size of each file as it was packed; it is written last, so that shards without
+    it are those of a start that was cut short. Raises DataError, which names some files, if the source has changed.
+    """
+    shards, listing = place / SHARDS, place / LISTING
+    files = open_source(source, "", None)
+    now = files.sizes()
+    if listing.exists():
+        before = read_listing(listing)
+        if before != now:
+            raise DataError(
+                f"images={source} has changed since this run packed it into '{shards}': {differences(before, now)}. "
+                f"Put the files back, or choose another output=DIR to train on what is there now."
+            )
+        if shards.exists():
+            return shards
+    place.mkdir(parents=True, exist_ok=True)
+    # parts of a data set are no classes, and a run without labels takes all of them
+    labels = "none" if looks_like_splits(find_candidates(files).class_names or ("",)) else None
+    make_shards(MakeShards(source=source, output=shards, labels=labels, overwrite=shards.exists()))
+    write_text(listing, "".join(json.dumps([name, size]) + "\n" for name, size in now.items()))
+    return shards
+
+
+def is_packed(place: Path) -> bool:
+    """Whether `pack_once` has finished in `place`."""
+    return (place / LISTING).exists() and (place / SHARDS).exists()
+
+
+def read_listing(path: Path) -> dict[str, int]:
+    """File name -> bytes; raises DataError if the listing is damaged."""
+    try:
+        return {str(name): int(size) for name, size in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"'{path}' is damaged ({error}). Delete it and the folder {SHARDS} beside it.") from None
+
+
+def differences(before: Mapping[str, int], now: Mapping[str, int]) -> str:
+    """How many files are new, gone or of another size, with some of their names."""
+    kinds = {
+        "new": sorted(now.keys() - before.keys()),
+        "gone": sorted(before.keys() - now.keys()),
+        "of another size": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
+    }
+    return ", ".join(f"{len(names):,} {kind} ({_some(names)})" for kind, names in kinds.items() if names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")

@@ -1,0 +1,189 @@
+"""The labelled images of evaluators and monitors, doubted once for all of them before anything is measured.
+
+What makes a measure impossible is a ConfigError; what makes its figure doubtful is measured, and said.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssl_pipeline.config import ConfigError, printable
+from ssl_pipeline.data.evaluation import EvaluationSet
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.data.shards.shared import shared_images
+from ssl_pipeline.distributed import rank
+from ssl_pipeline.randomness import SPLIT, permutation
+
+NAMED_CLASSES = 5  # that a warning lists
+LABELS_COME_FROM = (
+    "Pack the labelled images alone, or label the others: make_shards takes labels from class folders or from "
+    "labels=FILE.csv."
+)
+
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Training and test images with their classes, counted from 0.
+
+    Labels (M,) and (N,) lie below `num_classes`, the number of classes that either set has images of: labels may be
+    identifiers of any size. Classes are the same by name where both sets name theirs, else by number. warnings: what
+    makes a measure on these images doubtful.
+    """
+
+    train: ShardIndex
+    test: ShardIndex
+    train_labels: Tensor
+    test_labels: Tensor
+    num_classes: int
+    warnings: tuple[str, ...]
+
+
+def open_labelled(train: str, test: str, *, task: str, shared: bool = True) -> LabelledImages:
+    """Both sets, after checking that `task` can be measured on them: labels for all, two classes or more.
+
+    `shared`: whether images that both have are looked for.
+    Says on stderr, once, what makes it doubtful. Raises ConfigError for what makes it impossible.
+    """
+    indices = open_shards(train), open_shards(test)
+    for directory, index in zip((train, test), indices, strict=True):
+        require_labels(index, directory, task=task)
+    (train_numbers_M, test_numbers_N), names = _same_classes(train, test, *indices)
+    used_C = np.unique(np.concatenate((train_numbers_M, test_numbers_N)))
+    present_C = np.unique(train_numbers_M)
+    if len(present_C) < 2:
+        raise ConfigError(
+            f"{task} needs two classes or more in the training set. Got one: all images of {train} are of class "
+            f"{_class_name(present_C[0], names)}."
+        )
+    found = unseen_classes(present_C, test_numbers_N, names, train=train, test=test)
+    if shared:
+        found += shared_warnings(indices[0], indices[1], train=train, test=test)
+    say(found)
+    train_labels, test_labels = (
+        torch.from_numpy(np.searchsorted(used_C, numbers)) for numbers in (train_numbers_M, test_numbers_N)
+    )
+    return LabelledImages(indices[0], indices[1], train_labels, test_labels, len(used_C), found)
+
+
+def some_of_each_class(images: LabelledImages, count: int, *, seed: int) -> Numbers:
+    """`count` training images of each class, as if drawn from a hat; of fewer from the same hat, the first ones.
+
+    Raises ConfigError if a class has fewer.
+    """
+    chosen = []
+    for label in images.train_labels.unique().tolist():
+        of_class = np.flatnonzero(images.train_labels.numpy() == label)
+        if len(of_class) < count:
+            raise ConfigError(
+                f"per_class={count} is more than {images.train.source} has of one of its classes: {len(of_class)}. "
+                "Take at most that many."
+            )
+        chosen.append(of_class[permutation(len(of_class), seed, SPLIT, label)[:count]])
+    return np.sort(np.concatenate(chosen))
+
+
+def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:
+    """Raise ConfigError, with the numbers and what to do, unless there are images and each has a label."""
+    if not len(index):
+        raise ConfigError(f"{directory} has no images; {task} needs some.")
+    problem = index.label_problem()
+    if problem is None:
+        return
+    labelled = int((index.labels() >= 0).sum())
+    has = f"has labels for {labelled:,} of {len(index):,} images" if labelled else "has no labels"
+    raise ConfigError(f"{directory} {has}; {task} needs them in train and test. {problem}. {LABELS_COME_FROM}")
+
+
+def look_at_first(index: ShardIndex, size: int, *, sample: int = 0) -> None:
+    """Decode the first image that a measure takes, as it will; DataError if that fails."""
+    EvaluationSet(index, size)[sample]
+
+
+def _same_classes(
+    train: str, test: str, train_index: ShardIndex, test_index: ShardIndex
+) -> tuple[tuple[Numbers, Numbers], Sequence[str] | None]:
+    """Numbers of the classes of both sets that agree, and the names that they count."""
+    names, test_names = train_index.class_names, test_index.class_names
+    for directory, index in ((train, train_index), (test, test_index)):
+        check_named(index, names or test_names if index.class_names is None else index.class_names, directory)
+    labels = labels_of(train_index), labels_of(test_index)
+    if names is None or test_names is None or names == test_names:
+        return labels, names or test_names
+    if not (set(names) <= set(test_names) or set(test_names) <= set(names)):
+        raise ConfigError(
+            f"{train} and {test} must name the same classes. Got {len(names)} and {len(test_names)} names; only one "
+            f"has {min(set(names) ^ set(test_names))!r}."
+        )
+    both = list(dict.fromkeys((*names, *test_names)))
+    return (by_name(labels[0], names, both), by_name(labels[1], test_names, both)), both
+
+
+def labels_of(index: ShardIndex) -> Numbers:
+    """The labels (N,) of shards, as they stand in them."""
+    return np.asarray(index.labels(), dtype=np.int64)
+
+
+def by_name(labels_N: Numbers, names: Sequence[str], known: Sequence[str]) -> Numbers:
+    """Labels that count `names` as labels that count `known`; -1 for a name that is not known."""
+    place_of = {name: place for place, name in enumerate(known)}
+    return np.array([place_of.get(name, -1) for name in names], dtype=np.int64)[labels_N]
+
+
+def check_named(index: ShardIndex, names: Sequence[str] | None, directory: str) -> None:
+    """Raise ConfigError for a label that lies beyond the names of the classes."""
+    largest = int(index.labels().max())
+    if names is not None and largest >= len(names):
+        raise ConfigError(
+            f"Labels of {directory} must lie below the number of class names ({len(names)}). Got {largest}."
+        )
+
+
+def unseen_classes(
+    present_C: Numbers, test_numbers_N: Numbers, names: Sequence[str] | None, *, train: str, test: str
+) -> tuple[str, ...]:
+    """A sentence on the classes of test images that no training image has."""
+    classes_U, counts_U = np.unique(test_numbers_N[~np.isin(test_numbers_N, present_C)], return_counts=True)
+    if not len(classes_U):
+        return ()
+    listed = [
+        f"{_class_name(number, names)} ({count})"
+        for number, count in zip(classes_U.tolist(), counts_U.tolist(), strict=True)
+    ]
+    more = f" and {len(listed) - NAMED_CLASSES} more" if len(listed) > NAMED_CLASSES else ""
+    return (
+        f"{int(counts_U.sum()):,} of {len(test_numbers_N):,} images of {test} are of classes that {train} has no image "
+        f"of, and count as wrong: {', '.join(listed[:NAMED_CLASSES])}{more}.",
+    )
+
+
+def shared_warnings(first: ShardIndex, second: ShardIndex, *, train: str, test: str) -> tuple[str, ...]:
+    """A sentence on the test images that are training images too; only the first process looks for them."""
+    if rank() > 0:
+        return ()
+    shared = shared_images(first, second)
+    if not shared.count:
+        return ()
+    looked_at = "" if shared.looked_at == shared.total else f" (of {shared.looked_at:,} that were looked at)"
+    return (
+        f"{shared.count:,} of {shared.total:,} images of {test}{looked_at} are in {train} too: the accuracy on them "
+        "says nothing about new images.",
+    )
+
+
+def _class_name(number: int, names: Sequence[str] | None) -> str:
+    return str(number) if names is None else f"'{names[number]}'"
+
+
+def say(warnings: Sequence[str]) -> None:
+    """Print each sentence on stderr, on the first process."""
+    for text in warnings if rank() == 0 else ():
+        print(printable(f"warning: {text}"), file=sys.stderr, flush=True)

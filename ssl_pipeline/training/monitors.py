@@ -1,0 +1,110 @@
+"""The monitors of a run: when each measures, what happens when one fails, and what is said when its figure falls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from ssl_pipeline.config import failure_sentence, printable
+from ssl_pipeline.distributed import copy_from_first_rank, peer_failure
+from ssl_pipeline.run.interruption import WithKeepalive
+from ssl_pipeline.schedule import Duration, Progress
+from ssl_pipeline.training.run import Monitor, Run
+
+POINT = 1.0  # percent: so much below the start is said
+WHAT_HELPS = "Try a lower optim.lr, a backbone that stays frozen for longer, or other (weaker) augmentation."
+
+OnError = Literal["skip", "stop"]
+Figures = dict[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A monitor with the run's way of calling it.
+
+    name: its section of the settings. at_start: whether it measures before the first step too. on_error: `skip` says in
+    one line what went wrong and trains on, `stop` ends the run. compared: figures in percent, by what they are called,
+    that are compared with the start.
+    """
+
+    monitor: Monitor
+    name: str = "a monitor"
+    at_start: bool = False
+    on_error: OnError = "stop"
+    compared: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def every(self) -> Duration:
+        return self.monitor.every
+
+    def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
+        return self.monitor(backbone, progress)
+
+
+class Monitors:
+    """Those of a run, with their figures before its first step (`start`, kept in checkpoints)."""
+
+    def __init__(
+        self, run: Run, *, say: Callable[[str], None], keepalive: Callable[[], None], start: Mapping[str, float]
+    ) -> None:
+        self._run, self._say, self._keepalive = run, say, keepalive
+        self._all = [monitor if isinstance(monitor, Watched) else Watched(monitor) for monitor in run.monitors]
+        self.start = dict(start)
+        self._told: dict[str, str] = {}
+
+    def are_due(self, position: int) -> bool:
+        """Whether one measures after the step that ends at `position`."""
+        return bool(self._due(position))
+
+    def measure(self, position: int) -> Figures:
+        """What those that are due add to the row of the step that ends at `position`; all processes call it."""
+        figures = self._measured(self._due(position), position)
+        self._compare(figures, self._run.clock.progress(position).step)
+        return figures
+
+    def measure_start(self) -> Figures:
+        """The figures before the first step of the monitors that want them; an empty mapping if none does."""
+        figures = self._measured([watched for watched in self._all if watched.at_start], 0)
+        compared = {metric for watched in self._all for metric in watched.compared}
+        self.start = {name: float(value) for name, value in figures.items() if name in compared}
+        return figures
+
+    def _due(self, position: int) -> list[Watched]:
+        clock = self._run.clock
+        last = clock.is_last(position)
+        return [watched for watched in self._all if last or clock.is_due(watched.every, position)]
+
+    def _measured(self, monitors: list[Watched], position: int) -> Figures:
+        figures: Figures = {}
+        progress = self._run.clock.progress(position)
+        if monitors:  # plain batch norm has statistics of its own on each rank; saved are those of rank 0
+            copy_from_first_rank(self._run.method.backbone.buffers())
+        for watched in monitors:
+            try:
+                figures |= watched(WithKeepalive(self._run.method.backbone, self._keepalive), progress)
+            except Exception as error:
+                if watched.on_error == "stop" or peer_failure(error) is not None:
+                    raise
+                reason = printable(failure_sentence(error))
+                figures[f"{watched.name}_error"] = reason
+                self._say(f"{watched.name} is skipped at step {progress.step} (on_error=skip): {reason}")
+        return figures
+
+    def _compare(self, figures: Figures, step: int) -> None:
+        """Say what lies a point or more below the start, or does no longer; nothing twice that has not changed."""
+        for watched in self._all:
+            for metric, name in watched.compared.items():
+                if metric not in figures or metric not in self.start:
+                    continue
+                start, now, told = self.start[metric], float(figures[metric]), self._told.pop(metric, None)
+                if start - now >= POINT - 1e-6:
+                    self._told[metric] = f"{now:.1f}"
+                    if told != self._told[metric]:
+                        self._say(
+                            f"{name} fell from {start:.1f} % at the start to {now:.1f} % at step {step}. {WHAT_HELPS}"
+                        )
+                elif told is not None:
+                    self._say(f"{name} is {now:.1f} % at step {step}, no longer below the start ({start:.1f} %).")

@@ -1,0 +1,106 @@
+"""What `images=FOLDER` and `recipe=auto` stand for."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_pipeline.commands.images import choose_recipe, expand
+from ssl_pipeline.config import RECIPES, ConfigError, recipe_files
+from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data_tools.packed_once import pack_once
+
+
+def folder(tmp_path, side=100):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (side, side + 20), (number * 80, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_a_folder_becomes_shards_and_a_recipe(tmp_path, capsys):
+    output = tmp_path / "run"
+    expanded = expand([f"images={folder(tmp_path)}", f"output={output}", "seed=3"])
+    assert expanded[0] == "recipe=photos_small"
+    assert f"data.shards={output}/images" in expanded
+    assert {"seed=3", f"output={output}", f"images={tmp_path}/photos"} <= set(expanded)
+    assert len(open_shards(output / "images")) == 3
+    assert "recipe=photos_small: 3 images of 100 pixels" in capsys.readouterr().out
+
+
+def test_the_recipe_that_a_run_has_is_kept(tmp_path):
+    output = tmp_path / "run"
+    images = folder(tmp_path)
+    expand([f"images={images}", f"output={output}"])
+    (output / "config.yaml").write_text("recipe: digits_simclr\nknn: null\n")
+    assert expand([f"images={images}", f"output={output}"])[:2] == ["recipe=digits_simclr", "knn=null"]
+
+
+def test_a_recipe_of_ones_own_stays_and_names_the_directory(tmp_path, monkeypatch):
+    images = folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert expand([f"images={images}", "recipe=dino_vits16"]) == [
+        "recipe=dino_vits16",
+        f"images={images}",
+        "data.shards=runs/dino_vits16/images",
+        "output=runs/dino_vits16",
+    ]
+    assert expand([f"images={images}"])[-1] == "output=runs/photos"
+
+
+def test_shards_are_taken_as_they_are(tmp_path):
+    shards = pack_once(str(folder(tmp_path)), tmp_path / "packed")
+    expanded = expand([f"images={shards}", f"output={tmp_path}/run"])
+    assert f"data.shards={shards}" in expanded
+    assert not (tmp_path / "run").exists()
+    assert expand([f"data.shards={shards}", "recipe=auto", "output=x"])[0] == "recipe=photos_small"
+
+
+def test_other_arguments_are_left_alone():
+    assert expand(["recipe=digits_dino", "seed=1"]) == ["recipe=digits_dino", "seed=1"]
+    assert expand(["seed=1"]) == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["images=a", "data.shards=b"], r"Give one of the two\."),
+        (["recipe=auto"], r"Set images=FOLDER, or data\.shards=SHARDS\."),
+        (["images=a", "images=b"], "images is given twice"),
+        (["images=nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=sentence):
+        expand(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+class Images:
+    def __init__(self, count, side):
+        self.count, self.side = count, side
+
+    def __len__(self):
+        return self.count
+
+    def sizes(self):
+        return np.full((5, 2), self.side)
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "given", "has_gpu", "recipe"),
+    [
+        (5000, 300, {}, False, "photos_small"),
+        (5000, 300, {}, True, "photos_small"),
+        (500_000, 300, {}, False, "photos_small"),
+        (500_000, 300, {}, True, "dino_vits16"),
+        (50_000, 32, {}, True, "cifar10_simclr_resnet18"),
+        (5000, 300, {"backbone.weights": "x", "backbone.name": "resnet50"}, False, "continue_cnn_small"),
+        (5000, 300, {"backbone.weights": "x", "backbone.name": "vit_small_patch16_224"}, False, "continue_vit_small"),
+    ],
+)
+def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
+    arguments, why = choose_recipe(Images(count, side), given, has_gpu=has_gpu)
+    assert arguments[0] == f"recipe={recipe}"
+    assert recipe in recipe_files(RECIPES)
+    assert f"{count:,} images of {side} pixels" in why

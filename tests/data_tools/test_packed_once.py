@@ -1,0 +1,73 @@
+"""A folder is packed once, known again, and refused when it has changed."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from ssl_pipeline.data.shards.open import DataError, open_shards
+from ssl_pipeline.data_tools.packed_once import LISTING, SHARDS, differences, is_packed, pack_once
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number, name in enumerate(("a.png", "deep/er/b.jpg", "deep/c.png", "d.jpg")):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + number, 16), (number * 50, 0, 0)).save(path)
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    return tmp_path / "photos"
+
+
+def test_any_nesting_is_packed_and_reused(tmp_path, photos):
+    assert not is_packed(tmp_path / "run")
+    shards = pack_once(str(photos), tmp_path / "run")
+    assert is_packed(tmp_path / "run")
+    assert len(open_shards(shards)) == 4
+    times = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")}
+    assert pack_once(str(photos), tmp_path / "run") == shards
+    assert {path.name: path.stat().st_mtime_ns for path in shards.glob("*.tar")} == times
+
+
+def test_a_zip_is_packed_too(tmp_path, photos):
+    archive = shutil.make_archive(str(tmp_path / "photos"), "zip", photos)
+    assert len(open_shards(pack_once(archive, tmp_path / "run"))) == 4
+    assert pack_once(archive, tmp_path / "run") == tmp_path / "run" / SHARDS
+
+
+def test_a_folder_that_changed_is_refused_by_name(tmp_path, photos):
+    pack_once(str(photos), tmp_path / "run")
+    (photos / "d.jpg").unlink()
+    Image.new("RGB", (64, 64)).save(photos / "new.png")
+    Image.new("RGB", (99, 99)).save(photos / "a.png")
+    sentence = r"1 new \(new\.png\), 1 gone \(d\.jpg\), 1 of another size \(a\.png\)"
+    with pytest.raises(DataError, match=sentence):
+        pack_once(str(photos), tmp_path / "run")
+
+
+def test_a_packing_that_was_cut_short_is_done_again(tmp_path, photos):
+    shards = pack_once(str(photos), tmp_path / "run")
+    (tmp_path / "run" / LISTING).unlink()  # as of a start that was killed before its end
+    assert not is_packed(tmp_path / "run")
+    assert pack_once(str(photos), tmp_path / "run") == shards
+    assert len(open_shards(shards)) == 4
+
+
+def test_parts_of_a_data_set_are_all_taken_without_labels(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "set" / part / "x.png")
+    index = open_shards(pack_once(str(tmp_path / "set"), tmp_path / "run"))
+    assert (len(index), index.has_labels) == (2, False)
+
+
+def test_many_differences_are_counted_and_some_named():
+    said = differences({}, {f"{number}.jpg": 1 for number in range(2000)})
+    assert said == "2,000 new (0.jpg, 1.jpg, 10.jpg, ...)"
+
+
+def test_a_damaged_listing_is_named(tmp_path, photos):
+    pack_once(str(photos), tmp_path / "run")
+    (tmp_path / "run" / LISTING).write_text('["a.png"]\n')
+    with pytest.raises(DataError, match=r"images\.jsonl' is damaged"):
+        pack_once(str(photos), tmp_path / "run")
