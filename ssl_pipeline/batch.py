@@ -57,6 +57,13 @@ class MaskRule:
         assert isinstance(self.ratio, float)
         return int(num_patches * (1 - self.ratio))
 
+    def most_masked(self, num_patches: int) -> int:
+        """How many patches of a view the largest `ratio` masks."""
+        ratio = max(self.ratio) if isinstance(self.ratio, tuple) else self.ratio
+        if self.kind == "units":
+            return math.ceil(num_patches // self.unit**2 * ratio) * self.unit**2
+        return num_patches - int(num_patches * (1 - ratio)) if self.kind == "random" else int(num_patches * ratio)
+
     def __post_init__(self) -> None:
         low, high = self.ratio if isinstance(self.ratio, tuple) else (self.ratio, self.ratio)
         counted = self.num_masked is not None

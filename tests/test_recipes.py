@@ -225,7 +225,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     where += ["knn=null", "classifier=null"]
     if plain.data.labelled is not None:
         where += [f"data.labelled.shards={labelled}", "data.labelled.batch_size=8"]
-    length = ["train.epochs=null", "train.steps=2", "train.log_every=1"]
+    length = ["train.steps=2", "train.log_every=1"]
     files = [f"method={json.dumps(plain.method.model_dump(mode='json') | given)}" for given in files_of(plain, output)]
     return recipe(name, *sizes, *backbone, *where, *length, *files, *widths)
 

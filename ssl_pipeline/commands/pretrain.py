@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import (
@@ -31,6 +31,7 @@ from ssl_pipeline.config import (
     Config,
     MayChange,
     PlaceText,
+    Seed,
     Tree,
     Value,
     printable,
@@ -62,6 +63,7 @@ from ssl_pipeline.training.preflight import (
     evaluation_size,
     run_facts,
 )
+from ssl_pipeline.training.remarks import remarks
 from ssl_pipeline.training.resume import check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
 
@@ -76,7 +78,7 @@ class PretrainConfig(Config):
     left out, or `auto`: chosen by the images and the machine."""
     output: MayChange[Path | None] = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Seed = 0
     """Seed of the weights, the order of the images and the augmentation."""
     method: MethodConfig
     """What is learnt."""
@@ -267,6 +269,8 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"output: {config.run_directory} (settings in config.yaml, metrics in metrics.jsonl)",
         flush=True,
     )
+    for remark in remarks(config.method, config.optim, config.augment, clock):
+        print(printable(f"warning: {remark}"), flush=True)
 
 
 def _images(index: ShardIndex) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
+
+from ssl_pipeline.config.ranges import LARGEST, LARGEST_WHOLE, numbers_in, plain, ranges_of
 
 Tree = dict[str, "Value"]
 Value = None | bool | int | float | str | list["Value"] | Tree
@@ -41,6 +44,18 @@ class Config(BaseModel):
     """The field that a bare value given for the whole section sets (`value` of a schedule)."""
     positional: ClassVar[str | None] = None
     """The field that a bare argument of a command sets."""
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Keys that say the same in different ways: one of them on the command line replaces those of the recipe."""
+
+    @model_validator(mode="after")
+    def _numbers_have_an_end(self) -> Self:
+        for name in _without_top(type(self)):
+            for number in numbers_in(getattr(self, name)):
+                largest = LARGEST_WHOLE if isinstance(number, int) else LARGEST
+                if abs(number) > largest:
+                    needed = "at most " if number > 0 else "at least -"
+                    raise ValueError(f"{name} must be {needed}{plain(largest)}. Got {plain(number)}.")
+        return self
 
     @classmethod
     def of_name(cls, name: str) -> tuple[str, ...]:
@@ -56,6 +71,13 @@ class Config(BaseModel):
     @classmethod
     def _paths_begin_at_home(cls, value: object) -> object:
         return Path(at_home(str(value))) if isinstance(value, Path) else value
+
+
+@cache
+def _without_top(section: type[Config]) -> tuple[str, ...]:
+    """The fields whose numbers have no upper end of their own."""
+    fields = section.model_fields.items()
+    return tuple(name for name, field in fields if not any(found.has_top for found in ranges_of(field)))
 
 
 def at_home(place: str) -> str:

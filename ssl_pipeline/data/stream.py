@@ -11,9 +11,10 @@ import torch
 from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.draw import ViewSampler
+from ssl_pipeline.augment.operations.base import Deviation, Mean
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
-from ssl_pipeline.config import Config, MayChange
+from ssl_pipeline.config import BatchSize, Config, MayChange, Processes
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.crop_reader import CropReader
 from ssl_pipeline.data.decode import MAX_PIXELS
@@ -42,7 +43,7 @@ class LabelledConfig(Config):
     """Take just these images of the shards, as data.keep."""
     labels: MayChange[Path | None] = None
     """Labels in place of those in the shards, as data.labels."""
-    batch_size: MayChange[Annotated[int, Field(ge=1)]] = 64
+    batch_size: MayChange[BatchSize] = 64
     """Labelled images per process and micro-batch, beside data.batch_size unlabelled ones."""
 
 
@@ -60,11 +61,11 @@ class DataConfig(Config):
     """Labels in place of those in the shards: FILE.npy with one for each image of the whole set, and FILE.json."""
     cache_dir: MayChange[Path | None] = None
     """Where the shards of a URL are kept; by default in the user's cache, `ssl_pipeline/shards`."""
-    cache_gb: MayChange[Annotated[float, Field(gt=0)]] = 50.0
+    cache_gb: MayChange[Annotated[float, Field(gt=0, le=1e9)]] = 50.0
     """Most that is kept there, in GB; what was used longest ago makes room."""
-    batch_size: MayChange[Annotated[int, Field(ge=1)]]
+    batch_size: MayChange[BatchSize]
     """Images per process and micro-batch."""
-    workers: MayChange[Annotated[int, Field(ge=0)]] = 2
+    workers: MayChange[Processes] = 2
     """Reading processes per training process; 0 reads in the training process itself. Where a quarter of the memory
     that is free for it has no room for the batches of all, fewer are started, with a warning."""
     crop_on: MayChange[Literal["auto", "worker", "device"]] = "auto"
@@ -80,13 +81,13 @@ class DataConfig(Config):
     want of one image (10 always may, unless this is 0)."""
     max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = MAX_PIXELS
     """Pixels of an image above which it counts as one that cannot be decoded; a bound on memory and time per image."""
-    block_shards: Annotated[int, Field(ge=1)] = 16
+    block_shards: Annotated[int, Field(ge=1, le=10**6)] = 16
     """Samples are shuffled within blocks of this many shards; the shards themselves are shuffled as a whole."""
-    prefetch: MayChange[Annotated[int, Field(ge=1)]] = 2
+    prefetch: MayChange[Annotated[int, Field(ge=1, le=1024)]] = 2
     """Batches that each worker prepares ahead, where there is memory for them."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: Mean = (0.485, 0.456, 0.406)
     """Subtracted from red, green and blue in [0, 1]; ImageNet's."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: Deviation = (0.229, 0.224, 0.225)
     """What red, green and blue are divided by after that; ImageNet's."""
     labelled: LabelledConfig | None = None
     """A second, labelled set of images, for methods such as FixMatch."""

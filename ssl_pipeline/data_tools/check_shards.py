@@ -36,7 +36,7 @@ class CheckShards(Config):
     """Extension of the image where samples have several, as data.image_key."""
     write_manifest: bool = False
     """Write the manifest.json by which shards made by others can be served over http, if there are no problems."""
-    workers: Annotated[int, Field(ge=1)] | None = None
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes; by default one per core, at most 16."""
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.accuracy import top_k_accuracy
 from ssl_pipeline.eval.features.extract import Precision, extract_features
@@ -37,7 +37,7 @@ class MonitorConfig(Config):
     """When a monitor measures, and what becomes of the run when it cannot."""
 
     every: Duration
-    """How often: `5ep`, `10%` or a number of optimizer steps."""
+    """How often: `5ep`, `10%` or a number of optimizer steps; 0: only at the end, when it is measured in any case."""
     at_start: bool | None = None
     """Whether it measures before the first step too, as a row of step 0; by default where the backbone starts from
     weights."""
@@ -51,7 +51,7 @@ class ClassifierMonitorConfig(MonitorConfig):
 
     val: str
     """Shards of labelled validation images, with the classes that the method learns."""
-    batch_size: Annotated[int, Field(gt=0)] = 256
+    batch_size: BatchSize = 256
     """Images per forward pass."""
     interpolation: Interpolation = "bicubic"
     """How images are resized, antialiased in either way."""

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import timm
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError, printable
+from ssl_pipeline.config import BatchSize, ConfigError, Processes, printable
 from ssl_pipeline.eval.features.cache import cached
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig, baselines_of, open_model
@@ -32,9 +31,9 @@ class EvaluationConfig(ModelConfig):
     """Shards of labelled test images, with the same classes."""
     baselines: bool = False
     """Whether raw pixels and the same backbone at random initialisation are measured too."""
-    batch_size: Annotated[int, Field(gt=0)] = 256
+    batch_size: BatchSize = 256
     """Images per forward pass."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Processes = 2
     """Processes that read and decode images."""
     device: str = "auto"
     """Device of the backbone: `auto` takes the GPU if there is one."""

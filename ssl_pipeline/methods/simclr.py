@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import nt_xent
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -23,11 +23,11 @@ class SimCLRConfig(Config):
     name: Literal["simclr"]
     temperature: float = Field(0.1, gt=0)
     """Temperature of NT-Xent (paper: 0.1 for ImageNet, 0.5 for CIFAR-10)."""
-    projector_hidden_dim: int = Field(2048, gt=0)
+    projector_hidden_dim: Width = 2048
     """Width of the projector's hidden layers."""
-    projector_dim: int = Field(128, gt=0)
+    projector_dim: Width = 128
     """Width of the embedding that the loss compares."""
-    projector_layers: int = Field(3, ge=1)
+    projector_layers: Depth = 3
     """Linear layers of the projector (official code: 3, paper: 2)."""
     projector_last_batch_norm: LastBatchNorm = "no_shift"
     """Batch norm after the last layer (official code: scaled, not shifted)."""

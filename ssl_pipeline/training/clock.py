@@ -56,7 +56,9 @@ class Clock:
         return self.labelled_begun + (position - self.begun) // self.global_batch * self.labelled_batch
 
     def is_due(self, every: Duration, position: int) -> bool:
-        """Whether what happens `every` so often happens after the step that ends at `position`."""
+        """Whether what happens `every` so often happens after the step that ends at `position`; 0: never."""
+        if every.is_zero:
+            return False
         done = self.progress(position)
         return done.step % max(every.steps(done), 1) == 0
 

@@ -48,7 +48,8 @@ class Reporter:
     def is_due(self, position: int) -> bool:
         """Whether the step that ends at `position` gets a row."""
         step = self._clock.steps_made(position)
-        due = step == 1 or step % self._run.train.log_every == 0 or self._clock.is_last(position)
+        every = self._run.train.log_every  # 0: never
+        due = step == 1 or (every > 0 and step % every == 0) or self._clock.is_last(position)
         return due or self._monitors.are_due(position)
 
     @property

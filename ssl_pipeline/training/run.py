@@ -31,29 +31,31 @@ from ssl_pipeline.training.clock import Clock
 class TrainConfig(Config):
     """How long and how the method is trained."""
 
-    epochs: MayChange[float | None] = Field(None, gt=0)
-    """Passes over the data; or set steps."""
-    steps: MayChange[int | None] = Field(None, gt=0)
+    one_of = ("epochs", "steps")
+
+    epochs: MayChange[float | None] = Field(None, gt=0, le=1e6)
+    """Passes over the data; or set steps. On the command line either replaces the recipe's length."""
+    steps: MayChange[int | None] = Field(None, gt=0, le=10**9)
     """Optimizer steps; or set epochs."""
     precision: MayChange[Literal["bf16", "fp16", "no"]] = "no"
     """Mixed precision of forward and backward; weights, losses and averages stay float32."""
-    accumulate: MayChange[int] = Field(1, ge=1)
+    accumulate: MayChange[int] = Field(1, ge=1, le=2**20)
     """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
     sync_batch_norm: MayChange[bool] = False
     """Whether batch norm sees the images of all processes."""
     compile: MayChange[bool] = False
     """Whether backbones (and MAE's decoder) go through torch.compile."""
     save_every: MayChange[Duration] = Duration("1ep")
-    """Time between checkpoints; one is written at the end in any case."""
+    """Time between checkpoints; 0: none on the way. One is written at the end in any case."""
     keep_checkpoints: MayChange[int] = Field(2, ge=2)
     """Newest checkpoints that are kept."""
-    log_every: MayChange[int] = Field(50, ge=1)
-    """Steps between logged rows."""
+    log_every: MayChange[int] = Field(50, ge=0)
+    """Steps between logged rows; 0: none on the way. The first and the last step have one in any case."""
     time_steps: MayChange[int] = Field(0, ge=0)
-    """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0 times none."""
-    profile: MayChange[int] = Field(0, ge=0)
-    """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0 for no trace."""
-    hang_timeout: MayChange[float] = Field(600.0, ge=0)
+    """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
+    profile: MayChange[int] = Field(0, ge=0, le=1000)
+    """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0: no trace."""
+    hang_timeout: MayChange[float] = Field(600.0, ge=0, le=1e9)
     """Seconds without a finished step, or without any activity at the start, after which the process prints where it
     stands and ends with status failed; 0 never times out."""
 
@@ -61,7 +63,7 @@ class TrainConfig(Config):
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             got = "both" if self.epochs is not None else "neither"
-            raise ValueError(f"set either epochs or steps. Got {got}; to replace one of a recipe, set it to null.")
+            raise ValueError(f"set either epochs or steps. Got {got}.")
         return self
 
 

@@ -45,7 +45,7 @@ def save_run(
 
 
 def export_run(run: Run, folder: Path, *, position: int) -> None:
-    """Write the evaluated backbone and what else the method exports, such as its classifier, as they are at `position`."""
+    """Write the evaluated backbone and what else the method has to export, as they are at `position`."""
     if run.method.classifier is not None:
         names = run.labelled_index.class_names if run.labelled_index is not None else None
         save_classifier(folder, run.method.classifier, names)

@@ -307,6 +307,12 @@ def test_each_start_stands_in_run_json(tmp_path, recipe):
     assert run(*argv, "train.steps=9")[0] == 0, "it decides nothing"
 
 
+def test_a_run_that_ends_inside_its_warm_up_says_so(tmp_path, recipe):
+    code, printed = run(recipe, f"output={tmp_path}", "train.steps=1")
+    assert code == 0
+    assert "warning: optim.lr.warmup=2 is 2 steps, but the run ends after 1: 0.001 is never reached.\n" in printed
+
+
 # Checkpoints
 
 
@@ -587,7 +593,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path, rec
 
 def test_one_two_and_one_process_see_every_image_once_per_epoch(tmp_path, recipe):
     record = tmp_path / "ids"
-    argv = [recipe, f"output={tmp_path / 'run'}", "train.steps=null", "train.epochs=2"]
+    argv = [recipe, f"output={tmp_path / 'run'}", "train.epochs=2"]
     stop = {"what": "SIGTERM", "record": record}
     assert run(*argv, "data.batch_size=8", happening=Happening(at=2, **stop))[0] == 143  # 24 images
     codes, _ = run_together(*argv, "data.batch_size=2", happening=Happening(at=4, **stop))  # 20 images

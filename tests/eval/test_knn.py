@@ -246,7 +246,7 @@ def test_random_initialisation_is_the_same_every_time(run: Path, train: str, tes
         (("backbone=raw_pixels", "per_class=13"), "has of one of its classes: 12"),
         (("backbone=raw_pixels", "leave_one_out=true"), "leave_one_out=true classifies the images of train: set test="),
         (("backbone=raw_pixels", "k=[]"), "k must"),
-        (("backbone=raw_pixels", "temperature=0"), "temperature must be greater than 0"),
+        (("backbone=raw_pixels", "temperature=0"), "temperature must be above 0"),
         (("backbone=raw_pixels", "device=tpuu"), "device must be auto, cpu or cuda"),
         (("run=no/such/run",), "run=no/such/run must be the directory of a run. There is none"),
     ],

@@ -28,7 +28,7 @@ def refusal(folder, recipe, *settings, batch_size=8):
     shards = write_shards(folder / "shards")
     small = [f"method.{width}=16" for width in WIDTHS[recipe]]
     run = ["data.workers=0", f"output={folder / 'run'}", "knn=null"]
-    run += [f"data.batch_size={batch_size}", "train.precision=no", "train.epochs=null", "train.steps=1"]
+    run += [f"data.batch_size={batch_size}", "train.precision=no", "train.steps=1"]
     images = [] if any(setting.startswith("data.shards=") for setting in settings) else [f"data.shards={shards}"]
     config = load(PretrainConfig, [f"recipe={recipe}", *images, *run, *small, *settings], recipes=RECIPES)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from ssl_pipeline.augment.operations.base import (
     Operation,
-    PerView,
+    Probability,
     ViewSettings,
     change_due,
     happens,
@@ -21,6 +21,7 @@ from ssl_pipeline.augment.operations.base import (
     per_view_mistakes,
     range_mistakes,
 )
+from ssl_pipeline.config import InRange
 
 # N samples, C channels (3, or 1 for gray), S pixels to a side, R + 1 distances from 0 to the kernel's reach
 
@@ -31,11 +32,11 @@ SIGMAS_THAT_COUNT = 4.75  # a Gaussian's weights beyond are 2 millionths of the 
 class BlurSettings(ViewSettings):
     """When and how much a view is blurred."""
 
-    blur_prob: PerView = 0.0
+    blur_prob: Probability = 0.0
     """Probability of Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[float, float], InRange(gt=0, le=1000, increasing=True)] = (0.1, 2.0)
     """Smallest and largest standard deviation of the blur in pixels."""
-    blur_kernel: int | None = None
+    blur_kernel: Annotated[int | None, InRange(ge=1, le=8191)] = None
     """Odd width of the blur's kernel in pixels; by default 4 standard deviations of the strongest blur to each side."""
     blur: Literal["gaussian", "box"] = "gaussian"
     """How a view is blurred: `gaussian` as torchvision does it, or `box` as Pillow approximates it (three boxes each
@@ -61,16 +62,14 @@ class Blur(Operation[BlurSettings, Kernel]):
     settings = BlurSettings
 
     def mistakes(self, group: BlurSettings) -> list[str]:
-        low, high = group.blur_sigma
         kernel = 1 if group.blur_kernel is None else group.blur_kernel
         smallest = min(group.sizes, default=1)
         largest = largest_kernel(smallest)
         return [
-            *per_view_mistakes(group, blur_prob=1.0),
+            *per_view_mistakes(group, "blur_prob"),
             *range_mistakes(
-                (0 < low <= high, "blur_sigma", "an increasing pair above 0", group.blur_sigma),
                 (
-                    kernel % 2 == 1 and 1 <= kernel <= largest,
+                    kernel % 2 == 1 and kernel <= largest,
                     "blur_kernel",
                     f"odd and from 1 to {largest} for size={smallest}",
                     kernel,

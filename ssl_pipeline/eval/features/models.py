@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ssl_pipeline.augment.central_crop import Interpolation
+from ssl_pipeline.augment.operations.base import Deviation, Mean
 from ssl_pipeline.backbones import (
     Argument,
     Backbone,
@@ -56,13 +57,13 @@ class ModelConfig(Config):
     initialisation."""
     weights_from: str | None = None
     """With `weights`: `teacher` or `student` of a file, a backbone of a run by name."""
-    size: Annotated[int, Field(gt=0)] | None = None
+    size: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Side of the images in pixels; by default the run's evaluation size, or `arguments.img_size`, or 224."""
     interpolation: Interpolation = "bicubic"
     """How images are resized, antialiased in either way; published figures of most ResNets are bilinear."""
-    mean: tuple[float, float, float] | None = None
+    mean: Mean | None = None
     """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
-    std: tuple[float, float, float] | None = None
+    std: Deviation | None = None
     """With `backbone`: standard deviation of the colour channels; by default as `mean`."""
 
     @model_validator(mode="after")
