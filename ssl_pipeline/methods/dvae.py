@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, TokenBackbone, require_tokens
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, InRange
 from ssl_pipeline.distributed import mean_over_ranks
 from ssl_pipeline.losses import gumbel_softmax, logit_laplace_loss, uniform_kl_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
@@ -33,9 +33,9 @@ class DVAEConfig(Config):
     """How many codes there are."""
     reconstruction: Literal["logit_laplace", "mse"] = "logit_laplace"
     """logit_laplace: DALL-E's likelihood, of images with mean -0.125 and std 1.25; mse: the squared error."""
-    temperature: Schedule = Schedule(value=1.0, final=1 / 16, decay_for=Duration(150_000))
+    temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(value=1.0, final=1 / 16, decay_for=Duration(150_000))
     """Temperature of the mixture of codes that the decoder sees."""
-    kl_weight: Schedule = Schedule(value=6.6 / 192, warmup=Duration(5000), rise="cosine")
+    kl_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=6.6 / 192, warmup=Duration(5000), rise="cosine")
     """Weight of the divergence of a cell's codes from evenly used ones."""
     average_momentum: float = Field(0.999, ge=0, lt=1)
     """Share of the averaged tokenizer, the one that is exported, that an update keeps."""
