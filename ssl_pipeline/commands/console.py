@@ -15,6 +15,7 @@ COMMANDS = {
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "compare": "ssl_pipeline.commands.compare",
+    "export": "ssl_pipeline.eval.export",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",

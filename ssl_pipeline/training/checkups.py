@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ssl_pipeline.config import failure_sentence, printable
 from ssl_pipeline.run.doctor import Finding, Row, diagnose
-from ssl_pipeline.run.doctor.records import read_findings, read_recipe_of, read_rows, settings_of, write_findings
+from ssl_pipeline.run.doctor.records import read_findings, read_recipe_of, read_rows, write_findings
 from ssl_pipeline.training.run import Run
 
 CHECKUPS = 100  # of a run, evenly
@@ -21,13 +21,13 @@ class Checkups:
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._path, self._say = run.output.path, say
         self._is_on = run.output.directory is not None
-        self._every = max(1, run.clock.progress(run.clock.end).total_steps // CHECKUPS)
+        self._every = max(1, run.clock.total_steps // CHECKUPS)
         self._next = 0
         self._rows: list[Row] = []
         self._found: dict[str, Finding] = {}
         if not self._is_on:
             return
-        self._settings = settings_of(run.output.settings)
+        self._settings = run.output.plain_settings() or {}
         self._recipe = read_recipe_of(self._settings)
         self._rows = [*read_rows(self._path)]  # of a resumed run
         reached = int(str(self._rows[-1]["step"])) if self._rows else -1

@@ -74,11 +74,11 @@ class Case:
     def method(self) -> str:
         return str(self.setting("method.name"))
 
-    @property
+    @cached_property
     def global_batch(self) -> int:
-        """Images of an optimizer step over all processes."""
-        last = self.rows[-1]
-        return round(_whole(last["position"]) / _whole(last["step"]))
+        """Images of an optimizer step over all processes, at the end if it has changed."""
+        before, last = ({"step": 0}, *self.rows)[-2:]
+        return round((images_of(last) - images_of(before)) / max(_whole(last["step"]) - _whole(before["step"]), 1))
 
     @property
     def micro_batch(self) -> int:
@@ -87,14 +87,15 @@ class Case:
 
     @cached_property
     def progress(self) -> Progress:
-        """That of the last row."""
-        last = self.rows[-1]
-        step, epoch = _whole(last["step"]), number(last["epoch"])
-        steps_per_epoch = step / epoch if epoch else 1.0
+        """That of the last row, in steps of the present batch."""
+        images, epoch = images_of(self.rows[-1]), number(self.rows[-1]["epoch"])
+        step, num_samples = images // self.global_batch, images / epoch if epoch else float(images)
         steps, epochs = self.setting("train.steps"), number(self.setting("train.epochs"))
         # an epoch's length in images is whole; the quotient may be off by a rounding
-        total = _whole(steps) if steps is not None else math.ceil((epochs or 0.0) * steps_per_epoch - 1e-6)
-        return Progress(step, max(total, step), steps_per_epoch)
+        total = (
+            _whole(steps) if steps is not None else math.ceil((epochs or 0.0) * num_samples / self.global_batch - 1e-6)
+        )
+        return Progress(step, max(total, step), num_samples / self.global_batch)
 
     @cached_property
     def grace(self) -> int:
@@ -122,6 +123,11 @@ class Case:
         steps = max(FEWEST_STEPS, self.progress.total_steps / 50)
         long = len(streak) >= FEWEST_ROWS and streak[-1][0] - streak[0][0] >= steps
         return streak if long else []
+
+
+def images_of(row: Row) -> int:
+    """The images seen; rows of ssl-pipeline 0.2.0 have "position" in the place of "images"."""
+    return _whole(row.get("images", row.get("position")))
 
 
 def number(value: object) -> float | None:

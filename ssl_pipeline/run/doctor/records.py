@@ -40,7 +40,7 @@ def read_rows(run: Path) -> list[Row]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            if isinstance(row, dict) and {"step", "position", "epoch"} <= row.keys():
+            if isinstance(row, dict) and {"step", "epoch"} <= row.keys() and row.keys() & {"images", "position"}:
                 rows.append(row)
         except ValueError:
             continue
