@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from ssl_pipeline.run.doctor.case import Case, Finding, Point, middle, number
 
 NEAR = 0.01  # of the logarithm: so near to guessing is guessing
-FEW_ROWS = 5  # at the start, that falls are measured against
+FEW_ROWS = 5  # that falls are measured against
 COLLAPSED_STD = 0.005  # of features; 1 is evenly spread
-FALLEN_STD = 0.1  # of the first values
+FALLEN_STD = 0.1  # of the highest of the first values
 FALLEN_RANK = 0.5  # of the highest
 KNN_POINTS = 3.0  # percent; the standard error of 360 images is 1.2
 COUNTED_TARGETS = 64  # of losses.prototypes_used
@@ -107,11 +107,12 @@ def features_collapse(case: Case) -> Finding | None:
     first = case.column("feature_std")[:FEW_ROWS]
     if not first:
         return None
-    limit = max(COLLAPSED_STD, FALLEN_STD * middle(first))
+    highest = max(value for _, value in first)
+    limit = max(COLLAPSED_STD, FALLEN_STD * highest)
     streak = case.lasting("feature_std", at_most(limit))
     if not streak:
         return None
-    seen = f"feature_std fell from {middle(first):.2g} to {streak[-1][1]:.2g}: all images get nearly the same features."
+    seen = f"feature_std fell from {highest:.2g} to {streak[-1][1]:.2g}: all images get nearly the same features."
     keys = ("optim.lr", "optim.weight_decay", "method")
     return Finding("features_collapse", streak[0][0], seen, f"{WEAK_START} Check the method's own weights.", keys)
 

@@ -9,6 +9,7 @@ from ssl_pipeline.run.doctor.case import FEWEST_ROWS, FEWEST_STEPS, Case, Findin
 
 EXPLODED = 100.0  # times the median of the rows before
 ROWS_BEFORE = 20
+FEWEST_BEFORE = 3
 FEWEST_OVERFLOWS = 3  # rows in a row
 FAR_RATE = 10.0  # times, either way, from the recipe's rate at this batch
 FAR_BATCH = 4.0  # times below the batch that the learning rate is meant for
@@ -19,7 +20,7 @@ WAITING = 0.10  # of the time: the loader is the bottleneck
 def gradients_explode(case: Case) -> Finding | None:
     """A gradient norm far above those of the rows before."""
     column = case.column("gradient_norm")
-    for place in range(FEWEST_ROWS, len(column)):
+    for place in range(FEWEST_BEFORE, len(column)):
         before = median(value for _, value in column[max(0, place - ROWS_BEFORE) : place])
         step, norm = column[place]
         if norm > EXPLODED * before > 0:
