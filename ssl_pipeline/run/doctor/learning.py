@@ -39,7 +39,9 @@ def _losses_of_guessing(case: Case) -> Iterator[tuple[str, float, str, tuple[str
     keys = ("optim.lr", "optim.lr.warmup", "data.batch_size")
     temperature, queue = (number(case.setting(f"method.{name}")) for name in ("temperature", "queue_size"))
     if method == "simclr":
-        yield "loss", math.log(2 * batch - 1), f"ln(2N - 1) with N = {batch} images", keys
+        scale = number(case.setting("method.loss_scale")) or 1.0
+        formula = "ln(2N - 1)" if scale == 1.0 else f"{scale:g} * ln(2N - 1)"
+        yield "loss", scale * math.log(2 * batch - 1), f"{formula} with N = {batch} images", keys
     elif method == "nnclr":
         yield "loss", math.log(batch), f"ln N with N = {batch} images", keys
     elif method == "moco" and queue is not None:

@@ -85,9 +85,8 @@ def record(case: str, shards: dict[str, Path], folder: Path) -> dict[str, object
         **network_and_views(name),
     )
     output = folder / case
-    code = _pretrain(
-        [f"recipe={recipe}", f"output={output}", "data.batch_size=64", "data.cache=true", *labelled, *settings]
-    )
+    data = ["data.batch_size=64", "data.cache=true", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]", *labelled]
+    code = _pretrain([f"recipe={recipe}", f"output={output}", *data, *settings])
     config = read_yaml((output / "config.yaml").read_text(), where="config.yaml")
     return {"case": case, "exit_code": code, "config": config, "rows": [shortened(row) for row in rows(output)]}
 

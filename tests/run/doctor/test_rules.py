@@ -81,6 +81,12 @@ def test_accumulation_leaves_a_contrastive_loss_fewer_images():
     assert found(rows, settings | {"train": SETTINGS["train"]}) == {}
 
 
+def test_a_scaled_loss_has_a_scaled_guess():
+    settings = with_settings() | {"method": {"name": "simclr", "loss_scale": 2.0}}
+    assert found(rows_of(loss=2 * math.log(2 * BATCH - 1)), settings).keys() == {"loss_stuck_at_guessing"}
+    assert found(rows_of(loss=math.log(2 * BATCH - 1)), settings) == {}
+
+
 def test_a_batch_that_a_resumed_run_has_changed_is_the_present_one():
     rows = rows_of(loss=1.0)
     for row in rows[10:]:
