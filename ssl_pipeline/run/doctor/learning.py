@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 from ssl_pipeline.run.doctor.case import Case, Finding, Point, middle, number
 
-NEAR = 0.01  # of the logarithm: so near to guessing is guessing
+GUESSING = 0.003  # below what guessing costs; a slow start of 1 % is progress already
+NEAR = 0.01  # of the largest entropy, to either end
 FEW_ROWS = 5  # that falls are measured against
 COLLAPSED_STD = 0.005  # of features; 1 is evenly spread
 FALLEN_STD = 0.1  # of the highest of the first values
@@ -26,7 +27,7 @@ FALL_HELPS = "Try a lower optim.lr, a backbone that stays frozen for longer, or 
 def loss_stuck_at_guessing(case: Case) -> Finding | None:
     """A contrastive loss at ln(number of candidates), a prototype loss at ln K, or above: what guessing costs."""
     for name, guess, formula, keys in _losses_of_guessing(case):
-        streak = case.lasting(name, at_least((1 - NEAR) * guess)) if guess > 0 else []
+        streak = case.lasting(name, at_least((1 - GUESSING) * guess)) if guess > 0 else []
         if streak:
             seen = f"{name} is {middle(streak):.3g} since then, and {formula} = {guess:.3g} is what guessing costs."
             return Finding("loss_stuck_at_guessing", streak[0][0], seen, WEAK_START, keys)
