@@ -16,9 +16,7 @@ from ssl_pipeline.losses.checks import check_positive
 from ssl_pipeline.losses.precision import matmul_dtype, sum_dtype
 
 # Axes: M target rows, D dimensions, K prototypes, k those of one slab; A equal parts of the rows, Q rows of a queue.
-ROWS_TO_COUNT = (
-    64  # for a metric: 32 rows and 65,536 prototypes take 8 % of the time of the loss of 160 rows on one core
-)
+ROWS_TO_COUNT = 64  # for a metric; 32 take 8 % of the time of a loss of 160 rows, 65,536 prototypes, one core
 SLAB = 8192  # 160 rows on one core: 2,048 to 16,384 prototypes are alike, 65,536 (all at once) take 1.5x the time
 
 
