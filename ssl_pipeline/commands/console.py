@@ -13,6 +13,7 @@ COMMANDS = {
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
     "table": "ssl_pipeline.eval.table",
+    "embed": "ssl_pipeline.commands.embed",
     "compare": "ssl_pipeline.commands.compare",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",

@@ -17,7 +17,7 @@ import torch
 from ssl_pipeline.config import ConfigError, printable, read_yaml
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data_tools.packed_once import is_packed, pack_once
+from ssl_pipeline.data_tools.packed_once import IN_A_RUN, is_packed, pack_once
 
 AUTO = "auto"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -41,7 +41,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
         raise ConfigError("recipe=auto looks at the images to choose. Set images=FOLDER, or data.shards=SHARDS.")
     recipe = recipe or AUTO
     output = Path(given["output"] if "output" in given else _directory(images, given, recipe)).expanduser()
-    shards = given["data.shards"] if images is None else _shards(images, output)
+    shards = given["data.shards"] if images is None else shards_of(images, output)
     chosen = _chosen(open_shards(shards), given, output) if recipe == AUTO else [f"recipe={recipe}"]
     packed = [] if images is None else [f"data.shards={shards}"]
     return [*chosen, *rest, *packed, *([] if "output" in given else [f"output={output}"])]
@@ -67,16 +67,19 @@ def _directory(images: str | None, given: Mapping[str, str], recipe: str) -> Pat
     return Path("runs") / (name or "images")
 
 
-def _shards(images: str, output: Path) -> str:
-    """Where the images are as shards: themselves, if they are some, or what is made of them."""
+def shards_of(images: str, output: Path, *, way_out: str = IN_A_RUN) -> str:
+    """Where the images are as shards: themselves, if they are some, or what is made of them, once, in `output`.
+
+    The first process packs them, and the others wait for it. way_out: what to do where they have changed since then.
+    """
     source = Path(images).expanduser()
     if images.endswith(".tar") or (source.is_dir() and any(source.glob("*.tar"))):
         return images
     if os.environ.get("RANK", "0") == "0":
-        return str(pack_once(images if images == "digits" else str(source), output))
+        return str(pack_once(images if images == "digits" else str(source), output, way_out=way_out))
     while not is_packed(output):
         time.sleep(SECONDS_BETWEEN_LOOKS)  # if the first process fails, the launcher ends this one
-    return str(pack_once(images if images == "digits" else str(source), output))
+    return str(pack_once(images if images == "digits" else str(source), output, way_out=way_out))
 
 
 def _chosen(index: ShardIndex, given: Mapping[str, str], output: Path) -> list[str]:

@@ -15,13 +15,15 @@ from ssl_pipeline.files import write_text
 SHARDS = "images"
 LISTING = "images.jsonl"
 NAMES_SHOWN = 3
+IN_A_RUN = "Put the files back, or choose another output=DIR to train on what is there now."
 
 
-def pack_once(source: str, place: Path) -> Path:
+def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN) -> Path:
     """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
 
     LISTING beside it has the name and size of each file as it was packed; it is written last, so that shards without
-    it are those of a start that was cut short. Raises DataError, which names some files, if the source has changed.
+    it are those of a start that was cut short. Raises DataError, which names some files and the way out, if the source
+    has changed.
     """
     shards, listing = place / SHARDS, place / LISTING
     files = open_source(source, "", None)
@@ -30,8 +32,7 @@ def pack_once(source: str, place: Path) -> Path:
         before = read_listing(listing)
         if before != now:
             raise DataError(
-                f"images={source} has changed since this run packed it into '{shards}': {differences(before, now)}. "
-                f"Put the files back, or choose another output=DIR to train on what is there now."
+                f"'{source}' has changed since it was packed into '{shards}': {differences(before, now)}. {way_out}"
             )
         if shards.exists():
             return shards

@@ -14,12 +14,12 @@ from ssl_pipeline.config import run_command
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
 from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
 from ssl_pipeline.eval.monitors import MonitorConfig
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
-    choose_device,
     measure_models,
     write_report,
 )

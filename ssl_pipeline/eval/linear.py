@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from ssl_pipeline.config import Config, ConfigError, run_command
 from ssl_pipeline.eval.accuracy import bootstrap_interval, top_k_accuracy
+from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
-    choose_device,
     measure_models,
     write_report,
 )

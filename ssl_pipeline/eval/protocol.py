@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import timm
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError, printable
-from ssl_pipeline.eval.features.cache import cached
-from ssl_pipeline.eval.features.extract import Precision, extract_features
-from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig, baselines_of, open_model
+from ssl_pipeline.config import printable
+from ssl_pipeline.eval.features.extract import extract_features
+from ssl_pipeline.eval.features.kinds import FeatureKinds
+from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
+from ssl_pipeline.eval.features.passes import PassConfig, choose_device, feature_pass
 from ssl_pipeline.eval.labelled import LabelledImages
 from ssl_pipeline.files import JSON, write_json
 
 Result = TypeVar("Result")
 
 
-class EvaluationConfig(ModelConfig):
+class EvaluationConfig(PassConfig):
     """A model with the labelled images to measure it on."""
 
     train: str
@@ -32,14 +31,6 @@ class EvaluationConfig(ModelConfig):
     """Shards of labelled test images, with the same classes."""
     baselines: bool = False
     """Whether raw pixels and the same backbone at random initialisation are measured too."""
-    batch_size: Annotated[int, Field(gt=0)] = 256
-    """Images per forward pass."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that read and decode images."""
-    device: str = "auto"
-    """Device of the backbone: `auto` takes the GPU if there is one."""
-    precision: Precision = "no"
-    """Autocast of the backbone: `no` is float32."""
     output: Path | None = None
     """Where `eval/` goes with the report and cached features; by default the run, without a run nothing is written."""
 
@@ -53,19 +44,6 @@ class LabelledFeatures:
     test: Tensor
     test_labels: Tensor
     num_classes: int
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be auto, cpu or cuda. Got '{name}'.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name} needs a GPU that torch can use. There is none; try device=cpu.")
-    return device
 
 
 @dataclass(frozen=True)
@@ -109,6 +87,7 @@ def measure_models(
         "mean": model.preprocessing.mean,
         "std": model.preprocessing.std,
         "precision": config.precision,
+        "dtype": config.dtype,
         "train": config.train,
         "num_train": len(features.train),
         "test": config.test,
@@ -122,34 +101,28 @@ def measure_models(
 
 
 def model_features(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> LabelledFeatures:
-    """Features of both sets, from the cache in `DIR/eval/cache` where it has them."""
-    device = choose_device(config.device)
+    """Features of both sets, memory-mapped from `DIR/eval/cache`, computed the first time; without DIR, in memory."""
     directory = config.output or config.run
-    backbone = model.backbone.to(device)
     found: list[Tensor] = []
     for name, index in (("training", images.train), ("test", images.test)):
-        identity = {
-            "subject": {key: value for key, value in model.about.items() if key != "run"},
-            "preprocessing": asdict(model.preprocessing),
-            "precision": config.precision,
-            "images": index.checksums,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        }
-        compute = partial(
-            extract_features,
-            backbone,
+        description = f"{model.label}, {name} images"
+        if directory is not None:
+            network, place = FeatureKinds(model.backbone), directory / "eval" / "cache"
+            found.append(feature_pass(place, model, network, index, config, description=description).features["pooled"])
+            continue
+        device = choose_device(config.device)
+        features, _ = extract_features(
+            model.backbone.to(device),
             index,
             model.preprocessing,
             batch_size=config.batch_size,
             workers=config.workers,
             device=device,
             precision=config.precision,
-            description=f"{model.label}, {name} images",
+            description=description,
         )
-        features, _ = cached(directory and directory / "eval" / "cache", identity, compute)
         found.append(features)
-    train, test = found
+    train, test = (features.float() for features in found)
     return LabelledFeatures(train, images.train_labels, test, images.test_labels, images.num_classes)
 
 
