@@ -13,6 +13,7 @@ COMMANDS = {
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
     "table": "ssl_pipeline.eval.table",
+    "suite": "ssl_pipeline.eval.suite",
     "embed": "ssl_pipeline.commands.embed",
     "compare": "ssl_pipeline.commands.compare",
     "make-shards": "ssl_pipeline.data_tools.make_shards",

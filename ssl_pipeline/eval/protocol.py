@@ -80,7 +80,12 @@ def measure_models(
         name: (baseline, measure(model_features(config, baseline, images)))
         for name, baseline in (baselines_of(model) if config.baselines else {}).items()
     }
-    protocol: dict[str, JSON] = {
+    return Measured(model.label, measure(features), baselines, protocol_of(config, model, images))
+
+
+def protocol_of(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> dict[str, JSON]:
+    """What was measured on which images: every evaluator's part of the protocol."""
+    return {
         "label": model.label,
         "subject": model.about,
         "size": model.preprocessing.size,
@@ -89,15 +94,14 @@ def measure_models(
         "precision": config.precision,
         "dtype": config.dtype,
         "train": config.train,
-        "num_train": len(features.train),
+        "num_train": len(images.train),
         "test": config.test,
-        "num_test": len(features.test),
-        "num_classes": features.num_classes,
+        "num_test": len(images.test),
+        "num_classes": images.num_classes,
         "warnings": images.warnings,
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    return Measured(model.label, measure(features), baselines, protocol)
 
 
 def model_features(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> LabelledFeatures:
