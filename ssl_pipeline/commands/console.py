@@ -14,6 +14,7 @@ COMMANDS = {
     "linear": "ssl_pipeline.eval.linear",
     "table": "ssl_pipeline.eval.table",
     "suite": "ssl_pipeline.eval.suite",
+    "report": "ssl_pipeline.eval.report",
     "embed": "ssl_pipeline.commands.embed",
     "compare": "ssl_pipeline.commands.compare",
     "make-shards": "ssl_pipeline.data_tools.make_shards",

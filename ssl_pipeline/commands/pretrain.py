@@ -193,7 +193,8 @@ def _pretrain(config: PretrainConfig) -> int:
                 names = labelled_index.class_names if labelled_index is not None else None
                 save_classifier(output, method.classifier, names)
             save_backbone(output, method.backbone, preprocessing)
-            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS\n{in_python(output)}")
+            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
+            print(f"As a page: python -m eval.report run={output}\n{in_python(output)}")
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
 
