@@ -35,7 +35,7 @@ from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.training import loop, step
 from ssl_pipeline.training.launch import start_accelerator
 from ssl_pipeline.training.run import Monitor, Output, Run, TrainConfig, start_clock
-from tests.tiny import VIT, make_method, needs, tiny_settings, view_shape
+from tests.tiny import CONFIGS, OTHER_NETWORK, VIT, make_method, needs, tiny_settings, view_shape
 
 SGD = {"name": "sgd", "lr": {"value": 0.02, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
 ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
@@ -47,7 +47,7 @@ class Happening:
 
     what: nothing, a signal name, "kill a worker", "hang" or "nan".
     on_rank: only there.
-    record: files (suffix: the rank) that get the sample ids of each micro-batch.
+    record: files (suffix: the rank) that get the sample ids of each micro-batch; record_labelled: of its labelled one.
     slow_save: a file that appears when a checkpoint is half written; the process then waits to be killed.
     float64: everything behind the augmentation is computed in double precision.
     """
@@ -56,22 +56,29 @@ class Happening:
     at: int = 0
     on_rank: int | None = None
     record: Path | None = None
+    record_labelled: Path | None = None
     slow_save: Path | None = None
     float64: bool = False
 
 
 def tiny_views(name: str) -> dict[str, ViewGroup]:
     """The groups of views that a method needs, in their smallest form."""
-    shapes = {views.name: view_shape(views) for views in needs(name)}
-    return {group: ViewGroup(count=count, size=size) for group, (count, size) in shapes.items()}
+    groups = {}
+    for views in needs(name):
+        count, size = view_shape(views)
+        own = {} if views.for_backbone else {"mean": OTHER_NETWORK, "std": OTHER_NETWORK}
+        groups[views.name] = ViewGroup(count=count, size=size, crops_of=views.crops_of, **own)
+    return groups
 
 
 def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Path:
     """A complete recipe for the method `name` in its smallest form; `sections` replace its sections."""
     tree: dict[str, object] = {
-        "method": tiny_settings(name),
+        "method": CONFIGS[name](**tiny_settings(name)).model_dump(mode="json", exclude_unset=True),
         "backbone": VIT.model_dump(mode="json", include={"name", "arguments"}),
-        "augment": {group: view.model_dump(include={"count", "size"}) for group, view in tiny_views(name).items()},
+        "augment": {
+            group: view.model_dump(mode="json", exclude_unset=True) for group, view in tiny_views(name).items()
+        },
         "data": _data(name, shards, batch_size=8),
         "optim": ADAMW,
         "train": {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0},
@@ -93,6 +100,8 @@ def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Te
 
     def train(run: Run) -> int:
         runs.append(run)
+        if happening is not None and happening.float64:
+            run.method.double()  # also what it took in by then, such as the weights of another network
         return loop.train(run)
 
     with happens(happening or Happening()), mock.patch.object(pretrain, "train", train):
@@ -189,9 +198,10 @@ def happens(happening: Happening) -> Iterator[None]:
 
     def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], **normalisation: Channels) -> Batch:
         batch = original(images, augment, **normalisation)
-        if happening.record is not None:
-            with happening.record.with_suffix(f".{rank()}").open("a") as file:
-                file.write(json.dumps(batch.sample_ids.tolist()) + "\n")
+        for record, seen in ((happening.record, batch), (happening.record_labelled, batch.labelled)):
+            if record is not None and seen is not None:
+                with record.with_suffix(f".{rank()}").open("a") as file:
+                    file.write(json.dumps(seen.sample_ids.tolist()) + "\n")
         if happening.float64:
             batch = _double(batch)
         if next(made) == happening.at and happening.on_rank in (None, rank()):

@@ -22,7 +22,7 @@ from ssl_pipeline.distributed import (
     rank,
     world_size,
 )
-from ssl_pipeline.losses import barlow_twins_loss, moco_v3_loss, nnclr_loss, nt_xent, vicreg_loss
+from ssl_pipeline.losses import barlow_twins_loss, koleo_loss, moco_v3_loss, nnclr_loss, nt_xent, vicreg_loss
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.modules.memory import FeatureQueue
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
@@ -110,7 +110,7 @@ def detach_the_others(local: Tensor) -> Tensor:
 def gathers_are(wrong: bool) -> Iterator[None]:
     """Inside, the losses gather as they should, or make that mistake."""
     with ExitStack() as patches:
-        for module in ("contrastive", "redundancy"):
+        for module in ("contrastive", "redundancy", "regularizers"):
             gathers = detach_the_others if wrong else gather_with_grad
             patches.enter_context(mock.patch(f"ssl_pipeline.losses.{module}.gather_with_grad", gathers))
         yield
@@ -129,6 +129,7 @@ def loss_gradients(name: str, wrong: bool) -> tuple[Tensor, Tensor]:
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "barlow_twins_loss": lambda z1, z2, *_: barlow_twins_loss(z1, z2, off_diagonal_weight=0.1),
+    "koleo_loss": lambda z1, *_: koleo_loss(z1, num_neighbours=2),
     "moco_v3_loss": lambda *inputs: moco_v3_loss(*inputs, temperature=0.3),
     "nnclr_loss": lambda *inputs: nnclr_loss(*inputs, random(20, 5, seed=9), temperature=0.3),
     "nt_xent": lambda z1, z2, *_: nt_xent(z1, z2, temperature=0.3),
@@ -146,7 +147,7 @@ def test_a_loss_over_two_ranks_is_that_of_the_global_batch(name):
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["barlow_twins_loss", "nnclr_loss", "nt_xent", "vicreg_loss"])
+@pytest.mark.parametrize("name", ["barlow_twins_loss", "koleo_loss", "nnclr_loss", "nt_xent", "vicreg_loss"])
 def test_a_gather_that_drops_gradients_is_noticed(name):
     _, expected = loss_gradients(name, False)
     (_, first), (_, second) = run_on_ranks(loss_gradients, name, True)
@@ -204,8 +205,15 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
         ("vicreg", "gather"),
         ("simclr", "own batch norm"),
         ("dino", "no DDP"),
+        ("ibot", "no DDP"),
+        ("dinov2", "gather"),
+        ("dinov3", "own codes"),
         ("byol", "own batch norm"),
         ("mae", "no DDP"),
+        ("simmim", "no DDP"),
+        ("distillation", "no DDP"),
+        ("beit", "no DDP"),
+        ("dvae", "no DDP"),
         ("swav", "own codes"),
     ],
 )
@@ -239,6 +247,6 @@ def test_teachers_queues_and_centres_are_those_of_one_process(name):
         torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-7, msg=key)
 
 
-@pytest.mark.parametrize("name", ["barlow_twins", "moco_v3", "nnclr", "simclr", "swav", "vicreg"])
+@pytest.mark.parametrize("name", ["barlow_twins", "dinov2", "dinov3", "moco_v3", "nnclr", "simclr", "swav", "vicreg"])
 def test_methods_for_which_accumulation_is_no_bigger_batch_say_so(name):
     assert "k micro-batches are not one big batch" in inspect.getdoc(CLASSES[name])

@@ -17,6 +17,7 @@ COMMANDS = {
     "report": "ssl_pipeline.eval.report",
     "embed": "ssl_pipeline.commands.embed",
     "compare": "ssl_pipeline.commands.compare",
+    "export": "ssl_pipeline.eval.export",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from ssl_pipeline.commands.images import shards_of
-from ssl_pipeline.config import ConfigError, printable, run_command
+from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.distributed import process_group, rank
 from ssl_pipeline.eval.features.kinds import FeatureKinds
@@ -24,7 +24,7 @@ WRITERS = {".parquet": write_parquet, ".npz": write_npz}
 class EmbedConfig(PassConfig):
     """Features of images by a run's backbone or a timm model, a row for each image, as a file."""
 
-    source: str
+    source: PlaceText
     """A folder or zip of images, packed once into OUTPUT.cache; or shards."""
     output: Path
     """The file that is written: FILE.parquet or FILE.npz."""
@@ -41,7 +41,7 @@ class EmbedConfig(PassConfig):
     def _known_suffix(cls, output: Path) -> Path:
         if output.suffix not in WRITERS:
             raise ValueError(f"output must end in .parquet or .npz. Got '{output.name}'.")
-        return output.expanduser()
+        return output
 
 
 def embed(config: EmbedConfig) -> None:
@@ -70,7 +70,7 @@ def embed(config: EmbedConfig) -> None:
 
 def _open_source(source: str, cache: Path) -> ShardIndex:
     """The images of a folder, a zip or shards."""
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_dir() or path.suffix == ".zip":
         source = shards_of(source, cache, way_out=f"Put the files back, or delete '{cache}' to pack what is there now.")
     index = open_shards(source)

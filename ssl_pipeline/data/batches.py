@@ -110,6 +110,7 @@ class StreamBatch:
     labels: (B,) int64, -1 where an image has none; or soft ones (B,C) float32.
     sample_ids: (B,) int64. bad: the samples that others stand in for.
     labelled: a batch of the labelled set, if there is one.
+    masked: (M,) int64 of each group with masks, where they are True when flattened; `to` finds them on the host.
     """
 
     draws: Mapping[str, Tensor]
@@ -120,6 +121,7 @@ class StreamBatch:
     crops: Mapping[str, Tensor] = field(default_factory=dict)
     images: DecodedImages | None = None
     labelled: StreamBatch | None = None
+    masked: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def over(cls, tensors: Mapping[str, Tensor], notes: Notes) -> StreamBatch:
@@ -150,6 +152,7 @@ class StreamBatch:
         images = self.images
         if images is not None:
             images = replace(images, pixels=images.pixels.to(device, non_blocking=non_blocking))
+        masked = self.masked or {name: _where_true(masks, pinned=non_blocking) for name, masks in self.masks.items()}
         return StreamBatch(
             moved(self.draws),
             moved(self.masks),
@@ -159,6 +162,7 @@ class StreamBatch:
             moved(self.crops),
             images,
             self.labelled and self.labelled.to(device, non_blocking=non_blocking),
+            moved(masked),
         )
 
     def clone(self) -> StreamBatch:
@@ -172,6 +176,7 @@ class StreamBatch:
             {name: crops_VBCHW.clone() for name, crops_VBCHW in self.crops.items()},
             self.images and self.images.clone(),
             self.labelled and self.labelled.clone(),
+            {name: places_M.clone() for name, places_M in self.masked.items()},
         )
 
     def cropped(self, groups: Mapping[str, ViewGroup]) -> Mapping[str, Tensor]:
@@ -179,6 +184,12 @@ class StreamBatch:
         if self.images is None:
             return self.crops
         return {name: self.images.crop(name, interpolation=groups[name].interpolation) for name in self.draws}
+
+
+def _where_true(masks_VBL: Tensor, *, pinned: bool) -> Tensor:
+    """(M,): where the flattened masks are True, in order; pinned for a copy that nobody waits for."""
+    places_M = masks_VBL.flatten().nonzero().flatten()
+    return places_M.pin_memory() if pinned else places_M
 
 
 def _decoded(
@@ -217,4 +228,4 @@ def make_batch(images: StreamBatch, groups: Mapping[str, ViewGroup], *, mean: Ch
         group, draws_VBP = groups[name], images.draws[name]
         views[name] = apply_photometric(crops_VBCHW, draws_VBP, group, mean=group.mean or mean, std=group.std or std)
     labelled = None if images.labelled is None else make_batch(images.labelled, groups, mean=mean, std=std)
-    return Batch(views, images.labels, images.sample_ids, dict(images.masks), labelled)
+    return Batch(views, images.labels, images.sample_ids, dict(images.masks), labelled, dict(images.masked))

@@ -89,6 +89,7 @@ def protocol_of(config: EvaluationConfig, model: EvaluatedModel, images: Labelle
         "label": model.label,
         "subject": model.about,
         "size": model.preprocessing.size,
+        "interpolation": model.preprocessing.interpolation,
         "mean": model.preprocessing.mean,
         "std": model.preprocessing.std,
         "precision": config.precision,
@@ -133,12 +134,12 @@ def model_features(config: EvaluationConfig, model: EvaluatedModel, images: Labe
 def write_report(config: EvaluationConfig, name: str, report: dict[str, JSON]) -> None:
     """`DIR/eval/NAME.json` in the run, or in `output`; nothing without either.
 
-    What `which` or `checkpoint` picks has a file of its own: `DIR/eval/NAME-student-step-80.json`.
+    What `which` or `step` picks has a file of its own: `DIR/eval/NAME-student-step-80.json`.
     """
     directory = config.output or config.run
     if directory is not None:
         picked = [config.which] if config.which else []
-        picked += [f"step-{config.checkpoint}"] if config.checkpoint else []
+        picked += [f"step-{config.picked_step}"] if config.picked_step else []
         path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)

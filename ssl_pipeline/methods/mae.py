@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from ssl_pipeline.backbones import Backbone, TokenBackbone, require_tokens
+from ssl_pipeline.backbones import Backbone, require_tokens
 from ssl_pipeline.backbones.patches import patchify, split_by_mask, take_patches
 from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, Depth, Width
 from ssl_pipeline.losses import removed_patches_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.pixel_decoder import PixelDecoder
@@ -25,11 +25,11 @@ class MAEConfig(Config):
     """Share of the patches that is removed."""
     normalize_targets: bool = True
     """Whether each patch is predicted with its own mean and deviation taken out."""
-    decoder_dim: int = Field(512, gt=0)
+    decoder_dim: Width = 512
     """Width of the decoder."""
-    decoder_depth: int = Field(8, ge=1)
+    decoder_depth: Depth = 8
     """Blocks of the decoder."""
-    decoder_heads: int = Field(16, ge=1)
+    decoder_heads: Depth = 16
     """Attention heads of the decoder."""
 
 
@@ -44,7 +44,7 @@ class MAE(Method):
     def __init__(self, config: MAEConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _with_trained_tokens(backbone)
+        self.encoder = require_tokens(backbone, "MAE", some_patches=True, no_pooling=True)
         self.mask = MaskRule("random", self.encoder.patch_size, ratio=config.mask_ratio)
         self.needs = (Views("image", mask=self.mask),)
         self.decoder = PixelDecoder(
@@ -86,19 +86,3 @@ class MAE(Method):
 
     def parts_to_compile(self) -> list[nn.Module]:
         return [*super().parts_to_compile(), self.decoder]
-
-
-def _with_trained_tokens(backbone: Backbone) -> TokenBackbone:
-    """The backbone, if all of it takes part in encoding tokens."""
-    with_tokens = require_tokens(backbone, "MAE", some_patches=True)
-    after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
-    if after_pooling:
-        raise ConfigError(
-            f"MAE trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
-            f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
-        )
-    return with_tokens
-
-
-def _has_weights(part: nn.Module | None) -> bool:
-    return part is not None and any(True for _ in part.parameters())

@@ -55,6 +55,7 @@ class PrototypeHead(nn.Module):
 
     (B, in_dim) -> (B, num_prototypes) logits. The prototypes are the parameters under the prefix `last_layer.`. With
     `fixed_scale` their rows have length 1 whatever the values of `weight_v`; without it the lengths are trained too.
+    Without `weight_norm` they are a plain linear layer (DINOv3), whose `weight` begins small, and there is no scale.
     Parameter names are the official ones (mlp.0.weight, ..., last_layer.weight_g, last_layer.weight_v).
     """
 
@@ -70,6 +71,7 @@ class PrototypeHead(nn.Module):
         num_layers: int = 3,
         batch_norm: bool = False,
         fixed_scale: bool = True,
+        weight_norm: bool = True,
     ) -> None:
         super().__init__()
         if num_layers < 1:
@@ -83,7 +85,11 @@ class PrototypeHead(nn.Module):
             in_dim = hidden_dim
         layers.append(_official_linear(in_dim, bottleneck_dim))
         self.mlp = nn.Sequential(*layers)
-        self.last_layer = WeightNormLinear(bottleneck_dim, num_prototypes, fixed_scale=fixed_scale)
+        self.last_layer: WeightNormLinear | nn.Linear
+        if weight_norm:
+            self.last_layer = WeightNormLinear(bottleneck_dim, num_prototypes, fixed_scale=fixed_scale)
+        else:
+            self.last_layer = _official_linear(bottleneck_dim, num_prototypes, bias=False)
 
     def prototypes(self) -> Tensor:
         """(num_prototypes, bottleneck_dim)."""
@@ -136,10 +142,11 @@ class WeightNormLinear(nn.Module):
         return F.linear(features, self.weight)
 
 
-def _official_linear(in_dim: int, out_dim: int) -> nn.Linear:
-    linear = nn.Linear(in_dim, out_dim)
+def _official_linear(in_dim: int, out_dim: int, *, bias: bool = True) -> nn.Linear:
+    linear = nn.Linear(in_dim, out_dim, bias=bias)
     nn.init.trunc_normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)
+    if bias:
+        nn.init.zeros_(linear.bias)
     return linear
 
 

@@ -1,5 +1,6 @@
 """Masks come with their views: the same whatever reads, crops and shares the images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_a_batch_has_the_masks_of_its_views(shards: Path) -> None:
     assert batch.masks["image"].dtype == torch.bool
     assert batch.masks["global"].any(dim=-1).sum() == 10  # half of all global views
     assert images.to("meta").masks["image"].is_meta
+    for name in MASKS:
+        places = batch.masked[name]
+        assert torch.equal(places, batch.masks[name].flatten().nonzero().flatten())
+        assert images.to("meta").masked[name].shape == places.shape  # found while the masks are on the host
+        assert torch.equal(images.to("cpu").clone().masked[name], places)
+        assert batch.masked_patches(name) is places
+        assert torch.equal(replace(batch, masked={}).masked_patches(name), places)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])

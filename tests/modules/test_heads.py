@@ -208,3 +208,13 @@ def test_pixel_shuffle_decoder_needs_sizes():
     assert PixelShuffleDecoder(5, 1)(torch.zeros(1, 5, 2, 2)).shape == (1, 3, 2, 2)
     with pytest.raises(ValueError, match="Got 5, 0 and 3"):
         PixelShuffleDecoder(5, 0)
+
+
+def test_without_weight_norm_the_prototypes_are_a_plain_small_layer():
+    torch.manual_seed(0)
+    head = PrototypeHead(6, 500, hidden_dim=8, bottleneck_dim=40, weight_norm=False)
+    assert head.prototypes() is head.last_layer.weight
+    assert [name for name, _ in head.last_layer.named_parameters()] == ["weight"]
+    assert head.prototypes().std().item() == pytest.approx(0.02, rel=0.05)
+    features = torch.randn(3, 6)
+    torch.testing.assert_close(head(features), head.bottleneck(features) @ head.last_layer.weight.T)

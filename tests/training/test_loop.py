@@ -113,7 +113,7 @@ def test_bfloat16_leaves_the_weights_in_float32(tmp_path, shards):
 # Accumulation
 
 
-@pytest.mark.parametrize("name", ["dino", "fixmatch", "moco"])
+@pytest.mark.parametrize("name", ["dino", "fixmatch", "ibot", "moco"])
 def test_two_micro_batches_are_one_batch_of_twice_the_size(tmp_path, shards, name):
     one = train_alone(tmp_path / "one", name, shards, batch_size=8, float64=True)
     two = train_alone(tmp_path / "two", name, shards, batch_size=4, accumulate=2, float64=True)
@@ -342,6 +342,15 @@ def test_a_failure_is_told_in_the_status(tmp_path, shards):
         train_alone(tmp_path / "run", "simclr", shards, monitors=[Recorder(2, look=look)])
     assert '"failed"' in (tmp_path / "run" / "status.json").read_text()
     assert "no such luck" in (tmp_path / "run" / "status.json").read_text()
+
+
+@pytest.mark.parametrize("never", [0, "0ep", "0%"])
+def test_a_period_of_zero_means_never_but_at_the_end(tmp_path, shards, never):
+    monitor = Recorder(never)
+    settings = {"steps": 5, "log_every": 0, "save_every": never, "time_steps": 0, "keep_checkpoints": 9}
+    train_alone(tmp_path / "run", "simclr", shards, monitors=[monitor], **settings)
+    assert steps_saved(tmp_path / "run") == monitor.steps == [5]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 5]
 
 
 def test_a_run_is_saved_when_due_and_at_the_end(tmp_path, shards):

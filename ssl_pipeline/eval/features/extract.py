@@ -96,7 +96,12 @@ def forward_passes(
 
     The network runs in eval mode and without gradient; the first rank shows how fast it goes and how long it takes.
     """
-    read = evaluation_batches(EvaluationSet(index, preprocessing.size), samples, batch_size=batch_size, workers=workers)
+    read = evaluation_batches(
+        EvaluationSet(index, preprocessing.size, preprocessing.interpolation),
+        samples,
+        batch_size=batch_size,
+        workers=workers,
+    )
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
     autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")
     with (

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import BatchSize, ConfigError, Processes
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import failing_together, max_over_ranks, rank
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, stored_whole
@@ -28,9 +28,9 @@ from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig
 class PassConfig(ModelConfig):
     """A model, and how its features are computed."""
 
-    batch_size: Annotated[int, Field(gt=0)] = 256
+    batch_size: BatchSize = 256
     """Images per forward pass."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Processes = 2
     """Processes that read and decode images, for each process that computes."""
     device: str = "auto"
     """Device of the backbone: `auto` takes the GPU if there is one."""
@@ -59,10 +59,9 @@ def identity_of(
     model: EvaluatedModel, index: ShardIndex, config: PassConfig, network: FeatureKinds
 ) -> dict[str, object]:
     """Everything that features depend on: weights, images, what is kept of them and how it is computed."""
-    preprocessing = model.preprocessing
     return {
         "subject": {key: value for key, value in model.about.items() if key != "run"},
-        "preprocessing": {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std},
+        "preprocessing": asdict(model.preprocessing),
         "kinds": network.kinds,
         "last_blocks": network.last_blocks if "blocks" in network.kinds else None,
         "precision": config.precision,

@@ -1,0 +1,200 @@
+"""DINOv2 (Oquab et al., 2023, https://arxiv.org/abs/2304.07193)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch, RunFacts, Views
+from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
+from ssl_pipeline.modules.heads import PrototypeHead
+from ssl_pipeline.modules.masked_tokens import MaskedPatches, stratified_blocks, with_class_token
+from ssl_pipeline.modules.memory import Centre
+from ssl_pipeline.modules.teacher import Teacher
+from ssl_pipeline.modules.token_distillation import (
+    Comparison,
+    check_batch,
+    compare,
+    distillation_rules,
+    koleo_of_large_crops,
+    update_centres,
+)
+from ssl_pipeline.modules.token_heads import TokenHeads
+from ssl_pipeline.optim.rules import ParamRule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
+
+
+class DINOv2Config(Config):
+    """DINOv2: iBOT with half of the large crops masked, and class tokens that keep their distance from each other."""
+
+    name: Literal["dinov2"]
+    num_prototypes: int = Field(65536, gt=1)
+    """Width of the output that student and teacher agree on for class tokens; with a shared head for patches too."""
+    head_hidden_dim: int = Field(2048, gt=0)
+    """Width of the class head's hidden layers."""
+    head_bottleneck_dim: int = Field(256, gt=0)
+    """Width of the class head's normalised bottleneck."""
+    head_layers: int = Field(3, ge=1)
+    """Linear layers of the class head before the prototypes."""
+    patch_head: Literal["shared", "separate"] = "shared"
+    """Whether patches have a head of their own (`ibot.separate_head` of the official code)."""
+    num_patch_prototypes: int | None = Field(None, gt=1)
+    """Prototypes of a separate patch head; null: as many as for class tokens."""
+    patch_head_hidden: int | None = Field(None, gt=0)
+    """Width of its hidden layers; null: as the class head's."""
+    patch_head_bottleneck: int | None = Field(None, gt=0)
+    """Width of its bottleneck; null: as the class head's."""
+    patch_head_layers: int | None = Field(None, ge=1)
+    """Its linear layers before the prototypes; null: as the class head's."""
+    fixed_prototype_scale: bool = False
+    """Whether all prototypes have length 1; the official code trains their lengths."""
+    freeze_prototypes_for: Duration = Duration("1ep")
+    """How long the student's last layers stay as they were initialised."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Temperature of the student's softmax."""
+    teacher_temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(
+        value=0.07, start=0.04, warmup=Duration("30ep"), inclusive=True
+    )
+    """Temperature of the teacher's softmax, or of Sinkhorn-Knopp."""
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.992, final=1.0)
+    """Share of the teacher that an update keeps."""
+    centring: Literal["centring", "sinkhorn_knopp"] = "centring"
+    """How the teacher's outputs are spread over the prototypes (`train.centering`)."""
+    centre_momentum: float = Field(0.9, ge=0, le=1)
+    """Share of the centres that an update keeps."""
+    sinkhorn_iterations: int = Field(3, ge=1)
+    """Iterations of Sinkhorn-Knopp."""
+    class_weight: float = Field(1.0, ge=0)
+    """Weight of the class tokens' loss (`dino.loss_weight`)."""
+    patch_weight: float = Field(1.0, ge=0)
+    """Weight of the patches' loss (`ibot.loss_weight`)."""
+    koleo_weight: float = Field(0.1, ge=0)
+    """Weight of KoLeo, the sum over both large crops (`dino.koleo_loss_weight`)."""
+    koleo_per_process: bool = False
+    """Whether KoLeo looks for neighbours among the images of each process alone, as the official code does."""
+    mask_probability: float = Field(0.5, ge=0, le=1)
+    """Share of the step's large crops that have a mask."""
+    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
+    """Smallest and largest share of masked patches of a crop that has a mask, spread evenly over the step's crops."""
+    mask_min_block: int = Field(4, ge=1)
+    """Smallest area of a block in patches."""
+    mask_max_block: int | None = Field(None, ge=1)
+    """Largest area of a block in patches; null: half of the backbone's grid."""
+    layer_decay: float = Field(0.9, gt=0, le=1)
+    """Factor on the learning rate from each block to the one before it."""
+    patch_embed_lr_scale: float = Field(0.2, gt=0)
+    """Further factor on the learning rate of the patch embedding."""
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> DINOv2Config:
+        own = ("num_patch_prototypes", "patch_head_hidden", "patch_head_bottleneck", "patch_head_layers")
+        for setting in own if self.patch_head == "shared" else ():
+            if getattr(self, setting) is not None:
+                raise ValueError(
+                    f"{setting} has no effect with patch_head=shared. Leave it out, or set patch_head=separate."
+                )
+        return self
+
+
+class DINOv2(Method):
+    """Student and teacher with heads for class tokens and patches; a centre for each, unless Sinkhorn-Knopp is used.
+
+    Images are assigned, and neighbours are looked for, over the global batch. With accumulation that is the micro-batch
+    of all processes: k micro-batches are not one big batch here.
+    """
+
+    config_class = DINOv2Config
+
+    def __init__(self, config: DINOv2Config, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        with_tokens = with_class_token(backbone, "DINOv2")
+        self.student: Encoder[TokenHeads] = Encoder(with_tokens, _heads(config, with_tokens.embed_dim))
+        self.teacher = Teacher(self.student)
+        self.mask_token = nn.Parameter(torch.zeros(1, with_tokens.patch_dim))  # zeros, as the official code
+        if config.centring == "centring":
+            self.centre = Centre(config.num_prototypes)
+            self.patch_centre = Centre(config.num_patch_prototypes or config.num_prototypes)
+        mask = stratified_blocks(
+            with_tokens,
+            ratio=config.mask_ratio,
+            probability=config.mask_probability,
+            min_block=config.mask_min_block,
+            max_block=config.mask_max_block,
+        )
+        self.needs = (Views("global", mask=mask), Views("local", optional=True))
+
+    def backbones(self) -> dict[str, Backbone]:
+        # the teacher first: what the official evaluation loads
+        return {"teacher": self.teacher.network.backbone, "student": self.student.backbone}
+
+    def prepare(self, facts: RunFacts) -> None:
+        check_batch(
+            facts,
+            num_neighbours=1 if self.config.koleo_weight else 0,
+            per_process=self.config.koleo_per_process,
+            sinkhorn=self.config.centring == "sinkhorn_knopp",
+        )
+
+    def _centres(self) -> tuple[Centre | None, Centre | None]:
+        return (self.centre, self.patch_centre) if self.config.centring == "centring" else (None, None)
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        config, temperature = self.config, self.config.teacher_temperature(progress)
+        how = Comparison(
+            student_temperature=config.student_temperature,
+            temperatures=(temperature, temperature),
+            centres=self._centres(),
+            sinkhorn_iterations=config.sinkhorn_iterations,
+        )
+        masked = MaskedPatches.of(batch)
+        found = compare(self.student, self.teacher.network, batch, masked, how, mask_token=self.mask_token)
+        loss = config.class_weight * found.class_loss + config.patch_weight * found.patch_loss
+        metrics = found.metrics | {"feature_std": feature_std(found.teacher.classes)}
+        if config.koleo_weight:
+            koleo = koleo_of_large_crops(found, batch, per_process=config.koleo_per_process)
+            loss = loss + config.koleo_weight * koleo
+            metrics["koleo"] = koleo.detach()
+        return StepOutput(loss, metrics, found.carry)
+
+    @torch.no_grad()
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        update_centres(self._centres(), carries, momenta=(self.config.centre_momentum, self.config.centre_momentum))
+        self.teacher.update(self.student, self.config.teacher_momentum(progress))
+
+    def param_rules(self) -> tuple[ParamRule, ...]:
+        return distillation_rules(
+            self.student,
+            frozen_for=self.config.freeze_prototypes_for,
+            layer_decay=self.config.layer_decay,
+            patch_embed_scale=self.config.patch_embed_lr_scale,
+        )
+
+
+def _heads(config: DINOv2Config, in_dim: int) -> TokenHeads:
+    classes = PrototypeHead(
+        in_dim,
+        config.num_prototypes,
+        hidden_dim=config.head_hidden_dim,
+        bottleneck_dim=config.head_bottleneck_dim,
+        num_layers=config.head_layers,
+        fixed_scale=config.fixed_prototype_scale,
+    )
+    if config.patch_head == "shared":
+        return TokenHeads(classes)
+    patches = PrototypeHead(
+        in_dim,
+        config.num_patch_prototypes or config.num_prototypes,
+        hidden_dim=config.patch_head_hidden or config.head_hidden_dim,
+        bottleneck_dim=config.patch_head_bottleneck or config.head_bottleneck_dim,
+        num_layers=config.patch_head_layers or config.head_layers,
+        fixed_scale=config.fixed_prototype_scale,
+    )
+    return TokenHeads(classes, patches)

@@ -1,0 +1,188 @@
+"""DINOv3 (Simeoni et al., 2025, https://arxiv.org/abs/2508.10104)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch, RunFacts, Views
+from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.encoder import Encoder
+from ssl_pipeline.modules.gram_teacher import GramConfig, GramTeacher
+from ssl_pipeline.modules.heads import PrototypeHead
+from ssl_pipeline.modules.masked_tokens import MaskedPatches, stratified_blocks, with_class_token
+from ssl_pipeline.modules.teacher import Teacher
+from ssl_pipeline.modules.token_distillation import (
+    Comparison,
+    check_batch,
+    compare,
+    distillation_rules,
+    koleo_of_large_crops,
+)
+from ssl_pipeline.modules.token_heads import TokenHeads
+from ssl_pipeline.optim.rules import ParamRule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
+
+
+class DINOv3Config(Config):
+    """DINOv3: DINOv2 with schedules that stay, and patches that a Gram teacher keeps as alike as they once were."""
+
+    name: Literal["dinov3"]
+    num_prototypes: int = Field(65536, gt=1)
+    """Width of the output that student and teacher agree on for class tokens."""
+    head_hidden_dim: int = Field(2048, gt=0)
+    """Width of the class head's hidden layers."""
+    head_bottleneck_dim: int = Field(256, gt=0)
+    """Width of the class head's normalised bottleneck."""
+    head_layers: int = Field(3, ge=1)
+    """Linear layers of both heads before the prototypes."""
+    num_patch_prototypes: int | None = Field(None, gt=1)
+    """Prototypes of the patches' head; null: as many as for class tokens."""
+    patch_head_hidden: int | None = Field(None, gt=0)
+    """Width of its hidden layers; null: as the class head's."""
+    patch_head_bottleneck: int | None = Field(None, gt=0)
+    """Width of its bottleneck; null: as the class head's."""
+    freeze_prototypes_for: Duration = Duration("1ep")
+    """How long the student's last layers stay as they were initialised."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Temperature of the student's softmax."""
+    teacher_temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(
+        value=0.07, start=0.04, warmup=Duration("10%"), inclusive=True
+    )
+    """Smoothness of Sinkhorn-Knopp over the teacher's outputs."""
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.994)
+    """Share of the teacher that an update keeps."""
+    sinkhorn_iterations: int = Field(3, ge=1)
+    """Iterations of Sinkhorn-Knopp."""
+    leave_out_same_crop: bool = True
+    """Whether a large crop is not compared with itself at the teacher (`global_ignore_diagonal`)."""
+    class_weight: float = Field(1.0, ge=0)
+    """Weight of the class tokens' loss (`dino.loss_weight`)."""
+    local_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0)
+    """Weight of the pairs with a small crop within it (`local_loss_weight_schedule`)."""
+    patch_weight: float = Field(1.0, ge=0)
+    """Weight of the patches' loss (`ibot.loss_weight`)."""
+    koleo_weight: float = Field(0.1, ge=0)
+    """Weight of KoLeo, the sum over both large crops (`dino.koleo_loss_weight`)."""
+    koleo_neighbours: int = Field(1, ge=1)
+    """Nearest images from which each keeps its distance (`koleo_topk`)."""
+    koleo_per_process: bool = False
+    """Whether KoLeo looks for them among the images of each process alone."""
+    mask_probability: float = Field(0.5, ge=0, le=1)
+    """Share of the step's large crops that have a mask."""
+    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
+    """Smallest and largest share of masked patches of a crop that has a mask, spread evenly over the step's crops."""
+    mask_min_block: int = Field(4, ge=1)
+    """Smallest area of a block in patches."""
+    mask_max_block: int | None = Field(None, ge=1)
+    """Largest area of a block in patches; null: half of the backbone's grid."""
+    layer_decay: float = Field(0.98, gt=0, le=1)
+    """Factor on the learning rate from each block to the one before it."""
+    patch_embed_lr_scale: float = Field(0.2, gt=0)
+    """Further factor on the learning rate of the patch embedding."""
+    gram: GramConfig | None = None
+    """Gram anchoring; null is without, as the run begins in the paper."""
+
+
+class DINOv3(Method):
+    """Student and teacher with a head for class tokens and one for patches, and, if asked for, a Gram teacher.
+
+    Images are assigned, and neighbours are looked for, over the global batch. With accumulation that is the micro-batch
+    of all processes: k micro-batches are not one big batch here.
+    """
+
+    config_class = DINOv3Config
+
+    def __init__(self, config: DINOv3Config, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        with_tokens = with_class_token(backbone, "DINOv3")
+        self.student: Encoder[TokenHeads] = Encoder(with_tokens, _heads(config, with_tokens.embed_dim))
+        self.teacher = Teacher(self.student)
+        self.mask_token = nn.Parameter(torch.zeros(1, with_tokens.patch_dim))  # zeros, as the official code
+        self.gram_teacher = GramTeacher(config.gram, with_tokens) if config.gram is not None else None
+        mask = stratified_blocks(
+            with_tokens,
+            ratio=config.mask_ratio,
+            probability=config.mask_probability,
+            min_block=config.mask_min_block,
+            max_block=config.mask_max_block,
+        )
+        gram = (Views("gram", crops_of="global"),) if config.gram is not None else ()
+        self.needs = (Views("global", mask=mask), Views("local", optional=True), *gram)
+
+    def backbones(self) -> dict[str, Backbone]:
+        # the teacher first: what is released
+        return {"teacher": self.teacher.network.backbone, "student": self.student.backbone}
+
+    def prepare(self, facts: RunFacts) -> None:
+        neighbours = self.config.koleo_neighbours if self.config.koleo_weight else 0
+        check_batch(facts, num_neighbours=neighbours, per_process=self.config.koleo_per_process, sinkhorn=True)
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        config, temperature = self.config, self.config.teacher_temperature(progress)
+        how = Comparison(
+            student_temperature=config.student_temperature,
+            temperatures=(temperature, temperature),
+            centres=(None, None),
+            sinkhorn_iterations=config.sinkhorn_iterations,
+            leave_out_same_crop=config.leave_out_same_crop,
+            local_weight=config.local_weight(progress),
+        )
+        masked = MaskedPatches.of(batch)
+        found = compare(self.student, self.teacher.network, batch, masked, how, mask_token=self.mask_token)
+        loss = config.class_weight * found.class_loss + config.patch_weight * found.patch_loss
+        metrics = found.metrics | {"feature_std": feature_std(found.teacher.classes)}
+        if config.koleo_weight:
+            koleo = koleo_of_large_crops(
+                found, batch, num_neighbours=config.koleo_neighbours, per_process=config.koleo_per_process
+            )
+            loss = loss + config.koleo_weight * koleo
+            metrics["koleo"] = koleo.detach()
+        if self.gram_teacher is not None:
+            gram = self.gram_teacher.loss(found.student.patches, batch, masked, progress)
+            loss = loss + self.gram_teacher.config.weight(progress) * gram
+            metrics["gram"] = gram.detach()
+        return StepOutput(loss, metrics)
+
+    @torch.no_grad()
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        self.teacher.update(self.student, self.config.teacher_momentum(progress))
+        if self.gram_teacher is not None:
+            self.gram_teacher.update(self.teacher.network.backbone, progress)
+
+    def param_rules(self) -> tuple[ParamRule, ...]:
+        return distillation_rules(
+            self.student,
+            frozen_for=self.config.freeze_prototypes_for,
+            layer_decay=self.config.layer_decay,
+            patch_embed_scale=self.config.patch_embed_lr_scale,
+        )
+
+
+def _heads(config: DINOv3Config, in_dim: int) -> TokenHeads:
+    """Both without weight norm: their prototypes are plain linear layers, as in the official code."""
+    return TokenHeads(
+        PrototypeHead(
+            in_dim,
+            config.num_prototypes,
+            hidden_dim=config.head_hidden_dim,
+            bottleneck_dim=config.head_bottleneck_dim,
+            num_layers=config.head_layers,
+            weight_norm=False,
+        ),
+        PrototypeHead(
+            in_dim,
+            config.num_patch_prototypes or config.num_prototypes,
+            hidden_dim=config.patch_head_hidden or config.head_hidden_dim,
+            bottleneck_dim=config.patch_head_bottleneck or config.head_bottleneck_dim,
+            num_layers=config.head_layers,
+            weight_norm=False,
+        ),
+    )
