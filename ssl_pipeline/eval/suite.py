@@ -128,7 +128,11 @@ def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: Labelle
     first = next(iter(measured.result.probes))
     settings: dict[str, JSON] = {"knn": knn_settings(config), "linear": linear_settings(config, first)}
     report = measured.report(lambda result: _to_json(result, config, num_test, names), settings)
-    write_report(config, "suite", {**report, "neighbours": asdict(measured.result.neighbours), "classes": names})
+    shown: dict[str, JSON] = {
+        "neighbours": asdict(measured.result.neighbours),
+        "fingerprints": {"train": images.train.fingerprint, "test": images.test.fingerprint},
+    }
+    write_report(config, "suite", {**report, **shown})
     of_knn = measured.report(lambda result: knn_json(config, result.knn, num_test), knn_settings(config))
     write_report(config, "knn", of_knn)
     linear = measured.report(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
@@ -149,6 +150,21 @@ def test_images_that_are_gone_are_told(evaluated: Path, train: str) -> None:
     assert "The images cannot be shown" in page.text
     assert "img" not in page.tags
     assert "k-NN top-1, k=5" in page.text
+
+
+def test_other_images_in_their_place_are_not_shown(
+    run: Path, test: str, write_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    train = tmp_path / "train"
+    write_shards(train, [0, 1, 2] * 6, seed=1)
+    arguments = [f"run={run}", f"train={train}", f"test={test}", *FAST]
+    assert run_command(SuiteConfig, suite.main, command="", argv=arguments) == 0
+    assert "img" in page_of(run).tags
+    rmtree(train)
+    write_shards(train, [0, 1, 2] * 6, seed=3)
+    page = page_of(run)
+    assert "holds other images now" in page.text
+    assert "img" not in page.tags
 
 
 @pytest.mark.parametrize(

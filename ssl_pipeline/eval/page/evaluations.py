@@ -145,8 +145,8 @@ def _neighbours(suite: Report) -> str:
     protocol, found = suite["protocol"], suite["neighbours"]
     try:
         train, test = open_shards(str(protocol["train"])), open_shards(str(protocol["test"]))
-        if (len(train), len(test)) != (protocol["num_train"], protocol["num_test"]):
-            raise DataError(f"{protocol['train']} and {protocol['test']} hold other images now")
+        if {"train": train.fingerprint, "test": test.fingerprint} != suite["fingerprints"]:
+            raise DataError(f"{protocol['train']} or {protocol['test']} holds other images now.")
         train_labels, test_labels, rows = _labels(train), _labels(test), []
         for sample, nearest, similar in zip(found["test"], found["train"], found["similarity"], strict=True):
             own = test_labels[sample]
