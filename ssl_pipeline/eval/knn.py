@@ -103,7 +103,7 @@ class VotesConfig(Config):
         return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
 
 
-class KnnConfig(EvaluationConfig, VotesConfig):
+class KnnConfig(VotesConfig, EvaluationConfig):
     """Weighted k-NN accuracy of frozen features: a run's backbone, or a timm model."""
 
     leave_one_out: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -23,10 +23,12 @@ SPECTRUM_IMAGES = 2048  # as many as the monitor takes
 EXAMPLES, NEIGHBOURS_SHOWN = 8, 5
 
 
-class SuiteConfig(EvaluationConfig, VotesConfig, ProbeConfig):
-    """k-NN, linear classifiers and the spectrum of one backbone's features, beside its baselines, from one feature
-    pass."""
+class SuiteConfig(VotesConfig, ProbeConfig, EvaluationConfig):
+    """k-NN, linear classifiers and the spectrum of one backbone's features, beside its baselines, from one pass."""
 
+    solver: Literal["auto", "sgd", "logistic"] = "auto"
+    """`sgd` is the sweep, `logistic` scikit-learn's L-BFGS; `auto` takes the sweep, and logistic before it for up to 4
+    million training features (images * dimensions)."""
     k: tuple[Annotated[int, Field(gt=0)], ...] = Field((20, 10, 100, 200), min_length=1)
     """Neighbours that vote; the first is the headline. Those that are more than there are training images are left
     out, with a warning."""
