@@ -71,11 +71,11 @@ from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clo
 class PretrainConfig(Config):
     """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
 
-    images: MayChange[PlaceText | None] = None
-    """Folder or zip of images, packed into OUTPUT/images at the first start, in place of data.shards; or shards."""
     recipe: MayChange[str | None] = None
     """The recipe that these settings come from: a name in recipes/, or a path to a YAML file. With images it may be
     left out, or `auto`: chosen by the images and the machine."""
+    images: MayChange[PlaceText | None] = None
+    """Folder or zip of images, packed into OUTPUT/images at the first start, in place of data.shards; or shards."""
     output: MayChange[Path | None] = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
     seed: Seed = 0
