@@ -25,6 +25,7 @@ from ssl_pipeline.backbones import (
     save_backbone,
     save_classifier,
 )
+from ssl_pipeline.commands.afterwards import features_in_python, measuring
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
 from ssl_pipeline.config import (
@@ -197,7 +198,10 @@ def _pretrain(config: PretrainConfig) -> int:
                 names = labelled_index.class_names if labelled_index is not None else None
                 save_classifier(output, method.classifier, names)
             save_backbone(output, method.backbone, preprocessing)
-            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS\n{in_python(output)}")
+            own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
+            print(f"Done. {measuring(output, index, own)}\n{in_python(output)}")
+            if own is not None:
+                print(features_in_python(own))
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
 
@@ -269,7 +273,7 @@ def main(name: str) -> int:
     pairs, flags = without_flags(arguments)
     if not flags & {"--help", "-h"}:
         try:
-            arguments = [*expand(pairs), *flags]
+            arguments = [*expand(pairs, trial="--print" not in flags), *flags]
         except Exception as error:
             if "--debug" in flags:
                 raise

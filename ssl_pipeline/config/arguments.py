@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_origin
 
@@ -12,8 +12,13 @@ from ssl_pipeline.config.schema import alternatives, annotation_at
 from ssl_pipeline.config.yaml_text import read_yaml
 
 
-def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | None) -> Tree:
-    """Recipe and `key=value` arguments as plain values; raises ConfigError that lists all that cannot be read."""
+def read_arguments(
+    schema: type[Config], argv: Sequence[str], recipes: Path | None, overrides: Mapping[str, Value] | None = None
+) -> Tree:
+    """Recipe, `key=value` arguments and `overrides` (values by their dotted keys), one over the other, as plain values.
+
+    Raises ConfigError that lists all that cannot be read.
+    """
     given: dict[str, str] = {}
     mistakes = []
     pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
@@ -23,11 +28,13 @@ def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | No
         given[key] = text
         location = tuple(key.split("."))
         try:
-            _assign(tree, location, _value(annotation_at(schema, tree, location), key, text))
+            assign(tree, location, _value(annotation_at(schema, tree, location), key, text))
         except ConfigError as error:
             mistakes.append(str(error))
     if mistakes:
         raise SettingsError(*mistakes)
+    for key, value in (overrides or {}).items():
+        assign(tree, tuple(key.split(".")), value)
     return tree
 
 
@@ -86,7 +93,7 @@ def _value(annotation: object, key: str, text: str) -> Value:
     return value
 
 
-def _assign(tree: Tree, location: Location, value: Value) -> None:
+def assign(tree: Tree, location: Location, value: Value) -> None:
     """Set one dotted key; a bare value over a schedule's section sets its `value`."""
     *parents, last = location
     for name in parents:
@@ -97,7 +104,7 @@ def _assign(tree: Tree, location: Location, value: Value) -> None:
     old = tree.get(last)
     if isinstance(old, dict) and isinstance(value, dict):
         for name, item in value.items():
-            _assign(old, (name,), item)
+            assign(old, (name,), item)
     elif isinstance(old, dict) and "value" in old and value is not None:
         old["value"] = value
     else:
