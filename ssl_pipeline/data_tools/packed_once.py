@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from ssl_pipeline.data.decode import decoded_size
+from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.open import DataError
 from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits
+from ssl_pipeline.data_tools.conversion import storable
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.data_tools.sources import UnreadableFileError, open_source
 from ssl_pipeline.files import write_text
@@ -54,15 +55,15 @@ def pack_once(source: str, place: Path, *, short_side: int | None = None) -> Pat
 def look_at(source: str) -> tuple[int, int]:
     """How many images a source has by their names, and the median of the shorter sides of some, in pixels.
 
-    Only the heads of files are decoded. 0 pixels where none of them tells.
+    Of JPEG, PNG and WebP the heads alone are decoded. 0 pixels where none of them tells.
     """
     files = open_source(source, "", None)
     names = [image.name for image in find_candidates(files).images]
     sides = []
     for name in names[:: max(len(names) // LOOKED_AT, 1)]:
         try:
-            sides.append(min(decoded_size(files.read(name))))
-        except UnreadableFileError:
+            sides.append(min(decoded_size(storable(files.read(name)))))
+        except (UnreadableFileError, DecodeError):
             continue
     return len(names), int(median(filter(None, sides))) if any(sides) else 0
 
