@@ -37,7 +37,7 @@ class BenchmarkConfig(Config):
 
     only: tuple[Name, ...] = ()
     """Benchmarks to run, for instance only=input,step; all of them by default."""
-    rounds: Annotated[int, Field(ge=1)] = 5
+    rounds: Annotated[int, Field(ge=1, le=10**6)] = 5
     """Units that each contestant does; the order rotates from round to round."""
     seconds: Annotated[float, Field(gt=0)] = 30.0
     """Time for one table: no round begins that would end after it, once there are three."""
@@ -51,7 +51,7 @@ class BenchmarkConfig(Config):
     """Folder or zip of 32-pixel images; by default small parts of the same photographs."""
     images: Annotated[int, Field(ge=1)] = 32
     """Images that one unit of `input` decodes; the same for all contestants."""
-    workers: Annotated[int, Field(ge=1)] = 2
+    workers: Annotated[int, Field(ge=1, le=1024)] = 2
     """Reading processes of `end_to_end`, and of each training process where `scaling` counts these."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the steps run; auto takes a GPU if there is one."""

@@ -57,7 +57,7 @@ def compare_start_up(config: BenchmarkConfig) -> Iterator[Comparison]:
 
         def first_step() -> None:
             rmtree(run)
-            run_python("pretrain.py", *keys, "train.epochs=null", "train.steps=1")
+            run_python("pretrain.py", *keys, "train.steps=1")
 
         def first_batch() -> None:
             next(OurInput(views_of(RECIPE), settings).stream())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -17,7 +18,7 @@ from benchmarks.training_steps import TrainingStep, our_step
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.attention import choose_attention
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import RECIPES, Config, read_recipe, validate
+from ssl_pipeline.config import RECIPES, BatchSize, Config, InRange, read_recipe, validate
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.optim.optimizer import OptimConfig
 
@@ -50,8 +51,8 @@ class StepSetting(Config):
 
     method: MethodConfig
     backbone: BackboneConfig
-    views: dict[str, tuple[int, int]]
-    batch_size: int
+    views: dict[str, Annotated[tuple[int, int], InRange(ge=1, le=8192)]]
+    batch_size: BatchSize
 
     def __str__(self) -> str:
         views = " + ".join(f"{count}x{pixels}" for count, pixels in self.views.values())

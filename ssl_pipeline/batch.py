@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -57,6 +57,13 @@ class MaskRule:
         assert isinstance(self.ratio, float)
         return int(num_patches * (1 - self.ratio))
 
+    def most_masked(self, num_patches: int) -> int:
+        """How many patches of a view the largest `ratio` masks."""
+        ratio = max(self.ratio) if isinstance(self.ratio, tuple) else self.ratio
+        if self.kind == "units":
+            return math.ceil(num_patches // self.unit**2 * ratio) * self.unit**2
+        return num_patches - int(num_patches * (1 - ratio)) if self.kind == "random" else int(num_patches * ratio)
+
     def __post_init__(self) -> None:
         low, high = self.ratio if isinstance(self.ratio, tuple) else (self.ratio, self.ratio)
         counted = self.num_masked is not None
@@ -93,6 +100,9 @@ class Views:
     """How its views are masked; None: not at all."""
     crops_of: str | None = None
     """The group whose crops they must be, at a size of their own; None: a recipe may say so or not."""
+    for_backbone: bool = True
+    """Whether the backbone is shown the views, so that they must have a size that it takes; False where another network
+    alone is (the tokenizer of BEiT)."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class RunFacts:
     global_batch: images per optimizer step, over all processes and micro-batches.
     view_sizes: the sides in pixels of each group of views, one or several. mean, std: of the normalisation.
     micro_batch: images that go through the network at once, over all processes; None: as many as `global_batch`.
+    group_mean, group_std: of the normalisation of the groups of views that have their own.
     """
 
     num_images: int
@@ -115,6 +126,21 @@ class RunFacts:
     std: tuple[float, float, float]
     class_names: tuple[str, ...] | None = None
     micro_batch: int | None = None
+    group_mean: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    group_std: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    def normalisation(self, group: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and std of the images of augment.GROUP."""
+        return self.group_mean.get(group, self.mean), self.group_std.get(group, self.std)
+
+    def require_normalisation(self, group: str, mean: Sequence[float], std: Sequence[float], *, why: str) -> None:
+        """Raises ConfigError if the images of augment.GROUP are normalised otherwise; `why` begins the sentence."""
+        own = self.normalisation(group)
+        if any(abs(a - b) > 1e-4 for a, b in zip((*own[0], *own[1]), (*mean, *std), strict=True)):
+            raise ConfigError(
+                f"{why} images with mean {list(mean)} and std {list(std)}. Got mean {list(own[0])} and std "
+                f"{list(own[1])}; set augment.{group}.mean and .std."
+            )
 
     def classes(self, wanted: int | None) -> int:
         """The number of classes: `wanted`, or the labelled images' if it is None; ConfigError if the two disagree."""

@@ -65,3 +65,27 @@ def seed_everything(*key: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(seed)
+
+
+def uniform_noise(keys_NA: torch.Tensor, count: int, *, dtype: torch.dtype) -> torch.Tensor:
+    """Uniform numbers in (0, 1), exclusive, with 23 random bits, on the device of the keys: (N, count).
+
+    Row n follows from the integers keys_NA[n] alone: no generator, and the same on any process. Nothing waits for the
+    device. A multiplicative hash of 32 bits, twice for each number; for noise, not for secrets.
+    """
+    state_N = torch.zeros_like(keys_NA[:, 0])
+    for keys_N in keys_NA.unbind(dim=1):
+        state_N = _mix((state_N ^ (keys_N & _32_BITS)) + _ODD)
+    numbers = torch.arange(count, device=keys_NA.device) * _ODD + _ODD
+    mixed = _mix(_mix((state_N[:, None] + numbers) & _32_BITS) ^ state_N[:, None])
+    return (mixed >> 9).to(dtype).add_(0.5).mul_(2.0**-23)  # with 24 bits float32 would round up to 1
+
+
+_32_BITS, _ODD, _FACTOR = 0xFFFFFFFF, 0x1E3779B9, 0x45D9F3B  # products of 32 bits and the factor fit into 63
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = x & _32_BITS
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * _FACTOR) & _32_BITS
+    return x ^ (x >> 16)

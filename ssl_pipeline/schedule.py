@@ -15,6 +15,8 @@ from pydantic_core import CoreSchema, core_schema
 
 from ssl_pipeline.config import Config
 
+LONGEST = 10**9  # steps, epochs or percent of a duration
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -52,6 +54,11 @@ class Duration:
             return round(self._number / 100 * progress.total_steps)
         return round(self._number * (progress.steps_per_epoch if self._unit == "ep" else 1))
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it lasts no time at all, in whatever unit: a period of 0 means never."""
+        return self._number == 0
+
     def __eq__(self, other: object) -> bool:
         return self.written == (other.written if isinstance(other, Duration) else other)
 
@@ -73,6 +80,13 @@ class Duration:
 
 
 def _parse(written: int | str) -> tuple[float, str]:
+    number, unit = _number_and_unit(written)
+    if number > LONGEST:
+        raise ValueError(f"a duration is at most {LONGEST} steps, epochs or percent. Got {written}.")
+    return number, unit
+
+
+def _number_and_unit(written: int | str) -> tuple[float, str]:
     if isinstance(written, int):
         if written < 0:
             raise ValueError(f"a duration cannot be negative. Got {written}.")
@@ -137,7 +151,7 @@ class Schedule(Config):
     """How long the decay takes, `final` afterwards; null is to the end of the run."""
     milestones: Milestones = ()
     """Where `decay: steps` multiplies the value by `factor`."""
-    factor: float = Field(DEFAULT_FACTOR, gt=0)
+    factor: float = Field(DEFAULT_FACTOR, gt=0, le=1)
     """What `decay: steps` multiplies with at each milestone."""
     reach_final: bool = False
     """Whether the last step of the decay already has `final` (DINOv3), or the step after it (DINO, MAE)."""
@@ -168,6 +182,19 @@ class Schedule(Config):
                 )
         self._check_arc()
         return self
+
+    def numbers(self) -> dict[str, float]:
+        """Its extreme values, by the key that sets each: all others lie between them."""
+        numbers = {"value": self.value}
+        if not (self.warmup.is_zero and self.delay.is_zero):
+            numbers["start"] = self.start
+        if self.decay == "steps":
+            numbers["value after the last milestone"] = self.value * self.factor ** len(self.milestones)
+        elif self.decay == "cosine_7_16":
+            numbers["value at the end"] = self._decayed(1.0)
+        elif self.final is not None:
+            numbers["final"] = self.final
+        return numbers
 
     def _check_arc(self) -> None:
         if self.decay != "cosine_arc":

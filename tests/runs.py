@@ -47,7 +47,7 @@ class Happening:
 
     what: nothing, a signal name, "kill a worker", "hang" or "nan".
     on_rank: only there.
-    record: files (suffix: the rank) that get the sample ids of each micro-batch.
+    record: files (suffix: the rank) that get the sample ids of each micro-batch; record_labelled: of its labelled one.
     slow_save: a file that appears when a checkpoint is half written; the process then waits to be killed.
     float64: everything behind the augmentation is computed in double precision.
     """
@@ -56,6 +56,7 @@ class Happening:
     at: int = 0
     on_rank: int | None = None
     record: Path | None = None
+    record_labelled: Path | None = None
     slow_save: Path | None = None
     float64: bool = False
 
@@ -194,9 +195,10 @@ def happens(happening: Happening) -> Iterator[None]:
 
     def make_batch(images: StreamBatch, augment: Mapping[str, ViewGroup], **normalisation: Channels) -> Batch:
         batch = original(images, augment, **normalisation)
-        if happening.record is not None:
-            with happening.record.with_suffix(f".{rank()}").open("a") as file:
-                file.write(json.dumps(batch.sample_ids.tolist()) + "\n")
+        for record, seen in ((happening.record, batch), (happening.record_labelled, batch.labelled)):
+            if record is not None and seen is not None:
+                with record.with_suffix(f".{rank()}").open("a") as file:
+                    file.write(json.dumps(seen.sample_ids.tolist()) + "\n")
         if happening.float64:
             batch = _double(batch)
         if next(made) == happening.at and happening.on_rank in (None, rank()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_pipeline.batch import Batch, MaskRule
+from ssl_pipeline.batch import Batch, MaskRule, RunFacts
 from ssl_pipeline.config import ConfigError
 
 
@@ -40,3 +40,14 @@ def test_views_are_unpacked_by_name():
     assert batch.one("weak").tolist() == [[[[0, 1]]]]
     with pytest.raises(ValueError, match="unpack"):
         batch.one("view")
+
+
+def test_a_group_has_its_own_normalisation_or_that_of_the_data():
+    facts = RunFacts(100, None, 8, {}, (0.5,) * 3, (0.2,) * 3, group_mean={"tokens": (0.1,) * 3})
+    assert facts.normalisation("image") == ((0.5,) * 3, (0.2,) * 3)
+    assert facts.normalisation("tokens") == ((0.1,) * 3, (0.2,) * 3)
+    facts.require_normalisation("tokens", (0.1,) * 3, (0.2,) * 3, why="It needs")
+    with pytest.raises(
+        ConfigError, match=r"^It needs images with mean \[0\.5, .* set augment\.tokens\.mean and \.std\.$"
+    ):
+        facts.require_normalisation("tokens", (0.5,) * 3, (0.2,) * 3, why="It needs")

@@ -210,6 +210,10 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
         ("dinov3", "own codes"),
         ("byol", "own batch norm"),
         ("mae", "no DDP"),
+        ("simmim", "no DDP"),
+        ("distillation", "no DDP"),
+        ("beit", "no DDP"),
+        ("dvae", "no DDP"),
         ("swav", "own codes"),
     ],
 )

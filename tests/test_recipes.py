@@ -21,12 +21,14 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import create_backbone
+from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.commands.compare import CompareConfig
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import COMPARISONS, RECIPES, ConfigError, dump, load, read_yaml, recipe_files, validate
+from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.modules.tokenizer import Tokenizer, save_tokenizer
 from ssl_pipeline.schedule import Progress
 from ssl_pipeline.training.preflight import check_recipe
 from tests.tiny import write_shards
@@ -41,9 +43,22 @@ ORDERED = {
     "dino_vits16",
     "simclr_resnet50",
 }
-TINY = {"num_prototypes": 32, "queue_size": 32, "decoder_depth": 1, "_dim": 32}  # by the end of a method's key
+TINY = {
+    "num_prototypes": 32,
+    "queue_size": 32,
+    "decoder_depth": 1,
+    "_dim": 32,
+    "mask_size": 16,
+    "num_tokens": 32,
+}  # by the end of a method's key
 TINY_RESNET = ["backbone.name=test_resnet", "backbone.arguments.stem_type=''"]
-TINY_VIT = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
+TINY_VIT: dict[str, bool | int | float | str] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+}
 
 
 def recipe(name: str, *argv: str) -> PretrainConfig:
@@ -192,10 +207,13 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     # with the usual stem a ResNet needs 32 pixels: oneDNN's bf16 gradient of a strided 3x3 convolution over a single
     # pixel reads memory that nobody wrote
     size = 16 if plain.backbone.small_images else 32
-    vit = plain.backbone.name.startswith("vit")
+    vit = plain.backbone.name.startswith(("vit", "beit"))
     sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
     sizes += [f"augment.{group}.size_weights=[]" for group, views in plain.augment.items() if views.size_weights]
-    backbone = [f"backbone.arguments={TINY_VIT}"] if vit else TINY_RESNET
+    small_vit = [f"backbone.arguments.{key}={value}" for key, value in TINY_VIT.items()]
+    backbone = small_vit if vit else TINY_RESNET
+    if plain.backbone.name == "dalle_encoder":
+        backbone = ["backbone.arguments.hidden_dim=4", "backbone.arguments.blocks_per_group=1"]
     backbone = [*backbone, "backbone.weights=null", "backbone.frozen_batch_norm=false"]
     widths = [
         f"method.{key}={value}"
@@ -207,8 +225,27 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     where += ["knn=null", "classifier=null"]
     if plain.data.labelled is not None:
         where += [f"data.labelled.shards={labelled}", "data.labelled.batch_size=8"]
-    length = ["train.epochs=null", "train.steps=2", "train.log_every=1"]
-    return recipe(name, *sizes, *backbone, *where, *length, *widths)
+    length = ["train.steps=2", "train.log_every=1"]
+    files = [f"method={json.dumps(plain.method.model_dump(mode='json') | given)}" for given in files_of(plain, output)]
+    return recipe(name, *sizes, *backbone, *where, *length, *files, *widths)
+
+
+def files_of(plain: PretrainConfig, folder: Path) -> list[dict[str, object]]:
+    """Small files in the place of those that a method's settings lead to."""
+    if plain.method.name == "distillation":
+        teacher = BackboneConfig(name="vit_tiny_patch16_224", arguments=TINY_VIT)
+        path = folder.with_name("teacher.safetensors")
+        state = create_backbone(teacher).model.state_dict()
+        write_tensors(path, {key: tensor.contiguous() for key, tensor in state.items()})
+        return [{"teacher": teacher.model_copy(update={"weights": str(path)}).model_dump(mode="json")}]
+    if plain.method.name == "beit":
+        path, tokens = folder.with_name("tokenizer.safetensors"), plain.augment["tokens"]
+        encoder = create_backbone(BackboneConfig(name="vit_tiny_patch16_224", arguments=TINY_VIT))
+        save_tokenizer(
+            path, Tokenizer(encoder, 32), mean=tokens.mean or plain.data.mean, std=tokens.std or plain.data.std
+        )
+        return [{"tokenizer": str(path), "num_masked": 6, "min_block": 2}]
+    return []
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -12,12 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ssl_pipeline.augment.masks import draw_masks
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
-from ssl_pipeline.batch import Batch, MaskRule, Views
+from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
 from ssl_pipeline.config import Config
+from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods import METHODS, build_method
 from ssl_pipeline.methods.base import Method
-from ssl_pipeline.schedule import Progress
+from ssl_pipeline.modules.tokenizer import Tokenizer, save_tokenizer
+from ssl_pipeline.schedule import Progress, Schedule
 
 VIT = BackboneConfig(
     name="vit_tiny_patch16_224",
@@ -25,8 +30,18 @@ VIT = BackboneConfig(
 )
 CNN = BackboneConfig(name="resnet10t", arguments={"stem_type": ""}, small_images=True)
 # by the end of a setting's name: a size that takes a CPU a moment
-SMALL = {"_dim": 16, "num_prototypes": 12, "queue_size": 64, "_depth": 1, "_heads": 2, "num_classes": 3}
+SMALL = {
+    "_dim": 16,
+    "num_prototypes": 12,
+    "num_tokens": 12,
+    "queue_size": 64,
+    "_depth": 1,
+    "_heads": 2,
+    "num_classes": 3,
+}
 OWN: dict[str, dict[str, object]] = {
+    "beit": {"num_masked": 6, "min_block": 2},
+    "dvae": {"reconstruction": "mse", "kl_weight": Schedule(value=0.1)},
     "dino": {"freeze_prototypes_for": 1},
     "dinov2": {"freeze_prototypes_for": 1, "patch_head": "separate", "num_patch_prototypes": 10, "koleo_weight": 2.0},
     "dinov3": {
@@ -38,9 +53,41 @@ OWN: dict[str, dict[str, object]] = {
     "fixmatch": {"threshold": 0.4},
     "ibot": {"freeze_prototypes_for": 1, "patch_head": "own_prototypes", "num_patch_prototypes": 10},
     "moco": {"symmetric": True},
+    "simmim": {"mask_size": 8},
     "swav": {"queue_size": 16, "queue_starts": 0, "freeze_prototypes_for": 1},  # full after two steps
 }
 """What a method's tests need beside that."""
+FOLDER = tempfile.TemporaryDirectory(prefix="tiny-methods-")
+
+
+@cache
+def teacher_settings() -> dict[str, object]:
+    """A network with more patches than the student has, and its weights in a file."""
+    arguments = VIT.arguments | {"patch_size": 2, "embed_dim": 20}
+    path = Path(FOLDER.name) / "teacher.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        teacher = create_backbone(BackboneConfig(name="vit_tiny_patch16_224", arguments=arguments))
+    write_tensors(path, teacher.model.state_dict())
+    return {"teacher": BackboneConfig(name="vit_tiny_patch16_224", arguments=arguments, weights=str(path))}
+
+
+@cache
+def tokenizer_settings() -> dict[str, object]:
+    """A tokenizer of twelve codes, one for each patch of the tiny ViT."""
+    path = Path(FOLDER.name) / "tokenizer.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        tokenizer = Tokenizer(create_backbone(VIT), 12)
+    save_tokenizer(path, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return {"tokenizer": path}
+
+
+FILES: dict[str, Callable[[], dict[str, object]]] = {
+    "beit": tokenizer_settings,
+    "distillation": teacher_settings,
+}
+"""Settings that lead to files, which are made at their first use."""
 COUNTS = {"global": 2, "gram": 2, "local": 3}
 SIZES = {"gram": 24, "local": 8}
 
@@ -56,12 +103,17 @@ def tiny_settings(name: str) -> dict[str, object]:
     """The settings of the method `name` in its smallest form."""
     fields = CONFIGS[name].model_fields
     small = {field: value for field in fields for end, value in SMALL.items() if field.endswith(end)}
-    return {"name": name, **small, **OWN.get(name, {})}
+    files = FILES[name]() if name in FILES else {}
+    return {"name": name, **small, **files, **OWN.get(name, {})}
 
 
 def make_method(name: str, *, backbone: BackboneConfig = VIT, seed: int = 0) -> Method:
     torch.manual_seed(seed)
-    return build_method(CONFIGS[name](**tiny_settings(name)), create_backbone(backbone))
+    method = build_method(CONFIGS[name](**tiny_settings(name)), create_backbone(backbone))
+    if name in FILES:  # what is in them is read before a run begins, and not before
+        sizes = {views.name: (view_shape(views)[1],) for views in method.needs}
+        method.prepare(RunFacts(100, 3, 8, sizes, mean=(0.5,) * 3, std=(0.5,) * 3))
+    return method
 
 
 @cache
@@ -98,7 +150,11 @@ def make_batch(name: str, *, num_images: int = 4, seed: int = 0, dtype: torch.dt
 def make_masks(
     rule: MaskRule, num_views: int, num_images: int, size: int, *, generator: torch.Generator
 ) -> torch.Tensor:
-    """(V, B, L) masks at random places: as many patches as `ratio` says, or of every other view a share in between."""
+    """(V, B, L) masks: as many patches as `ratio` says at random places or, for a pair, some or none; where the rule
+    counts otherwise, those of the data path."""
+    if rule.kind == "units" or rule.num_masked is not None:
+        states = torch.randint(2**62, (num_views, num_images), generator=generator).numpy().astype(np.uint64)
+        return torch.from_numpy(draw_masks(rule, size, states))
     num_patches = (size // rule.patch_size) ** 2
     order = torch.rand(num_views, num_images, num_patches, generator=generator).argsort(dim=-1)
     if not isinstance(rule.ratio, tuple):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+Interpolation = Literal["bicubic", "bilinear"]
 LARGEST_UNCUT_SIZE = 96  # small images fill their frame: nothing is cut from the shorter side
 CROP_RATIO = 256 / 224
 LONGEST_SIDE = 4  # times the shorter one; what lies beyond never reaches the central square
 
 
-def central_crop(image_HWC: Tensor, size: int) -> Tensor:
+def central_crop(image_HWC: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
     """The evaluation view (3, size, size) of an 8-bit image (H, W, 3)."""
     longest = LONGEST_SIDE * min(image_HWC.shape[:2])
     for side in (0, 1):
@@ -24,7 +27,7 @@ def central_crop(image_HWC: Tensor, size: int) -> Tensor:
         scaled = (
             (shorter, int(shorter * width / height)) if height <= width else (int(shorter * height / width), shorter)
         )
-        image_1CHW = interpolate(image_1CHW, size=scaled, mode="bicubic", antialias=True)
+        image_1CHW = interpolate(image_1CHW, size=scaled, mode=interpolation, antialias=True)
     height, width = image_1CHW.shape[-2:]
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image_1CHW[0, :, top : top + size, left : left + size].contiguous()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import create_model, model_validator
+from pydantic import Field, create_model, model_validator
 
-from ssl_pipeline.augment.operations import OPERATIONS, Operation, PerView, ViewSettings
-from ssl_pipeline.augment.operations.base import Channels, per_view_mistakes, range_mistakes
-from ssl_pipeline.config import ConfigError, nearest
+from ssl_pipeline.augment.operations import OPERATIONS, Operation, ViewSettings
+from ssl_pipeline.augment.operations.base import Deviation, Mean, Probability, per_view_mistakes, range_mistakes
+from ssl_pipeline.config import ConfigError, InRange, nearest
 
 
 class CropSettings(ViewSettings):
@@ -23,19 +23,19 @@ class CropSettings(ViewSettings):
     crop: Literal["random_resized", "pad"] = "random_resized"
     """random_resized: a random part of the image, resized. pad: the whole image, shifted by up to `padding` of its
     size and reflected where it runs out (FixMatch's weak view)."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Annotated[tuple[float, float], InRange(gt=0, le=1, increasing=True)] = (0.08, 1.0)
     """Smallest and largest area of a random_resized crop, as a fraction of the image."""
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect: Annotated[tuple[float, float], InRange(ge=0.01, le=100, increasing=True)] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of a random_resized crop."""
-    padding: float = 0.125
+    padding: float = Field(0.125, ge=0, le=0.5)
     """Largest shift of a pad crop, as a fraction of the image's size."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How crops are resized; both are antialiased."""
-    flip_prob: PerView = 0.5
+    flip_prob: Probability = 0.5
     """Probability of a horizontal flip."""
-    mean: Channels | None = None
+    mean: Mean | None = None
     """Subtracted from red, green and blue in [0, 1] at the end; by default data.mean."""
-    std: Channels | None = None
+    std: Deviation | None = None
     """What red, green and blue are divided by after that; by default data.std."""
 
 
@@ -66,26 +66,21 @@ class ViewGroup(_operation_settings, CropSettings):
     @model_validator(mode="after")
     def _check(self) -> ViewGroup:
         mistakes = [mistake for operation in self.operations for mistake in operation.mistakes(self)]
-        mistakes += [*per_view_mistakes(self, flip_prob=1.0), *self._range_mistakes(), *self._box_mistakes()]
+        mistakes += [*per_view_mistakes(self, "flip_prob"), *self._size_mistakes(), *self._box_mistakes()]
         if mistakes:
             raise ValueError(" ".join(mistakes))
         return self
 
-    def _range_mistakes(self) -> list[str]:
-        sizes, weights, std = self.sizes, self.size_weights, self.std
+    def _size_mistakes(self) -> list[str]:
+        sizes, weights = self.sizes, self.size_weights
         return range_mistakes(
-            (self.count >= 1, "count", "at least 1", self.count),
-            (bool(sizes) and min(sizes) >= 1, "size", "at least 1 pixel", self.size),
+            (bool(sizes), "size", "a number of pixels, or several", "none"),
             (
-                not weights or (len(weights) == len(sizes) and min(weights) >= 0 and sum(weights) > 0),
+                not weights or (len(weights) == len(sizes) and sum(weights) > 0),
                 "size_weights",
                 f"a share for each of the {len(sizes)} sizes",
                 weights,
             ),
-            (0 < self.scale[0] <= self.scale[1] <= 1, "scale", "an increasing pair in (0, 1]", self.scale),
-            (0 < self.aspect[0] <= self.aspect[1], "aspect", "an increasing pair above 0", self.aspect),
-            (0 <= self.padding <= 0.5, "padding", "between 0 and 0.5", self.padding),
-            (std is None or min(std) > 0, "std", "above 0", std),
         )
 
     def _box_mistakes(self) -> list[str]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
-from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig
+from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import load_backbone, save_backbone
+from ssl_pipeline.backbones.image_sizes import check_image_sizes
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
-from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, require_tokens, without_drop_path
+from ssl_pipeline.backbones.networks import (
+    Backbone,
+    TokenBackbone,
+    require_tokens,
+    without_drop_path,
+)
 from ssl_pipeline.backbones.positions import sincos_position_embedding  # whose public place is here
 from ssl_pipeline.backbones.preprocessing import ImageTransform, Preprocessing
 from ssl_pipeline.backbones.runs import BackboneOfRun, load_from_checkpoint, load_run
@@ -15,6 +21,7 @@ from ssl_pipeline.backbones.tokens import Tokens
 
 __all__ = [
     "ARCHITECTURE",
+    "Argument",
     "Backbone",
     "BackboneConfig",
     "BackboneOfRun",
@@ -22,6 +29,7 @@ __all__ = [
     "Preprocessing",
     "TokenBackbone",
     "Tokens",
+    "check_image_sizes",
     "create_backbone",
     "layer_decay_groups",
     "layer_lr_scale",

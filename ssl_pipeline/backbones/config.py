@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import timm
 from pydantic import Field, model_validator
+from timm.models import is_model_in_modules
 
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, MayChange, PlaceText
 
 RESERVED_ARGUMENTS = {
     "num_classes": "the head is always left out",
@@ -23,26 +25,29 @@ RESERVED_ARGUMENTS = {
     "scriptable": "a backbone is trained and evaluated as it is",
     "exportable": "a backbone is trained and evaluated as it is",
 }
+Argument = bool | int | float | str | list[bool | int | float | str]
+"""What a timm model may be told: a value, or a list of them (the depths of a Swin's stages)."""
 ARCHITECTURE = ("name", "arguments", "small_images")  # what shapes the tensors; the rest is how they begin and train
 
 
 class BackboneConfig(Config):
     name: str
     """Name of a timm model, for instance resnet18 or vit_small_patch16_224."""
-    arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Further arguments of the timm model, for instance {img_size: 32, patch_size: 4}."""
+    arguments: dict[str, Argument] = Field(default_factory=dict)
+    """Further arguments of the timm model, for instance {img_size: 32, patch_size: 4}; lists too, depths=[2,2,6,2]."""
     drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Stochastic depth rate of the last block."""
     small_images: bool = False
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
-    weights: str | None = None
+    weights: PlaceText | None = None
     """Weights to start from: a file (.safetensors, .pth, .pt), a run's directory or that of one of its checkpoints, or
     the tag of a pretrained timm model."""
     weights_from: str | None = None
     """Which network of the weights: `teacher` or `student` of a file, a backbone of a run by name; by default the one
     that is usually evaluated."""
-    initial_weights: Literal["mae", "moco_v3"] | None = None
-    """ViTs only: how the weights begin, as in the official code of MAE or MoCo v3; null leaves it to timm."""
+    initial_weights: Literal["mae", "moco_v3", "beit"] | None = None
+    """ViTs only: how the weights begin, as in the official code of MAE, MoCo v3 or BEiT (SimMIM's too); null leaves it
+    to timm."""
     fixed_positions: bool = False
     """ViTs only: a table of sines that is not trained, instead of learnt positions: MAE's, and MoCo v3's with its
     initial_weights."""
@@ -51,9 +56,15 @@ class BackboneConfig(Config):
     frozen_batch_norm: bool = False
     """Whether batch norm keeps the statistics of the weights. Those of some hundred augmented images, which it would
     take on in training, cost a good network more than training on few images wins."""
-    checkpoint_activations: bool = False
+    checkpoint_activations: MayChange[bool] = False
     """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
+
+    @classmethod
+    def of_name(cls, name: str) -> tuple[str, ...]:
+        """All but `small_images` where the new network is a ResNet: that is about the images."""
+        keeps_stem = timm.is_model(name) and is_model_in_modules(name, ["resnet"])
+        return tuple(key for key in cls.model_fields if key != "small_images" or not keeps_stem)
 
     @model_validator(mode="after")
     def _arguments_are_the_models_own(self) -> BackboneConfig:

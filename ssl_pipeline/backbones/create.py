@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
-from timm.models import ResNet, VisionTransformer
+from timm.models import Beit, ResNet, VisionTransformer
 from torch import nn
 
-import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (adds its network to timm's registry)
+import ssl_pipeline.backbones.dalle_encoder
+import ssl_pipeline.backbones.wide_resnet  # noqa: F401  (both add a network to timm's registry)
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
+from ssl_pipeline.backbones.memory_format import choose_memory_format
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
 from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source
@@ -41,7 +42,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     if has_tokens(model):
         backbone: Backbone = TokenBackbone(model)
     else:
-        backbone = Backbone(model.to(memory_format=torch.channels_last))
+        backbone = Backbone(model, memory_format=choose_memory_format(model))
     backbone.config = config
     if tag is not None:
         backbone.origin = Origin(f"timm's {config.name}.{tag}")
@@ -98,9 +99,11 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
             raise ConfigError(f"backbone.{setting} needs a ViT. '{config.name}' is none.")
     if isinstance(backbone, TokenBackbone):
         if config.initial_weights is not None:
-            if not isinstance(backbone.model, VisionTransformer):
+            as_beit = config.initial_weights == "beit"
+            if not isinstance(backbone.model, (VisionTransformer, Beit) if as_beit else VisionTransformer):
                 raise ConfigError(
-                    f"backbone.initial_weights={config.initial_weights} is about timm's VisionTransformer (vit_*). "
+                    f"backbone.initial_weights={config.initial_weights} is about timm's VisionTransformer (vit_*)"
+                    f"{' and Beit (beit_*)' if as_beit else ''}. "
                     f"'{config.name}' is one of its {type(backbone.model).__name__}s; leave it out."
                 )
             initialise(backbone.model, config.initial_weights)

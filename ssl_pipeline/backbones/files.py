@@ -10,20 +10,28 @@ from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.preprocessing import Preprocessing
 from ssl_pipeline.backbones.weights import first_line, load_source
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.files import JSON, write_json, write_tensors
 
 
-def save_backbone(directory: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:
-    """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments)."""
+def save_backbone(
+    directory: Path, backbone: Backbone, preprocessing: Preprocessing, *, step: int | None = None
+) -> None:
+    """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments).
+
+    `step` is the number of optimizer steps that made it (`exported_step`). Nothing describes tensors of another step:
+    the description of those before goes first.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     description: dict[str, JSON] = {
         **backbone.config.model_dump(mode="json", include=set(ARCHITECTURE)),
         "size": preprocessing.size,
         "mean": preprocessing.mean,
         "std": preprocessing.std,
+        **({} if step is None else {"step": step}),
     }
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "backbone.json").unlink(missing_ok=True)
     write_tensors(directory / "backbone.safetensors", state, metadata={"format": "pt"})
     write_json(directory / "backbone.json", description)
 
@@ -33,7 +41,7 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
     path = directory / "backbone.json"
     try:
         description = json.loads(path.read_bytes())
-        config = BackboneConfig(**without_tag({key: description[key] for key in ARCHITECTURE}))
+        config = validate(BackboneConfig, without_tag({key: description[key] for key in ARCHITECTURE}))
         preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None

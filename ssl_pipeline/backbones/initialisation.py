@@ -1,25 +1,35 @@
-"""How the weights of a ViT begin in the official code of MAE (He et al., 2021, https://arxiv.org/abs/2111.06377) and
-MoCo v3 (Chen et al., 2021, https://arxiv.org/abs/2104.02057)."""
+"""How the weights of a ViT begin in official code.
+
+MAE (He et al., 2021, https://arxiv.org/abs/2111.06377), MoCo v3 (Chen et al., 2021, https://arxiv.org/abs/2104.02057)
+and BEiT (Bao et al., 2021, https://arxiv.org/abs/2106.08254), whose way SimMIM has too.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
-from timm.models import VisionTransformer
+from timm.models import Beit, VisionTransformer
 from torch import nn
 
 from ssl_pipeline.backbones.positions import sincos_position_embedding
+from ssl_pipeline.backbones.tokens.base import TimmModel
 from ssl_pipeline.config import ConfigError
 
 
 @torch.no_grad()
-def initialise(model: VisionTransformer, way: Literal["mae", "moco_v3"]) -> None:
-    """Xavier-uniform weights and zero biases in all linear layers; the patch embedding as a linear layer over pixels.
+def initialise(model: VisionTransformer | Beit, way: Literal["mae", "moco_v3", "beit"]) -> None:
+    """The first weights of linear layers, the patch embedding and the tokens.
 
-    mae: query, key and value weights are one layer; the class token is N(0, 0.02^2).
-    moco_v3: they are three layers, so their bound is larger; the class token is N(0, 1e-6^2).
+    mae, moco_v3: linear layers Xavier-uniform with zero biases, and the patch embedding as one of them over pixels.
+        mae: query, key and value weights are one layer; the class token is N(0, 0.02^2).
+        moco_v3: they are three layers, so their bound is larger; the class token is N(0, 1e-6^2).
+    beit: linear layers, class token and positions N(0, 0.02^2) within one deviation, zero biases; the last weights of
+        attention and MLP of block l, from 1, divided by sqrt(2 l). The patch embedding is left to torch.
     """
+    if way == "beit":
+        _initialise_as_beit(model)
+        return
     initialise_as_mae(model)
     patch_embed: nn.Conv2d = model.patch_embed.proj
     nn.init.xavier_uniform_(patch_embed.weight.view(model.embed_dim, -1))
@@ -32,6 +42,25 @@ def initialise(model: VisionTransformer, way: Literal["mae", "moco_v3"]) -> None
                     nn.init.xavier_uniform_(third)
         if patch_embed.bias is not None:
             nn.init.zeros_(patch_embed.bias)
+
+
+def _initialise_as_beit(model: TimmModel) -> None:
+    initialise_within_a_deviation(model)
+    for token in (model.cls_token, model.pos_embed):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+    for number, block in enumerate(model.blocks, start=1):
+        for last in (block.attn.proj, block.mlp.fc2):
+            last.weight /= (2 * number) ** 0.5
+
+
+def initialise_within_a_deviation(module: nn.Module, *, std: float = 0.02) -> None:
+    """Normal weights cut at one deviation and zero biases for every linear layer inside (BEiT)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=std, a=-std, b=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 def initialise_as_mae(module: nn.Module) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import ClassVar, Self
 
 import torch
 from timm.layers import DropPath
+from timm.models import Beit
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.config import BackboneConfig
@@ -19,7 +22,10 @@ from ssl_pipeline.config import ConfigError
 
 
 class Backbone(nn.Module):
-    """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim)."""
+    """A timm model without its classifier: images (B, C, H, W) -> features (B, embed_dim).
+
+    memory_format: the layout of the model's weights, into which images are brought.
+    """
 
     config: BackboneConfig
     """What `create_backbone` made it from, and makes another one from."""
@@ -27,12 +33,13 @@ class Backbone(nn.Module):
     """Where its weights come from."""
     preprocessing: Preprocessing | None = None
     """What it expects of images, if it comes from a run."""
-    forward_methods: ClassVar[tuple[str, ...]] = ()
+    forward_methods: ClassVar[tuple[str, ...]] = ("features_and_map",)
     """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, memory_format: torch.memory_format = torch.channels_last) -> None:
         super().__init__()
         self.model = model
+        self.memory_format = memory_format
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
         self.keeps_statistics = False
         """Whether batch norm never leaves evaluation mode."""
@@ -63,8 +70,28 @@ class Backbone(nn.Module):
         return ImageTransform(self.preprocessing)
 
     def forward(self, images: Tensor) -> Tensor:
-        # the layout of `create_backbone`: convolutions take a third of the time on CPUs, and less on GPUs too
-        return self.model(images.contiguous(memory_format=torch.channels_last))
+        return self.model(images.contiguous(memory_format=self.memory_format))
+
+    def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, embed_dim), those of `forward`, and the map (B, D, rows, columns) that they are pooled from.
+
+        Raises ConfigError if the network has no such map.
+        """
+        network: TimmModel = self.model
+        inner = network.forward_features(images.contiguous(memory_format=self.memory_format))
+        if inner.ndim == 4 and network.num_features in (inner.shape[1], inner.shape[3]):
+            channels_first = inner.shape[1] == network.num_features
+            return network.forward_head(inner), inner if channels_first else inner.movedim(3, 1)
+        raise ConfigError(
+            f"'{self.name}' has no map of features. Networks that have: CNNs, and {NETWORKS_WITH_TOKENS}."
+        )
+
+    def map_shape(self, size: int) -> tuple[int, Grid]:
+        """Dimensions and grid of `features_and_map` for images of `size` pixels; nothing is computed."""
+        on_meta = deepcopy(self).to("meta").eval()
+        with torch.no_grad():
+            _, its_map = on_meta.features_and_map(torch.empty(1, 3, size, size, device="meta"))
+        return its_map.shape[1], (its_map.shape[2], its_map.shape[3])
 
 
 class TokenBackbone(Backbone):
@@ -75,7 +102,7 @@ class TokenBackbone(Backbone):
     """
 
     model: TimmModel
-    forward_methods = ("tokens", "pool", "embed", "embed_patches", "encode")
+    forward_methods = ("features_and_map", "tokens", "pool", "embed", "embed_patches", "encode")
 
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
@@ -123,6 +150,13 @@ class TokenBackbone(Backbone):
         """Tokens -> features (N, embed_dim), those of `forward` for the same images."""
         return self._adapter.pool(tokens)
 
+    def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.tokens(images)
+        return self.pool(tokens), tokens.patch_map()
+
+    def map_shape(self, size: int) -> tuple[int, Grid]:
+        return self.embed_dim, (size // self.stride, size // self.stride)
+
     def embed(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> patch tokens with their positions (N, L, embed_dim), row by row."""
         adapter = self._for_some_patches()
@@ -155,6 +189,18 @@ class TokenBackbone(Backbone):
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError if the network does not take images of this height and width in pixels."""
         check_sides(self.model.patch_embed, height, width)
+
+    def require_size(self, size: int, *, group: str, setting: str = "backbone") -> None:
+        """Raises ConfigError if the network does not take the views of augment.GROUP, `size` pixels wide.
+
+        setting: where a recipe says what the network is.
+        """
+        try:
+            self.check_size(size, size)
+        except ValueError as error:
+            own = self.model.patch_embed.img_size
+            hint = f" Try {setting}.arguments.img_size={size}." if own is not None and own != (size, size) else ""
+            raise ConfigError(f"augment.{group}.size={size} does not suit '{self.name}': {error}{hint}") from None
 
     def compile(
         self,
@@ -201,9 +247,11 @@ def require_tokens(
         raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
     after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]
     if no_pooling and after_pooling:
+        setting = "use_fc_norm" if isinstance(backbone.model, Beit) else "fc_norm"
+        wanted = backbone.config.arguments | {"global_pool": "avg", setting: False}
         raise ConfigError(
             f"{method} trains a ViT's tokens, not what follows their pooling. '{backbone.name}' has "
-            f"{' and '.join(after_pooling)} there; set backbone.arguments='{{global_pool: avg, fc_norm: false}}'."
+            f"{' and '.join(after_pooling)} there; set backbone.arguments='{json.dumps(wanted)}'."
         )
     return backbone
 

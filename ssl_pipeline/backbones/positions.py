@@ -45,6 +45,8 @@ def resample_positions(table: Tensor, old: Grid, new: Grid, *, antialias: bool =
     """
     if old == new:
         return table
+    if table.is_meta:  # which has no autocast
+        return _resampling_matrix(old, new, antialias, table.device, table.dtype) @ table
     with torch.autocast(table.device.type, enabled=False):
         return _resampling_matrix(old, new, antialias, table.device, table.dtype) @ table
 

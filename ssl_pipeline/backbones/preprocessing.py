@@ -10,17 +10,21 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ssl_pipeline.augment.central_crop import central_crop
+from ssl_pipeline.augment.central_crop import Interpolation, central_crop
 from ssl_pipeline.augment.rgb import as_rgb
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel."""
+    """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel.
+
+    interpolation: how an evaluation resizes images; the evaluation chooses it, a finished run does not keep it.
+    """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: Interpolation = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -46,4 +50,5 @@ class ImageTransform:
                 f"Got {pixels_HWC.dtype} {tuple(pixels_HWC.shape)}."
             )
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (self.preprocessing.mean, self.preprocessing.std))
-        return central_crop(pixels_HWC, self.preprocessing.size).float().div_(255).sub_(mean).div_(std)
+        square = central_crop(pixels_HWC, self.preprocessing.size, self.preprocessing.interpolation)
+        return square.float().div_(255).sub_(mean).div_(std)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, without_tag
 from ssl_pipeline.backbones.create import create_backbone
+from ssl_pipeline.backbones.exported import exported_step, takes_export
 from ssl_pipeline.backbones.files import load_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.preprocessing import Preprocessing
@@ -24,7 +25,7 @@ from ssl_pipeline.run.state import SavedBackbone
 class BackboneOfRun:
     """A backbone with its place: the path and the SHA-256 of the file that it stands in.
 
-    name, step: those of a checkpoint; None for the exported one.
+    name: that of a checkpoint; None for the exported one. step: None where an export does not tell it.
     """
 
     name: str | None
@@ -36,7 +37,7 @@ class BackboneOfRun:
 
 
 def load_run(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:
-    """What the run exported; or from its checkpoints, if that is asked for or the run has not ended.
+    """The newest backbone of the run, be it exported or in a checkpoint, or that of one step, or another one by name.
 
     Raises ConfigError as `load_from_checkpoint` does, and for a directory that is none.
     """
@@ -44,11 +45,11 @@ def load_run(run: Path, *, which: str | None = None, step: int | None = None) ->
         raise ConfigError(f"run={run} must be the directory of a run. There is none.")
     if run.parent.name == "checkpoints" and (run / "manifest.json").is_file():
         raise ConfigError(f"run={run} must be the directory of a run. It is a checkpoint of {run.parent.parent}.")
-    file = run / "backbone.safetensors"
-    if which is not None or step is not None or not file.is_file():
+    if not takes_export(run, which=which, step=step):
         return load_from_checkpoint(run, which=which, step=step)
+    file = run / "backbone.safetensors"
     backbone, preprocessing = load_backbone(run)
-    return BackboneOfRun(None, backbone, preprocessing, file, None, sha256_of(file))
+    return BackboneOfRun(None, backbone, preprocessing, file, exported_step(run), sha256_of(file))
 
 
 def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Backbone, load_run
 from ssl_pipeline.commands import pretrain as command
-from ssl_pipeline.commands.images import DIGITS, expand, holds_shards
+from ssl_pipeline.commands.images import DIGITS, expand, holds_shards, leaves
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, Value, failure_sentence, is_out_of_memory, load
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data_tools.output import REJECTED_FILE
@@ -82,14 +82,16 @@ def pretrain(
     """
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError("pretrain() must be called from the main thread, where signals arrive. Got another one.")
-    values = dict(_flat(overrides or {}))
+    values = {key: _plain(key, value) for key, value in (overrides or {}).items()}
+    taken = dict(leaves(values))
     for key, name in ARGUMENTS.items():
-        if key in values:
-            raise ConfigError(f"overrides must leave {key} to the argument {name}. Got {values[key]!r}.")
+        if key in taken:
+            raise ConfigError(f"overrides must leave {key} to the argument {name}. Got {taken[key]!r}.")
     given = {"recipe": recipe, "images": images, "data.shards": shards, "output": output}
     arguments = [f"{key}={text}" for key, text in given.items() if text is not None]
+    schema = command.PretrainConfig
     with _explained():
-        config = load(command.PretrainConfig, expand(arguments, values), recipes=RECIPES, overrides=values)
+        config = load(schema, expand(arguments, values, timed=schema), recipes=RECIPES, overrides=values)
         code = command.pretrain(config)
     if code == 128 + signal.SIGINT:
         raise KeyboardInterrupt
@@ -211,16 +213,6 @@ def _holds_images(source: str | Path) -> bool:
     return str(source) == DIGITS or ((path.is_dir() or zipfile.is_zipfile(path)) and not holds_shards(str(source)))
 
 
-def _flat(tree: Mapping[str, object], start: str = "") -> Iterator[tuple[str, Value]]:
-    """Each value of nested sections by its dotted key."""
-    for name, value in tree.items():
-        key = f"{start}{name}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{key}.")
-        else:
-            yield key, _plain(key, value)
-
-
 def _plain(key: str, value: object) -> Value:
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -228,6 +220,8 @@ def _plain(key: str, value: object) -> Value:
         return str(value)
     if isinstance(value, list | tuple):
         return [_plain(key, item) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: _plain(f"{key}.{name}", item) for name, item in value.items()}
     raise ConfigError(f"overrides must hold numbers, text, lists and sections. Got {key}={value!r}.")
 
 

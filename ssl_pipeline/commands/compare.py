@@ -18,7 +18,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from ssl_pipeline.commands import start
-from ssl_pipeline.config import COMPARISONS, Config, RunError, run_command
+from ssl_pipeline.config import COMPARISONS, Config, RunError, Seed, run_command
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
 from ssl_pipeline.eval.protocol import write_report
@@ -45,7 +45,7 @@ class CompareConfig(Config):
     """Recipes to compare as they are: `recipes=digits_dino,digits_simclr`."""
     runs: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Runs with arguments of their own, by name: `runs.short='[recipe=digits_dino, train.epochs=5]'`."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     """One run of each recipe for each seed."""
     settings: tuple[str, ...] = ()
     """Arguments for every run that has no own: `settings=train.epochs=5,knn=null`, or a list in brackets."""

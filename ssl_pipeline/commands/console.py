@@ -14,6 +14,7 @@ COMMANDS = {
     "linear": "ssl_pipeline.eval.linear",
     "table": "ssl_pipeline.eval.table",
     "compare": "ssl_pipeline.commands.compare",
+    "export": "ssl_pipeline.eval.export",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",

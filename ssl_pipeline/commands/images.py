@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ssl_pipeline.commands.trial import expected_time
-from ssl_pipeline.config import RECIPES, ConfigError, Tree, Value, printable, read_recipe, read_yaml
+from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, Value, printable, read_recipe, read_yaml
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.packed_once import is_packed, look_at, pack_once
@@ -29,16 +29,17 @@ SMALLEST_PACKED = 256  # pixels of the shorter side
 ROOM = 2  # packed images are at least so many times the largest view, and worth it from so many times that
 
 
-def expand(arguments: Sequence[str], overrides: Mapping[str, Value] | None = None, *, trial: bool = False) -> list[str]:
+def expand(
+    arguments: Sequence[str], overrides: Mapping[str, Value] | None = None, *, timed: type[Config] | None = None
+) -> list[str]:
     """`key=value` arguments with what `images=` and `recipe=auto` stand for; without these, as they are.
 
-    overrides: values by dotted keys that the run will have too. trial: whether a choice comes with the expected time
-    of the run, for which a part of it is run; never if train.steps is given, nor for several processes.
+    overrides: values by dotted keys that the run will have too. timed: the settings of a run, if a choice is to come
+    with its expected time, for which a part of it is run; never if train.steps is given, nor for several processes.
     Packs the images in the first process, in which all others wait. Raises ConfigError or DataError.
     """
     overrides = overrides or {}
-    named = keys_of(arguments)
-    given = named | {key: str(value) for key, value in overrides.items() if value is not None}
+    given = keys_of(arguments) | {key: str(value) for key, value in leaves(overrides) if value is not None}
     if "images" in given and "data.shards" in given:
         raise ConfigError("images= packs a folder into shards and data.shards= names some. Give one of the two.")
     rest = [argument for argument in arguments if argument.partition("=")[0] != "recipe"]
@@ -61,11 +62,21 @@ def expand(arguments: Sequence[str], overrides: Mapping[str, Value] | None = Non
     chosen, why = choose_recipe(len(index), side, given, has_gpu=torch.cuda.is_available())
     if os.environ.get("RANK", "0") == "0":
         one_process = os.environ.get("WORLD_SIZE", "1") == "1"
-        untimed = not (trial and one_process and given.get("train.steps", "null") == "null")
-        expected = "" if untimed else expected_time([*chosen, *after], overrides, num_images=len(index))
+        expected = ""
+        if timed is not None and one_process and given.get("train.steps", "null") == "null":
+            expected = expected_time(timed, [*chosen, *after], overrides, num_images=len(index))
         line = f"{' '.join(chosen)}: {why}. {expected + '. ' if expected else ''}recipe=NAME chooses another."
         print(printable(line), flush=True)
     return [*chosen, *after]
+
+
+def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Value]]:
+    """Each value of nested sections by its dotted key."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{start}{name}.")
+        else:
+            yield f"{start}{name}", value
 
 
 def choose_recipe(count: int, side: int, given: Mapping[str, str], *, has_gpu: bool) -> tuple[list[str], str]:

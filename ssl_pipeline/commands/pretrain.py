@@ -8,49 +8,51 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import (
-    ARCHITECTURE,
+    Backbone,
     BackboneConfig,
     Preprocessing,
     create_backbone,
-    save_backbone,
-    save_classifier,
 )
+from ssl_pipeline.backbones.exported import about_weights
 from ssl_pipeline.commands.afterwards import features_in_python, measuring
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
 from ssl_pipeline.config import (
     RECIPES,
     Config,
-    ConfigError,
-    dump,
+    MayChange,
+    PlaceText,
+    Seed,
+    Tree,
+    Value,
     printable,
-    read_yaml,
     refuse,
     run_command,
-    validate,
     without_flags,
 )
 from ssl_pipeline.data.labelled import open_labelled_images
+from ssl_pipeline.data.shards.listing import list_shards
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
 from ssl_pipeline.eval.knn import KnnMonitorConfig
 from ssl_pipeline.eval.monitors import ClassifierMonitorConfig, SpectrumMonitorConfig
-from ssl_pipeline.files import sha256_of_json
+from ssl_pipeline.files import JSON
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.run.interruption import StopAtOnce, Stopped
+from ssl_pipeline.run.provenance import describe_start
 from ssl_pipeline.run.watchdog import Watchdog
 from ssl_pipeline.training.clock import Clock
 from ssl_pipeline.training.failures import Failures
@@ -62,21 +64,22 @@ from ssl_pipeline.training.preflight import (
     evaluation_size,
     run_facts,
 )
-from ssl_pipeline.training.resume import check_identity
+from ssl_pipeline.training.remarks import remarks
+from ssl_pipeline.training.resume import check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
 
 
 class PretrainConfig(Config):
     """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
 
-    images: str | None = None
+    images: MayChange[PlaceText | None] = None
     """Folder or zip of images, packed into OUTPUT/images at the first start, in place of data.shards; or shards."""
-    recipe: str | None = None
+    recipe: MayChange[str | None] = None
     """The recipe that these settings come from: a name in recipes/, or a path to a YAML file. With images it may be
     left out, or `auto`: chosen by the images and the machine."""
-    output: Path | None = None
+    output: MayChange[Path | None] = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Seed = 0
     """Seed of the weights, the order of the images and the augmentation."""
     method: MethodConfig
     """What is learnt."""
@@ -90,13 +93,13 @@ class PretrainConfig(Config):
     """The optimizer and its schedules."""
     train: TrainConfig
     """Length, precision, checkpoints."""
-    knn: KnnMonitorConfig | None = None
+    knn: MayChange[KnnMonitorConfig | None] = None
     """k-NN accuracy during training; leave out for images without labels."""
-    classifier: ClassifierMonitorConfig | None = None
+    classifier: MayChange[ClassifierMonitorConfig | None] = None
     """Accuracy of the method's own classifier during training, for methods that have one."""
-    spectrum: SpectrumMonitorConfig | None = None
+    spectrum: MayChange[SpectrumMonitorConfig | None] = None
     """RankMe and alpha-ReQ of the features during training: what can be told without labels."""
-    wandb: bool = False
+    wandb: MayChange[bool] = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
 
     @model_validator(mode="after")
@@ -105,9 +108,39 @@ class PretrainConfig(Config):
             raise ValueError("output is missing: set output=DIR (with recipe=NAME it is runs/NAME).")
         return self
 
+    @classmethod
+    def fit_recipe(cls, tree: Tree, given: Collection[str]) -> list[str]:
+        """Own images: monitors go whose labelled images are the recipe's and are not there."""
+        notes = []
+        typed = {".".join(key.split(".")[:depth]) for key in given for depth in (1, 2)}
+        for name, paths in (("knn", ("train", "val")), ("classifier", ("val",))):
+            monitor = tree.get(name)
+            theirs = [f"{name}.{path}" for path in paths]
+            if "data.shards" not in typed or not isinstance(monitor, dict) or name in given or typed & set(theirs):
+                continue
+            missing = next((path for path in paths if not _is_there(monitor.get(path))), None)
+            if missing:
+                tree[name] = None
+                notes.append(
+                    f"{name}.{missing}={monitor[missing]} of the recipe is not there, so this run goes on without "
+                    f"{name}. Set {' and '.join(theirs)} to measure on your own labelled images."
+                )
+        return notes
+
     @property
     def run_directory(self) -> Path:
         return self.output if self.output is not None else Path("runs") / Path(str(self.recipe)).stem
+
+
+def _is_there(shards: Value) -> bool:
+    """Whether there are such shards; of those elsewhere that is not known before they are asked for."""
+    if not isinstance(shards, str) or "://" in shards:
+        return True
+    try:
+        list_shards(shards)
+    except ValueError:
+        return False
+    return True
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -139,16 +172,18 @@ def _pretrain(config: PretrainConfig) -> int:
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
-        identity = _identity(config)
         if accelerator.is_main_process:
             directory = stack.enter_context(RunDirectory(output))
-            _refuse_other_run(directory, identity)
+            there = read_settings(PretrainConfig, output)
+            if there is not None:
+                check_settings(output, there, config)
+            directory.refuse_lost_checkpoints()
         else:
             starting.close()  # it waits for the first rank, which may index for hours, and whose end is the end of all
         asked = time.perf_counter()
         index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
-        identity["images"] = _images(index)
+        identity = {"images": _images(index)}
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
@@ -172,8 +207,12 @@ def _pretrain(config: PretrainConfig) -> int:
             from_weights=config.backbone.weights is not None,
             device=accelerator.device,
         )
+        about: dict[str, JSON] = {}
         if directory is not None:
             describe(config, method, clock, accelerator)
+            about = describe_start(num_processes=accelerator.num_processes)
+            about |= {"data": _about(index), "labelled data": _about(labelled_index)}
+            about["weights"] = _about_weights(backbone)
         starting.close()
         signal_number = train(
             Run(
@@ -188,16 +227,12 @@ def _pretrain(config: PretrainConfig) -> int:
                 train=config.train,
                 seed=config.seed,
                 accelerator=accelerator,
-                output=Output(output, directory, settings=dump(config), identity=identity, wandb=config.wandb),
+                output=Output(output, directory, config, identity, config.wandb, about),
                 monitors=monitors,
                 start=Start(started, index_seconds),
             )
         )
         if signal_number == 0 and directory is not None:
-            if method.classifier is not None:
-                names = labelled_index.class_names if labelled_index is not None else None
-                save_classifier(output, method.classifier, names)
-            save_backbone(output, method.backbone, preprocessing)
             own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
             print(f"Done. {measuring(output, index, own)}\n{in_python(output)}")
             if own is not None:
@@ -238,21 +273,8 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"output: {config.run_directory} (settings in config.yaml, metrics in metrics.jsonl)",
         flush=True,
     )
-
-
-def _refuse_other_run(directory: RunDirectory, identity: Mapping[str, str]) -> None:
-    """A directory in which another method, backbone or seed has trained is left as it is, checkpoints or not."""
-    if not directory.config_path.exists():
-        return
-    try:
-        tree = read_yaml(directory.config_path.read_text(), where=str(directory.config_path))
-        there = validate(PretrainConfig, tree if isinstance(tree, dict) else {})
-    except ValueError as error:
-        raise ConfigError(
-            f"{directory.config_path} is not readable as the settings of a run ({str(error).splitlines()[0]}) "
-            "Choose another output=DIR, or remove that run."
-        ) from None
-    check_identity(directory.path, _identity(there), identity)
+    for remark in remarks(config.method, config.optim, config.augment, clock):
+        print(printable(f"warning: {remark}"), flush=True)
 
 
 def _images(index: ShardIndex) -> str:
@@ -260,11 +282,19 @@ def _images(index: ShardIndex) -> str:
     return f"{len(index)} ({index.fingerprint[:8]})"
 
 
-def _identity(config: PretrainConfig) -> dict[str, str]:
-    """What runs must share for one to continue the other: everything that shapes tensors or the order of the images."""
-    shape = config.backbone.model_dump(mode="json", include=set(ARCHITECTURE))
-    digest = sha256_of_json(shape)[:8]
-    return {"method": config.method.name, "backbone": f"{config.backbone.name} ({digest})", "seed": str(config.seed)}
+def _about(index: ShardIndex | None) -> JSON:
+    """The images for run.json."""
+    if index is None:
+        return None
+    return {"shards": index.source, "images": len(index), "fingerprint": index.fingerprint}
+
+
+def _about_weights(backbone: Backbone) -> JSON:
+    """What it starts from for run.json, None for random weights."""
+    config, tensors = backbone.config, backbone.model.state_dict()
+    if config.weights is None:
+        return None
+    return about_weights(config.weights, which=config.weights_from, sha256=backbone.origin.sha256, tensors=tensors)
 
 
 def main(name: str) -> int:
@@ -273,7 +303,7 @@ def main(name: str) -> int:
     pairs, flags = without_flags(arguments)
     if not flags & {"--help", "-h"}:
         try:
-            arguments = [*expand(pairs, trial="--print" not in flags), *flags]
+            arguments = [*expand(pairs, timed=None if "--print" in flags else PretrainConfig), *flags]
         except Exception as error:
             if "--debug" in flags:
                 raise

@@ -25,7 +25,8 @@ With images that come along:
   {make} source=digits split=test output=data/digits/test
   {call} recipe=digits_dino
 
-The same command resumes a run. --help lists all keys, with recipe=NAME those of its method; --print shows the settings.
+The same command resumes a run. --help lists all keys, with recipe=NAME those of its method, --help optim those of a
+section; --print shows the settings.
 recipes: {recipes}"""
 
 

@@ -20,22 +20,47 @@ import yaml
 from pydantic import ValidationError
 
 from ssl_pipeline.config.arguments import read_arguments
-from ssl_pipeline.config.base import Config, ConfigError, RunError, SettingsError, Tree, Value, nearest, sentences_of
+from ssl_pipeline.config.base import (
+    Config,
+    ConfigError,
+    PlaceText,
+    RunError,
+    SettingsError,
+    Tree,
+    Value,
+    at_home,
+    nearest,
+    sentences_of,
+)
+from ssl_pipeline.config.changes import Change, MayChange, changes
 from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for
+from ssl_pipeline.config.help import help_page
 from ssl_pipeline.config.printing import printable
+from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, Seed, Width
 from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
-from ssl_pipeline.config.sentences import TOO_DEEP, help_page, mistakes
+from ssl_pipeline.config.sentences import TOO_DEEP, mistakes
 from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 
 __all__ = [
     "COMPARISONS",
     "RECIPES",
+    "BatchSize",
+    "Change",
     "Config",
     "ConfigError",
+    "Depth",
+    "InRange",
+    "MayChange",
+    "PlaceText",
+    "Processes",
     "RunError",
+    "Seed",
     "Tree",
     "Value",
+    "Width",
+    "at_home",
+    "changes",
     "dump",
     "failure_sentence",
     "is_out_of_memory",
@@ -48,11 +73,13 @@ __all__ = [
     "recipe_files",
     "refuse",
     "run_command",
+    "sentences_of",
     "validate",
     "without_flags",
 ]
 
-FLAGS = ("--help", "-h", "--print", "--debug")
+HELP = {"--help", "-h"}
+FLAGS = (*HELP, "--print", "--debug")
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
@@ -110,17 +137,19 @@ def run_command(
     """Read the arguments, call `run` with the config and return the exit code.
 
     0 is success, 1 a failed run or a bug, 2 a mistake in settings or data (one `error:` line on stderr for either), 130
-    an interrupt. `--help` lists every key, `--print` shows the resolved settings, `--debug` where errors and warnings
-    come from.
+    an interrupt. `--help` lists every key, `--help SECTION` some, `--print` shows the resolved settings, `--debug`
+    where errors and warnings come from.
     """
-    arguments, flags = without_flags(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments, flags = without_flags(given)
     running = False
     if "--debug" not in flags:
         # without the source line, which means nothing to a user
         warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     try:
-        if flags & {"--help", "-h"}:
-            print(help_page(schema, arguments, command, recipes))
+        if flags & HELP:
+            places = [word for word in given if not _is_argument(word)]
+            print(help_page(schema, arguments, places, command, recipes))
             return 0
         config = load(schema, arguments, command=command, recipes=recipes)
         if "--print" in flags:
@@ -141,9 +170,14 @@ def run_command(
 
 
 def without_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
-    """The arguments of the form key=value, and the flags among them that every command knows."""
+    """The arguments, and the flags among them that every command knows; beside `--help` words name sections."""
     flags = {flag for flag in FLAGS if flag in argv}
-    return [argument for argument in argv if argument not in flags], flags
+    arguments = [argument for argument in argv if argument not in flags]
+    return [argument for argument in arguments if not flags & HELP or _is_argument(argument)], flags
+
+
+def _is_argument(word: str) -> bool:
+    return "=" in word or word.startswith("-")
 
 
 def refuse(error: Exception, *, running: bool) -> int:

@@ -2,40 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_origin
 
 from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value
+from ssl_pipeline.config.other_name import drop_of_other_name, is_free_mapping
+from ssl_pipeline.config.printing import note
 from ssl_pipeline.config.recipes import read_recipe
-from ssl_pipeline.config.schema import alternatives, annotation_at
+from ssl_pipeline.config.schema import alternatives, annotation_at, section_of
 from ssl_pipeline.config.yaml_text import read_yaml
 
 
 def read_arguments(
     schema: type[Config], argv: Sequence[str], recipes: Path | None, overrides: Mapping[str, Value] | None = None
 ) -> Tree:
-    """Recipe, `key=value` arguments and `overrides` (values by their dotted keys), one over the other, as plain values.
+    """Recipe and `key=value` arguments as plain values; raises ConfigError that lists all that cannot be read.
 
-    Raises ConfigError that lists all that cannot be read.
+    overrides: values by their dotted keys, which count like arguments and come after them.
     """
     given: dict[str, str] = {}
+    places: set[Location] = set()
     mistakes = []
     pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
-    for key, text in sorted(pairs, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
-        if key in given:
+    asked: list[tuple[str, str | None]] = [*pairs, *((key, None) for key in overrides or {})]
+    for key, text in sorted(asked, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
+        if text is not None and key in given:
             raise ConfigError(f"{key} is given twice: '{given[key]}' and '{text}'.")
-        given[key] = text
+        given[key] = "" if text is None else text
         location = tuple(key.split("."))
         try:
-            assign(tree, location, _value(annotation_at(schema, tree, location), key, text))
+            annotation = annotation_at(schema, tree, location)
+            value = (overrides or {})[key] if text is None else _value(annotation, key, text)
+            if dropped := drop_of_other_name(schema, tree, location, value):
+                note(dropped)
+            if isinstance(value, dict) and is_free_mapping(annotation_at(schema, tree, location)):
+                assign(tree, location, None)  # the new mapping replaces that of the recipe
+            assign(tree, location, value)
+            places |= set(_places(location, value))
         except ConfigError as error:
             mistakes.append(str(error))
     if mistakes:
         raise SettingsError(*mistakes)
-    for key, value in (overrides or {}).items():
-        assign(tree, tuple(key.split(".")), value)
+    for told in schema.fit_recipe(tree, given.keys()):
+        note(told)
+    for place in places:
+        _drop_replaced(schema, tree, place, places)
     return tree
+
+
+def _places(location: Location, value: Value) -> Iterator[Location]:
+    """The location, and those of all values in a section that is given as a whole; null is no value."""
+    if value is not None:
+        yield location
+    for name, item in value.items() if isinstance(value, dict) else ():
+        yield from _places((*location, name), item)
+
+
+def _drop_replaced(schema: type[Config], tree: Tree, place: Location, given: set[Location]) -> None:
+    """Take out of the recipe what a given key says in another way (`one_of` of its section)."""
+    *parents, key = place
+    inside: Value = tree
+    for name in parents:
+        inside = inside.get(name) if isinstance(inside, dict) else None
+    section = section_of(annotation_at(schema, tree, tuple(parents)), inside)
+    if section is None or key not in section.one_of or not isinstance(inside, dict):
+        return
+    for other in section.one_of:
+        if (*parents, other) not in given:
+            inside.pop(other, None)
 
 
 def pairs_and_recipe(

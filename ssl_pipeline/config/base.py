@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Collection, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
+
+from ssl_pipeline.config.ranges import LARGEST, LARGEST_WHOLE, numbers_in, plain, ranges_of
 
 Tree = dict[str, "Value"]
 Value = None | bool | int | float | str | list["Value"] | Tree
@@ -40,6 +44,54 @@ class Config(BaseModel):
     """The field that a bare value given for the whole section sets (`value` of a schedule)."""
     positional: ClassVar[str | None] = None
     """The field that a bare argument of a command sets."""
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Keys that say the same in different ways: one of them on the command line replaces those of the recipe."""
+
+    @model_validator(mode="after")
+    def _numbers_have_an_end(self) -> Self:
+        for name in _without_top(type(self)):
+            for number in numbers_in(getattr(self, name)):
+                largest = LARGEST_WHOLE if isinstance(number, int) else LARGEST
+                if abs(number) > largest:
+                    needed = "at most " if number > 0 else "at least -"
+                    raise ValueError(f"{name} must be {needed}{plain(largest)}. Got {plain(number)}.")
+        return self
+
+    @classmethod
+    def of_name(cls, name: str) -> tuple[str, ...]:
+        """The keys of a recipe that go when the command line changes the `name` of this section to another."""
+        return ()
+
+    @classmethod
+    def fit_recipe(cls, tree: Tree, given: Collection[str]) -> list[str]:
+        """Change in the settings of a recipe what those `given` on the command line make useless; what to say of it."""
+        return []
+
+    @field_validator("*")
+    @classmethod
+    def _paths_begin_at_home(cls, value: object) -> object:
+        return Path(at_home(str(value))) if isinstance(value, Path) else value
+
+
+@cache
+def _without_top(section: type[Config]) -> tuple[str, ...]:
+    """The fields whose numbers have no upper end of their own."""
+    fields = section.model_fields.items()
+    return tuple(name for name, field in fields if not any(found.has_top for found in ranges_of(field)))
+
+
+def at_home(place: str) -> str:
+    """A path with the home directory for a `~` at its beginning, which a shell leaves as it is in key=~/x."""
+    if not place.startswith("~"):
+        return place
+    try:
+        return str(Path(place).expanduser())
+    except RuntimeError:
+        raise ConfigError(f"There is no home directory for the ~ in '{place}'. Write the whole path.") from None
+
+
+PlaceText = Annotated[str, AfterValidator(at_home)]
+"""A path in a setting that may also hold another word, such as `digits`; settings of type Path need no more."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

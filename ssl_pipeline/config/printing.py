@@ -6,6 +6,8 @@ may be of any length.
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
 
 LONGEST_LINE = 500
@@ -22,6 +24,12 @@ def printable(text: str, *, longest: int | None = LONGEST_LINE, lines: bool = Fa
     if longest is None or len(shown) <= longest:
         return shown
     return shown[: longest - KEPT_END - len(GAP)] + GAP + shown[-KEPT_END:]
+
+
+def note(text: str) -> None:
+    """One line on stderr of what the reading of settings changed; of several processes the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(f"note: {text}"), file=sys.stderr, flush=True)
 
 
 def _escaped(character: str) -> str:

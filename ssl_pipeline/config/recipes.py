@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssl_pipeline.config.base import ConfigError, Tree, nearest
+from ssl_pipeline.config.base import ConfigError, Tree, at_home, nearest
 from ssl_pipeline.config.yaml_text import read_yaml
 
 PACKAGE = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def recipe_files(folder: Path) -> dict[str, Path]:
 def read_recipe(name: str, folder: Path) -> Tree:
     """The settings of the recipe `name` below `folder`, or of the file itself if a path to one is given."""
     known = recipe_files(folder)
-    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    path = Path(at_home(name)) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None or not path.is_file():
         raise ConfigError(f"No recipe '{name}'.{nearest(name, list(known))} Known: {', '.join(known)}")
     try:

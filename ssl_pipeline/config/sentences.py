@@ -1,21 +1,22 @@
-"""What the user reads: one sentence per mistake, and the help page."""
+"""What the user reads of a mistake: one sentence."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from ssl_pipeline.config.arguments import read_arguments
 from ssl_pipeline.config.base import Config, Location, Value, nearest
-from ssl_pipeline.config.recipes import recipe_files
 from ssl_pipeline.config.schema import fixed_length, mapping_value, section_of, sections_in, tags_of, walk
-from ssl_pipeline.config.yaml_text import YamlDumper
 
+BOUNDS = (  # pydantic's words and those of ranges
+    ("greater than or equal to", "at least"),
+    ("less than or equal to", "at most"),
+    ("greater than", "above"),
+    ("less than", "below"),
+)
 TOO_DEEP = "The settings are nested too deeply."
 
 
@@ -63,6 +64,8 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
         return f"{where} is a section: set {where}.name to one of {', '.join(tags)}. Got {got!r}."
     if kind == "value_error":
         reason = str(context["error"])
+        if reason.startswith("must "):
+            return f"{where} {reason}"
         starts_with_key = place.section is not None and re.split(r"[ .]", reason)[0] in place.section.model_fields
         return f"{where}.{reason}" if where and starts_with_key else f"{where}: {reason}".removeprefix(": ")
     if kind == "literal_error":
@@ -77,6 +80,8 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
         inner = next((name for name in got if name != "value"), "value")  # `value` stands for what was there before
         return f"Unknown key '{where}.{inner}'. {where} takes a value, it is no section."
     needed = message.removeprefix("Input should be ").removeprefix("String should match ")
+    for theirs, ours in BOUNDS:
+        needed = needed.replace(theirs, ours)
     return f"{where} must be {needed}. Got {got!r}."
 
 
@@ -129,32 +134,3 @@ def _suggest(schema: type[Config], data: Value, place: _Place) -> str:
     if elsewhere:
         return f" Did you mean '{elsewhere[0]}'?"
     return f" Known here: {', '.join(known)}"
-
-
-def help_page(schema: type[Config], argv: Sequence[str], command: str, recipes: Path | None) -> str:
-    tree = read_arguments(schema, argv, recipes)
-    usage = f"usage: {command}{' recipe=NAME' if recipes else ''} [key=value ...] [--print] [--debug]"
-    lines = [usage, "", (schema.__doc__ or "").strip(), ""]
-    if recipes:
-        lines += [f"recipes: {', '.join(recipe_files(recipes))}", ""]
-    for path, field in walk(schema, tree):
-        tags = [tag for section in sections_in(field.annotation) for tag in tags_of(section)]
-        if tags:
-            lines.append(f"  {path}.name: one of {', '.join(tags)}; its keys: --help with recipe= or {path}.name=")
-            continue
-        default = "" if field.is_required() else _plain(field.get_default(call_default_factory=True))
-        lines.append(f"  {path} ({f'default: {default}' if default else 'required'})")
-        lines += [f"      {' '.join(field.description.split())}"] if field.description else []
-        for section in sections_in(field.annotation):  # a schedule: a bare value or its keys
-            lines.append(f"      One value, or the keys {', '.join(f'.{name}' for name in section.model_fields)}.")
-    return "\n".join(lines)
-
-
-def _plain(value: object) -> str:
-    """A value in one line of YAML, as it would be written in a recipe."""
-    if isinstance(value, Config):
-        value = value.model_dump(mode="json", exclude_defaults=True)
-    elif not isinstance(value, bool | int | float | str | None):
-        value = TypeAdapter(type(value)).dump_python(value, mode="json")
-    text = yaml.dump(value, Dumper=YamlDumper, default_flow_style=True, width=10_000)
-    return text.removesuffix("...\n").strip()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_pipeline.augment.central_crop import central_crop
+from ssl_pipeline.augment.central_crop import Interpolation, central_crop
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.samples import Label, labels_layout
@@ -21,12 +21,13 @@ class EvaluationSet(Dataset[tuple[Tensor, Label, int]]):
     """Sample i as (image (3,S,S) uint8, label or -1, i).
 
     The shorter side is resized to size*256/224 pixels, as the evaluations of DINO and SimCLR do (to `size` itself up to
-    96 pixels), bicubic and antialiased; then the central square is cut out.
+    96 pixels), antialiased; then the central square is cut out.
     """
 
-    def __init__(self, index: ShardIndex, size: int) -> None:
+    def __init__(self, index: ShardIndex, size: int, interpolation: Interpolation = "bicubic") -> None:
         self.index = index
         self.size = size
+        self.interpolation: Interpolation = interpolation
 
     def __len__(self) -> int:
         return len(self.index)
@@ -37,7 +38,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Label, int]]):
             image_HWC = torch.from_numpy(decode_image(raw.image))
         except DecodeError as error:
             raise DataError(f"Cannot decode {raw.location}: {error}.") from None
-        return central_crop(image_HWC, self.size), -1 if raw.label is None else raw.label, sample
+        return central_crop(image_HWC, self.size, self.interpolation), -1 if raw.label is None else raw.label, sample
 
 
 class EvaluationReader:

@@ -38,14 +38,15 @@ def open_labelled_stream(
     rank: int,
     world_size: int,
     accumulate: int,
+    position: int | None = None,
     masks: Mapping[str, MaskRule] = NO_MASKS,
     device: torch.device | str = "cpu",
     keepalive: Callable[[], None] = lambda: None,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
 
-    Each step takes the next batch_size * world_size * accumulate positions of an order of its own, so that the step
-    is all there is to remember.
+    Each step takes the next batch_size * world_size * accumulate positions of an order of its own, from `position` on;
+    by default from where steps of this size have come to.
     """
     assert config.labelled is not None
     own = config.model_copy(
@@ -64,7 +65,8 @@ def open_labelled_stream(
         groups,
         own,
         seed=int(hash64(seed, LABELLED)) >> 1,
-        position=step * own.batch_size * world_size * accumulate,
+        position=step * own.batch_size * world_size * accumulate if position is None else position,
+        step=step,
         rank=rank,
         world_size=world_size,
         masks=masks,

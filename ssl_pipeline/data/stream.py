@@ -11,9 +11,10 @@ import torch
 from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.draw import ViewSampler
+from ssl_pipeline.augment.operations.base import Deviation, Mean
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import BatchSize, Config, MayChange, Processes
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.crop_reader import CropReader
 from ssl_pipeline.data.decode import MAX_PIXELS
@@ -36,57 +37,57 @@ class LabelledConfig(Config):
     them more than once. One that cannot be decoded always stops the run.
     """
 
-    shards: str
+    shards: MayChange[str]
     """Directory of WebDataset shards with labels; data_tools.split_labels makes them."""
-    keep: Path | None = None
+    keep: MayChange[Path | None] = None
     """Take just these images of the shards, as data.keep."""
-    labels: Path | None = None
+    labels: MayChange[Path | None] = None
     """Labels in place of those in the shards, as data.labels."""
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    batch_size: MayChange[BatchSize] = 64
     """Labelled images per process and micro-batch, beside data.batch_size unlabelled ones."""
 
 
 class DataConfig(Config):
     """Where the images come from and how they are read."""
 
-    shards: str | tuple[str, ...]
+    shards: MayChange[str | tuple[str, ...]]
     """Directory of WebDataset shards, a pattern such as DIR/train-*.tar or DIR/train-{000..099}.tar, a list of such
     places, or a URL such as s3://bucket/train."""
     image_key: str | None = None
     """Extension of the image where samples have several, such as input.jpg; a;b takes the first that is there."""
-    keep: Path | None = None
+    keep: MayChange[Path | None] = None
     """Take just the images of the shards whose numbers stand in FILE.npy; FILE.json beside it says of which set."""
-    labels: Path | None = None
+    labels: MayChange[Path | None] = None
     """Labels in place of those in the shards: FILE.npy with one for each image of the whole set, and FILE.json."""
-    cache_dir: Path | None = None
+    cache_dir: MayChange[Path | None] = None
     """Where the shards of a URL are kept; by default in the user's cache, `ssl_pipeline/shards`."""
-    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    cache_gb: MayChange[Annotated[float, Field(gt=0, le=1e9)]] = 50.0
     """Most that is kept there, in GB; what was used longest ago makes room."""
-    batch_size: Annotated[int, Field(ge=1)]
+    batch_size: MayChange[BatchSize]
     """Images per process and micro-batch."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: MayChange[Processes] = 2
     """Reading processes per training process; 0 reads in the training process itself. Where a quarter of the memory
     that is free for it has no room for the batches of all, fewer are started, with a warning."""
-    crop_on: Literal["auto", "worker", "device"] = "auto"
+    crop_on: MayChange[Literal["auto", "worker", "device"]] = "auto"
     """Where crops are cut out and resized. worker: in the reading processes, rounded to 8 bits. device: a whole batch
     at once where the model is, on a GPU not rounded; the reading processes only decode. auto: the device if a GPU."""
-    cache: bool = False
+    cache: MayChange[bool] = False
     """Whether all images are decoded once at the start and stay on the device, as raw pixels, for sets of small images;
     each process holds all of them. Nothing is read after that, so workers play no further part."""
-    bad_samples: Literal["stop", "substitute"] = "stop"
+    bad_samples: MayChange[Literal["stop", "substitute"]] = "stop"
     """What to do with an image that cannot be decoded: stop, or take another one and note it."""
-    bad_sample_budget: Annotated[float, Field(ge=0, le=1)] = 0.01
+    bad_sample_budget: MayChange[Annotated[float, Field(ge=0, le=1)]] = 0.01
     """Largest share of images that may be substituted before the run ends, and of samples that may be passed over for
     want of one image (10 always may, unless this is 0)."""
     max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = MAX_PIXELS
     """Pixels of an image above which it counts as one that cannot be decoded; a bound on memory and time per image."""
-    block_shards: Annotated[int, Field(ge=1)] = 16
+    block_shards: Annotated[int, Field(ge=1, le=10**6)] = 16
     """Samples are shuffled within blocks of this many shards; the shards themselves are shuffled as a whole."""
-    prefetch: Annotated[int, Field(ge=1)] = 2
+    prefetch: MayChange[Annotated[int, Field(ge=1, le=1024)]] = 2
     """Batches that each worker prepares ahead, where there is memory for them."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: Mean = (0.485, 0.456, 0.406)
     """Subtracted from red, green and blue in [0, 1]; ImageNet's."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: Deviation = (0.229, 0.224, 0.225)
     """What red, green and blue are divided by after that; ImageNet's."""
     labelled: LabelledConfig | None = None
     """A second, labelled set of images, for methods such as FixMatch."""
@@ -133,6 +134,7 @@ def open_stream(
     world_size: int,
     masks: Mapping[str, MaskRule] = NO_MASKS,
     accumulate: int = 1,
+    step: int | None = None,
     size_seed: int | None = None,
     batches: int | None = None,
     repeat: bool = False,
@@ -143,15 +145,15 @@ def open_stream(
 
     Item m holds its slice of positions [position + m*G, position + (m+1)*G), G = batch_size * world_size. What it
     holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Each `accumulate`
-    micro-batches are an optimizer step, whose views have sizes of their own, by `size_seed`, where a group has several
-    (default: `seed`). `masks` has the rules of the groups whose views are masked. Data sets smaller
-    than G are refused, unless samples may `repeat` within a batch. `device` is where batches will be taken, which
-    decides where crops are cut out. A batch lasts until the next one is asked for, which may overwrite it; `clone()`
-    keeps one for longer. The first may take long, where all images are decoded for it: `keepalive` is called
-    meanwhile.
+    micro-batches are an optimizer step, the first of them number `step` (default: by the position), whose views have
+    sizes of their own, by `size_seed`, where a group has several (default: `seed`). `masks` has the rules of the groups
+    whose views are masked. Data sets smaller than G are refused, unless samples may `repeat` within a batch. `device`
+    is where batches will be taken, which decides where crops are cut out. A batch lasts until the next one is asked
+    for, which may overwrite it; `clone()` keeps one for longer. The first may take long, where all images are decoded
+    for it: `keepalive` is called meanwhile.
     """
-    step, device = config.batch_size * world_size, torch.device(device)
-    if step > len(index) and not repeat:
+    micro_batch, device = config.batch_size * world_size, torch.device(device)
+    if micro_batch > len(index) and not repeat:
         processes = f" on {world_size} processes" if world_size > 1 else ""
         raise DataError(
             f"data.batch_size={config.batch_size}{processes} is larger than the data set: '{index.source}' has "
@@ -162,18 +164,19 @@ def open_stream(
     substitutes = config.bad_samples == "substitute"
     samples = Samples(index, order, seed=seed, substitutes=substitutes, max_pixels=config.max_pixels)
 
-    global_batch = step * accumulate
+    global_batch = micro_batch * accumulate
+    first_step = position // global_batch if step is None else step
     sampler = ViewSampler(
         dict(groups),
         dict(masks),
         seed,
         global_batch,
-        offset=position % global_batch,
+        offset=position - first_step * global_batch,
         size_seed=seed if size_seed is None else size_seed,
     )
 
     def positions_of(batch: int) -> range:
-        start = position + batch * step
+        start = position + batch * micro_batch
         return rank_positions(start, rank=rank, world_size=world_size, batch_size=config.batch_size)
 
     if config.cache:

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ssl_pipeline.config import Config, printable, run_command
+from ssl_pipeline.config import Config, PlaceText, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import ShardList, list_shards
@@ -28,7 +28,7 @@ class CheckShards(Config):
 
     positional: ClassVar[str | None] = "directory"
 
-    directory: str
+    directory: PlaceText
     """Directory of .tar shards, or a pattern such as DIR/train-*.tar; the key may be left out."""
     decode: bool = True
     """Decode every image. Without it the structure and the checksums alone are verified."""
@@ -36,7 +36,7 @@ class CheckShards(Config):
     """Extension of the image where samples have several, as data.image_key."""
     write_manifest: bool = False
     """Write the manifest.json by which shards made by others can be served over http, if there are no problems."""
-    workers: Annotated[int, Field(ge=1)] | None = None
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes; by default one per core, at most 16."""
 
 

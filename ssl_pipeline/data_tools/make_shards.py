@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ssl_pipeline.config import Config, printable, run_command
+from ssl_pipeline.config import Config, PlaceText, Seed, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
@@ -53,7 +53,7 @@ class MakeShards(Config):
     listed in rejected.jsonl; files.jsonl says which file became which image.
     """
 
-    source: str
+    source: PlaceText
     """Folder, zip file, or the word digits."""
     output: Path
     """Directory to write; it appears when everything is done."""
@@ -61,20 +61,20 @@ class MakeShards(Config):
     """Take only what lies below this folder of the source, e.g. train/."""
     split: Literal["train", "test"] | None = None
     """Part of source=digits; train if not given."""
-    labels: str | None = None
+    labels: PlaceText | None = None
     """folders: the top folders are classes, whatever they are called; images beside them have no label. none: no
     labels. FILE.csv: a table with the columns file and label. By default folders, if any."""
     holdout: str | None = None
     """Write OUTPUT/train and OUTPUT/test, with this share of every class in test, such as 10%."""
-    short_side: Annotated[int, Field(ge=16)] | None = None
+    short_side: Annotated[int, Field(ge=16, le=65535)] | None = None
     """Store baseline JPEG with at most this many pixels on the shorter side; 320 suits training at 224."""
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
     """JPEG quality for short_side; 90 if not given."""
-    samples_per_shard: Annotated[int, Field(ge=1)] = 1000
+    samples_per_shard: Annotated[int, Field(ge=1, le=10**7)] = 1000
     """Images per shard."""
-    shuffle_seed: Annotated[int, Field(ge=0)] = 0
+    shuffle_seed: Seed = 0
     """Another number gives another order, and holds out other images."""
-    workers: Annotated[int, Field(ge=1)] | None = None
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes; by default one per core, at most 16."""
     overwrite: bool = False
     """Replace shards that an earlier run wrote to the same output."""
@@ -161,7 +161,7 @@ def make_shards(config: MakeShards) -> int:
 def _candidates(source: Source, config: MakeShards) -> Candidates:
     """The images of the source with their labels; DataError for a table of labels that names none of them."""
     if config.labels is not None and config.labels not in ("folders", "none"):
-        table = read_label_table(Path(config.labels).expanduser())
+        table = read_label_table(Path(config.labels))
         found = label_candidates(source, table.below(config.prefix), table.class_names)
         if found.images and all(candidate.label is None for candidate in found.images):
             raise DataError(

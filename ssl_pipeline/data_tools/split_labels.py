@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config import Config, Seed, run_command
 from ssl_pipeline.data.decode import image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
@@ -36,9 +36,9 @@ class SplitLabels(Config):
     """Directory to write; it appears when everything is done."""
     labels_per_class: Annotated[int, Field(ge=1)]
     """Images of each class."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Another number makes another choice; with the same one, fewer images are a part of more."""
-    samples_per_shard: Annotated[int, Field(ge=1)] = 1000
+    samples_per_shard: Annotated[int, Field(ge=1, le=10**7)] = 1000
     """Images per shard."""
     overwrite: bool = False
     """Replace shards that an earlier run wrote to the same output."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import run_command
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
@@ -201,6 +203,8 @@ class KnnMonitorConfig(MonitorConfig):
     """Neighbours that vote."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """Votes weigh exp(similarity / temperature)."""
+    interpolation: Interpolation = "bicubic"
+    """How images are resized, antialiased in either way."""
 
 
 class KnnMonitor:
@@ -221,7 +225,7 @@ class KnnMonitor:
     ) -> None:
         self.every = config.every
         self.config = config
-        self.preprocessing = preprocessing
+        self.preprocessing = replace(preprocessing, interpolation=config.interpolation)
         self.batch_size, self.workers = batch_size, workers
         self.device = device
         self.precision: Precision = precision

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed, run_command
 from ssl_pipeline.eval.accuracy import bootstrap_interval, top_k_accuracy
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
@@ -50,15 +50,15 @@ class ProbeConfig(Config):
     """`sgd`: learning rates for 256 images, all trained at once; the rate in use is this * sgd_batch_size / 256."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-4)
     """`sgd`: weight decays, each with every learning rate."""
-    epochs: Annotated[int, Field(gt=0)] = 100
+    epochs: Annotated[int, Field(gt=0, le=10**6)] = 100
     """`sgd`: passes over the training features; the learning rate falls to zero along a cosine."""
-    sgd_batch_size: Annotated[int, Field(gt=0)] = 1024
+    sgd_batch_size: BatchSize = 1024
     """`sgd`: images per step."""
     inverse_penalties: tuple[Positive, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     """`logistic`: values of scikit-learn's C."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of every class of the training set that the settings are chosen on."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the validation split and of the order of the batches."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
+from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.accuracy import top_k_accuracy
 from ssl_pipeline.eval.features.extract import Precision, extract_features
@@ -35,7 +37,7 @@ class MonitorConfig(Config):
     """When a monitor measures, and what becomes of the run when it cannot."""
 
     every: Duration
-    """How often: `5ep`, `10%` or a number of optimizer steps."""
+    """How often: `5ep`, `10%` or a number of optimizer steps; 0: only at the end, when it is measured in any case."""
     at_start: bool | None = None
     """Whether it measures before the first step too, as a row of step 0; by default where the backbone starts from
     weights."""
@@ -49,8 +51,10 @@ class ClassifierMonitorConfig(MonitorConfig):
 
     val: str
     """Shards of labelled validation images, with the classes that the method learns."""
-    batch_size: Annotated[int, Field(gt=0)] = 256
+    batch_size: BatchSize = 256
     """Images per forward pass."""
+    interpolation: Interpolation = "bicubic"
+    """How images are resized, antialiased in either way."""
 
 
 class ClassifierMonitor:
@@ -70,7 +74,7 @@ class ClassifierMonitor:
     ) -> None:
         self.every = config.every
         self.config = config
-        self.preprocessing = preprocessing
+        self.preprocessing = replace(preprocessing, interpolation=config.interpolation)
         self.classifier = classifier
         self.workers = workers
         self.device = device

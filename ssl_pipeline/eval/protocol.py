@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import timm
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError, printable
+from ssl_pipeline.config import BatchSize, ConfigError, Processes, printable
 from ssl_pipeline.eval.features.cache import cached
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig, baselines_of, open_model
@@ -32,9 +31,9 @@ class EvaluationConfig(ModelConfig):
     """Shards of labelled test images, with the same classes."""
     baselines: bool = False
     """Whether raw pixels and the same backbone at random initialisation are measured too."""
-    batch_size: Annotated[int, Field(gt=0)] = 256
+    batch_size: BatchSize = 256
     """Images per forward pass."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Processes = 2
     """Processes that read and decode images."""
     device: str = "auto"
     """Device of the backbone: `auto` takes the GPU if there is one."""
@@ -106,6 +105,7 @@ def measure_models(
         "label": model.label,
         "subject": model.about,
         "size": model.preprocessing.size,
+        "interpolation": model.preprocessing.interpolation,
         "mean": model.preprocessing.mean,
         "std": model.preprocessing.std,
         "precision": config.precision,
@@ -156,12 +156,12 @@ def model_features(config: EvaluationConfig, model: EvaluatedModel, images: Labe
 def write_report(config: EvaluationConfig, name: str, report: dict[str, JSON]) -> None:
     """`DIR/eval/NAME.json` in the run, or in `output`; nothing without either.
 
-    What `which` or `checkpoint` picks has a file of its own: `DIR/eval/NAME-student-step-80.json`.
+    What `which` or `step` picks has a file of its own: `DIR/eval/NAME-student-step-80.json`.
     """
     directory = config.output or config.run
     if directory is not None:
         picked = [config.which] if config.which else []
-        picked += [f"step-{config.checkpoint}"] if config.checkpoint else []
+        picked += [f"step-{config.picked_step}"] if config.picked_step else []
         path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)

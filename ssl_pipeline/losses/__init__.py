@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
 from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nnclr_loss, nt_xent
-from ssl_pipeline.losses.distillation import byol_loss, self_distillation, simsiam_loss
+from ssl_pipeline.losses.discrete import (
+    gumbel_softmax,
+    logit_laplace_loss,
+    masked_token_loss,
+    uniform_kl_loss,
+)
+from ssl_pipeline.losses.distillation import byol_loss, feature_loss, self_distillation, simsiam_loss
 from ssl_pipeline.losses.masked_patches import masked_patch_loss, masked_patch_weights
 from ssl_pipeline.losses.precision import float32
 from ssl_pipeline.losses.prototype_targets import PrototypeTargets, centred_targets, sinkhorn_targets
@@ -13,7 +19,7 @@ from ssl_pipeline.losses.prototypes import (
     prototype_cross_entropy,
     total_logits,
 )
-from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss
+from ssl_pipeline.losses.reconstruction import mae_loss, removed_patches_loss, simmim_loss
 from ssl_pipeline.losses.redundancy import barlow_twins_loss, vicreg_loss
 from ssl_pipeline.losses.regularizers import gram_anchoring_loss, koleo_loss
 from ssl_pipeline.losses.semi_supervised import (
@@ -38,16 +44,20 @@ __all__ = [
     "centred_targets",
     "consistency_loss",
     "crop_pairs",
+    "feature_loss",
     "fixmatch_loss",
     "float32",
     "gram_anchoring_loss",
     "guess_labels",
+    "gumbel_softmax",
     "info_nce",
     "interpolate_logits",
     "koleo_loss",
+    "logit_laplace_loss",
     "mae_loss",
     "masked_patch_loss",
     "masked_patch_weights",
+    "masked_token_loss",
     "moco_v3_loss",
     "nnclr_loss",
     "nt_xent",
@@ -57,11 +67,13 @@ __all__ = [
     "removed_patches_loss",
     "self_distillation",
     "sharpen",
+    "simmim_loss",
     "simsiam_loss",
     "sinkhorn_knopp",
     "sinkhorn_targets",
     "swav_loss",
     "total_logits",
+    "uniform_kl_loss",
     "vicreg_loss",
     "weighted_cross_entropy",
 ]

@@ -1,10 +1,12 @@
 """Losses of a student that predicts what a teacher, or its other half, says of the same image.
 
 DINO (Caron et al., 2021, https://arxiv.org/abs/2104.14294), BYOL (Grill et al., 2020, https://arxiv.org/abs/2006.07733)
-and SimSiam (Chen & He, 2020, https://arxiv.org/abs/2011.10566).
+and SimSiam (Chen & He, 2020, https://arxiv.org/abs/2011.10566); and the distance to the features of a frozen teacher.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,27 @@ def simsiam_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
         mean over rows of  -(cos(p1, z2) + cos(p2, z1)) / 2
     """
     return -(_mean_cosine(p1, z2) + _mean_cosine(p2, z1)) / 2
+
+
+@float32
+def feature_loss(student: Tensor, teacher: Tensor, *, distance: Literal["cosine", "mse", "smooth_l1"]) -> Tensor:
+    """Mean distance of a student's features to a frozen teacher's, which receive no gradient.
+
+    Shapes: both (..., D), for instance (N, D) of images or (N, L, D) of patches; d = student - teacher.
+
+        cosine:     mean over rows of  1 - cos(student, teacher)
+        mse:        mean over rows and dimensions of  d^2
+        smooth_l1:  mean over rows and dimensions of  d^2 / 2 where |d| < 1, else |d| - 1/2
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"feature_loss needs student and teacher of one shape. Got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}."
+        )
+    teacher = teacher.detach()
+    if distance == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+    return (F.mse_loss if distance == "mse" else F.smooth_l1_loss)(student, teacher)
 
 
 def check_crops(student: Tensor, teacher: Tensor, *, leave_out_same_crop: bool) -> None:

@@ -10,10 +10,13 @@ from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.config import Config
 from ssl_pipeline.methods.barlow_twins import BarlowTwins
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.methods.beit import BEiT
 from ssl_pipeline.methods.byol import BYOL
 from ssl_pipeline.methods.dino import DINO
 from ssl_pipeline.methods.dinov2 import DINOv2
 from ssl_pipeline.methods.dinov3 import DINOv3
+from ssl_pipeline.methods.distillation import Distillation
+from ssl_pipeline.methods.dvae import DVAE
 from ssl_pipeline.methods.fixmatch import FixMatch
 from ssl_pipeline.methods.ibot import IBOT
 from ssl_pipeline.methods.mae import MAE
@@ -21,16 +24,20 @@ from ssl_pipeline.methods.moco import MoCo
 from ssl_pipeline.methods.moco_v3 import MoCoV3
 from ssl_pipeline.methods.nnclr import NNCLR
 from ssl_pipeline.methods.simclr import SimCLR
+from ssl_pipeline.methods.simmim import SimMIM
 from ssl_pipeline.methods.simsiam import SimSiam
 from ssl_pipeline.methods.swav import SwAV
 from ssl_pipeline.methods.vicreg import VICReg
 
 METHODS: tuple[type[Method], ...] = (
     BarlowTwins,
+    BEiT,
     BYOL,
     DINO,
     DINOv2,
     DINOv3,
+    Distillation,
+    DVAE,
     FixMatch,
     IBOT,
     MAE,
@@ -38,6 +45,7 @@ METHODS: tuple[type[Method], ...] = (
     MoCoV3,
     NNCLR,
     SimCLR,
+    SimMIM,
     SimSiam,
     SwAV,
     VICReg,

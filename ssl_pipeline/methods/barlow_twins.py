@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import barlow_twins_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -23,11 +23,11 @@ class BarlowTwinsConfig(Config):
     name: Literal["barlow_twins"]
     off_diagonal_weight: float = Field(0.0051, gt=0)
     """Weight of the correlations between dimensions (lambda)."""
-    projector_hidden_dim: int = Field(8192, gt=0)
+    projector_hidden_dim: Width = 8192
     """Width of the projector's hidden layers."""
-    projector_dim: int = Field(8192, gt=0)
+    projector_dim: Width = 8192
     """Width of the embedding that is decorrelated."""
-    projector_layers: int = Field(3, ge=1)
+    projector_layers: Depth = 3
     """Linear layers of the projector."""
     bias_lr_scale: float = Field(0.024, gt=0)
     """Factor on the learning rate of biases and norms (official code: 0.0048 for them, 0.2 for weights)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -77,6 +78,9 @@ class Method(nn.Module):
 
         `progress` is that of the step just made. Called under `torch.no_grad`.
         """
+
+    def export(self, directory: Path) -> None:
+        """Write what a finished run leaves beside its backbone; the first process calls it."""
 
     def param_rules(self) -> tuple[ParamRule, ...]:
         """Exceptions from the optimizer's settings, by parameter name."""

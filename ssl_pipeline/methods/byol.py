@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, InRange, Width
 from ssl_pipeline.losses import byol_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -24,13 +23,13 @@ class BYOLConfig(Config):
     """BYOL: each view predicts what the teacher makes of the other view; there are no negatives."""
 
     name: Literal["byol"]
-    teacher_momentum: Schedule = Schedule(value=0.996, final=1.0)
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.996, final=1.0)
     """Share of the teacher that an update keeps."""
-    projector_hidden_dim: int = Field(4096, gt=0)
+    projector_hidden_dim: Width = 4096
     """Width of the projector's hidden layer."""
-    projector_dim: int = Field(256, gt=0)
+    projector_dim: Width = 256
     """Width of projections and predictions."""
-    predictor_hidden_dim: int = Field(4096, gt=0)
+    predictor_hidden_dim: Width = 4096
     """Width of the predictor's hidden layer."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, InRange, Width
 from ssl_pipeline.losses import centred_targets, crop_pairs, prototype_cross_entropy, total_logits
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -26,13 +26,13 @@ class DINOConfig(Config):
     """DINO: a student sees small and large crops and predicts what its slow-moving teacher says of the large ones."""
 
     name: Literal["dino"]
-    num_prototypes: int = Field(65536, gt=1)
+    num_prototypes: int = Field(65536, gt=1, le=2**24)
     """Width of the output that student and teacher agree on."""
-    head_hidden_dim: int = Field(2048, gt=0)
+    head_hidden_dim: Width = 2048
     """Width of the head's hidden layers."""
-    head_bottleneck_dim: int = Field(256, gt=0)
+    head_bottleneck_dim: Width = 256
     """Width of the head's normalised bottleneck."""
-    head_layers: int = Field(3, ge=1)
+    head_layers: Depth = 3
     """Linear layers before the prototypes."""
     head_batch_norm: bool = False
     """Batch norm in the head's hidden layers."""
@@ -42,9 +42,9 @@ class DINOConfig(Config):
     """How long the student's last layer stays as it was initialised."""
     student_temperature: float = Field(0.1, gt=0)
     """Temperature of the student's softmax."""
-    teacher_temperature: Schedule = Schedule(value=0.04)
+    teacher_temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(value=0.04)
     """Temperature of the teacher's softmax."""
-    teacher_momentum: Schedule = Schedule(value=0.996, final=1.0)
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.996, final=1.0)
     """Share of the teacher that an update keeps."""
     centre_momentum: float = Field(0.9, ge=0, le=1)
     """Share of the centre that an update keeps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, InRange
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead
@@ -59,9 +59,11 @@ class DINOv2Config(Config):
     """How long the student's last layers stay as they were initialised."""
     student_temperature: float = Field(0.1, gt=0)
     """Temperature of the student's softmax."""
-    teacher_temperature: Schedule = Schedule(value=0.07, start=0.04, warmup=Duration("30ep"), inclusive=True)
+    teacher_temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(
+        value=0.07, start=0.04, warmup=Duration("30ep"), inclusive=True
+    )
     """Temperature of the teacher's softmax, or of Sinkhorn-Knopp."""
-    teacher_momentum: Schedule = Schedule(value=0.992, final=1.0)
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.992, final=1.0)
     """Share of the teacher that an update keeps."""
     centring: Literal["centring", "sinkhorn_knopp"] = "centring"
     """How the teacher's outputs are spread over the prototypes (`train.centering`)."""
@@ -79,7 +81,7 @@ class DINOv2Config(Config):
     """Whether KoLeo looks for neighbours among the images of each process alone, as the official code does."""
     mask_probability: float = Field(0.5, ge=0, le=1)
     """Share of the step's large crops that have a mask."""
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
     """Smallest and largest share of masked patches of a crop that has a mask, spread evenly over the step's crops."""
     mask_min_block: int = Field(4, ge=1)
     """Smallest area of a block in patches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, InRange
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.gram_teacher import GramConfig, GramTeacher
@@ -52,9 +52,11 @@ class DINOv3Config(Config):
     """How long the student's last layers stay as they were initialised."""
     student_temperature: float = Field(0.1, gt=0)
     """Temperature of the student's softmax."""
-    teacher_temperature: Schedule = Schedule(value=0.07, start=0.04, warmup=Duration("10%"), inclusive=True)
+    teacher_temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(
+        value=0.07, start=0.04, warmup=Duration("10%"), inclusive=True
+    )
     """Smoothness of Sinkhorn-Knopp over the teacher's outputs."""
-    teacher_momentum: Schedule = Schedule(value=0.994)
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.994)
     """Share of the teacher that an update keeps."""
     sinkhorn_iterations: int = Field(3, ge=1)
     """Iterations of Sinkhorn-Knopp."""
@@ -62,7 +64,7 @@ class DINOv3Config(Config):
     """Whether a large crop is not compared with itself at the teacher (`global_ignore_diagonal`)."""
     class_weight: float = Field(1.0, ge=0)
     """Weight of the class tokens' loss (`dino.loss_weight`)."""
-    local_weight: Schedule = Schedule(value=1.0)
+    local_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0)
     """Weight of the pairs with a small crop within it (`local_loss_weight_schedule`)."""
     patch_weight: float = Field(1.0, ge=0)
     """Weight of the patches' loss (`ibot.loss_weight`)."""
@@ -74,7 +76,7 @@ class DINOv3Config(Config):
     """Whether KoLeo looks for them among the images of each process alone."""
     mask_probability: float = Field(0.5, ge=0, le=1)
     """Share of the step's large crops that have a mask."""
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
     """Smallest and largest share of masked patches of a crop that has a mask, spread evenly over the step's crops."""
     mask_min_block: int = Field(4, ge=1)
     """Smallest area of a block in patches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, InRange
 from ssl_pipeline.losses import weighted_cross_entropy
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.classifier import ClassifierPair, are_right
@@ -23,13 +23,13 @@ class FixMatchConfig(Config):
     """FixMatch: what a classifier says with confidence of a weakly augmented image is the label of a strong view."""
 
     name: Literal["fixmatch"]
-    num_classes: int | None = Field(None, gt=1)
+    num_classes: int | None = Field(None, gt=1, le=2**20)
     """Classes of the labelled images; null takes as many as their shards have."""
     threshold: float = Field(0.95, ge=0, le=1)
     """Smallest probability of a class that makes it a pseudo-label."""
     unlabelled_weight: float = Field(1.0, ge=0)
     """Weight of the loss on pseudo-labels beside the loss on labels."""
-    teacher_momentum: Schedule = Schedule(value=0.999)
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps."""
 
 

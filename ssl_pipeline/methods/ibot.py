@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import Batch, MaskRule, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, InRange
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead, WeightNormLinear
@@ -49,11 +49,11 @@ class IBOTConfig(Config):
     """How long the student's last layer stays as it was initialised."""
     student_temperature: float = Field(0.1, gt=0)
     """Temperature of the student's softmax."""
-    teacher_temperature: Schedule = WARM_TEMPERATURE
+    teacher_temperature: Annotated[Schedule, InRange(gt=0)] = WARM_TEMPERATURE
     """Temperature of the teacher's softmax for class tokens."""
-    patch_teacher_temperature: Schedule = WARM_TEMPERATURE
+    patch_teacher_temperature: Annotated[Schedule, InRange(gt=0)] = WARM_TEMPERATURE
     """Temperature of the teacher's softmax for patches; `delay` it where masking starts later."""
-    teacher_momentum: Schedule = Schedule(value=0.996, final=1.0)
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.996, final=1.0)
     """Share of the teacher that an update keeps."""
     centre_momentum: float = Field(0.9, ge=0, le=1)
     """Share of the class tokens' centre that an update keeps."""
@@ -67,7 +67,7 @@ class IBOTConfig(Config):
     """Whether patches are masked in rectangles or one by one (`pred_shape`)."""
     mask_probability: float = Field(0.5, ge=0, le=1)
     """Share of the large crops that have a mask; the official `pred_ratio: 0 0.3` is one in two."""
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
     """Smallest and largest share of masked patches of a crop that has a mask, .3 +- .2 in the official code."""
     mask_min_block: int | None = Field(None, ge=1)
     """Smallest area of a block in patches; null: a ninth of the backbone's grid, as the official code."""

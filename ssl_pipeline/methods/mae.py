@@ -10,7 +10,7 @@ from torch import nn
 from ssl_pipeline.backbones import Backbone, require_tokens
 from ssl_pipeline.backbones.patches import patchify, split_by_mask, take_patches
 from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, Depth, Width
 from ssl_pipeline.losses import removed_patches_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.pixel_decoder import PixelDecoder
@@ -25,11 +25,11 @@ class MAEConfig(Config):
     """Share of the patches that is removed."""
     normalize_targets: bool = True
     """Whether each patch is predicted with its own mean and deviation taken out."""
-    decoder_dim: int = Field(512, gt=0)
+    decoder_dim: Width = 512
     """Width of the decoder."""
-    decoder_depth: int = Field(8, ge=1)
+    decoder_depth: Depth = 8
     """Blocks of the decoder."""
-    decoder_heads: int = Field(16, ge=1)
+    decoder_heads: Depth = 16
     """Attention heads of the decoder."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, InRange, Width
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import info_nce
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
@@ -32,17 +32,17 @@ class MoCoConfig(Config):
     """
 
     name: Literal["moco"]
-    queue_size: int = Field(65536, gt=0)
+    queue_size: int = Field(65536, gt=0, le=2**24)
     """Earlier keys that serve as negatives."""
     temperature: float = Field(0.2, gt=0)
     """Temperature of InfoNCE."""
-    teacher_momentum: Schedule = Schedule(value=0.999)
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
     """Share of the teacher that an update keeps."""
-    projector_hidden_dim: int = Field(2048, gt=0)
+    projector_hidden_dim: Width = 2048
     """Width of the projector's hidden layers (official code: that of the backbone's features)."""
-    projector_dim: int = Field(128, gt=0)
+    projector_dim: Width = 128
     """Width of queries and keys."""
-    projector_layers: int = Field(2, ge=1)
+    projector_layers: Depth = 2
     """Linear layers of the projector."""
     symmetric: bool = False
     """Whether both views are queries; the loss is then the mean of both and the keys of both enter the queue."""

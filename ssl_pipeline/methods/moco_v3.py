@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, InRange, Width
 from ssl_pipeline.losses import moco_v3_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -31,15 +31,15 @@ class MoCoV3Config(Config):
     name: Literal["moco_v3"]
     temperature: float = Field(0.2, gt=0)
     """Temperature of the contrastive loss, which is multiplied by twice this."""
-    teacher_momentum: Schedule = Schedule(value=0.99, final=1.0)
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.99, final=1.0)
     """Share of the teacher that an update keeps."""
-    projector_hidden_dim: int = Field(4096, gt=0)
+    projector_hidden_dim: Width = 4096
     """Width of the projector's hidden layers."""
-    projector_dim: int = Field(256, gt=0)
+    projector_dim: Width = 256
     """Width of queries and keys."""
-    projector_layers: int = Field(3, ge=1)
+    projector_layers: Depth = 3
     """Linear layers of the projector."""
-    predictor_hidden_dim: int = Field(4096, gt=0)
+    predictor_hidden_dim: Width = 4096
     """Width of the predictor's hidden layer."""
     predictor_last_batch_norm: LastBatchNorm = "no_affine"
     """Batch norm after the predictor's last layer."""

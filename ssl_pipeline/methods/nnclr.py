@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import nnclr_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
@@ -26,19 +26,19 @@ class NNCLRConfig(Config):
     """NNCLR: a view's nearest neighbour among earlier images finds the other view among those of the batch."""
 
     name: Literal["nnclr"]
-    queue_size: int = Field(98304, gt=0)
+    queue_size: int = Field(98304, gt=0, le=2**24)
     """Earlier projections among which nearest neighbours are searched (the support set)."""
     temperature: float = Field(0.1, gt=0)
     """Temperature of the cross-entropy."""
-    projector_hidden_dim: int = Field(2048, gt=0)
+    projector_hidden_dim: Width = 2048
     """Width of the projector's hidden layers."""
-    projector_dim: int = Field(256, gt=0)
+    projector_dim: Width = 256
     """Width of projections and predictions."""
-    projector_layers: int = Field(3, ge=1)
+    projector_layers: Depth = 3
     """Linear layers of the projector."""
     projector_last_batch_norm: LastBatchNorm = "affine"
     """Batch norm after the projector's last layer."""
-    predictor_hidden_dim: int = Field(4096, gt=0)
+    predictor_hidden_dim: Width = 4096
     """Width of the predictor's hidden layer."""
 
 

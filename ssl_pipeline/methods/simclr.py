@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import nt_xent
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -22,14 +23,18 @@ class SimCLRConfig(Config):
     name: Literal["simclr"]
     temperature: float = Field(0.1, gt=0)
     """Temperature of NT-Xent (paper: 0.1 for ImageNet, 0.5 for CIFAR-10)."""
-    projector_hidden_dim: int = Field(2048, gt=0)
+    projector_hidden_dim: Width = 2048
     """Width of the projector's hidden layers."""
-    projector_dim: int = Field(128, gt=0)
+    projector_dim: Width = 128
     """Width of the embedding that the loss compares."""
-    projector_layers: int = Field(3, ge=1)
+    projector_layers: Depth = 3
     """Linear layers of the projector (official code: 3, paper: 2)."""
     projector_last_batch_norm: LastBatchNorm = "no_shift"
     """Batch norm after the last layer (official code: scaled, not shifted)."""
+    loss_scale: float = Field(1.0, gt=0)
+    """Factor of the loss. The official code adds up the means over the two views: 2."""
+    separate_passes: bool = False
+    """Whether each view passes the network on its own, so that batch norm sees one view at a time (lightly)."""
 
 
 class SimCLR(Method):
@@ -54,7 +59,9 @@ class SimCLR(Method):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         views = batch.views["view"]
         # one pass over both views, so batch norm sees one distribution
-        features = self.encoder.backbone(views.flatten(0, 1))
-        z1, z2 = self.encoder.head(features).unflatten(0, views.shape[:2])
-        loss = nt_xent(z1, z2, temperature=self.config.temperature)
+        passes = views.unbind() if self.config.separate_passes else (views.flatten(0, 1),)
+        parts = [self.encoder.backbone(images) for images in passes]
+        features = torch.cat(parts)
+        z1, z2 = torch.cat([self.encoder.head(part) for part in parts]).unflatten(0, views.shape[:2])
+        loss = self.config.loss_scale * nt_xent(z1, z2, temperature=self.config.temperature)
         return StepOutput(loss, {"feature_std": feature_std(features)})

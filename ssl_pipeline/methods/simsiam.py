@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import simsiam_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -21,15 +19,15 @@ class SimSiamConfig(Config):
     """SimSiam: each view predicts the projection of the other view; no negatives and no teacher."""
 
     name: Literal["simsiam"]
-    projector_hidden_dim: int = Field(2048, gt=0)
+    projector_hidden_dim: Width = 2048
     """Width of the projector's hidden layers (official code: that of the backbone's features)."""
-    projector_dim: int = Field(2048, gt=0)
+    projector_dim: Width = 2048
     """Width of projections and predictions."""
-    projector_layers: int = Field(3, ge=1)
+    projector_layers: Depth = 3
     """Linear layers of the projector."""
     projector_last_batch_norm: LastBatchNorm = "no_affine"
     """Batch norm after the projector's last layer."""
-    predictor_hidden_dim: int = Field(512, gt=0)
+    predictor_hidden_dim: Width = 512
     """Width of the predictor's hidden layer."""
     constant_predictor_lr: bool = True
     """Whether the predictor's learning rate stays at its base value."""

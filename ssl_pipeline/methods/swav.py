@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Width
 from ssl_pipeline.distributed import gather, rank, world_size
 from ssl_pipeline.losses import crop_pairs, prototype_cross_entropy, sinkhorn_targets
 from ssl_pipeline.losses.precision import sum_dtype
@@ -30,23 +30,23 @@ class SwAVConfig(Config):
     """SwAV: every crop predicts to which prototypes the large crops of its image are assigned."""
 
     name: Literal["swav"]
-    num_prototypes: int = Field(3000, gt=1)
+    num_prototypes: int = Field(3000, gt=1, le=2**24)
     """Prototypes that images are assigned to."""
     temperature: float = Field(0.1, gt=0)
     """Temperature of the predictions."""
     epsilon: float = Field(0.05, gt=0)
     """Smoothness of the assignment by Sinkhorn-Knopp; lower is nearer to one prototype per image."""
-    sinkhorn_iterations: int = Field(3, ge=1)
+    sinkhorn_iterations: int = Field(3, ge=1, le=1000)
     """Iterations of Sinkhorn-Knopp."""
-    queue_size: int = Field(0, ge=0)
+    queue_size: int = Field(0, ge=0, le=2**24)
     """Earlier embeddings of each large crop that are assigned together with a batch; 0: none."""
     queue_starts: Duration = Duration("15ep")
     """When the queue begins to fill; it is used once it is full."""
     freeze_prototypes_for: Duration = Duration(313)
     """How long the prototypes stay as they were initialised."""
-    projector_hidden_dim: int = Field(2048, gt=0)
+    projector_hidden_dim: Width = 2048
     """Width of the projector's hidden layer."""
-    projector_dim: int = Field(128, gt=0)
+    projector_dim: Width = 128
     """Width of the embedding that is compared with the prototypes."""
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import vicreg_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
@@ -26,11 +26,11 @@ class VICRegConfig(Config):
     """Weight of what a dimension's standard deviation lacks to 1 (mu)."""
     covariance_weight: float = Field(1.0, ge=0)
     """Weight of the covariances between dimensions (nu)."""
-    projector_hidden_dim: int = Field(8192, gt=0)
+    projector_hidden_dim: Width = 8192
     """Width of the hidden layers of the projector (the expander)."""
-    projector_dim: int = Field(8192, gt=0)
+    projector_dim: Width = 8192
     """Width of the embedding that the loss is computed on."""
-    projector_layers: int = Field(3, ge=1)
+    projector_layers: Depth = 3
     """Linear layers of the projector."""
 
 

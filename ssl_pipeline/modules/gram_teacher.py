@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import TokenBackbone
-from ssl_pipeline.backbones.weights import load_weights
+from ssl_pipeline.backbones.weights import load_source
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, InRange
 from ssl_pipeline.losses import gram_anchoring_loss
 from ssl_pipeline.modules.masked_tokens import MaskedPatches
 from ssl_pipeline.modules.teacher import Snapshot
@@ -29,7 +29,7 @@ class GramConfig(Config):
     It sees the crops of augment.global (`crops_of: global`) at the size of augment.gram.
     """
 
-    weight: Schedule = Schedule(value=2.0)
+    weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=2.0)
     """Weight of the loss (`loss_weight_schedule`)."""
     teacher: str | None = None
     """A file with the weights of the Gram teacher's backbone, which then stays as it is; or set first."""
@@ -82,7 +82,7 @@ class GramTeacher(nn.Module):
         if not file.is_file():
             raise ConfigError(f"method.gram.teacher must be a file of weights. There is no '{file}'.")
         loaded = deepcopy(backbone)
-        load_weights(loaded.model, file)
+        load_source(loaded.model, str(file), network=None)
         self.snapshot = Snapshot(loaded, source=file)
 
     def loss(self, student_NLD: Tensor, batch: Batch, masked: MaskedPatches, progress: Progress) -> Tensor:

@@ -5,7 +5,7 @@ Mean Teacher (Tarvainen & Valpola, 2017, https://arxiv.org/abs/1703.01780).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import without_drop_path
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import sha256_of
+from ssl_pipeline.files import sha256_of, sha256_of_bytes
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -54,12 +54,13 @@ class Snapshot(nn.Module, Generic[Network]):
 
     One that was taken during training is saved with the run, and `refresh` takes it anew (DINOv3's Gram teacher). One
     whose weights came from the file `source` stays out of state dicts, which hold the SHA-256 of that file instead: a
-    run goes on with the same file or not at all (a tokenizer, a distilled teacher).
+    run goes on with the same file or not at all (a tokenizer, a distilled teacher). Weights from elsewhere (a
+    pretrained tag of timm's, a run's newest checkpoint) are treated alike, by the SHA-256 of their tensors.
     """
 
     source_sha256: Tensor
 
-    def __init__(self, network: Network, *, source: Path | None = None) -> None:
+    def __init__(self, network: Network, *, source: Path | str | None = None) -> None:
         super().__init__()
         self.source = source
         frozen = deepcopy(network).requires_grad_(False).eval()
@@ -68,7 +69,8 @@ class Snapshot(nn.Module, Generic[Network]):
             self.saved = frozen
         else:
             self._unsaved = (frozen,)  # in a tuple, where torch does not look for modules
-            self.register_buffer("source_sha256", torch.tensor(list(bytes.fromhex(sha256_of(source)))).byte())
+            sha256 = sha256_of(source) if isinstance(source, Path) else sha256_of_tensors(frozen.state_dict())
+            self.register_buffer("source_sha256", torch.tensor(list(bytes.fromhex(sha256))).byte())
 
     @property
     def network(self) -> Network:
@@ -102,3 +104,13 @@ class Snapshot(nn.Module, Generic[Network]):
                 "or choose another output=DIR."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values, in the order of the names."""
+    parts = [part for name in sorted(tensors) for part in (name.encode(), _bytes_of(tensors[name]))]
+    return sha256_of_bytes(*parts)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, InRange, MayChange
 from ssl_pipeline.optim.lars import LARS
 from ssl_pipeline.optim.rules import ParamRule, Trained
 from ssl_pipeline.schedule import Duration, Progress, Schedule
@@ -21,19 +21,19 @@ class OptimConfig(Config):
 
     name: Literal["adamw", "sgd", "lars"]
     """The update rule; LARS is MoCo v3's (decay before the trust ratio, 1-D tensors plain)."""
-    lr: Schedule
+    lr: MayChange[Annotated[Schedule, InRange(ge=0, le=1000)]]
     """The learning rate, before scaling by the batch."""
     lr_reference_batch: int | None = Field(None, gt=0)
     """The effective lr is lr * global batch / this; null uses lr as it is."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
     """Whether lr grows with the batch or with its square root."""
-    weight_decay: Schedule = Schedule(value=0.0)
+    weight_decay: MayChange[Annotated[Schedule, InRange(ge=0, le=100)]] = Schedule(value=0.0)
     """Weight decay; decoupled for AdamW, part of the gradient for SGD and LARS."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     """`matrices` spares biases and 1-D tensors (norms); `all` decays every tensor."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], InRange(ge=0, lt=1)] = (0.9, 0.999)
     """AdamW's averages."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, le=1)
     """AdamW's stabiliser."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD and LARS."""
@@ -47,10 +47,14 @@ class OptimConfig(Config):
     """Factor on the learning rate of the backbone; below 1 for one that starts from weights."""
     freeze_backbone_for: Duration = Duration(0)
     """How long the backbone stays as it began while the heads learn; its batch norm sees the images all the same."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: MayChange[float | None] = Field(None, gt=0)
     """The largest gradient norm; null does not clip."""
-    clip_each: bool = False
+    clip_each: MayChange[bool] = False
     """Whether `clip_norm` holds for each parameter on its own (DINO's official code) instead of for all together."""
+
+    @classmethod
+    def of_name(cls, name: str) -> tuple[str, ...]:
+        return ("betas", "eps", "nesterov", "trust_coefficient", "lr_before_momentum")
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> OptimConfig:
@@ -84,7 +88,7 @@ def build_optimizer(method: Trained, config: OptimConfig) -> torch.optim.Optimiz
         if name.startswith(backbones):
             rule = _of_backbone(rule, config)
         spared = config.weight_decay_on == "matrices" and (parameter.ndim <= 1 or name.endswith(".bias"))
-        groups.setdefault((rule, not spared), []).append(parameter)
+        groups.setdefault((rule, rule.decays and not spared), []).append(parameter)
     for rule in rules[:-1]:
         if rule.prefix not in used:
             raise ConfigError(f"the rule for parameters '{rule.prefix}*' fits no trainable parameter of the method.")

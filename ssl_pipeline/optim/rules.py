@@ -25,6 +25,9 @@ class ParamRule:
     frozen_for: Duration | int | str = 0
     """Duration from the start in which the parameters get no update at all: no decay and no momentum either."""
 
+    decays: bool = True
+    """Whether they have weight decay where `weight_decay_on` would give it; BEiT's class token has none."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.frozen_for, Duration):
             object.__setattr__(self, "frozen_for", Duration(self.frozen_for))
@@ -52,6 +55,18 @@ def layer_decay_rules(
             part = ".".join([*names[: 2 if names[0] == "blocks" else 1], ""]) if len(names) > 1 else name
             scales[part] = layer_lr_scale(name, num_blocks=num_blocks, decay=decay, patch_embed_scale=patch_embed_scale)
     return tuple(ParamRule(f"{prefix}model.{part}", scale) for part, scale in scales.items() if scale != 1.0)
+
+
+def untouched_by_decay(
+    method: nn.Module, prefix: str, *, tokens: tuple[str, ...] = ("cls_token", "pos_embed")
+) -> tuple[ParamRule, ...]:
+    """Rules that spare these parameters of a ViT weight decay, where it has and trains them (BEiT, SimMIM).
+
+    prefix: what stands before the backbone's names in those of the method.
+    """
+    trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    names = [f"{prefix}model.{token}" for token in tokens]
+    return tuple(ParamRule(name, decays=False) for name in names if name in trained)
 
 
 class Trained(Protocol):

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from ssl_pipeline.files import sync
 from ssl_pipeline.run.checkpoint_files import (
     Checkpoint,
     FormatError,
+    Manifest,
     load_checkpoint,
     read_manifest,
     verify_files,
@@ -87,11 +89,18 @@ class Checkpoints:
             )
         return None
 
+    def newest(self) -> tuple[Path, Manifest] | None:
+        """The newest checkpoint by the manifests alone, which say nothing of damage; None if none can be read."""
+        for path in self._newest_first():
+            with suppress(CheckpointError):
+                return path, read_manifest(path)
+        return None
+
     def load_step(self, step: int, *, files: Collection[str] | None = None) -> Checkpoint:
         """The checkpoint after `step` optimizer steps; CheckpointError if it is not there or is damaged."""
         path = self._path_of(step)
         if not path.is_dir():
-            steps = sorted(int(found.name.split("-")[1]) for found in self.directory.glob("step-*"))
+            steps = sorted({int(found.name.split("-")[1]) for found in self.directory.glob("step-*")})
             raise CheckpointError(
                 f"{self.directory} has no checkpoint of step {step}. It has {', '.join(map(str, steps)) or 'none'}."
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -16,18 +17,23 @@ from ssl_pipeline.config import ConfigError, failure_sentence, printable
 from ssl_pipeline.files import JSON, lock, open_no_link, write_json, write_text
 
 SECONDS_BETWEEN_HEARTBEATS = 5.0
+TRACES = ("config.yaml", "metrics.jsonl", "backbone.safetensors")  # of a run that has begun
 
 State = Literal["running", "done", "preempted", "failed"]
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a run last said about itself; `time` is UTC in ISO 8601."""
+    """What a run last said about itself; `time` is UTC in ISO 8601.
+
+    checkpoint: the step of its newest checkpoint, 0 if it had none yet; None where an earlier version wrote the file.
+    """
 
     state: State
     step: int
     reason: str
     time: str
+    checkpoint: int | None = None
 
 
 class RunDirectory:
@@ -40,21 +46,34 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ConfigError(f"output={path} must be a directory. It is, or lies under, a file.") from None
-        self._lock = open_no_link(path / ".lock", os.O_RDWR | os.O_CREAT)
-        if not lock(self._lock, wait=False, inherited=False):
-            holder = os.pread(self._lock, 100, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            raise ConfigError(
-                f"{path} is in use by another run ({holder or 'it starts right now'}). "
-                "Stop it or choose another output=DIR."
-            )
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        self._lock = self._take()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         self._last_heartbeat = -SECONDS_BETWEEN_HEARTBEATS
+        self.checkpoint = 0
+
+    def _take(self) -> int:
+        """The descriptor of the lock; the directory is made anew if another start, refused, removes it meanwhile."""
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                descriptor = open_no_link(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+            except (FileExistsError, NotADirectoryError):
+                raise ConfigError(f"output={self.path} must be a directory. It is, or lies under, a file.") from None
+            except FileNotFoundError:
+                continue
+            if not lock(descriptor, wait=False, inherited=False):
+                holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+                os.close(descriptor)
+                raise ConfigError(
+                    f"{self.path} is in use by another run ({holder or 'it starts right now'}). "
+                    "Stop it or choose another output=DIR."
+                )
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), (self.path / ".lock").stat()):
+                    return descriptor
+            os.close(descriptor)
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -65,7 +84,16 @@ class RunDirectory:
         if error is not None:
             with suppress(OSError, ConfigError):  # a full disk, a damaged file: the error itself counts
                 self._note_end(error)
+            self._remove_if_empty()
         os.close(self._lock)
+
+    def _remove_if_empty(self) -> None:
+        """A start that made the directory and left nothing in it takes it away again, and the folders made for it."""
+        with suppress(OSError):
+            if self._made and [path.name for path in self.path.iterdir()] == [".lock"]:
+                (self.path / ".lock").unlink()
+                for folder in self._made:
+                    folder.rmdir()
 
     def _note_end(self, error: BaseException) -> None:
         """A start that ends before training: the directory does not say "running", be it of one that was killed.
@@ -76,8 +104,7 @@ class RunDirectory:
         if isinstance(error, ConfigError) or (before is not None and before.state != "running"):
             return
         state: State = "failed" if isinstance(error, Exception) else "preempted"
-        step = before.step if before is not None else 0
-        self.status(state, step=step, reason=printable(failure_sentence(error)))
+        self._end(state, printable(failure_sentence(error)))
 
     @property
     def config_path(self) -> Path:
@@ -88,12 +115,47 @@ class RunDirectory:
 
     def status(self, state: State, *, step: int, reason: str = "") -> None:
         """Write `status.json`: what an operator, or the script that restarts the run, goes by."""
-        write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason, "time": _utc_now()})
+        self._write_status(Status(state, step, reason, _utc_now(), self.checkpoint))
 
     def fail(self, reason: str) -> None:
         """Write that the run has failed, at the step that it last told of."""
-        before = read_status(self.path)
-        self.status("failed", step=before.step if before is not None else 0, reason=reason)
+        self._end("failed", reason)
+
+    def _end(self, state: State, reason: str) -> None:
+        """Write how a start ended that did not come to train: where the run stands is as it was."""
+        before = read_status(self.path) or Status(state, 0, reason, "", None if self.config_path.exists() else 0)
+        self._write_status(replace(before, state=state, reason=reason, time=_utc_now()))
+
+    def _write_status(self, status: Status) -> None:
+        facts = asdict(status)
+        if status.checkpoint is None:
+            del facts["checkpoint"]
+        write_json(self.path / "status.json", facts)
+
+    def refuse_lost_checkpoints(self) -> None:
+        """Raises ConfigError if a run has been here whose checkpoints are gone: it would start over from zero.
+
+        A run that was stopped before its first checkpoint has lost nothing else; it may.
+        """
+        if any((self.path / "checkpoints").glob("step-*")):
+            return
+        traces = [name for name in TRACES if (self.path / name).is_file() and (self.path / name).stat().st_size]
+        status = read_status(self.path)
+        saved_nothing = status is not None and status.checkpoint == 0 and status.state != "done"
+        if traces and not saved_nothing:
+            raise ConfigError(
+                f"{self.path} has {' and '.join(traces)} of a run, but no checkpoint to go on from, and a run never "
+                "starts over from zero over another. Put its checkpoints/ back, choose another output=DIR, or remove "
+                "that directory."
+            )
+
+    def note_start(self, start: Mapping[str, JSON]) -> None:
+        """Append what is known of this start to `run.json`; nothing is ever decided by it."""
+        path = self.path / "run.json"
+        starts: list[JSON] = []
+        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or not ours
+            starts = list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+        write_json(path, {"starts": [*starts, {"time": _utc_now(), **start}]})
 
     def heartbeat(self, *, step: int) -> None:
         """Write `heartbeat.json` if the last one is a few seconds old; call it in every step."""

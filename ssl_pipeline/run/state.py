@@ -48,11 +48,14 @@ class RunState:
     """Where a run stood when a checkpoint was written, and what its tensors are.
 
     position: images seen. global_batch: images per optimizer step at that time.
-    identity: what a run must share with this one to continue it (method, backbone, seed, images, optimizer).
+    identity: what a run must share with this one to continue it, beside settings (images, optimizer).
     backbones: by name; the first is the one that a run exports. classifier: of a method that learns to classify.
     scaler: the state of fp16's GradScaler.
     row: the logged row of this step, if it has one, without what monitors add after the checkpoint is written.
     start: the monitors' figures before the first step that later ones are compared with.
+    steps: optimizer steps made, of whatever size; None before ssl-pipeline 0.3.0, where all counted as of the last one.
+    labelled_position: labelled images seen. settings: all of the run's, as its config.yaml. None before that version
+    too.
     """
 
     position: Annotated[int, Field(ge=0)]
@@ -63,11 +66,14 @@ class RunState:
     scaler: dict[str, int | float] | None = None
     row: LoggedRow | None = None
     start: dict[str, float] = field(default_factory=dict)
+    steps: Annotated[int, Field(ge=0)] | None = None
+    labelled_position: Annotated[int, Field(ge=0)] | None = None
+    settings: dict[str, JsonValue] | None = None
 
     @property
     def step(self) -> int:
-        """Optimizer steps made, counted in batches of the present size."""
-        return self.position // self.global_batch
+        """Optimizer steps made."""
+        return self.steps if self.steps is not None else self.position // self.global_batch
 
     def to_facts(self) -> dict[str, JsonValue]:
         """The facts of a manifest."""

@@ -15,6 +15,7 @@ from ssl_pipeline.config import ConfigError, printable
 from ssl_pipeline.files import without_nan, write_text
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_NUMBERS = 1.0  # of a terminal; each look at a loss makes the host wait for the device
 NUMBERS = {
     "epoch": "epoch {:.2f}",
     "loss": "loss {:.4f}",
@@ -25,6 +26,7 @@ NUMBERS = {
 FEW_NUMBERS = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "wait {:.0%}"}
 
 Row = Mapping[str, float | int | str | None]
+Now = Callable[[], Row]
 
 
 class Sink(Protocol):
@@ -37,9 +39,10 @@ class Sink(Protocol):
 class Tracker:
     """Sends each logged row to every place that shows it; on the ranks where `enabled` is false, nowhere.
 
-    A row is a flat mapping with at least "step" and "position" (images seen). `metrics.jsonl` gets it as one
-    line at once, floats unrounded, NaN and infinity as null. At resume the rows behind `resumed_position` go; of a run
-    that begins anew (-1) all go.
+    A row is a flat mapping with at least "step" (optimizer steps made) and "images" (seen, the position).
+    `metrics.jsonl` gets it as one line at once, floats unrounded, NaN and infinity as null. At resume, after
+    `first_step` steps and `resumed_position` images, the rows behind that go; of a run that begins anew
+    (-1) all go.
     """
 
     def __init__(
@@ -47,8 +50,8 @@ class Tracker:
         directory: Path,
         *,
         total_steps: int,
+        first_step: int,
         resumed_position: int,
-        global_batch: int,
         wandb: bool = False,
         enabled: bool = True,
     ) -> None:
@@ -57,7 +60,6 @@ class Tracker:
         self._last_logged = -1
         if not enabled:
             return
-        first_step = max(resumed_position, 0) // global_batch
         self._last_logged = cut_back(directory / "metrics.jsonl", position=resumed_position)
         self._sinks.append(MetricsFile(directory / "metrics.jsonl"))
         self._sinks.append(TensorBoard(directory, first_step=self._last_logged + 1))
@@ -72,14 +74,17 @@ class Tracker:
         return int(row["step"] or 0) > self._last_logged
 
     def log(self, row: Row) -> None:
-        assert {"step", "position"} <= set(row), sorted(row)
+        assert {"step", "images"} <= set(row), sorted(row)
         for sink in self._sinks:
             sink.log(row)
 
-    def advance(self, step: int) -> None:
-        """Move the progress display to `step`; cheap enough for every step, logged or not."""
+    def advance(self, step: int, now: Now | None = None) -> None:
+        """Move the progress display to `step`; cheap enough for every step, logged or not.
+
+        `now` is asked for what is shown of this step beside the last row, only when something is shown.
+        """
         if self._progress is not None:
-            self._progress.advance(step)
+            self._progress.advance(step, now)
 
     def message(self, text: str) -> None:
         """Print one line for the person who watches, without tearing the progress bar."""
@@ -92,7 +97,10 @@ class Tracker:
 
 
 def cut_back(path: Path, *, position: int) -> int:
-    """Drop the rows of `path` behind `position`, and what is not a whole row; returns the last step kept, or -1."""
+    """Drop the rows of `path` behind `position`, and what is not a whole row; returns the last step kept, or -1.
+
+    Rows of ssl-pipeline 0.2.0 have "position" in the place of "images".
+    """
     if not path.exists():
         return -1
     kept: list[str] = []
@@ -101,7 +109,7 @@ def cut_back(path: Path, *, position: int) -> int:
     for line in text.splitlines(keepends=True):
         try:
             row = json.loads(line)
-            if row["position"] <= position and line.endswith("\n"):
+            if row["images" if "images" in row else "position"] <= position and line.endswith("\n"):
                 last_step = max(last_step, int(row["step"]))
                 kept.append(line)
         except (ValueError, TypeError, KeyError):
@@ -177,6 +185,8 @@ class ProgressBar:
     def __init__(self, stream: TextIO, *, total_steps: int, first_step: int) -> None:
         from tqdm import tqdm
 
+        self._row: Row = {}
+        self._shown = time.monotonic()
         self._room = _columns(stream) - len(" 12% step 12345/123456 [12:34:56<12:34:56, ]")
         bar = "|{bar}|" if self._room > 50 else ""
         self._bar = tqdm(
@@ -188,15 +198,22 @@ class ProgressBar:
         )
 
     def log(self, row: Row) -> None:
-        text = summary(row)
-        if len(text) > self._room - 10:  # what the bar needs to be one
-            text = summary(row, forms=FEW_NUMBERS)
-        if text:
-            self._bar.set_postfix_str(text, refresh=False)
+        self._row = {**self._row, **row}
+        self._show()
         self.advance(int(row["step"] or 0))
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, now: Now | None = None) -> None:
+        if now is not None and time.monotonic() - self._shown >= SECONDS_BETWEEN_NUMBERS:
+            self._row = {**self._row, **now()}
+            self._show()
         self._bar.update(step - self._bar.n)
+
+    def _show(self) -> None:
+        text = summary(self._row)
+        if len(text) > self._room - 10:  # what the bar needs to be one
+            text = summary(self._row, forms=FEW_NUMBERS)
+        self._bar.set_postfix_str(text, refresh=False)
+        self._shown = time.monotonic()
 
     def message(self, text: str) -> None:
         self._bar.write(printable(text), file=self._bar.fp)
@@ -221,13 +238,16 @@ class ProgressLines:
         self._first_step = self._step = self._printed_step = first_step
         self._clock = clock
         self._started = self._printed = clock()
-        self._summary = ""
+        self._row: Row = {}
+        self._now: Now | None = None
 
     def log(self, row: Row) -> None:
-        self._summary = summary(row) or self._summary
+        self._row, self._now = {**self._row, **row}, None
         self.advance(int(row["step"] or 0))
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, now: Now | None = None) -> None:
+        if step != self._step or now is not None:
+            self._now = now
         self._step = step
         if self._clock() - self._printed >= SECONDS_BETWEEN_LINES:
             self._print()
@@ -242,7 +262,9 @@ class ProgressLines:
     def _print(self) -> None:
         self._printed = self._clock()
         self._printed_step = self._step
-        parts = [f"step {self._step}/{self._total_steps}", self._summary]
+        if self._now is not None:
+            self._row = {**self._row, **self._now()}
+        parts = [f"step {self._step}/{self._total_steps}", summary(self._row)]
         done = self._step - self._first_step
         if done > 0 and self._step < self._total_steps:
             left = (self._printed - self._started) / done * (self._total_steps - self._step)

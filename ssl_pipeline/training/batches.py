@@ -42,6 +42,7 @@ def open_batches(run: Run, position: int, keepalive: Callable[[], None]) -> Iter
         masks=masks,
         seed=run.seed,
         step=run.clock.progress(position).step,
+        position=run.clock.labelled_position(position),
         rank=rank(),
         world_size=world_size(),
         accumulate=run.train.accumulate,

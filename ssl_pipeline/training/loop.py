@@ -34,26 +34,32 @@ from ssl_pipeline.training.batches import announced, open_batches
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.reporting import Reporter
-from ssl_pipeline.training.resume import load_newest, optimizer_identity, write_settings
-from ssl_pipeline.training.run import Run
-from ssl_pipeline.training.saving import save_run
+from ssl_pipeline.training.resume import begin_or_keep, load_newest, optimizer_identity
+from ssl_pipeline.training.run import Run, resumed_clock
+from ssl_pipeline.training.saving import export_run, save_run
 from ssl_pipeline.training.step import TrainingStep
 from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_on
 
 
 def train(run: Run) -> int:
     """Train to the end, from the newest checkpoint if there is one; returns the signal that cut it short, or 0."""
-    clock, method, device = run.clock, run.method, run.accelerator.device
+    method, device = run.method, run.accelerator.device
     if run.train.sync_batch_norm:
         synchronize_batch_norm(method, device)
     method.to(device)
     optimizer = build_optimizer(method, run.optim)
     checkpoints = Checkpoints(run.output.path / "checkpoints", keep=run.train.keep_checkpoints, report=_say)
     identity = {**run.output.identity, **optimizer_identity(method, optimizer)}
-    saved = load_newest(checkpoints, method, optimizer, run.output.identity)
-    position = saved.state.position if saved is not None else 0
+    saved = load_newest(checkpoints, method, optimizer, run.output)
+    if saved is not None:
+        run.clock = resumed_clock(run.clock, run.train, saved.state)
+    clock, position = run.clock, saved.state.position if saved is not None else 0
+    status = read_status(run.output.path)
     if run.output.directory is not None:
-        write_settings(run.output.directory, run.output.settings, complete=position >= clock.end)
+        with failures_of(run).explained():
+            begin_or_keep(run, run.output.directory, position=position)
+    if clock.is_last(position) and status is not None and status.state == "done":
+        return 0
     if run.train.compile:
         for part in method.parts_to_compile():
             part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
@@ -62,14 +68,14 @@ def train(run: Run) -> int:
         run.accelerator.scaler.load_state_dict(saved.state.scaler)
     tracker = Tracker(
         run.output.path,
-        total_steps=clock.progress(0).total_steps,
+        total_steps=clock.total_steps,
+        first_step=clock.steps_made(position),
         resumed_position=position if saved is not None else -1,
-        global_batch=clock.global_batch,
         wandb=run.output.wandb,
         enabled=run.output.directory is not None,
     )
-    if saved is not None and position < clock.end:
-        tracker.message(f"Resuming after step {clock.progress(position).step} from {saved.path}.")
+    if saved is not None:
+        tracker.message(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
         loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity, saved=saved)
         interruption.note_hang = partial(loop.write_status, "failed")
@@ -77,7 +83,7 @@ def train(run: Run) -> int:
             return loop.go(position)
         except BaseException as error:
             if isinstance(error, BrokenStepError):
-                loop.position = error.step * clock.global_batch
+                loop.position = clock.position_after(error.step)
             if isinstance(error, Exception):
                 error = failures_of(run).explain(error)
             with suppress(OSError):  # of a full disk; the error itself is told
@@ -126,35 +132,33 @@ class _Loop:
         self.reporter = Reporter(run, tracker, self.times, self._keepalive, start=start)
 
     def go(self, position: int) -> int:
-        """Step until the end of the run or until a signal; returns the signal."""
+        """Step until the end of the run, and export it, or until a signal; returns the signal."""
         self.position = position
-        stream = open_batches(self.run, position, self._keepalive)
         if self.saved is not None:
             self.reporter.log_missing(self.saved.row, position)
-        if self.clock.is_last(position):
-            self.tracker.message("The run is complete already; nothing is left to train.")
-            status = read_status(self.run.output.path)
-            if status is None or status.state != "done":  # cut off between the last checkpoint and this line
-                self.write_status("done")
-            return 0
-        self.write_status("running")
-        if self.saved is None:
+        else:
             self.reporter.log_start()
-        with self._profile() as profile:
-            signal_number = self._train(announced(stream, self.run, self.tracker.message), profile)
+        signal_number = 0
+        if self.clock.is_last(position):  # cut off between the last checkpoint and the export
+            self.tracker.message(f"Nothing is left to train; step {self.clock.steps_made(position)} is exported.")
+        else:
+            stream = open_batches(self.run, position, self._keepalive)
+            with self._profile() as profile:
+                signal_number = self._train(announced(stream, self.run, self.tracker.message), profile)
         if times := self.times.summary():
             self.tracker.message(times)
-        if not signal_number:
+        if not signal_number and self.run.output.directory is not None:
+            export_run(self.run, self.run.output.path, position=self.position)
             self.write_status("done")
         return signal_number
 
     def _train(self, stream: Iterator[StreamBatch], profile: Profile) -> int:
         self.reporter.start_interval()
         while not self.clock.is_last(self.position):
-            progress = self.clock.progress(self.position)
-            self.interruption.step = progress.step + 1
-            self.times.start(progress.step + 1, named=profile.active)
-            result = self.step(stream, progress)
+            step = self.clock.steps_made(self.position) + 1
+            self.interruption.step = step
+            self.times.start(step, named=profile.active)
+            result = self.step(stream, self.position)
             self.position += self.clock.global_batch
             last = self.clock.is_last(self.position)
             save_due = last or self.clock.is_due(self.run.train.save_every, self.position)
@@ -168,11 +172,9 @@ class _Loop:
                 self._save(row)  # before the monitors: they may fail, or outlast the time that a preempted run has
             if stopped:
                 self.write_status("preempted", f"signal {signal_number}")
-            self.reporter.finish(row, self.position)
+            self.reporter.finish(row, self.position, result)
             if stopped:
-                self.tracker.message(
-                    f"Stopped by signal {signal_number} after step {progress.step + 1}; run again to go on."
-                )
+                self.tracker.message(f"Stopped by signal {signal_number} after step {step}; run again to go on.")
                 return signal_number
         return 0
 
@@ -180,7 +182,7 @@ class _Loop:
         return Profile(
             self.run.output.path / "profile",
             num_steps=self.run.train.profile if self.run.output.directory is not None else 0,
-            first_step=self.clock.progress(self.position).step,
+            first_step=self.clock.steps_made(self.position),
             device=self.run.accelerator.device,
             report=self.tracker.message,
         )
@@ -196,15 +198,18 @@ class _Loop:
             row=row,
             start=self.reporter.start,
         )
+        if self.run.output.directory is not None:
+            self.run.output.directory.checkpoint = self.clock.steps_made(self.position)
+            self.write_status("running")
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
         if self.run.output.directory is not None:
-            self.run.output.directory.status(state, step=self.position // self.clock.global_batch, reason=reason)
+            self.run.output.directory.status(state, step=self.clock.steps_made(self.position), reason=reason)
 
     def _keepalive(self) -> None:
         self.interruption.keepalive()
         if self.run.output.directory is not None:
-            self.run.output.directory.heartbeat(step=self.position // self.clock.global_batch)
+            self.run.output.directory.heartbeat(step=self.clock.steps_made(self.position))
 
 
 def _say(text: str) -> None:

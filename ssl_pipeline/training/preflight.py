@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup, check_crops_of
-from ssl_pipeline.backbones import Backbone, TokenBackbone
+from ssl_pipeline.backbones import Backbone, TokenBackbone, check_image_sizes
 from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config.ranges import plain
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.machine import free_host_bytes
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.training.run import TrainConfig
 
@@ -36,6 +38,8 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
                 f"{name} does not use the view group augment.{given}. It reads {', '.join(sorted(known))}."
             )
     _check_sizes(method, backbone, augment)
+    _check_masks(method, augment)
+    _check_batch_fits(augment, data)
     reads_labelled = any(needed.labelled for needed in method.needs)
     if reads_labelled and data.labelled is None:
         raise ConfigError(
@@ -64,12 +68,12 @@ def _check_group(name: str, needed: Views, augment: Augment) -> None:
 
 
 def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
-    """The backbone's patches, and those of a mask, must cover a view exactly."""
-    of_backbone = backbone.patch_size if isinstance(backbone, TokenBackbone) else 1
+    """The patches of a mask must cover a view exactly, and the backbone must take the views that it is shown."""
     masked = {needed.name: needed.mask.patch_size for needed in method.needs if needed.mask is not None}
+    shown = [needed.name for needed in method.needs if needed.for_backbone and needed.name in augment]
     for group, views in augment.items():
-        for patch_size in {of_backbone, masked.get(group, 1)}:
-            for size in views.sizes:
+        for size in views.sizes:
+            for patch_size in (_uncovering_patch(backbone, size) if group in shown else 1, masked.get(group, 1)):
                 if size % patch_size:
                     nearest = max(1, round(size / patch_size)) * patch_size
                     raise ConfigError(
@@ -77,6 +81,7 @@ def _check_sizes(method: Method, backbone: Backbone, augment: Augment) -> None:
                         f"Got {size}; try {nearest}."
                     )
     _check_block_masks(method, augment)
+    check_image_sizes(backbone, {f"augment.{group}.size": augment[group].sizes for group in dict.fromkeys(shown)})
 
 
 def _check_block_masks(method: Method, augment: Augment) -> None:
@@ -94,6 +99,48 @@ def _check_block_masks(method: Method, augment: Augment) -> None:
                     f"patches need a grid of more than {block} x {block} patches of {rule.patch_size} pixels. "
                     f"Got {side} x {side}; try larger views, a backbone with smaller patches, or smaller blocks."
                 )
+
+
+def _uncovering_patch(backbone: Backbone, size: int) -> int:
+    """Side of the patches of a ViT that do not cover an image of this size, where it needs them to; else 1."""
+    if isinstance(backbone, TokenBackbone) and size % backbone.patch_size:
+        try:
+            backbone.check_size(size, size)
+        except ValueError:
+            return backbone.patch_size
+    return 1
+
+
+def _check_masks(method: Method, augment: Augment) -> None:
+    """A mask by its ratio must leave a patch of its views, and hide one at least where it hides the most."""
+    keys = [f"method.{key}" for key in type(method).config_class.model_fields if key.endswith("mask_ratio")]
+    setting = " or ".join(keys) or f"the mask ratio of {type(method).__name__}"
+    for needed in method.needs:
+        rule, group = needed.mask, augment.get(needed.name)
+        if rule is None or rule.num_masked is not None or group is None:
+            continue
+        for size in group.sizes:
+            num_patches = (size // rule.patch_size) ** 2
+            most = rule.most_masked(num_patches)
+            if not 0 < most < num_patches:
+                ratio = max(rule.ratio) if isinstance(rule.ratio, tuple) else rule.ratio
+                raise ConfigError(
+                    f"{setting} must hide some of the {num_patches} patches of augment.{needed.name}.size={size} and "
+                    f"leave some. Got {plain(ratio)}, which hides {most}; choose another, or larger views."
+                )
+
+
+def _check_batch_fits(augment: Augment, data: DataConfig) -> None:
+    """What certainly has no room: one batch of views of a byte per channel, in the memory that this process has."""
+    pixels = sum(group.count * max(group.sizes) ** 2 for group in augment.values())
+    needed, free = 3 * pixels * data.batch_size, free_host_bytes()
+    if needed > free:
+        views = " + ".join(f"{group.count} * {max(group.sizes)} px" for group in augment.values())
+        raise ConfigError(
+            f"One batch of views takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB of memory are free: "
+            f"data.batch_size={data.batch_size} with views of {views}. Lower data.batch_size, or count or size of the "
+            "views."
+        )
 
 
 def run_facts(
@@ -122,7 +169,18 @@ def run_facts(
                 "name. Make the shards anew, or mend the class names in their manifest."
             )
     sizes = {name: group.sizes for name, group in augment.items()}
-    return RunFacts(len(index), num_classes, global_batch, sizes, data.mean, data.std, names, micro_batch)
+    return RunFacts(
+        len(index),
+        num_classes,
+        global_batch,
+        sizes,
+        data.mean,
+        data.std,
+        names,
+        micro_batch,
+        {name: group.mean for name, group in augment.items() if group.mean is not None},
+        {name: group.std for name, group in augment.items() if group.std is not None},
+    )
 
 
 def check_batch_norm(method: Method, data: DataConfig, train: TrainConfig, *, num_processes: int) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ssl_pipeline.distributed import max_over_ranks, mean_over_ranks
 from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
-from ssl_pipeline.run.tracking import Tracker
+from ssl_pipeline.run.tracking import Row, Tracker
 from ssl_pipeline.training.loader_advice import LoaderWatch, loader_advice, supply_of
 from ssl_pipeline.training.monitors import Monitors
 from ssl_pipeline.training.run import Run
@@ -45,8 +47,9 @@ class Reporter:
 
     def is_due(self, position: int) -> bool:
         """Whether the step that ends at `position` gets a row."""
-        step = self._clock.progress(position).step
-        due = step == 1 or step % self._run.train.log_every == 0 or self._clock.is_last(position)
+        step = self._clock.steps_made(position)
+        every = self._run.train.log_every  # 0: never
+        due = step == 1 or (every > 0 and step % every == 0) or self._clock.is_last(position)
         return due or self._monitors.are_due(position)
 
     @property
@@ -57,7 +60,7 @@ class Reporter:
     def log_start(self) -> None:
         """Log a row of step 0 with what monitors find before the first step, if any is to look then."""
         if figures := self._monitors.measure_start():
-            self._tracker.log({"step": 0, "epoch": 0.0, "position": 0, **figures})
+            self._tracker.log({"step": 0, "epoch": 0.0, "images": 0, **figures})
 
     def begin(self, result: StepResult, position: int) -> LoggedRow | None:
         """Count a step that ends at `position`; its row without what monitors add to it, if it is due."""
@@ -73,13 +76,17 @@ class Reporter:
         self.start_interval()
         return {**row}
 
-    def finish(self, row: LoggedRow | None, position: int) -> None:
-        """Let the monitors measure that are due, log the row, and move on."""
+    def finish(self, row: LoggedRow | None, position: int, result: StepResult | None = None) -> None:
+        """Let the monitors measure that are due, log the row, and move on; without a row show the step's `result`."""
         if row is not None:
             began = time.perf_counter()
             self._tracker.log({**row, **self._monitors.measure(position)})
             self._started += time.perf_counter() - began  # no time of training
-        self._tracker.advance(self._clock.progress(position).step)
+        now = None
+        if row is None and result is not None:
+            losses, epoch, rate = [o.loss for o in result.outputs], self._clock.epoch(position), result.learning_rate
+            now = partial(_between_rows, losses, epoch, rate)
+        self._tracker.advance(self._clock.steps_made(position), now)
         self._keepalive()
 
     def log_missing(self, row: LoggedRow | None, position: int) -> None:
@@ -90,12 +97,13 @@ class Reporter:
 
     def _row(self, result: StepResult, position: int) -> tuple[float, dict[str, float | int]]:
         """The seconds since the row before, and the row, without what monitors add to it."""
-        outputs, done = result.outputs, self._clock.progress(position)
+        outputs, clock = result.outputs, self._clock
         names = ["loss", *outputs[0].metrics]
         values = [torch.stack([o.loss, *(o.metrics[name].float() for name in names[1:])]) for o in outputs]
         means = mean_over_ranks(torch.stack(values).mean(dim=0)).tolist()  # here the host waits for the device
         seconds = time.perf_counter() - self._started
-        row: dict[str, float | int] = {"step": done.step, "epoch": done.epoch, "position": position}
+        row: dict[str, float | int] = {"step": clock.steps_made(position), "epoch": clock.epoch(position)}
+        row["images"] = position
         row |= dict(zip(names, means, strict=True))
         row["learning_rate"] = result.learning_rate
         row["gradient_norm"] = float(result.gradient_norm)
@@ -103,3 +111,8 @@ class Reporter:
         # the others wait for the rank whose loader is slowest
         row["data_wait"] = float(max_over_ranks(outputs[0].loss.new_tensor(self._waited / seconds)))
         return seconds, row | self._times.read()
+
+
+def _between_rows(losses: list[Tensor], epoch: float, learning_rate: float) -> Row:
+    """What a step without a row shows: the loss is that of this process alone, and the host waits for the device."""
+    return {"epoch": epoch, "loss": float(torch.stack(losses).mean()), "learning_rate": learning_rate}

@@ -3,12 +3,24 @@ its config.yaml says afterwards."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ssl_pipeline.config import ConfigError, Value, printable, read_yaml
+from ssl_pipeline.config import (
+    Change,
+    Config,
+    ConfigError,
+    changes,
+    dump,
+    printable,
+    read_yaml,
+    sentences_of,
+    validate,
+)
+from ssl_pipeline.config.changes import short
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.files import sha256_of_json
 from ssl_pipeline.methods.base import Method
@@ -16,20 +28,27 @@ from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory, read_status
 from ssl_pipeline.run.optimizer_state import load_optimizer_tensors
+from ssl_pipeline.training.run import Output, Run
+from ssl_pipeline.training.saving import export_run
+
+LENGTH = {"train.epochs", "train.steps"}
+NUM_SHOWN = 4  # keys in a refusal
 
 
 def load_newest(
-    checkpoints: Checkpoints, method: Method, optimizer: torch.optim.Optimizer, identity: Mapping[str, str]
+    checkpoints: Checkpoints, method: Method, optimizer: torch.optim.Optimizer, run: Output
 ) -> Checkpoint | None:
     """Load the newest checkpoint into method and optimizer; None, and nothing changed, if there is none.
 
-    Raises ConfigError, with nothing changed, if the checkpoint belongs to another run or if the ranks found
-    different ones.
+    Raises ConfigError, with nothing changed, if the checkpoint belongs to another run than `run` describes, or if the
+    ranks found different ones.
     """
-    output = checkpoints.directory.parent
+    output = run.path
     saved = checkpoints.load_latest()
     if saved is not None:
-        check_identity(output, saved.state.identity, identity)
+        if run.settings is not None:
+            check_settings(output, _settings_of(saved, run.settings, output), run.settings)
+        check_identity(output, saved.state.identity, run.identity)
         _check_tensors(output, saved, method)
         check_identity(output, saved.state.identity, optimizer_identity(method, optimizer))
     _check_ranks_agree(output, -1 if saved is None else saved.state.position, next(method.parameters()).device)
@@ -37,6 +56,26 @@ def load_newest(
         method.load_state_dict(saved.tensors["method"])
         load_optimizer_tensors(optimizer, saved.tensors["optimizer"])
     return saved
+
+
+def _settings_of(saved: Checkpoint, settings: Config, output: Path) -> Config:
+    """The settings that a checkpoint was made with: its own, or those of the config.yaml beside an older one."""
+    schema = type(settings)
+    if saved.state.settings is not None:
+        try:
+            return validate(schema, json.loads(json.dumps(saved.state.settings)))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{saved.path} was made with settings that this version does not read ({sentences_of(error)[0]}) "
+                "Choose another output=DIR."
+            ) from None
+    there = read_settings(schema, output)
+    if there is None:
+        raise ConfigError(
+            f"{output} has checkpoints, but no config.yaml that says what run they are of. Put it back, or choose "
+            "another output=DIR."
+        )
+    return there
 
 
 def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -47,40 +86,75 @@ def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict
     return {"optimizer": f"{type(optimizer).__name__} on {len(names)} tensors ({digest})"}
 
 
-def write_settings(directory: RunDirectory, settings: str, *, complete: bool) -> None:
-    """Keep config.yaml true: say what a resumed run changes, and let a complete run keep what it was made with.
+def begin_or_keep(run: Run, directory: RunDirectory, *, position: int) -> None:
+    """Make the directory that of a run which trains from `position` on, or keep the complete one that is there.
 
-    Raises ConfigError if the settings end before the point that an unfinished run has reached.
+    What a run that goes on changes is said. A complete one keeps all that it has; only an export that is gone is made
+    again. Raises ConfigError if the settings end before the point that an unfinished run has reached.
     """
-    path = directory.config_path
-    changes = changed_settings(path.read_text(), settings) if path.exists() else []
-    if complete and changes:
+    changed, step = _changes(directory, run.output.settings), run.clock.steps_made(position)
+    shown = "; ".join(map(str, changed))
+    directory.checkpoint = step
+    if run.clock.is_last(position):
         status = read_status(directory.path)
-        if status is None or status.state != "done":
+        done = status is not None and status.state == "done"
+        if not done and any(change.key in LENGTH for change in changed):
             raise ConfigError(
                 f"{directory.path} has an unfinished run that is past the end of these settings, which differ from its "
-                f"own ({'; '.join(changes)}). Choose another output=DIR, or its own settings."
+                f"own ({shown}). Choose another output=DIR, or its own settings."
             )
-        print(printable(f"This run was made with other settings, which stand: {'; '.join(changes)}"), flush=True)
-    elif changes:
-        print(printable(f"Changed since the last start of this run: {'; '.join(changes)}"), flush=True)
-    if not complete:
-        directory.write_config(settings)
+        if changed:
+            _say(f"This run was made with other settings, which stand: {shown}")
+        if not done:
+            return
+        if not (directory.path / "backbone.safetensors").is_file():
+            export_run(run, directory.path, position=position)
+        _say(f"The run in {directory.path} is complete already, at step {step}; nothing is left to train.")
+        return
+    if changed:
+        _say(f"Changed since the last start of this run: {shown}")
+    directory.status("running", step=step)
+    if run.output.settings is not None:
+        directory.write_config(dump(run.output.settings))
+    directory.note_start({**run.output.about, "from_step": step, "from_images": position})
 
 
-def changed_settings(before: str, now: str) -> list[str]:
-    """What differs between two runs' config.yaml, one "key: old -> new" each."""
-    old, new = (_leaves(read_yaml(text, where="config.yaml")) for text in (before, now))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+def read_settings(schema: type[Config], directory: Path) -> Config | None:
+    """The settings in the config.yaml of a run, None without one; ConfigError if they cannot be read."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        return None
+    try:
+        tree = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
+        return validate(schema, tree if isinstance(tree, dict) else {})
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not readable as the settings of a run ({str(error).splitlines()[0]}) "
+            "Choose another output=DIR, or remove that run."
+        ) from None
 
 
-def _leaves(value: Value, key: str = "") -> dict[str, Value]:
-    if not isinstance(value, dict):
-        return {key: value}
-    leaves: dict[str, Value] = {}
-    for name, item in value.items():
-        leaves |= _leaves(item, f"{key}.{name}" if key else name)
-    return leaves
+def check_settings(output: Path, there: Config, here: Config) -> None:
+    """Raises ConfigError, with both values of each, if keys differ that a run keeps (`MayChange` marks the others)."""
+    kept = [change for change in changes(there, here) if not change.allowed]
+    if not kept:
+        return
+    shown, more = kept[:NUM_SHOWN], f" and {len(kept) - NUM_SHOWN} more" if len(kept) > NUM_SHOWN else ""
+    theirs = ", ".join(f"{change.key}={short(change.before)}" for change in shown)
+    ours = ", ".join(f"{change.key}={short(change.now)}" for change in shown)
+    raise ConfigError(
+        f"{output} holds a run with {theirs}{more}; this one has {ours}{more}. A run keeps these: set them as they "
+        f"were to go on, or choose another output=DIR (backbone.weights={output} begins there with what it has learnt)."
+    )
+
+
+def _changes(directory: RunDirectory, settings: Config | None) -> list[Change]:
+    there = read_settings(type(settings), directory.path) if settings is not None else None
+    return changes(there, settings) if there is not None and settings is not None else []
+
+
+def _say(text: str) -> None:
+    print(printable(text), flush=True)
 
 
 def check_identity(output: Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 from accelerate import Accelerator
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, MayChange
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.distributed import world_size
+from ssl_pipeline.files import JSON
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.run.directory import RunDirectory
+from ssl_pipeline.run.state import RunState
 from ssl_pipeline.schedule import Duration, Progress
 from ssl_pipeline.training.clock import Clock
 
@@ -29,29 +31,31 @@ from ssl_pipeline.training.clock import Clock
 class TrainConfig(Config):
     """How long and how the method is trained."""
 
-    epochs: float | None = Field(None, gt=0)
-    """Passes over the data; or set steps."""
-    steps: int | None = Field(None, gt=0)
+    one_of = ("epochs", "steps")
+
+    epochs: MayChange[float | None] = Field(None, gt=0, le=1e6)
+    """Passes over the data; or set steps. On the command line either replaces the recipe's length."""
+    steps: MayChange[int | None] = Field(None, gt=0, le=10**9)
     """Optimizer steps; or set epochs."""
-    precision: Literal["bf16", "fp16", "no"] = "no"
+    precision: MayChange[Literal["bf16", "fp16", "no"]] = "no"
     """Mixed precision of forward and backward; weights, losses and averages stay float32."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: MayChange[int] = Field(1, ge=1, le=2**20)
     """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
-    sync_batch_norm: bool = False
+    sync_batch_norm: MayChange[bool] = False
     """Whether batch norm sees the images of all processes."""
-    compile: bool = False
+    compile: MayChange[bool] = False
     """Whether backbones (and MAE's decoder) go through torch.compile."""
-    save_every: Duration = Duration("1ep")
-    """Time between checkpoints; one is written at the end in any case."""
-    keep_checkpoints: int = Field(2, ge=2)
+    save_every: MayChange[Duration] = Duration("1ep")
+    """Time between checkpoints; 0: none on the way. One is written at the end in any case."""
+    keep_checkpoints: MayChange[int] = Field(2, ge=2)
     """Newest checkpoints that are kept."""
-    log_every: int = Field(50, ge=1)
-    """Steps between logged rows."""
-    time_steps: int = Field(0, ge=0)
-    """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0 times none."""
-    profile: int = Field(0, ge=0)
-    """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0 for no trace."""
-    hang_timeout: float = Field(600.0, ge=0)
+    log_every: MayChange[int] = Field(50, ge=0)
+    """Steps between logged rows; 0: none on the way. The first and the last step have one in any case."""
+    time_steps: MayChange[int] = Field(0, ge=0)
+    """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
+    profile: MayChange[int] = Field(0, ge=0, le=1000)
+    """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0: no trace."""
+    hang_timeout: MayChange[float] = Field(600.0, ge=0, le=1e9)
     """Seconds without a finished step, or without any activity at the start, after which the process prints where it
     stands and ends with status failed; 0 never times out."""
 
@@ -59,7 +63,7 @@ class TrainConfig(Config):
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             got = "both" if self.epochs is not None else "neither"
-            raise ValueError(f"set either epochs or steps. Got {got}; to replace one of a recipe, set it to null.")
+            raise ValueError(f"set either epochs or steps. Got {got}.")
         return self
 
 
@@ -86,7 +90,22 @@ def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clo
     else:
         assert config.epochs is not None
         end = math.ceil(config.epochs * len(index))
-    return Clock(len(index), global_batch, end)
+    labelled = data.labelled.batch_size * world_size() * config.accumulate if data.labelled is not None else 0
+    return Clock(len(index), global_batch, end, labelled_batch=labelled)
+
+
+def resumed_clock(clock: Clock, config: TrainConfig, saved: RunState) -> Clock:
+    """The clock of a run that goes on from a checkpoint, maybe with another batch.
+
+    `train.epochs` ends where it would have ended in any case; `train.steps` after that many steps really made.
+    """
+    end = clock.end
+    if config.steps is not None:
+        end = saved.position + (config.steps - saved.step) * clock.global_batch
+    labelled = saved.labelled_position
+    if labelled is None:  # of ssl-pipeline 0.2.0, where it followed from the position
+        labelled = clock.progress(saved.position).step * clock.labelled_batch
+    return replace(clock, end=end, begun=saved.position, steps_begun=saved.step, labelled_begun=labelled)
 
 
 @dataclass(frozen=True)
@@ -96,11 +115,17 @@ class Output:
     path: Path
     directory: RunDirectory | None
     """Rank 0 alone has it."""
-    settings: str = ""
-    """YAML for config.yaml, written once it is clear that the run in `path` may be continued."""
+    settings: Config | None = None
+    """All of the command's, for config.yaml; a run there is continued if only what may change differs."""
     identity: Mapping[str, str] = field(default_factory=dict)
-    """What a checkpoint must share with this run to be continued."""
+    """What a checkpoint must share with this run beside them to be continued."""
     wandb: bool = False
+    about: Mapping[str, JSON] = field(default_factory=dict)
+    """What run.json tells of this start."""
+
+    def plain_settings(self) -> dict[str, JsonValue] | None:
+        """The settings for the manifest of a checkpoint."""
+        return self.settings.model_dump(mode="json") if self.settings is not None else None
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from ssl_pipeline.backbones import Preprocessing
+from ssl_pipeline.backbones import Preprocessing, save_backbone, save_classifier
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import optimizer_tensors
@@ -43,6 +44,15 @@ def save_run(
     run.accelerator.wait_for_everyone()
 
 
+def export_run(run: Run, folder: Path, *, position: int) -> None:
+    """Write the evaluated backbone and what else the method has to export, as they are at `position`."""
+    if run.method.classifier is not None:
+        names = run.labelled_index.class_names if run.labelled_index is not None else None
+        save_classifier(folder, run.method.classifier, names)
+    run.method.export(folder)
+    save_backbone(folder, run.method.backbone, run.preprocessing, step=run.clock.steps_made(position))
+
+
 def _without_nan(row: LoggedRow | None) -> LoggedRow | None:
     if row is None:
         return None
@@ -61,7 +71,10 @@ def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunSta
         identity=dict(identity),
         backbones=saved_backbones(run.method, run.preprocessing),
         classifier=saved_classifier(run.method, tuple(names) if names is not None else None),
+        settings=run.output.plain_settings(),
         scaler=scaler.state_dict() if scaler is not None else None,
+        steps=run.clock.steps_made(position),
+        labelled_position=run.clock.labelled_position(position) if run.labelled_index is not None else None,
     )
 
 

@@ -56,12 +56,16 @@ class TrainingStep:
     requested: Callable[[], int]
     """The signal that asks this process to stop, 0 if none."""
 
-    def __call__(self, stream: Iterator[StreamBatch], progress: Progress) -> StepResult:
-        """Make one step; raises BrokenStepError if it, or an earlier one whose check is read now, is not finite."""
+    def __call__(self, stream: Iterator[StreamBatch], position: int) -> StepResult:
+        """Make the step that begins at `position`.
+
+        Raises BrokenStepError if it, or an earlier one whose check is read now, is not finite.
+        """
+        progress = self.run.clock.progress(position)
         outputs, sample_ids, waited = self._accumulate(stream, progress)
         with self.times.phase("optimizer"):
             learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
-            gradient_norm = self._prepare(outputs, sample_ids, progress)
+            gradient_norm = self._prepare(outputs, sample_ids, position)
             received = self.checks.read(lag=self.lag)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -95,15 +99,15 @@ class TrainingStep:
             self.keepalive()
         return outputs, torch.cat(sample_ids), waited
 
-    def _prepare(self, outputs: list[StepOutput], sample_ids: Tensor, progress: Progress) -> Tensor:
+    def _prepare(self, outputs: list[StepOutput], sample_ids: Tensor, position: int) -> Tensor:
         """Make the gradients ready for the optimizer and start the check of the step; returns the gradient norm."""
         scaler = self.run.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]
         loss = torch.stack([output.loss for output in outputs]).mean()
-        gradient_norm = prepare_gradients(self.optimizer, self.run.optim, progress)
+        gradient_norm = prepare_gradients(self.optimizer, self.run.optim, self.run.clock.progress(position))
         self.checks.add(
-            progress,
+            self.run.clock.steps_made(position),
             loss=loss,
             gradient_norm=gradient_norm,
             sample_ids=sample_ids,

@@ -11,7 +11,6 @@ from torch import Tensor
 from ssl_pipeline.config import RunError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import gather, max_over_ranks
-from ssl_pipeline.schedule import Progress
 
 NUM_NAMED_IMAGES = 4
 
@@ -28,10 +27,10 @@ class BrokenStepError(RunError):
 class StepCheck:
     """A step with its two flags, on their way to the host: whether it is broken, and the signal that a rank received.
 
-    Apart from the flags everything stays on the device, for the error sentence.
+    step: how many were made before it. Apart from the flags everything stays on the device, for the error sentence.
     """
 
-    progress: Progress
+    step: int
     loss: Tensor
     gradient_norm: Tensor
     sample_ids: Tensor
@@ -59,7 +58,7 @@ class StepChecks:
     @torch.no_grad()
     def add(
         self,
-        progress: Progress,
+        step: int,
         *,
         loss: Tensor,
         gradient_norm: Tensor,
@@ -67,7 +66,7 @@ class StepChecks:
         watched: Tensor,
         signal_number: int,
     ) -> None:
-        """Start the check of a step, which is broken on all ranks if `watched` is not finite on any of them."""
+        """Start the check of the step after `step` others: broken on all ranks if `watched` is not finite on any."""
         # new_full fills on the device; new_tensor would copy from the host, and wait for that
         flags = torch.stack([(~watched.isfinite()).float(), watched.new_full((), signal_number, dtype=torch.float32)])
         flags = max_over_ranks(flags)
@@ -76,7 +75,7 @@ class StepChecks:
             flags = torch.empty_like(flags, device="cpu", pin_memory=True).copy_(flags, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._waiting.append(StepCheck(progress, loss, gradient_norm, sample_ids, flags, arrived))
+        self._waiting.append(StepCheck(step, loss, gradient_norm, sample_ids, flags, arrived))
 
     def read(self, *, lag: int = 0) -> int:
         """Read all but the newest `lag` checks: the signal that any rank received, 0 if none.
@@ -105,10 +104,10 @@ class StepChecks:
         names = "; ".join(self._index.read(image).location for image in images[:NUM_NAMED_IMAGES])
         more = f"; and {len(images) - NUM_NAMED_IMAGES} more" if len(images) > NUM_NAMED_IMAGES else ""
         return BrokenStepError(
-            f"Step {check.progress.step + 1} was not made: on rank {broken_rank} the loss is "
+            f"Step {check.step + 1} was not made: on rank {broken_rank} the loss is "
             f"{loss_W[broken_rank].item():g}, and the gradient norm is {check.gradient_norm.item():g}. "
             f"Images of its batch: {names}{more}. "
             "The checkpoints are untouched; try a lower optim.lr, a longer warm-up, optim.clip_norm, or another "
             "train.precision.",
-            step=check.progress.step,
+            step=check.step,
         )

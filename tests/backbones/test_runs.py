@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import ssl_pipeline
-from ssl_pipeline.backbones import BackboneConfig, create_backbone, load_from_checkpoint, save_backbone
+from ssl_pipeline.backbones import BackboneConfig, create_backbone, load_backbone, load_from_checkpoint, save_backbone
+from ssl_pipeline.backbones.exported import about_weights, exported_step
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval import knn
+from ssl_pipeline.eval.export import ExportConfig, export
 from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model
 from ssl_pipeline.eval.knn import KnnConfig
@@ -148,12 +150,88 @@ def test_a_network_that_is_built_otherwise_now_is_refused_in_one_line(dino, monk
 def test_the_export_is_what_is_measured_unless_something_else_is_asked_for(tmp_path, dino):
     output = shutil.copytree(dino.output.path, tmp_path / "run")
     assert open_model(load(ModelConfig, [f"run={output}"])).label == "teacher, step 3"
-    save_backbone(output, dino.method.backbones()["student"], dino.preprocessing)
-    labels = [
-        open_model(load(ModelConfig, [f"run={output}", *arguments])).label
-        for arguments in ([], ["which=teacher"], ["checkpoint=2"], ["which=student", "checkpoint=2"])
-    ]
-    assert labels == ["pretrained", "teacher, step 3", "teacher, step 2", "student, step 2"]
+    save_backbone(output, dino.method.backbones()["student"], dino.preprocessing, step=3)
+    expected = {
+        (): "pretrained",
+        ("which=teacher",): "teacher, step 3",
+        ("step=2",): "teacher, step 2",
+        ("step=3",): "pretrained",
+        ("checkpoint=2",): "teacher, step 2",
+        ("which=student", "step=2"): "student, step 2",
+    }
+    assert {arguments: measured(output, *arguments) for arguments in expected} == expected
+
+
+def measured(output: Path, *arguments: str) -> str:
+    return open_model(load(ModelConfig, [f"run={output}", *arguments])).label
+
+
+def test_of_a_run_that_was_extended_and_failed_the_newest_is_measured_and_said(tmp_path, dino, capsys):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    save_backbone(output, dino.method.backbone, dino.preprocessing, step=1)
+    assert measured(output) == "teacher, step 3"
+    note = f"{output} was trained on after its export, of step 1; step 3 is measured (step=1 measures the export).\n"
+    assert capsys.readouterr().out == note
+    assert measured(output, "step=1") == "pretrained"
+    shutil.rmtree(output / "checkpoints")
+    assert measured(output) == "pretrained"
+
+
+@pytest.mark.parametrize(("state", "label"), [("done", "pretrained"), ("failed", "teacher, step 3")])
+def test_an_export_that_tells_no_step_is_the_newest_if_the_run_is_done(tmp_path, dino, state, label):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    save_backbone(output, dino.method.backbone, dino.preprocessing)
+    with RunDirectory(output) as directory:
+        directory.status(state, step=3)
+    assert measured(output) == label
+
+
+def test_the_weights_of_a_run_are_told_with_their_step_and_their_sum(tmp_path, dino):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    checkpoint = output / "checkpoints" / "step-00000002"
+
+    def about(place: Path | str, *tensors: float, which: str | None = None, sha256: str | None = None) -> dict:
+        return about_weights(str(place), which=which, sha256=sha256, tensors={"a": torch.tensor(tensors)})
+
+    for place, step in ((output, 3), (checkpoint, 2)):
+        parent = {"run": str(output), "step": step}
+        assert about(place, sha256="12ab") == {"from": str(place), "sha256": "12ab", "parent run": parent}
+    save_backbone(output, dino.method.backbone, dino.preprocessing, step=4)
+    assert about(output)["parent run"] is None, "no config.yaml says that a run was there"
+    (output / "config.yaml").write_text("seed: 0")
+    assert about(output)["parent run"] == {"run": str(output), "step": 4}
+    assert about(output, which="student")["parent run"] == {"run": str(output), "step": 3}
+    assert about(tmp_path)["parent run"] is None
+    tags = [about("a1_in1k", value, 0.0) for value in (1.0, 1.0, 2.0)]
+    assert tags[0] == tags[1]
+    assert tags[0]["sha256"] != tags[2]["sha256"]
+    assert tags[0]["parent run"] is None
+
+
+@pytest.mark.parametrize(("step", "origin"), [(2, "teacher of step 3 of "), (3, "backbone.safetensors")])
+def test_a_run_starts_from_the_newest_backbone_of_another(tmp_path, dino, step, origin):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    save_backbone(output, dino.method.backbone, dino.preprocessing, step=step)
+    assert origin in create_backbone(VIT.model_copy(update={"weights": str(output)})).origin.text
+
+
+def test_step_and_its_earlier_name_may_not_contradict_each_other():
+    with pytest.raises(ConfigError, match="step=2 and checkpoint=3 are the same setting"):
+        load(ModelConfig, ["run=x", "step=2", "checkpoint=3"])
+
+
+# Exported by a command
+
+
+def test_any_backbone_of_a_run_is_exported_as_timm_reads_it(tmp_path, dino):
+    arguments = [f"run={dino.output.path}", f"output={tmp_path / 'student'}", "which=student", "step=2"]
+    export(load(ExportConfig, arguments))
+    read, _ = load_backbone(tmp_path / "student")
+    saved = load_from_checkpoint(dino.output.path, which="student", step=2).backbone
+    torch.testing.assert_close(read.state_dict(), saved.state_dict(), rtol=0, atol=0)
+    assert exported_step(tmp_path / "student") == 2
+    with pytest.raises(ConfigError, match=r"has a backbone\.safetensors already"):
+        export(load(ExportConfig, arguments))
 
 
 def test_the_random_baseline_is_that_of_the_export(tmp_path, dino):
@@ -165,7 +243,7 @@ def test_the_random_baseline_is_that_of_the_export(tmp_path, dino):
     torch.testing.assert_close(before.backbone.state_dict(), after.backbone.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("argument", ["which=student", "checkpoint=2"])
+@pytest.mark.parametrize("argument", ["which=student", "checkpoint=2", "step=2"])
 def test_only_runs_have_checkpoints(argument):
     with pytest.raises(ConfigError, match=f"{argument.split('=')[0]} belongs to run=DIR"):
         load(ModelConfig, ["backbone=resnet18", argument])

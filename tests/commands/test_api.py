@@ -85,9 +85,10 @@ def test_a_second_run_in_the_same_process_has_its_own_precision(tmp_path, recipe
 
 
 def test_the_same_call_again_finds_the_run_complete(finished, recipe, capsys):
-    before = (finished.path / "backbone.safetensors").read_bytes()
+    before, logged = (finished.path / "backbone.safetensors").read_bytes(), rows(finished.path)
     again = ssl_pipeline.pretrain(recipe=recipe, output=finished.path, overrides=SHORT)
-    assert "complete already" in capsys.readouterr().err
+    assert "is complete" in capsys.readouterr().out
+    assert rows(finished.path) == logged
     assert (again, (again.path / "backbone.safetensors").read_bytes()) == (finished, before)
 
 

@@ -17,10 +17,13 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssl_pipeline.backbones import load_backbone, load_classifier
+from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.commands.pretrain import in_python
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory
 from tests.ranks import Child, start, start_ranks
@@ -39,6 +42,7 @@ from tests.runs import (
 from tests.tiny import write_shards
 
 NUM_IMAGES = 48
+OLDER_RUN = Path(__file__).parents[1] / "run" / "older_run"  # of ssl-pipeline 0.2.0
 FORMAT_1 = Path(__file__).parents[1] / "run" / "format_1" / "manifest.json"  # of ssl-pipeline 0.1.0
 
 
@@ -102,9 +106,14 @@ def test_a_run_leaves_what_others_read(uninterrupted):
     assert {"config.yaml", "metrics.jsonl", "status.json", "heartbeat.json", "checkpoints"} <= names
     assert {"backbone.safetensors", "backbone.json"} <= names
     assert [row["step"] for row in rows(uninterrupted)] == list(range(1, 13))
-    needed = {"step", "epoch", "position", "loss", "learning_rate", "images_per_second", "data_wait"}
+    needed = {"step", "epoch", "images", "loss", "learning_rate", "images_per_second", "data_wait"}
     assert all(needed <= row.keys() for row in rows(uninterrupted))
-    assert status(uninterrupted) | {"time": ""} == {"state": "done", "step": 12, "reason": "", "time": ""}
+    told = {"state": "done", "step": 12, "checkpoint": 12, "reason": "", "time": ""}
+    assert status(uninterrupted) | {"time": ""} == told
+    assert exported_step(uninterrupted) == 12
+    (start,) = json.loads((uninterrupted / "run.json").read_text())["starts"]
+    assert {"command", "commit", "versions", "hardware", "data", "weights"} <= start.keys()
+    assert (start["data"]["images"], len(start["data"]["fingerprint"])) == (NUM_IMAGES, 64)
 
 
 def test_the_same_command_gives_the_same_run(tmp_path, recipe, uninterrupted):
@@ -161,18 +170,147 @@ def test_a_signal_stops_the_run_in_good_order(tmp_path, recipe, uninterrupted, n
 def test_a_complete_run_is_left_as_it_is(tmp_path, recipe):
     argv = [recipe, f"output={tmp_path}", "train.steps=3"]
     assert run(*argv)[0] == 0
-    kept = {name: content for name, content in files_of(tmp_path).items() if "tfevents" not in name}
+    before = files_of(tmp_path)
     code, printed = run(*argv)
     assert code == 0
-    assert "complete already" in printed
-    after = files_of(tmp_path)
-    assert {name for name in kept if after[name] != kept[name]} <= {"status.json", "heartbeat.json"}
+    assert "complete already, at step 3" in printed
+    assert files_of(tmp_path) == before
+    assert run(recipe, f"output={tmp_path}", "train.log_every=7", "train.steps=2")[0] == 0
+    assert files_of(tmp_path) == before
+
+
+def killed_in_the_export(argv: list[str]) -> None:
+    def kill(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch("ssl_pipeline.training.saving.save_backbone", kill):
+        command(argv)
+
+
+def test_a_run_that_is_killed_before_its_export_is_exported_by_the_same_command(tmp_path, recipe, uninterrupted):
+    argv = [recipe, f"output={tmp_path}"]
+    assert start(killed_in_the_export, argv).wait() == -signal.SIGKILL
+    assert (status(tmp_path)["state"], status(tmp_path)["checkpoint"]) == ("running", 12)
+    assert not (tmp_path / "backbone.safetensors").exists()
+    code, printed = run(*argv, "data.workers=1")
+    assert code == 0
+    assert "Nothing is left to train; step 12 is exported" in printed
+    check_same(tmp_path, uninterrupted)
 
 
 def test_a_longer_run_continues_a_complete_one(tmp_path, recipe):
     assert run(recipe, f"output={tmp_path}", "train.steps=2")[0] == 0
     assert run(recipe, f"output={tmp_path}", "train.steps=4")[0] == 0
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_what_a_run_may_change_it_says(tmp_path, recipe):
+    argv = [recipe, f"output={tmp_path}"]
+    assert run(*argv, happening=Happening("SIGTERM", at=5))[0] == 143
+    code, printed = run(*argv, "optim.lr=1e-4", "train.precision=bf16", "data.batch_size=6", "train.steps=8")
+    assert code == 0
+    for change in ("optim.lr.value: 0.001 -> 0.0001", "train.precision: no -> bf16", "data.batch_size: 8 -> 6"):
+        assert change in printed
+
+
+def test_steps_never_fall_when_the_batch_changes(tmp_path, recipe):
+    argv = [recipe, f"output={tmp_path}", "train.steps=null", "train.epochs=2"]  # 96 images
+    for number, batch in ((5, 8), (3, 3), (2, 12)):
+        stop = Happening("SIGTERM", at=number)
+        assert run(*argv, f"data.batch_size={batch}", happening=stop)[0] in (0, 143)
+    logged = rows(tmp_path)
+    images = [row["images"] for row in logged]
+    assert [row["step"] for row in logged] == list(range(1, len(logged) + 1))
+    assert images == [8, 16, 24, 32, 40, 48, 51, 54, 57, 60, 72, 84, 96]
+    assert [row["epoch"] for row in logged] == [position / NUM_IMAGES for position in images]
+    assert status(tmp_path)["step"] == 13
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000010", "step-00000013"]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 14))
+
+
+def test_a_run_in_steps_makes_as_many_whatever_their_size(tmp_path, recipe):
+    argv = [recipe, f"output={tmp_path}"]
+    assert run(*argv, happening=Happening("SIGTERM", at=5))[0] == 143
+    assert run(*argv, "data.batch_size=4")[0] == 0
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    assert rows(tmp_path)[-1]["images"] == 6 * 8 + 6 * 4
+
+
+def test_no_labelled_image_is_passed_over_when_the_batch_changes(tmp_path, shards):
+    recipe = write_recipe(tmp_path / "fixmatch.yaml", "fixmatch", shards)
+    argv = [f"recipe={recipe}", f"output={tmp_path / 'run'}", "data.batch_size=8"]
+    record = tmp_path / "ids"
+    stop = Happening("SIGTERM", at=2, record_labelled=record)
+    assert run(*argv, "data.labelled.batch_size=6", happening=stop)[0] == 143
+    assert run(*argv, "data.labelled.batch_size=5", happening=Happening(record_labelled=record))[0] == 0
+    seen = [image for line in record.with_suffix(".0").open() for image in json.loads(line)]
+    assert len(seen) == 3 * 6 + 9 * 5
+    assert sorted(seen[:NUM_IMAGES]) == list(range(NUM_IMAGES))
+
+
+def test_a_checkpoint_of_the_version_before_is_continued(tmp_path):
+    """tests/run/older_run: simclr by ssl-pipeline 0.2.0, saved after step 3 of 6 and killed after step 4."""
+    shutil.copytree(OLDER_RUN, tmp_path / "older")
+    recipe = write_recipe(tmp_path / "simclr.yaml", "simclr", tmp_path / "older" / "shards")
+    argv = [f"recipe={recipe}", "train.steps=6", "data.batch_size=4", "train.save_every=3"]
+    code, printed = run(*argv, f"output={tmp_path / 'older' / 'run'}")
+    assert code == 0
+    assert "Resuming after step 3" in printed
+    assert run(*argv, f"output={tmp_path / 'whole'}")[0] == 0
+    whole, older = rows(tmp_path / "whole"), rows(tmp_path / "older" / "run")
+    assert [row["step"] for row in older] == [1, 2, 3, 4, 5, 6]
+    assert [row.get("images", row.get("position")) for row in older] == [row["images"] for row in whole]
+    assert [row["loss"] for row in older] == pytest.approx([row["loss"] for row in whole], rel=1e-4)
+    shutil.rmtree(tmp_path / "older" / "run")
+    shutil.copytree(OLDER_RUN / "run", tmp_path / "older" / "run")
+    code, printed = run(*argv, f"output={tmp_path / 'older' / 'run'}", "data.block_shards=1")
+    assert code == 2
+    assert "with data.block_shards=16; this one has data.block_shards=1." in error_of(printed)
+
+
+def test_a_run_without_its_checkpoints_does_not_start_over(tmp_path, recipe, uninterrupted):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = files_of(tmp_path / "run")
+    for argv in ([], ["train.steps=20"]):
+        code, printed = run(recipe, f"output={tmp_path / 'run'}", *argv)
+        assert code == 2
+        assert "but no checkpoint to go on from" in error_of(printed)
+        assert files_of(tmp_path / "run") == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path, recipe, uninterrupted):
+    assert run(recipe, f"output={tmp_path}", happening=Happening("SIGKILL", at=2))[0] == -signal.SIGKILL
+    assert len(rows(tmp_path)) == 2
+    assert run(recipe, f"output={tmp_path}")[0] == 0
+    check_same(tmp_path, uninterrupted)
+
+
+def test_run_json_tells_the_starting_weights_and_the_run_that_they_are_of(tmp_path, recipe, uninterrupted):
+    file = uninterrupted / "backbone.safetensors"
+    assert run(recipe, f"output={tmp_path}", "train.steps=2", f"backbone.weights={file}")[0] == 0
+    (started,) = json.loads((tmp_path / "run.json").read_text())["starts"]
+    parent = {"run": str(uninterrupted), "step": 12}
+    assert started["weights"] == {"from": str(file), "sha256": sha256_of(file), "parent run": parent}
+
+
+def test_each_start_stands_in_run_json(tmp_path, recipe):
+    argv = [recipe, f"output={tmp_path}"]
+    assert run(*argv, happening=Happening("SIGTERM", at=5))[0] == 143
+    assert run(*argv, "train.steps=8")[0] == 0
+    first, second = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert (first["from_step"], second["from_step"], second["from_images"]) == (0, 6, 48)
+    (tmp_path / "run.json").write_text("anything")
+    assert run(*argv, "train.steps=9")[0] == 0, "it decides nothing"
+
+
+def test_a_run_that_ends_inside_its_warm_up_says_so(tmp_path, recipe):
+    code, printed = run(recipe, f"output={tmp_path}", "train.steps=1")
+    assert code == 0
+    assert "warning: optim.lr.warmup=2 is 2 steps, but the run ends after 1: 0.001 is never reached.\n" in printed
 
 
 # Checkpoints
@@ -254,11 +392,15 @@ def test_a_directory_in_use_is_refused(tmp_path, recipe, uninterrupted):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["seed=1"], "holds a run with seed 0; this one has 1."),
-        (["backbone.arguments.depth=2"], "holds a run with backbone vit_tiny_patch16_224"),
-        (["method.head_hidden_dim=8"], "holds a run whose 'student.head.mlp.0.weight' has shape (16, 24); this one's"),
-        (["optim.name=sgd"], "holds a run with optimizer AdamW on "),
-        (["optim.weight_decay_on=all"], "holds a run with optimizer AdamW on "),
+        (["seed=1"], "holds a run with seed=0; this one has seed=1."),
+        (["backbone.arguments.depth=2"], "with backbone.arguments.depth=1; this one has backbone.arguments.depth=2."),
+        (["method.head_hidden_dim=8"], "with method.head_hidden_dim=16; this one has method.head_hidden_dim=8."),
+        (["optim.name=sgd"], "with optim.name=adamw; this one has optim.name=sgd."),
+        (["optim.weight_decay_on=all"], "with optim.weight_decay_on=matrices; this one has "),
+        (["data.block_shards=2"], "with data.block_shards=16; this one has data.block_shards=2."),
+        (["data.max_pixels=1000"], "with data.max_pixels=50000000; this one has data.max_pixels=1000."),
+        (["augment.global.scale=[0.2,0.3]"], "; this one has augment.global.scale=[0.2, 0.3]."),
+        (["augment.local=null"], "this one has augment.local=null."),
     ],
 )
 def test_another_run_in_the_directory_is_refused_and_kept(recipe, uninterrupted, argv, sentence):
@@ -274,7 +416,7 @@ def test_another_method_in_the_directory_is_refused_and_kept(tmp_path, shards, u
     before = files_of(uninterrupted)
     code, printed = run(f"recipe={other}", f"output={uninterrupted}")
     assert code == 2
-    assert f"{uninterrupted} holds a run with method dino; this one has simclr." in error_of(printed)
+    assert f"{uninterrupted} holds a run with method.name=dino, " in error_of(printed)
     assert files_of(uninterrupted) == before
 
 
@@ -319,7 +461,7 @@ def test_a_mistake_is_one_line(tmp_path, recipe, mistake):
     code, printed = run(recipe, f"output={tmp_path / 'run'}", *argv)
     assert code == 2
     assert sentence in error_of(printed)
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_half_a_launcher_is_refused(tmp_path, recipe):
@@ -451,7 +593,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path, rec
 
 def test_one_two_and_one_process_see_every_image_once_per_epoch(tmp_path, recipe):
     record = tmp_path / "ids"
-    argv = [recipe, f"output={tmp_path / 'run'}", "train.steps=null", "train.epochs=2"]
+    argv = [recipe, f"output={tmp_path / 'run'}", "train.epochs=2"]
     stop = {"what": "SIGTERM", "record": record}
     assert run(*argv, "data.batch_size=8", happening=Happening(at=2, **stop))[0] == 143  # 24 images
     codes, _ = run_together(*argv, "data.batch_size=2", happening=Happening(at=4, **stop))  # 20 images

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from ssl_pipeline.commands import images, trial
+from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.commands.trial import duration, expected_time
+from ssl_pipeline.config import ConfigError
 from tests.runs import write_recipe
 from tests.tiny import write_shards
 
@@ -42,7 +44,7 @@ def test_the_whole_run_is_told_from_some_steps_of_it(tmp_path, recipe, monkeypat
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(trial, "SECONDS", 300.0)  # of a machine that is busy with other tests
     before = set(tmp_path.iterdir())
-    told = expected_time(arguments(recipe, tmp_path), {"seed": 3}, num_images=48)
+    told = expected_time(PretrainConfig, arguments(recipe, tmp_path), {"seed": 3}, num_images=48)
     number, unit, per_second = EXPECTED.fullmatch(told).groups()
     assert float(number) * SECONDS[unit] == pytest.approx(40 * 48 / float(per_second), rel=0.1)
     assert set(tmp_path.iterdir()) == before  # nothing of it stays, and nothing is written into the run
@@ -56,15 +58,27 @@ def test_overrides_and_arguments_are_those_of_the_run(tmp_path, recipe, monkeypa
         output = Path(argv[1].removeprefix("output="))
         output.mkdir()
         rows = [(step, 4 * step, 1.0 if step == 1 else 8.0) for step in (1, 2, 3)]
-        lines = [f'{{"step": {s}, "position": {p}, "images_per_second": {i}}}\n' for s, p, i in rows]
-        (output / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "posi')
+        lines = [f'{{"step": {s}, "images": {p}, "images_per_second": {i}}}\n' for s, p, i in rows]
+        (output / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "imag')
 
     monkeypatch.setattr(trial, "_run", run)
-    overrides = {"train.steps": 100, "train.epochs": None, "backbone.name": "resnet18"}
-    assert expected_time(arguments(recipe, tmp_path), overrides, num_images=48) == "Expected time: 50 s (8 images/s)"
-    assert seen["argv"][2:] == ["data.batch_size=4"]
+    overrides = {"train": {"steps": 100}, "backbone.name": "resnet18"}
+    assert (
+        expected_time(PretrainConfig, arguments(recipe, tmp_path), overrides, num_images=48)
+        == "Expected time: 50 s (8 images/s)"
+    )
+    assert len(seen["argv"]) == 2
+    assert seen["recipe"]["data"]["batch_size"] == 4
     assert (seen["recipe"]["backbone"]["name"], seen["recipe"]["knn"]) == ("resnet18", None)
+    assert seen["recipe"]["backbone"]["arguments"] == {}  # those of the recipe were another network's
     assert (seen["recipe"]["train"]["epochs"], seen["recipe"]["train"]["steps"]) == (None, trial.STEPS)
+
+
+def test_a_mistake_is_told_before_anything_is_tried(tmp_path, recipe, monkeypatch, capsys):
+    monkeypatch.setattr(trial, "_run", None)
+    with pytest.raises(ConfigError, match="Did you mean"):
+        expected_time(PretrainConfig, [*arguments(recipe, tmp_path), "train.stepz=3"], {}, num_images=48)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_time_is_up_at_some_moment_and_the_process_ends(tmp_path, recipe, monkeypatch):
@@ -72,7 +86,7 @@ def test_the_time_is_up_at_some_moment_and_the_process_ends(tmp_path, recipe, mo
     started, processes = time.monotonic(), []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: processes.append(popen(*a, **k)) or processes[0])
-    told = expected_time(arguments(recipe, tmp_path), {}, num_images=48)
+    told = expected_time(PretrainConfig, arguments(recipe, tmp_path), {}, num_images=48)
     assert told == "No step was timed in 0 s, so no time can be told"
     assert time.monotonic() - started < 5
     assert processes[0].poll() is not None
@@ -105,7 +119,7 @@ def test_a_trial_is_made_where_a_choice_is_made_for_one_process(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     given = [f"images={shards}", f"output={tmp_path / 'run'}", *more]
-    images.expand(given, overrides, trial=True)
+    images.expand(given, overrides, timed=PretrainConfig)
     assert ("Expected time: 3 h. recipe=NAME chooses another." in capsys.readouterr().out) == asked
 
 

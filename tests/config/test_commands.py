@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import ClassVar
@@ -157,13 +158,13 @@ def test_an_argument_without_a_key_sets_the_positional_field(capsys):
 def test_help_lists_every_key_with_its_text(capsys):
     assert run(RunError("not reached"), "--help") == 0
     assert capsys.readouterr().out == (
-        "usage: python -m check [key=value ...] [--print] [--debug]\n\n"
+        "usage: python -m check [key=value ...] [--help [SECTION]] [--print] [--debug]\n\n"
         "Check a folder.\n\n"
-        "  directory (required)\n"
+        "  directory (text; required)\n"
         "      What is checked.\n"
-        "  depth (default: 1)\n"
+        "  depth (whole number; default: 1)\n"
         "      How deep; 1 is the folder itself.\n"
-        "  names (default: [])\n"
+        "  names (list of texts; default: [])\n"
     )
 
 
@@ -175,15 +176,48 @@ def test_help_follows_the_recipe(capsys, schema, recipes):
     out = capsys.readouterr().out
     assert "recipes: contrast_small, distil_small\n" in out
     assert "  method.name: one of distil, contrast; its keys: --help with recipe= or method.name=\n" in out
-    assert "  augment.NAME.size (required)\n      Side in pixels.\n" in out
+    assert "  augment.NAME.size (whole number; required)\n      Side in pixels.\n" in out
     assert "num_prototypes" not in out
     assert run_command(schema, never, command="toy", argv=["-h", "recipe=distil_small"], recipes=recipes) == 0
     out = capsys.readouterr().out
-    assert "  method.num_prototypes (default: 64)\n      Width of the output.\n" in out
-    assert "  method.freeze_for (default: 1ep)\n" in out
+    assert "  method.num_prototypes (whole number, above 1; default: 64)\n      Width of the output.\n" in out
+    assert "  method.freeze_for (duration; default: 1ep)\n" in out
     keys = f"      One value, or the keys {', '.join(f'.{name}' for name in Schedule.model_fields)}.\n"
-    assert f"  optim.lr (required)\n      Learning rate.\n{keys}" in out
+    assert f"  optim.lr (schedule; required)\n      Learning rate.\n{keys}" in out
     assert run_command(schema, never, command="toy", argv=["--help", "recipe=x"], recipes=recipes) == 2
+
+
+def helped(schema: type[Config], recipes: Path, *argv: str) -> int:
+    return run_command(schema, lambda config: 1, command="toy", argv=["--help", *argv], recipes=recipes)
+
+
+def test_help_shows_one_section_with_types_values_and_ranges(capsys, schema, recipes):
+    assert helped(schema, recipes, "optim") == 0
+    assert capsys.readouterr().out == (
+        "  optim.name (one of adamw, sgd; required)\n"
+        "  optim.lr (schedule; required)\n"
+        "      Learning rate.\n"
+        f"      One value, or the keys {', '.join(f'.{name}' for name in Schedule.model_fields)}.\n"
+        "  optim.betas (2 numbers; default: [0.9, 0.999])\n"
+        "  optim.clip_norm (number or null, above 0; default: null)\n"
+    )
+
+
+def test_help_shows_a_key_of_a_group_or_of_a_schedule(capsys, schema, recipes):
+    assert helped(schema, recipes, "recipe=distil_small", "augment.global.size", "optim.lr") == 0
+    keys = re.findall(r"^  (\S+) \(", capsys.readouterr().out, re.MULTILINE)
+    assert keys == ["augment.NAME.size", "optim.lr", *(f"optim.lr.{name}" for name in Schedule.model_fields)]
+    assert helped(schema, recipes, "optim.lr.factor") == 0
+    assert capsys.readouterr().out.startswith("  optim.lr.factor (number, above 0 and at most 1; default: 0.1)\n")
+
+
+def test_help_of_an_unknown_section_is_told_with_the_nearest(capsys, schema, recipes):
+    assert helped(schema, recipes, "optm") == 2
+    assert capsys.readouterr().err == "error: There is no key or section 'optm'. Did you mean 'optim'?\n"
+    assert run(None, "--help", "some/where") == 0  # a value of a positional key is no section
+    assert run(None, "--help", "depth") == 0
+    text = "  depth (whole number; default: 1)\n      How deep; 1 is the folder itself.\n"
+    assert capsys.readouterr().out.endswith(f"\n{text}  names (list of texts; default: [])\n{text}")
 
 
 def test_print_shows_what_a_run_would_use(capsys, schema, recipes, tmp_path):

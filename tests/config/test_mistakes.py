@@ -39,8 +39,8 @@ TYPOS = [
     ("seed=", "seed must be a valid integer. Got None."),
     ("seed='1'", "seed must be a valid integer. Got '1'."),
     ("seed=2001-01-01", "seed must be a valid integer. Got '2001-01-01'."),
-    ("seed=-1", "seed must be greater than or equal to 0. Got -1."),
-    ("data.batch_size=0", "data.batch_size must be greater than or equal to 1. Got 0."),
+    ("seed=-1", "seed must be at least 0. Got -1."),
+    ("data.batch_size=0", "data.batch_size must be at least 1. Got 0."),
     ("data.shards=null", "data.shards must be a valid string. Got None."),
     ("optim.lr=[1, 2]", "optim.lr.value must be a valid number. Got [1, 2]."),
     ("optim.lr=.nan", "optim.lr.value must be a finite number. Got nan."),
@@ -108,7 +108,7 @@ def test_all_mistakes_are_told_at_once(refusal):
         "seed must be a valid integer. Got 'x'.\n"
         "Unknown key 'method.nam'. Did you mean 'method.name'?\n"
         "augment.global.size must be a valid integer. Got 'big'.\n"
-        "data.batch_size must be greater than or equal to 1. Got 0.\n"
+        "data.batch_size must be at least 1. Got 0.\n"
         "Unknown key 'optm'. Did you mean 'optim'?\n"
         "Unknown key 'lr'. Did you mean 'optim.lr'?"
     )

@@ -40,6 +40,14 @@ def test_small_views_are_the_whole_shorter_side() -> None:
     assert np.abs(central_crop(torch.from_numpy(smooth(64, 64)), 32).numpy().astype(int) - halved).max() <= 1
 
 
+def test_bilinear_views_are_pillows() -> None:
+    pixels = smooth(64, 64)
+    halved = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    view = central_crop(torch.from_numpy(pixels), 32, "bilinear")
+    assert np.abs(view.numpy().astype(int) - halved).max() <= 1
+    assert not torch.equal(view, central_crop(torch.from_numpy(pixels), 32))
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 200_000), (200_000, 1), (3, 1000)])
 def test_any_shape_gives_a_view(height: int, width: int) -> None:
     assert central_crop(torch.full((height, width, 3), 7, dtype=torch.uint8), 8).eq(7).all()

@@ -192,9 +192,9 @@ def test_packed_shards_are_another_data_set(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["short_side=15"], "short_side must be greater than or equal to 16. Got 15."),
-        (["short_side=320", "quality=0"], "quality must be greater than or equal to 1. Got 0."),
-        (["short_side=320", "quality=101"], "quality must be less than or equal to 100. Got 101."),
+        (["short_side=15"], "short_side must be at least 16. Got 15."),
+        (["short_side=320", "quality=0"], "quality must be at least 1. Got 0."),
+        (["short_side=320", "quality=101"], "quality must be at most 100. Got 101."),
         (["quality=90"], "quality=90 goes with short_side=PIXELS. Without it images are stored as they are."),
     ],
 )

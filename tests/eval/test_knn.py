@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from ssl_pipeline.eval.search.neighbours import other_neighbours
 from ssl_pipeline.schedule import Progress
 
 WriteShards = Callable[..., Path]
+NUM_CLASSES = 6
 PREPROCESSING = Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
@@ -244,7 +246,7 @@ def test_random_initialisation_is_the_same_every_time(run: Path, train: str, tes
         (("backbone=raw_pixels", "per_class=13"), "has of one of its classes: 12"),
         (("backbone=raw_pixels", "leave_one_out=true"), "leave_one_out=true classifies the images of train: set test="),
         (("backbone=raw_pixels", "k=[]"), "k must"),
-        (("backbone=raw_pixels", "temperature=0"), "temperature must be greater than 0"),
+        (("backbone=raw_pixels", "temperature=0"), "temperature must be above 0"),
         (("backbone=raw_pixels", "device=tpuu"), "device must be auto, cpu or cuda"),
         (("run=no/such/run",), "run=no/such/run must be the directory of a run. There is none"),
     ],
@@ -300,7 +302,7 @@ class Pooled(nn.Module):
         return self.frozen(self.norm(images)).mean(dim=(2, 3))
 
 
-def monitor(train: str, val: str, **settings: float) -> KnnMonitor:
+def monitor(train: str, val: str, **settings: float | str) -> KnnMonitor:
     config = KnnMonitorConfig(**{"every": "1ep", "train": train, "val": val, "k": 5, **settings})
     return KnnMonitor(config, PREPROCESSING, batch_size=16, workers=0, device="cpu")
 
@@ -311,6 +313,13 @@ def test_the_monitor_measures_what_the_command_would(train: str, test: str) -> N
     assert set(results) == {"knn_top1", "knn_top5"}
     assert results["knn_top1"] > 90.0
     assert results["knn_top5"] >= results["knn_top1"]
+
+
+def test_the_monitor_resizes_as_its_settings_say(train: str, test: str) -> None:
+    assert monitor(train, test).preprocessing == PREPROCESSING
+    assert monitor(train, test, interpolation="bilinear").preprocessing == replace(
+        PREPROCESSING, interpolation="bilinear"
+    )
 
 
 def test_the_monitor_leaves_training_as_it_was(train: str, test: str) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ssl_pipeline.losses import byol_loss, self_distillation, simsiam_loss
+from ssl_pipeline.losses import byol_loss, feature_loss, self_distillation, simsiam_loss
 
 
 def random_crops(num_student, num_teacher, num_images=3, num_prototypes=5, dtype=torch.float64):
@@ -130,3 +130,40 @@ def test_perfect_predictions_reach_the_minimum():
 def test_predictions_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"Got \(4, 3\) and \(4, 2\)"):
         byol_loss(torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 2))
+
+
+# features of a frozen teacher
+
+
+def features():
+    generator = torch.Generator().manual_seed(3)
+    student = (2 * torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)).requires_grad_()
+    return student, torch.randn(2, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1"])
+def test_feature_loss_and_its_gradient_equal_the_loop(distance):
+    student, teacher = features()
+    terms = []
+    for s, t in zip(student.flatten(0, 1), teacher.detach().flatten(0, 1), strict=True):
+        if distance == "cosine":
+            terms.append(1 - (s * t).sum() / (s.square().sum().sqrt() * t.square().sum().sqrt()))
+            continue
+        for gap in s - t:
+            small = gap.square() / 2 if abs(gap) < 1 else abs(gap) - 0.5
+            terms.append(gap.square() if distance == "mse" else small)
+    expected = torch.stack(terms).mean()
+    loss = feature_loss(student, teacher, distance=distance)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
+
+
+def test_the_teachers_features_get_no_gradient():
+    student, teacher = features()
+    feature_loss(student, teacher, distance="mse").backward()
+    assert teacher.grad is None
+
+
+def test_features_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"of one shape\. Got \(2, 3\) and \(2, 4\)"):
+        feature_loss(torch.ones(2, 3), torch.ones(2, 4), distance="cosine")

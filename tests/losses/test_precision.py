@@ -26,6 +26,18 @@ LOSSES = {
     "removed_patches_loss": lambda to: losses.removed_patches_loss(
         to(rows()[None]), to(rows(seed=1)[None]), normalize_targets=True
     ),
+    "gumbel_softmax": lambda to: losses.gumbel_softmax(
+        to(rows()[:, :, None, None]), to(rows(seed=1)[:, :, None, None]), temperature=0.1
+    ).max(),
+    "uniform_kl_loss": lambda to: losses.uniform_kl_loss(to(rows()[:, :, None, None])),
+    "logit_laplace_loss": lambda to: losses.logit_laplace_loss(
+        to(rows().sigmoid()[None, None]), to(torch.stack([rows(), rows(seed=1)])[None])
+    ),
+    "masked_token_loss": lambda to: losses.masked_token_loss(to(rows()), torch.arange(4))[0],
+    "feature_loss": lambda to: losses.feature_loss(to(rows()), to(rows(seed=1)), distance="cosine"),
+    "simmim_loss": lambda to: losses.simmim_loss(
+        to(rows()[None, None, :4, :4]), to(rows(seed=1)[None, None, :4, :4]), torch.ones(1, 4), patch_size=2
+    ),
     "fixmatch_loss": lambda to: losses.fixmatch_loss(
         to(rows()), torch.tensor([0, 1, 2, 3]), to(rows(seed=1)), to(rows(seed=2)), threshold=0.3, unlabelled_weight=1
     )[0],

@@ -1,10 +1,10 @@
-"""MAE's loss against loops over patches and pixels."""
+"""The losses of MAE and SimMIM against loops over patches and pixels."""
 
 import pytest
 import torch
 
 from ssl_pipeline.backbones.patches import patchify, split_by_mask, take_patches
-from ssl_pipeline.losses import mae_loss, removed_patches_loss
+from ssl_pipeline.losses import mae_loss, removed_patches_loss, simmim_loss
 
 
 def random_inputs():
@@ -83,3 +83,62 @@ def test_the_loss_of_removed_patches_alone_is_the_same(normalize_targets):
 def test_predictions_of_other_patches_are_refused():
     with pytest.raises(ValueError, match=r"prediction \(2, 3, 12\) for these patches. Got \(2, 4, 12\)"):
         removed_patches_loss(torch.ones(2, 3, 12), torch.ones(2, 4, 12), normalize_targets=True)
+
+
+# SimMIM
+
+
+def painted_images():
+    images, _, mask = random_inputs()
+    prediction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return images, prediction.requires_grad_(), mask
+
+
+def test_simmim_loss_and_its_gradient_equal_the_loop():
+    images, prediction, mask = painted_images()
+    total, num_pixels = 0.0, 0
+    for n in range(2):
+        for y in range(4):
+            for x in range(6):
+                if mask[n, y // 2 * 3 + x // 2] == 1:
+                    num_pixels += 1
+                    for c in range(3):
+                        total = total + abs(images[n, c, y, x] - prediction[n, c, y, x])
+    expected = total / (num_pixels + 1e-5) / 3
+    loss = simmim_loss(images, prediction, mask, patch_size=2)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, prediction), torch.autograd.grad(expected, prediction))
+
+
+def test_simmim_loss_by_hand():
+    images, prediction = torch.zeros(1, 1, 2, 4), torch.tensor([[[[1.0, 1, 9, 9], [2.0, -2, 9, 9]]]])
+    loss = simmim_loss(images, prediction, torch.tensor([[True, False]]), patch_size=2)
+    torch.testing.assert_close(loss, torch.tensor(6 / 4.00001))
+
+
+def test_simmim_counts_the_pixels_of_the_whole_batch():
+    images, prediction, mask = painted_images()  # four masked patches, then one
+    single = [simmim_loss(images[[n]], prediction[[n]], mask[[n]], patch_size=2) for n in range(2)]
+    loss = simmim_loss(images, prediction, mask, patch_size=2)
+    torch.testing.assert_close(loss, (4 * single[0] + single[1]) / 5, rtol=1e-5, atol=0)
+
+
+def test_simmim_with_nothing_masked_is_zero_and_differentiable():
+    images, prediction, mask = painted_images()
+    loss = simmim_loss(images, prediction, mask * 0, patch_size=2)
+    loss.backward()
+    assert loss.item() == 0
+    assert not prediction.grad.any()
+
+
+@pytest.mark.parametrize(("patch_size", "columns"), [(2, 5), (4, 6), (3, 6)])
+def test_simmim_loss_refuses_masks_that_do_not_fit(patch_size, columns):
+    images, prediction, mask = painted_images()
+    with pytest.raises(ValueError, match=rf"simmim_loss needs sides divisible by {patch_size} and a mask"):
+        simmim_loss(images, prediction, mask[:, :columns], patch_size=patch_size)
+
+
+def test_simmim_loss_refuses_another_shape():
+    images, prediction, mask = painted_images()
+    with pytest.raises(ValueError, match=r"of one shape .* Got \(2, 3, 4, 6\) and \(2, 3, 4, 4\)"):
+        simmim_loss(images, prediction[..., :4], mask, patch_size=2)

@@ -46,7 +46,18 @@ def test_a_compiled_step_is_the_plain_step(name, graphs, half):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_the_backbones_are_compiled_and_a_decoder(name):
     kinds = [type(part) for part in make_method(name).parts_to_compile()]
-    num_teachers = name in ("byol", "dino", "dinov2", "dinov3", "fixmatch", "ibot", "moco", "moco_v3")
+    num_teachers = name in (
+        "byol",
+        "dino",
+        "dinov2",
+        "dinov3",
+        "distillation",
+        "dvae",
+        "fixmatch",
+        "ibot",
+        "moco",
+        "moco_v3",
+    )
     num_teachers += name == "dinov3"  # a Gram teacher, too
     assert sum(issubclass(kind, Backbone) for kind in kinds) == 1 + num_teachers
     assert (PixelDecoder in kinds) == (name == "mae")

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import create_backbone
-from ssl_pipeline.batch import RunFacts
+from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import RECIPES, ConfigError, load
 from ssl_pipeline.data.stream import DataConfig, LabelledConfig
@@ -27,9 +27,10 @@ def refusal(folder, recipe, *settings, batch_size=8):
     """What the command prints after `error: `; no step is made, and no weight saved."""
     shards = write_shards(folder / "shards")
     small = [f"method.{width}=16" for width in WIDTHS[recipe]]
-    run = [f"data.shards={shards}", "data.workers=0", f"output={folder / 'run'}", "knn=null"]
-    run += [f"data.batch_size={batch_size}", "train.precision=no", "train.epochs=null", "train.steps=1"]
-    config = load(PretrainConfig, [f"recipe={recipe}", *run, *small, *settings], recipes=RECIPES)
+    run = ["data.workers=0", f"output={folder / 'run'}", "knn=null"]
+    run += [f"data.batch_size={batch_size}", "train.precision=no", "train.steps=1"]
+    images = [] if any(setting.startswith("data.shards=") for setting in settings) else [f"data.shards={shards}"]
+    config = load(PretrainConfig, [f"recipe={recipe}", *images, *run, *small, *settings], recipes=RECIPES)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         with pytest.raises(ConfigError) as error:
@@ -76,15 +77,14 @@ def test_views_in_which_no_patch_can_be_masked(tmp_path, size, sentence):
 
 
 def test_mae_on_a_cnn(tmp_path):
-    settings = ["backbone.name=resnet18", "backbone.initial_weights=null", "backbone.fixed_positions=false"]
-    sentence = refusal(tmp_path, "mae_vitb16", *settings)
+    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18")
     assert sentence.startswith(
         "MAE needs a backbone with patch tokens (a ViT). 'resnet18' has none. Networks that have"
     )
 
 
 def test_mae_on_a_cnn_with_the_weights_that_its_recipe_begins_with(tmp_path):
-    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18")
+    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18", "backbone.initial_weights=mae")
     assert sentence == (
         "MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. 'resnet18' has none."
     )
@@ -113,6 +113,10 @@ def check(name, sizes, backbone=VIT):
     ("name", "sizes", "sentence"),
     [
         ("dino", {"global": 16, "local": 10}, r"augment\.local\.size must be a multiple .* size 4\. Got 10; try 8\."),
+        ("distillation", {"image": 16, "teacher": 9}, r"augment\.teacher\.size=9 does not suit .* multiples"),
+        ("beit", {"image": 16, "tokens": 20}, r"augment\.tokens\.size must be 16 for images of 16 pixels.* Got 20\."),
+        ("beit", {"image": 8, "tokens": 8}, r"num_masked must be below the 4 patches of an image of 8 pixels\. Got 6"),
+        ("simmim", {"image": 20}, r"image\.size must be a multiple of method\.mask_size, 8\. Got 20; try"),
         ("mae", {"image": 24}, r"augment\.image\.size must be that of the backbone, 4 \* 4 pixels\. Got 24; try"),
         ("fixmatch", {"weak": 16, "strong": 20}, r"strong\.size must be the same\. Got 16 and 20\."),
         ("simclr", {"view": 2}, r"Got 2; try 4\."),
@@ -129,6 +133,10 @@ def test_views_that_the_backbone_cannot_take(name, sizes, sentence):
         check(name, sizes)
 
 
+def test_a_view_for_another_network_need_not_suit_the_backbones_patches():
+    check("distillation", {"image": 16, "teacher": 18})  # patches of 4 and of 2
+
+
 def test_a_gram_teacher_that_sees_other_crops_is_refused():
     method = make_method("dinov3")
     views = {name: ViewGroup(count=2, size=16) for name in ("global", "gram")}
@@ -136,6 +144,21 @@ def test_a_gram_teacher_that_sees_other_crops_is_refused():
         check_recipe(method, method.backbone, views, DataConfig(shards="", batch_size=8))
     with pytest.raises(ConfigError, match=r"^DINOv3 needs the view group augment\.gram\. The recipe has global\.$"):
         check_recipe(method, method.backbone, {"global": views["global"]}, DataConfig(shards="", batch_size=8))
+
+
+@pytest.mark.parametrize("argument", ["in_chans: 1", "global_pool: ''"])
+def test_images_that_the_backbone_cannot_take_are_told_before_they_are_read(tmp_path, argument):
+    settings = [f"backbone.arguments={{{argument}}}", "data.shards=nowhere"]
+    sentence = refusal(tmp_path, "cifar10_byol_resnet18", *settings)
+    assert sentence.startswith("augment.view.size=32 does not suit the backbone 'resnet18': it takes no images of 3")
+    assert sentence.endswith(f"Try backbone.arguments.{argument.partition(':')[0]}=null.")
+
+
+def test_views_that_another_network_is_shown_may_have_any_size():
+    method = make_method("dino", backbone=VIT)
+    method.needs = (*method.needs, Views("token", for_backbone=False))
+    views = {name: ViewGroup(count=2, size=size) for name, size in (("global", 16), ("token", 9))}
+    check_recipe(method, create_backbone(VIT), views, DataConfig(shards="", batch_size=8))
 
 
 @pytest.mark.parametrize("backbone", [VIT, CNN])

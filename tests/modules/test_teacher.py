@@ -151,6 +151,15 @@ def test_a_run_with_another_file_is_refused(tmp_path):
         other.load_state_dict(state)
 
 
+def test_a_snapshot_from_a_tag_is_saved_as_the_sum_of_its_tensors():
+    snapshot = Snapshot(network(), source="a_tag")
+    (entry,) = snapshot.state_dict().items()
+    assert entry[0] == "source_sha256"
+    Snapshot(network(), source="a_tag").load_state_dict(snapshot.state_dict())
+    with pytest.raises(ConfigError, match="'a_tag' is not the file that this run began with"):
+        Snapshot(network(seed=1), source="a_tag").load_state_dict(snapshot.state_dict())
+
+
 def test_a_snapshot_from_a_file_moves_with_its_module(tmp_path):
     holder = nn.ModuleList([Snapshot(network(), source=weights_file(tmp_path))]).double()
     assert holder[0].network[0].weight.dtype == torch.float64

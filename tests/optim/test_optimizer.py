@@ -101,6 +101,16 @@ def test_the_first_rule_that_fits_applies():
     assert group_of(optimizer, method.norm.bias)["lr"] == pytest.approx(0.1)
 
 
+def test_a_rule_can_spare_weight_decay_but_not_give_it():
+    method = Toy(ParamRule("token", decays=False), ParamRule("norm."))
+    config = OptimConfig(name="adamw", lr=Schedule(value=1.0), weight_decay=Schedule(value=0.1))
+    optimizer = build_optimizer(method, config)
+    decays = {id(p): group["decays"] for group in optimizer.param_groups for p in group["params"]}
+    assert not decays[id(method.token)]
+    assert not decays[id(method.norm.weight)]
+    assert decays[id(method.head.weight)]
+
+
 def test_a_rule_that_fits_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"^the rule for parameters 'tail\.\*' fits no trainable parameter"):
         build_optimizer(Toy(ParamRule("tail.", lr_scale=2.0)), config())

@@ -97,8 +97,83 @@ def test_status_is_what_was_said_last(tmp_path):
         run.status("running", step=0)
         run.status("failed", step=12, reason="loss is NaN at step 12")
     status = read_status(tmp_path)
-    assert status == Status("failed", 12, "loss is NaN at step 12", status.time)
+    assert status == Status("failed", 12, "loss is NaN at step 12", status.time, checkpoint=0)
     assert status.time.endswith("+00:00")
+
+
+@pytest.mark.parametrize("trace", ["config.yaml", "metrics.jsonl", "backbone.safetensors"])
+@pytest.mark.parametrize("status", [None, {"checkpoint": 8}, {"state": "done"}, {"checkpoint": None}])
+def test_a_run_whose_checkpoints_are_gone_never_starts_over(tmp_path, trace, status):
+    (tmp_path / trace).write_text("something")
+    if status is not None:
+        facts = {"state": "running", "step": 0, "reason": "", "time": "", "checkpoint": 0} | status
+        (tmp_path / "status.json").write_text(json.dumps(facts))
+    with RunDirectory(tmp_path) as run:
+        with pytest.raises(ConfigError, match=f"has {trace} of a run, but no checkpoint to go on from"):
+            run.refuse_lost_checkpoints()
+        (tmp_path / "checkpoints" / "step-00000008").mkdir(parents=True)
+        run.refuse_lost_checkpoints()
+
+
+def test_a_run_that_had_no_checkpoint_yet_may_begin_again(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.refuse_lost_checkpoints()
+        (tmp_path / "metrics.jsonl").write_text("")
+        run.refuse_lost_checkpoints()
+        (tmp_path / "metrics.jsonl").write_text("{}")
+        for state in ("running", "failed", "preempted"):
+            run.status(state, step=3)
+            run.refuse_lost_checkpoints()
+
+
+def test_the_end_of_a_start_keeps_what_is_known_of_the_run(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.checkpoint = 8
+        run.status("running", step=9)
+    with pytest.raises(OSError, match="sudden"), RunDirectory(tmp_path):
+        raise OSError("sudden")
+    status = read_status(tmp_path)
+    assert (status.state, status.step, status.checkpoint) == ("failed", 9, 8)
+
+
+def test_a_refused_start_leaves_no_empty_directory(tmp_path):
+    with pytest.raises(ConfigError), RunDirectory(tmp_path / "runs" / "x"):
+        raise ConfigError("no")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError), RunDirectory(tmp_path / "mine"):
+        raise ConfigError("no")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with RunDirectory(tmp_path / "new"):
+        pass
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_lock_that_is_removed_while_it_is_taken_holds_nothing(tmp_path, monkeypatch):
+    taken = []
+
+    def take(descriptor, **options):
+        if not taken:
+            (tmp_path / ".lock").unlink()
+        taken.append(descriptor)
+        return True
+
+    monkeypatch.setattr(directory, "lock", take)
+    with RunDirectory(tmp_path):
+        assert len(taken) == 2
+        assert (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("there", [None, "", "[]", '{"starts": 7}'])
+def test_each_start_is_noted(tmp_path, there):
+    if there is not None:
+        (tmp_path / "run.json").write_text(there)
+    with RunDirectory(tmp_path) as run:
+        for number in (1, 2):
+            run.note_start({"command": f"python pretrain.py seed={number}"})
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["command"][-1] for start in starts] == ["1", "2"]
+    assert all(start["time"].endswith("+00:00") for start in starts)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"state": "done"}', "null"])

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +16,12 @@ from ssl_pipeline.run.tracking import ProgressBar, ProgressLines, Tracker, cut_b
 
 
 def make_tracker(directory, *, resumed_position=0, **options):
-    return Tracker(directory, total_steps=100, resumed_position=resumed_position, global_batch=10, **options)
+    first = resumed_position // 10
+    return Tracker(directory, total_steps=100, first_step=first, resumed_position=resumed_position, **options)
 
 
 def row(step, **values):
-    return {"step": step, "position": 10 * step, "epoch": step / 4, "loss": 1 / step, **values}
+    return {"step": step, "images": 10 * step, "epoch": step / 4, "loss": 1 / step, **values}
 
 
 def rows_of(directory):
@@ -29,7 +31,7 @@ def rows_of(directory):
 def test_a_row_is_on_disk_as_soon_as_it_is_logged_and_unrounded(tmp_path):
     tracker = make_tracker(tmp_path)
     tracker.log(row(3, learning_rate=0.1 + 0.2))
-    assert rows_of(tmp_path) == [{"step": 3, "position": 30, "epoch": 0.75, "loss": 1 / 3, "learning_rate": 0.1 + 0.2}]
+    assert rows_of(tmp_path) == [{"step": 3, "images": 30, "epoch": 0.75, "loss": 1 / 3, "learning_rate": 0.1 + 0.2}]
     tracker.close()
 
 
@@ -42,7 +44,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     assert logged["scale"] is None
 
 
-def test_a_row_needs_step_and_position(tmp_path):
+def test_a_row_needs_step_and_images(tmp_path):
     tracker = make_tracker(tmp_path)
     with pytest.raises(AssertionError):
         tracker.log({"step": 1, "loss": 0.0})
@@ -53,7 +55,7 @@ def test_at_resume_the_rows_behind_the_checkpoint_go(tmp_path):
     tracker = make_tracker(tmp_path)
     for step in (1, 2, 3, 4):
         tracker.log(row(step))
-    tracker.log({"step": 2, "position": 20, "knn_top1": 50.0})  # monitors have rows of their own
+    tracker.log({"step": 2, "images": 20, "knn_top1": 50.0})  # monitors have rows of their own
     tracker.close()
     tracker = make_tracker(tmp_path, resumed_position=20)
     tracker.log(row(3, again=1))
@@ -66,20 +68,27 @@ def test_at_resume_the_rows_behind_the_checkpoint_go(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("tail", ['{"step": 3, "posi', '{"step": 3, "position": 3}', "\0\0\0", "[]\n", "7\n"])
+@pytest.mark.parametrize("tail", ['{"step": 3, "posi', '{"step": 3, "images": 3}', "\0\0\0", "[]\n", "7\n"])
 def test_a_half_written_row_is_dropped(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
-    whole = '{"step": 2, "position": 2}\n'
+    whole = '{"step": 2, "images": 2}\n'
     path.write_text(whole + tail)
     assert cut_back(path, position=100) == 2
     assert path.read_text() == whole
+
+
+def test_rows_of_the_version_before_are_cut_by_their_position(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "position": 20}\n{"step": 3, "position": 30}\n')
+    assert cut_back(path, position=20) == 2
+    assert path.read_text() == '{"step": 2, "position": 20}\n'
 
 
 def test_a_file_that_needs_no_cut_is_not_rewritten(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert cut_back(path, position=0) == -1
     assert not path.exists()
-    path.write_text('{"step": 2, "position": 2}\n')
+    path.write_text('{"step": 2, "images": 2}\n')
     before = path.stat().st_ino
     assert cut_back(path, position=2) == 2
     assert path.stat().st_ino == before
@@ -155,7 +164,7 @@ def test_without_a_terminal_a_plain_line_comes_at_most_every_ten_seconds():
     for step in range(101, 201):
         now += 0.25
         lines.log(row(step, learning_rate=0.0005, images_per_second=812.4, data_wait=0.034) | {"loss": 2.345678})
-        lines.log({"step": step, "position": 10 * step, "knn_top1": 3.0})  # says nothing about the loss
+        lines.log({"step": step, "images": 10 * step, "knn_top1": 3.0})  # says nothing about the loss
     lines.close()
     first, second, last = stream.getvalue().splitlines()
     assert first == (
@@ -179,13 +188,46 @@ def test_steps_that_log_nothing_show_too():
     assert stream.getvalue().splitlines() == ["step 2/1000, 1:39:48 left", "step 1000/1000"]
 
 
+def test_a_line_has_the_epoch_and_the_loss_of_its_own_step():
+    now = 0.0
+    stream, lines = make_lines(lambda: now)
+    lines.log(row(1, images_per_second=812.4) | {"loss": 9.0})
+    asked = []
+
+    def numbers(step):
+        asked.append(step)
+        return {"epoch": step / 4, "loss": float(step)}
+
+    for step in range(2, 50):
+        now += 0.25
+        lines.advance(step, partial(numbers, step))
+    lines.close()
+    first, last = stream.getvalue().splitlines()
+    assert first.startswith("step 41/1000, epoch 10.25, loss 41.0000, 812 images/s, ")
+    assert last.startswith("step 49/1000, epoch 12.25, loss 49.0000, ")
+    assert asked == [41, 49], "nobody is asked for what is not shown"
+
+
+def test_a_bar_has_them_too_about_once_a_second(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now)
+    stream, asked = io.StringIO(), []
+    bar = ProgressBar(stream, total_steps=1000, first_step=0)
+    for step in range(1, 11):
+        now += 0.25
+        bar.advance(step, lambda step=step: asked.append(step) or {"epoch": step / 4, "loss": float(step)})
+    bar.close()
+    assert asked == [4, 8]
+    assert "epoch 2.00, loss 8.0000" in stream.getvalue().rstrip().rsplit("\r", 1)[-1]
+
+
 def test_a_terminal_gets_a_bar_with_the_same_numbers():
     stream = io.StringIO()
     bar = ProgressBar(stream, total_steps=1000, first_step=100)
     bar.advance(101)
     bar.message("saved step-00000101")
     bar.log(row(102, learning_rate=0.0005, images_per_second=812.4, data_wait=0.034))
-    bar.log({"step": 102, "position": 1020, "knn_top1": 3.0})
+    bar.log({"step": 102, "images": 1020, "knn_top1": 3.0})
     bar.close()
     text = stream.getvalue()
     assert "saved step-00000101\n" in text

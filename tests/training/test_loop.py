@@ -344,6 +344,15 @@ def test_a_failure_is_told_in_the_status(tmp_path, shards):
     assert "no such luck" in (tmp_path / "run" / "status.json").read_text()
 
 
+@pytest.mark.parametrize("never", [0, "0ep", "0%"])
+def test_a_period_of_zero_means_never_but_at_the_end(tmp_path, shards, never):
+    monitor = Recorder(never)
+    settings = {"steps": 5, "log_every": 0, "save_every": never, "time_steps": 0, "keep_checkpoints": 9}
+    train_alone(tmp_path / "run", "simclr", shards, monitors=[monitor], **settings)
+    assert steps_saved(tmp_path / "run") == monitor.steps == [5]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 5]
+
+
 def test_a_run_is_saved_when_due_and_at_the_end(tmp_path, shards):
     train_alone(tmp_path / "run", "simclr", shards, steps=7, save_every=2, keep_checkpoints=9)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())

@@ -108,7 +108,7 @@ FELL = "The figure fell from 60.0 % at the start to "
 
 def test_the_start_is_the_first_row_and_survives_a_resume(tmp_path, run, capsys):
     found = run(Scripted(2, [60.0, 61.0]), steps=2, at_start=True, compared=COMPARED)
-    assert found[0] == {"step": 0, "epoch": 0.0, "position": 0, "figure": 60.0}
+    assert found[0] == {"step": 0, "epoch": 0.0, "images": 0, "figure": 60.0}
     assert [row["step"] for row in found] == [0, 1, 2]
     assert FELL not in capsys.readouterr().err
     state = Checkpoints(tmp_path / "run" / "checkpoints").load_latest().state
@@ -231,7 +231,7 @@ def test_a_run_from_weights_begins_its_log_with_the_start(tmp_path, shards, pret
     code, printed, found = pretrain(*knn(shards, shards), spectrum, f"backbone.weights={weights}")
     assert code == 0, printed
     assert "48 of 48 images" in printed, "the validation images are training images here"
-    assert {"step", "epoch", "position", "knn_top1", "knn_top5", "rankme", "rankme_percent", "alpha"} == set(found[0])
+    assert {"step", "epoch", "images", "knn_top1", "knn_top5", "rankme", "rankme_percent", "alpha"} == set(found[0])
     assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
     assert 1 <= found[2]["rankme"] <= 24
     assert found[2]["rankme_percent"] == pytest.approx(100 * found[2]["rankme"] / 24)

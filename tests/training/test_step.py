@@ -15,7 +15,7 @@ from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.stream import StreamBatch, open_stream
 from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.run.step_times import StepTimes
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Schedule
 from ssl_pipeline.training.run import Run
 from ssl_pipeline.training.step import TrainingStep
 from ssl_pipeline.training.step_checks import StepChecks, lag_on
@@ -92,7 +92,7 @@ def test_a_step_asks_its_device_for_nothing(tmp_path, shards, meta, name, crop_o
     step = on_device(run, meta, checks := NeverRead(run.index), lag=1)
     stream = iter(batches(run, crop_on=crop_on))
     for number in range(2):
-        result = step(stream, run.clock.progress(4 * number))
+        result = step(stream, 4 * number)
     assert checks.loss.is_meta
     assert result.gradient_norm.is_meta
 
@@ -118,7 +118,7 @@ def test_a_late_check_is_sent_without_a_look_at_it(tmp_path, shards):
     with NoHostReads():
         for step in range(2):
             checks.add(
-                Progress(step, 9, 3.0),
+                step,
                 loss=values[0],
                 gradient_norm=values[1],
                 sample_ids=torch.tensor([0, 1]),
@@ -139,13 +139,13 @@ def test_on_a_gpu_a_step_does_not_synchronise(tmp_path, shards, name, crop_on):
     step = on_device(run, "cuda", StepChecks(run.index), lag=lag_on(device))
     step.times = StepTimes(device, every=1)
     made = [*batches(run, crop_on=crop_on), *batches(run)]
-    step(iter(made), run.clock.progress(0))  # chooses kernels, makes the optimizer's state
+    step(iter(made), 0)  # chooses kernels, makes the optimizer's state
     torch.cuda.set_sync_debug_mode("error")
     try:
         step.times.start(1)
         for number in range(3):
             step.times.start(2 + number)
-            step(iter(made), run.clock.progress(4 + 4 * number))
+            step(iter(made), 4 + 4 * number)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert step.checks.read() == 0

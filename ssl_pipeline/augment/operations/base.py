@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config.ranges import plain
 
 # V views of each of B images; N: the same images, one view at a time; U uniforms in [0, 1), P draws of an operation
 
@@ -18,16 +20,42 @@ PerView = float | tuple[float, ...]
 """One value for all views of a group, or one per view."""
 Channels = tuple[float, float, float]
 """Of red, green and blue."""
+Probability = Annotated[PerView, InRange(ge=0, le=1)]
+Strength = Annotated[PerView, InRange(ge=0, le=100)]
+
+
+@dataclass(frozen=True)
+class ColourRange(InRange):
+    """The range of what belongs to colours in [0, 1]; values for 0 to 255 are told in the numbers to type."""
+
+    def check(self, value: Any) -> Any:
+        """The value; raises ValueError for a number of it outside the range."""
+        assert self.le is not None
+        if self.le < max(value) <= 255 and min(value) >= 0:
+            levels, instead = ([plain(number) for number in numbers] for numbers in (value, _in_one(value)))
+            raise ValueError(
+                f"must be for colours from 0 to 1, not to 255: write [{','.join(instead)}]. Got [{','.join(levels)}]."
+            )
+        return super().check(value)
+
+
+def _in_one(levels: Channels) -> list[float]:
+    return [round(level / 255, 5) for level in levels]
+
+
+# beyond colours themselves: 0.8 * x + 0.1, the input of DALL-E's tokenizer, is a mean of -0.125 and a deviation of 1.25
+Mean = Annotated[Channels, ColourRange(ge=-1, le=1)]
+Deviation = Annotated[Channels, ColourRange(ge=0.001, le=2)]
 
 
 class ViewSettings(Config):
     """What the settings of all operations build on."""
 
-    count: int = 1
+    count: int = Field(1, ge=1, le=1000)
     """Number of views of each image."""
-    size: int | tuple[int, ...]
+    size: Annotated[int | tuple[int, ...], InRange(ge=1, le=8192)]
     """Height and width of a view in pixels; of several, each optimizer step draws one for all its views (DINOv3)."""
-    size_weights: tuple[float, ...] = ()
+    size_weights: Annotated[tuple[float, ...], InRange(ge=0)] = ()
     """How often each of several sizes is drawn; by default all equally. Groups with the same weights change together:
     the first size of one comes with the first size of the others."""
 
@@ -133,20 +161,14 @@ def happens(uniforms_VB: NDArray[np.float64], group: ViewSettings, probability: 
     return uniforms_VB < np.array(group.per_view(probability))[:, None]
 
 
-def per_view_mistakes(group: ViewSettings, **highest: float) -> list[str]:
-    """One sentence for each of the named per-view settings that is out of [0, highest], or not one per view."""
-    mistakes = []
-    for name, high in highest.items():
-        value: PerView = getattr(group, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if len(values) not in (1, group.count):
-            mistakes.append(
-                f"{name} must have one value or one per view (count={group.count}). Got {len(values)} values."
-            )
-        needed = f"between 0 and {high:g}" if high < math.inf else "0 or more"
-        wrong = [number for number in values if not 0 <= number <= high]
-        mistakes += [f"{name} must be {needed}. Got {number:g}." for number in wrong]
-    return mistakes
+def per_view_mistakes(group: ViewSettings, *names: str) -> list[str]:
+    """One sentence for each of the named settings that has neither one value nor one per view."""
+    values = {name: getattr(group, name) for name in names}
+    return [
+        f"{name} must have one value or one per view (count={group.count}). Got {len(value)} values."
+        for name, value in values.items()
+        if isinstance(value, tuple) and len(value) not in (1, group.count)
+    ]
 
 
 def range_mistakes(*checks: tuple[bool, str, str, object]) -> list[str]:

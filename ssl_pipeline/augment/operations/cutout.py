@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_pipeline.augment.operations.base import Operation, ViewSettings, range_mistakes
+from ssl_pipeline.augment.operations.base import Operation, ViewSettings
+from ssl_pipeline.config import InRange
 
 CUTOUT_LEVEL = 127.0
 
@@ -15,7 +18,7 @@ CUTOUT_LEVEL = 127.0
 class CutoutSettings(ViewSettings):
     """How large the square is."""
 
-    cutout: tuple[float, float] = (0.0, 0.0)
+    cutout: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.0, 0.0)
     """Smallest and largest side of a gray square at a random place, as a fraction of the view."""
 
 
@@ -27,10 +30,6 @@ class Cutout(Operation[CutoutSettings, bool]):
     """
 
     settings = CutoutSettings
-
-    def mistakes(self, group: CutoutSettings) -> list[str]:
-        low, high = group.cutout
-        return range_mistakes((0 <= low <= high <= 1, "cutout", "an increasing pair in [0, 1]", group.cutout))
 
     def num_uniforms(self, group: CutoutSettings) -> int:
         return 3 if group.cutout[1] else 0

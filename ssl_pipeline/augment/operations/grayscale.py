@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssl_pipeline.augment.operations.base import (
     Operation,
-    PerView,
+    Probability,
     ViewSettings,
     change_due,
     happens,
@@ -21,7 +21,7 @@ from ssl_pipeline.augment.operations.base import (
 class GrayscaleSettings(ViewSettings):
     """When a view becomes gray."""
 
-    gray_prob: PerView = 0.2
+    gray_prob: Probability = 0.2
     """Probability of grayscale."""
 
 
@@ -31,7 +31,7 @@ class Grayscale(Operation[GrayscaleSettings, bool]):
     settings = GrayscaleSettings
 
     def mistakes(self, group: GrayscaleSettings) -> list[str]:
-        return per_view_mistakes(group, gray_prob=1.0)
+        return per_view_mistakes(group, "gray_prob")
 
     def num_uniforms(self, group: GrayscaleSettings) -> int:
         return 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Hashable, Sequence
 from enum import IntEnum
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,12 +15,15 @@ from torch import Tensor
 from ssl_pipeline.augment.operations.base import (
     Operation,
     PerView,
+    Probability,
+    Strength,
     ViewSettings,
     happens,
     per_sample,
     per_view_mistakes,
 )
 from ssl_pipeline.augment.operations.grayscale import gray, mean_gray
+from ssl_pipeline.config import InRange
 
 # V views of each of B images; N: the same images, one view at a time; U uniforms in [0, 1), P draws
 
@@ -56,15 +59,15 @@ TURNS = np.array(list(itertools.permutations(range(len(Adjustment)))))
 class JitterSettings(ViewSettings):
     """When and how much the colours of a view are changed."""
 
-    jitter_prob: PerView = 0.8
+    jitter_prob: Probability = 0.8
     """Probability of colour jitter: brightness, contrast, saturation and hue in random order."""
-    brightness: PerView = 0.4
+    brightness: Strength = 0.4
     """Brightness factors are uniform in [max(0, 1 - x), 1 + x]."""
-    contrast: PerView = 0.4
+    contrast: Strength = 0.4
     """Contrast factors are uniform in [max(0, 1 - x), 1 + x]."""
-    saturation: PerView = 0.2
+    saturation: Strength = 0.2
     """Saturation factors are uniform in [max(0, 1 - x), 1 + x]."""
-    hue: PerView = 0.1
+    hue: Annotated[PerView, InRange(ge=0, le=0.5)] = 0.1
     """Hue shifts are uniform in [-x, x] turns of the colour circle, x at most 0.5."""
 
 
@@ -74,9 +77,7 @@ class Jitter(Operation[JitterSettings, tuple[Adjustment, ...]]):
     settings = JitterSettings
 
     def mistakes(self, group: JitterSettings) -> list[str]:
-        return per_view_mistakes(
-            group, jitter_prob=1.0, brightness=math.inf, contrast=math.inf, saturation=math.inf, hue=0.5
-        )
+        return per_view_mistakes(group, "jitter_prob", "brightness", "contrast", "saturation", "hue")
 
     def num_uniforms(self, group: JitterSettings) -> int:
         return Uniform.STRENGTH + len(Adjustment)

@@ -12,10 +12,11 @@ from enum import IntEnum
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from ssl_pipeline.augment.operations.base import Operation, ViewSettings, per_sample, range_mistakes
+from ssl_pipeline.augment.operations.base import Operation, ViewSettings, per_sample
 
 # V views of each of B images; N: the same images, one view at a time; U uniforms, R rounds, P draws, S pixels
 
@@ -66,7 +67,7 @@ class RandAugmentSettings(ViewSettings):
     images, with the nearest pixel and black where the image runs out.
     """
 
-    rand_augment: int = 0
+    rand_augment: int = Field(0, ge=0, le=100)
     """Random operations one after the other, each of random magnitude: identity, brightness, colour, contrast,
     sharpness, rotate, shear, translate, posterize, solarize, autocontrast, equalize (FixMatch)."""
 
@@ -76,9 +77,6 @@ class RandAugment(Operation[RandAugmentSettings, int]):
 
     settings = RandAugmentSettings
     whole_batches = True
-
-    def mistakes(self, group: RandAugmentSettings) -> list[str]:
-        return range_mistakes((group.rand_augment >= 0, "rand_augment", "0 or more", group.rand_augment))
 
     def num_uniforms(self, group: RandAugmentSettings) -> int:
         return PER_ROUND * group.rand_augment

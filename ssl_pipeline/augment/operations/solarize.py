@@ -5,26 +5,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from ssl_pipeline.augment.operations.base import (
     Operation,
-    PerView,
+    Probability,
     ViewSettings,
     change_due,
     happens,
     per_sample,
     per_view_mistakes,
-    range_mistakes,
 )
 
 
 class SolarizeSettings(ViewSettings):
     """When and from where on a view is solarized."""
 
-    solarize_prob: PerView = 0.0
+    solarize_prob: Probability = 0.0
     """Probability of solarization: values from the threshold on are inverted."""
-    solarize_threshold: float = 128 / 255
+    solarize_threshold: float = Field(128 / 255, ge=0, le=1)
     """Where solarization starts; 0 is black, 1 white."""
 
 
@@ -34,11 +34,7 @@ class Solarize(Operation[SolarizeSettings, float]):
     settings = SolarizeSettings
 
     def mistakes(self, group: SolarizeSettings) -> list[str]:
-        threshold = group.solarize_threshold
-        return [
-            *per_view_mistakes(group, solarize_prob=1.0),
-            *range_mistakes((0 <= threshold <= 1, "solarize_threshold", "between 0 and 1", threshold)),
-        ]
+        return per_view_mistakes(group, "solarize_prob")
 
     def num_uniforms(self, group: SolarizeSettings) -> int:
         return 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ssl_pipeline.backbones.exported import takes_export
 from ssl_pipeline.backbones.weights.loading import load_weights
 from ssl_pipeline.backbones.weights.reading import read_tensors
 from ssl_pipeline.config import ConfigError, nearest
@@ -48,7 +49,7 @@ def load_source(model: nn.Module, weights: str, *, network: str | None) -> Origi
     """
     path = Path(weights).expanduser()
     file = next((path / name for name in FILES if (path / name).is_file()), None) if path.is_dir() else path
-    if file is None or (file.name == FILES[0] and path.is_dir() and network is not None):
+    if file is None or (file.name == FILES[0] and path.is_dir() and not takes_export(path, which=network)):
         checkpoint, name, saved = find_in_run(path, which=network)
         tensors = tensors_of(checkpoint, saved.prefix + "model.")
         taken = load_weights(model, tensors, source=str(checkpoint.path))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssl_pipeline.config import at_home
 from ssl_pipeline.data.errors import DataError
 
 MAX_ALTERNATIVES = 1_000_000  # of braces
@@ -42,7 +43,7 @@ def list_shards(source: ShardSource) -> ShardList:
     not.
     """
     texts = [source] if isinstance(source, str | Path) else list(source)
-    places = [Path(place).expanduser() for text in texts for place in _alternatives(str(text))]
+    places = [Path(at_home(place)) for text in texts for place in _alternatives(str(text))]
     if not places:
         raise DataError("The list of shards is empty.")
     if len(places) == 1 and places[0].is_dir():

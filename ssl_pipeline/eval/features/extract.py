@@ -48,7 +48,7 @@ def extract_features(
     own = wanted[rank() * share : (rank() + 1) * share] or wanted[:1]
     features, labels = torch.empty(0), torch.full((share,), -1)
     batches = evaluation_batches(
-        EvaluationSet(index, preprocessing.size),
+        EvaluationSet(index, preprocessing.size, preprocessing.interpolation),
         own,
         batch_size=batch_size,
         workers=workers,

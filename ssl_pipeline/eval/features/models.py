@@ -13,9 +13,20 @@ import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
-from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_run
+from ssl_pipeline.augment.central_crop import Interpolation
+from ssl_pipeline.augment.operations.base import Deviation, Mean
+from ssl_pipeline.backbones import (
+    Argument,
+    Backbone,
+    BackboneConfig,
+    Preprocessing,
+    check_image_sizes,
+    create_backbone,
+    load_run,
+)
+from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.backbones.weights import is_tag
-from ssl_pipeline.config import Config, ConfigError, validate
+from ssl_pipeline.config import Config, ConfigError, PlaceText, printable, validate
 from ssl_pipeline.files import JSON
 
 RAW_PIXELS = "raw_pixels"
@@ -28,27 +39,31 @@ class ModelConfig(Config):
     """The backbone to measure: a run's, or a timm model."""
 
     run: Path | None = None
-    """A run's directory: what it exported (backbone.safetensors) is measured, before its end the newest checkpoint."""
+    """A run's directory: its newest backbone is measured, exported (backbone.safetensors) or in a checkpoint."""
     which: str | None = None
     """With `run`: a backbone of its checkpoints by name, `student` or `teacher`, instead of the one it exports."""
+    step: Annotated[int, Field(gt=0)] | None = None
+    """With `run`: what it had after so many steps, exported or in a checkpoint, instead of the newest."""
     checkpoint: Annotated[int, Field(gt=0)] | None = None
-    """With `run`: the step of one of its checkpoints, instead of the newest."""
+    """The same as `step`, its earlier name."""
     backbone: str | None = None
     """Instead of a run: a timm model by name, or `raw_pixels`."""
-    arguments: dict[str, bool | int | float | str] = Field(default={})
+    arguments: dict[str, Argument] = Field(default={})
     """With `backbone`: the model's arguments, `arguments.img_size=32`."""
     small_images: bool = False
     """With `backbone`: a CNN's 3x3 stem without max-pool."""
-    weights: str | None = None
+    weights: PlaceText | None = None
     """With `backbone`: a weights file, a run or a timm pretrained tag; without it the model is at random
     initialisation."""
     weights_from: str | None = None
     """With `weights`: `teacher` or `student` of a file, a backbone of a run by name."""
-    size: Annotated[int, Field(gt=0)] | None = None
+    size: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Side of the images in pixels; by default the run's evaluation size, or `arguments.img_size`, or 224."""
-    mean: tuple[float, float, float] | None = None
+    interpolation: Interpolation = "bicubic"
+    """How images are resized, antialiased in either way; published figures of most ResNets are bilinear."""
+    mean: Mean | None = None
     """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
-    std: tuple[float, float, float] | None = None
+    std: Deviation | None = None
     """With `backbone`: standard deviation of the colour channels; by default as `mean`."""
 
     @model_validator(mode="after")
@@ -70,10 +85,17 @@ class ModelConfig(Config):
             )
         if self.weights_from and not self.weights:
             raise ValueError(f"weights_from={self.weights_from} says which network of weights is measured. Set both.")
-        of_run = [name for name in ("which", "checkpoint") if getattr(self, name)]
+        of_run = [name for name in ("which", "step", "checkpoint") if getattr(self, name)]
         if self.backbone is not None and of_run:
             raise ValueError(f"{of_run[0]} belongs to run=DIR. backbone=NAME is a single network.")
+        if self.step and self.checkpoint and self.step != self.checkpoint:
+            raise ValueError(f"step={self.step} and checkpoint={self.checkpoint} are the same setting. Leave one out.")
         return self
+
+    @property
+    def picked_step(self) -> int | None:
+        """The step that is asked for, under either name."""
+        return self.step or self.checkpoint
 
 
 @dataclass(frozen=True)
@@ -97,7 +119,17 @@ class EvaluatedModel:
 
 
 def open_model(config: ModelConfig) -> EvaluatedModel:
-    """The backbone that the config names, ready to be measured."""
+    """The backbone that the config names, ready to be measured; ConfigError if it does not take images of the size."""
+    model = _model(config)
+    preprocessing = replace(model.preprocessing, interpolation=config.interpolation)
+    model = replace(model, preprocessing=preprocessing)
+    if isinstance(model.backbone, Backbone):
+        arguments = "arguments" if config.run is None else None  # a run brings its own
+        check_image_sizes(model.backbone, {"size": (model.preprocessing.size,)}, arguments=arguments)
+    return model
+
+
+def _model(config: ModelConfig) -> EvaluatedModel:
     if config.run is not None:
         return _run_model(config, config.run)
     assert config.backbone is not None
@@ -107,7 +139,7 @@ def open_model(config: ModelConfig) -> EvaluatedModel:
         BackboneConfig,
         {
             "name": config.backbone,
-            "arguments": dict(config.arguments),
+            "arguments": config.model_dump(mode="json")["arguments"],
             "small_images": config.small_images,
             "weights": config.weights,
             "weights_from": config.weights_from,
@@ -149,14 +181,19 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
-    """What the run exported; or from its checkpoints, if that is asked for or the run has not ended."""
-    found = load_run(run, which=config.which, step=config.checkpoint)
+    """The newest backbone of the run, or the one that is asked for; prints if the run has exported another one."""
+    found = load_run(run, which=config.which, step=config.picked_step)
     backbone, preprocessing = found.backbone, found.preprocessing
-    if found.step is None:
-        label, weights = "pretrained", f"the run's evaluated backbone ({found.path.name})"
+    of_step = "" if found.step is None else f" of step {found.step}"
+    if found.name is None:
+        label, weights = "pretrained", f"the run's evaluated backbone{of_step} ({found.path.name})"
     else:
         label = f"{found.name}, step {found.step}"
         weights = f"{found.name} of {found.path.relative_to(run)}"
+    exported = exported_step(run)
+    if exported is not None and found.step not in (None, exported):
+        note = f"{run} was trained on after its export, of step {exported}; step {found.step} is measured"
+        print(printable(f"{note} (step={exported} measures the export)."), flush=True)
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
     about: dict[str, JSON] = {
@@ -164,6 +201,7 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         "method": _method_of(run),
         "backbone": backbone.config.model_dump(mode="json"),
         "weights": weights,
+        "step": found.step,
         "weights_sha256": found.sha256,
     }
     return EvaluatedModel(label, backbone, preprocessing, about, backbone.config)
@@ -179,7 +217,9 @@ def _method_of(run: Path) -> str | None:
 
 def baselines_of(model: EvaluatedModel) -> dict[str, EvaluatedModel]:
     """The yardsticks: the pixels themselves, and the same architecture at random initialisation."""
-    baselines = {RAW_PIXELS: raw_pixels(model.preprocessing.size)}
+    pixels = raw_pixels(model.preprocessing.size)
+    resized = replace(pixels.preprocessing, interpolation=model.preprocessing.interpolation)
+    baselines = {RAW_PIXELS: replace(pixels, preprocessing=resized)}
     if model.config is not None:
         baselines["random"] = random_initialisation(model.config, model.preprocessing)
     return baselines

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from ssl_pipeline.augment.draw import ViewSampler, num_draws, num_uniforms
 from ssl_pipeline.augment.on_accelerator import augment_on_accelerator
 from ssl_pipeline.augment.operations import OPERATIONS, Operation, ViewSettings
-from ssl_pipeline.augment.operations.base import change_due, happens, per_sample, per_view_mistakes
+from ssl_pipeline.augment.operations.base import Probability, change_due, happens, per_sample, per_view_mistakes
 from ssl_pipeline.augment.photometric import apply_photometric, stages_per_view
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import Config, ConfigError, validate
@@ -17,7 +17,7 @@ from ssl_pipeline.config import Config, ConfigError, validate
 class InvertSettings(ViewSettings):
     """When a view is inverted."""
 
-    invert_prob: float | tuple[float, ...] = 0.0
+    invert_prob: Probability = 0.0
     """Probability of inversion."""
 
 
@@ -27,7 +27,7 @@ class Invert(Operation[InvertSettings, bool]):
     settings = InvertSettings
 
     def mistakes(self, group):
-        return per_view_mistakes(group, invert_prob=1.0)
+        return per_view_mistakes(group, "invert_prob")
 
     def num_uniforms(self, group):
         return int(any(group.per_view(group.invert_prob)))

@@ -8,6 +8,8 @@ import torch
 
 from ssl_pipeline.backbones import load_backbone, save_backbone
 from ssl_pipeline.config import ConfigError, load
+from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.models import ModelConfig, baselines_of, open_model, raw_pixels
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 
@@ -25,8 +27,40 @@ def test_a_run_brings_its_weights_and_preprocessing(run: Path) -> None:
     torch.testing.assert_close(model.backbone.state_dict(), backbone.state_dict())
 
 
+def test_the_interpolation_reaches_features_baselines_and_report(run: Path, train: str, test: str) -> None:
+    chosen = [f"run={run}", "interpolation=bilinear", "size=8"]
+    model = open_model(settings(*chosen))
+    everything = [model, *baselines_of(model).values()]
+    assert [each.preprocessing.interpolation for each in everything] == ["bilinear"] * 3
+    config = load(KnnConfig, [*chosen, f"train={train}", f"test={test}", "k=3", "workers=0"])
+    assert evaluate_knn(config)["protocol"]["interpolation"] == "bilinear"
+    features = [
+        extract_features(each.backbone, open_shards(train), each.preprocessing, batch_size=16, workers=0)[0]
+        for each in (model, open_model(settings(f"run={run}", "size=8")))
+    ]
+    assert not torch.equal(*features)
+
+
 def test_size_overrides_that_of_the_run(run: Path) -> None:
     assert open_model(settings(f"run={run}", "size=24")).preprocessing.size == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["backbone=resnet18", "arguments.in_chans=1"], "Try arguments.in_chans=null."),
+        (["backbone=cait_xxs24_224", "size=96"], "Try size=224, or arguments.img_size=96."),
+    ],
+)
+def test_images_that_the_network_does_not_take_are_told_before_they_are_read(arguments, advice) -> None:
+    with pytest.raises(ConfigError, match=r"^size=\d+ does not suit the backbone") as error:
+        open_model(settings(*arguments))
+    assert str(error.value).endswith(advice)
+
+
+def test_a_run_is_not_told_to_change_arguments_that_it_brings(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^size=20 does not suit .* Try size=24\.$"):
+        open_model(settings(f"run={run}", "size=20"))
 
 
 def test_a_weights_file_gives_the_network_of_the_run(run: Path) -> None:

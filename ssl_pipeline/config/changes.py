@@ -1,0 +1,77 @@
+"""What two settings of one command differ in, and which of it a run that goes on may have otherwise.
+
+Each field says so where it is declared: `workers: MayChange[int] = 2`. A field that says nothing may not change; what
+is said of a section holds for all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from pydantic import JsonValue
+from pydantic_core import to_jsonable_python
+
+from ssl_pipeline.config.base import Config
+
+
+@dataclass(frozen=True)
+class _MayChange:
+    """The mark of a field; it stands around the whole type: `MayChange[int | None]`, not `MayChange[int] | None`."""
+
+
+T = TypeVar("T")
+MayChange = Annotated[T, _MayChange()]
+
+ABSENT = None  # null leaves an entry out
+LONGEST_VALUE = 40
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key with the values that two settings have; `allowed`: whether a run may change it when it goes on."""
+
+    key: str
+    before: JsonValue
+    now: JsonValue
+    allowed: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {short(self.before)} -> {short(self.now)}"
+
+
+def short(value: JsonValue) -> str:
+    """A value as it is written on the command line, but of a long one only the beginning."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def changes(before: Config, now: Config) -> list[Change]:
+    """Every key that differs, in the order of the schema."""
+    return list(_between(before, now, "", allowed=False))
+
+
+def _between(before: object, now: object, key: str, *, allowed: bool) -> Iterator[Change]:
+    if isinstance(before, Config) and isinstance(now, Config):
+        names = list(dict.fromkeys([*type(before).model_fields, *type(now).model_fields]))
+        if type(before) is not type(now) and "name" in names:
+            names = ["name"]  # the other keys mean something else then
+        for name in names:
+            field = type(now).model_fields.get(name) or type(before).model_fields[name]
+            marked = allowed or any(isinstance(mark, _MayChange) for mark in field.metadata)
+            old, new = (getattr(config, name, ABSENT) for config in (before, now))
+            yield from _between(old, new, _below(key, name), allowed=marked)
+    elif isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*before, *now]):
+            old, new = (entries.get(name, ABSENT) for entries in (before, now))
+            yield from _between(old, new, _below(key, name), allowed=allowed)
+    else:
+        old, new = (to_jsonable_python(value) for value in (before, now))
+        if old != new:
+            yield Change(key, old, new, allowed)
+
+
+def _below(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

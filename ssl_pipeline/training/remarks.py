@@ -1,0 +1,76 @@
+"""What a recipe may ask for but hardly means, now that the length of the run is known: a line each at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.config import Config
+from ssl_pipeline.config.ranges import plain
+from ssl_pipeline.optim.optimizer import OptimConfig
+from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.training.clock import Clock
+
+
+def remarks(method: Config, optim: OptimConfig, augment: Mapping[str, ViewGroup], clock: Clock) -> list[str]:
+    """One sentence for each: durations beyond the end of the run, a learning rate that starts or ends above its peak,
+    local crops larger than the global ones.
+    """
+    progress = clock.progress(0)
+    sections: tuple[tuple[str, Config], ...] = (("method", method), ("optim", optim))
+    return [
+        *(said for name, section in sections for said in _beyond_the_end(name, section, progress)),
+        *_rates_above_the_peak(optim, clock.global_batch),
+        *_large_local_crops(augment),
+    ]
+
+
+def _beyond_the_end(name: str, section: Config, progress: Progress) -> Iterator[str]:
+    for field in type(section).model_fields:
+        key, value = f"{name}.{field}", getattr(section, field)
+        if isinstance(value, Schedule):
+            yield from _schedule_beyond_the_end(key, value, progress)
+        elif isinstance(value, Duration) and value.steps(progress) >= progress.total_steps:
+            yield f"{_too_long(key, value, progress)}."
+
+
+def _schedule_beyond_the_end(key: str, schedule: Schedule, progress: Progress) -> Iterator[str]:
+    before = schedule.delay.steps(progress)
+    reached = before + schedule.warmup.steps(progress) - schedule.inclusive
+    if reached >= progress.total_steps:
+        part, duration = ("delay", schedule.delay) if schedule.warmup.is_zero else ("warmup", schedule.warmup)
+        yield f"{_too_long(f'{key}.{part}', duration, progress)}: {plain(schedule.value)} is never reached."
+        return
+    for milestone in schedule.milestones:
+        if before + milestone.steps(progress) >= progress.total_steps:
+            yield f"{_too_long(f'{key}.milestones', milestone, progress)}."
+    if schedule.decay_for is not None:
+        end = before + (schedule.warmup.steps(progress) + schedule.decay_for.steps(progress))
+        if end > progress.total_steps:
+            yield (
+                f"{key}.decay_for={schedule.decay_for} ends at step {end}, but the run ends after "
+                f"{progress.total_steps}: its last value is never reached."
+            )
+
+
+def _too_long(key: str, duration: Duration, progress: Progress) -> str:
+    steps, total = duration.steps(progress), progress.total_steps
+    return f"{key}={duration} is {steps} steps, but the run ends after {total}"
+
+
+def _rates_above_the_peak(optim: OptimConfig, global_batch: int) -> Iterator[str]:
+    lr = optim.effective_lr(global_batch)
+    for key, number in lr.numbers().items():
+        if key in ("start", "final") and number > lr.value:
+            yield (
+                f"optim.lr.{key}={plain(number)} is above the effective learning rate {lr.value:g} "
+                f"that the {'warm-up leads to' if key == 'start' else 'decay comes from'}."
+            )
+
+
+def _large_local_crops(augment: Mapping[str, ViewGroup]) -> Iterator[str]:
+    if not {"global", "local"} <= augment.keys():
+        return
+    local, other = max(augment["local"].sizes), max(augment["global"].sizes)
+    if local > other:
+        yield f"augment.local.size={local} is larger than augment.global.size={other}: local crops are the small ones."
