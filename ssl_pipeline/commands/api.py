@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from ssl_pipeline.commands import pretrain as command
 from ssl_pipeline.commands.images import DIGITS, expand, holds_shards, leaves
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, Value, failure_sentence, is_out_of_memory, load
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.data.shards.origins import ORIGINS_FILE
 from ssl_pipeline.data_tools.output import REJECTED_FILE
 from ssl_pipeline.data_tools.packed_once import pack_once
 from ssl_pipeline.eval.accuracy import bootstrap_interval
@@ -118,8 +120,11 @@ def embed(
     with _explained(), _shards_of(source) as shards:
         index = open_shards(shards)
         features = _features(backbone, index, batch_size, workers, device, precision)
-        of_files = shards != source  # packed for this call
-        keys = [(index.origin(sample) if of_files else None) or index.key(sample) for sample in range(len(index))]
+        keys = [index.key(sample) for sample in range(len(index))]
+        if shards != source:  # packed for this call
+            with (Path(str(shards)) / ORIGINS_FILE).open(encoding="utf-8") as file:
+                files = {entry["key"]: entry["file"] for entry in map(json.loads, file)}
+            keys = [files[key] for key in keys]
     return features, keys
 
 
