@@ -56,6 +56,7 @@ def expected_time(
     epochs, steps = train["epochs"], train["steps"]
     for key, value in SHORT.items():
         assign(tree, tuple(key.split(".")), value)
+    print(f"Timing up to {STEPS} steps, {SECONDS:.0f} s at most ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="ssl_pipeline-trial-") as place:
         recipe, run = Path(place) / "trial.yaml", Path(place) / "run"
         recipe.write_text(yaml.dump(tree, Dumper=YamlDumper, sort_keys=False), encoding="utf-8")
