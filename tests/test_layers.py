@@ -16,6 +16,7 @@ FRONTS = ("eval", "data_tools", "pretrain")  # the commands' thin front: a few l
 STARTS = {  # commands that compose rooms; the others are called as they are
     "pretrain": "ssl_pipeline.commands.start",
     "eval.compare": "ssl_pipeline.commands.compare",
+    "eval.embed": "ssl_pipeline.commands.embed",
 }
 
 # lowest row first; a module may import its own row and those below

@@ -25,6 +25,16 @@ def measuring(run: Path, index: ShardIndex, own: str | None) -> str:
     return f"{start} train={shlex.quote(own)} test={shlex.quote(own)} leave_one_out=true"
 
 
+def of_the_run(run: Path, own: str | None) -> str:
+    """The commands that show the run as a page and, with images of its own, write their features as a table."""
+    place = shlex.quote(str(run))
+    page = f"As a page: {_command('report')} run={place}"
+    if own is None:
+        return page
+    table = shlex.quote(str(run / "features.npz"))
+    return f"{page}\nFeatures of its images: {_command('embed')} run={place} source={shlex.quote(own)} output={table}"
+
+
 def features_in_python(shards: str) -> str:
     """How a program gets the features of the run's own images, after `in_python`."""
     return (

@@ -32,11 +32,13 @@ from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.protocol import choose_device
+from ssl_pipeline.eval.report import report_page
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
 from ssl_pipeline.eval.votes import votes_accuracy
+from ssl_pipeline.files import write_text
 
 ARGUMENTS = {"images": "images", "data.shards": "shards", "recipe": "recipe", "output": "output"}
-KNN = "k-NN"
+KNN, REPORT = "k-NN", "report.html"
 
 Source = str | Path | tuple[str, ...]
 """Shards in any form of data.shards, or a folder or zip of images."""
@@ -61,6 +63,12 @@ class Run:
     def backbone(self) -> Backbone:
         """What it exported, in eval mode on the CPU."""
         return load_run(self.path).backbone.eval()
+
+    def report(self) -> Path:
+        """The run as one self-contained page, written to `report.html` in its directory, as `eval.report` does."""
+        path = self.path / REPORT
+        write_text(path, report_page(self.path))
+        return path
 
 
 def pretrain(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from ssl_pipeline.commands.trial import expected_time
 from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, Value, printable, read_recipe, read_yaml
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data_tools.packed_once import is_packed, look_at, pack_once
+from ssl_pipeline.data_tools.packed_once import IN_A_RUN, is_packed, look_at, pack_once
 
 AUTO, DIGITS = "auto", "digits"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -50,7 +50,11 @@ def expand(
         raise ConfigError("recipe=auto looks at the images to choose. Set images=FOLDER, or data.shards=SHARDS.")
     recipe = recipe or AUTO
     output = Path(given["output"] if "output" in given else _directory(images, given, recipe)).expanduser()
-    shards = given["data.shards"] if images is None else _shards(images, output, recipe, given)
+
+    def short_side(source: str) -> int | None:
+        return _short_side(source, recipe, given)
+
+    shards = given["data.shards"] if images is None else shards_of(images, output, short_side=short_side)
     packed = [] if images is None else [f"data.shards={shards}"]
     after = [*rest, *packed, *([] if "output" in given else [f"output={output}"])]
     if recipe != AUTO:
@@ -107,18 +111,27 @@ def holds_shards(source: str) -> bool:
     return source.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar")))
 
 
-def _shards(images: str, output: Path, recipe: str, given: Mapping[str, str]) -> str:
-    """Where the images are as shards: themselves, if they are some, or what is made of them."""
+def shards_of(
+    images: str,
+    output: Path,
+    *,
+    way_out: str = IN_A_RUN,
+    short_side: Callable[[str], int | None] = lambda source: None,
+) -> str:
+    """Where the images are as shards: themselves, if they are some, or what is made of them, once, in `output`.
+
+    The first process packs them, and the others wait for it. way_out: what to do where they have changed since then.
+    short_side: to how many pixels a source is reduced that is packed now, if at all.
+    """
     if holds_shards(images):
         return images
     source = images if images == DIGITS else str(Path(images).expanduser())
     if os.environ.get("RANK", "0") == "0":
-        return str(
-            pack_once(source, output, short_side=None if is_packed(output) else _short_side(source, recipe, given))
-        )
+        side = None if is_packed(output) else short_side(source)
+        return str(pack_once(source, output, way_out=way_out, short_side=side))
     while not is_packed(output):
         time.sleep(SECONDS_BETWEEN_LOOKS)  # if the first process fails, the launcher ends this one
-    return str(pack_once(source, output))
+    return str(pack_once(source, output, way_out=way_out))
 
 
 def _short_side(source: str, recipe: str, given: Mapping[str, str]) -> int | None:

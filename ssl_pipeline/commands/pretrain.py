@@ -24,7 +24,7 @@ from ssl_pipeline.backbones import (
     create_backbone,
 )
 from ssl_pipeline.backbones.exported import about_weights
-from ssl_pipeline.commands.afterwards import features_in_python, measuring
+from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_the_run
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
 from ssl_pipeline.config import (
@@ -234,7 +234,7 @@ def _pretrain(config: PretrainConfig) -> int:
         )
         if signal_number == 0 and directory is not None:
             own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
-            print(f"Done. {measuring(output, index, own)}\n{in_python(output)}")
+            print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
             if own is not None:
                 print(features_in_python(own))
         accelerator.end_training()

@@ -19,16 +19,18 @@ SHARDS = "images"
 LISTING = "images.jsonl"
 NAMES_SHOWN = 3
 LOOKED_AT = 200  # images
+IN_A_RUN = "Put the files back, or choose another output=DIR to train on what is there now."
 
 
-def pack_once(source: str, place: Path, *, short_side: int | None = None) -> Path:
+def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN, short_side: int | None = None) -> Path:
     """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
 
     short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
     the shards says it.
 
     LISTING beside it has the name and size of each file as it was packed; it is written last, so that shards without
-    it are those of a start that was cut short. Raises DataError, which names some files, if the source has changed.
+    it are those of a start that was cut short. Raises DataError, which names some files and the way out, if the source
+    has changed.
     """
     shards, listing = place / SHARDS, place / LISTING
     files = open_source(source, "", None)
@@ -37,8 +39,7 @@ def pack_once(source: str, place: Path, *, short_side: int | None = None) -> Pat
         before = read_listing(listing)
         if before != now:
             raise DataError(
-                f"images={source} has changed since this run packed it into '{shards}': {differences(before, now)}. "
-                f"Put the files back, or choose another output=DIR to train on what is there now."
+                f"'{source}' has changed since it was packed into '{shards}': {differences(before, now)}. {way_out}"
             )
         if shards.exists():
             return shards

@@ -13,10 +13,12 @@ from PIL import Image
 
 import ssl_pipeline
 from ssl_pipeline.commands.afterwards import features_in_python, measuring
+from ssl_pipeline.commands.embed import EmbedConfig, embed
 from ssl_pipeline.config import load
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+from ssl_pipeline.eval.report import ReportConfig, report_page
 from tests.runs import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,10 @@ def test_the_commands_at_the_end_of_a_run_work_as_they_stand(tmp_path, capsys, m
     assert (program, module, name) == ("python", "-m", "eval.knn")
     report = evaluate_knn(load(KnnConfig, arguments))
     assert report["protocol"]["num_test"] == 24
+    page = load(ReportConfig, shlex.split(re.search(r"As a page: (.*)", printed)[1])[3:])
+    assert "loss" in report_page(page.run)
+    embed(load(EmbedConfig, [*shlex.split(re.search(r"Features of its images: (.*)", printed)[1])[3:], "workers=0"]))
+    assert (tmp_path / "a run" / "features.npz").is_file()
     shown = printed.split("In Python:\n")[1].replace("    ", "").replace("photo.jpg", str(photos / "cat" / "0.png"))
     names: dict[str, object] = {}
     exec(compile(shown, "shown", "exec"), names)
