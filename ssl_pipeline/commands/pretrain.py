@@ -24,6 +24,7 @@ from ssl_pipeline.backbones import (
     create_backbone,
 )
 from ssl_pipeline.backbones.exported import about_weights
+from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_the_run
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
 from ssl_pipeline.config import (
@@ -232,8 +233,10 @@ def _pretrain(config: PretrainConfig) -> int:
             )
         )
         if signal_number == 0 and directory is not None:
-            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS")
-            print(f"As a page: python -m eval.report run={output}\n{in_python(output)}")
+            own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
+            print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
+            if own is not None:
+                print(features_in_python(own))
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
 
@@ -300,7 +303,7 @@ def main(name: str) -> int:
     pairs, flags = without_flags(arguments)
     if not flags & {"--help", "-h"}:
         try:
-            arguments = [*expand(pairs), *flags]
+            arguments = [*expand(pairs, timed=None if "--print" in flags else PretrainConfig), *flags]
         except Exception as error:
             if "--debug" in flags:
                 raise
