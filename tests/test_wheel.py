@@ -52,5 +52,5 @@ def test_it_brings_the_recipes(installed: Path, tmp_path: Path):
     command = [sys.executable, "-m", "ssl_pipeline.commands.start", "--print", "recipe=digits_dino"]
     environment = os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "\nrecipe: digits_dino\n" in done.stdout, done.stderr
+    assert done.stdout.startswith("recipe: digits_dino\n"), done.stderr
     assert list(tmp_path.iterdir()) == []
