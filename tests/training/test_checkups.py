@@ -40,8 +40,10 @@ def run(tmp_path, shards) -> Callable[..., Path]:
     return start_run
 
 
-def kept(output: Path) -> list[dict]:
-    return json.loads((output / "doctor.json").read_text())["findings"]
+def kept(output: Path, *, besides: tuple[str, ...] = ("waits_for_data",)) -> list[dict]:
+    """What doctor.json has, without what depends on how busy the machine is."""
+    findings = json.loads((output / "doctor.json").read_text())["findings"]
+    return [finding for finding in findings if finding["rule"] not in besides]
 
 
 def test_a_finding_is_said_once_and_kept(run, capsys):
@@ -86,7 +88,7 @@ def test_what_monitors_and_loader_say_themselves_is_kept_and_not_said(run, capsy
     with mock.patch.object(checkups, "diagnose", return_value=[finding]):
         output = run()
     assert "half of the time" not in capsys.readouterr().err
-    assert [finding["rule"] for finding in kept(output)] == ["waits_for_data"]
+    assert [finding["rule"] for finding in kept(output, besides=())] == ["waits_for_data"]
 
 
 def test_many_rows_are_thinned_and_those_of_monitors_stay():
