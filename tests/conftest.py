@@ -9,13 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssl_pipeline.config import RECIPES, recipe_files
+from tests.tiny import CLASSES
+
+TYPICAL = {"dino", "simclr", "mae", "fixmatch", "dino_vits16", "simclr_resnet50"}
+"""The methods and recipes that stand for all others while one works."""
+
 torch.set_num_threads(1)  # the machines that run the tests have few cores, and the tests small tensors
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`ddp` for what starts processes by tests/ranks.py or subprocess, and a skip for `gpu` where there is none."""
+    """`ddp` for what starts processes by tests/ranks.py or subprocess, `other` for what is about a method or recipe
+    that is not `TYPICAL`, and a skip for `gpu` where there is none.
+    """
+    others = {*CLASSES, *recipe_files(RECIPES)} - TYPICAL
     for item in items:
+        parameters = (
+            item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        )
+        if any(isinstance(value, str) and value in others for value in parameters):
+            item.add_marker("other")
         if getattr(item, "originalname", "") in starting_processes(item.path):
             item.add_marker("ddp")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -52,12 +52,12 @@ def check_image_sizes(
 @torch.no_grad()
 def _fails(backbone: Backbone, size: int) -> str | None:
     """What goes wrong with two images; the backbone is a copy."""
-    device = next(backbone.parameters()).device
+    like = next(backbone.parameters())
     try:
         if isinstance(backbone, TokenBackbone):
             backbone.check_size(size, size)
         with torch.random.fork_rng(devices=[]):
-            features = backbone.eval()(torch.zeros(NUM_IMAGES, NUM_CHANNELS, size, size, device=device))
+            features = backbone.eval()(like.new_zeros(NUM_IMAGES, NUM_CHANNELS, size, size))
     except Exception as error:  # whatever timm and torch raise
         return first_line(error)[:LONGEST_REASON].rstrip(".")
     wanted = (NUM_IMAGES, backbone.embed_dim)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, TokenBackbone, require_tokens
@@ -45,13 +45,6 @@ class DVAEConfig(Config):
     """Width of what the decoder makes of a mixture of codes."""
     decoder_blocks: int = Field(2, ge=1)
     """Blocks in each group of the decoder."""
-
-    @model_validator(mode="after")
-    def _temperature_stays_above_zero(self) -> DVAEConfig:
-        lowest = min(self.temperature.value, self.temperature.final if self.temperature.final is not None else 1.0)
-        if lowest <= 0:
-            raise ValueError(f"temperature must stay above 0. Got {lowest:g}.")
-        return self
 
 
 class DVAE(Method):

@@ -146,7 +146,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_a_temperature_of_zero_is_refused():
-    with pytest.raises(ValueError, match="temperature must stay above 0"):
+    with pytest.raises(ValueError, match="final must be above 0"):
         DVAEConfig(name="dvae", temperature=Schedule(value=1.0, final=0.0))
 
 

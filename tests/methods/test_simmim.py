@@ -157,7 +157,7 @@ def test_a_cnn_is_refused(name):
 
 
 def test_weights_behind_the_pooling_of_a_beit_are_refused_with_its_own_setting():
-    with torch.device("meta"), pytest.raises(ConfigError, match=r"fc_norm there; set .*use_fc_norm: false\}'\.$"):
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"fc_norm there; set .*\"use_fc_norm\": false\}'\.$"):
         SimMIM(SimMIMConfig(name="simmim"), create_backbone(BackboneConfig(name="beit_base_patch16_224")))
 
 

@@ -57,7 +57,7 @@ def test_networks_with_tokens(name, patch_size, stride, num_prefix_tokens, takes
 def test_networks_without_tokens_run_as_timm_runs_them_and_are_refused(name, arguments):
     backbone = on_meta(name, arguments=arguments)
     assert type(backbone) is Backbone
-    assert backbone.forward_methods == ()
+    assert backbone.forward_methods == ("features_and_map",)
     with pytest.raises(ConfigError) as refused:
         require_tokens(backbone, "iBOT")
     assert str(refused.value) == (

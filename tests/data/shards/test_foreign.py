@@ -12,7 +12,7 @@ from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.labelled import open_labelled_images
 from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.data.stream import DataConfig, LabelledConfig, open_images
-from ssl_pipeline.eval.protocol import open_labelled
+from ssl_pipeline.eval.labelled import open_labelled
 
 Encoded = Callable[..., bytes]
 WriteTar = Callable[..., Path]
@@ -139,7 +139,7 @@ def test_labels_matter_only_where_they_are_needed(
     assert not index.has_labels
     expected = f"1 of 8 images have no usable label; the first, {message}"
     assert index.label_problem() == expected
-    with pytest.raises(ConfigError, match=f"has no labels; .*{expected}"):
+    with pytest.raises(ConfigError, match=f"has labels for 7 of 8 images; .*{expected}"):
         open_labelled(str(tmp_path), str(tmp_path), task="k-NN")
     config = DataConfig(shards=str(tmp_path), batch_size=2, labelled=LabelledConfig(shards=str(tmp_path)))
     with pytest.raises(DataError, match=expected):

@@ -48,7 +48,7 @@ def test_size_overrides_that_of_the_run(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["backbone=resnet18", "arguments.in_chans=1"], "Try arguments.in_chans=null."),
+        (["backbone=convnext_atto", "size=16"], "Try size=32."),
         (["backbone=cait_xxs24_224", "size=96"], "Try size=224, or arguments.img_size=96."),
     ],
 )
