@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from ssl_pipeline.losses.annealed import annealed_cross_entropy, fairness_loss, uda_loss
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
+from ssl_pipeline.losses.consistency import (
+    consistency_loss,
+    labelled_cross_entropy,
+    mixmatch_loss,
+    pi_model_loss,
+    probability_error,
+)
 from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nnclr_loss, nt_xent
 from ssl_pipeline.losses.discrete import (
     gumbel_softmax,
@@ -24,20 +32,12 @@ from ssl_pipeline.losses.redundancy import barlow_twins_loss, vicreg_loss
 from ssl_pipeline.losses.regularizers import gram_anchoring_loss, koleo_loss
 from ssl_pipeline.losses.semi_supervised import (
     align_distribution,
-    annealed_cross_entropy,
-    consistency_loss,
-    fairness_loss,
     fixmatch_loss,
     guess_labels,
     interpolate_logits,
-    labelled_cross_entropy,
-    mixmatch_loss,
-    pi_model_loss,
-    probability_error,
     pseudo_label_loss,
     relative_threshold,
     sharpen,
-    uda_loss,
     weighted_cross_entropy,
 )
 from ssl_pipeline.losses.swapped import swav_loss

@@ -18,7 +18,7 @@ from ssl_pipeline.modules.batch_mixing import draw_global
 from ssl_pipeline.modules.classifier import ClassifierPair, accuracy, are_right
 from ssl_pipeline.modules.pseudo_labels import RelativeThreshold
 from ssl_pipeline.modules.running_statistics import kept_statistics
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
 class AdaMatchConfig(Config):
@@ -37,7 +37,7 @@ class AdaMatchConfig(Config):
     """Whether labelled logits are drawn between those of the joint batch and of the labelled images alone (USB: no)."""
     labelled_strong: bool = True
     """Whether the labels are learnt on strong views too (USB: no)."""
-    unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0, warmup="50%", rise="cosine")
+    unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0, warmup=Duration("50%"), rise="cosine")
     """Weight of the loss on pseudo-labels beside the loss on labels (USB: 1 throughout)."""
     teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps."""

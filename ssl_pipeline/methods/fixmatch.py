@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config, InRange
-from ssl_pipeline.methods.base import Method, StepOutput
-from ssl_pipeline.methods.weak_to_strong import weak_to_strong
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.classifier import ClassifierPair
 from ssl_pipeline.modules.pseudo_labels import FixedThreshold
+from ssl_pipeline.modules.weak_to_strong import weak_to_strong
 from ssl_pipeline.schedule import Progress, Schedule
 
 
@@ -64,7 +64,10 @@ class FixMatch(Method):
         return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        return weak_to_strong(self.pair, self.weighting, batch, unlabelled_weight=self.config.unlabelled_weight)
+        weight = self.config.unlabelled_weight
+        step = weak_to_strong(self.pair, self.weighting, batch, unlabelled_weight=weight)
+        metrics = {**step.metrics, "feature_std": feature_std(step.features)}
+        return StepOutput(step.loss, metrics, step.labels.carry)
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

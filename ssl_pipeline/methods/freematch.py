@@ -13,10 +13,10 @@ from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config, InRange
 from ssl_pipeline.losses import fairness_loss
-from ssl_pipeline.methods.base import Method, StepOutput
-from ssl_pipeline.methods.weak_to_strong import weak_to_strong
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.classifier import ClassifierPair
-from ssl_pipeline.modules.pseudo_labels import PseudoLabels, SelfAdaptiveThresholds
+from ssl_pipeline.modules.pseudo_labels import SelfAdaptiveThresholds
+from ssl_pipeline.modules.weak_to_strong import weak_to_strong
 from ssl_pipeline.schedule import Progress, Schedule
 
 
@@ -69,18 +69,15 @@ class FreeMatch(Method):
         return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        weighting = self.weighting
-
-        def fairness(strong: Tensor, guessed: PseudoLabels) -> Tensor:
-            predictions, guesses = (
-                moving.after(guessed.carry[name])
-                for name, moving in (("predictions", weighting.predictions), ("guesses", weighting.guesses))
-            )
-            term = fairness_loss(strong, guessed.weights, predictions, guesses)
-            return self.config.fairness_weight * term
-
         weight = self.config.unlabelled_weight
-        return weak_to_strong(self.pair, weighting, batch, unlabelled_weight=weight, regularizer=fairness)
+        step = weak_to_strong(self.pair, self.weighting, batch, unlabelled_weight=weight)
+        metrics = {**step.metrics, "feature_std": feature_std(step.features)}
+        carry, weighting = step.labels.carry, self.weighting
+        predictions = weighting.predictions.after(carry["predictions"])
+        guesses = weighting.guesses.after(carry["guesses"])
+        fairness = fairness_loss(step.strong, step.labels.weights, predictions, guesses)
+        loss = step.loss + self.config.fairness_weight * fairness
+        return StepOutput(loss, {**metrics, "fairness": fairness.detach()}, carry)
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

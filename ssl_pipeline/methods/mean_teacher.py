@@ -16,7 +16,7 @@ from ssl_pipeline.losses import consistency_loss, weighted_cross_entropy
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
 from ssl_pipeline.modules.teacher import averaging_momentum
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
 class MeanTeacherConfig(Config):
@@ -27,7 +27,9 @@ class MeanTeacherConfig(Config):
     """Classes of the labelled images; null takes as many as their shards have."""
     consistency: Literal["mse", "kl"] = "mse"
     """How student and teacher are compared: squared error of the probabilities, or KL(teacher || student)."""
-    consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=100.0, warmup="5ep", rise="exponential")
+    consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
+        value=100.0, warmup=Duration("5ep"), rise="exponential"
+    )
     """Weight of the consistency beside the loss on labels."""
     consistency_on: Literal["all", "unlabelled"] = "all"
     """Whose consistency counts: all images (the authors), or the unlabelled ones alone (Google, USB)."""

@@ -17,7 +17,7 @@ from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.batch_mixing import as_targets, mixup_global_batch
 from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
 from ssl_pipeline.modules.running_statistics import kept_statistics
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
 class MixMatchConfig(Config):
@@ -32,7 +32,7 @@ class MixMatchConfig(Config):
     """Beta(alpha, alpha) of the shares."""
     mixup_share: Literal["row", "batch"] = "row"
     """Whether each row draws its share (Google's code) or the batch draws one (USB)."""
-    unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=75.0, warmup="1.5625%")
+    unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=75.0, warmup=Duration("1.5625%"))
     """Weight of the unlabelled term; rises over 1024 of 65536 kimg."""
     teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps."""

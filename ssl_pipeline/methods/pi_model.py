@@ -15,7 +15,7 @@ from ssl_pipeline.config import Config, InRange
 from ssl_pipeline.losses import consistency_loss, pi_model_loss, weighted_cross_entropy
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
 class PiModelConfig(Config):
@@ -28,7 +28,7 @@ class PiModelConfig(Config):
     """authors: all images count, both branches learn, and the loss on labels is divided by all images. detached
     (Google, USB): unlabelled images alone, the second branch is a target, the loss on labels is the mean of theirs."""
     consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
-        value=8.0, delay="1ep", warmup="79ep", rise="exponential"
+        value=8.0, delay=Duration("1ep"), warmup=Duration("79ep"), rise="exponential"
     )
     """Weight of the consistency; the authors' is 100 * labelled / all images: 8 with 4,000 of CIFAR-10."""
     teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)

@@ -16,7 +16,7 @@ from ssl_pipeline.losses import pseudo_label_loss, weighted_cross_entropy
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.classifier import ClassifierPair, accuracy, are_right
 from ssl_pipeline.modules.running_statistics import kept_statistics
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
 class PseudoLabelConfig(Config):
@@ -27,7 +27,7 @@ class PseudoLabelConfig(Config):
     """Classes of the labelled images; null takes as many as their shards have."""
     threshold: float = Field(0.95, ge=0, le=1)
     """Smallest probability of a class that makes it a pseudo-label; the paper has none (0)."""
-    unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0, warmup="40%")
+    unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0, warmup=Duration("40%"))
     """Weight of the loss on pseudo-labels; the paper's is {value: 3, delay: 100ep, warmup: 500ep}."""
     teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps."""

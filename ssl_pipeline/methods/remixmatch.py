@@ -19,7 +19,7 @@ from ssl_pipeline.modules.batch_mixing import as_targets, mixup_global_batch
 from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
 from ssl_pipeline.modules.memory import MovingDistribution, RecentDistribution
 from ssl_pipeline.modules.running_statistics import kept_statistics
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 TURNS = 4
 
@@ -40,9 +40,9 @@ class ReMixMatchConfig(Config):
     """Batches over which the predictions are averaged that guesses are aligned from."""
     class_momentum: float = Field(0.999, ge=0, lt=1)
     """Share of the moving mean of the labels, which guesses are aligned to, that an update keeps."""
-    unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.5, warmup="1.5625%")
+    unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.5, warmup=Duration("1.5625%"))
     """Weight of the loss on all mixed unlabelled views."""
-    unmixed_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=0.5, warmup="1.5625%")
+    unmixed_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=0.5, warmup=Duration("1.5625%"))
     """Weight of the loss on the first strong view before mixing."""
     rotation_weight: float = Field(0.5, ge=0)
     """Weight of recognising by how many quarters the first strong view was turned (40 labels: 2)."""

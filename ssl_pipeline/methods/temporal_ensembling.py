@@ -17,7 +17,7 @@ from ssl_pipeline.losses import probability_error, weighted_cross_entropy
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
 from ssl_pipeline.modules.image_memory import TemporalEnsemble
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
 class TemporalEnsemblingConfig(Config):
@@ -29,7 +29,7 @@ class TemporalEnsemblingConfig(Config):
     ensemble_momentum: float = Field(0.6, ge=0, lt=1)
     """Share of an image's mean prediction that a visit keeps."""
     consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
-        value=30.0, delay="1ep", warmup="79ep", rise="exponential"
+        value=30.0, delay=Duration("1ep"), warmup=Duration("79ep"), rise="exponential"
     )
     """Weight of the distance to the ensemble beside the mean loss on labels. The authors' 30: they multiply both by
     labelled / all images. CIFAR-100: 100."""
