@@ -45,8 +45,9 @@ def cutmix_global_batch(images: Sequence[Tensor], targets: Sequence[Tensor], *, 
 
 def draw_shares(count: int, alpha: float, device: torch.device) -> Tensor:
     """(count,) numbers from Beta(alpha, alpha), the same on all processes."""
-    both = torch.full((count, 2), alpha, device=device)
-    return _of_first_rank(torch.distributions.Dirichlet(both, validate_args=False).sample()[:, 0].contiguous())
+    both = torch.full((count, 2), alpha)  # on the host: not every device can draw them
+    drawn = torch.distributions.Dirichlet(both, validate_args=False).sample()[:, 0].contiguous()
+    return _of_first_rank(drawn.to(device, non_blocking=True))
 
 
 def draw_partners(count: int, device: torch.device) -> Tensor:
