@@ -1,4 +1,4 @@
-"""A few labelled images of each class, for semi-supervised methods: shards -> a smaller set of shards, or their numbers.
+"""A few labelled images of each class, for semi-supervised methods: shards -> fewer shards, or the images' numbers.
 
 python -m data_tools.split_labels shards=DIR output=DIR|FILE.npy labels_per_class=N|fraction=1% [seed=0]
 """
