@@ -1,4 +1,4 @@
-"""Packs recipes/ into the wheel, where `ssl_pipeline.config` finds them; all else stands in pyproject.toml."""
+"""Packs recipes/ and the mark that the package is typed into the wheel; all else stands in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["ssl_pipeline*"]), "ssl_pipeline.recipes"],
     package_dir={"ssl_pipeline.recipes": "recipes"},
-    package_data={"ssl_pipeline.recipes": ["**/*.yaml"]},
+    package_data={"ssl_pipeline": ["py.typed"], "ssl_pipeline.recipes": ["**/*.yaml"]},
 )

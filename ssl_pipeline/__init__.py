@@ -1,15 +1,26 @@
-"""Self-supervised pretraining of image backbones."""
+"""Self-supervised pretraining of image backbones.
+
+`pretrain`, `load`, `embed` and `knn` are the commands as functions. Importing this package imports neither torch nor
+timm; the first use of one of these names does.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssl_pipeline.backbones import Backbone
+    from ssl_pipeline.commands.api import Run, embed, knn, pretrain
+    from ssl_pipeline.config import ConfigError, RunError
 
 __version__ = "0.2.0"
-__all__ = ["load"]
+__all__ = ["ConfigError", "Run", "RunError", "embed", "knn", "load", "pretrain"]
+
+API, SETTINGS = "ssl_pipeline.commands.api", "ssl_pipeline.config"
+PLACES = {"ConfigError": SETTINGS, "Run": API, "RunError": SETTINGS, "embed": API, "knn": API, "pretrain": API}
+"""Where each name stands that is imported when it is asked for."""
 
 
 def load(run: str | Path, *, step: int | None = None, which: str | None = None) -> Backbone:
@@ -23,3 +34,15 @@ def load(run: str | Path, *, step: int | None = None, which: str | None = None) 
     from ssl_pipeline.backbones import load_run  # takes seconds: torch and timm
 
     return load_run(Path(run).expanduser(), which=which, step=step).backbone.eval()
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this package
+
+    def __getattr__(name: str) -> object:
+        if name not in PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

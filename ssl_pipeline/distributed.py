@@ -25,6 +25,22 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Inside the block the processes that torchrun has started are one group; a process alone is none."""
+    number = os.environ.get("WORLD_SIZE", "")
+    if not number.isdecimal() or int(number) < 2 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def processes_here() -> int:
     """The processes of this machine, by what the launcher says; 1 where it says nothing."""
     number = os.environ.get("LOCAL_WORLD_SIZE", "")

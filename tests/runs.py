@@ -35,7 +35,7 @@ from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.training import loop, step
 from ssl_pipeline.training.launch import start_accelerator
 from ssl_pipeline.training.run import Monitor, Output, Run, TrainConfig, start_clock
-from tests.tiny import VIT, make_method, needs, tiny_settings, view_shape
+from tests.tiny import CONFIGS, OTHER_NETWORK, VIT, make_method, needs, tiny_settings, view_shape
 
 SGD = {"name": "sgd", "lr": {"value": 0.02, "warmup": 2, "final": 0.0}, "weight_decay": 0.01, "momentum": 0.9}
 ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.1}
@@ -66,17 +66,18 @@ def tiny_views(name: str) -> dict[str, ViewGroup]:
     groups = {}
     for views in needs(name):
         count, size = view_shape(views)
-        groups[views.name] = ViewGroup(count=count, size=size, crops_of=views.crops_of)
+        own = {} if views.for_backbone else {"mean": OTHER_NETWORK, "std": OTHER_NETWORK}
+        groups[views.name] = ViewGroup(count=count, size=size, crops_of=views.crops_of, **own)
     return groups
 
 
 def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Path:
     """A complete recipe for the method `name` in its smallest form; `sections` replace its sections."""
     tree: dict[str, object] = {
-        "method": tiny_settings(name),
+        "method": CONFIGS[name](**tiny_settings(name)).model_dump(mode="json", exclude_unset=True),
         "backbone": VIT.model_dump(mode="json", include={"name", "arguments"}),
         "augment": {
-            group: view.model_dump(include={"count", "size", "crops_of"}) for group, view in tiny_views(name).items()
+            group: view.model_dump(mode="json", exclude_unset=True) for group, view in tiny_views(name).items()
         },
         "data": _data(name, shards, batch_size=8),
         "optim": ADAMW,
@@ -99,6 +100,8 @@ def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Te
 
     def train(run: Run) -> int:
         runs.append(run)
+        if happening is not None and happening.float64:
+            run.method.double()  # also what it took in by then, such as the weights of another network
         return loop.train(run)
 
     with happens(happening or Happening()), mock.patch.object(pretrain, "train", train):

@@ -16,6 +16,7 @@ FRONTS = ("eval", "data_tools", "pretrain")  # the commands' thin front: a few l
 STARTS = {  # commands that compose rooms; the others are called as they are
     "pretrain": "ssl_pipeline.commands.start",
     "eval.compare": "ssl_pipeline.commands.compare",
+    "eval.embed": "ssl_pipeline.commands.embed",
 }
 
 # lowest row first; a module may import its own row and those below
@@ -189,7 +190,7 @@ def test_benchmarks_know_the_library_and_nobody_knows_them():
 
 def test_importing_the_package_imports_nothing_of_it_and_no_torch():
     at_its_top = [node for node in tree_of(PACKAGE).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert {ast.unparse(node).split()[1] for node in at_its_top} == {"__future__", "pathlib", "typing"}
+    assert {ast.unparse(node).split()[1] for node in at_its_top} == {"__future__", "importlib", "pathlib", "typing"}
 
 
 def test_no_import_cycle():

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from benchmarks.settings import BenchmarkConfig
 from benchmarks.step import Steps
 from ssl_pipeline.commands.compare import CompareConfig
+from ssl_pipeline.commands.embed import EmbedConfig
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, load, recipe_files, validate
 from ssl_pipeline.config.ranges import numbers_in, ranges_of
@@ -22,10 +23,11 @@ from ssl_pipeline.data_tools.make_shards import MakeShards
 from ssl_pipeline.data_tools.split_labels import SplitLabels
 from ssl_pipeline.eval.knn import KnnConfig
 from ssl_pipeline.eval.linear import LinearConfig
+from ssl_pipeline.eval.suite_measures import SuiteConfig
 from ssl_pipeline.eval.table import TableConfig
 from ssl_pipeline.schedule import Progress, Schedule
 
-EVALUATORS = (KnnConfig, LinearConfig, TableConfig, CompareConfig)
+EVALUATORS = (KnnConfig, LinearConfig, SuiteConfig, EmbedConfig, TableConfig, CompareConfig)
 COMMANDS = (PretrainConfig, *EVALUATORS, MakeShards, CheckShards, SplitLabels, BenchmarkConfig, Steps)
 NO_RANGE = {
     "Schedule.value": "its range is that of its use: Annotated[Schedule, InRange(...)]",
@@ -34,6 +36,8 @@ NO_RANGE = {
     "BackboneConfig.arguments": "timm's arguments, whose meaning timm knows",
     "KnnConfig.arguments": "as those of a backbone",
     "LinearConfig.arguments": "as those of a backbone",
+    "SuiteConfig.arguments": "as those of a backbone",
+    "EmbedConfig.arguments": "as those of a backbone",
 }
 STRANGE: tuple[object, ...] = (math.nan, math.inf, -math.inf, 1e308, -1e308, 10**19, -(10**19), 10**400)
 ORDINARY: tuple[object, ...] = (0, 1, -1, 0.5, 1.5, 2, 7, 255, 1e-300, 3e9, "5%", "1ep", "0ep", True, None)

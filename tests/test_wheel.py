@@ -42,6 +42,10 @@ def test_nothing_but_the_package_is_installed(installed: Path):
     assert "ssl-pipeline = ssl_pipeline.commands.console:main" in script.read_text()
 
 
+def test_type_checkers_are_told_that_it_is_typed(installed: Path):
+    assert (installed / "ssl_pipeline" / "py.typed").is_file()
+
+
 def test_it_brings_the_recipes(installed: Path, tmp_path: Path):
     packed = recipe_files(installed / "ssl_pipeline" / "recipes")
     assert packed.keys() == recipe_files(RECIPES).keys()

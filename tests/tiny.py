@@ -85,6 +85,10 @@ def teacher_settings() -> dict[str, object]:
     return {"teacher": BackboneConfig(name="vit_tiny_patch16_224", arguments=arguments, weights=str(path))}
 
 
+OTHER_NETWORK = (0.5, 0.5, 0.5)
+"""Mean and deviation of the images of a network that is not trained."""
+
+
 @cache
 def tokenizer_settings() -> dict[str, object]:
     """A tokenizer of twelve codes, one for each patch of the tiny ViT."""
@@ -92,7 +96,7 @@ def tokenizer_settings() -> dict[str, object]:
     with torch.random.fork_rng():
         torch.manual_seed(8)
         tokenizer = Tokenizer(create_backbone(VIT), 12)
-    save_tokenizer(path, tokenizer, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    save_tokenizer(path, tokenizer, mean=OTHER_NETWORK, std=OTHER_NETWORK)
     return {"tokenizer": path}
 
 

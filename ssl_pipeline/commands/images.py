@@ -7,30 +7,39 @@ what is in them and by the machine. Both are decided at the first start and foun
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ssl_pipeline.config import ConfigError, printable, read_yaml
+from ssl_pipeline.commands.trial import expected_time
+from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, Value, printable, read_recipe, read_yaml
 from ssl_pipeline.config.arguments import keys_of
-from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data_tools.packed_once import is_packed, pack_once
+from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data_tools.packed_once import IN_A_RUN, is_packed, look_at, pack_once
 
-AUTO = "auto"
+AUTO, DIGITS = "auto", "digits"
 SECONDS_BETWEEN_LOOKS = 0.5
 TINY = 48  # pixels: below it a network for photographs halves its images away
 MANY = 100_000  # images that a ViT from scratch needs at least
+SMALLEST_PACKED = 256  # pixels of the shorter side
+ROOM = 2  # packed images are at least so many times the largest view, and worth it from so many times that
 
 
-def expand(arguments: Sequence[str]) -> list[str]:
+def expand(
+    arguments: Sequence[str], overrides: Mapping[str, Value] | None = None, *, timed: type[Config] | None = None
+) -> list[str]:
     """`key=value` arguments with what `images=` and `recipe=auto` stand for; without these, as they are.
 
+    overrides: values by dotted keys that the run will have too. timed: the settings of a run, if a choice is to come
+    with its expected time, for which a part of it is run; never if train.steps is given, nor for several processes.
     Packs the images in the first process, in which all others wait. Raises ConfigError or DataError.
     """
-    given = keys_of(arguments)
+    overrides = overrides or {}
+    given = keys_of(arguments) | {key: str(value) for key, value in leaves(overrides) if value is not None}
     if "images" in given and "data.shards" in given:
         raise ConfigError("images= packs a folder into shards and data.shards= names some. Give one of the two.")
     rest = [argument for argument in arguments if argument.partition("=")[0] != "recipe"]
@@ -41,23 +50,52 @@ def expand(arguments: Sequence[str]) -> list[str]:
         raise ConfigError("recipe=auto looks at the images to choose. Set images=FOLDER, or data.shards=SHARDS.")
     recipe = recipe or AUTO
     output = Path(given["output"] if "output" in given else _directory(images, given, recipe)).expanduser()
-    shards = given["data.shards"] if images is None else _shards(images, output)
-    chosen = _chosen(open_shards(shards), given, output) if recipe == AUTO else [f"recipe={recipe}"]
+
+    def short_side(source: str) -> int | None:
+        return _short_side(source, recipe, given)
+
+    shards = given["data.shards"] if images is None else shards_of(images, output, short_side=short_side)
     packed = [] if images is None else [f"data.shards={shards}"]
-    return [*chosen, *rest, *packed, *([] if "output" in given else [f"output={output}"])]
-
-
-def choose_recipe(index: ShardIndex, given: Mapping[str, str], *, has_gpu: bool) -> tuple[list[str], str]:
-    """The arguments that a first look suggests, `recipe=` among them, and why."""
+    after = [*rest, *packed, *([] if "output" in given else [f"output={output}"])]
+    if recipe != AUTO:
+        return [f"recipe={recipe}", *after]
+    if known := _recipe_of(output):
+        return [*known, *after]
+    index = open_shards(shards)
     side = int(np.median(index.sizes().min(axis=1)))
-    found = f"{len(index):,} images of {side} pixels (median of the shorter sides)"
+    chosen, why = choose_recipe(len(index), side, given, has_gpu=torch.cuda.is_available())
+    if os.environ.get("RANK", "0") == "0":
+        one_process = os.environ.get("WORLD_SIZE", "1") == "1"
+        expected = ""
+        if timed is not None and one_process and given.get("train.steps", "null") == "null":
+            expected = expected_time(timed, [*chosen, *after], overrides, num_images=len(index))
+        line = f"{' '.join(chosen)}: {why}. {expected + '. ' if expected else ''}recipe=NAME chooses another."
+        print(printable(line), flush=True)
+    return [*chosen, *after]
+
+
+def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Value]]:
+    """Each value of nested sections by its dotted key."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{start}{name}.")
+        else:
+            yield f"{start}{name}", value
+
+
+def choose_recipe(count: int, side: int, given: Mapping[str, str], *, has_gpu: bool) -> tuple[list[str], str]:
+    """The arguments that a first look suggests, `recipe=` among them, and why.
+
+    count: of the images. side: the median of their shorter sides in pixels.
+    """
+    found = f"{count:,} images of {side} pixels (median of the shorter sides)"
     if given.get("backbone.weights", "null") not in ("null", ""):
         is_vit = given.get("backbone.name", "").startswith(("vit_", "deit", "eva", "beit"))
         kind = "ViT" if is_vit else "CNN"
         return [f"recipe=continue_{kind.lower()}_small"], f"{found}, and weights of a {kind} to go on from"
     if side < TINY:
         return ["recipe=cifar10_simclr_resnet18", "knn=null"], f"{found}: a network that keeps small images whole"
-    if has_gpu and len(index) >= MANY:
+    if has_gpu and count >= MANY:
         return ["recipe=dino_vits16", "knn=null"], f"{found} and a GPU: enough for a ViT from scratch"
     return ["recipe=photos_small"], f"{found}{'' if has_gpu else ' and no GPU'}: a small network from scratch"
 
@@ -67,26 +105,68 @@ def _directory(images: str | None, given: Mapping[str, str], recipe: str) -> Pat
     return Path("runs") / (name or "images")
 
 
-def _shards(images: str, output: Path) -> str:
-    """Where the images are as shards: themselves, if they are some, or what is made of them."""
-    source = Path(images).expanduser()
-    if images.endswith(".tar") or (source.is_dir() and any(source.glob("*.tar"))):
+def holds_shards(source: str) -> bool:
+    """Whether a source of images is shards already."""
+    path = Path(source).expanduser()
+    return source.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar")))
+
+
+def shards_of(
+    images: str,
+    output: Path,
+    *,
+    way_out: str = IN_A_RUN,
+    short_side: Callable[[str], int | None] = lambda source: None,
+) -> str:
+    """Where the images are as shards: themselves, if they are some, or what is made of them, once, in `output`.
+
+    The first process packs them, and the others wait for it. way_out: what to do where they have changed since then.
+    short_side: to how many pixels a source is reduced that is packed now, if at all.
+    """
+    if holds_shards(images):
         return images
+    source = images if images == DIGITS else str(Path(images).expanduser())
     if os.environ.get("RANK", "0") == "0":
-        return str(pack_once(images if images == "digits" else str(source), output))
+        side = None if is_packed(output) else short_side(source)
+        return str(pack_once(source, output, way_out=way_out, short_side=side))
     while not is_packed(output):
         time.sleep(SECONDS_BETWEEN_LOOKS)  # if the first process fails, the launcher ends this one
-    return str(pack_once(images if images == "digits" else str(source), output))
+    return str(pack_once(source, output, way_out=way_out))
 
 
-def _chosen(index: ShardIndex, given: Mapping[str, str], output: Path) -> list[str]:
-    """The recipe that the run in `output` has, or the one that suits the images; rank 0 says which."""
+def _short_side(source: str, recipe: str, given: Mapping[str, str]) -> int | None:
+    """Pixels to which large photographs are reduced as they are packed, which is said; None where that gains little."""
+    count, side = look_at(source)
+    if recipe == AUTO:
+        recipe = choose_recipe(count, side, given, has_gpu=torch.cuda.is_available())[0][0].removeprefix("recipe=")
+    view = largest_view(read_recipe(recipe, RECIPES), given)
+    short_side = max(ROOM * view, SMALLEST_PACKED)
+    if side <= ROOM * short_side:
+        return None
+    print(
+        printable(
+            f"images of {side:,} pixels (median of the shorter sides) are packed as JPEG of {short_side} pixels at "
+            f"most: {recipe} has views of {view}. data.shards=SHARDS of make_shards keeps them as they are."
+        ),
+        flush=True,
+    )
+    return short_side
+
+
+def largest_view(recipe: Tree, given: Mapping[str, str]) -> int:
+    """Pixels of the largest view that a recipe asks for, with what is given over it."""
+    augment = recipe.get("augment")
+    groups = augment.items() if isinstance(augment, dict) else ()
+    asked = {name: str(group.get("size")) for name, group in groups if isinstance(group, dict)}
+    sizes = [given.get(f"augment.{name}.size", size) for name, size in asked.items()]
+    return max((int(number) for size in sizes for number in re.findall(r"\d+", size)), default=0)
+
+
+def _recipe_of(output: Path) -> list[str]:
+    """The recipe that the run in `output` has, as arguments; none if it has not begun."""
     settings = output / "config.yaml"
     if settings.exists():
         tree = read_yaml(settings.read_text(encoding="utf-8"), where=str(settings))
         if isinstance(tree, dict) and isinstance(tree.get("recipe"), str):
             return [f"recipe={tree['recipe']}", *(["knn=null"] if tree.get("knn") is None else [])]
-    arguments, why = choose_recipe(index, given, has_gpu=torch.cuda.is_available())
-    if os.environ.get("RANK", "0") == "0":
-        print(printable(f"{' '.join(arguments)}: {why}. recipe=NAME chooses another."), flush=True)
-    return arguments
+    return []

@@ -24,6 +24,7 @@ from ssl_pipeline.backbones import (
     create_backbone,
 )
 from ssl_pipeline.backbones.exported import about_weights
+from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_the_run
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
 from ssl_pipeline.config import (
@@ -71,11 +72,11 @@ from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clo
 class PretrainConfig(Config):
     """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
 
-    images: MayChange[PlaceText | None] = None
-    """Folder or zip of images, packed into OUTPUT/images at the first start, in place of data.shards; or shards."""
     recipe: MayChange[str | None] = None
     """The recipe that these settings come from: a name in recipes/, or a path to a YAML file. With images it may be
     left out, or `auto`: chosen by the images and the machine."""
+    images: MayChange[PlaceText | None] = None
+    """Folder or zip of images, packed into OUTPUT/images at the first start, in place of data.shards; or shards."""
     output: MayChange[Path | None] = None
     """The run's directory (default: runs/RECIPE); the same command again resumes there."""
     seed: Seed = 0
@@ -232,7 +233,10 @@ def _pretrain(config: PretrainConfig) -> int:
             )
         )
         if signal_number == 0 and directory is not None:
-            print(f"Done. Evaluate with: python -m eval.knn run={output} train=SHARDS test=SHARDS\n{in_python(output)}")
+            own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
+            print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
+            if own is not None:
+                print(features_in_python(own))
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
 
@@ -299,7 +303,7 @@ def main(name: str) -> int:
     pairs, flags = without_flags(arguments)
     if not flags & {"--help", "-h"}:
         try:
-            arguments = [*expand(pairs), *flags]
+            arguments = [*expand(pairs, timed=None if "--print" in flags else PretrainConfig), *flags]
         except Exception as error:
             if "--debug" in flags:
                 raise

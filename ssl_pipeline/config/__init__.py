@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,13 +90,20 @@ def dump(config: Config) -> str:
 
 
 def load(
-    schema: type[ConfigType], argv: Sequence[str], *, command: str = "", recipes: Path | None = None
+    schema: type[ConfigType],
+    argv: Sequence[str],
+    *,
+    command: str = "",
+    recipes: Path | None = None,
+    overrides: Mapping[str, Value] | None = None,
 ) -> ConfigType:
     """Settings from `key=value` arguments, over the recipe that `recipe=NAME` names.
 
+    overrides: values by their dotted keys, over the arguments.
+
     Raises ConfigError that lists every mistake at once, each with the nearest known name.
     """
-    tree = read_arguments(schema, argv, recipes)
+    tree = read_arguments(schema, argv, recipes, overrides)
     try:
         return validate(schema, tree, command=command)
     except ConfigError as error:

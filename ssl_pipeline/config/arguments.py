@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_origin
 
@@ -14,31 +14,38 @@ from ssl_pipeline.config.schema import alternatives, annotation_at, section_of
 from ssl_pipeline.config.yaml_text import read_yaml
 
 
-def read_arguments(schema: type[Config], argv: Sequence[str], recipes: Path | None) -> Tree:
-    """Recipe and `key=value` arguments as plain values; raises ConfigError that lists all that cannot be read."""
+def read_arguments(
+    schema: type[Config], argv: Sequence[str], recipes: Path | None, overrides: Mapping[str, Value] | None = None
+) -> Tree:
+    """Recipe and `key=value` arguments as plain values; raises ConfigError that lists all that cannot be read.
+
+    overrides: values by their dotted keys, which count like arguments and come after them.
+    """
     given: dict[str, str] = {}
     places: set[Location] = set()
     mistakes = []
     pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
-    for key, text in sorted(pairs, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
-        if key in given:
+    asked: list[tuple[str, str | None]] = [*pairs, *((key, None) for key in overrides or {})]
+    for key, text in sorted(asked, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
+        if text is not None and key in given:
             raise ConfigError(f"{key} is given twice: '{given[key]}' and '{text}'.")
-        given[key] = text
+        given[key] = "" if text is None else text
         location = tuple(key.split("."))
         try:
-            value = _value(annotation_at(schema, tree, location), key, text)
+            annotation = annotation_at(schema, tree, location)
+            value = (overrides or {})[key] if text is None else _value(annotation, key, text)
             if dropped := drop_of_other_name(schema, tree, location, value):
                 note(dropped)
             if isinstance(value, dict) and is_free_mapping(annotation_at(schema, tree, location)):
-                _assign(tree, location, None)  # the new mapping replaces that of the recipe
-            _assign(tree, location, value)
+                assign(tree, location, None)  # the new mapping replaces that of the recipe
+            assign(tree, location, value)
             places |= set(_places(location, value))
         except ConfigError as error:
             mistakes.append(str(error))
     if mistakes:
         raise SettingsError(*mistakes)
-    for text in schema.fit_recipe(tree, given.keys()):
-        note(text)
+    for told in schema.fit_recipe(tree, given.keys()):
+        note(told)
     for place in places:
         _drop_replaced(schema, tree, place, places)
     return tree
@@ -121,7 +128,7 @@ def _value(annotation: object, key: str, text: str) -> Value:
     return value
 
 
-def _assign(tree: Tree, location: Location, value: Value) -> None:
+def assign(tree: Tree, location: Location, value: Value) -> None:
     """Set one dotted key; a bare value over a schedule's section sets its `value`."""
     *parents, last = location
     for name in parents:
@@ -132,7 +139,7 @@ def _assign(tree: Tree, location: Location, value: Value) -> None:
     old = tree.get(last)
     if isinstance(old, dict) and isinstance(value, dict):
         for name, item in value.items():
-            _assign(old, (name,), item)
+            assign(old, (name,), item)
     elif isinstance(old, dict) and "value" in old and value is not None:
         old["value"] = value
     else:

@@ -23,9 +23,10 @@ try:
 except ImportError:  # no wheel for this platform: Pillow takes 1.2 to 1.5 times as long, 6 times at 32 pixels
     decode_jpeg = None
 
-__all__ = ["DecodeError", "decode_image", "decoded_size", "image_extension"]
+__all__ = ["DecodeError", "decode_image", "decode_with_pillow", "decoded_size", "image_extension"]
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+NAMES = {"WEBP": "WebP"}  # of formats that Pillow spells otherwise
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG; each goes over the whole image, and real ones have about ten
 BAND_PIXELS = 1 << 20  # converted at a time
@@ -53,7 +54,8 @@ def decode_image(
     orientation = orientation_of(data, 0, len(data), header)
     pixels = _decode_plain_jpeg(data, header, out if orientation == 1 else None)
     if pixels is None:
-        pixels = _decode_with_pillow(without_metadata(data), MAX_PIXELS if max_pixels is None else max_pixels)
+        limit = MAX_PIXELS if max_pixels is None else max_pixels
+        pixels = decode_with_pillow(without_metadata(data), max_pixels=limit)
     elif orientation == 1:
         return pixels
     pixels = upright(pixels, orientation)
@@ -133,17 +135,24 @@ def _decode_plain_jpeg(
         return None
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def decode_with_pillow(
+    data: bytes, *, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """RGB pixels (H, W, 3) of the first frame of a file of some of Pillow's formats, as it lies there.
+
+    Raises DecodeError for any other file, and for one that is damaged or larger than `max_pixels`.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about metadata that no pixel depends on
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=formats) as image:
                 _refuse_large(image.height, image.width, max_pixels)
                 return _rgb_pixels(image)
     except DecodeError:
         raise
     except Image.UnidentifiedImageError:
-        raise DecodeError("no JPEG, PNG or WebP image") from None
+        names = [NAMES.get(name, name) for name in formats]
+        raise DecodeError(f"no {', '.join(names[:-1])} or {names[-1]} image") from None
     except Exception as error:  # damaged files make Pillow raise a dozen types, SyntaxError and struct.error among them
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DecodeError(reason[:200].rstrip(". ")) from None
@@ -151,6 +160,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
 
 def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
     """Converted in bands, because each conversion makes copies of what it is given."""
+    if image.mode == "F":
+        raise DecodeError("its pixels are numbers with fractions, of no known range")
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
     image.load()

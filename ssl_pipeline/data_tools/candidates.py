@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
+from ssl_pipeline.data_tools.conversion import CONVERTED_EXTENSIONS
 from ssl_pipeline.data_tools.sources import Rejected, Source
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 JPEG_BY_OTHER_NAMES = ("jpe", "jfif")
-OTHER_FORMATS = ("avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "ppm", "tif", "tiff")
+READ = (*IMAGE_EXTENSIONS, *JPEG_BY_OTHER_NAMES, *CONVERTED_EXTENSIONS)
+OTHER_FORMATS = ("avif", "heic", "heif", "jp2", "jxl", "ppm")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ def _image_files(source: Source) -> tuple[dict[str, list[str]], list[Rejected]]:
         if not parts or _is_hidden(parts):
             others.append(Rejected(name, "hidden file"))
         elif extension in OTHER_FORMATS:
-            others.append(Rejected(name, f"neither JPEG, PNG nor WebP: .{extension}"))
-        elif extension not in IMAGE_EXTENSIONS and extension not in JPEG_BY_OTHER_NAMES:
+            others.append(Rejected(name, f"a format that is not read: .{extension}"))
+        elif extension not in READ:
             others.append(Rejected(name, "no image file"))
         else:
             images[name] = parts

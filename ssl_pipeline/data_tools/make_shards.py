@@ -29,6 +29,7 @@ from ssl_pipeline.data_tools.candidates import (
     looks_like_splits,
     path_parts,
 )
+from ssl_pipeline.data_tools.conversion import storable
 from ssl_pipeline.data_tools.holdout import held_out
 from ssl_pipeline.data_tools.label_table import read_label_table
 from ssl_pipeline.data_tools.output import PARTS, REJECTED_FILE, output_in_the_making
@@ -47,9 +48,9 @@ REASONS_SHOWN = 5
 class MakeShards(Config):
     """Write the images of a folder, a zip or scikit-learn's digits into WebDataset shards.
 
-    Class folders become labels, a flat folder has none. Image files are stored as they are, unless short_side is
-    given. Files that cannot be decoded are left out and listed in rejected.jsonl; files.jsonl says which file became
-    which image.
+    Class folders become labels, a flat folder has none. JPEG, PNG and WebP files are stored as they are, unless
+    short_side is given; GIF (the first frame), BMP and TIFF become PNG. Files that cannot be decoded are left out and
+    listed in rejected.jsonl; files.jsonl says which file became which image.
     """
 
     source: PlaceText
@@ -121,8 +122,8 @@ def make_shards(config: MakeShards) -> int:
     found = _candidates(source, config)
     if not found.images:
         raise DataError(
-            f"source='{config.source}' has no image file (.jpg .jpeg .png .webp) among {len(found.others)} files. "
-            "Is prefix= missing?"
+            f"source='{config.source}' has no image file (.jpg .png .webp .gif .bmp .tif) among "
+            f"{len(found.others)} files. Is prefix= missing?"
         )
     if config.holdout is not None and found.class_names is None:
         raise DataError(
@@ -209,7 +210,7 @@ def _check_chunk(source: Source, packing: Packing | None, candidates: Sequence[C
     results = []
     for candidate in candidates:
         try:
-            data = source.read(candidate.name)
+            data = storable(source.read(candidate.name))
             height, width, _ = decode_image(data).shape
             if packing is not None:
                 packed_size(height, width, packing.short_side)

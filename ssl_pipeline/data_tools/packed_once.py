@@ -5,23 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
+from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.open import DataError
 from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits
+from ssl_pipeline.data_tools.conversion import storable
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
-from ssl_pipeline.data_tools.sources import open_source
+from ssl_pipeline.data_tools.sources import UnreadableFileError, open_source
 from ssl_pipeline.files import write_text
 
 SHARDS = "images"
 LISTING = "images.jsonl"
 NAMES_SHOWN = 3
+LOOKED_AT = 200  # images
+IN_A_RUN = "Put the files back, or choose another output=DIR to train on what is there now."
 
 
-def pack_once(source: str, place: Path) -> Path:
+def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN, short_side: int | None = None) -> Path:
     """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
 
+    short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
+    the shards says it.
+
     LISTING beside it has the name and size of each file as it was packed; it is written last, so that shards without
-    it are those of a start that was cut short. Raises DataError, which names some files, if the source has changed.
+    it are those of a start that was cut short. Raises DataError, which names some files and the way out, if the source
+    has changed.
     """
     shards, listing = place / SHARDS, place / LISTING
     files = open_source(source, "", None)
@@ -30,17 +39,34 @@ def pack_once(source: str, place: Path) -> Path:
         before = read_listing(listing)
         if before != now:
             raise DataError(
-                f"images={source} has changed since this run packed it into '{shards}': {differences(before, now)}. "
-                f"Put the files back, or choose another output=DIR to train on what is there now."
+                f"'{source}' has changed since it was packed into '{shards}': {differences(before, now)}. {way_out}"
             )
         if shards.exists():
             return shards
     place.mkdir(parents=True, exist_ok=True)
     # parts of a data set are no classes, and a run without labels takes all of them
     labels = "none" if looks_like_splits(find_candidates(files).class_names or ("",)) else None
-    make_shards(MakeShards(source=source, output=shards, labels=labels, overwrite=shards.exists()))
+    make_shards(
+        MakeShards(source=source, output=shards, labels=labels, short_side=short_side, overwrite=shards.exists())
+    )
     write_text(listing, "".join(json.dumps([name, size]) + "\n" for name, size in now.items()))
     return shards
+
+
+def look_at(source: str) -> tuple[int, int]:
+    """How many images a source has by their names, and the median of the shorter sides of some, in pixels.
+
+    Of JPEG, PNG and WebP the heads alone are decoded. 0 pixels where none of them tells.
+    """
+    files = open_source(source, "", None)
+    names = [image.name for image in find_candidates(files).images]
+    sides = []
+    for name in names[:: max(len(names) // LOOKED_AT, 1)]:
+        try:
+            sides.append(min(decoded_size(storable(files.read(name)))))
+        except (UnreadableFileError, DecodeError):
+            continue
+    return len(names), int(median(filter(None, sides))) if any(sides) else 0
 
 
 def is_packed(place: Path) -> bool:

@@ -13,6 +13,7 @@ from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.manifest import ManifestShard
 from ssl_pipeline.data_tools.candidates import Candidate
+from ssl_pipeline.data_tools.conversion import storable
 from ssl_pipeline.data_tools.packing import Packing, pack
 from ssl_pipeline.data_tools.processes import map_in_processes
 from ssl_pipeline.data_tools.sources import Readable, UnreadableFileError
@@ -57,7 +58,7 @@ def _write_shard(
     with path.open("wb") as file, TarWriter(file, encoder=False, user="", group="", mtime=0) as writer:
         for number, (candidate, extension) in enumerate(samples, start):
             try:
-                image = source.read(candidate.name)
+                image = storable(source.read(candidate.name))
                 if packing is not None:
                     image, extension = pack(image, packing), "jpg"
             except (UnreadableFileError, DecodeError) as error:

@@ -12,16 +12,16 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import run_command
+from ssl_pipeline.config import Config, run_command
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
 from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
 from ssl_pipeline.eval.monitors import MonitorConfig
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
-    choose_device,
     measure_models,
     write_report,
 )
@@ -86,23 +86,32 @@ def knn_accuracy(
     )
 
 
-class KnnConfig(EvaluationConfig):
-    """Weighted k-NN accuracy of frozen features: a run's backbone, or a timm model."""
+class VotesConfig(Config):
+    """How many neighbours vote, and how."""
 
     k: tuple[Annotated[int, Field(gt=0)], ...] = Field((20,), min_length=1)
     """Neighbours that vote; several at once as `k=10,20,100,200`, the first is the headline."""
     temperature: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 0.07
     """Votes weigh exp(similarity / temperature); several at once as `temperature=0.07,0.1`, the first is the
     headline."""
+    search: Search = "auto"
+    """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where there are units
+    for it, then in float32; `auto` takes blocks on GPUs and CPUs with such units and for few test images."""
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+
+
+class KnnConfig(VotesConfig, EvaluationConfig):
+    """Weighted k-NN accuracy of frozen features: a run's backbone, or a timm model."""
+
     leave_one_out: bool = False
     """Whether every image is classified by all others of the same set, with test=train."""
     per_class: Annotated[int, Field(gt=0)] | None = None
     """Training images of each class that vote, drawn by `seed`; by default all of them."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the choice that `per_class` makes."""
-    search: Search = "auto"
-    """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where there are units
-    for it, then in float32; `auto` takes blocks on GPUs and CPUs with such units and for few test images."""
 
     @model_validator(mode="after")
     def _one_set_for_leave_one_out(self) -> KnnConfig:
@@ -114,18 +123,24 @@ class KnnConfig(EvaluationConfig):
             )
         return self
 
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
-
 
 ByTemperature = dict[float, dict[int, dict[str, float]]]  # of the accuracies by k
 
 
+def accuracies(
+    config: VotesConfig, similarities_NK: Tensor, labels_NK: Tensor, test_labels_N: Tensor, *, num_classes: int
+) -> ByTemperature:
+    """The accuracy for each temperature and k, from the neighbours of test images, most similar first."""
+    return {
+        temperature: votes_accuracy(
+            similarities_NK, labels_NK, test_labels_N, k=config.k, temperature=temperature, num_classes=num_classes
+        )
+        for temperature in config.temperatures
+    }
+
+
 def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
     """The k-NN report of the config's model, as it stands in `eval/knn.json`, with a table on stdout."""
-    import faiss
-
     images = open_labelled(config.train, config.test, task="k-NN", shared=not config.leave_one_out)
     voters_M = torch.arange(len(images.train))
     if config.per_class is not None:
@@ -141,30 +156,27 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
             test_ND = normalize(features.test.to(device), dim=1)
             similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=most, search=config.search)
         labels_NK = features.train_labels[voters_M].to(device)[neighbours_NK]
-        return {
-            temperature: votes_accuracy(
-                similarities_NK,
-                labels_NK,
-                features.test_labels,
-                k=config.k,
-                temperature=temperature,
-                num_classes=features.num_classes,
-            )
-            for temperature in config.temperatures
-        }
+        return accuracies(config, similarities_NK, labels_NK, features.test_labels, num_classes=features.num_classes)
 
     measured = measure_models(config, images, measure)
-    settings: dict[str, JSON] = {
+    num_test = len(images.test)
+    print(format_table(*_table(config, measured.rows(), num_test)))
+    return measured.report(lambda found: knn_json(config, found, num_test), knn_settings(config))
+
+
+def knn_settings(config: VotesConfig) -> dict[str, JSON]:
+    """k-NN's part of the protocol."""
+    import faiss
+
+    return {
         **config.model_dump(include={"k", "leave_one_out", "per_class", "seed", "search"}),
         "temperature": config.temperatures if len(config.temperatures) > 1 else config.temperatures[0],
         "faiss": faiss.__version__,
     }
-    num_test = len(images.test)
-    print(format_table(*_table(config, measured.rows(), num_test)))
-    return measured.report(lambda found: _to_json(config, found, num_test), settings)
 
 
-def _to_json(config: KnnConfig, found: ByTemperature, num_test: int) -> dict[str, JSON]:
+def knn_json(config: VotesConfig, found: ByTemperature, num_test: int) -> dict[str, JSON]:
+    """One model's part of the k-NN report."""
     by_k = found[config.temperatures[0]]
     intervals = {str(k): bootstrap_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
     several = {str(temperature): {str(k): by_k[k] for k in by_k} for temperature, by_k in found.items()}

@@ -36,7 +36,7 @@ class LabelledImages:
 
     Labels (M,) and (N,) lie below `num_classes`, the number of classes that either set has images of: labels may be
     identifiers of any size. Classes are the same by name where both sets name theirs, else by number. warnings: what
-    makes a measure on these images doubtful.
+    makes a measure on these images doubtful. class_names: of each class, its label where it has none.
     """
 
     train: ShardIndex
@@ -45,6 +45,7 @@ class LabelledImages:
     test_labels: Tensor
     num_classes: int
     warnings: tuple[str, ...]
+    class_names: tuple[str, ...]
 
 
 def open_labelled(train: str, test: str, *, task: str, shared: bool = True) -> LabelledImages:
@@ -71,7 +72,8 @@ def open_labelled(train: str, test: str, *, task: str, shared: bool = True) -> L
     train_labels, test_labels = (
         torch.from_numpy(np.searchsorted(used_C, numbers)) for numbers in (train_numbers_M, test_numbers_N)
     )
-    return LabelledImages(indices[0], indices[1], train_labels, test_labels, len(used_C), found)
+    class_names = tuple(str(label) if names is None else names[label] for label in used_C.tolist())
+    return LabelledImages(indices[0], indices[1], train_labels, test_labels, len(used_C), found, class_names)
 
 
 def some_of_each_class(images: LabelledImages, count: int, *, seed: int) -> Numbers:

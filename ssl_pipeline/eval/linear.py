@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed, run_command
 from ssl_pipeline.eval.accuracy import bootstrap_interval, top_k_accuracy
+from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
-    choose_device,
     measure_models,
     write_report,
 )
@@ -88,10 +88,28 @@ def linear_probe(
     config: ProbeConfig,
     device: torch.device | str = "cpu",
 ) -> ProbeResult:
+    """`scored_probe` without the scores."""
+    found, _ = scored_probe(
+        train, train_labels, test, test_labels, num_classes=num_classes, config=config, device=device
+    )
+    return found
+
+
+def scored_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    num_classes: int,
+    config: ProbeConfig,
+    device: torch.device | str = "cpu",
+) -> tuple[ProbeResult, Tensor]:
     """Fit every setting on a part of the training features, choose on the rest, refit on all, test once.
 
     Shapes: `train` (M, D), `test` (N, D), labels (M,) and (N,). Equal validation accuracies are decided by the
-    validation loss. Raises ConfigError if features are not finite or if every setting diverges.
+    validation loss. Returns the class scores (N, C) of the test images too. Raises ConfigError if features are not
+    finite or if every setting diverges.
     """
     if not (train.isfinite().all() and test.isfinite().all()):
         raise ConfigError("The linear probe needs finite features. Some have NaN or infinity.")
@@ -109,9 +127,9 @@ def linear_probe(
     )
     candidates = scores_of(train[kept], train_labels[kept], train[held_out], settings)
     best, accuracies = choose(candidates, train_labels[held_out])
-    scores = next(scores_of(train, train_labels, test, settings[best : best + 1]))
-    return ProbeResult(
-        **top_k_accuracy(scores.cpu(), test_labels.cpu()),
+    scores = next(scores_of(train, train_labels, test, settings[best : best + 1])).cpu()
+    result = ProbeResult(
+        **top_k_accuracy(scores, test_labels.cpu()),
         solver=solver,
         chosen=settings[best],
         validation_top1=accuracies[best],
@@ -119,6 +137,7 @@ def linear_probe(
             {**setting, "validation_top1": accuracy} for setting, accuracy in zip(settings, accuracies, strict=True)
         ],
     )
+    return result, scores
 
 
 def choose(candidates: Iterable[Tensor], labels: Tensor) -> tuple[int, list[float]]:
@@ -172,7 +191,6 @@ def _logistic(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], Sco
 
 def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
     """The linear-probe report of the config's model, as it stands in `eval/linear.json`, with a table on stdout."""
-    import sklearn
 
     def measure(features: LabelledFeatures) -> ProbeResult:
         return linear_probe(
@@ -187,17 +205,7 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
 
     images = open_labelled(config.train, config.test, task="the linear probe")
     measured = measure_models(config, images, measure)
-    protocol, num_test = measured.result.solver, len(images.test)
-    settings: dict[str, JSON] = {
-        "solver": protocol,
-        "about": ABOUT_SOLVER[protocol],
-        "selection": (
-            f"best top-1 on a stratified {100 * config.validation_fraction:g} % of the training images, "
-            "then retrained on all of them"
-        ),
-        **config.model_dump(include=set(ProbeConfig.model_fields) - {"solver"}, mode="json"),
-        "scikit-learn": sklearn.__version__,
-    }
+    num_test = len(images.test)
     rows = [
         [
             label,
@@ -211,8 +219,29 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
     print(format_table(["linear probe", "top-1", "top-5", "validation top-1", "chosen"], rows))
     print("\n" + sweep_table(measured.result))
     return measured.report(
-        lambda result: {**asdict(result), "top1_interval": bootstrap_interval(result.top1, num_test)}, settings
+        lambda result: linear_json(result, num_test), linear_settings(config, measured.result.solver)
     )
+
+
+def linear_settings(config: ProbeConfig, solver: str) -> dict[str, JSON]:
+    """The probe's part of the protocol."""
+    import sklearn
+
+    return {
+        "solver": solver,
+        "about": ABOUT_SOLVER[solver],
+        "selection": (
+            f"best top-1 on a stratified {100 * config.validation_fraction:g} % of the training images, "
+            "then retrained on all of them"
+        ),
+        **config.model_dump(include=set(ProbeConfig.model_fields) - {"solver"}, mode="json"),
+        "scikit-learn": sklearn.__version__,
+    }
+
+
+def linear_json(result: ProbeResult, num_test: int) -> dict[str, JSON]:
+    """One model's part of the report of the linear probe."""
+    return {**asdict(result), "top1_interval": bootstrap_interval(result.top1, num_test)}
 
 
 def sweep_table(result: ProbeResult) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -12,17 +11,18 @@ import timm
 import torch
 from torch import Tensor
 
-from ssl_pipeline.config import BatchSize, ConfigError, Processes, printable
-from ssl_pipeline.eval.features.cache import cached
-from ssl_pipeline.eval.features.extract import Precision, extract_features
-from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig, baselines_of, open_model
+from ssl_pipeline.config import printable
+from ssl_pipeline.eval.features.extract import extract_features
+from ssl_pipeline.eval.features.kinds import FeatureKinds
+from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
+from ssl_pipeline.eval.features.passes import PassConfig, choose_device, feature_pass
 from ssl_pipeline.eval.labelled import LabelledImages
 from ssl_pipeline.files import JSON, write_json
 
 Result = TypeVar("Result")
 
 
-class EvaluationConfig(ModelConfig):
+class EvaluationConfig(PassConfig):
     """A model with the labelled images to measure it on."""
 
     train: str
@@ -31,14 +31,6 @@ class EvaluationConfig(ModelConfig):
     """Shards of labelled test images, with the same classes."""
     baselines: bool = False
     """Whether raw pixels and the same backbone at random initialisation are measured too."""
-    batch_size: BatchSize = 256
-    """Images per forward pass."""
-    workers: Processes = 2
-    """Processes that read and decode images."""
-    device: str = "auto"
-    """Device of the backbone: `auto` takes the GPU if there is one."""
-    precision: Precision = "no"
-    """Autocast of the backbone: `no` is float32."""
     output: Path | None = None
     """Where `eval/` goes with the report and cached features; by default the run, without a run nothing is written."""
 
@@ -52,19 +44,6 @@ class LabelledFeatures:
     test: Tensor
     test_labels: Tensor
     num_classes: int
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be auto, cpu or cuda. Got '{name}'.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name} needs a GPU that torch can use. There is none; try device=cpu.")
-    return device
 
 
 @dataclass(frozen=True)
@@ -101,7 +80,12 @@ def measure_models(
         name: (baseline, measure(model_features(config, baseline, images)))
         for name, baseline in (baselines_of(model) if config.baselines else {}).items()
     }
-    protocol: dict[str, JSON] = {
+    return Measured(model.label, measure(features), baselines, protocol_of(config, model, images))
+
+
+def protocol_of(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> dict[str, JSON]:
+    """What was measured on which images: every evaluator's part of the protocol."""
+    return {
         "label": model.label,
         "subject": model.about,
         "size": model.preprocessing.size,
@@ -109,47 +93,41 @@ def measure_models(
         "mean": model.preprocessing.mean,
         "std": model.preprocessing.std,
         "precision": config.precision,
+        "dtype": config.dtype,
         "train": config.train,
-        "num_train": len(features.train),
+        "num_train": len(images.train),
         "test": config.test,
-        "num_test": len(features.test),
-        "num_classes": features.num_classes,
+        "num_test": len(images.test),
+        "num_classes": images.num_classes,
         "warnings": images.warnings,
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    return Measured(model.label, measure(features), baselines, protocol)
 
 
 def model_features(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> LabelledFeatures:
-    """Features of both sets, from the cache in `DIR/eval/cache` where it has them."""
-    device = choose_device(config.device)
+    """Features of both sets, memory-mapped from `DIR/eval/cache`, computed the first time; without DIR, in memory."""
     directory = config.output or config.run
-    backbone = model.backbone.to(device)
     found: list[Tensor] = []
     for name, index in (("training", images.train), ("test", images.test)):
-        identity = {
-            "subject": {key: value for key, value in model.about.items() if key != "run"},
-            "preprocessing": asdict(model.preprocessing),
-            "precision": config.precision,
-            "images": index.checksums,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        }
-        compute = partial(
-            extract_features,
-            backbone,
+        description = f"{model.label}, {name} images"
+        if directory is not None:
+            network, place = FeatureKinds(model.backbone), directory / "eval" / "cache"
+            found.append(feature_pass(place, model, network, index, config, description=description).features["pooled"])
+            continue
+        device = choose_device(config.device)
+        features, _ = extract_features(
+            model.backbone.to(device),
             index,
             model.preprocessing,
             batch_size=config.batch_size,
             workers=config.workers,
             device=device,
             precision=config.precision,
-            description=f"{model.label}, {name} images",
+            description=description,
         )
-        features, _ = cached(directory and directory / "eval" / "cache", identity, compute)
         found.append(features)
-    train, test = found
+    train, test = (features.float() for features in found)
     return LabelledFeatures(train, images.train_labels, test, images.test_labels, images.num_classes)
 
 

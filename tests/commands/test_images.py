@@ -1,11 +1,12 @@
 """What `images=FOLDER` and `recipe=auto` stand for."""
 
-import numpy as np
+import json
+
 import pytest
 from PIL import Image
 
-from ssl_pipeline.commands.images import choose_recipe, expand
-from ssl_pipeline.config import RECIPES, ConfigError, recipe_files
+from ssl_pipeline.commands.images import choose_recipe, expand, largest_view
+from ssl_pipeline.config import RECIPES, ConfigError, read_recipe, recipe_files
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.packed_once import pack_once
 
@@ -55,6 +56,41 @@ def test_shards_are_taken_as_they_are(tmp_path):
     assert expand([f"data.shards={shards}", "recipe=auto", "output=x"])[0] == "recipe=photos_small"
 
 
+def test_large_photographs_are_packed_small_and_found_again(tmp_path, capsys):
+    output, images = tmp_path / "run", folder(tmp_path, side=600)
+    arguments = [f"images={images}", "recipe=photos_small", f"output={output}"]
+    expanded = expand(arguments)
+    said = capsys.readouterr().out
+    assert "images of 600 pixels (median of the shorter sides) are packed as JPEG of 256 pixels at most" in said
+    assert "photos_small has views of 64" in said
+    index = open_shards(output / "images")
+    assert index.sizes().min(axis=1).tolist() == [256, 256, 256]
+    assert json.loads((output / "images" / "manifest.json").read_text())["source"]["short_side"] == 256
+    assert expand(arguments) == expanded
+    assert capsys.readouterr().out == ""
+    assert open_shards(output / "images").fingerprint == index.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("side", "more", "kept"),
+    [(512, ["recipe=photos_small"], True), (600, ["augment.view.size=[96,151]", "recipe=photos_small"], True),
+     (514, [], False), (600, ["recipe=dino_vits16"], True)],
+)  # fmt: skip
+def test_what_is_not_twice_as_large_as_needed_is_stored_as_it_is(tmp_path, capsys, side, more, kept):
+    images = folder(tmp_path, side=side)
+    expand([f"images={images}", f"output={tmp_path}/run", *more])
+    assert ("are packed as JPEG" not in capsys.readouterr().out) == kept
+    sizes = open_shards(tmp_path / "run" / "images").sizes().min(axis=1)
+    assert (sizes == (side if kept else 256)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "view"), [("photos_small", 64), ("dino_vits16", 224), ("dinov3_vitl16_highres", 1152)]
+)
+def test_the_largest_view_of_a_recipe_is_found(name, view):
+    assert largest_view(read_recipe(name, RECIPES), {}) == view
+
+
 def test_other_arguments_are_left_alone():
     assert expand(["recipe=digits_dino", "seed=1"]) == ["recipe=digits_dino", "seed=1"]
     assert expand(["seed=1"]) == ["seed=1"]
@@ -76,17 +112,6 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-class Images:
-    def __init__(self, count, side):
-        self.count, self.side = count, side
-
-    def __len__(self):
-        return self.count
-
-    def sizes(self):
-        return np.full((5, 2), self.side)
-
-
 @pytest.mark.parametrize(
     ("count", "side", "given", "has_gpu", "recipe"),
     [
@@ -100,7 +125,7 @@ class Images:
     ],
 )
 def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
-    arguments, why = choose_recipe(Images(count, side), given, has_gpu=has_gpu)
+    arguments, why = choose_recipe(count, side, given, has_gpu=has_gpu)
     assert arguments[0] == f"recipe={recipe}"
     assert recipe in recipe_files(RECIPES)
     assert f"{count:,} images of {side} pixels" in why

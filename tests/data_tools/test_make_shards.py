@@ -111,7 +111,7 @@ def test_files_that_do_not_decode_are_listed(folder: Path, tmp_path: Path) -> No
     (cats / ".hidden.jpg").write_bytes(image)
     (folder / "train" / "loose.jpg").write_bytes(image)
     os.mkfifo(cats / "pipe.jpg")
-    Image.new("RGB", (3, 3)).save(cats / "other.gif")
+    Image.new("RGB", (3, 3)).save(cats / "other.jp2")
     output = made(folder, tmp_path / "out", prefix="train", workers=2)
     rejected = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
     reasons = {entry["file"]: entry["reason"] for entry in rejected}
@@ -120,7 +120,7 @@ def test_files_that_do_not_decode_are_listed(folder: Path, tmp_path: Path) -> No
         "cat/.hidden.jpg": "hidden file",
         "cat/empty.png": "no JPEG, PNG or WebP image",
         "cat/notes.txt": "no image file",
-        "cat/other.gif": "neither JPEG, PNG nor WebP: .gif",
+        "cat/other.jp2": "a format that is not read: .jp2",
         "cat/pipe.jpg": "no regular file",
         "cat/text.webp": "no JPEG, PNG or WebP image",
     }
@@ -487,7 +487,7 @@ def test_what_is_left_out_is_counted_by_reason(folder: Path, tmp_path: Path, cap
     (folder / "train" / "dog" / "again").symlink_to(folder / "train" / "cat")
     made(folder, tmp_path / "out", prefix="train")
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("67 files left out: 30 neither JPEG, PNG nor WebP: .heic ('cat/0.heic'); 30 no JPEG, PNG or")
+    assert line.startswith("67 files left out: 30 a format that is not read: .heic ('cat/0.heic'); 30 no JPEG, PNG or")
     assert re.search(r"; 5 [^;]*runcated[^;]* \('owl/1\.jpg'\)", line)
     assert "1 the same folder as another ('dog/again')" in line
     assert line.endswith("rejected.jsonl")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.config import ConfigError, run_command
-from ssl_pipeline.eval import protocol
+from ssl_pipeline.eval.features import passes
 from ssl_pipeline.eval.linear import LinearConfig, ProbeConfig, ProbeResult, choose, linear_probe, main, sweep_table
 
 
@@ -162,7 +162,7 @@ def test_knn_and_linear_share_their_features(run: Path, train: str, test: str, m
     arguments = [f"run={run}", f"train={train}", f"test={test}", "baselines=true"]
     assert run_command(KnnConfig, knn_main, command="", argv=arguments) == 0
     extracted = []
-    monkeypatch.setattr(protocol, "extract_features", lambda *_, **__: extracted.append(1))
+    monkeypatch.setattr(passes, "forward_passes", lambda *_, **__: extracted.append(1))
     assert linear(*arguments) == 0
     assert extracted == []
 

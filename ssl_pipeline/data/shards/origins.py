@@ -7,7 +7,8 @@ and the name of the file in the source: {"key": "00000007-cat_été", "file": "c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -24,13 +25,47 @@ def write_origins(folder: Path, origins: Iterable[tuple[str, str]]) -> None:
 
 def origin_of(folder: Path, key: str) -> str | None:
     """The file that the image of a key was made from; None where no list says so."""
-    number = key.partition("-")[0]
-    if not (number.isascii() and number.isdigit() and len(number) < 19):
+    number = _number_in(key)
+    if number is None:
         return None
     try:
         with (folder / ORIGINS_FILE).open(encoding="utf-8") as file:
-            line = next(islice(file, int(number), None), "")
+            return _file_in(next(islice(file, number, None), ""), key)
+    except (OSError, ValueError):
+        return None
+
+
+def origins_of(folder: Path, keys: Iterable[str]) -> Iterator[str | None]:
+    """`origin_of` for each of many keys; the list is read once where they come in its order."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context((folder / ORIGINS_FILE).open(encoding="utf-8"))
+        except OSError:
+            yield from (None for _ in keys)
+            return
+        next_line = 0
+        for key in keys:
+            number = _number_in(key)
+            if number is None or number < next_line:
+                yield origin_of(folder, key)
+                continue
+            try:
+                line = next(islice(file, number - next_line, None), "")
+            except ValueError:  # no UTF-8
+                line = ""
+            next_line = number + 1
+            yield _file_in(line, key)
+
+
+def _number_in(key: str) -> int | None:
+    number = key.partition("-")[0]
+    return int(number) if number.isascii() and number.isdigit() and len(number) < 19 else None
+
+
+def _file_in(line: str, key: str) -> str | None:
+    """The file that a line names, if it is about this key."""
+    try:
         entry = json.loads(line)
         return str(entry["file"]) if entry["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

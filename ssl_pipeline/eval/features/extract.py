@@ -14,6 +14,7 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import failing_together, gather, rank, world_size
+from ssl_pipeline.eval.features.kinds import FeatureKinds
 
 Item = TypeVar("Item")
 Precision = Literal["no", "bf16", "fp16"]
@@ -44,41 +45,85 @@ def extract_features(
     """
     device = torch.device(device)
     wanted = range(len(index)) if samples is None else samples
-    share = -(-len(wanted) // world_size())  # rounded up: the last shares may be smaller, or empty
+    share = share_size(len(wanted))
     own = wanted[rank() * share : (rank() + 1) * share] or wanted[:1]
     features, labels = torch.empty(0), torch.full((share,), -1)
-    batches = evaluation_batches(
+    done = 0
+    with (
+        failing_together(device),
+        forward_passes(
+            FeatureKinds(backbone),
+            index,
+            own,
+            preprocessing,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            precision=precision,
+            description=description,
+        ) as batches,
+    ):
+        for output, batch_labels in batches:
+            pooled = output["pooled"]
+            end = done + len(pooled)
+            if done == 0:
+                features = torch.zeros(share, pooled.shape[1])
+            features[done:end] = pooled.cpu()
+            labels[done:end] = batch_labels
+            done = end
+    return _all_shares(features, device)[: len(wanted)], _all_shares(labels, device)[: len(wanted)]
+
+
+def share_size(num_images: int) -> int:
+    """Images of each rank, rounded up: the last shares may be smaller, or empty."""
+    return -(-num_images // world_size())
+
+
+@contextmanager
+def forward_passes(
+    network: FeatureKinds,
+    index: ShardIndex,
+    samples: Sequence[int],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    precision: Precision,
+    description: str,
+) -> Iterator[Iterator[tuple[dict[str, Tensor], Tensor]]]:
+    """Inside the block: for each batch of `samples`, in order, what `network` makes of it on `device`, and its labels.
+
+    The network runs in eval mode and without gradient; the first rank shows how fast it goes and how long it takes.
+    """
+    read = evaluation_batches(
         EvaluationSet(index, preprocessing.size, preprocessing.interpolation),
-        own,
+        samples,
         batch_size=batch_size,
         workers=workers,
     )
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
     autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")
-    done = 0
     with (
-        failing_together(device),
-        tqdm(total=len(own), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
-        eval_mode(backbone),
+        tqdm(total=len(samples), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
+        eval_mode(network),
         torch.no_grad(),  # not inference_mode: what a backbone keeps (a position table) must serve training later
         autocast,
     ):
         outputs = (
-            (
-                backbone(pixels.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)).float(),
-                batch_labels,
-            )
-            for pixels, batch_labels, _ in batches
+            (network(pixels.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)), batch_labels)
+            for pixels, batch_labels, _ in read
         )
-        for output, batch_labels in _one_late(outputs):
-            end = done + len(output)
-            if done == 0:
-                features = torch.zeros(share, output.shape[1])
-            features[done:end] = output.cpu()
-            labels[done:end] = batch_labels
-            bar.update(end - done)
-            done = end
-    return _all_shares(features, device)[: len(wanted)], _all_shares(labels, device)[: len(wanted)]
+        yield _counted(_one_late(outputs), bar)
+
+
+def _counted(
+    batches: Iterable[tuple[dict[str, Tensor], Tensor]], bar: tqdm
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """The same batches; each is counted once whoever asked for it is done with it."""
+    for output, labels in batches:
+        yield output, labels
+        bar.update(len(labels))
 
 
 def _one_late(items: Iterable[Item]) -> Iterator[Item]:

@@ -1,0 +1,84 @@
+"""Features of images as a table: a row for each, with its key and its file, for any other program."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from ssl_pipeline.commands.images import shards_of
+from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.distributed import process_group, rank
+from ssl_pipeline.eval.features.kinds import FeatureKinds
+from ssl_pipeline.eval.features.models import open_model
+from ssl_pipeline.eval.features.passes import PassConfig, feature_pass
+from ssl_pipeline.eval.features.rows import write_npz, write_parquet
+from ssl_pipeline.eval.labelled import look_at_first
+
+WRITERS = {".parquet": write_parquet, ".npz": write_npz}
+
+
+class EmbedConfig(PassConfig):
+    """Features of images by a run's backbone or a timm model, a row for each image, as a file."""
+
+    source: PlaceText
+    """A folder or zip of images, packed once into OUTPUT.cache; or shards."""
+    output: Path
+    """The file that is written: FILE.parquet or FILE.npz."""
+    kind: Literal["pooled", "class", "blocks"] = "pooled"
+    """What is kept of each image: `pooled` is what the evaluators measure, `class` the class token of a ViT, `blocks`
+    the class tokens of its last blocks, one after the other."""
+    last_blocks: Annotated[int, Field(gt=0)] = 4
+    """How many blocks `kind=blocks` takes."""
+    overwrite: bool = False
+    """Whether a file that is there already is replaced."""
+
+    @field_validator("output")
+    @classmethod
+    def _known_suffix(cls, output: Path) -> Path:
+        if output.suffix not in WRITERS:
+            raise ValueError(f"output must end in .parquet or .npz. Got '{output.name}'.")
+        return output
+
+
+def embed(config: EmbedConfig) -> None:
+    """Write the file; with the processes of torchrun each computes a share of the images."""
+    if config.output.exists() and not config.overwrite:
+        raise ConfigError(f"output={config.output} exists. Choose another name, or set overwrite=true.")
+    model = open_model(config)
+    network = FeatureKinds(model.backbone, (config.kind,), last_blocks=config.last_blocks)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    cache = config.output.with_name(f"{config.output.name}.cache")
+    index = _open_source(config.source, cache)
+    look_at_first(index, model.preprocessing.size)
+    passes = cache / "features"
+    with process_group():
+        if rank() == 0:
+            print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
+        stored = feature_pass(passes, model, network, index, config, description=model.label)
+        if rank() == 0:
+            features_ND = stored.features[config.kind]
+            WRITERS[config.output.suffix](config.output, index, features_ND, stored.labels)
+            shutil.rmtree(passes)
+            if not any(cache.iterdir()):
+                cache.rmdir()
+            print(printable(f"{len(index):,} rows of {features_ND.shape[1]} features written to {config.output}"))
+
+
+def _open_source(source: str, cache: Path) -> ShardIndex:
+    """The images of a folder, a zip or shards."""
+    path = Path(source)
+    if path.is_dir() or path.suffix == ".zip":
+        source = shards_of(source, cache, way_out=f"Put the files back, or delete '{cache}' to pack what is there now.")
+    index = open_shards(source)
+    if not len(index):
+        raise ConfigError(f"source={source} has no images.")
+    return index
+
+
+def command(name: str = "python -m eval.embed") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(EmbedConfig, embed, command=name)

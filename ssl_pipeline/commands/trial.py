@@ -1,0 +1,97 @@
+"""A trial before a run: a few steps of it in a process of their own, to say how long the whole will take."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+from ssl_pipeline.config import RECIPES, Config, Tree, Value, dump, load, read_yaml
+from ssl_pipeline.config.arguments import assign
+from ssl_pipeline.config.yaml_text import YamlDumper
+from ssl_pipeline.run.launcher import LAUNCHED
+
+START = "ssl_pipeline.commands.start"  # which imports this module in the end
+STEPS, SECONDS = 20, 30.0
+SECONDS_BETWEEN_LOOKS = 0.2
+SHORT: Tree = {  # what a trial has of its own
+    **{
+        "recipe": None,
+        "output": None,
+        "images": None,
+        "wandb": False,
+        "knn": None,
+        "spectrum": None,
+        "classifier": None,
+    },
+    **{"train.epochs": None, "train.steps": STEPS, "train.save_every": "100%", "train.log_every": 1},
+}
+LONGEST_OF_UNIT = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, "h"), (float("inf"), 86_400.0, "days"))
+
+
+def expected_time(
+    schema: type[Config], arguments: Sequence[str], overrides: Mapping[str, Value], *, num_images: int
+) -> str:
+    """What a trial of the run with these arguments says: its expected time, or that there is none to tell.
+
+    At most STEPS steps, and SECONDS with the start of the process. overrides: values by dotted keys, over the
+    arguments. Monitors and checkpoints are left out of it. Raises ConfigError for settings that no run can have.
+    """
+    with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
+        settings = dump(load(schema, arguments, recipes=RECIPES, overrides=overrides))
+    tree = read_yaml(settings, where="the settings")
+    assert isinstance(tree, dict)
+    train = tree["train"]
+    assert isinstance(train, dict)
+    epochs, steps = train["epochs"], train["steps"]
+    for key, value in SHORT.items():
+        assign(tree, tuple(key.split(".")), value)
+    print(f"Timing up to {STEPS} steps, {SECONDS:.0f} s at most ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="ssl_pipeline-trial-") as place:
+        recipe, run = Path(place) / "trial.yaml", Path(place) / "run"
+        recipe.write_text(yaml.dump(tree, Dumper=YamlDumper, sort_keys=False), encoding="utf-8")
+        _run([f"recipe={recipe}", f"output={run}"])
+        rows = _rows(run / "metrics.jsonl")[1:]  # the first step prepares what the others find ready
+    if not rows:
+        return f"No step was timed in {SECONDS:.0f} s, so no time can be told"
+    per_second, global_batch = median(row["images_per_second"] for row in rows), rows[0]["images"] / rows[0]["step"]
+    images = epochs * num_images if isinstance(epochs, int | float) else float(str(steps)) * global_batch
+    return f"Expected time: {duration(images / per_second)} ({per_second:.3g} images/s)"
+
+
+def duration(seconds: float) -> str:
+    """Two digits in the unit that reads best."""
+    unit, name = next((unit, name) for longest, unit, name in LONGEST_OF_UNIT if seconds < longest)
+    return f"{seconds / unit:.2g} {name}" if seconds / unit < 99.5 else f"{seconds / unit:.0f} {name}"
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """The run, until its end or until the time is up; what it prints is for nobody."""
+    command = [sys.executable, "-m", START, *arguments]
+    environment, nobody = os.environ | {LAUNCHED: "1"}, subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environment, stdout=nobody, stderr=nobody)
+    until = time.monotonic() + SECONDS
+    try:
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a log whose last line may be cut off."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,74 @@
+"""What is kept of each image: the network's features, its class token, those of inner blocks, its patch tokens."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones import TokenBackbone, Tokens
+from ssl_pipeline.backbones.tokens import NETWORKS_WITH_TOKENS
+from ssl_pipeline.config import ConfigError
+
+Kind = Literal["pooled", "class", "blocks", "patches"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Axes: B images, L patches row by row, D dimensions, n blocks.
+
+
+class FeatureKinds(nn.Module):
+    """Images (B, 3, S, S) -> one float32 tensor for each kind that is wanted, all from one forward pass.
+
+    pooled   (B, D), what the network's own forward gives
+    class    (B, D), the class token after the final norm
+    blocks   (B, n * D), the class tokens of the last n blocks, each after the final norm, one after the other (the
+             linear evaluation of DINO takes n = 4); patch means where the network has no class token
+    patches  (B, L, D), the patch tokens after the final norm
+
+    Raises ConfigError if the network does not have what is wanted.
+    """
+
+    def __init__(self, network: nn.Module, kinds: tuple[Kind, ...] = ("pooled",), *, last_blocks: int = 4) -> None:
+        super().__init__()
+        self.network, self.kinds, self.last_blocks = network, kinds, last_blocks
+        of_tokens = [kind for kind in kinds if kind != "pooled"]
+        if not of_tokens:
+            return
+        name = getattr(network, "name", type(network).__name__)
+        if not isinstance(network, TokenBackbone):
+            raise ConfigError(
+                f"kind={of_tokens[0]} needs a network with tokens. '{name}' has none; take kind=pooled. Networks that "
+                f"have: {NETWORKS_WITH_TOKENS}."
+            )
+        if "class" in kinds and not has_class_token(network):
+            raise ConfigError(f"kind=class needs a class token. '{name}' has none; take kind=pooled.")
+        if "blocks" in kinds and last_blocks > network.num_blocks:
+            raise ConfigError(
+                f"last_blocks={last_blocks} is more than '{name}' has. Take at most {network.num_blocks}."
+            )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if not isinstance(self.network, TokenBackbone) or self.kinds == ("pooled",):
+            return {"pooled": self.network(images).float()}
+        layers = range(-self.last_blocks, 0) if "blocks" in self.kinds else ()
+        tokens = self.network.tokens(images, layers=layers)
+        return {kind: self._of(kind, tokens).float() for kind in self.kinds}
+
+    def _of(self, kind: Kind, tokens: Tokens) -> Tensor:
+        if kind == "patches":
+            return tokens.patches
+        if kind == "blocks":
+            return torch.cat([_class_or_mean(of_block) for of_block in tokens.layers], dim=1)
+        if kind == "class":
+            return _class_or_mean(tokens)
+        assert isinstance(self.network, TokenBackbone)
+        return self.network.pool(tokens)
+
+
+def has_class_token(network: TokenBackbone) -> bool:
+    return getattr(network.model, "cls_token", None) is not None
+
+
+def _class_or_mean(tokens: Tokens) -> Tensor:
+    return tokens.cls if tokens.cls is not None else tokens.patches.mean(dim=1)

@@ -1,0 +1,185 @@
+"""All measures of a backbone from one feature pass, in one table beside its baselines, and what is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from torch import Tensor
+
+from ssl_pipeline.config import printable, run_command
+from ssl_pipeline.distributed import process_group, rank
+from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval
+from ssl_pipeline.eval.features.models import baselines_of, open_model
+from ssl_pipeline.eval.knn import VotesConfig, knn_json, knn_settings
+from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
+from ssl_pipeline.eval.linear import linear_json, linear_settings
+from ssl_pipeline.eval.protocol import Measured, model_features, protocol_of, write_report
+from ssl_pipeline.eval.search.neighbours import require_k
+from ssl_pipeline.eval.suite_measures import SuiteConfig, SuiteResult, measure_all
+from ssl_pipeline.eval.table import format_table, percent, with_interval
+from ssl_pipeline.files import JSON
+
+CLASSES_SHOWN, PAIRS_SHOWN = 20, 5
+PROBES = {"sgd": "linear probe", "logistic": "logistic regression"}
+
+
+def evaluate_suite(config: SuiteConfig) -> Measured[SuiteResult] | None:
+    """Print the table and write `eval/suite.json`, `knn.json` and `linear.json`; with torchrun the first process does.
+
+    The features of all models are computed first, by all processes.
+    """
+    images = open_labelled(config.train, config.test, task="the suite")
+    config = config.model_copy(update={"k": _fitting(config.k, len(images.train))})
+    model = open_model(config)
+    baselines = baselines_of(model) if config.baselines else {}
+    with process_group():
+        if rank() == 0:
+            print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
+        features = {name: model_features(config, one, images) for name, one in {"": model, **baselines}.items()}
+        if rank() > 0:
+            return None
+    measured = Measured(
+        model.label,
+        measure_all(features[""], config),
+        {name: (one, measure_all(features[name], config)) for name, one in baselines.items()},
+        protocol_of(config, model, images),
+    )
+    _print(measured, config, images)
+    _write(measured, config, images)
+    return measured
+
+
+def _fitting(k: tuple[int, ...], num_train: int) -> tuple[int, ...]:
+    """Those of `k` that are possible, with a warning; ConfigError if none is."""
+    fitting = tuple(count for count in k if count <= num_train)
+    if not fitting:
+        require_k(min(k), num_train)
+    if left_out := [str(count) for count in k if count > num_train]:
+        say([f"k={','.join(left_out)} is left out: there are {num_train} training images."])
+    return fitting
+
+
+def _print(measured: Measured[SuiteResult], config: SuiteConfig, images: LabelledImages) -> None:
+    header, rows = table(measured, config, len(images.test))
+    print(format_table(header, rows))
+    best, found = headline(measured.result)
+    names = images.class_names
+    print(f"\n{title(best, config)}, {measured.label}, by class:")
+    print(format_table(("class", "images", "recognised", "precision"), class_rows(found, names)))
+    if found.confused:
+        print("\nmost confused:")
+    for pair in found.confused[:PAIRS_SHOWN]:
+        print(printable(f"  {names[pair.label]} taken for {names[pair.taken_for]}: {pair.count}"))
+
+
+def headline(result: SuiteResult) -> tuple[str, ByClass]:
+    """The classifier whose classes are shown: the first linear one."""
+    name = next(iter(result.probes))
+    return name, result.classes[name]
+
+
+def title(name: str, config: VotesConfig) -> str:
+    return f"k-NN, k={config.k[0]}" if name == "knn" else PROBES[name]
+
+
+def table(measured: Measured[SuiteResult], config: SuiteConfig, num_test: int) -> tuple[list[str], list[list[str]]]:
+    """A column for each model, a row for each measure; the interval beside each top-1."""
+    models = measured.rows()
+    rows = [
+        [
+            f"k-NN top-1, k={k}" + (f", temperature {temperature:g}" if len(config.temperatures) > 1 else ""),
+            *(with_interval(result.knn[temperature][k]["top1"], num_test) for _, result in models),
+        ]
+        for temperature in config.temperatures
+        for k in config.k
+    ]
+    for solver in PROBES:
+        if solver in measured.result.probes:
+            found = [result.probes.get(solver) for _, result in models]
+            cells = ["-" if probe is None else with_interval(probe.top1, num_test) for probe in found]
+            rows.append([f"{PROBES[solver]} top-1", *cells])
+    for name in measured.result.classes:
+        balanced = [result.classes[name].balanced if name in result.classes else None for _, result in models]
+        rows.append([f"{title(name, config)}, balanced", *(percent(value) for value in balanced)])
+    rows.append(["RankMe", *(f"{result.rankme:.1f} ({result.rankme_percent:.0f} %)" for _, result in models)])
+    rows.append(["alpha-ReQ", *("-" if result.alpha is None else f"{result.alpha:.2f}" for _, result in models)])
+    return ["", *(label for label, _ in models)], rows
+
+
+def class_rows(found: ByClass, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Name, images, recall and precision of each class with images; of many only those that are recognised worst."""
+    present = [number for number in range(len(names)) if found.images[number] > 0]
+    if len(present) > CLASSES_SHOWN:
+        present = sorted(present, key=lambda number: found.recall[number].item())[:CLASSES_SHOWN]
+    return [
+        (
+            printable(names[number]),
+            str(int(found.images[number])),
+            percent(found.recall[number].item()),
+            percent(_or_none(found.precision[number])),
+        )
+        for number in present
+    ]
+
+
+def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: LabelledImages) -> None:
+    num_test, names = len(images.test), images.class_names
+    first = next(iter(measured.result.probes))
+    settings: dict[str, JSON] = {"knn": knn_settings(config), "linear": linear_settings(config, first)}
+    report = measured.report(lambda result: _to_json(result, config, num_test, names), settings)
+    shown: dict[str, JSON] = {
+        "neighbours": asdict(measured.result.neighbours),
+        "fingerprints": {"train": images.train.fingerprint, "test": images.test.fingerprint},
+    }
+    write_report(config, "suite", {**report, **shown})
+    of_knn = measured.report(lambda result: knn_json(config, result.knn, num_test), knn_settings(config))
+    write_report(config, "knn", of_knn)
+    linear = measured.report(
+        lambda result: linear_json(next(iter(result.probes.values())), num_test), linear_settings(config, first)
+    )
+    write_report(config, "linear", linear)
+
+
+def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Sequence[str]) -> dict[str, JSON]:
+    first = next(iter(result.probes.values()))
+    return {
+        "top1": first.top1,
+        "top1_interval": bootstrap_interval(first.top1, num_test),
+        "knn": knn_json(config, result.knn, num_test),
+        **{name: linear_json(probe, num_test) for name, probe in result.probes.items()},
+        "rankme": result.rankme,
+        "rankme_percent": result.rankme_percent,
+        "alpha": result.alpha,
+        "by_class": {name: _classes_json(found, names) for name, found in result.classes.items()},
+    }
+
+
+def _classes_json(found: ByClass, names: Sequence[str]) -> dict[str, JSON]:
+    numbers = zip(names, found.images.tolist(), found.recall, found.precision, strict=True)
+    return {
+        "balanced_accuracy": found.balanced,
+        "per_class": [
+            {"class": name, "images": images, "top1": _or_none(recall), "precision": _or_none(precision)}
+            for name, images, recall, precision in numbers
+        ],
+        "confused": [
+            {"class": names[pair.label], "taken_for": names[pair.taken_for], "images": pair.count}
+            for pair in found.confused
+        ],
+    }
+
+
+def _or_none(value: Tensor) -> float | None:
+    return None if value.isnan() else value.item()
+
+
+def main(config: SuiteConfig) -> None:
+    if config.run is None and config.output is None and rank() == 0:
+        say(["Without run=DIR or output=DIR nothing is kept, neither features nor a report."])
+    evaluate_suite(config)
+
+
+def command(name: str = "python -m eval.suite") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(SuiteConfig, main, command=name)

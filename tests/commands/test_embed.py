@@ -1,0 +1,173 @@
+"""Features as a table: each row is the image that its key and its file say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_backbone, save_backbone
+from ssl_pipeline.commands.embed import EmbedConfig, embed
+from ssl_pipeline.config import run_command
+from ssl_pipeline.data.evaluation import EvaluationSet
+from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.eval.features import rows
+from tests.ranks import run_on_ranks
+from tests.tiny import write_shards
+
+COLOURS = {"cat/red.png": (200, 30, 30), "cat/white.png": (250, 250, 250), "été/blue.png": (20, 20, 220)}
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for name, colour in COLOURS.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 18), colour).save(path)
+    return tmp_path / "photos"
+
+
+def call(*arguments: str) -> int:
+    return run_command(EmbedConfig, embed, command="python -m eval.embed", argv=["workers=0", *arguments])
+
+
+def table(path: Path) -> dict[str, list]:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    return parquet.read_table(path).to_pydict()
+
+
+def test_rows_lead_back_to_the_files(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out" / "photos.parquet"
+    assert call("backbone=raw_pixels", "size=2", f"source={photos}", f"output={output}") == 0
+    assert "3 rows of 12 features written" in capsys.readouterr().out
+    found = table(output)
+    assert list(found) == ["key", "sample_id", "file", "label", *(f"feature_{number}" for number in range(12))]
+    assert sorted(found["file"]) == sorted(COLOURS)
+    assert found["sample_id"] == [0, 1, 2]
+    for row, file in enumerate(found["file"]):
+        red, green, blue = (np.float32(value / 255) for value in COLOURS[file])
+        pixels = [found[f"feature_{number}"][row] for number in range(12)]
+        np.testing.assert_allclose(pixels, [red] * 4 + [green] * 4 + [blue] * 4, rtol=1e-5)
+        assert found["key"][row].startswith(f"{row:08d}-")
+        assert found["label"][row] == ["cat", "été"].index(file.split("/")[0])
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["photos.parquet", "photos.parquet.cache"]
+    assert not (tmp_path / "out" / "photos.parquet.cache" / "features").exists()
+
+
+def test_shards_are_read_as_they_are_and_rows_come_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "VALUES_PER_GROUP", 7 * 12)
+    shards = write_shards(tmp_path / "shards")
+    for name in ("a.parquet", "a.npz"):
+        assert call("backbone=raw_pixels", "size=2", f"source={shards}", f"output={tmp_path / name}") == 0
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        found = dict(arrays)
+    assert found["features"].shape == (48, 12)
+    assert found["key"].tolist() == [f"{number:04d}" for number in range(48)]
+    assert found["label"].tolist() == [number % 3 for number in range(48)]
+    for number in (0, 19, 20, 47):  # of all three shards
+        pixels = EvaluationSet(open_shards(shards), 2)[number][0].flatten() / 255
+        np.testing.assert_allclose(found["features"][number], pixels, rtol=1e-5)
+    as_table = table(tmp_path / "a.parquet")
+    assert as_table["file"] == [None] * 48
+    columns = np.array([as_table[f"feature_{number}"] for number in range(12)], dtype=np.float32)
+    np.testing.assert_array_equal(columns.T, found["features"])
+    import pyarrow.parquet
+
+    assert pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 7  # of 7 rows, the last has 6
+    assert not list(tmp_path.glob("*.cache"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    torch.manual_seed(0)
+    backbone = create_backbone(BackboneConfig(name="vit_tiny_patch16_224", arguments=VIT))
+    save_backbone(directory, backbone, Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)))
+    return directory
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("pooled", 24), ("class", 24), ("blocks", 48)])
+def test_the_features_are_those_of_the_run(kind: str, dim: int, run: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = [f"run={run}", f"source={photos}", f"kind={kind}", "last_blocks=2"]
+    assert call(*arguments, f"output={tmp_path / 'a.npz'}") == 0
+    backbone, preprocessing = load_backbone(run)
+    backbone.preprocessing = preprocessing
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as found, torch.no_grad():
+        images = torch.stack([backbone.transform()(Image.open(photos / file)) for file in found["file"]])
+        assert found["features"].shape == (3, dim)
+        if kind == "pooled":
+            np.testing.assert_allclose(found["features"], backbone.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision(run: Path, photos: Path, tmp_path: Path) -> None:
+    assert call(f"run={run}", f"source={photos}", "dtype=float16", f"output={tmp_path / 'a.parquet'}") == 0
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    assert str(pyarrow.read_schema(tmp_path / "a.parquet").field("feature_23").type) == "halffloat"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["output=a.csv"], "output must end in .parquet or .npz. Got 'a.csv'"),
+        (["output={there}"], "there.npz exists. Choose another name, or set overwrite=true"),
+        (["output={new}", "kind=class"], "kind=class needs a network with tokens"),
+        (["output={new}", "source=nowhere/"], "nowhere"),
+    ],
+)
+def test_mistakes_are_told(
+    arguments: list[str], sentence: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, new = tmp_path / "there.npz", tmp_path / "new.npz"
+    there.touch()
+    own = [argument.format(there=there, new=new) for argument in arguments]
+    source = [] if any(argument.startswith("source") for argument in own) else [f"source={photos}"]
+    assert call("backbone=raw_pixels", *source, *own) == 2
+    assert sentence in capsys.readouterr().err
+    assert not new.exists()
+
+
+def test_a_folder_is_packed_once_and_a_changed_one_is_told(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["backbone=raw_pixels", f"source={photos}", f"output={tmp_path / 'a.npz'}", "overwrite=true"]
+    assert call(*arguments) == 0
+    (shard,) = (tmp_path / "a.npz.cache" / "images").glob("*.tar")
+    packed = shard.stat().st_mtime_ns
+    assert call(*arguments) == 0
+    assert shard.stat().st_mtime_ns == packed
+    Image.new("RGB", (9, 9)).save(photos / "cat" / "new.png")
+    assert call(*arguments) == 2
+    assert "1 new (cat/new.png). Put the files back, or delete" in capsys.readouterr().err
+
+
+def on_a_rank(arguments: list[str]) -> int:
+    return call(*arguments)
+
+
+def test_several_processes_write_what_one_writes(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", (5,))
+    arguments = ["backbone=raw_pixels", "size=2", f"source={shards}", "batch_size=2"]
+    assert call(*arguments, f"output={tmp_path / 'one.npz'}") == 0
+    codes = run_on_ranks(on_a_rank, [*arguments, f"output={tmp_path / 'two.npz'}"])
+    assert codes == [0, 0]
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as one, np.load(tmp_path / "two.npz") as two:
+        for name in one:
+            np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_many_origins_are_those_of_each(photos: Path, tmp_path: Path) -> None:
+    from ssl_pipeline.data.shards.origins import origin_of, origins_of
+    from ssl_pipeline.data_tools.packed_once import pack_once
+
+    index = open_shards(pack_once(str(photos), tmp_path / "packed"))
+    keys = [index.key(sample) for sample in (0, 1, 2, 1, 0)] + ["none", "00000002-other", "00000009-far"]
+    expected = [origin_of(index.folder, key) for key in keys]
+    assert list(origins_of(index.folder, keys)) == expected
+    assert expected[:3] == [index.origin(sample) for sample in range(3)]
+    assert expected[5:] == [None, None, None]
+    assert list(origins_of(tmp_path, keys)) == [None] * len(keys)

@@ -1,0 +1,196 @@
+"""A run's page: it holds what is known of the run, loads nothing, and shows foreign names as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+
+from ssl_pipeline.config import run_command
+from ssl_pipeline.eval import knn, report, suite
+from ssl_pipeline.eval.report import ReportConfig
+from ssl_pipeline.eval.suite_measures import SuiteConfig
+
+VOID = {"meta", "img", "line", "br"}
+ROWS = [
+    {"step": 0, "position": 0, "knn_top1": 21.5, "rankme": 4.5},
+    {"step": 5, "position": 40, "loss": 2.5, "learning_rate": 0.1},
+    {"step": 10, "position": 80, "loss": 1.25, "learning_rate": 0.2, "knn_top1": 83.25, "rankme": 30.0},
+    {"step": 15, "position": 99, "loss": 1.5, "learning_rate": 0.1, "knn_top1": 71.0, "rankme": 20.0},
+]
+FAST = ["workers=0", "k=5", "solver=sgd", "epochs=2", "learning_rates=[1.0]", "weight_decays=[0.0]"]
+
+
+class Page(HTMLParser):
+    """Its tags, what it shows and the addresses in it; fails for tags that are not closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.addresses: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        assert not [name for name, _ in attributes if name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += f"{data} "
+
+
+def log(run: Path, rows: list[dict] = ROWS) -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def settings(run: Path, text: str = "method: {name: dino}\nbackbone: {name: vit_x, weights: a1_in1k}\n") -> None:
+    (run / "config.yaml").write_text(text)
+
+
+def call(*arguments: str) -> int:
+    return run_command(ReportConfig, report.main, command="python -m eval.report", argv=list(arguments))
+
+
+def page_of(run: Path) -> Page:
+    assert call(f"run={run}") == 0
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def evaluated(run: Path, train: str, test: str) -> Path:
+    log(run)
+    settings(run)
+    arguments = [f"run={run}", f"train={train}", f"test={test}", *FAST]
+    assert run_command(SuiteConfig, suite.main, command="", argv=arguments) == 0
+    return run
+
+
+def test_the_page_has_everything_and_loads_nothing(evaluated: Path) -> None:
+    page = page_of(evaluated)
+    found = json.loads((evaluated / "eval" / "suite.json").read_text())
+    for title in ("Run", "Monitors", "Evaluation", "By class (sgd)", "Nearest neighbours", "Curves", "Settings"):
+        assert f" {title} " in page.text
+    assert page.tags.count("svg") == 4  # loss, k-NN, RankMe, learning rate
+    assert page.tags.count("img") == 8 * (1 + 5)
+    assert page.addresses
+    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    low, high = found["top1_interval"]
+    assert f"{found['top1']:.2f} % ({low:.1f} to {high:.1f})" in page.text
+    assert "the run's evaluated backbone (backbone.safetensors); SHA-256" in page.text
+    assert "a1_in1k" in page.text
+    html = (evaluated / "report.html").read_text()
+    assert not re.search(r"https?://|url\(|@import", html)
+    assert len(html) < 5_000_000
+
+
+def test_monitors_show_the_start_the_best_and_the_last(run: Path) -> None:
+    log(run)
+    page = page_of(run)
+    assert "k-NN top-1 (%) 21.5 83.25 (step 10) 71 (step 15)" in page.text.replace("  ", " ")
+    assert "k-NN top-1 (%): 21.5 at the start, 71 at step 15." in page.text
+    assert "Nothing was evaluated yet: python -m eval.suite" in page.text
+
+
+def test_a_single_evaluator_is_enough(run: Path, train: str, test: str) -> None:
+    arguments = [f"run={run}", f"train={train}", f"test={test}", "workers=0", "k=[5,7]", "baselines=true"]
+    assert run_command(knn.KnnConfig, knn.main, command="", argv=arguments) == 0
+    page = page_of(run)
+    assert "k-NN top-1, k=7" in page.text
+    assert "% at random initialisation" in page.text
+
+
+def test_reports_of_before_intervals_are_read(run: Path) -> None:
+    protocol = {"train": "a", "num_train": 3, "test": "b", "num_test": 2, "num_classes": 2, "size": 8, "subject": {}}
+    (run / "eval").mkdir()
+    old = {"top1": 50.0, "top5": 100.0, "baselines": {}, "protocol": protocol}
+    (run / "eval" / "knn.json").write_text(json.dumps(old | {"by_k": {"20": {"top1": 50.0, "top5": 100.0}}}))
+    (run / "eval" / "linear.json").write_text(json.dumps(old | {"solver": "sgd", "top1": 75.0}))
+    page = page_of(run)
+    assert "k-NN top-1, k=20 50.00 %" in page.text.replace("  ", " ")
+    assert "sgd top-1 75.00 %" in page.text.replace("  ", " ")
+
+
+def test_names_from_outside_are_text(run: Path, write_shards: Callable[..., Path], tmp_path: Path) -> None:
+    log(run, [*ROWS, {"step": 20, "position": 100, "<script>alert(1)</script>": 1.0}, {"step": 21, "<b>": 2.0}])
+    settings(run, "method: {name: '<img src=x>'}\nbackbone: {name: '</table><script>'}\n")
+    names = ("<script>alert(2)</script>", '"><img src=y onerror=alert(3)>', "\x1b[31m")
+    train = write_shards(tmp_path / "train", [0, 1, 2] * 6, names=names, seed=1)
+    test = write_shards(tmp_path / "test", [0, 1, 2, 1], names=names, seed=2)
+    arguments = [f"run={run}", f"train={train}", f"test={test}", *FAST]
+    assert run_command(SuiteConfig, suite.main, command="", argv=arguments) == 0
+    page = page_of(run)
+    assert "script" not in page.tags
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert names[0] in page.text
+    assert "\x1b" not in page.text
+
+
+def test_images_that_are_gone_are_told(evaluated: Path, train: str) -> None:
+    path = evaluated / "eval" / "suite.json"
+    path.write_text(path.read_text().replace(train, f"{evaluated}/gone"))
+    page = page_of(evaluated)
+    assert "The images cannot be shown" in page.text
+    assert "img" not in page.tags
+    assert "k-NN top-1, k=5" in page.text
+
+
+def test_other_images_in_their_place_are_not_shown(
+    run: Path, test: str, write_shards: Callable[..., Path], tmp_path: Path
+) -> None:
+    train = tmp_path / "train"
+    write_shards(train, [0, 1, 2] * 6, seed=1)
+    arguments = [f"run={run}", f"train={train}", f"test={test}", *FAST]
+    assert run_command(SuiteConfig, suite.main, command="", argv=arguments) == 0
+    assert "img" in page_of(run).tags
+    rmtree(train)
+    write_shards(train, [0, 1, 2] * 6, seed=3)
+    page = page_of(run)
+    assert "holds other images now" in page.text
+    assert "img" not in page.tags
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("eval/suite.json", "{}", "eval/suite.json is not a report of eval.suite"),
+        ("eval/knn.json", '{"top1": 1, "baselines": {}, "protocol": {}}', "eval/knn.json lacks 'train'"),
+        ("metrics.jsonl", "no log", "has no row that can be read"),
+        (None, "", "neither metrics.jsonl nor a report in eval/"),
+    ],
+)
+def test_what_is_no_run_is_told(
+    file: str | None, content: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if file is not None:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+    assert call(f"run={tmp_path}") == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_run_may_still_be_training(run: Path) -> None:
+    (run / "backbone.safetensors").unlink()
+    log(run, ROWS[1:2])
+    (run / "status.json").write_text('{"state": "running", "step": 5, "reason": "", "time": "2026-01-01T00:00:00"}')
+    page = page_of(run)
+    assert "running, step 5" in page.text
+    assert "loss: 2.5 at first, 2.5 at step 5." in page.text
