@@ -205,7 +205,8 @@ def happens(happening: Happening) -> Iterator[None]:
         if happening.float64:
             batch = _double(batch)
         if next(made) == happening.at and happening.on_rank in (None, rank()):
-            _happen(happening.what, next(iter(batch.views.values())))
+            shown = batch.views if batch.views or batch.labelled is None else batch.labelled.views
+            _happen(happening.what, next(iter(shown.values())))
         return batch
 
     def write_manifest(directory: Path, state: object) -> None:

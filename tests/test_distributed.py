@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
 import pytest
@@ -22,7 +22,16 @@ from ssl_pipeline.distributed import (
     rank,
     world_size,
 )
-from ssl_pipeline.losses import barlow_twins_loss, koleo_loss, moco_v3_loss, nnclr_loss, nt_xent, vicreg_loss
+from ssl_pipeline.losses import (
+    annealed_cross_entropy,
+    barlow_twins_loss,
+    fairness_loss,
+    koleo_loss,
+    moco_v3_loss,
+    nnclr_loss,
+    nt_xent,
+    vicreg_loss,
+)
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.modules.memory import FeatureQueue
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
@@ -110,7 +119,7 @@ def detach_the_others(local: Tensor) -> Tensor:
 def gathers_are(wrong: bool) -> Iterator[None]:
     """Inside, the losses gather as they should, or make that mistake."""
     with ExitStack() as patches:
-        for module in ("contrastive", "redundancy", "regularizers"):
+        for module in ("contrastive", "redundancy", "regularizers", "annealed"):
             gathers = detach_the_others if wrong else gather_with_grad
             patches.enter_context(mock.patch(f"ssl_pipeline.losses.{module}.gather_with_grad", gathers))
         yield
@@ -128,6 +137,10 @@ def loss_gradients(name: str, wrong: bool) -> tuple[Tensor, Tensor]:
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
+    "fairness_loss": lambda z1, *_: fairness_loss(
+        z1, z1[:, 0] > -0.5, random(5, seed=11).softmax(0), random(5, seed=12).softmax(0)
+    ),
+    "annealed_cross_entropy": lambda z1, z2, *_: annealed_cross_entropy(z1, z2.argmax(dim=1), limit=0.2),
     "barlow_twins_loss": lambda z1, z2, *_: barlow_twins_loss(z1, z2, off_diagonal_weight=0.1),
     "koleo_loss": lambda z1, *_: koleo_loss(z1, num_neighbours=2),
     "moco_v3_loss": lambda *inputs: moco_v3_loss(*inputs, temperature=0.3),
@@ -147,7 +160,9 @@ def test_a_loss_over_two_ranks_is_that_of_the_global_batch(name):
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["barlow_twins_loss", "koleo_loss", "nnclr_loss", "nt_xent", "vicreg_loss"])
+@pytest.mark.parametrize(
+    "name", ["barlow_twins_loss", "fairness_loss", "koleo_loss", "nnclr_loss", "nt_xent", "vicreg_loss"]
+)
 def test_a_gather_that_drops_gradients_is_noticed(name):
     _, expected = loss_gradients(name, False)
     (_, first), (_, second) = run_on_ranks(loss_gradients, name, True)
@@ -171,7 +186,11 @@ def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[st
     batch = share_of(make_batch(name, num_images=NUM_IMAGES, dtype=torch.float64), rank(), world_size())
     gather_codes = gather if wrong != "own codes" else lambda rows: rows
     assignment = mock.patch("ssl_pipeline.losses.assignment.gather", gather_codes)
-    with gathers_are(wrong == "gather"), assignment:
+    if wrong == "own draws":
+        torch.manual_seed(rank())
+    shared = "ssl_pipeline.modules.batch_mixing.copy_from_first_rank"
+    own = mock.patch(shared) if wrong == "own draws" else nullcontext()
+    with gathers_are(wrong == "gather"), assignment, own:
         network(batch, progress_at(1)).loss.backward()
     return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
 
@@ -215,6 +234,19 @@ def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
         ("beit", "no DDP"),
         ("dvae", "no DDP"),
         ("swav", "own codes"),
+        ("mixmatch", "own draws"),
+        ("remixmatch", "own draws"),
+        ("supervised", "own draws"),
+        ("adamatch", "no DDP"),
+        ("freematch", "no DDP"),
+        ("uda", "no DDP"),
+        ("mean_teacher", "no DDP"),
+        ("pi_model", "no DDP"),
+        ("pseudo_label", "no DDP"),
+        ("flexmatch", "no DDP"),
+        ("softmatch", "no DDP"),
+        ("temporal_ensembling", "no DDP"),
+        ("co_training", "no DDP"),
     ],
 )
 def test_a_wrong_gradient_is_noticed(name, wrong):

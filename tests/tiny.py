@@ -50,7 +50,20 @@ OWN: dict[str, dict[str, object]] = {
         "teacher_temperature": {"value": 0.01},  # prototypes begin small: codes that differ
         "gram": {"first": 1, "every": 2},
     },
+    "adamatch": {"unlabelled_weight": {"value": 1.0}, "distribution_window": 4},
+    "co_training": {"threshold": 0.4},
     "fixmatch": {"threshold": 0.4},
+    "flexmatch": {"threshold": 0.4},
+    "freematch": {"fairness_weight": 0.5, "statistics_momentum": 0.9},
+    "mean_teacher": {"consistency_weight": {"value": 20.0}},
+    "mixmatch": {"unlabelled_weight": {"value": 20.0}},
+    "pi_model": {"consistency_weight": {"value": 20.0}},
+    "pseudo_label": {"threshold": 0.4, "unlabelled_weight": {"value": 1.0}},
+    "remixmatch": {"unlabelled_weight": {"value": 1.5}, "unmixed_weight": {"value": 0.5}, "distribution_window": 4},
+    "softmatch": {"statistics_momentum": 0.9},
+    "supervised": {"label_smoothing": 0.1, "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    "temporal_ensembling": {"consistency_weight": {"value": 20.0}},
+    "uda": {"threshold": 0.3, "annealing": "linear"},
     "ibot": {"freeze_prototypes_for": 1, "patch_head": "own_prototypes", "num_patch_prototypes": 10},
     "moco": {"symmetric": True},
     "simmim": {"mask_size": 8},
@@ -92,6 +105,8 @@ FILES: dict[str, Callable[[], dict[str, object]]] = {
     "distillation": teacher_settings,
 }
 """Settings that lead to files, which are made at their first use."""
+PREPARED = ("adamatch", "flexmatch", "freematch", "remixmatch", "softmatch", "temporal_ensembling")
+"""What remembers images or classes, of which `prepare` knows the number."""
 COUNTS = {"global": 2, "gram": 2, "local": 3}
 SIZES = {"gram": 24, "local": 8}
 
@@ -114,7 +129,7 @@ def tiny_settings(name: str) -> dict[str, object]:
 def make_method(name: str, *, backbone: BackboneConfig = VIT, seed: int = 0) -> Method:
     torch.manual_seed(seed)
     method = build_method(CONFIGS[name](**tiny_settings(name)), create_backbone(backbone))
-    if name in FILES:  # what is in them is read before a run begins, and not before
+    if name in FILES or name in PREPARED:  # what is in the files is read before a run begins, and not before
         sizes = {views.name: (view_shape(views)[1],) for views in method.needs}
         method.prepare(RunFacts(100, 3, 8, sizes, mean=(0.5,) * 3, std=(0.5,) * 3))
     return method

@@ -1,15 +1,16 @@
-"""A few labelled images of each class, for semi-supervised methods: shards -> a smaller set of shards.
+"""A few labelled images of each class, for semi-supervised methods: shards -> fewer shards, or the images' numbers.
 
-python -m data_tools.split_labels shards=DIR output=DIR labels_per_class=N [seed=0]
+python -m data_tools.split_labels shards=DIR output=DIR|FILE.npy labels_per_class=N|fraction=1% [seed=0]
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ssl_pipeline.config import Config, Seed, run_command
 from ssl_pipeline.data.decode import image_extension
@@ -17,31 +18,63 @@ from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import write_origins
 from ssl_pipeline.data.shards.overlay import Labels
+from ssl_pipeline.data.subset import write_keep
 from ssl_pipeline.data_tools.candidates import Candidate
 from ssl_pipeline.data_tools.output import output_in_the_making
 from ssl_pipeline.data_tools.shard_writer import key_of, write_shards
 from ssl_pipeline.randomness import SPLIT, permutation
 
+About = dict[str, str | int | None]
+
 
 class SplitLabels(Config):
-    """Copy a few labelled images of each class, chosen at random, into shards of their own.
+    """Choose a few labelled images of each class at random, and copy them into shards of their own.
 
     The images are stored as they are, with their labels and the class names of the whole set. FixMatch reads them
-    beside the whole set: data.shards=ALL data.labelled.shards=OUTPUT.
+    beside the whole set: data.shards=ALL data.labelled.shards=OUTPUT. With output=FILE.npy nothing is copied: the file
+    holds their numbers for data.labelled.shards=ALL data.labelled.keep=FILE.npy, FILE.rest.npy those of all others.
     """
 
     shards: str
     """Directory of labelled shards, or a pattern such as DIR/train-*.tar."""
     output: Path
-    """Directory to write; it appears when everything is done."""
-    labels_per_class: Annotated[int, Field(ge=1)]
+    """Directory to write; it appears when everything is done. Or FILE.npy, for numbers alone."""
+    labels_per_class: Annotated[int, Field(ge=1)] | None = None
     """Images of each class."""
+    fraction: str | None = None
+    """Share of the images of each class, such as 1%, rounded; one at least. In place of labels_per_class."""
     seed: Seed = 0
     """Another number makes another choice; with the same one, fewer images are a part of more."""
     samples_per_shard: Annotated[int, Field(ge=1, le=10**7)] = 1000
     """Images per shard."""
     overwrite: bool = False
-    """Replace shards that an earlier run wrote to the same output."""
+    """Replace what an earlier run wrote to the same output."""
+
+    @field_validator("fraction", mode="before")
+    @classmethod
+    def _fraction_is_a_share(cls, fraction: object) -> object:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(fraction))
+        if fraction is not None and not (match and 0 < float(match[1]) <= 100):
+            raise ValueError(f"must be a share above 0% and up to 100%, such as 1%. Got {fraction}.")
+        return fraction
+
+    @model_validator(mode="after")
+    def _one_of_two_counts(self) -> SplitLabels:
+        if (self.labels_per_class is None) == (self.fraction is None):
+            raise ValueError("exactly one of labels_per_class=N and fraction=1% must be given.")
+        return self
+
+    @property
+    def writes_numbers(self) -> bool:
+        """Whether the output is a file of numbers."""
+        return self.output.suffix == ".npy"
+
+    def count_of(self, num_images: int) -> int:
+        """How many of the images of a class are chosen."""
+        if self.labels_per_class is not None:
+            return self.labels_per_class
+        assert self.fraction is not None
+        return max(int(num_images * float(self.fraction.rstrip("% ")) / 100 + 0.5), 1)
 
 
 class ShardSource:
@@ -68,7 +101,42 @@ def split_labels(config: SplitLabels) -> int:
         raise DataError(f"output='{config.output}' holds the shards to choose from. Choose another output.")
     labels_N = index.labels()
     chosen = choose(labels_N, config, index.class_names)
-    source = ShardSource(index)
+    about: About = {
+        "shards": config.shards,
+        "labels_per_class": config.labels_per_class,
+        "fraction": config.fraction,
+        "seed": config.seed,
+    }
+    about = {name: value for name, value in about.items() if value is not None}
+    if config.writes_numbers:
+        _write_numbers(config, index, chosen, about)
+    else:
+        _write_shards(config, index, chosen, about)
+    num_classes = len(np.unique(labels_N[chosen]))
+    print(f"{len(chosen):,} of {len(index):,} images, of {num_classes} classes -> {config.output}")
+    return 0
+
+
+def _write_numbers(
+    config: SplitLabels, index: ShardIndex, chosen: list[int], about: dict[str, str | int | None]
+) -> None:
+    """FILE.npy and FILE.rest.npy for `keep`."""
+    rest = np.setdiff1d(np.arange(len(index)), chosen)
+    files = {config.output: np.array(chosen), config.output.with_suffix(".rest.npy"): rest}
+    there = [str(path) for path in files if path.exists()]
+    if there and not config.overwrite:
+        raise DataError(f"{there[0]} is there already. Choose another output, or set overwrite=true.")
+    if not len(rest):
+        raise DataError(f"All {len(index):,} images are chosen, none is left for the rest. Choose fewer.")
+    for path, numbers in files.items():
+        write_keep(path, index, numbers, origin={"command": "split_labels", **about})
+
+
+def _write_shards(
+    config: SplitLabels, index: ShardIndex, chosen: list[int], about: dict[str, str | int | None]
+) -> None:
+    """The images in shards of their own, with manifest and index."""
+    source, labels_N = ShardSource(index), index.labels()
     with output_in_the_making(config.output, overwrite=config.overwrite) as folder:
         samples = []
         for sample in chosen:
@@ -86,18 +154,8 @@ def split_labels(config: SplitLabels) -> int:
         keys = [key_of(number, image.name) for number, (image, _) in enumerate(samples)]
         files = [index.origin(sample) or index.key(sample) for sample in chosen]
         write_origins(folder, zip(keys, files, strict=True))
-        about: dict[str, str | int | None] = {
-            "shards": config.shards,
-            "labels_per_class": config.labels_per_class,
-            "seed": config.seed,
-        }
         write_manifest(folder, Manifest(index.class_names, shards, about))
         open_shards(folder)
-    print(
-        f"{len(chosen):,} of {len(index):,} images, {config.labels_per_class} of each of "
-        f"{len(chosen) // config.labels_per_class} classes -> {config.output}"
-    )
-    return 0
 
 
 def choose(labels_N: Labels, config: SplitLabels, class_names: tuple[str, ...] | None) -> list[int]:
@@ -108,14 +166,15 @@ def choose(labels_N: Labels, config: SplitLabels, class_names: tuple[str, ...] |
     parts = []
     for label in present if class_names is None else range(len(class_names)):
         of_class = np.flatnonzero(labels_N == label)
-        if len(of_class) < config.labels_per_class:
+        count = config.count_of(len(of_class))
+        if len(of_class) < count:
             name = label if class_names is None else f"{label} ({class_names[label]})"
             raise DataError(
-                f"labels_per_class={config.labels_per_class} is more than shards='{config.shards}' has of class "
+                f"labels_per_class={count} is more than shards='{config.shards}' has of class "
                 f"{name}: {len(of_class)}. Take at most that many."
             )
         order = permutation(len(of_class), config.seed, SPLIT, label)
-        parts.append(of_class[order[: config.labels_per_class]])
+        parts.append(of_class[order[:count]])
     chosen = np.concatenate(parts)
     return chosen[permutation(len(chosen), config.seed, SPLIT)].tolist()
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from ssl_pipeline.losses.annealed import annealed_cross_entropy, fairness_loss, uda_loss
 from ssl_pipeline.losses.assignment import centred_softmax, sinkhorn_knopp
+from ssl_pipeline.losses.consistency import (
+    consistency_loss,
+    labelled_cross_entropy,
+    mixmatch_loss,
+    pi_model_loss,
+    probability_error,
+)
 from ssl_pipeline.losses.contrastive import info_nce, moco_v3_loss, nnclr_loss, nt_xent
 from ssl_pipeline.losses.discrete import (
     gumbel_softmax,
@@ -29,7 +37,6 @@ from ssl_pipeline.losses.redundancy import barlow_twins_loss, vicreg_loss
 from ssl_pipeline.losses.regularizers import gram_anchoring_loss, koleo_loss
 from ssl_pipeline.losses.semi_supervised import (
     align_distribution,
-    consistency_loss,
     fixmatch_loss,
     guess_labels,
     interpolate_logits,
@@ -43,12 +50,14 @@ from ssl_pipeline.losses.swapped import swav_loss
 __all__ = [
     "PrototypeTargets",
     "align_distribution",
+    "annealed_cross_entropy",
     "barlow_twins_loss",
     "byol_loss",
     "centred_softmax",
     "centred_targets",
     "consistency_loss",
     "crop_pairs",
+    "fairness_loss",
     "feature_loss",
     "fixmatch_loss",
     "float32",
@@ -58,14 +67,18 @@ __all__ = [
     "info_nce",
     "interpolate_logits",
     "koleo_loss",
+    "labelled_cross_entropy",
     "logit_laplace_loss",
     "mae_loss",
     "masked_patch_loss",
     "masked_patch_weights",
     "masked_token_loss",
+    "mixmatch_loss",
     "moco_v3_loss",
     "nnclr_loss",
     "nt_xent",
+    "pi_model_loss",
+    "probability_error",
     "prototype_cross_entropy",
     "prototypes_used",
     "pseudo_label_loss",
@@ -79,6 +92,7 @@ __all__ = [
     "sinkhorn_targets",
     "swav_loss",
     "total_logits",
+    "uda_loss",
     "uniform_kl_loss",
     "vicreg_loss",
     "weighted_cross_entropy",

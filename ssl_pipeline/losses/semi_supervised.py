@@ -1,20 +1,18 @@
 """Losses that join a few labels with many images, and what makes targets of predictions.
 
 FixMatch (Sohn et al., 2020, https://arxiv.org/abs/2001.07685), MixMatch (Berthelot et al., 2019,
-https://arxiv.org/abs/1905.02249), ReMixMatch (https://arxiv.org/abs/1911.09785), AdaMatch (Berthelot et al., 2021,
-https://arxiv.org/abs/2106.04732) and Mean Teacher (Tarvainen & Valpola, 2017, https://arxiv.org/abs/1703.01780).
+https://arxiv.org/abs/1905.02249), ReMixMatch (https://arxiv.org/abs/1911.09785) and AdaMatch (Berthelot et al., 2021,
+https://arxiv.org/abs/2106.04732).
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_pipeline.distributed import mean_over_ranks
-from ssl_pipeline.losses.checks import check_positive
+from ssl_pipeline.losses.checks import check_positive, check_same_logits
 from ssl_pipeline.losses.precision import float32
 
 # Axes: B labelled images, U unlabelled ones, N rows of any kind, C classes, V views.
@@ -63,7 +61,7 @@ def pseudo_label_loss(
 
     Only the strong views receive a gradient. FixMatch, FlexMatch and AdaMatch differ in probabilities and threshold.
     """
-    _check_same_shape("pseudo_label_loss", probabilities=probabilities_UC, strong_logits=strong_logits_UC)
+    check_same_logits("pseudo_label_loss", probabilities=probabilities_UC, strong_logits=strong_logits_UC)
     confidence_U, guesses_U = probabilities_UC.detach().max(dim=1)
     if isinstance(threshold, Tensor) and threshold.ndim:
         threshold = threshold[guesses_U]
@@ -90,24 +88,6 @@ def weighted_cross_entropy(logits_NC: Tensor, targets: Tensor, weights_N: Tensor
     if weights_N is None:
         return F.cross_entropy(logits_NC, targets.detach())
     return (F.cross_entropy(logits_NC, targets.detach(), reduction="none") * weights_N.detach()).mean()
-
-
-@float32
-def consistency_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *, distance: Literal["mse", "kl"] = "mse"
-) -> Tensor:
-    """How far the student's class probabilities are from the teacher's, which receive no gradient (Mean Teacher).
-
-    Shapes: both (N, C), row i of both from image i; labelled images count too.
-
-        mse:  mean over rows and classes of (softmax(student) - softmax(teacher))^2
-        kl:   mean over rows of KL(softmax(teacher) || softmax(student))
-    """
-    _check_same_shape("consistency_loss", student_logits=student_logits, teacher_logits=teacher_logits)
-    if distance == "mse":
-        return F.mse_loss(F.softmax(student_logits, dim=1), F.softmax(teacher_logits.detach(), dim=1))
-    log_teacher, log_student = F.log_softmax(teacher_logits.detach(), dim=1), F.log_softmax(student_logits, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 @float32
@@ -162,13 +142,5 @@ def interpolate_logits(joint: Tensor, alone: Tensor, draws: Tensor) -> Tensor:
 
     Shapes: all the same, draws uniform in [0, 1):  joint + draws * (alone - joint)
     """
-    _check_same_shape("interpolate_logits", joint=joint, alone=alone, draws=draws)
+    check_same_logits("interpolate_logits", joint=joint, alone=alone, draws=draws)
     return joint + draws * (alone - joint)
-
-
-def _check_same_shape(where: str, **tensors: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][0] == 0:
-        raise ValueError(
-            f"{where} needs {', '.join(tensors)} of one shape (N, C), N >= 1. Got {', '.join(map(str, shapes))}."
-        )

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config, InRange
-from ssl_pipeline.losses import weighted_cross_entropy
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
-from ssl_pipeline.modules.classifier import ClassifierPair, are_right
+from ssl_pipeline.modules.classifier import ClassifierPair
 from ssl_pipeline.modules.pseudo_labels import FixedThreshold
+from ssl_pipeline.modules.weak_to_strong import weak_to_strong
 from ssl_pipeline.schedule import Progress, Schedule
 
 
@@ -64,20 +64,10 @@ class FixMatch(Method):
         return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        assert batch.labelled is not None
-        labels = batch.labelled.labels
-        parts = (batch.labelled.one("weak"), batch.one("weak"), batch.one("strong"))
-        features, (labelled, weak, strong) = self.pair(*parts)
-        guessed = self.weighting(weak, labelled, batch.sample_ids)
-        unlabelled_loss = weighted_cross_entropy(strong, guessed.targets, guessed.weights)
-        loss = weighted_cross_entropy(labelled, labels) + self.config.unlabelled_weight * unlabelled_loss
-        metrics = {
-            **guessed.metrics,
-            "kept_right": (guessed.weights * are_right(guessed.targets, batch.labels)).float().mean(),
-            "labelled_accuracy": are_right(labelled.argmax(dim=1), labels).float().mean(),
-            "feature_std": feature_std(features.detach()),
-        }
-        return StepOutput(loss, metrics, guessed.carry)
+        weight = self.config.unlabelled_weight
+        step = weak_to_strong(self.pair, self.weighting, batch, unlabelled_weight=weight)
+        metrics = {**step.metrics, "feature_std": feature_std(step.features)}
+        return StepOutput(step.loss, metrics, step.labels.carry)
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

@@ -86,3 +86,9 @@ class ClassifierPair(nn.Module):
 def are_right(guesses_N: Tensor, labels: Tensor) -> Tensor:
     """(N,) bool: whether each guess is the label; labels are (N,) classes, -1 for none, or soft (N, C)."""
     return guesses_N == (labels if labels.ndim == 1 else labels.argmax(dim=1))
+
+
+@torch.no_grad()
+def accuracy(logits_NC: Tensor, labels: Tensor) -> Tensor:
+    """(): the share of rows whose largest logit is that of the label; labels as in `are_right`."""
+    return are_right(logits_NC.argmax(dim=1), labels).float().mean()

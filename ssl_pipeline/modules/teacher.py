@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import without_drop_path
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import sha256_of, sha256_of_bytes
+from ssl_pipeline.schedule import Progress
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -114,3 +115,11 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def averaging_momentum(progress: Progress, *, limit: float) -> float:
+    """Mean Teacher's momentum after the step of `progress`: a true average at first, then `limit`.
+
+    min(1 - 1 / (step + 2), limit): 1/2 after the first step.
+    """
+    return min(1 - 1 / (progress.step + 2), limit)

@@ -7,6 +7,7 @@ import pytest
 from ssl_pipeline.config import run_command
 from ssl_pipeline.data.shards.manifest import read_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
+from ssl_pipeline.data.subset import open_subset
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.data_tools.split_labels import SplitLabels, choose, split_labels
 
@@ -123,3 +124,43 @@ def test_an_unfinished_split_leaves_nothing(shards: Path, tmp_path: Path, monkey
     with pytest.raises(OSError, match="no space left"):
         split(shards, tmp_path / "few", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "images"]
+
+
+def test_numbers_alone_choose_the_images_that_shards_would_hold(shards: Path, tmp_path: Path) -> None:
+    copied, file = split(shards, tmp_path / "few", 3), split(shards, tmp_path / "few.npy", 3)
+    chosen, rest = open_subset(str(shards), keep=file), open_subset(str(shards), keep=tmp_path / "few.rest.npy")
+    assert {chosen.read(number).image for number in range(len(chosen))} == images(copied).keys()
+    assert Counter(chosen.labels().tolist()) == {0: 3, 1: 3, 2: 3}
+    both = np.concatenate([chosen.in_whole_set(), rest.in_whole_set()])
+    assert sorted(both.tolist()) == list(range(22))
+
+
+def test_a_fraction_is_rounded_in_each_class_and_never_none(shards: Path, tmp_path: Path) -> None:
+    for fraction, counts in (("30%", {0: 3, 1: 2, 2: 2}), ("1%", {0: 1, 1: 1, 2: 1})):
+        config = SplitLabels(shards=str(shards), output=tmp_path / f"{fraction}.npy", fraction=fraction)
+        assert split_labels(config) == 0
+        assert Counter(open_subset(str(shards), keep=config.output).labels().tolist()) == counts
+
+
+def test_numbers_are_not_replaced_unasked_and_leave_a_rest(shards: Path, tmp_path: Path) -> None:
+    file = split(shards, tmp_path / "few.npy", 2)
+    with pytest.raises(DataError, match=r"few\.npy is there already\. Choose another output, or set overwrite=true"):
+        split(shards, file, 3)
+    split(shards, file, 3, overwrite=True)
+    assert len(np.load(file)) == 9
+    with pytest.raises(DataError, match="All 22 images are chosen"):
+        split_labels(SplitLabels(shards=str(shards), output=tmp_path / "all.npy", fraction="100%"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "exactly one of labels_per_class=N and fraction=1% must be given"),
+        ({"labels_per_class": 2, "fraction": "1%"}, "exactly one of"),
+        ({"fraction": "0%"}, r"must be a share above 0% and up to 100%, such as 1%\. Got 0%"),
+        ({"fraction": 0.01}, r"Got 0\.01"),
+    ],
+)
+def test_a_choice_has_one_size(settings: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SplitLabels(shards="all", output=Path("few"), **settings)

@@ -38,6 +38,20 @@ LOSSES = {
     "simmim_loss": lambda to: losses.simmim_loss(
         to(rows()[None, None, :4, :4]), to(rows(seed=1)[None, None, :4, :4]), torch.ones(1, 4), patch_size=2
     ),
+    "mixmatch_loss": lambda to: losses.mixmatch_loss(
+        to(rows()), to(rows(seed=1).softmax(-1)), to(rows(seed=2)), to(rows(seed=3).softmax(-1)), unlabelled_weight=9
+    )[0],
+    "pi_model_loss": lambda to: losses.pi_model_loss(
+        to(rows()), to(rows(seed=1)), torch.tensor([0, -1, 2, -1]), consistency_weight=9
+    ),
+    "probability_error": lambda to: losses.probability_error(to(rows()), to(rows(seed=1).softmax(-1))),
+    "uda_loss": lambda to: losses.uda_loss(to(rows()), to(rows(seed=1)), threshold=0.3, temperature=0.4)[0],
+    "annealed_cross_entropy": lambda to: losses.annealed_cross_entropy(
+        to(rows()), torch.tensor([0, 1, 2, 3]), limit=0.5
+    ),
+    "fairness_loss": lambda to: losses.fairness_loss(
+        to(rows()), torch.ones(4, dtype=torch.bool), to(rows(1)[0].softmax(-1)), to(rows(1, seed=1)[0].softmax(-1))
+    ),
     "fixmatch_loss": lambda to: losses.fixmatch_loss(
         to(rows()), torch.tensor([0, 1, 2, 3]), to(rows(seed=1)), to(rows(seed=2)), threshold=0.3, unlabelled_weight=1
     )[0],

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.modules.classifier import ClassifierPair
 from ssl_pipeline.modules.pixel_decoder import PixelDecoder
 from tests.tiny import CONFIGS, VIT, make_batch, make_method, progress_at
 
@@ -45,20 +46,21 @@ def test_a_compiled_step_is_the_plain_step(name, graphs, half):
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_the_backbones_are_compiled_and_a_decoder(name):
-    kinds = [type(part) for part in make_method(name).parts_to_compile()]
-    num_teachers = name in (
+    method = make_method(name)
+    kinds = [type(part) for part in method.parts_to_compile()]
+    num_teachers = isinstance(getattr(method, "pair", None), ClassifierPair) or name in (
         "byol",
         "dino",
         "dinov2",
         "dinov3",
         "distillation",
         "dvae",
-        "fixmatch",
         "ibot",
         "moco",
         "moco_v3",
     )
     num_teachers += name == "dinov3"  # a Gram teacher, too
+    num_teachers += 2 * (name == "co_training")  # a second pair
     assert sum(issubclass(kind, Backbone) for kind in kinds) == 1 + num_teachers
     assert (PixelDecoder in kinds) == (name == "mae")
 

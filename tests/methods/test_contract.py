@@ -181,7 +181,7 @@ def test_a_method_says_what_it_needs(name):
     assert len(names) == len(set(names))
     assert sum(views.evaluated for views in method.needs) <= 1
     assert not method.needs[0].optional
-    assert not method.needs[0].labelled
+    assert not method.needs[0].labelled or all(views.labelled for views in method.needs)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,88 @@
+"""Mean Teacher (Tarvainen & Valpola, 2017, https://arxiv.org/abs/1703.01780)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.batch import Batch, RunFacts, Views
+from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.losses import consistency_loss, weighted_cross_entropy
+from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
+from ssl_pipeline.modules.teacher import averaging_momentum
+from ssl_pipeline.schedule import Duration, Progress, Schedule
+
+
+class MeanTeacherConfig(Config):
+    """Mean Teacher: a classifier agrees with its moving average, which sees another view of each image."""
+
+    name: Literal["mean_teacher"]
+    num_classes: int | None = Field(None, gt=1, le=2**20)
+    """Classes of the labelled images; null takes as many as their shards have."""
+    consistency: Literal["mse", "kl"] = "mse"
+    """How student and teacher are compared: squared error of the probabilities, or KL(teacher || student)."""
+    consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
+        value=100.0, warmup=Duration("5ep"), rise="exponential"
+    )
+    """Weight of the consistency beside the loss on labels."""
+    consistency_on: Literal["all", "unlabelled"] = "all"
+    """Whose consistency counts: all images (the authors), or the unlabelled ones alone (Google, USB)."""
+    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.99)
+    """Share of the teacher that an update keeps, once it has seen enough: a true average at first."""
+
+
+class MeanTeacher(Method):
+    """A backbone with a linear classifier, and its moving average, which is its teacher and is evaluated.
+
+    The teacher has batch-norm statistics of its own, of the second views. The loss on labels is the mean over labelled
+    images; the authors' PyTorch code divides its sum by all images, so that weights there are smaller by that ratio.
+    """
+
+    config_class = MeanTeacherConfig
+    needs = (Views("weak", count=2, evaluated=True), Views("weak", count=2, labelled=True))
+
+    def __init__(self, config: MeanTeacherConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.pair = ClassifierPair(backbone, config.num_classes, buffers="own")
+
+    def prepare(self, facts: RunFacts) -> None:
+        self.pair.prepare(facts, self.config.num_classes, one_pass=("weak",))
+
+    def backbones(self) -> dict[str, Backbone]:
+        return self.pair.backbones()
+
+    @property
+    def classifier(self) -> nn.Linear:  # type: ignore[override]
+        """The teacher's."""
+        return self.pair.classifier
+
+    def forward(self, batch: Batch, progress: Progress) -> StepOutput:
+        assert batch.labelled is not None
+        labels = batch.labelled.labels
+        pairs = (batch.labelled.two("weak"), batch.two("weak"))
+        first, second = ([views[number] for views in pairs] for number in (0, 1))
+        features, logits = self.pair(*first)
+        student, teacher = torch.cat(logits), self.pair.teacher(torch.cat(second))
+        counted = slice(len(labels) if self.config.consistency_on == "unlabelled" else 0, None)
+        consistency = consistency_loss(student[counted], teacher[counted], distance=self.config.consistency)
+        weight = self.config.consistency_weight(progress)
+        loss = weighted_cross_entropy(logits[0], labels) + weight * consistency
+        metrics = {
+            "consistency": consistency.detach(),
+            "labelled_accuracy": accuracy(logits[0], labels),
+            "teacher_right": accuracy(teacher[len(labels) :], batch.labels),
+            "feature_std": feature_std(features.detach()),
+        }
+        return StepOutput(loss, metrics)
+
+    @torch.no_grad()
+    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
+        limit = self.config.teacher_momentum(progress)
+        self.pair.update(averaging_momentum(progress, limit=limit))

@@ -1,0 +1,25 @@
+"""Passes of which batch norm does not keep what it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def kept_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside, batch norms normalise by the batch, as in training, and their running statistics stay as they are.
+
+    For passes beside the one that the running statistics are meant for: guesses, pseudo-labels.
+    """
+    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
