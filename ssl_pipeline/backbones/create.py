@@ -27,9 +27,12 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     if not timm.is_model(config.name):
         raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
     tag = config.weights if config.weights is not None and is_tag(config.weights) else None
+    if tag is not None:
+        _check_tag(config.name, tag)
     if config.small_images and tag is not None:
         raise ConfigError(
-            "backbone.small_images replaces the stem that pretrained weights need. Leave one of them out."
+            "backbone.small_images replaces the stem that pretrained weights need. Leave backbone.weights out, or set "
+            "backbone.small_images=false."
         )
     if config.weights_from is not None and tag is not None:
         raise ConfigError(
@@ -59,16 +62,19 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     return backbone
 
 
+def _check_tag(name: str, tag: str) -> None:
+    known = timm.list_pretrained(f"{name}.*")
+    if f"{name}.{tag}" not in known:
+        raise ConfigError(
+            f"backbone.weights: no file, no run and no pretrained '{name}.{tag}'. Known: {', '.join(known) or 'none'}"
+        )
+
+
 def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
     name = config.name
     arguments: dict[str, Any] = dict(config.arguments)
     if tag is not None:
         name = f"{config.name}.{tag}"
-        known = timm.list_pretrained(f"{config.name}.*")
-        if name not in known:
-            raise ConfigError(
-                f"backbone.weights: no file, no run and no pretrained '{name}'. Known: {', '.join(known) or 'none'}"
-            )
     if config.drop_path:
         arguments["drop_path_rate"] = config.drop_path
     try:
@@ -128,7 +134,8 @@ def _checkpoint_activations(backbone: Backbone, name: str) -> None:
 def _shrink_stem(model: nn.Module, name: str) -> None:
     if not (isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d)):
         raise ConfigError(
-            f"backbone.small_images needs a ResNet with a single stem convolution. '{name}' is none; try resnet18."
+            f"backbone.small_images needs a ResNet with a single stem convolution. '{name}' is none; try resnet18, or "
+            "backbone.small_images=false over a recipe that has it."
         )
     old = model.conv1
     stem = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, padding=1, bias=False)

@@ -40,6 +40,8 @@ def expand(
     """
     overrides = overrides or {}
     given = keys_of(arguments) | {key: str(value) for key, value in leaves(overrides) if value is not None}
+    if given.get("images") == "":
+        raise ConfigError("images= is empty. Set it to a folder or a zip of images.")
     if "images" in given and "data.shards" in given:
         raise ConfigError("images= packs a folder into shards and data.shards= names some. Give one of the two.")
     rest = [argument for argument in arguments if argument.partition("=")[0] != "recipe"]

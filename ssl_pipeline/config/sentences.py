@@ -29,7 +29,9 @@ def mistakes(schema: type[Config], data: Value, error: ValidationError) -> list[
         if item["type"] != "extra_forbidden":
             sentence = _sentence(place, item["type"], item["input"], str(item["msg"]), item.get("ctx", {}))
         by_place.setdefault(place.where, []).append(sentence)
-    return [_join_alternatives(sentences) for sentences in by_place.values()]
+    # a list whose items are wrong is also told to be too short
+    items = {place.partition("[")[0] for place in by_place if "[" in place}
+    return [_join_alternatives(sentences) for place, sentences in by_place.items() if place not in items]
 
 
 class _Place(NamedTuple):
@@ -87,6 +89,9 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
 
 def _join_alternatives(sentences: list[str]) -> str:
     """Several sentences about one key come from the members of a union: one sentence with "or"."""
+    if len(sentences) == 1:
+        return sentences[0]
+    sentences = [sentence for sentence in sentences if "must be a valid array" not in sentence] or sentences[:1]
     if len(sentences) == 1:
         return sentences[0]
     parts = [re.match(r"^(\S+ must be )(.*?)(\. Got .*)$", sentence) for sentence in sentences]

@@ -28,13 +28,14 @@ def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN, short_side: 
     short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
     the shards says it.
 
-    LISTING beside it has the name and size of each file as it was packed; it is written last, so that shards without
-    it are those of a start that was cut short. Raises DataError, which names some files and the way out, if the source
+    LISTING beside it has the name and size of each image file as it was packed; it is written last, so that shards
+    without it are those of a start that was cut short. Raises DataError, which names some files and the way out, if the source
     has changed.
     """
     shards, listing = place / SHARDS, place / LISTING
     files = open_source(source, "", None)
-    now = files.sizes()
+    found, sizes = find_candidates(files), files.sizes()
+    now = {image.name: sizes[image.name] for image in found.images}
     if listing.exists():
         before = read_listing(listing)
         if before != now:
@@ -45,7 +46,7 @@ def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN, short_side: 
             return shards
     place.mkdir(parents=True, exist_ok=True)
     # parts of a data set are no classes, and a run without labels takes all of them
-    labels = "none" if looks_like_splits(find_candidates(files).class_names or ("",)) else None
+    labels = "none" if looks_like_splits(found.class_names or ("",)) else None
     make_shards(
         MakeShards(source=source, output=shards, labels=labels, short_side=short_side, overwrite=shards.exists())
     )

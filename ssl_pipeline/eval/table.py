@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.config import Config, ConfigError, printable, run_command
 from ssl_pipeline.eval.accuracy import bootstrap_interval
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
@@ -156,8 +156,31 @@ def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]], subject: Su
     return lines
 
 
+def doubts(run: Path) -> list[str]:
+    """Why the columns are not of the same images, and what each evaluator warned of: one sentence each."""
+    protocols = {}
+    for name in EVALUATORS:
+        path = run / "eval" / f"{name}.json"
+        if path.is_file():
+            protocols[name] = json.loads(path.read_text()).get("protocol", {})
+    said = dict.fromkeys(str(warning) for protocol in protocols.values() for warning in protocol.get("warnings", ()))
+    compared = {
+        name: " ".join(
+            [f"train={protocol.get('train')} test={protocol.get('test')} size={protocol.get('size')}"]
+            + ["leave_one_out=true"] * bool(protocol.get("leave_one_out"))
+        )
+        for name, protocol in protocols.items()
+    }
+    if len(set(compared.values())) > 1:
+        each = "; ".join(f"{EVALUATORS[name]}: {settings}" for name, settings in compared.items())
+        said[f"The columns are not of the same images and must not be compared: {each}."] = None
+    return list(said)
+
+
 def main(config: TableConfig) -> None:
     print(summary(read_top1(config.run), read_subject(config.run)))
+    for doubt in doubts(config.run):
+        print(printable(f"warning: {doubt}"))
 
 
 def command(name: str = "python -m eval.table") -> int:

@@ -91,7 +91,7 @@ def test_batch_norm_and_checkpointed_activations_are_refused(name):
         ({"name": "vit_tiny_patch16_224", "arguments": {"global_pool": "mean"}}, "timm cannot create 'vit_tiny"),
         ({"name": "vgg11", "drop_path": 0.1}, r"'drop_path_rate'\. Set backbone\.drop_path=0\."),
         ({"name": "resnet18", "weights": "missing.safetensors"}, "cannot read weights from missing.safetensors"),
-        ({"name": "resnet18", "weights": "a1_in1k", "small_images": True}, "Leave one of them out"),
+        ({"name": "resnet18", "weights": "a1_in1k", "small_images": True}, "Leave backbone.weights out"),
     ],
 )
 def test_a_mistake_is_one_line(config, sentence):

@@ -100,6 +100,7 @@ def test_other_arguments_are_left_alone():
     ("arguments", "sentence"),
     [
         (["images=a", "data.shards=b"], r"Give one of the two\."),
+        (["images="], r"^images= is empty\."),
         (["recipe=auto"], r"Set images=FOLDER, or data\.shards=SHARDS\."),
         (["images=a", "images=b"], "images is given twice"),
         (["images=nowhere"], "'nowhere' does not exist"),

@@ -58,7 +58,7 @@ TYPOS = [
     ("optim.betas=[]", "optim.betas must have 2 values. Got 0."),
     ("optim.betas=0.9,x", "optim.betas[1] must be a valid number. Got 'x'."),
     ("data.sizes=1,2,x", "data.sizes[2] must be a valid integer. Got 'x'."),
-    ("augment.global.blur_prob=x", "augment.global.blur_prob must be a valid number or a valid array. Got 'x'."),
+    ("augment.global.blur_prob=x", "augment.global.blur_prob must be a valid number. Got 'x'."),
     (
         "arguments.x=[1]",
         "arguments.x must be a valid boolean or a valid integer or a valid number or a valid string. Got [1].",

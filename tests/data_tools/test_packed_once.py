@@ -45,6 +45,12 @@ def test_a_folder_that_changed_is_refused_by_name(tmp_path, photos):
         pack_once(str(photos), tmp_path / "run")
 
 
+def test_what_is_no_image_may_change(tmp_path, photos):
+    shards = pack_once(str(photos), tmp_path / "run")
+    (photos / "notes.txt").write_text("other words")
+    assert pack_once(str(photos), tmp_path / "run") == shards
+
+
 def test_a_packing_that_was_cut_short_is_done_again(tmp_path, photos):
     shards = pack_once(str(photos), tmp_path / "run")
     (tmp_path / "run" / LISTING).unlink()  # as of a start that was killed before its end

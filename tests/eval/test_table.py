@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config import ConfigError, run_command
-from ssl_pipeline.eval.table import TableConfig, format_table, main, read_subject, read_top1, summary
+from ssl_pipeline.eval.table import TableConfig, doubts, format_table, main, read_subject, read_top1, summary
 
 
 def write(run: Path, name: str, top1: float, protocol: dict[str, object] | None = None, **baselines: float) -> None:
@@ -99,3 +99,26 @@ def test_a_broken_report_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "eval" / "knn.json").write_text(content)
     with pytest.raises(ConfigError, match=r"knn.json is not a report of eval.knn"):
         read_top1(tmp_path)
+
+
+def write_protocols(run: Path, **protocols: dict[str, object]) -> None:
+    (run / "eval").mkdir(parents=True)
+    for name, protocol in protocols.items():
+        report = {"top1": 50.0, "baselines": {}, "protocol": {"train": "a", "test": "b", "size": 32, **protocol}}
+        (run / "eval" / f"{name}.json").write_text(json.dumps(report))
+
+
+def test_columns_of_the_same_images_are_not_doubted(tmp_path: Path) -> None:
+    write_protocols(tmp_path, knn={"leave_one_out": False}, linear={})
+    assert doubts(tmp_path) == []
+
+
+@pytest.mark.parametrize("other", [{"test": "a", "leave_one_out": True}, {"test": "c"}, {"train": "c"}, {"size": 64}])
+def test_columns_of_other_images_are_said_not_to_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, object]
+) -> None:
+    write_protocols(tmp_path, knn=other, linear={"warnings": ["40 of 40 images are in train too"]})
+    main(TableConfig(run=tmp_path))
+    printed = capsys.readouterr().out
+    assert "warning: 40 of 40 images are in train too\n" in printed
+    assert "warning: The columns are not of the same images and must not be compared: k-NN top-1: train=" in printed

@@ -54,7 +54,9 @@ def _read(path: Path) -> object:
                 f"cannot read weights from {path}: it holds more than tensors, or is damaged; pickled objects are not "
                 "read. Save its state dict alone, best as .safetensors."
             ) from None
-        raise ConfigError(f"cannot read weights from {path}: {first_line(error)}") from error
+        kind = "file of safetensors" if path.suffix == ".safetensors" else "checkpoint of PyTorch"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"cannot read weights from {path}: it is no {kind}, or damaged ({reason}).") from error
 
 
 def _flat(table: Mapping[object, object], before: str) -> Iterator[tuple[str, Tensor]]:
