@@ -29,8 +29,8 @@ def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN, short_side: 
     the shards says it.
 
     LISTING beside it has the name and size of each image file as it was packed; it is written last, so that shards
-    without it are those of a start that was cut short. Raises DataError, which names some files and the way out, if the source
-    has changed.
+    without it are those of a start that was cut short. Raises DataError, which names some files and the way out,
+    if the source has changed.
     """
     shards, listing = place / SHARDS, place / LISTING
     files = open_source(source, "", None)
