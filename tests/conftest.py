@@ -14,6 +14,8 @@ from tests.tiny import CLASSES
 
 TYPICAL = {"dino", "simclr", "mae", "fixmatch", "dino_vits16", "simclr_resnet50"}
 """The methods and recipes that stand for all others while one works."""
+MANY = {"test_image_sizes", "test_layouts", "test_library", "test_number_ranges", "test_trial", "test_which_networks"}
+"""Modules that go through many networks, settings or whole runs."""
 
 torch.set_num_threads(1)  # the machines that run the tests have few cores, and the tests small tensors
 
@@ -21,14 +23,15 @@ torch.set_num_threads(1)  # the machines that run the tests have few cores, and 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`ddp` for what starts processes by tests/ranks.py or subprocess, `other` for what is about a method or recipe
-    that is not `TYPICAL`, and a skip for `gpu` where there is none.
+    that is not `TYPICAL` or about `MANY` things, and a skip for `gpu` where there is none.
     """
     others = {*CLASSES, *recipe_files(RECIPES)} - TYPICAL
     for item in items:
         parameters = (
             item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
         )
-        if any(isinstance(value, str) and value in others for value in parameters):
+        of_other = item.path.stem.removeprefix("test_") in others or item.path.stem in MANY
+        if of_other or any(isinstance(value, str) and value in others for value in parameters):
             item.add_marker("other")
         if getattr(item, "originalname", "") in starting_processes(item.path):
             item.add_marker("ddp")
