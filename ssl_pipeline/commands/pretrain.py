@@ -237,6 +237,7 @@ def _pretrain(config: PretrainConfig) -> int:
             print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
             if own is not None:
                 print(features_in_python(own))
+        accelerator.wait_for_everyone()  # whoever leaves first takes the group from those who still write
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
 
