@@ -25,16 +25,17 @@ START = "ssl_pipeline.commands.start"  # which imports this module in the end
 STEPS, SECONDS = 20, 30.0
 SECONDS_BETWEEN_LOOKS = 0.2
 SHORT: Tree = {  # what a trial has of its own
-    **{
-        "recipe": None,
-        "output": None,
-        "images": None,
-        "wandb": False,
-        "knn": None,
-        "spectrum": None,
-        "classifier": None,
-    },
-    **{"train.epochs": None, "train.steps": STEPS, "train.save_every": "100%", "train.log_every": 1},
+    "recipe": None,
+    "output": None,
+    "images": None,
+    "wandb": False,
+    "knn": None,
+    "spectrum": None,
+    "classifier": None,
+    "train.epochs": None,
+    "train.steps": STEPS,
+    "train.save_every": "100%",
+    "train.log_every": 1,
 }
 LONGEST_OF_UNIT = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, "h"), (float("inf"), 86_400.0, "days"))
 

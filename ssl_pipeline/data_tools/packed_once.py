@@ -34,8 +34,8 @@ def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN, short_side: 
     """
     shards, listing = place / SHARDS, place / LISTING
     files = open_source(source, "", None)
-    found, sizes = find_candidates(files), files.sizes()
-    now = {image.name: sizes[image.name] for image in found.images}
+    found = find_candidates(files)
+    now = {image.name: files.size(image.name) for image in found.images}
     if listing.exists():
         before = read_listing(listing)
         if before != now:

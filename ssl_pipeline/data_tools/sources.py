@@ -42,11 +42,11 @@ class Source(Readable, Protocol):
     """Files by name ("folder/file", sorted) and their bytes.
 
     `left_out` has what is there and has no name of its own: folders that cannot be listed, files under a later one.
-    `sizes`: name -> bytes of each file, as the file system or the zip says; -1 for one that is not there any more.
+    `size`: bytes of a file, as the file system or the zip says; -1 for one that is not there any more.
     """
 
     def names(self) -> list[str]: ...
-    def sizes(self) -> dict[str, int]: ...
+    def size(self, name: str) -> int: ...
     def folders(self) -> set[str]: ...
     def left_out(self) -> list[Rejected]: ...
 
@@ -80,8 +80,11 @@ class FolderSource:
     def names(self) -> list[str]:
         return sorted(name for _, files in self._walk() for name in files)
 
-    def sizes(self) -> dict[str, int]:
-        return {name: _size_of(self.root / name) for name in self.names()}
+    def size(self, name: str) -> int:
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return -1
 
     def folders(self) -> set[str]:
         return {folder for folder, _ in self._walk()}
@@ -142,8 +145,8 @@ class ZipSource:
     def names(self) -> list[str]:
         return sorted(self.files)
 
-    def sizes(self) -> dict[str, int]:
-        return {name: entry.file_size for name, entry in sorted(self.files.items())}
+    def size(self, name: str) -> int:
+        return self.files[name].file_size
 
     def folders(self) -> set[str]:
         return _opened_zip(self.path, os.getpid()).folders
@@ -180,9 +183,8 @@ class PartOfSource:
             raise DataError(f"There is nothing below prefix={self.prefix}.{hint} Top folders: {known or 'none'}")
         return names
 
-    def sizes(self) -> dict[str, int]:
-        sizes = self.source.sizes()
-        return {name: sizes[self.prefix + name] for name in self.names()}
+    def size(self, name: str) -> int:
+        return self.source.size(self.prefix + name)
 
     def folders(self) -> set[str]:
         return {name.removeprefix(self.prefix) for name in self.source.folders() if name.startswith(self.prefix)}
@@ -208,8 +210,8 @@ class DigitsSource:
     def names(self) -> list[str]:
         return sorted(_digit_files(self.split))
 
-    def sizes(self) -> dict[str, int]:
-        return {name: len(data) for name, data in sorted(_digit_files(self.split).items())}
+    def size(self, name: str) -> int:
+        return len(_digit_files(self.split)[name])
 
     def folders(self) -> set[str]:
         return {str(digit) for digit in range(10)}
@@ -219,13 +221,6 @@ class DigitsSource:
 
     def read(self, name: str) -> bytes:
         return _digit_files(self.split)[name]
-
-
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 @dataclass(frozen=True)
