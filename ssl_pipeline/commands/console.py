@@ -22,6 +22,8 @@ COMMANDS = {
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",
+    "recipes": "ssl_pipeline.commands.recipes",
+    "check-install": "ssl_pipeline.commands.check_install",
 }
 """The module of each command, imported when it is called."""
 
