@@ -17,6 +17,7 @@ from ssl_pipeline.files import sha256_of
 from tests.tiny import VIT
 
 CNN = BackboneConfig(name="test_resnet")
+SMALL = BackboneConfig(name="test_resnet", arguments={"stem_type": ""}, small_images=True)
 RESAMPLED = BackboneConfig(name="vit_tiny_patch16_224", arguments={"embed_dim": 24, "depth": 1, "num_heads": 2})
 
 
@@ -61,7 +62,7 @@ def test_other_sizes_go_where_the_network_takes_them(tmp_path):
 
 
 def test_networks_that_timm_cannot_build_are_refused(tmp_path):
-    run, _ = run_with(tmp_path, BackboneConfig(name="test_resnet", small_images=True))
+    run, _ = run_with(tmp_path, SMALL)
     with pytest.raises(ConfigError, match=r"a stem that timm cannot build\. format=onnx works"):
         exported(run, "timm")
     own, _ = run_with(tmp_path / "own", BackboneConfig(name="wide_resnet28_2"))
@@ -160,7 +161,7 @@ def test_transformers_reads_the_folder(tmp_path, config):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "free"),
-    [(VIT, False), (BackboneConfig(name="test_resnet", small_images=True), True)],
+    [(VIT, False), (SMALL, True)],
     ids=["vit", "cnn"],
 )
 def test_onnxruntime_computes_the_same_for_any_number_of_images(tmp_path, config, free, capsys):
