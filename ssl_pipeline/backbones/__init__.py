@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
-from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig
+from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig, spoken_of_as
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import load_backbone, save_backbone
 from ssl_pipeline.backbones.image_sizes import check_image_sizes
@@ -41,5 +41,6 @@ __all__ = [
     "save_backbone",
     "save_classifier",
     "sincos_position_embedding",
+    "spoken_of_as",
     "without_drop_path",
 ]
