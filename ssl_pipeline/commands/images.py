@@ -128,7 +128,8 @@ def shards_of(
 ) -> str:
     """Where the images are as shards: themselves, if they are some, or what is made of them, once, in `output`.
 
-    The first process packs them, and the others wait for it. key: the setting that names them. way_out: what to do where they have changed since then.
+    The first process packs them, and the others wait for it. key: the setting that names them.
+    way_out: what to do where they have changed since then.
     short_side: to how many pixels a source is reduced that is packed now, if at all.
     """
     if holds_shards(images):

@@ -60,6 +60,7 @@ from ssl_pipeline.training.launch import describe_launch, ignored_variables, sta
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
+    check_precision,
     check_recipe,
     evaluation_size,
     run_facts,
@@ -172,6 +173,7 @@ def _pretrain(config: PretrainConfig) -> int:
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
+        check_precision(method, config.augment, config.train, accelerator.device)
         if accelerator.is_main_process:
             directory = stack.enter_context(RunDirectory(output))
             there = read_settings(PretrainConfig, output)

@@ -27,7 +27,8 @@ def pack_once(
 ) -> Path:
     """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
 
-    key: the setting that names the source, for errors. short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
+    key: the setting that names the source, for errors.
+    short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
     the shards says it.
 
     LISTING beside it has the name and size of each image file as it was packed; it is written last, so that shards
@@ -41,9 +42,8 @@ def pack_once(
     if listing.exists():
         before = read_listing(listing)
         if before != now:
-            raise DataError(
-                f"{key}='{source}' has changed since it was packed into '{shards}': {differences(before, now)}. {way_out}"
-            )
+            found_now = differences(before, now)
+            raise DataError(f"{key}='{source}' has changed since it was packed into '{shards}': {found_now}. {way_out}")
         if shards.exists():
             return shards
     if not found.images:

@@ -121,9 +121,7 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, Channels, Channels]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             header = file.metadata() or {}
         if "tokenizer" not in header:
-            raise ConfigError(
-                f"{path} is no tokenizer: it is a file of tensors without the description of one. {TRAIN}"
-            )
+            raise ConfigError(f"{path} is no tokenizer: its tensors have no description of one. {TRAIN}")
         about = json.loads(header["tokenizer"])
         encoder = create_backbone(validate(BackboneConfig, about["backbone"]))
         tokenizer = Tokenizer(encoder, int(about["num_tokens"]))

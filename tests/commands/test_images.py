@@ -140,5 +140,7 @@ def test_a_folder_without_images_is_told_in_the_words_of_images(tmp_path):
     with pytest.raises(ConfigError) as error:
         expand([f"images={tmp_path}/photos", f"output={tmp_path}/run", "recipe=digits_simclr"])
     told = str(error.value)
-    assert told.startswith("images='") and "among 3 files: a format that is not read: .heic (3)." in told
-    assert "source" not in told and "prefix" not in told
+    assert told.startswith("images='")
+    assert "among 3 files: a format that is not read: .heic (3)." in told
+    assert "source" not in told
+    assert "prefix" not in told
