@@ -42,7 +42,7 @@ class BackboneConfig(Config):
     """Stochastic depth rate of the last block."""
     small_images: bool = False
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
-    weights: PlaceText | None = None
+    weights: MayChange[PlaceText | None] = None  # to another place of the same bytes: `resume` looks at these
     """Weights to start from: a file (.safetensors, .pth, .pt), a run's directory or that of one of its checkpoints, or
     the tag of a pretrained timm model."""
     weights_from: str | None = None

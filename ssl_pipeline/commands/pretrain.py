@@ -66,7 +66,7 @@ from ssl_pipeline.training.preflight import (
     run_facts,
 )
 from ssl_pipeline.training.remarks import remarks
-from ssl_pipeline.training.resume import check_settings, read_settings
+from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
 
 
@@ -186,6 +186,9 @@ def _pretrain(config: PretrainConfig) -> int:
         index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
         identity = {"images": _images(index)}
+        weights = _about_weights(backbone)
+        if weights is not None:
+            identity[STARTING_WEIGHTS] = str(weights["sha256"])
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
@@ -214,7 +217,7 @@ def _pretrain(config: PretrainConfig) -> int:
             describe(config, method, clock, accelerator)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
-            about["weights"] = _about_weights(backbone)
+            about["weights"] = weights
         starting.close()
         signal_number = train(
             Run(
@@ -292,7 +295,7 @@ def _about(index: ShardIndex | None) -> JSON:
     return {"shards": index.source, "images": len(index), "fingerprint": index.fingerprint}
 
 
-def _about_weights(backbone: Backbone) -> JSON:
+def _about_weights(backbone: Backbone) -> dict[str, JSON] | None:
     """What it starts from for run.json, None for random weights."""
     config, tensors = backbone.config, backbone.model.state_dict()
     if config.weights is None:
