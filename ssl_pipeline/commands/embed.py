@@ -72,7 +72,9 @@ def _open_source(source: str, cache: Path) -> ShardIndex:
     """The images of a folder, a zip or shards."""
     path = Path(source)
     if path.is_dir() or path.suffix == ".zip":
-        source = shards_of(source, cache, way_out=f"Put the files back, or delete '{cache}' to pack what is there now.")
+        source = shards_of(
+            source, cache, key="source", way_out=f"Put the files back, or delete '{cache}' to pack what is there now."
+        )
     index = open_shards(source)
     if not len(index):
         raise ConfigError(f"source={source} has no images.")

@@ -44,6 +44,11 @@ def expand(
     given = keys_of(arguments) | {key: str(value) for key, value in leaves(overrides) if value is not None}
     if given.get("images") == "":
         raise ConfigError("images= is empty. Set it to a folder or a zip of images.")
+    if given.get("images", "").startswith("[") and not Path(given["images"]).exists():
+        raise ConfigError(
+            f"images= takes one folder or zip. Got the list {given['images']}. Put them into one folder (links will "
+            "do), or make shards of each and set data.shards=[A,B]."
+        )
     if "images" in given and "data.shards" in given:
         raise ConfigError("images= packs a folder into shards and data.shards= names some. Give one of the two.")
     rest = [argument for argument in arguments if argument.partition("=")[0] != "recipe"]
@@ -138,12 +143,14 @@ def shards_of(
     images: str,
     output: Path,
     *,
+    key: str = "images",
     way_out: str = IN_A_RUN,
     short_side: Callable[[str], int | None] = lambda source: None,
 ) -> str:
     """Where the images are as shards: themselves, if they are some, or what is made of them, once, in `output`.
 
-    The first process packs them, and the others wait for it. way_out: what to do where they have changed since then.
+    The first process packs them, and the others wait for it. key: the setting that names them.
+    way_out: what to do where they have changed since then.
     short_side: to how many pixels a source is reduced that is packed now, if at all.
     """
     if holds_shards(images):
@@ -151,10 +158,10 @@ def shards_of(
     source = images if images == DIGITS else str(Path(images).expanduser())
     if os.environ.get("RANK", "0") == "0":
         side = None if is_packed(output) else short_side(source)
-        return str(pack_once(source, output, way_out=way_out, short_side=side))
+        return str(pack_once(source, output, key=key, way_out=way_out, short_side=side))
     while not is_packed(output):
         time.sleep(SECONDS_BETWEEN_LOOKS)  # if the first process fails, the launcher ends this one
-    return str(pack_once(source, output, way_out=way_out))
+    return str(pack_once(source, output, key=key, way_out=way_out))
 
 
 def _short_side(source: str, recipe: str, given: Mapping[str, str]) -> int | None:

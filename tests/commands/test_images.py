@@ -129,7 +129,8 @@ def test_other_arguments_are_left_alone():
         (["images="], r"^images= is empty\."),
         (["recipe=auto"], r"Set images=FOLDER, or data\.shards=SHARDS\."),
         (["images=a", "images=b"], "images is given twice"),
-        (["images=nowhere"], "'nowhere' does not exist"),
+        (["images=nowhere"], r"^images='nowhere' does not exist\."),
+        (["images=[a,b]"], r"^images= takes one folder or zip\. Got the list \[a,b\]"),
     ],
 )
 def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
@@ -156,3 +157,16 @@ def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
     assert arguments[0] == f"recipe={recipe}"
     assert recipe in recipe_files(RECIPES)
     assert f"{count:,} images of {side} pixels" in why
+
+
+def test_a_folder_without_images_is_told_in_the_words_of_images(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.heic").write_bytes(b"x")
+    with pytest.raises(ConfigError) as error:
+        expand([f"images={tmp_path}/photos", f"output={tmp_path}/run", "recipe=digits_simclr"])
+    told = str(error.value)
+    assert told.startswith("images='")
+    assert "among 3 files: a format that is not read: .heic (3)." in told
+    assert "source" not in told
+    assert "prefix" not in told
