@@ -12,6 +12,7 @@ COMMANDS = {
     "pretrain": "ssl_pipeline.commands.start",
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
+    "few-shot": "ssl_pipeline.eval.few_shot",
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",
