@@ -13,6 +13,7 @@ COMMANDS = {
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
     "few-shot": "ssl_pipeline.eval.few_shot",
+    "retrieval": "ssl_pipeline.eval.retrieval",
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",
