@@ -14,6 +14,7 @@ COMMANDS = {
     "linear": "ssl_pipeline.eval.linear",
     "few-shot": "ssl_pipeline.eval.few_shot",
     "retrieval": "ssl_pipeline.eval.retrieval",
+    "label-free": "ssl_pipeline.eval.label_free",
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",
