@@ -15,6 +15,7 @@ COMMANDS = {
     "few-shot": "ssl_pipeline.eval.few_shot",
     "retrieval": "ssl_pipeline.eval.retrieval",
     "label-free": "ssl_pipeline.eval.label_free",
+    "dense": "ssl_pipeline.eval.dense",
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",

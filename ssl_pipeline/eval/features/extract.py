@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
-from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.samples import ImageSource
 from ssl_pipeline.distributed import failing_together, gather, rank, world_size
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 
@@ -31,7 +31,7 @@ class Change(Protocol):
 
 def extract_features(
     backbone: nn.Module,
-    index: ShardIndex,
+    index: ImageSource,
     preprocessing: Preprocessing,
     *,
     batch_size: int,
@@ -91,7 +91,7 @@ def share_size(num_images: int) -> int:
 @contextmanager
 def forward_passes(
     network: FeatureKinds,
-    index: ShardIndex,
+    index: ImageSource,
     samples: Sequence[int],
     preprocessing: Preprocessing,
     *,
@@ -107,7 +107,7 @@ def forward_passes(
     The network runs in eval mode and without gradient; the first rank shows how fast it goes and how long it takes.
     """
     read = evaluation_batches(
-        EvaluationSet(index, preprocessing.size, preprocessing.interpolation),
+        EvaluationSet(index, preprocessing.size, preprocessing.interpolation, preprocessing.fit),
         samples,
         batch_size=batch_size,
         workers=workers,
