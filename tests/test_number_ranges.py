@@ -21,6 +21,7 @@ from ssl_pipeline.config.schema import annotation_at
 from ssl_pipeline.data_tools.check_shards import CheckShards
 from ssl_pipeline.data_tools.make_shards import MakeShards
 from ssl_pipeline.data_tools.split_labels import SplitLabels
+from ssl_pipeline.eval.clustering import ClusteringConfig
 from ssl_pipeline.eval.dense_measures import DenseConfig
 from ssl_pipeline.eval.few_shot import FewShotConfig
 from ssl_pipeline.eval.knn import KnnConfig
@@ -31,7 +32,7 @@ from ssl_pipeline.eval.suite_measures import SuiteConfig
 from ssl_pipeline.eval.table import TableConfig
 from ssl_pipeline.schedule import Progress, Schedule
 
-PROBES = (FewShotConfig, RetrievalConfig, LabelFreeConfig, DenseConfig)
+PROBES = (FewShotConfig, RetrievalConfig, LabelFreeConfig, DenseConfig, ClusteringConfig)
 EVALUATORS = (KnnConfig, LinearConfig, *PROBES, SuiteConfig, EmbedConfig, TableConfig, CompareConfig)
 COMMANDS = (PretrainConfig, *EVALUATORS, MakeShards, CheckShards, SplitLabels, BenchmarkConfig, Steps)
 NO_RANGE = {

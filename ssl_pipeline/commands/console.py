@@ -15,6 +15,7 @@ COMMANDS = {
     "few-shot": "ssl_pipeline.eval.few_shot",
     "retrieval": "ssl_pipeline.eval.retrieval",
     "label-free": "ssl_pipeline.eval.label_free",
+    "clustering": "ssl_pipeline.eval.clustering",
     "dense": "ssl_pipeline.eval.dense",
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",

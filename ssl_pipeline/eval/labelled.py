@@ -101,7 +101,7 @@ def draw_per_class(labels_N: Tensor, count: int | str, *, seed: int) -> Numbers:
     return np.sort(np.concatenate(chosen))
 
 
-def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:
+def require_labels(index: ShardIndex, directory: str, *, task: str, where: str = " in train and test") -> None:
     """Raise ConfigError, with the numbers and what to do, unless there are images and each has a label."""
     if not len(index):
         raise ConfigError(f"{directory} has no images; {task} needs some.")
@@ -110,7 +110,7 @@ def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:
         return
     labelled = int((index.labels() >= 0).sum())
     has = f"has labels for {labelled:,} of {len(index):,} images" if labelled else "has no labels"
-    raise ConfigError(f"{directory} {has}; {task} needs them in train and test. {problem}. {LABELS_COME_FROM}")
+    raise ConfigError(f"{directory} {has}; {task} needs them{where}. {problem}. {LABELS_COME_FROM}")
 
 
 def look_at_first(index: ShardIndex, size: int, *, sample: int = 0) -> None:
