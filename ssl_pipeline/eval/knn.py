@@ -19,6 +19,7 @@ from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
+from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.monitors import MonitorConfig
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
@@ -34,7 +35,6 @@ from ssl_pipeline.eval.search.neighbours import (
     require_k,
     search_device,
 )
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.eval.votes import vote, voted_hits, votes_accuracy
 from ssl_pipeline.files import JSON
 from ssl_pipeline.schedule import Progress
