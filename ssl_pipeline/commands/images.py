@@ -6,6 +6,7 @@ what is in them and by the machine. Both are decided at the first start and foun
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -26,6 +27,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 TINY = 48  # pixels: below it a network for photographs halves its images away
 MANY = 100_000  # images that a ViT from scratch needs at least
 SMALLEST_PACKED = 256  # pixels of the shorter side
+WATCHED, WATCHED_K, WATCHED_EVERY = 2000, 20, "20%"  # images of a labelled folder, and how k-NN watches them
 ROOM = 2  # packed images are at least so many times the largest view, and worth it from so many times that
 
 
@@ -59,10 +61,12 @@ def expand(
     shards = given["data.shards"] if images is None else shards_of(images, output, short_side=short_side)
     packed = [] if images is None else [f"data.shards={shards}"]
     after = [*rest, *packed, *([] if "output" in given else [f"output={output}"])]
+    watched = [] if images is None else watch_labels(shards, given)
     if recipe != AUTO:
-        return [f"recipe={recipe}", *after]
+        watched = watched if read_recipe(recipe, RECIPES).get("knn") is None else []
+        return [f"recipe={recipe}", *watched, *after]
     if known := _recipe_of(output):
-        return [*known, *after]
+        return [*known, *watched, *after]
     index = open_shards(shards)
     side = int(np.median(index.sizes().min(axis=1)))
     chosen, why = choose_recipe(len(index), side, given, has_gpu=torch.cuda.is_available())
@@ -73,7 +77,24 @@ def expand(
             expected = expected_time(timed, [*chosen, *after], overrides, num_images=len(index))
         line = f"{' '.join(chosen)}: {why}. {expected + '. ' if expected else ''}recipe=NAME chooses another."
         print(printable(line), flush=True)
-    return [*chosen, *after]
+    return [*chosen, *watched, *after]
+
+
+def watch_labels(shards: str, given: Mapping[str, str]) -> list[str]:
+    """The argument by which k-NN is measured during the run on its own images, if they have labels (class folders);
+    none if `given` says anything of k-NN, or if they are too few."""
+    index = open_shards(shards)
+    few = len(index) <= WATCHED_K or index.label_problem() is not None or len(np.unique(index.labels())) < 2
+    if few or any(key == "knn" or key.startswith("knn.") for key in given):
+        return []
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"The images have labels, so the run measures k-NN on up to {WATCHED:,} of them, each by all others, every "
+            f"{WATCHED_EVERY} (knn_top1 in the log); it does not learn from them. knn=null leaves that out.",
+            flush=True,
+        )
+    settings = f"every: {WATCHED_EVERY}, train: {json.dumps(shards)}, images: {WATCHED}, k: {WATCHED_K}"
+    return [f"knn={{{settings}}}"]
 
 
 def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Value]]:
