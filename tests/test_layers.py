@@ -17,6 +17,8 @@ STARTS = {  # commands that compose rooms; the others are called as they are
     "pretrain": "ssl_pipeline.commands.start",
     "eval.compare": "ssl_pipeline.commands.compare",
     "eval.embed": "ssl_pipeline.commands.embed",
+    "data_tools.deduplicate": "ssl_pipeline.commands.deduplicate",
+    "data_tools.curate": "ssl_pipeline.commands.curate",
 }
 
 # lowest row first; a module may import its own row and those below

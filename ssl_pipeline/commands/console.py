@@ -27,6 +27,8 @@ COMMANDS = {
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",
+    "deduplicate": "ssl_pipeline.commands.deduplicate",
+    "curate": "ssl_pipeline.commands.curate",
 }
 """The module of each command, imported when it is called."""
 

@@ -43,8 +43,11 @@ class TrainConfig(Config):
     """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
     sync_batch_norm: MayChange[bool] = False
     """Whether batch norm sees the images of all processes."""
-    compile: MayChange[bool] = False
-    """Whether backbones (and MAE's decoder) go through torch.compile."""
+    compile: MayChange[bool | Literal["auto"]] = False
+    """Whether backbones (and MAE's decoder) go through torch.compile. auto: on a GPU, where that works, for 1,000 steps
+    or more."""
+    copy_stream: MayChange[bool] = False
+    """Whether batches are copied to a GPU in a CUDA stream of their own, beside the step before."""
     save_every: MayChange[Duration] = Duration("1ep")
     """Time between checkpoints; 0: none on the way. One is written at the end in any case."""
     keep_checkpoints: MayChange[int] = Field(2, ge=2)
