@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import write_tensors
@@ -32,11 +32,17 @@ def load_classifier(directory: Path) -> tuple[nn.Linear, tuple[str, ...] | None]
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             names = json.loads((file.metadata() or {}).get("class_names", "null"))
-        num_classes, dim = state["weight"].shape
-        classifier = nn.Linear(dim, num_classes, bias="bias" in state)
-        classifier.load_state_dict(state)
+        classifier = linear_of(state)
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no {FILE_NAME}: the run's method learnt no classifier.") from None
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is no linear classifier ({str(error).splitlines()[0]}).") from None
     return classifier, tuple(names) if names is not None else None
+
+
+def linear_of(tensors: Mapping[str, Tensor]) -> nn.Linear:
+    """The layer whose `weight` (C, D) and, if it has one, `bias` (C,) these are."""
+    num_classes, dim = tensors["weight"].shape
+    classifier = nn.Linear(dim, num_classes, bias="bias" in tensors)
+    classifier.load_state_dict(dict(tensors))
+    return classifier

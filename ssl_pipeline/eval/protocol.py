@@ -138,9 +138,15 @@ def write_report(config: EvaluationConfig, name: str, report: dict[str, JSON]) -
     """
     directory = config.output or config.run
     if directory is not None:
-        picked = [config.which] if config.which else []
-        picked += [f"step-{config.picked_step}"] if config.picked_step else []
-        path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, report)
-        print(f"written to {path}")
+        write_report_to(directory, name, report, which=config.which, step=config.picked_step)
+
+
+def write_report_to(
+    directory: Path, name: str, report: dict[str, JSON], *, which: str | None = None, step: int | None = None
+) -> None:
+    """`directory/eval/NAME.json`, with what `which` or `step` picks in its name."""
+    picked = ([which] if which else []) + ([f"step-{step}"] if step else [])
+    path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, report)
+    print(f"written to {path}")

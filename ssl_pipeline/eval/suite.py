@@ -151,11 +151,12 @@ def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Seq
         "rankme": result.rankme,
         "rankme_percent": result.rankme_percent,
         "alpha": result.alpha,
-        "by_class": {name: _classes_json(found, names) for name, found in result.classes.items()},
+        "by_class": {name: classes_json(found, names) for name, found in result.classes.items()},
     }
 
 
-def _classes_json(found: ByClass, names: Sequence[str]) -> dict[str, JSON]:
+def classes_json(found: ByClass, names: Sequence[str]) -> dict[str, JSON]:
+    """Balanced accuracy, each class, and which are confused most, as they stand in reports."""
     numbers = zip(names, found.images.tolist(), found.recall, found.precision, strict=True)
     return {
         "balanced_accuracy": found.balanced,
