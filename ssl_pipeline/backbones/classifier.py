@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ssl_pipeline.backbones.exported import takes_export
+from ssl_pipeline.backbones.weights import find_in_run, tensors_of
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import write_tensors
 
@@ -40,3 +42,21 @@ def load_classifier(directory: Path) -> tuple[nn.Linear, tuple[str, ...] | None]
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is no linear classifier ({str(error).splitlines()[0]}).") from None
     return classifier, tuple(names) if names is not None else None
+
+
+def classifier_of_run(run: Path, *, step: int | None = None) -> tuple[nn.Linear, tuple[str, ...] | None]:
+    """The classifier that belongs to the backbone `load_run` gives for the same step, exported or in a checkpoint.
+
+    Raises ConfigError if the run's method learnt none.
+    """
+    if takes_export(run, step=step):
+        return load_classifier(run)
+    checkpoint, _, _ = find_in_run(run, step=step)
+    saved = checkpoint.state.classifier
+    if saved is None:
+        raise ConfigError(f"{checkpoint.path} holds no classifier: the run's method learns none.")
+    tensors = tensors_of(checkpoint, saved.prefix)
+    num_classes, dim = tensors["weight"].shape
+    classifier = nn.Linear(dim, num_classes)
+    classifier.load_state_dict(tensors)
+    return classifier, saved.class_names

@@ -10,6 +10,7 @@ from ssl_pipeline.config import nearest
 PROGRAM = "ssl-pipeline"
 COMMANDS = {
     "pretrain": "ssl_pipeline.commands.start",
+    "finetune": "ssl_pipeline.commands.finetune",
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
     "table": "ssl_pipeline.eval.table",
@@ -19,6 +20,7 @@ COMMANDS = {
     "embed": "ssl_pipeline.commands.embed",
     "compare": "ssl_pipeline.commands.compare",
     "export": "ssl_pipeline.eval.export",
+    "classifier": "ssl_pipeline.eval.classifier",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
@@ -68,10 +68,12 @@ class ClassifierMonitor:
         classifier: nn.Module,
         num_classes: int,
         labelled: ShardIndex | None = None,
+        class_names: Sequence[str] | None = None,
         workers: int,
         device: torch.device | str,
         precision: Precision = "no",
     ) -> None:
+        """labelled: the images that the classifier learns from; or class_names: the names of what it knows."""
         self.every = config.every
         self.config = config
         self.preprocessing = replace(preprocessing, interpolation=config.interpolation)
@@ -86,7 +88,7 @@ class ClassifierMonitor:
                 f"classifier.val={config.val} needs labels below {num_classes}. It has images without a label: "
                 f"{problem}. {LABELS_COME_FROM}"
             )
-        names = None if labelled is None else labelled.class_names
+        names = class_names if labelled is None else labelled.class_names
         self.labels = torch.from_numpy(self._labels(num_classes, names))
         look_at_first(self.images, preprocessing.size)
         if labelled is not None:
@@ -113,6 +115,12 @@ class ClassifierMonitor:
     @torch.no_grad()
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
         """`{"classifier_top1": percent, "classifier_top5": percent}` on the validation images."""
+        found = top_k_accuracy(self.scores(backbone), self.labels)
+        return {f"classifier_{name}": percent for name, percent in found.items()}
+
+    @torch.no_grad()
+    def scores(self, backbone: nn.Module) -> Tensor:
+        """Class scores (N, C) of the validation images, whose classes are `labels` (N,)."""
         features, _ = extract_features(
             backbone,
             self.images,
@@ -123,8 +131,7 @@ class ClassifierMonitor:
             precision=self.precision,
             description="classifier, validation images",
         )
-        scores = self.classifier(features.to(self.device)).cpu()
-        return {f"classifier_{name}": percent for name, percent in top_k_accuracy(scores, self.labels).items()}
+        return self.classifier(features.to(self.device)).cpu()
 
 
 class SpectrumMonitorConfig(MonitorConfig):
