@@ -1,4 +1,4 @@
-"""`python -m eval.classifier key=value ...`: accuracy and calibration of a run's own classifier."""
+"""`python -m eval.classifier run=DIR test=SHARDS`: the accuracy of the classifier that a run has learnt."""
 
 from __future__ import annotations
 

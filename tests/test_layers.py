@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ssl_pipeline", "eval", "data_tools", "benchmarks")
-FRONTS = ("eval", "data_tools", "pretrain")  # the commands' thin front: a few lines over the package each
+FRONTS = ("eval", "data_tools", "pretrain", "finetune")  # the commands' thin front: a few lines over the package each
 
 STARTS = {  # commands that compose rooms; the others are called as they are
     "pretrain": "ssl_pipeline.commands.start",
+    "finetune": "ssl_pipeline.commands.finetune",
     "eval.compare": "ssl_pipeline.commands.compare",
     "eval.embed": "ssl_pipeline.commands.embed",
     "eval.predict": "ssl_pipeline.commands.predict",
@@ -56,7 +57,7 @@ def sources() -> dict[str, Path]:
     """Every module of the checkout by its dotted name."""
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files]
-    return dict(zip(names, files, strict=True)) | {"pretrain": ROOT / "pretrain.py"}
+    return dict(zip(names, files, strict=True)) | {name: ROOT / f"{name}.py" for name in ("pretrain", "finetune")}
 
 
 @cache
@@ -74,7 +75,7 @@ def imports_of(module: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             below = {f"{node.module}.{alias.name}" for alias in node.names} & sources().keys()
             found |= below or {node.module}
-    return frozenset(name for name in found if name.split(".")[0] in (*FOLDERS, "pretrain"))
+    return frozenset(name for name in found if name.split(".")[0] in (*FOLDERS, "pretrain", "finetune"))
 
 
 def inside(package: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The backbones and the classifier of a run: what it exported, and what is in any one of its checkpoints.
+"""The backbones of a run: the one that it exported, and any one of its checkpoints.
 
 What a checkpoint holds is in its manifest, so no method is imported.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from ssl_pipeline.backbones.classifier import linear_of, load_classifier
 from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, without_tag
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.exported import exported_step, takes_export
@@ -53,22 +50,6 @@ def load_run(run: Path, *, which: str | None = None, step: int | None = None) ->
     file = run / "backbone.safetensors"
     backbone, preprocessing = load_backbone(run)
     return BackboneOfRun(None, backbone, preprocessing, file, exported_step(run), sha256_of(file))
-
-
-def load_run_classifier(run: Path, *, step: int | None = None) -> tuple[nn.Linear, tuple[str, ...] | None]:
-    """The classifier beside the backbone of `load_run`, and the names of its classes if the run knew them.
-
-    Raises ConfigError as `load_run` does, and if the run's method learnt no classifier.
-    """
-    if takes_export(run, step=step):
-        return load_classifier(run)
-    checkpoint, _, _ = find_in_run(run, step=step)
-    saved = checkpoint.state.classifier
-    if saved is None:
-        raise ConfigError(
-            f"run={run} has no classifier: its method learnt none. Measure it by eval.linear or eval.knn."
-        )
-    return linear_of(tensors_of(checkpoint, saved.prefix)), saved.class_names
 
 
 def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:

@@ -10,6 +10,7 @@ from ssl_pipeline.config import nearest
 PROGRAM = "ssl-pipeline"
 COMMANDS = {
     "pretrain": "ssl_pipeline.commands.start",
+    "finetune": "ssl_pipeline.commands.finetune",
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
     "table": "ssl_pipeline.eval.table",

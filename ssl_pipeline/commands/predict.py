@@ -14,7 +14,7 @@ from pydantic import field_validator
 
 from ssl_pipeline.commands.images import open_source
 from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
-from ssl_pipeline.eval.features.classes import ClassifierConfig, class_probabilities, open_classifier
+from ssl_pipeline.eval.features.classes import RunClassifierConfig, class_probabilities, open_classifier
 from ssl_pipeline.eval.features.rows import names_of
 from ssl_pipeline.eval.labelled import look_at_first
 from ssl_pipeline.files import written_whole
@@ -23,7 +23,7 @@ Row = tuple[str | int | float | None, ...]
 WriteRows = Callable[[Sequence[Row]], None]
 
 
-class PredictConfig(ClassifierConfig):
+class PredictConfig(RunClassifierConfig):
     """Labels and probabilities of images by the classifier that a run has learnt, a row for each image, as a file."""
 
     source: PlaceText
@@ -54,7 +54,7 @@ def predict(config: PredictConfig) -> None:
     index = open_source(config.source, config.output.with_name(f"{config.output.name}.cache"))
     look_at_first(index, opened.preprocessing.size)
     print(printable(f"{opened.label}: {opened.about['weights']}"), flush=True)
-    columns = ("key", "sample_id", "file", "label", "name", "probability", *_columns(opened.names))
+    columns = ("key", "sample_id", "file", "label", "name", "probability", *_columns(opened.names_beside(None)))
     named, done = names_of(index), 0
     with written_whole(config.output) as aside, WRITERS[config.output.suffix](aside, columns) as write:
         for probabilities_BC in class_probabilities(opened, index, config, description=opened.label):

@@ -23,8 +23,8 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.shards.overlay import Labels
 from ssl_pipeline.data.subset import open_subset, write_keep, write_labels
 from ssl_pipeline.eval.features.classes import (
-    ClassifierConfig,
     OpenedClassifier,
+    RunClassifierConfig,
     class_probabilities,
     open_classifier,
 )
@@ -33,7 +33,7 @@ from ssl_pipeline.files import JSON
 # Axes: N images of the set, G of them that are guessed, C classes.
 
 
-class PseudoLabelImages(ClassifierConfig):
+class PseudoLabelImages(RunClassifierConfig):
     """Label images by the classifier that a run has learnt, for another run to learn from.
 
     Nothing is copied: FILE.npy holds labels for data.labelled.labels, FILE.keep.npy the numbers of the images that have
@@ -105,7 +105,7 @@ def pseudo_label(config: PseudoLabelImages) -> Counts:
     config.output.parent.mkdir(parents=True, exist_ok=True)
     write_labels(config.output, index, labels, class_names=opened.class_names, origin=origin)
     write_keep(keep_file(config.output), index, labelled, origin=origin)
-    print(summary(counts, opened.names))
+    print(summary(counts, opened.names_beside(index.class_names)))
     print(f"{len(labelled):,} of {len(index):,} images have a label -> {config.output} and {keep_file(config.output)}")
     return counts
 

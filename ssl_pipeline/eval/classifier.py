@@ -1,25 +1,32 @@
-"""A run's own classifier, measured on labelled images: accuracy, balanced accuracy, classes, calibration."""
+"""The classifier that a run has learnt itself, a fine-tuned one or a semi-supervised method's, on labelled images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError, run_command
+from ssl_pipeline.config import ConfigError, read_yaml, run_command
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval, by_class, top_k_accuracy
 from ssl_pipeline.eval.calibration import BINS, expected_calibration_error, resampled_interval
-from ssl_pipeline.eval.features.classes import ClassifierConfig, class_probabilities, open_classifier
+from ssl_pipeline.eval.classes import classes_json, print_classes
+from ssl_pipeline.eval.features.classes import (
+    OpenedClassifier,
+    RunClassifierConfig,
+    class_probabilities,
+    open_classifier,
+)
 from ssl_pipeline.eval.labelled import classes_of, look_at_first
 from ssl_pipeline.eval.protocol import write_report_to
-from ssl_pipeline.eval.suite import class_rows, classes_json
 from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 
 
-class ClassifierEvaluationConfig(ClassifierConfig):
+class ClassifierConfig(RunClassifierConfig):
     """Accuracy, balanced accuracy, per-class recall and calibration of the classifier that a run has learnt."""
 
     test: str
@@ -71,8 +78,8 @@ def measure_classified(probabilities_NC: Tensor, labels_N: Tensor) -> Classified
     )
 
 
-def evaluate_classifier(config: ClassifierEvaluationConfig) -> dict[str, JSON]:
-    """The report as it stands in `eval/classifier.json`, with tables on stdout."""
+def evaluate_classifier(config: ClassifierConfig) -> dict[str, JSON]:
+    """The report as it stands in `eval/classifier.json`, with tables on stdout; ConfigError if it cannot be."""
     opened, index = open_classifier(config), open_shards(config.test)
     if not len(index):
         raise ConfigError(f"test={config.test} has no images.")
@@ -81,28 +88,9 @@ def evaluate_classifier(config: ClassifierEvaluationConfig) -> dict[str, JSON]:
     look_at_first(index, opened.preprocessing.size)
     batches = class_probabilities(opened, index, config, description="classifier, test images")
     found = measure_classified(torch.cat(list(batches)), labels_N)
-    _print(found, opened.names, opened.label)
-    preprocessing = opened.preprocessing
-    return {
-        "top1": found.top1,
-        "top1_interval": found.top1_interval,
-        "top5": found.top5,
-        "balanced_accuracy": found.balanced,
-        "balanced_accuracy_interval": found.balanced_interval,
-        "ece": found.ece,
-        "ece_interval": found.ece_interval,
-        "by_class": {"classifier": classes_json(found.classes, opened.names)},
-        "protocol": {
-            "subject": opened.about,
-            "size": preprocessing.size,
-            "interpolation": preprocessing.interpolation,
-            "precision": config.precision,
-            "test": config.test,
-            "num_test": len(index),
-            "calibration_bins": BINS,
-            "torch": torch.__version__,
-        },
-    }
+    names = opened.names_beside(index.class_names)
+    _print(found, names, opened.label)
+    return _report(config, opened, found, names)
 
 
 def _print(found: Classified, names: tuple[str, ...], label: str) -> None:
@@ -114,17 +102,64 @@ def _print(found: Classified, names: tuple[str, ...], label: str) -> None:
         ("calibration error (ECE)", _spanned(found.ece, found.ece_interval)),
     ]
     print(format_table((f"own classifier, {label}", f"{num_images:,} images"), rows))
-    print("\n" + format_table(("class", "images", "recognised", "precision"), class_rows(found.classes, names)))
+    print_classes("The classifier", found.classes, names)
+
+
+def _report(
+    config: ClassifierConfig, opened: OpenedClassifier, found: Classified, names: tuple[str, ...]
+) -> dict[str, JSON]:
+    preprocessing = opened.preprocessing
+    return {
+        "top1": found.top1,
+        "top1_interval": found.top1_interval,
+        "top5": found.top5,
+        "balanced_accuracy": found.balanced,
+        "balanced_accuracy_interval": found.balanced_interval,
+        "ece": found.ece,
+        "ece_interval": found.ece_interval,
+        "by_class": classes_json(found.classes, names),
+        "baselines": {},
+        "protocol": {
+            "label": opened.label,
+            "subject": opened.about,
+            "size": preprocessing.size,
+            "interpolation": preprocessing.interpolation,
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
+            "precision": config.precision,
+            "train": _learnt_from(config.run),
+            "test": config.test,
+            "num_test": int(found.classes.images.sum()),
+            "num_classes": opened.num_classes,
+            "calibration_bins": BINS,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+    }
+
+
+def _learnt_from(run: Path) -> JSON:
+    """The shards that the classifier has learnt from, as far as the run's settings say; one place as plain text."""
+    try:
+        tree = read_yaml((run / "config.yaml").read_text(encoding="utf-8"), where="config.yaml")
+    except (OSError, ConfigError):
+        return None
+    data = tree.get("data") if isinstance(tree, dict) else None
+    if not isinstance(data, dict):
+        return None
+    labelled = data.get("labelled")
+    shards = labelled.get("shards") if isinstance(labelled, dict) else data.get("shards")
+    return shards if isinstance(shards, str) else str(shards)
 
 
 def _spanned(value: float, interval: tuple[float, float]) -> str:
     return f"{percent(value)} ({interval[0]:.1f} to {interval[1]:.1f})"
 
 
-def main(config: ClassifierEvaluationConfig) -> None:
+def main(config: ClassifierConfig) -> None:
     write_report_to(config.run, "classifier", evaluate_classifier(config), step=config.step)
 
 
 def command(name: str = "python -m eval.classifier") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(ClassifierEvaluationConfig, main, command=name)
+    return run_command(ClassifierConfig, main, command=name)

@@ -14,7 +14,7 @@ from ssl_pipeline.backbones import save_classifier
 from ssl_pipeline.commands.predict import PredictConfig, predict
 from ssl_pipeline.config import run_command
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.eval.features.classes import ClassifierConfig, class_probabilities, open_classifier
+from ssl_pipeline.eval.features.classes import RunClassifierConfig, class_probabilities, open_classifier
 
 COLOURS = {"cat/red.png": (200, 30, 30), "cat/white.png": (250, 250, 250), "été/blue.png": (20, 20, 220)}
 
@@ -52,7 +52,7 @@ def test_rows_lead_back_to_the_files(classifying: Path, photos: Path, tmp_path: 
     ]
     assert sorted(row["file"] for row in rows) == sorted(COLOURS)
     index = open_shards(output.with_name("photos.csv.cache") / "images")
-    settings = ClassifierConfig(run=classifying, workers=0)
+    settings = RunClassifierConfig(run=classifying, workers=0)
     (expected,) = class_probabilities(open_classifier(settings), index, settings, description="images")
     for number, row in enumerate(rows):
         assert row["sample_id"] == str(number)

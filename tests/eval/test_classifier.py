@@ -14,7 +14,7 @@ from ssl_pipeline.backbones import load_backbone, load_classifier, save_classifi
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.eval.classifier import ClassifierEvaluationConfig, evaluate_classifier, main, measure_classified
+from ssl_pipeline.eval.classifier import ClassifierConfig, evaluate_classifier, main, measure_classified
 from ssl_pipeline.eval.features.classes import class_probabilities, open_classifier
 from tests.eval.conftest import NUM_CLASSES, WriteShards
 
@@ -31,8 +31,8 @@ def classifying(run: Path) -> Path:
     return run
 
 
-def config(run: Path, test: str, **settings: object) -> ClassifierEvaluationConfig:
-    return ClassifierEvaluationConfig(run=run, test=test, workers=0, batch_size=8, device="cpu", **settings)
+def config(run: Path, test: str, **settings: object) -> ClassifierConfig:
+    return ClassifierConfig(run=run, test=test, workers=0, batch_size=8, device="cpu", **settings)
 
 
 def test_numbers_that_can_be_checked():
@@ -71,7 +71,7 @@ def test_probabilities_are_those_of_backbone_and_classifier(classifying: Path, t
 def test_the_report_has_every_class_by_name(classifying: Path, test: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(config(classifying, test))
     report = json.loads((classifying / "eval" / "classifier.json").read_text())
-    classes = report["by_class"]["classifier"]
+    classes = report["by_class"]
     assert [row["class"] for row in classes["per_class"]] == list(NAMES)
     assert sum(row["images"] for row in classes["per_class"]) == report["protocol"]["num_test"] == 31
     right = sum(row["images"] * row["top1"] / 100 for row in classes["per_class"])
@@ -85,7 +85,7 @@ def test_the_report_has_every_class_by_name(classifying: Path, test: str, capsys
 def test_classes_are_compared_by_name(classifying: Path, tmp_path: Path, write_shards: WriteShards) -> None:
     other_order = write_shards(tmp_path / "other", [0, 1, 0], names=("fox", "ant"))
     found = evaluate_classifier(config(classifying, str(other_order)))
-    counts = {row["class"]: row["images"] for row in found["by_class"]["classifier"]["per_class"]}
+    counts = {row["class"]: row["images"] for row in found["by_class"]["per_class"]}
     assert counts == {"ant": 1, "bee": 0, "cat": 0, "dog": 0, "emu": 0, "fox": 2}
 
 

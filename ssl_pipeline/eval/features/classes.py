@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.backbones.runs import load_run_classifier
+from ssl_pipeline.backbones.classifier import classifier_of_run
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.eval.features.extract import forward_passes
@@ -22,7 +22,7 @@ from ssl_pipeline.eval.features.passes import ForwardConfig, choose_device
 from ssl_pipeline.files import JSON
 
 
-class ClassifierConfig(ForwardConfig):
+class RunClassifierConfig(ForwardConfig):
     """The classifier of a run whose method learns one, and how images go through it."""
 
     run: Path
@@ -49,19 +49,19 @@ class OpenedClassifier:
     label: str
     about: dict[str, JSON]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the classes are called: by their numbers where they have no names."""
-        return self.class_names or tuple(map(str, range(self.num_classes)))
+    def names_beside(self, others: Sequence[str] | None) -> tuple[str, ...]:
+        """What the classes are called: as `others` where the run knew no names, else by their numbers."""
+        known = self.class_names or others or ()
+        return tuple(known[number] if number < len(known) else str(number) for number in range(self.num_classes))
 
 
-def open_classifier(config: ClassifierConfig) -> OpenedClassifier:
+def open_classifier(config: RunClassifierConfig) -> OpenedClassifier:
     """Raises ConfigError if there is no such run or step, or if its method learnt no classifier."""
     model = open_model(
         ModelConfig(run=config.run, step=config.step, size=config.size, interpolation=config.interpolation)
     )
     step = model.about["step"]  # of the backbone: a run that still trains may have a newer one by now
-    classifier, names = load_run_classifier(config.run, step=step if isinstance(step, int) else None)
+    classifier, names = classifier_of_run(config.run, step=step if isinstance(step, int) else None)
     features = getattr(model.backbone, "embed_dim", None)
     if features != classifier.in_features:
         raise ConfigError(
