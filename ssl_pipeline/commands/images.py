@@ -19,7 +19,7 @@ import torch
 from ssl_pipeline.commands.trial import expected_time
 from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, Value, printable, read_recipe, read_yaml
 from ssl_pipeline.config.arguments import keys_of
-from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data_tools.packed_once import IN_A_RUN, is_packed, look_at, pack_once
 
 AUTO, DIGITS = "auto", "digits"
@@ -162,6 +162,19 @@ def shards_of(
     while not is_packed(output):
         time.sleep(SECONDS_BETWEEN_LOOKS)  # if the first process fails, the launcher ends this one
     return str(pack_once(source, output, key=key, way_out=way_out))
+
+
+def open_source(source: str, cache: Path) -> ShardIndex:
+    """The images of a folder or a zip, packed once into `cache`, or of shards; ConfigError if there are none."""
+    path = Path(source)
+    if path.is_dir() or path.suffix == ".zip":
+        source = shards_of(
+            source, cache, key="source", way_out=f"Put the files back, or delete '{cache}' to pack what is there now."
+        )
+    index = open_shards(source)
+    if not len(index):
+        raise ConfigError(f"source={source} has no images.")
+    return index
 
 
 def _short_side(source: str, recipe: str, given: Mapping[str, str]) -> int | None:

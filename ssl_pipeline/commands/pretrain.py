@@ -60,6 +60,7 @@ from ssl_pipeline.training.launch import describe_launch, ignored_variables, sta
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
+    check_labels,
     check_precision,
     check_recipe,
     evaluation_size,
@@ -67,7 +68,7 @@ from ssl_pipeline.training.preflight import (
 )
 from ssl_pipeline.training.remarks import remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
-from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
+from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 
 
 class PretrainConfig(Config):
@@ -197,7 +198,9 @@ def _pretrain(config: PretrainConfig) -> int:
             "global_batch": clock.global_batch,
             "micro_batch": clock.global_batch // config.train.accumulate,
         }
-        method.prepare(run_facts(index, labelled_index, config.augment, config.data, **batches))
+        check_labels(method, index, config.data)
+        learnt = learnt_images(method, index, labelled_index)
+        method.prepare(run_facts(index, learnt, config.augment, config.data, **batches))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = open_monitors(
@@ -208,7 +211,7 @@ def _pretrain(config: PretrainConfig) -> int:
             preprocessing=preprocessing,
             data=config.data,
             index=index,
-            labelled_index=labelled_index,
+            labelled_index=learnt,
             from_weights=config.backbone.weights is not None,
             device=accelerator.device,
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from importlib import import_module
 
 from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
 from ssl_pipeline.config import RECIPES, recipe_files, refuse, without_flags
@@ -34,10 +36,18 @@ recipes: {recipes}"""
 
 def command(name: str = "pretrain.py") -> int:
     """The command line, called `name`; returns the exit code."""
+    return start(name, how_to_begin, "ssl_pipeline.commands.pretrain")
+
+
+def start(name: str, usage: Callable[[str], str], module: str) -> int:
+    """Read what needs no torch, then call `main(name)` of `module`; returns the exit code.
+
+    usage: what a call without arguments shows, for the name that the command is called by.
+    """
     launcher, first = watch_launcher(), os.environ.get("RANK", "0") == "0"
     arguments = sys.argv[1:]
     if not arguments:
-        print(how_to_begin(name))
+        print(usage(name))
         return 2
     try:
         given, _ = without_flags(arguments)
@@ -52,11 +62,11 @@ def command(name: str = "pretrain.py") -> int:
     if first:
         print("Loading torch and timm: some seconds ...", file=sys.stderr, flush=True)
     try:
-        from ssl_pipeline.commands import pretrain
+        main = import_module(module).main
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    code = pretrain.main(name)
+    code: int = main(name)
     if code == INTERRUPTED and launcher is not None and first:
         have_the_last_word(launcher, "Interrupted. The same command goes on from the newest checkpoint.")
     return code

@@ -111,6 +111,13 @@ def resumed_clock(clock: Clock, config: TrainConfig, saved: RunState) -> Clock:
     return replace(clock, end=end, begun=saved.position, steps_begun=saved.step, labelled_begun=labelled)
 
 
+def learnt_images(method: Method, index: ShardIndex, labelled: ShardIndex | None) -> ShardIndex | None:
+    """The images whose labels the method learns: the labelled set, all images, or None if it learns no labels."""
+    if labelled is not None:
+        return labelled
+    return index if any(needed.with_labels for needed in method.needs) else None
+
+
 @dataclass(frozen=True)
 class Output:
     """Where a run writes, and what it writes about itself."""
