@@ -33,6 +33,8 @@ COMMANDS = {
     "deduplicate": "ssl_pipeline.commands.deduplicate",
     "curate": "ssl_pipeline.commands.curate",
     "pseudo-label": "ssl_pipeline.data_tools.pseudo_label",
+    "recipes": "ssl_pipeline.commands.recipes",
+    "check-install": "ssl_pipeline.commands.check_install",
 }
 """The module of each command, imported when it is called."""
 

@@ -251,7 +251,7 @@ def _pretrain(config: PretrainConfig) -> int:
 
 
 def in_python(run: Path) -> str:
-    """How a program uses the backbone of a finished run, as README shows it."""
+    """How a program uses the backbone of a finished run, as docs/runs.md shows it."""
     return (
         "In Python:\n"
         "    import ssl_pipeline\n"
