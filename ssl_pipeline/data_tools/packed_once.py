@@ -9,7 +9,7 @@ from statistics import median
 
 from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.open import DataError
-from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits
+from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits, no_images
 from ssl_pipeline.data_tools.conversion import storable
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.data_tools.sources import Source, UnreadableFileError, open_source
@@ -26,31 +26,34 @@ def pack_once(
     source: str,
     place: Path,
     *,
+    key: str = "images",
     way_out: str = IN_A_RUN,
     short_side: int | None = None,
     opened: Source | None = None,
 ) -> Path:
     """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
 
-    opened: the source, where it is open already. short_side: of images that are packed now, the largest shorter side in
-    pixels; they become JPEG. The manifest of the shards says it.
+    key: the setting that names the source, for errors. opened: the source, where it is open already.
+    short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
+    the shards says it.
 
     LISTING beside it has the name and size of each image file as it was packed; it is written last, so that shards
     without it are those of a start that was cut short. Raises DataError, which names some files and the way out,
     if the source has changed.
     """
     shards, listing = place / SHARDS, place / LISTING
-    files = opened or open_source(source, "", None)
+    files = opened or open_source(source, key=key)
     found = find_candidates(files)
     now = {image.name: files.size(image.name) for image in found.images}
     if listing.exists():
         before = read_listing(listing)
         if before != now:
-            raise DataError(
-                f"'{source}' has changed since it was packed into '{shards}': {differences(before, now)}. {way_out}"
-            )
+            found_now = differences(before, now)
+            raise DataError(f"{key}='{source}' has changed since it was packed into '{shards}': {found_now}. {way_out}")
         if shards.exists():
             return shards
+    if not found.images:
+        raise DataError(no_images(key, source, found))
     place.mkdir(parents=True, exist_ok=True)
     # parts of a data set are no classes, and a run without labels takes all of them
     labels = "none" if looks_like_splits(found.class_names or ("",)) else None
