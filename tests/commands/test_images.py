@@ -164,12 +164,12 @@ def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
 def test_a_folder_without_images_is_told_in_the_words_of_images(tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(3):
-        (tmp_path / "photos" / f"{number}.heic").write_bytes(b"x")
+        (tmp_path / "photos" / f"{number}.jxl").write_bytes(b"x")
     with pytest.raises(ConfigError) as error:
         expand([f"images={tmp_path}/photos", f"output={tmp_path}/run", "recipe=digits_simclr"])
     told = str(error.value)
     assert told.startswith("images='")
-    assert "among 3 files: a format that is not read: .heic (3)." in told
+    assert "among 3 files: a format that is not read: .jxl (3)." in told
     assert "source" not in told
     assert "prefix" not in told
 
