@@ -117,12 +117,14 @@ def _results(run: Path, found: BackboneOfRun) -> list[str]:
     rows = []
     for name, report in read_reports(run).items():
         protocol = report["protocol"]
-        if protocol.get("subject", {}).get("weights_sha256") != found.sha256:
+        if protocol.get("subject", {}).get("weights_sha256") != found.sha256 or "top1" not in report:
             continue
-        images = f"{protocol['num_train']:,} / {protocol['num_test']:,}"
-        random = report["baselines"].get("random", {}).get("top1")
+        random = report.get("baselines", {}).get("random", {}).get("top1")
         against = "-" if random is None else f"{random:.2f} %"
-        rows.append(f"| eval.{name} | {report['top1']:.2f} % | {against} | {images} | {protocol['num_classes']} |")
+        images = " / ".join(f"{protocol[key]:,}" for key in ("num_train", "num_test") if key in protocol)
+        rows.append(
+            f"| eval.{name} | {report['top1']:.2f} % | {against} | {images} | {protocol.get('num_classes', '-')} |"
+        )
     if not rows:
         return ["No evaluation of these weights stands in the run (`python -m eval.suite run=...`).", ""]
     head = "| evaluator | top-1 | at random initialisation | training / test images | classes |"
