@@ -55,6 +55,7 @@ from ssl_pipeline.run.interruption import StopAtOnce, Stopped
 from ssl_pipeline.run.provenance import describe_start
 from ssl_pipeline.run.watchdog import Watchdog
 from ssl_pipeline.training.clock import Clock
+from ssl_pipeline.training.determinism import COST, deterministic
 from ssl_pipeline.training.failures import Failures
 from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
 from ssl_pipeline.training.loop import train
@@ -165,6 +166,7 @@ def _pretrain(config: PretrainConfig) -> int:
         )
         starting.enter_context(watchdog)
         ignored = ignored_variables(os.environ, config.train)
+        stack.enter_context(deterministic(config.train.deterministic))
         accelerator = start_accelerator(config.train)
         if ignored and accelerator.is_main_process:
             print(printable(f"Ignored, because the recipe decides: {', '.join(ignored)}"), flush=True)
@@ -274,6 +276,7 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
         f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
+        f"{f'{COST}{chr(10)}' if config.train.deterministic else ''}"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
         f"{labelled}"
