@@ -1,8 +1,8 @@
 """Five corruptions at five severities, one or two of each family of ImageNet-C, made of 8-bit pixels as they come.
 
 Hendrycks & Dietterich (2019, https://arxiv.org/abs/1903.12261): noise, blur, weather (brightness) and digital
-(contrast, JPEG). The strengths are those of ImageNet-C, and of CIFAR-10-C for images of up to 64 pixels; the code is our
-own. What is random depends on (seed, image) alone.
+(contrast, JPEG). The strengths are those of ImageNet-C, and of CIFAR-10-C for images of up to 64 pixels; the code is
+our own. What is random depends on (seed, image) alone.
 """
 
 from __future__ import annotations
