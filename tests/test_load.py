@@ -108,6 +108,21 @@ def test_a_backbone_of_no_run_has_no_transform():
         tiny_vit().transform()
 
 
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"step": "abc"}, r"^step must be the number of optimizer steps .* Got 'abc'\.$"),
+        ({"step": -1}, r"Got -1\.$"),
+        ({"step": True}, r"Got True\.$"),
+        ({"step": 1.5}, r"Got 1\.5\.$"),
+        ({"which": 3}, r"^which must be the name of a backbone, .* Got 3\.$"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(tmp_path, asked, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ssl_pipeline.load(tmp_path, **asked)
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"must be the directory of a run\. There is none"):
         ssl_pipeline.load(tmp_path / "rnu")

@@ -25,7 +25,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unpacked = tmp_path_factory.mktemp("installed")
     for name in ("ssl_pipeline", "recipes", "eval", "data_tools", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "pretrain.py"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "pretrain.py", "finetune.py"):
         shutil.copy(ROOT / name, source)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(built)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)

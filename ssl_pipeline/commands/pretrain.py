@@ -60,13 +60,15 @@ from ssl_pipeline.training.launch import describe_launch, ignored_variables, sta
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
+    check_labels,
+    check_precision,
     check_recipe,
     evaluation_size,
     run_facts,
 )
 from ssl_pipeline.training.remarks import remarks
-from ssl_pipeline.training.resume import check_settings, read_settings
-from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
+from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
+from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 
 
 class PretrainConfig(Config):
@@ -172,6 +174,7 @@ def _pretrain(config: PretrainConfig) -> int:
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
+        check_precision(method, config.augment, config.train, accelerator.device)
         if accelerator.is_main_process:
             directory = stack.enter_context(RunDirectory(output))
             there = read_settings(PretrainConfig, output)
@@ -184,6 +187,9 @@ def _pretrain(config: PretrainConfig) -> int:
         index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
         identity = {"images": _images(index)}
+        weights = _about_weights(backbone)
+        if weights is not None:
+            identity[STARTING_WEIGHTS] = str(weights["sha256"])
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
@@ -192,7 +198,9 @@ def _pretrain(config: PretrainConfig) -> int:
             "global_batch": clock.global_batch,
             "micro_batch": clock.global_batch // config.train.accumulate,
         }
-        method.prepare(run_facts(index, labelled_index, config.augment, config.data, **batches))
+        check_labels(method, index, config.data)
+        learnt = learnt_images(method, index, labelled_index)
+        method.prepare(run_facts(index, learnt, config.augment, config.data, **batches))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         monitors = open_monitors(
@@ -203,7 +211,7 @@ def _pretrain(config: PretrainConfig) -> int:
             preprocessing=preprocessing,
             data=config.data,
             index=index,
-            labelled_index=labelled_index,
+            labelled_index=learnt,
             from_weights=config.backbone.weights is not None,
             device=accelerator.device,
         )
@@ -212,7 +220,7 @@ def _pretrain(config: PretrainConfig) -> int:
             describe(config, method, clock, accelerator)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
-            about["weights"] = _about_weights(backbone)
+            about["weights"] = weights
         starting.close()
         signal_number = train(
             Run(
@@ -290,7 +298,7 @@ def _about(index: ShardIndex | None) -> JSON:
     return {"shards": index.source, "images": len(index), "fingerprint": index.fingerprint}
 
 
-def _about_weights(backbone: Backbone) -> JSON:
+def _about_weights(backbone: Backbone) -> dict[str, JSON] | None:
     """What it starts from for run.json, None for random weights."""
     config, tensors = backbone.config, backbone.model.state_dict()
     if config.weights is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -13,6 +14,7 @@ from ssl_pipeline.data_tools.sources import Rejected, Source
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 JPEG_BY_OTHER_NAMES = ("jpe", "jfif")
 READ = (*IMAGE_EXTENSIONS, *JPEG_BY_OTHER_NAMES, *CONVERTED_EXTENSIONS)
+NO_IMAGE = "no image file"
 OTHER_FORMATS = ("avif", "heic", "heif", "jp2", "jxl", "ppm")
 
 
@@ -56,6 +58,15 @@ def label_candidates(source: Source, labels: Mapping[str, int], class_names: Seq
     return Candidates(candidates, list(class_names), others)
 
 
+def no_images(key: str, source: str, found: Candidates) -> str:
+    """What is said of a source without an image file; key: the setting that names it."""
+    reasons = Counter(other.reason for other in found.others).most_common(1)
+    most = f": {reasons[0][0]} ({reasons[0][1]:,})" if reasons and reasons[0][0] != NO_IMAGE else ""
+    return (
+        f"{key}='{source}' has no image file (.jpg .png .webp .gif .bmp .tif) among {len(found.others):,} files{most}."
+    )
+
+
 def looks_like_splits(class_names: Sequence[str]) -> bool:
     """Whether folders are parts of a data set: train, test and the like, and nothing else."""
     return SPLITS.issuperset(name.lower() for name in class_names)
@@ -77,7 +88,7 @@ def _image_files(source: Source) -> tuple[dict[str, list[str]], list[Rejected]]:
         elif extension in OTHER_FORMATS:
             others.append(Rejected(name, f"a format that is not read: .{extension}"))
         elif extension not in READ:
-            others.append(Rejected(name, "no image file"))
+            others.append(Rejected(name, NO_IMAGE))
         else:
             images[name] = parts
     return images, others

@@ -51,8 +51,8 @@ class Source(Readable, Protocol):
     def left_out(self) -> list[Rejected]: ...
 
 
-def open_source(source: str, prefix: str, split: str | None) -> Source:
-    """The source that `source=` names; DataError if there is none."""
+def open_source(source: str, prefix: str = "", split: str | None = None, *, key: str = "source") -> Source:
+    """The source that the setting `key` names; DataError if there is none."""
     if source != "digits" and split is not None:
         raise DataError(f"split={split} goes with source=digits only. Choose a part of '{source}' by prefix=.")
     if source == "digits":
@@ -67,7 +67,7 @@ def open_source(source: str, prefix: str, split: str | None) -> Source:
         found = ZipSource(path)
     else:
         what = "is neither a folder nor a zip" if path.exists() else "does not exist"
-        raise DataError(f"source='{source}' {what}. Needed: a folder of images, a zip of one, or the word digits.")
+        raise DataError(f"{key}='{source}' {what}. Needed: a folder of images, a zip of one, or the word digits.")
     return PartOfSource(found, prefix) if prefix.strip("/") else found
 
 

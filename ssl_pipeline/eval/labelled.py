@@ -155,6 +155,32 @@ def by_name(labels_N: Numbers, names: Sequence[str], known: Sequence[str]) -> Nu
     return np.array([place_of.get(name, -1) for name in names], dtype=np.int64)[labels_N]
 
 
+def classes_of(index: ShardIndex, where: str, *, num_classes: int, names: Sequence[str] | None) -> Numbers:
+    """The class of each image as a classifier of `num_classes` counts them: by name where both have names.
+
+    names: of the classifier's classes. where: what the images are called in errors. Raises ConfigError for images
+    without a label, and for classes that the classifier does not know.
+    """
+    problem = index.label_problem()
+    if problem is not None:
+        raise ConfigError(
+            f"{where} needs labels below {num_classes}. It has images without a label: {problem}. {LABELS_COME_FROM}"
+        )
+    labels_N, own = labels_of(index), index.class_names
+    check_named(index, own, where.partition("=")[2] or where)
+    if own is not None and names is not None:
+        unknown = [own[label] for label in np.unique(labels_N) if own[label] not in names]
+        if unknown:
+            raise ConfigError(
+                f"{where} needs the classes of the labelled images ({', '.join(names[:5])}, ...: {len(names)} in all). "
+                f"It has images of {unknown[0]!r}."
+            )
+        return by_name(labels_N, own, names)
+    if labels_N.max() >= num_classes:
+        raise ConfigError(f"{where} needs labels below {num_classes}. It has the label {labels_N.max()}.")
+    return labels_N
+
+
 def check_named(index: ShardIndex, names: Sequence[str] | None, directory: str) -> None:
     """Raise ConfigError for a label that lies beyond the names of the classes."""
     largest = int(index.labels().max())

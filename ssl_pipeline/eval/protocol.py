@@ -166,11 +166,16 @@ def write_report(config: ReportConfig, name: str, report: dict[str, JSON]) -> No
 
     What `which` or `step` picks has a file of its own: `DIR/eval/NAME-student-step-80.json`.
     """
-    if config.directory is None:
-        return
-    picked = [config.which] if config.which else []
-    picked += [f"step-{config.picked_step}"] if config.picked_step else []
-    path = config.directory / "eval" / f"{'-'.join([name, *picked])}.json"
+    if config.directory is not None:
+        write_report_to(config.directory, name, report, which=config.which, step=config.picked_step)
+
+
+def write_report_to(
+    directory: Path, name: str, report: Mapping[str, JSON], *, which: str | None = None, step: int | None = None
+) -> None:
+    """`directory/eval/NAME.json`, with what `which` or `step` picks in its name."""
+    picked = ([which] if which else []) + ([f"step-{step}"] if step else [])
+    path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, in_regular_shape(name, report))
     print(f"written to {path}")

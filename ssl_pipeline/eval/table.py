@@ -1,4 +1,4 @@
-"""One table of what a run has learnt, from the files that eval.knn and eval.linear have written."""
+"""One table of what a run has learnt, from the files that eval.knn, eval.linear and eval.classifier have written."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ssl_pipeline.config import Config, ConfigError, printable, run_command
 from ssl_pipeline.eval.measures import format_table, percent
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
-EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1"}
+EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1", "classifier": "classifier top-1"}
+WITH_BASELINES = ("knn", "linear")
 
 
 class TableConfig(Config):
     """Raw pixels, random initialisation and the backbone of a run, or of whatever was measured there, under k-NN and
-    linear probe."""
+    linear probe; and the run's own classifier."""
 
     positional = "run"
 
@@ -44,7 +45,7 @@ def read_top1(run: Path) -> dict[str, dict[str, float]]:
             ) from None
     if not top1:
         raise ConfigError(
-            f"{run} has neither eval/knn.json nor eval/linear.json. "
+            f"{run} has none of {', '.join(f'eval/{name}.json' for name in EVALUATORS)}. "
             f"Run first: python -m eval.knn run={run} train=SHARDS test=SHARDS baselines=true"
         )
     return top1
@@ -66,14 +67,16 @@ def read_subject(run: Path) -> Subject:
     found: dict[str, tuple[dict[str, object], Subject]] = {}
     for name in EVALUATORS:
         path = run / "eval" / f"{name}.json"
-        if path.is_file() and (about := _read_about(path, name)):
-            found[name] = about
-    if len(found) > 1 and found["knn"][0] != found["linear"][0]:
-        knn, linear = (f"{subject.label} ({subject.weights})" for _, subject in found.values())
-        raise ConfigError(
-            f"{run}/eval/knn.json and linear.json are about different networks: {knn}, and {linear}. Run the "
-            "evaluator again whose report is not about the network that you want."
-        )
+        if path.is_file() and (read := _read_about(path, name)):
+            found[name] = read
+    first = next(iter(found), "")
+    for name, (about, subject) in found.items():
+        if about != found[first][0]:
+            one, other = (f"{each.label} ({each.weights})" for each in (found[first][1], subject))
+            raise ConfigError(
+                f"{run}/eval/{first}.json and {name}.json are about different networks: {one}, and {other}. Run the "
+                "evaluator again whose report is not about the network that you want."
+            )
     return next((subject for _, subject in found.values()), Subject())
 
 
@@ -97,7 +100,11 @@ def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject(
     """The table, where raw pixels are ahead, and how many times smaller the k-NN error became."""
     measured = {name: title for name, title in EVALUATORS.items() if name in top1}
     labels = MODELS | {"pretrained": subject.label}
-    rows = [(label, *(percent(top1[name].get(model)) for name in measured)) for model, label in labels.items()]
+    rows = [
+        (label, *(percent(top1[name].get(model)) for name in measured))
+        for model, label in labels.items()
+        if model == "pretrained" or any(name in top1 for name in WITH_BASELINES)
+    ]
     lines = [format_table(("", *measured.values()), rows), ""]
     lines += compare_with_raw_pixels(top1, subject)
     if "random" in top1.get("knn", {}):
@@ -115,6 +122,8 @@ def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject(
 def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]], subject: Subject) -> list[str]:
     """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
     compared = [name for name in EVALUATORS if "raw_pixels" in top1.get(name, {})]
+    if not any(name in top1 for name in WITH_BASELINES):
+        return []
     if not compared:
         return ["No baselines were measured: run the evaluators with baselines=true."]
     lines, lost = [], []

@@ -13,6 +13,14 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import gather, max_over_ranks
 
 NUM_NAMED_IMAGES = 4
+FIRST_STEP = (
+    "It is the first, so no learning rate has acted yet: look at train.precision (no is float32), data.std, "
+    "temperatures of the method, backbone.weights, and larger views."
+)
+LATER_STEPS = (
+    "The checkpoints are untouched; try a lower optim.lr, a longer warm-up, optim.clip_norm, or another "
+    "train.precision."
+)
 
 
 class BrokenStepError(RunError):
@@ -106,8 +114,6 @@ class StepChecks:
         return BrokenStepError(
             f"Step {check.step + 1} was not made: on rank {broken_rank} the loss is "
             f"{loss_W[broken_rank].item():g}, and the gradient norm is {check.gradient_norm.item():g}. "
-            f"Images of its batch: {names}{more}. "
-            "The checkpoints are untouched; try a lower optim.lr, a longer warm-up, optim.clip_norm, or another "
-            "train.precision.",
+            f"Images of its batch: {names}{more}. {LATER_STEPS if check.step else FIRST_STEP}",
             step=check.step,
         )

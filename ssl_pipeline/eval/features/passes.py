@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import BatchSize, ConfigError, Processes
+from ssl_pipeline.config import BatchSize, Config, ConfigError, Processes
 from ssl_pipeline.data.samples import ImageSource
 from ssl_pipeline.distributed import failing_together, max_over_ranks, rank
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, stored_whole
@@ -25,8 +25,8 @@ from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig
 
 
-class PassConfig(ModelConfig):
-    """A model, and how its features are computed."""
+class ForwardConfig(Config):
+    """How images go through a network."""
 
     batch_size: BatchSize = 256
     """Images per forward pass."""
@@ -36,6 +36,11 @@ class PassConfig(ModelConfig):
     """Device of the backbone: `auto` takes the GPU if there is one."""
     precision: Precision = "no"
     """Autocast of the backbone: `no` is float32."""
+
+
+class PassConfig(ForwardConfig, ModelConfig):
+    """A model, and how its features are computed."""
+
     dtype: Literal["float32", "float16"] = "float32"
     """How features are kept on disk: `float16` takes half of it, and 3 digits are left."""
 
