@@ -18,6 +18,7 @@ COMMANDS = {
     "label-free": "ssl_pipeline.eval.label_free",
     "clustering": "ssl_pipeline.eval.clustering",
     "dense": "ssl_pipeline.eval.dense",
+    "robustness": "ssl_pipeline.eval.robustness",
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",
