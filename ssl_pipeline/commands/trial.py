@@ -29,6 +29,7 @@ SHORT: Tree = {  # what a trial has of its own
     "output": None,
     "images": None,
     "wandb": False,
+    "find_lr": False,
     "knn": None,
     "spectrum": None,
     "classifier": None,
