@@ -19,6 +19,7 @@ STARTS = {  # commands that compose rooms; the others are called as they are
     "eval.compare": "ssl_pipeline.commands.compare",
     "eval.embed": "ssl_pipeline.commands.embed",
     "eval.predict": "ssl_pipeline.commands.predict",
+    "eval.self_training": "ssl_pipeline.commands.self_training",
 }
 
 # lowest row first; a module may import its own row and those below
