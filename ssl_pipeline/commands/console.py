@@ -27,6 +27,7 @@ COMMANDS = {
     "embed": "ssl_pipeline.commands.embed",
     "predict": "ssl_pipeline.commands.predict",
     "compare": "ssl_pipeline.commands.compare",
+    "self-training": "ssl_pipeline.commands.self_training",
     "export": "ssl_pipeline.eval.export",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,12 +14,11 @@ from statistics import median
 
 import yaml
 
+from ssl_pipeline.commands.process import start_pretraining
 from ssl_pipeline.config import RECIPES, Config, Tree, Value, dump, load, read_yaml
 from ssl_pipeline.config.arguments import assign
 from ssl_pipeline.config.yaml_text import YamlDumper
-from ssl_pipeline.run.launcher import LAUNCHED
 
-START = "ssl_pipeline.commands.start"  # which imports this module in the end
 STEPS, SECONDS = 20, 30.0
 SECONDS_BETWEEN_LOOKS = 0.2
 SHORT: Tree = {  # what a trial has of its own
@@ -78,10 +75,8 @@ def duration(seconds: float) -> str:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """The run, until its end or until the time is up; what it prints is for nobody."""
-    command = [sys.executable, "-m", START, *arguments]
-    environment, nobody = os.environ | {LAUNCHED: "1"}, subprocess.DEVNULL
-    process = subprocess.Popen(command, env=environment, stdout=nobody, stderr=nobody)
+    """The run, until its end or until the time is up."""
+    process = start_pretraining(arguments, silent=True)
     until = time.monotonic() + SECONDS
     try:
         while process.poll() is None and time.monotonic() < until:

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.config import printable
@@ -184,14 +184,17 @@ def _kinds_of(
             description=description,
         )
         return {"pooled": features}
-    blocks = min(LAST_BLOCKS, model.backbone.num_blocks) if isinstance(model.backbone, TokenBackbone) else LAST_BLOCKS
-    network = FeatureKinds(model.backbone, ("pooled", *kinds), last_blocks=blocks)
+    network = FeatureKinds(model.backbone, ("pooled", *kinds), last_blocks=_last_blocks(model.backbone))
     with ExitStack() as stack:
         if directory is None:  # in memory once the folder is gone: its files stay mapped
             directory = Path(stack.enter_context(TemporaryDirectory(prefix="ssl_pipeline-features-")))
         place = directory / "eval" / "cache"
         found = feature_pass(place, model, network, index, config, description=description).features
     return {kind: found[kind].float() for kind in ("pooled", *kinds)}
+
+
+def _last_blocks(network: nn.Module) -> int:
+    return min(LAST_BLOCKS, network.num_blocks) if isinstance(network, TokenBackbone) else LAST_BLOCKS
 
 
 def conclude(config: ReportConfig, evaluator: str, measured: Measured[Found], settings: dict[str, JSON]) -> None:
