@@ -17,6 +17,7 @@ STARTS = {  # commands that compose rooms; the others are called as they are
     "pretrain": "ssl_pipeline.commands.start",
     "eval.compare": "ssl_pipeline.commands.compare",
     "eval.embed": "ssl_pipeline.commands.embed",
+    "eval.report": "ssl_pipeline.commands.report",
 }
 
 # lowest row first; a module may import its own row and those below

@@ -15,7 +15,7 @@ COMMANDS = {
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",
-    "report": "ssl_pipeline.eval.report",
+    "report": "ssl_pipeline.commands.report",
     "embed": "ssl_pipeline.commands.embed",
     "compare": "ssl_pipeline.commands.compare",
     "export": "ssl_pipeline.eval.export",
