@@ -22,7 +22,7 @@ COMMANDS = {
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",
-    "report": "ssl_pipeline.eval.report",
+    "report": "ssl_pipeline.commands.report",
     "classifier": "ssl_pipeline.eval.classifier",
     "embed": "ssl_pipeline.commands.embed",
     "predict": "ssl_pipeline.commands.predict",
