@@ -21,6 +21,8 @@ STARTS = {  # commands that compose rooms; the others are called as they are
     "data_tools.deduplicate": "ssl_pipeline.commands.deduplicate",
     "data_tools.curate": "ssl_pipeline.commands.curate",
     "eval.predict": "ssl_pipeline.commands.predict",
+    "eval.self_training": "ssl_pipeline.commands.self_training",
+    "eval.report": "ssl_pipeline.commands.report",
 }
 WITHOUT_FRONT = {"ssl_pipeline.commands.recipes", "ssl_pipeline.commands.check_install"}  # python -m ssl_pipeline NAME
 

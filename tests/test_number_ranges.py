@@ -28,11 +28,12 @@ from ssl_pipeline.eval.knn import KnnConfig
 from ssl_pipeline.eval.label_free import LabelFreeConfig
 from ssl_pipeline.eval.linear import LinearConfig
 from ssl_pipeline.eval.retrieval import RetrievalConfig
+from ssl_pipeline.eval.robustness import RobustnessConfig
 from ssl_pipeline.eval.suite_measures import SuiteConfig
 from ssl_pipeline.eval.table import TableConfig
 from ssl_pipeline.schedule import Progress, Schedule
 
-PROBES = (FewShotConfig, RetrievalConfig, LabelFreeConfig, DenseConfig, ClusteringConfig)
+PROBES = (FewShotConfig, RetrievalConfig, LabelFreeConfig, DenseConfig, ClusteringConfig, RobustnessConfig)
 EVALUATORS = (KnnConfig, LinearConfig, *PROBES, SuiteConfig, EmbedConfig, TableConfig, CompareConfig)
 COMMANDS = (PretrainConfig, *EVALUATORS, MakeShards, CheckShards, SplitLabels, BenchmarkConfig, Steps)
 NO_RANGE = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,12 +14,11 @@ from statistics import median
 
 import yaml
 
+from ssl_pipeline.commands.process import start_pretraining
 from ssl_pipeline.config import RECIPES, Config, Tree, Value, dump, load, read_yaml
 from ssl_pipeline.config.arguments import assign
 from ssl_pipeline.config.yaml_text import YamlDumper
-from ssl_pipeline.run.launcher import LAUNCHED
 
-START = "ssl_pipeline.commands.start"  # which imports this module in the end
 STEPS, SECONDS = 20, 30.0
 SECONDS_BETWEEN_LOOKS = 0.2
 SHORT: Tree = {  # what a trial has of its own
@@ -29,6 +26,7 @@ SHORT: Tree = {  # what a trial has of its own
     "output": None,
     "images": None,
     "wandb": False,
+    "find_lr": False,
     "knn": None,
     "spectrum": None,
     "classifier": None,
@@ -37,8 +35,6 @@ SHORT: Tree = {  # what a trial has of its own
     "train.save_every": "100%",
     "train.log_every": 1,
 }
-OF_LAUNCHERS = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
-"""Variables by which a process finds the others of its group, of which a trial has none."""
 LONGEST_OF_UNIT = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, "h"), (float("inf"), 86_400.0, "days"))
 
 
@@ -89,11 +85,8 @@ def duration(seconds: float) -> str:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """The run, until its end or until the time is up; what it prints is for nobody."""
-    command = [sys.executable, "-m", START, *arguments]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
-    environment, nobody = alone | {LAUNCHED: "1"}, subprocess.DEVNULL
-    process = subprocess.Popen(command, env=environment, stdout=nobody, stderr=nobody)
+    """The run, until its end or until the time is up."""
+    process = start_pretraining(arguments, silent=True)
     until = time.monotonic() + SECONDS
     try:
         while process.poll() is None and time.monotonic() < until:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.files import JSON
@@ -68,6 +69,12 @@ def measures_of(result: Mapping[str, JSON]) -> list[JSON]:
         for name, title in (("top1", "top-1"), ("top5", "top-5"))
         if name in result
     ]
+
+
+def read_measures(result: Mapping[str, Any]) -> dict[str, Measure]:
+    """Those of one model's part of a report, by name."""
+    listed: list[Any] = measures_of(result)
+    return {measure["name"]: Measure(**measure) for measure in listed}
 
 
 def measures_table(title: str, models: Sequence[tuple[str, Found]]) -> str:

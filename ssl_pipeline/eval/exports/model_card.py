@@ -14,7 +14,8 @@ from ssl_pipeline import __version__
 from ssl_pipeline.backbones import BackboneOfRun
 from ssl_pipeline.backbones.weights import is_tag
 from ssl_pipeline.config import printable, read_yaml
-from ssl_pipeline.eval.page.evaluations import read_reports
+from ssl_pipeline.eval.measures import read_measures
+from ssl_pipeline.eval.page.record import read_reports
 
 CARD_FILE = "README.md"
 NOT_STATED = "not stated"
@@ -117,17 +118,16 @@ def _results(run: Path, found: BackboneOfRun) -> list[str]:
     rows = []
     for name, report in read_reports(run).items():
         protocol = report["protocol"]
-        if protocol.get("subject", {}).get("weights_sha256") != found.sha256 or "top1" not in report:
+        if protocol.get("subject", {}).get("weights_sha256") != found.sha256:
             continue
-        random = report.get("baselines", {}).get("random", {}).get("top1")
-        against = "-" if random is None else f"{random:.2f} %"
-        images = " / ".join(f"{protocol[key]:,}" for key in ("num_train", "num_test") if key in protocol)
-        rows.append(
-            f"| eval.{name} | {report['top1']:.2f} % | {against} | {images} | {protocol.get('num_classes', '-')} |"
-        )
+        random = read_measures(report.get("baselines", {}).get("random", {}))
+        images = " / ".join(f"{protocol[key]:,}" for key in ("num_train", "num_test") if key in protocol) or "-"
+        for measure in read_measures(report).values():
+            against = random[measure.name].cell() if measure.name in random else "-"
+            rows.append(f"| eval.{name} | {measure.title} | {measure.cell()} | {against} | {images} |")
     if not rows:
         return ["No evaluation of these weights stands in the run (`python -m eval.suite run=...`).", ""]
-    head = "| evaluator | top-1 | at random initialisation | training / test images | classes |"
+    head = "| evaluator | figure | value | at random initialisation | training / test images |"
     return [head, "| --- | --- | --- | --- | --- |", *rows, ""]
 
 
