@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Self
@@ -21,8 +21,10 @@ from ssl_pipeline.commands import start
 from ssl_pipeline.config import COMPARISONS, Config, RunError, Seed, run_command
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
+from ssl_pipeline.eval.measures import format_table, percent
 from ssl_pipeline.eval.protocol import write_report
-from ssl_pipeline.eval.table import EVALUATORS, MODELS, format_table, percent, read_top1
+from ssl_pipeline.eval.results import differing
+from ssl_pipeline.eval.table import EVALUATORS, MODELS, WITH_BASELINES, read_run, top1_of
 from ssl_pipeline.files import JSON, write_json, write_text
 from ssl_pipeline.run.launcher import LAUNCHED
 
@@ -98,6 +100,8 @@ class Comparison:
     """Of methods that learn to classify: the last top-1 of their own classifier, one per seed."""
     curves: dict[str, dict[str, list[tuple[float, float]]]]
     """Metric of a monitor -> run that has this monitor -> epoch and top-1 while it lasted, mean over seeds."""
+    protocols: dict[str, list[str]] = field(default_factory=dict)
+    """Evaluator -> settings in which the protocols of the runs differ, where they do."""
 
 
 def run_pretraining(arguments: Sequence[str]) -> None:
@@ -111,22 +115,27 @@ def run_pretraining(arguments: Sequence[str]) -> None:
 def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> Comparison:
     """Run and measure everything; `pretrain` runs one list of arguments."""
     found = Comparison({}, {}, {metric: {} for metric in COURSES})
+    protocols: dict[str, dict[str, dict[str, JSON]]] = {evaluator: {} for evaluator in WITH_BASELINES}
     for name, arguments in config.arguments().items():
-        scores: dict[str, dict[str, list[float]]] = {key: {model: [] for model in MODELS} for key in EVALUATORS}
+        scores: dict[str, dict[str, list[float]]] = {key: {model: [] for model in MODELS} for key in WITH_BASELINES}
         rows = []
         for seed in config.seeds:
             run = config.output / f"{name}-seed{seed}"
             pretrain([*arguments, f"seed={seed}", f"output={run}"])
             _evaluate(config, run)
-            for evaluator, top1 in read_top1(run).items():
+            reports = read_run(run)
+            top1 = top1_of(reports, run)
+            for evaluator in WITH_BASELINES:
+                protocols[evaluator][run.name] = reports[evaluator]["protocol"]
                 for model in MODELS:
-                    scores[evaluator][model].append(top1[model])
+                    scores[evaluator][model].append(top1[evaluator][model])
             rows.append(_read_metrics(run))
         found.top1[name] = scores
         found.classifier[name] = [row[-1]["classifier_top1"] for row in rows if row and "classifier_top1" in row[-1]]
         for metric, curves in found.curves.items():
             if course := _course(rows, metric):
                 curves[name] = course
+    found.protocols.update({name: lines for name, of in protocols.items() if (lines := differing(of))})
     return found
 
 
@@ -134,7 +143,8 @@ def summary(found: Comparison, seeds: int) -> str:
     """One row per run and evaluator: raw pixels, random initialisation, pretrained; mean and spread over seeds."""
     rows = []
     for name, scores in found.top1.items():
-        for evaluator, title in EVALUATORS.items():
+        for evaluator in WITH_BASELINES:
+            title = EVALUATORS[evaluator]
             rows.append((name, title, *(_mean_and_spread(scores[evaluator][model]) for model in MODELS)))
         if found.classifier[name]:
             rows.append((name, "own classifier top-1", "-", "-", _mean_and_spread(found.classifier[name])))
@@ -148,6 +158,12 @@ def summary(found: Comparison, seeds: int) -> str:
         if curves:
             lines += ["", f"{COURSES[metric]} top-1 in percent during the runs, as its monitor has it (epoch: top-1):"]
             lines += [f"  {name}: {_curve(points)}" for name, points in curves.items()]
+    for evaluator, settings in found.protocols.items():
+        lines += [
+            "",
+            f"warning: The protocols of {EVALUATORS[evaluator]} differ, so its figures say less of the methods:",
+        ]
+        lines += [f"  {setting}" for setting in settings]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from ssl_pipeline.eval.features.models import baselines_of, open_model
 from ssl_pipeline.eval.knn import VotesConfig, knn_json, knn_settings
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.linear import linear_json, linear_settings
-from ssl_pipeline.eval.measures import format_table, percent, with_interval
+from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
 from ssl_pipeline.eval.protocol import Measured, model_features, protocol_of, write_report
 from ssl_pipeline.eval.search.neighbours import require_k
 from ssl_pipeline.eval.suite_measures import SuiteConfig, SuiteResult, measure_all
@@ -120,6 +120,7 @@ def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: Labelle
 def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Sequence[str]) -> dict[str, JSON]:
     first = next(iter(result.probes.values()))
     return {
+        "measures": measures_json(_own_measures(result)),
         "top1": first.top1,
         "top1_interval": bootstrap_interval(first.top1, num_test),
         "knn": knn_json(config, result.knn, num_test),
@@ -129,6 +130,19 @@ def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Seq
         "alpha": result.alpha,
         "by_class": {name: classes_json(found, names) for name, found in result.classes.items()},
     }
+
+
+def _own_measures(result: SuiteResult) -> list[Measure]:
+    """What stands in no other report."""
+    measures = [
+        Measure(f"balanced_accuracy_{name}", f"balanced accuracy, {PROBES.get(name, 'k-NN')}", found.balanced)
+        for name, found in result.classes.items()
+    ]
+    measures += [
+        Measure("rankme", "RankMe", result.rankme, unit=""),
+        Measure("rankme_percent", "RankMe, of the largest possible", result.rankme_percent),
+    ]
+    return measures + ([] if result.alpha is None else [Measure("alpha", "alpha-ReQ", result.alpha, unit="")])
 
 
 def main(config: SuiteConfig) -> None:

@@ -70,6 +70,16 @@ def test_a_run_with_arguments_of_its_own_takes_the_other_settings(tmp_path: Path
     }
 
 
+def test_protocols_that_differ_are_said() -> None:
+    scores = {"raw_pixels": [50.0], "random": [10.0], "pretrained": [70.0]}
+    found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})
+    assert "protocols" not in summary(found, 1)
+    found.protocols["knn"] = ["size: first-seed0 32, second-seed0 64"]
+    lines = summary(found, 1).splitlines()
+    assert "warning: The protocols of k-NN top-1 differ" in lines[-2]
+    assert lines[-1] == "  size: first-seed0 32, second-seed0 64"
+
+
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
     scores = {"raw_pixels": [50.0, 50.0], "random": [10.0, 20.0], "pretrained": [70.0, 80.0]}
     found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})

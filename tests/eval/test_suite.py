@@ -52,8 +52,9 @@ def test_one_pass_gives_what_the_evaluators_give_alone(
             assert found[name]["baselines"][model]["top1"] == alone["baselines"][model]["top1"]
         assert found[name]["top1"] == alone["top1"]
         assert found["suite"][{"knn": "knn", "linear": "logistic"}[name]]["top1"] == alone["top1"]
-    assert table.read_top1(run)["knn"]["pretrained"] == found["knn"]["top1"]
-    assert table.read_subject(run).label == "pretrained"
+    reports = table.read_run(run)
+    assert table.top1_of(reports, run)["knn"]["pretrained"] == found["knn"]["top1"]
+    assert table.subject_of(reports, run).label == "pretrained"
     capsys.readouterr()
     rows = {line[:30].split("  ")[0]: line for line in printed.splitlines()}
     for name in ("k-NN top-1, k=5", "k-NN top-1, k=10", "linear probe top-1", "logistic regression top-1"):
