@@ -94,9 +94,11 @@ def _logistic_weights(train_MD: Tensor, labels_M: Tensor, *, inverse_penalty: fl
 
 def few_shot(features: LabelledFeatures, config: FewShotConfig) -> Found:
     """The accuracy for each number of labelled images: mean and spread over draws, interval over test images."""
-    require_finite(features.train, features.test)
+    require_finite(features.train, task="Few-shot evaluation", what="training images")
+    require_finite(features.test, task="Few-shot evaluation", what="test images")
     measures, by_draw = [], {}
-    for count in (*config.per_class, *config.fractions):
+    counts: tuple[int | str, ...] = (*config.per_class, *config.fractions)
+    for count in counts:
         hits_SN = torch.stack(
             [_hits(features, count, seed=config.seed + draw, config=config) for draw in range(config.draws)]
         )

@@ -279,7 +279,8 @@ class KnnMonitor:
         else:
             val_ND = self._features(backbone, self.images.test, "validation", None)
             val_labels_N = self.images.test_labels
-        require_finite(train_MD, val_ND)
+        require_finite(train_MD, what="training images")
+        require_finite(val_ND, what="validation images")
         with failing_together(self.device):
             share = slice(rank(), None, world_size())
             device = search_device(train_MD, val_ND[share], self.device)

@@ -98,7 +98,8 @@ def rank_first(bank_MD: Tensor, queries_ND: Tensor, *, config: RetrievalConfig, 
 
 def retrieve(features: LabelledFeatures, config: RetrievalConfig) -> Found:
     """Mean average precision and recall at each k, with intervals over the queries."""
-    require_finite(features.train, features.test)
+    require_finite(features.train, task="Retrieval", what="training images")
+    require_finite(features.test, task="Retrieval", what="test images")
     place = search_device(features.train, features.test, choose_device(config.device))
     bank_MD, queries_ND = (normalize(part.to(place), dim=1) for part in (features.train, features.test))
     labels_M, query_labels_N = features.train_labels.to(place), features.test_labels.to(place)

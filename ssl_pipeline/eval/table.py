@@ -1,4 +1,4 @@
-"""One table of what a run has learnt, from the files that eval.knn, eval.linear and eval.classifier have written."""
+"""What a run has learnt, in tables, from the files that evaluators have written."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ USUAL = {"leave_one_out": False, "interpolation": "bicubic", "precision": "no"}
 
 class TableConfig(Config):
     """Raw pixels, random initialisation and the backbone of a run, or of whatever was measured there, under k-NN and
-    linear probe; and the run's own classifier."""
+    linear probe; the run's own classifier; and what the other evaluators have found."""
 
     positional = "run"
 
     run: Path
-    """The run's directory, after eval.knn and eval.linear with baselines=true."""
+    """The run's directory, after eval.knn and eval.linear with baselines=true, or any other evaluator."""
 
 
 def read_run(run: Path) -> dict[str, Report]:
@@ -75,7 +75,7 @@ class Subject:
 
 def subject_of(reports: Mapping[str, Report], run: Path) -> Subject:
     """What the reports in a directory are about; ConfigError if those of the table are about different networks."""
-    found = {name: about for name in EVALUATORS if name in reports and (about := _about(reports[name], run, name))}
+    found = {name: read for name in EVALUATORS if name in reports and (read := _about(reports[name], run, name))}
     first = next(iter(found), "")
     for name, (about, subject) in found.items():
         if about != found[first][0]:
