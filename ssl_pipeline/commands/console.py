@@ -22,11 +22,12 @@ COMMANDS = {
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",
-    "report": "ssl_pipeline.eval.report",
+    "report": "ssl_pipeline.commands.report",
     "classifier": "ssl_pipeline.eval.classifier",
     "embed": "ssl_pipeline.commands.embed",
     "predict": "ssl_pipeline.commands.predict",
     "compare": "ssl_pipeline.commands.compare",
+    "self-training": "ssl_pipeline.commands.self_training",
     "export": "ssl_pipeline.eval.export",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
@@ -34,6 +35,8 @@ COMMANDS = {
     "deduplicate": "ssl_pipeline.commands.deduplicate",
     "curate": "ssl_pipeline.commands.curate",
     "pseudo-label": "ssl_pipeline.data_tools.pseudo_label",
+    "recipes": "ssl_pipeline.commands.recipes",
+    "check-install": "ssl_pipeline.commands.check_install",
 }
 """The module of each command, imported when it is called."""
 

@@ -47,7 +47,7 @@ class DeduplicateConfig(CurationConfig):
 
     threshold: Annotated[float, Field(gt=0, le=1)]
     """Least cosine similarity of a pair. It depends on the backbone: planted=200 measures what it finds."""
-    pixels: Annotated[float, Field(ge=0, le=1)] = 0.95
+    pixels: Annotated[float, Field(ge=0, le=1)] = 0.97
     """Least correlation of the pixels of a pair, whole, cut or mirrored; 0 leaves that to the features alone."""
     against: PlaceText | None = None
     """Shards of a test set: groups with an image that is near to one of them go as a whole."""

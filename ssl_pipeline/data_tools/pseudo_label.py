@@ -7,6 +7,7 @@ Xie et al., 2019, https://arxiv.org/abs/1911.04252: a teacher in evaluation mode
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,22 @@ def pseudo_label(config: PseudoLabelImages) -> Counts:
     return counts
 
 
+def pseudo_label_once(config: PseudoLabelImages) -> Counts:
+    """The same, or what it has written before; DataError if that is of another teacher or other settings."""
+    description = config.output.with_suffix(".json")
+    if not (description.exists() and keep_file(config.output).with_suffix(".json").exists()):
+        return pseudo_label(config.model_copy(update={"overwrite": True}))  # what is left of an interrupted one
+    origin = json.loads(description.read_text(encoding="utf-8"))["origin"]
+    teacher = open_classifier(config).about
+    if (origin["settings"], origin["teacher"]["weights_sha256"]) != (_settings(config), teacher["weights_sha256"]):
+        raise DataError(
+            f"{config.output} was written from another teacher than {config.run}, or with other settings. Take another "
+            "output, or delete it, and what was trained on it."
+        )
+    known, guessed, taken = (np.array(origin[name], np.int64) for name in ("known", "guessed", "taken"))
+    return Counts(known, guessed, taken, origin["right"])
+
+
 def choose(
     probabilities_GC: NDArray[np.float32], *, threshold: float, per_class: int | Literal["smallest"] | None
 ) -> NDArray[np.int64]:
@@ -204,14 +221,17 @@ def _origin(config: PseudoLabelImages, opened: OpenedClassifier, counts: Counts)
     return {
         "command": "pseudo_label",
         "teacher": opened.about,
-        "settings": config.model_dump(
-            mode="json", include={"shards", "keep", "known", "threshold", "soft", "per_class"}
-        ),
+        "settings": _settings(config),
         "known": counts.known.tolist(),
         "guessed": counts.guessed.tolist(),
         "taken": counts.taken.tolist(),
         "right": counts.right,
     }
+
+
+def _settings(config: PseudoLabelImages) -> dict[str, JSON]:
+    """What the labels depend on beside the teacher and the images."""
+    return config.model_dump(mode="json", include={"shards", "keep", "known", "threshold", "soft", "per_class"})
 
 
 def main(config: PseudoLabelImages) -> None:

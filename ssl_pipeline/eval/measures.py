@@ -68,6 +68,12 @@ def measures_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def read_measures(result: Mapping[str, Any]) -> dict[str, Measure]:
+    """Those of one model's part of a report, by name."""
+    listed: list[Any] = measures_of(result)
+    return {measure["name"]: Measure(**measure) for measure in listed}
+
+
 def measures_table(title: str, models: Sequence[tuple[str, Found]]) -> str:
     """A row for each measure, a column for each model."""
     names = list(dict.fromkeys(measure.name for _, found in models for measure in found.measures))

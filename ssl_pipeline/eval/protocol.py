@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.config import printable
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.eval.features.extract import extract_features
-from ssl_pipeline.eval.features.kinds import FeatureKinds
+from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import PassConfig, choose_device, feature_pass
 from ssl_pipeline.eval.labelled import LabelledImages
@@ -23,6 +26,7 @@ from ssl_pipeline.eval.results import Report, add_results, protocol_hash
 from ssl_pipeline.files import JSON, write_json
 
 Result = TypeVar("Result")
+LAST_BLOCKS = 4  # of DINO's and DINOv2's linear evaluation
 
 
 class ReportConfig(PassConfig):
@@ -50,13 +54,17 @@ class EvaluationConfig(ReportConfig):
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Features (M, D) and (N, D) with labels (M,) and (N,) below `num_classes`."""
+    """Features (M, D) and (N, D) with labels (M,) and (N,) below `num_classes`.
+
+    of_kinds: those of other kinds (`FeatureKinds`) that were asked for and that the network has, training and test.
+    """
 
     train: Tensor
     train_labels: Tensor
     test: Tensor
     test_labels: Tensor
     num_classes: int
+    of_kinds: Mapping[Kind, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,13 +92,19 @@ def measure_models(
     config: EvaluationConfig,
     images: LabelledImages,
     measure: Callable[[LabelledFeatures], Result],
+    *,
+    kinds: tuple[Kind, ...] = (),
 ) -> Measured[Result]:
-    """`measure` on the features of the model and, if asked for, of its baselines."""
+    """`measure` on the features of the model and, if asked for, of its baselines.
+
+    kinds: of its tokens that are wanted beside its own features; ConfigError if it has none.
+    """
     model = open_model(config)
     print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
-    features = model_features(config, model, images)
+    FeatureKinds(model.backbone, kinds, last_blocks=_last_blocks(model.backbone))  # refuses what it does not have
+    features = model_features(config, model, images, kinds=kinds)
     baselines = {
-        name: (baseline, measure(model_features(config, baseline, images)))
+        name: (baseline, measure(model_features(config, baseline, images, kinds=kinds)))
         for name, baseline in (baselines_of(model) if config.baselines else {}).items()
     }
     return Measured(model.label, measure(features), baselines, protocol_of(config, model, images))
@@ -127,33 +141,61 @@ def pass_protocol(config: PassConfig, model: EvaluatedModel) -> dict[str, JSON]:
     }
 
 
-def model_features(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> LabelledFeatures:
-    """Features of both sets, memory-mapped from `DIR/eval/cache`, computed the first time; without DIR, in memory."""
+def model_features(
+    config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages, *, kinds: tuple[Kind, ...] = ()
+) -> LabelledFeatures:
+    """Features of both sets, memory-mapped from `DIR/eval/cache`, computed the first time; without DIR, in memory.
+
+    kinds: of tokens that are wanted too, from the same pass, where the network has tokens; of at most LAST_BLOCKS.
+    """
+    kinds = kinds if isinstance(model.backbone, TokenBackbone) else ()
     train, test = (
-        features_of(config, model, index, name=name)
+        _kinds_of(config, model, index, name=name, kinds=kinds)
         for name, index in (("training", images.train), ("test", images.test))
     )
-    return LabelledFeatures(train, images.train_labels, test, images.test_labels, images.num_classes)
+    return LabelledFeatures(
+        train["pooled"],
+        images.train_labels,
+        test["pooled"],
+        images.test_labels,
+        images.num_classes,
+        {kind: (train[kind], test[kind]) for kind in kinds},
+    )
 
 
 def features_of(config: ReportConfig, model: EvaluatedModel, index: ShardIndex, *, name: str) -> Tensor:
     """Features (N, D) float32 of a set of images, which are called `name`; as `model_features` of both sets."""
-    description = f"{model.label}, {name} images"
-    if config.directory is not None:
-        network, place = FeatureKinds(model.backbone), config.directory / "eval" / "cache"
-        return feature_pass(place, model, network, index, config, description=description).features["pooled"].float()
-    device = choose_device(config.device)
-    features, _ = extract_features(
-        model.backbone.to(device),
-        index,
-        model.preprocessing,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        device=device,
-        precision=config.precision,
-        description=description,
-    )
-    return features
+    return _kinds_of(config, model, index, name=name, kinds=())["pooled"]
+
+
+def _kinds_of(
+    config: ReportConfig, model: EvaluatedModel, index: ShardIndex, *, name: str, kinds: tuple[Kind, ...]
+) -> dict[str, Tensor]:
+    description, directory = f"{model.label}, {name} images", config.directory
+    if directory is None and not kinds:
+        device = choose_device(config.device)
+        features, _ = extract_features(
+            model.backbone.to(device),
+            index,
+            model.preprocessing,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=device,
+            precision=config.precision,
+            description=description,
+        )
+        return {"pooled": features}
+    network = FeatureKinds(model.backbone, ("pooled", *kinds), last_blocks=_last_blocks(model.backbone))
+    with ExitStack() as stack:
+        if directory is None:  # in memory once the folder is gone: its files stay mapped
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="ssl_pipeline-features-")))
+        place = directory / "eval" / "cache"
+        found = feature_pass(place, model, network, index, config, description=description).features
+    return {kind: found[kind].float() for kind in ("pooled", *kinds)}
+
+
+def _last_blocks(network: nn.Module) -> int:
+    return min(LAST_BLOCKS, network.num_blocks) if isinstance(network, TokenBackbone) else LAST_BLOCKS
 
 
 def conclude(config: ReportConfig, evaluator: str, measured: Measured[Found], settings: dict[str, JSON]) -> None:

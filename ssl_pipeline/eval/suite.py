@@ -143,7 +143,8 @@ def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: Labelle
     of_knn = measured.report(lambda result: knn_json(config, result.knn, num_test), knn_settings(config))
     write_report(config, "knn", of_knn)
     linear = measured.report(
-        lambda result: linear_json(next(iter(result.probes.values())), num_test), linear_settings(config, first)
+        lambda result: linear_json(result.probes[first], num_test, result.classes[first], names),
+        linear_settings(config, first),
     )
     write_report(config, "linear", linear)
 
@@ -155,7 +156,7 @@ def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Seq
         "top1": first.top1,
         "top1_interval": bootstrap_interval(first.top1, num_test),
         "knn": knn_json(config, result.knn, num_test),
-        **{name: linear_json(probe, num_test) for name, probe in result.probes.items()},
+        **{name: linear_json(probe, num_test, result.classes[name], names) for name, probe in result.probes.items()},
         "rankme": result.rankme,
         "rankme_percent": result.rankme_percent,
         "alpha": result.alpha,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
-from ssl_pipeline.eval.measures import Measure, format_table, measures_of, percent
+from ssl_pipeline.eval.measures import format_table, percent, read_measures
 from ssl_pipeline.eval.results import Report, read_reports
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
@@ -162,10 +162,7 @@ def other_tables(reports: Mapping[str, Report], run: Path) -> list[str]:
 
 def _table_of(name: str, report: Report) -> str:
     models = {**report["baselines"], "pretrained": report}
-    cells = {
-        model: {measure["name"]: Measure(**measure) for measure in measures_of(result)}
-        for model, result in models.items()
-    }
+    cells = {model: read_measures(result) for model, result in models.items()}
     rows = [
         [measure.title, *(own[key].cell() if key in own else "-" for own in cells.values())]
         for key, measure in cells["pretrained"].items()

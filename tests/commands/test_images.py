@@ -144,7 +144,9 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
     ("count", "side", "given", "has_gpu", "recipe"),
     [
         (5000, 300, {}, False, "photos_small"),
-        (5000, 300, {}, True, "photos_small"),
+        (5000, 300, {}, True, "dinov2_small"),
+        (1000, 300, {}, True, "photos_small"),
+        (5000, 64, {}, True, "photos_small"),
         (500_000, 300, {}, False, "photos_small"),
         (500_000, 300, {}, True, "dino_vits16"),
         (50_000, 32, {}, True, "cifar10_simclr_resnet18"),

@@ -11,7 +11,7 @@ from ssl_pipeline.backbones import Backbone, TokenBackbone, Tokens
 from ssl_pipeline.backbones.tokens import NETWORKS_WITH_TOKENS
 from ssl_pipeline.config import ConfigError
 
-Kind = Literal["pooled", "class", "blocks", "patches", "map"]
+Kind = Literal["pooled", "class", "mean", "blocks", "patches", "map"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Axes: B images, L patches row by row, D dimensions, n blocks.
@@ -22,6 +22,7 @@ class FeatureKinds(nn.Module):
 
     pooled   (B, D), what the network's own forward gives
     class    (B, D), the class token after the final norm
+    mean     (B, D), the mean of the patch tokens after the final norm
     blocks   (B, n * D), the class tokens of the last n blocks, each after the final norm, one after the other (the
              linear evaluation of DINO takes n = 4); patch means where the network has no class token
     patches  (B, L, D), the patch tokens after the final norm
@@ -70,6 +71,8 @@ class FeatureKinds(nn.Module):
             return tokens.patches
         if kind == "blocks":
             return torch.cat([_class_or_mean(of_block) for of_block in tokens.layers], dim=1)
+        if kind == "mean":
+            return tokens.patches.mean(dim=1)
         if kind == "class":
             return _class_or_mean(tokens)
         assert isinstance(self.network, TokenBackbone)
