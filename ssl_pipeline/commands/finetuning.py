@@ -181,8 +181,8 @@ def finetune(config: FinetuneConfig) -> int:
             "or a recipe of recipes/finetune/."
         )
     code = pretrain(config)
-    if code == 0 and config.classifier is not None and os.environ.get("RANK", "0") == "0":
-        shown = config.classifier
+    shown = None if config.find_lr else config.classifier
+    if code == 0 and shown is not None and os.environ.get("RANK", "0") == "0":
         measure(
             ClassifierConfig(
                 run=config.run_directory,

@@ -12,12 +12,16 @@ from ssl_pipeline.run.launcher import LAUNCHED
 
 START = "ssl_pipeline.commands.start"  # by its name: it imports what imports this
 
+OF_LAUNCHERS = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
+"""Variables by which a process finds the others of its group, which a process of its own has not."""
+
 
 def start_pretraining(arguments: Sequence[str], *, silent: bool = False) -> subprocess.Popen[bytes]:
-    """`pretrain.py` with these arguments; it stops when this process ends. silent: what it prints is for nobody."""
+    """`pretrain.py` with these arguments, on its own; it stops when this process ends. silent: it prints for nobody."""
     output = subprocess.DEVNULL if silent else None
     command = [sys.executable, "-m", START, *arguments]
-    return subprocess.Popen(command, env=os.environ | {LAUNCHED: "1"}, stdout=output, stderr=output)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
+    return subprocess.Popen(command, env=alone | {LAUNCHED: "1"}, stdout=output, stderr=output)
 
 
 def run_pretraining(arguments: Sequence[str]) -> None:

@@ -19,8 +19,8 @@ from ssl_pipeline.config import SELF_TRAINING, Config, Seed, run_command
 from ssl_pipeline.data_tools.pseudo_label import Counts, PseudoLabelImages, keep_file, pseudo_label_once
 from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels
 from ssl_pipeline.eval.classifier import ClassifierConfig, evaluate_classifier
+from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.protocol import write_report_to
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON, write_json, write_text
 
 TEACHER = "teacher"

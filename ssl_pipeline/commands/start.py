@@ -1,7 +1,7 @@
 """The start of `pretrain.py`: what must not wait for torch, whose import takes seconds.
 
-Here arguments are read as far as that needs no schema: their form, the recipe's name and the recipe itself. What a
-section may hold stands beside the class that reads it, and that imports torch.
+Here arguments are read as far as that needs no schema: their form, the recipe's name, the recipe itself, and the names
+of the keys. What the values of a section may be stands beside the class that reads it, and that imports torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
 from ssl_pipeline.config import RECIPES, recipe_files, refuse, without_flags
 from ssl_pipeline.config.arguments import pairs_and_recipe
+from ssl_pipeline.config.base import SettingsError
 from ssl_pipeline.run.launcher import have_the_last_word, watch_launcher
 
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -48,8 +50,13 @@ def start(name: str, usage: Callable[[str], str], module: str) -> int:
         print(usage(name))
         return 2
     try:
-        given = [argument for argument in without_flags(arguments)[0] if argument != "recipe=auto"]
-        pairs_and_recipe(given, RECIPES)
+        given, _ = without_flags(arguments)
+        pairs, recipe = pairs_and_recipe([argument for argument in given if argument != "recipe=auto"], RECIPES)
+        names = dict(pairs)
+        if "method.name" in names:
+            recipe = {"method": {"name": names["method.name"]}}
+        if mistakes := unknown_keys(names, recipe, sections_in_sources()):
+            raise SettingsError(*mistakes, f"See: {name} --help")
     except Exception as error:
         return refuse(error, running=False)
     if first:

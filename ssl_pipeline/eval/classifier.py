@@ -21,8 +21,8 @@ from ssl_pipeline.eval.features.classes import (
     open_classifier,
 )
 from ssl_pipeline.eval.labelled import classes_of, look_at_first
+from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.protocol import write_report_to
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 
 

@@ -81,19 +81,27 @@ def some_of_each_class(images: LabelledImages, count: int, *, seed: int) -> Numb
 
     Raises ConfigError if a class has fewer.
     """
+    fewest = int(images.train_labels.unique(return_counts=True)[1].min())
+    if fewest < count:
+        raise ConfigError(
+            f"per_class={count} is more than {images.train.source} has of one of its classes: {fewest}. "
+            "Take at most that many."
+        )
+    return draw_per_class(images.train_labels, count, seed=seed)
+
+
+def draw_per_class(labels_N: Tensor, count: int | str, *, seed: int) -> Numbers:
+    """The numbers of `count` images of each class, or of a share such as "1%", as if drawn from a hat, ascending."""
     chosen = []
-    for label in images.train_labels.unique().tolist():
-        of_class = np.flatnonzero(images.train_labels.numpy() == label)
-        if len(of_class) < count:
-            raise ConfigError(
-                f"per_class={count} is more than {images.train.source} has of one of its classes: {len(of_class)}. "
-                "Take at most that many."
-            )
-        chosen.append(of_class[permutation(len(of_class), seed, SPLIT, label)[:count]])
+    for label in labels_N.unique().tolist():
+        of_class = np.flatnonzero(labels_N.numpy() == label)
+        share = float(count.rstrip("% ")) / 100 if isinstance(count, str) else None
+        number = count if share is None else max(int(len(of_class) * share + 0.5), 1)
+        chosen.append(of_class[permutation(len(of_class), seed, SPLIT, label)[:number]])
     return np.sort(np.concatenate(chosen))
 
 
-def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:
+def require_labels(index: ShardIndex, directory: str, *, task: str, where: str = " in train and test") -> None:
     """Raise ConfigError, with the numbers and what to do, unless there are images and each has a label."""
     if not len(index):
         raise ConfigError(f"{directory} has no images; {task} needs some.")
@@ -102,12 +110,19 @@ def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:
         return
     labelled = int((index.labels() >= 0).sum())
     has = f"has labels for {labelled:,} of {len(index):,} images" if labelled else "has no labels"
-    raise ConfigError(f"{directory} {has}; {task} needs them in train and test. {problem}. {LABELS_COME_FROM}")
+    raise ConfigError(f"{directory} {has}; {task} needs them{where}. {problem}. {LABELS_COME_FROM}")
 
 
 def look_at_first(index: ShardIndex, size: int, *, sample: int = 0) -> None:
     """Decode the first image that a measure takes, as it will; DataError if that fails."""
     EvaluationSet(index, size)[sample]
+
+
+def evenly_spread(index: ShardIndex, count: int) -> list[int]:
+    """The numbers of at most `count` images, evenly spread over those that are not known to be unreadable."""
+    readable_N = np.flatnonzero(index.sizes().all(axis=1))
+    count = min(count, len(readable_N))
+    return readable_N[np.arange(count) * len(readable_N) // max(count, 1)].tolist()
 
 
 def _same_classes(

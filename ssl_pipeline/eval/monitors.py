@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -18,14 +17,13 @@ from ssl_pipeline.eval.accuracy import top_k_accuracy
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.labelled import (
     classes_of,
+    evenly_spread,
     look_at_first,
     say,
     shared_warnings,
 )
-from ssl_pipeline.eval.spectra import alpha_req, rankme
+from ssl_pipeline.eval.spectra import FEWEST_EIGENVALUES, alpha_req, rankme
 from ssl_pipeline.schedule import Duration, Progress
-
-FEWEST_EIGENVALUES = 5  # of which alpha-ReQ leaves out three
 
 
 class MonitorConfig(Config):
@@ -129,9 +127,8 @@ class SpectrumMonitor:
         self.device = device
         self.precision: Precision = precision
         self.images = train if config.val is None else open_shards(config.val)
-        readable_N = np.flatnonzero(self.images.sizes().all(axis=1))  # the others are known not to decode
-        count = min(config.images, len(readable_N))
-        self.samples: list[int] = readable_N[np.arange(count) * len(readable_N) // max(count, 1)].tolist()
+        self.samples = evenly_spread(self.images, config.images)
+        count = len(self.samples)
         if min(count - 1, embed_dim) < FEWEST_EIGENVALUES:
             raise ConfigError(
                 f"spectrum needs {FEWEST_EIGENVALUES + 1} images and {FEWEST_EIGENVALUES} dimensions or more. Got "

@@ -13,10 +13,10 @@ from ssl_pipeline.eval.features.models import baselines_of, open_model
 from ssl_pipeline.eval.knn import VotesConfig, knn_json, knn_settings
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.linear import linear_json, linear_settings
+from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.protocol import Measured, model_features, protocol_of, write_report
 from ssl_pipeline.eval.search.neighbours import require_k
 from ssl_pipeline.eval.suite_measures import SuiteConfig, SuiteResult, measure_all
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 
 PROBES = {"sgd": "linear probe", "logistic": "logistic regression"}
@@ -112,7 +112,8 @@ def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: Labelle
     of_knn = measured.report(lambda result: knn_json(config, result.knn, num_test), knn_settings(config))
     write_report(config, "knn", of_knn)
     linear = measured.report(
-        lambda result: linear_json(next(iter(result.probes.values())), num_test), linear_settings(config, first)
+        lambda result: linear_json(result.probes[first], num_test, result.classes[first], names),
+        linear_settings(config, first),
     )
     write_report(config, "linear", linear)
 
@@ -123,7 +124,7 @@ def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Seq
         "top1": first.top1,
         "top1_interval": bootstrap_interval(first.top1, num_test),
         "knn": knn_json(config, result.knn, num_test),
-        **{name: linear_json(probe, num_test) for name, probe in result.probes.items()},
+        **{name: linear_json(probe, num_test, result.classes[name], names) for name, probe in result.probes.items()},
         "rankme": result.rankme,
         "rankme_percent": result.rankme_percent,
         "alpha": result.alpha,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Processes
-from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.samples import ImageSource
 from ssl_pipeline.distributed import failing_together, max_over_ranks, rank
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, stored_whole
 from ssl_pipeline.eval.features.extract import Precision, eval_mode, forward_passes, share_size
@@ -61,12 +61,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def identity_of(
-    model: EvaluatedModel, index: ShardIndex, config: PassConfig, network: FeatureKinds
+    model: EvaluatedModel, index: ImageSource, config: PassConfig, network: FeatureKinds
 ) -> dict[str, object]:
     """Everything that features depend on: weights, images, what is kept of them and how it is computed."""
+    preprocessing = asdict(model.preprocessing)
+    if model.preprocessing.fit == "crop":
+        del preprocessing["fit"]  # features that were stored before there was another one are the same
     return {
         "subject": {key: value for key, value in model.about.items() if key != "run"},
-        "preprocessing": asdict(model.preprocessing),
+        "preprocessing": preprocessing,
         "kinds": network.kinds,
         "last_blocks": network.last_blocks if "blocks" in network.kinds else None,
         "precision": config.precision,
@@ -81,7 +84,7 @@ def feature_pass(
     directory: Path,
     model: EvaluatedModel,
     network: FeatureKinds,
-    index: ShardIndex,
+    index: ImageSource,
     config: PassConfig,
     *,
     description: str,
@@ -138,7 +141,7 @@ def _files(
 def _compute_share(
     files: Mapping[str, RowsFile],
     network: FeatureKinds,
-    index: ShardIndex,
+    index: ImageSource,
     preprocessing: Preprocessing,
     config: PassConfig,
     *,
@@ -173,7 +176,7 @@ def _compute_share(
             file.close()
 
 
-def _stored_as(values: Tensor, dtype: str, index: ShardIndex) -> NDArray:
+def _stored_as(values: Tensor, dtype: str, index: ImageSource) -> NDArray:
     """Features as they are kept; ConfigError where float16 is too small for one that float32 holds."""
     if dtype == "float32":
         return values.cpu().numpy()
