@@ -13,6 +13,7 @@ from ssl_pipeline.config import ConfigError, printable
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.subset import open_subset, write_keep
+from ssl_pipeline.distributed import rank
 from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, open_model

@@ -73,8 +73,8 @@ def measures_of(result: Mapping[str, JSON]) -> list[JSON]:
 
 def read_measures(result: Mapping[str, Any]) -> dict[str, Measure]:
     """Those of one model's part of a report, by name."""
-    found = (Measure(**measure) for measure in measures_of(result) if isinstance(measure, Mapping))
-    return {measure.name: measure for measure in found}
+    listed: list[Any] = measures_of(result)
+    return {measure["name"]: Measure(**measure) for measure in listed}
 
 
 def measures_table(title: str, models: Sequence[tuple[str, Found]]) -> str:
