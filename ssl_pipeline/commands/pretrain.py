@@ -41,7 +41,7 @@ from ssl_pipeline.config import (
     run_command,
     without_flags,
 )
-from ssl_pipeline.data.labelled import open_labelled_images
+from ssl_pipeline.data.labelled import classes_without_labels, open_labelled_images
 from ssl_pipeline.data.shards.listing import list_shards
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
@@ -71,6 +71,8 @@ from ssl_pipeline.training.preflight import (
 from ssl_pipeline.training.remarks import remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
+
+NAMED_CLASSES = 5  # that a warning lists
 
 
 class PretrainConfig(Config):
@@ -223,6 +225,8 @@ def _pretrain(config: PretrainConfig) -> int:
         about: dict[str, JSON] = {}
         if directory is not None:
             describe(config, method, clock, accelerator)
+            if labelled_index is not None and method.classifier is not None:
+                warn_of_classes_without_labels(labelled_index, method.classifier.out_features)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights
@@ -293,6 +297,15 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
     )
     for remark in remarks(config.method, config.optim, config.augment, clock):
         print(printable(f"warning: {remark}"), flush=True)
+
+
+def warn_of_classes_without_labels(labelled: ShardIndex, num_classes: int) -> None:
+    """Say which classes no labelled image is of: what is trained will guess others in their place."""
+    missing = classes_without_labels(labelled, num_classes)
+    if missing:
+        more = f" and {len(missing) - NAMED_CLASSES} more" if len(missing) > NAMED_CLASSES else ""
+        named = ", ".join(missing[:NAMED_CLASSES])
+        print(printable(f"warning: no labelled image is of class {named}{more}: it cannot be learnt."), flush=True)
 
 
 def _images(index: ShardIndex) -> str:

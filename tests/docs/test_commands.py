@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.config import RECIPES, recipe_files
+from ssl_pipeline.config.recipes import OTHERS
 from tests.docs.shell import PREPARES, blocks_of, commands_of, entry_of, run_command
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +134,7 @@ def test_makefile_has_what_pages_make():
 
 
 def test_recipes_that_pages_name_exist():
-    known = recipe_files(RECIPES).keys() | {path.stem for path in (RECIPES / "comparisons").glob("*.yaml")}
+    known = recipe_files(RECIPES).keys() | {path.stem for other in OTHERS for path in (RECIPES / other).glob("*.yaml")}
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         named = set(re.findall(r"\brecipe=(\w+)", page.read_text()))
         assert named <= known | {"NAME", "auto"}, page
