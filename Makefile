@@ -6,7 +6,7 @@ GPU_CHECK ?=
 DIGITS := data/digits
 RUN := runs/digits_dino
 
-.PHONY: install quickstart test-fast test test-full lint format bench gpu-check clean
+.PHONY: install quickstart test-fast test test-full lint format bench gpu-check docs clean
 
 install: .venv/installed
 
@@ -51,6 +51,15 @@ gpu-check: .venv/installed
 
 .venv/installed-bench: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
+# The pages of docs/ with the tables that are made from the code, into build/docs; nothing is loaded from elsewhere.
+docs: .venv/installed-docs
+	$(BIN)/python docs/generated.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
+
+.venv/installed-docs: .venv/installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 lint: .venv/installed
