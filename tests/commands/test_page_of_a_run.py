@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ssl_pipeline.commands import report
 from ssl_pipeline.config import run_command
 from ssl_pipeline.eval.report import ReportConfig
-from ssl_pipeline.commands import report
 from tests.runs import command, rows, write_recipe
 from tests.tiny import write_shards
 
