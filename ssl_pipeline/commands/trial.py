@@ -29,6 +29,7 @@ SHORT: Tree = {  # what a trial has of its own
     "output": None,
     "images": None,
     "wandb": False,
+    "report": False,
     "knn": None,
     "spectrum": None,
     "classifier": None,
