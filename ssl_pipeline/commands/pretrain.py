@@ -28,6 +28,7 @@ from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_t
 from ssl_pipeline.commands.find_lr import find_lr
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
+from ssl_pipeline.commands.pages_on_the_way import PagesOnTheWay
 from ssl_pipeline.config import (
     RECIPES,
     Config,
@@ -110,6 +111,8 @@ class PretrainConfig(Config):
     into the run's directory, suggests optim.lr, and begins no run."""
     wandb: MayChange[bool] = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
+    report: MayChange[bool] = False
+    """Whether another process writes the run's page, report/index.html, after each checkpoint, at low priority."""
 
     @model_validator(mode="after")
     def _output_is_known(self) -> PretrainConfig:
@@ -231,6 +234,9 @@ def _pretrain(config: PretrainConfig) -> int:
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights
         starting.close()
+        pages = PagesOnTheWay(output) if config.report and directory is not None else None
+        if pages is not None:
+            stack.callback(pages.stop)
         run = Run(
             method=method,
             preprocessing=preprocessing,
@@ -243,7 +249,7 @@ def _pretrain(config: PretrainConfig) -> int:
             train=config.train,
             seed=config.seed,
             accelerator=accelerator,
-            output=Output(output, directory, config, identity, config.wandb, about),
+            output=Output(output, directory, config, identity, config.wandb, about, saved=pages or (lambda: None)),
             monitors=monitors,
             start=Start(started, index_seconds),
         )
@@ -253,6 +259,8 @@ def _pretrain(config: PretrainConfig) -> int:
         else:
             signal_number = train(run)
         if signal_number == 0 and directory is not None:
+            if pages is not None:
+                pages.finish()
             own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
             print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
             if own is not None:

@@ -219,6 +219,7 @@ class _Loop:
         if self.run.output.directory is not None:
             self.run.output.directory.checkpoint = self.clock.steps_made(self.position)
             self.write_status("running")
+            self.run.output.saved()
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
         if self.run.output.directory is not None:
