@@ -17,7 +17,7 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.accuracy import top_k_accuracy
-from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.features.extract import Precision, eval_mode, extract_features
 from ssl_pipeline.eval.labelled import (
     LABELS_COME_FROM,
     by_name,
@@ -131,7 +131,8 @@ class ClassifierMonitor:
             precision=self.precision,
             description="classifier, validation images",
         )
-        return self.classifier(features.to(self.device)).cpu()
+        with eval_mode(self.classifier):
+            return self.classifier(features.to(self.device)).cpu()
 
 
 class SpectrumMonitorConfig(MonitorConfig):

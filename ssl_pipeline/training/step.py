@@ -8,9 +8,9 @@ GradScaler asks before a step of LARS (the fused AdamW and SGD look at the overf
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch, make_batch
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.methods.base import StepOutput
+from ssl_pipeline.optim.gradient_norms import GradientNorms
 from ssl_pipeline.optim.optimizer import prepare_gradients, write_values
 from ssl_pipeline.randomness import seed_everything
 from ssl_pipeline.run.step_times import StepTimes
@@ -38,6 +39,8 @@ class StepResult:
     """Seconds until the images were there."""
     signal_number: int
     """The signal that any rank had received, by the checks read so far; 0 if none."""
+    layer_norms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Gradient norms before clipping by layer, for a step with a row and if `train.gradient_norms` wants them."""
 
 
 @dataclass
@@ -55,6 +58,9 @@ class TrainingStep:
     keepalive: Callable[[], None]
     requested: Callable[[], int]
     """The signal that asks this process to stop, 0 if none."""
+    norms: GradientNorms | None = None
+    has_row: Callable[[int], bool] = lambda position: False
+    """Whether the step that ends at a position is logged, so that `norms` are wanted."""
 
     def __call__(self, stream: Iterator[StreamBatch], position: int) -> StepResult:
         """Make the step that begins at `position`.
@@ -65,13 +71,13 @@ class TrainingStep:
         outputs, sample_ids, waited = self._accumulate(stream, progress)
         with self.times.phase("optimizer"):
             learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
-            gradient_norm = self._prepare(outputs, sample_ids, position)
+            gradient_norm, layer_norms = self._prepare(outputs, sample_ids, position)
             received = self.checks.read(lag=self.lag)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         with self.times.phase("after_step"), torch.no_grad():
             self.run.method.after_step([output.carry for output in outputs], progress)
-        return StepResult(outputs, learning_rate, gradient_norm, waited, received)
+        return StepResult(outputs, learning_rate, gradient_norm, waited, received, layer_norms)
 
     def _accumulate(self, stream: Iterator[StreamBatch], progress: Progress) -> tuple[list[StepOutput], Tensor, float]:
         """Forward and backward over the micro-batches of one step; the gradients are those of their mean loss."""
@@ -99,11 +105,16 @@ class TrainingStep:
             self.keepalive()
         return outputs, torch.cat(sample_ids), waited
 
-    def _prepare(self, outputs: list[StepOutput], sample_ids: Tensor, position: int) -> Tensor:
-        """Make the gradients ready for the optimizer and start the check of the step; returns the gradient norm."""
+    def _prepare(
+        self, outputs: list[StepOutput], sample_ids: Tensor, position: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Make the gradients ready for the optimizer and start the check of the step; returns the gradient norms."""
         scaler = self.run.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]
+        layer_norms: Mapping[str, Tensor] = {}
+        if self.norms is not None and self.has_row(position + self.run.clock.global_batch):
+            layer_norms = dict(zip(self.norms.names, self.norms().unbind(), strict=True))
         loss = torch.stack([output.loss for output in outputs]).mean()
         gradient_norm = prepare_gradients(self.optimizer, self.run.optim, self.run.clock.progress(position))
         self.checks.add(
@@ -114,4 +125,4 @@ class TrainingStep:
             watched=loss if scaler is not None else loss + gradient_norm,  # a scaler leaves such steps out itself
             signal_number=self.requested(),
         )
-        return gradient_norm
+        return gradient_norm, layer_norms
