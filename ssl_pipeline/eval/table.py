@@ -93,8 +93,8 @@ def read_subject(run: Path) -> Subject:
         if path.is_file() and (about := _read_about(path, name)):
             found[name] = about
     first = next(iter(found), "")
-    for name, (about, subject) in found.items():
-        if about != found[first][0]:
+    for name, (network, subject) in found.items():
+        if network != found[first][0]:
             one, other = (f"{each.label} ({each.weights})" for each in (found[first][1], subject))
             raise ConfigError(
                 f"{run}/eval/{first}.json and {name}.json are about different networks: {one}, and {other}. Run the "
