@@ -77,8 +77,8 @@ def subject_of(reports: Mapping[str, Report], run: Path) -> Subject:
     """What the reports in a directory are about; ConfigError if those of the table are about different networks."""
     found = {name: read for name in EVALUATORS if name in reports and (read := _about(reports[name], run, name))}
     first = next(iter(found), "")
-    for name, (about, subject) in found.items():
-        if about != found[first][0]:
+    for name, (network, subject) in found.items():
+        if network != found[first][0]:
             one, other = (f"{each.label} ({each.weights})" for each in (found[first][1], subject))
             raise ConfigError(
                 f"{run}/eval/{first}.json and {name}.json are about different networks: {one}, and {other}. Run the "

@@ -21,6 +21,7 @@ from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
+from ssl_pipeline.optim.gradient_norms import GradientNorms
 from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -143,6 +144,8 @@ class _Loop:
             keepalive=self._keepalive,
             requested=interruption.requested,
             statistics=NormStatistics(run.method) if skips else None,
+            norms=GradientNorms(run.method) if run.train.gradient_norms else None,
+            has_row=lambda position: self.reporter.is_due(position),
         )
         start = {} if saved is None else saved.state.start
         self.reporter = Reporter(run, tracker, self.times, self._keepalive, start=start)
