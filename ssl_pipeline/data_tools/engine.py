@@ -25,21 +25,26 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-class EngineConfig(Config):
+class EngineChoice(Config):
     """Where the work is done."""
 
-    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Processes; by default one per core, at most 16, or with engine=ray all that the cluster has."""
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine. ray: those of a Ray cluster, or of a Ray that is started here for the time."""
     ray_address: str | None = None
     """With engine=ray: HOST:PORT or ray://HOST:PORT of the cluster, or auto: the one this machine is part of."""
 
     @model_validator(mode="after")
-    def _address_is_of_ray(self) -> EngineConfig:
+    def _address_is_of_ray(self) -> EngineChoice:
         if self.ray_address is not None and self.engine != "ray":
             raise ValueError(f"ray_address={self.ray_address} goes with engine=ray.")
         return self
+
+
+class EngineConfig(EngineChoice):
+    """Where the work is done, and by how many."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Processes; by default one per core, at most 16, or with engine=ray all that the cluster has."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,17 @@ def map_tasks(
     description: str,
     unit: str = "image",
     journal: Journal[Result] | None = None,
+    gpus: int = 0,
 ) -> list[Result]:
     """`function` of every task, in their order; a bar shows progress and rate in the unit of `sizes`.
 
-    The tasks that the journal has are not done again. Raises DataError for an error of a task, once those that are
-    done are in the journal.
+    The tasks that the journal has are not done again. gpus: of a task on Ray. Raises DataError for an error of a task,
+    once those that are done are in the journal.
     """
     results = {} if journal is None else journal.read()
     left = [number for number in range(len(tasks)) if number not in results]
     with tqdm(total=sum(sizes), initial=sum(sizes[number] for number in results), desc=description, unit=unit) as bar:
-        for place, result in _outcomes(function, [tasks[number] for number in left], engine):
+        for place, result in _outcomes(function, [tasks[number] for number in left], engine, gpus):
             number = left[place]
             results[number] = result
             if journal is not None:
@@ -107,8 +113,8 @@ def map_tasks(
 
 
 def _outcomes(
-    function: Callable[[Task], Result], tasks: Sequence[Task], engine: EngineConfig
+    function: Callable[[Task], Result], tasks: Sequence[Task], engine: EngineConfig, gpus: int
 ) -> Iterator[tuple[int, Result]]:
     if engine.engine == "ray":
-        return run_on_ray(function, tasks, workers=engine.workers, address=engine.ray_address)
+        return run_on_ray(function, tasks, workers=engine.workers, address=engine.ray_address, gpus=gpus)
     return run_in_processes(function, tasks, workers=engine.workers)

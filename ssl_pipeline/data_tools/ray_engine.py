@@ -22,7 +22,12 @@ Result = TypeVar("Result")
 
 
 def run_on_ray(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int | None, address: str | None
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    workers: int | None,
+    address: str | None,
+    gpus: int = 0,
 ) -> Iterator[tuple[int, Result]]:
     """Number and result of each task, as they are done. A task whose process is lost is done again, elsewhere.
 
@@ -31,9 +36,12 @@ def run_on_ray(
     if not tasks:
         return
     with _ray(address, workers) as ray:
-        call = ray.remote(num_cpus=1, max_retries=RETRIES)(lambda work, task: work(task))
+        call = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(lambda work, task: work(task))
         work = ray.put(function)
-        slots = min(workers or 10**6, max(int(ray.cluster_resources().get("CPU", 1)), 1))
+        resources = ray.cluster_resources()
+        if gpus and not resources.get("GPU"):
+            raise ConfigError("device=cuda needs GPUs, and the Ray cluster has none. Take device=cpu.")
+        slots = min(workers or 10**6, max(int(resources.get("GPU" if gpus else "CPU", 1)), 1))
         numbers = iter(range(len(tasks)))
         running: dict[object, int] = {}
         try:
