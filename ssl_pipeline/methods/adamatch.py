@@ -50,6 +50,7 @@ class AdaMatch(Method):
     """
 
     config_class = AdaMatchConfig
+    coupled_by = "the relative threshold and the distribution of classes"
 
     def __init__(self, config: AdaMatchConfig, backbone: Backbone) -> None:
         super().__init__()

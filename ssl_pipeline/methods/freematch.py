@@ -42,6 +42,7 @@ class FreeMatch(Method):
     """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated."""
 
     config_class = FreeMatchConfig
+    coupled_by = "the fairness of classes"
     needs = (
         Views("weak", count=1, evaluated=True),
         Views("strong", count=1),

@@ -46,6 +46,7 @@ class MixMatch(Method):
     """
 
     config_class = MixMatchConfig
+    coupled_by = "what images are mixed with"
     needs = (Views("weak", evaluated=True), Views("weak", labelled=True))
 
     def __init__(self, config: MixMatchConfig, backbone: Backbone) -> None:

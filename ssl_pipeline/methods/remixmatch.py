@@ -58,6 +58,7 @@ class ReMixMatch(Method):
     """
 
     config_class = ReMixMatchConfig
+    coupled_by = "the distribution of classes, and what images are mixed with"
 
     def __init__(self, config: ReMixMatchConfig, backbone: Backbone) -> None:
         super().__init__()

@@ -39,6 +39,7 @@ class SoftMatch(Method):
     """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated."""
 
     config_class = SoftMatchConfig
+    coupled_by = "the distribution of classes"
     needs = (
         Views("weak", count=1, evaluated=True),
         Views("strong", count=1),

@@ -46,6 +46,7 @@ class Supervised(Method):
     """
 
     config_class = SupervisedConfig
+    coupled_by = "what images are mixed with"
     needs = (Views("weak", count=1, labelled=True, evaluated=True),)
 
     def __init__(self, config: SupervisedConfig, backbone: Backbone) -> None:

@@ -41,6 +41,7 @@ class UDA(Method):
     """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated."""
 
     config_class = UDAConfig
+    coupled_by = "the mean over the labels that count"
     needs = (
         Views("weak", count=1, evaluated=True),
         Views("strong", count=1),
