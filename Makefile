@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BENCH ?=
+TORTURE ?=
 DIGITS := data/digits
 RUN := runs/digits_dino
 
-.PHONY: install quickstart test-fast test test-full lint format bench clean
+.PHONY: install quickstart test-fast test test-full lint format bench torture clean
 
 install: .venv/installed
 
@@ -43,6 +44,10 @@ test-full: lint
 bench: export OMP_WAIT_POLICY = passive
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# What docs/reliability.md promises, tried: kills, faults, wrong inputs, damaged bytes. make torture TORTURE="rounds=100 seed=3"
+torture: .venv/installed
+	$(BIN)/python -m tests.torture $(TORTURE)
 
 .venv/installed-bench: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'

@@ -16,7 +16,17 @@ import numpy as np
 import torch
 
 from ssl_pipeline.commands.trial import expected_time
-from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, Value, printable, read_recipe, read_yaml
+from ssl_pipeline.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    Tree,
+    Value,
+    launched_rank,
+    printable,
+    read_recipe,
+    read_yaml,
+)
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.packed_once import IN_A_RUN, is_packed, look_at, pack_once
@@ -71,7 +81,7 @@ def expand(
     index = open_shards(shards)
     side = int(np.median(index.sizes().min(axis=1)))
     chosen, why = choose_recipe(len(index), side, given, has_gpu=torch.cuda.is_available())
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank() == "0":
         one_process = os.environ.get("WORLD_SIZE", "1") == "1"
         expected = ""
         if timed is not None and one_process and given.get("train.steps", "null") == "null":
@@ -135,7 +145,7 @@ def shards_of(
     if holds_shards(images):
         return images
     source = images if images == DIGITS else str(Path(images).expanduser())
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank() == "0":
         side = None if is_packed(output) else short_side(source)
         return str(pack_once(source, output, key=key, way_out=way_out, short_side=side))
     while not is_packed(output):

@@ -6,11 +6,10 @@ of the keys. What the values of a section may be stands beside the class that re
 
 from __future__ import annotations
 
-import os
 import sys
 
 from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
-from ssl_pipeline.config import RECIPES, recipe_files, refuse, without_flags
+from ssl_pipeline.config import RECIPES, launched_rank, recipe_files, refuse, without_flags
 from ssl_pipeline.config.arguments import pairs_and_recipe
 from ssl_pipeline.config.base import SettingsError
 from ssl_pipeline.run.launcher import have_the_last_word, watch_launcher
@@ -34,7 +33,7 @@ recipes: {recipes}"""
 
 def command(name: str = "pretrain.py") -> int:
     """The command line, called `name`; returns the exit code."""
-    launcher, first = watch_launcher(), os.environ.get("RANK", "0") == "0"
+    launcher, first = watch_launcher(), launched_rank() == "0"
     arguments = sys.argv[1:]
     if not arguments:
         print(how_to_begin(name))
