@@ -14,6 +14,7 @@ from PIL import Image
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, save_backbone
 from ssl_pipeline.commands.console import COMMANDS
 from ssl_pipeline.config import RECIPES, recipe_files, validate
+from ssl_pipeline.config.recipes import OTHERS
 from tests.docs.shell import PREPARES, blocks_of, commands_of, entry_of, run_command
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +144,7 @@ def test_makefile_has_what_pages_make():
 
 
 def test_recipes_that_pages_name_exist():
-    known = recipe_files(RECIPES).keys() | {path.stem for path in (RECIPES / "comparisons").glob("*.yaml")}
+    known = recipe_files(RECIPES).keys() | {path.stem for other in OTHERS for path in (RECIPES / other).glob("*.yaml")}
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         named = set(re.findall(r"\brecipe=(\w+)", page.read_text()))
         assert named <= known | {"NAME", "auto"}, page
