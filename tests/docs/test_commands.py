@@ -43,6 +43,7 @@ WORDS = {  # what stands for something of the reader's, and what the test has in
     "train=SHARDS": "train=data/labelled/train",
     "test=SHARDS": "test=data/labelled/test",
     "weights=FILE": "weights=FILE.safetensors",
+    "backbone.weights=FILE": "backbone.weights=FILE.safetensors",
     "k=200": "k=5",
     "DIR": "data/photos",
     "output=DIR": "output=exported/readme",
