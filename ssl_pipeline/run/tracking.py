@@ -154,7 +154,7 @@ class TensorBoard:
         tree = read_yaml(text, where="config.yaml")
         self._writer.add_text("settings", "\n".join(f"    {line}" for line in text.splitlines()))
         for summary in hparams(flat_settings(tree), dict.fromkeys(COMPARED, 0.0)):
-            self._writer.file_writer.add_summary(summary)
+            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
     def log(self, row: Row) -> None:
         for name, value in row.items():

@@ -125,7 +125,7 @@ def tiles(record: Record) -> list[Tile]:
 
 def _last(one: Series) -> Tile:
     unit = " %" if "%" in one.title else ""
-    first = f"{number(one.values[0])} {'at the start' if one.start is not None else 'at first'}"
+    first = f"{number(one.values[0])}{unit} {'at the start' if one.start is not None else 'at first'}"
     return Tile(
         one.title.replace(" (%)", "").replace(" (% of the largest possible)", ""), number(one.values[-1]) + unit, first
     )
