@@ -123,7 +123,7 @@ def embed(
     their files. The latter is packed into temporary shards first (as large as the images), and files that cannot be
     decoded are left out with a warning. Raises ConfigError for a backbone of no run and for a source without images.
     """
-    with _explained(), _shards_of(source) as shards:
+    with _explained(), _shards_of(source, "source") as shards:
         index = open_shards(shards)
         features = _features(backbone, index, batch_size, workers, device, precision)
         keys = [index.key(sample) for sample in range(len(index))]
@@ -153,14 +153,15 @@ def knn(
     ConfigError if there are no labels, or fewer than k training images.
     """
     with _explained(), ExitStack() as opened:
-        alone, train_shards = test is None, opened.enter_context(_shards_of(train))
-        test_shards = train_shards if test is None else opened.enter_context(_shards_of(test))
+        alone, train_shards = test is None, opened.enter_context(_shards_of(train, "train"))
+        test_shards = train_shards if test is None else opened.enter_context(_shards_of(test, "test"))
         images = open_labelled(str(train_shards), str(test_shards), task=KNN, shared=not alone)
         require_k(k, len(images.train) - alone)
         settings = batch_size, workers, device, precision
         train_MD = normalize(_features(backbone, images.train, *settings), dim=1)
         test_ND = train_MD if alone else normalize(_features(backbone, images.test, *settings), dim=1)
-        require_finite(train_MD, test_ND)
+        require_finite(train_MD, what="training images")
+        require_finite(test_ND, what="test images")
         if alone:
             similarities_NK, neighbours_NK = other_neighbours(train_MD, k=k)
         else:
@@ -201,15 +202,15 @@ def _features(
 
 
 @contextmanager
-def _shards_of(source: Source) -> Iterator[Source]:
-    """The shards that a source is; of a folder or zip of images, temporary ones."""
+def _shards_of(source: Source, key: str) -> Iterator[Source]:
+    """The shards that the argument `key` is; of a folder or zip of images, temporary ones."""
     if isinstance(source, tuple) or not _holds_images(source):
         yield source
         return
     text = str(source) if str(source) == DIGITS else str(Path(source).expanduser())
     with tempfile.TemporaryDirectory(prefix="ssl_pipeline-") as place:
         with redirect_stdout(io.StringIO()):  # it names a place that is soon gone
-            shards = pack_once(text, Path(place))
+            shards = pack_once(text, Path(place), key=key)
         if left_out := len((shards / REJECTED_FILE).read_text(encoding="utf-8").splitlines()):
             warnings.warn(
                 f"{left_out:,} files of {source} are no images that can be decoded, and are left out; make_shards "

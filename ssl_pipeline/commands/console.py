@@ -10,18 +10,33 @@ from ssl_pipeline.config import nearest
 PROGRAM = "ssl-pipeline"
 COMMANDS = {
     "pretrain": "ssl_pipeline.commands.start",
+    "finetune": "ssl_pipeline.commands.finetune",
     "knn": "ssl_pipeline.eval.knn",
     "linear": "ssl_pipeline.eval.linear",
+    "few-shot": "ssl_pipeline.eval.few_shot",
+    "retrieval": "ssl_pipeline.eval.retrieval",
+    "label-free": "ssl_pipeline.eval.label_free",
+    "clustering": "ssl_pipeline.eval.clustering",
+    "dense": "ssl_pipeline.eval.dense",
+    "robustness": "ssl_pipeline.eval.robustness",
     "table": "ssl_pipeline.eval.table",
     "doctor": "ssl_pipeline.eval.doctor",
     "suite": "ssl_pipeline.eval.suite",
     "report": "ssl_pipeline.commands.report",
+    "classifier": "ssl_pipeline.eval.classifier",
     "embed": "ssl_pipeline.commands.embed",
+    "predict": "ssl_pipeline.commands.predict",
     "compare": "ssl_pipeline.commands.compare",
+    "self-training": "ssl_pipeline.commands.self_training",
     "export": "ssl_pipeline.eval.export",
     "make-shards": "ssl_pipeline.data_tools.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",
+    "deduplicate": "ssl_pipeline.commands.deduplicate",
+    "curate": "ssl_pipeline.commands.curate",
+    "pseudo-label": "ssl_pipeline.data_tools.pseudo_label",
+    "recipes": "ssl_pipeline.commands.recipes",
+    "check-install": "ssl_pipeline.commands.check_install",
 }
 """The module of each command, imported when it is called."""
 
