@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ssl_pipeline.eval.page.curves import number
 from ssl_pipeline.eval.page.html import Section, Tile, about, finding, section
 from ssl_pipeline.eval.page.metrics import MONITORED, Series
-from ssl_pipeline.eval.page.record import Record, Report
+from ssl_pipeline.eval.page.record import Record
+from ssl_pipeline.eval.results import Report
 
 CLASSIFIERS = (
     ("knn", "k-NN"),
