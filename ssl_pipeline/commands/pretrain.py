@@ -69,7 +69,7 @@ from ssl_pipeline.training.preflight import (
     evaluation_size,
     run_facts,
 )
-from ssl_pipeline.training.remarks import remarks
+from ssl_pipeline.training.remarks import about_accumulation, remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 
@@ -303,6 +303,11 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"output: {config.run_directory} (settings in config.yaml, metrics in metrics.jsonl)",
         flush=True,
     )
+    told = about_accumulation(
+        method, accumulate=config.train.accumulate, micro_batch=clock.global_batch // config.train.accumulate
+    )
+    if told is not None:
+        print(printable(told), flush=True)
     for remark in remarks(config.method, config.optim, config.augment, clock):
         print(printable(f"warning: {remark}"), flush=True)
 

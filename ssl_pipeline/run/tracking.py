@@ -154,7 +154,9 @@ class TensorBoard:
         tree = read_yaml(text, where="config.yaml")
         self._writer.add_text("settings", "\n".join(f"    {line}" for line in text.splitlines()))
         for summary in hparams(flat_settings(tree), dict.fromkeys(COMPARED, 0.0)):
-            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+            file_writer = self._writer.file_writer
+            assert file_writer is not None
+            file_writer.add_summary(summary)
 
     def log(self, row: Row) -> None:
         for name, value in row.items():
