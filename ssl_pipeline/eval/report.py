@@ -49,6 +49,8 @@ class ReportConfig(Config):
     """How many images go through the backbone for the pictures of what it learnt; 0 leaves these out."""
     device: str = "auto"
     """Device of the backbone: `auto` takes the GPU if there is one."""
+    tensorboard: bool = False
+    """Whether views, neighbours and reconstructions go to TensorBoard too, beside the page: the run NAME/report."""
     output: Path | None = None
     """The file that is written; by default report/index.html in the (first) run."""
 

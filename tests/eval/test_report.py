@@ -16,6 +16,7 @@ from ssl_pipeline.config import run_command
 from ssl_pipeline.eval import knn, suite
 from ssl_pipeline.eval.measures import Measure, measures_json
 from ssl_pipeline.eval.page.html import Section
+from ssl_pipeline.eval.page.sheets import sheets
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.suite_measures import SuiteConfig
 
@@ -184,6 +185,23 @@ def test_several_runs_are_laid_over_each_other(run: Path, tmp_path: Path) -> Non
     assert "method.name dino simclr" in text
     assert "backbone.name" not in text
     assert "other: k-NN top-1 (%) went from 21.5 at the start to 90 at step 15" in text
+
+
+def test_layers_share_one_figure(run: Path) -> None:
+    layers = {f"gradient_norm/layer{number:02d}": 1.0 + number for number in range(60)}
+    log(run, [row | layers for row in ROWS[1:]])
+    html = (page_of(run), (run / "report" / "index.html").read_text(encoding="utf-8"))[1]
+    assert "gradient norm of 40 layers" in html
+    assert html.count("<polyline") == 4 + 40  # loss, k-NN, RankMe, learning rate
+    assert "layer00: 1 at step 15" in html
+
+
+def test_pictures_become_sheets(evaluated: Path) -> None:
+    assert call(f"run={evaluated}", "images=0") == 0
+    (sheet,) = sheets((evaluated / "report" / "index.html").read_text(encoding="utf-8")).values()
+    assert sheet.shape == (8 * 68, 6 * 68, 3)
+    assert sheet[:64, :64].std() > 0
+    assert (sheet[64:68] == 255).all()
 
 
 def test_the_run_that_is_ahead_is_named_and_other_protocols_too(

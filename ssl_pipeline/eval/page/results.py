@@ -95,7 +95,7 @@ def figures(name: str, result: Report) -> dict[str, Measure]:
         if name == "suite" and part in result
         for key, measure in read_measures(result[part]).items()
     }
-    return of_parts | read_measures(result)
+    return of_parts or read_measures(result) if "measures" not in result else of_parts | read_measures(result)
 
 
 def _words(name: str) -> str:
