@@ -178,6 +178,6 @@ def test_each_seed_draws_labels_of_its_own_and_a_run_may_begin_from_another(
 def test_labels_that_are_not_drawn_cannot_be_used(
     arguments: list[str], message: str, tmp_path: Path, train: str, test: str
 ) -> None:
+    own = [] if arguments[0].startswith("train=") else [f"train={train}"]
     with pytest.raises(ConfigError, match=message):
-        own = [] if arguments[0].startswith("train=") else [f"train={train}"]
         load(CompareConfig, ["recipes=first", *own, f"test={test}", f"output={tmp_path}", *arguments])
