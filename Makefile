@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BENCH ?=
+GPU_CHECK ?=
 DIGITS := data/digits
 RUN := runs/digits_dino
 
-.PHONY: install quickstart test-fast test test-full lint format bench clean
+.PHONY: install quickstart test-fast test test-full lint format bench gpu-check clean
 
 install: .venv/installed
 
@@ -43,6 +44,10 @@ test-full: lint
 bench: export OMP_WAIT_POLICY = passive
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# The first ten minutes on a GPU: does all work, how fast, which defaults should change. make gpu-check GPU_CHECK="only=compile minutes=30"
+gpu-check: .venv/installed
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 .venv/installed-bench: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'

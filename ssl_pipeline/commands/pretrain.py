@@ -56,18 +56,20 @@ from ssl_pipeline.run.interruption import StopAtOnce, Stopped
 from ssl_pipeline.run.provenance import describe_start
 from ssl_pipeline.run.watchdog import Watchdog
 from ssl_pipeline.training.clock import Clock
+from ssl_pipeline.training.determinism import COST, deterministic
 from ssl_pipeline.training.failures import Failures
 from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
     check_labels,
+    check_precision,
     check_recipe,
     evaluation_size,
     run_facts,
 )
 from ssl_pipeline.training.remarks import remarks
-from ssl_pipeline.training.resume import check_settings, read_settings
+from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 
 
@@ -168,6 +170,7 @@ def _pretrain(config: PretrainConfig) -> int:
         )
         starting.enter_context(watchdog)
         ignored = ignored_variables(os.environ, config.train)
+        stack.enter_context(deterministic(config.train.deterministic))
         accelerator = start_accelerator(config.train)
         if ignored and accelerator.is_main_process:
             print(printable(f"Ignored, because the recipe decides: {', '.join(ignored)}"), flush=True)
@@ -177,6 +180,7 @@ def _pretrain(config: PretrainConfig) -> int:
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
+        check_precision(method, config.augment, config.train, accelerator.device)
         if accelerator.is_main_process and not config.find_lr:
             directory = stack.enter_context(RunDirectory(output))
             there = read_settings(PretrainConfig, output)
@@ -189,6 +193,9 @@ def _pretrain(config: PretrainConfig) -> int:
         index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
         identity = {"images": _images(index)}
+        weights = _about_weights(backbone)
+        if weights is not None:
+            identity[STARTING_WEIGHTS] = str(weights["sha256"])
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
@@ -218,7 +225,7 @@ def _pretrain(config: PretrainConfig) -> int:
             describe(config, method, clock, accelerator)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
-            about["weights"] = _about_weights(backbone)
+            about["weights"] = weights
         starting.close()
         run = Run(
             method=method,
@@ -252,7 +259,7 @@ def _pretrain(config: PretrainConfig) -> int:
 
 
 def in_python(run: Path) -> str:
-    """How a program uses the backbone of a finished run, as README shows it."""
+    """How a program uses the backbone of a finished run, as docs/runs.md shows it."""
     return (
         "In Python:\n"
         "    import ssl_pipeline\n"
@@ -275,6 +282,7 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
         f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
+        f"{f'{COST}{chr(10)}' if config.train.deterministic else ''}"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
         f"{labelled}"
@@ -299,7 +307,7 @@ def _about(index: ShardIndex | None) -> JSON:
     return {"shards": index.source, "images": len(index), "fingerprint": index.fingerprint}
 
 
-def _about_weights(backbone: Backbone) -> JSON:
+def _about_weights(backbone: Backbone) -> dict[str, JSON] | None:
     """What it starts from for run.json, None for random weights."""
     config, tensors = backbone.config, backbone.model.state_dict()
     if config.weights is None:

@@ -1,18 +1,20 @@
 """The start of `pretrain.py`: what must not wait for torch, whose import takes seconds.
 
-Here arguments are read as far as that needs no schema: their form, the recipe's name and the recipe itself. What a
-section may hold stands beside the class that reads it, and that imports torch.
+Here arguments are read as far as that needs no schema: their form, the recipe's name, the recipe itself, and the names
+of the keys. What the values of a section may be stands beside the class that reads it, and that imports torch.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
 
+from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
 from ssl_pipeline.config import RECIPES, recipe_files, refuse, without_flags
 from ssl_pipeline.config.arguments import pairs_and_recipe
+from ssl_pipeline.config.base import SettingsError
 from ssl_pipeline.run.launcher import have_the_last_word, watch_launcher
 
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -37,10 +39,11 @@ def command(name: str = "pretrain.py") -> int:
     return start(name, how_to_begin, "ssl_pipeline.commands.pretrain")
 
 
-def start(name: str, usage: Callable[[str], str], module: str) -> int:
+def start(name: str, usage: Callable[[str], str], module: str, *, own: Collection[str] = ()) -> int:
     """Read what needs no torch, then call `main(name)` of `module`; returns the exit code.
 
-    usage: what a call without arguments shows, for the name that the command is called by.
+    usage: what a call without arguments shows, for the name that the command is called by. own: keys that the command
+    has beside those of a run.
     """
     launcher, first = watch_launcher(), os.environ.get("RANK", "0") == "0"
     arguments = sys.argv[1:]
@@ -48,8 +51,13 @@ def start(name: str, usage: Callable[[str], str], module: str) -> int:
         print(usage(name))
         return 2
     try:
-        given = [argument for argument in without_flags(arguments)[0] if argument != "recipe=auto"]
-        pairs_and_recipe(given, RECIPES)
+        given, _ = without_flags(arguments)
+        pairs, recipe = pairs_and_recipe([argument for argument in given if argument != "recipe=auto"], RECIPES)
+        names = {key: text for key, text in pairs if key not in own}
+        if "method.name" in names:
+            recipe = {"method": {"name": names["method.name"]}}
+        if mistakes := unknown_keys(names, recipe, sections_in_sources()):
+            raise SettingsError(*mistakes, f"See: {name} --help")
     except Exception as error:
         return refuse(error, running=False)
     if first:

@@ -37,14 +37,15 @@ from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, mem
 from ssl_pipeline.config.help import help_page
 from ssl_pipeline.config.printing import printable
 from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, Seed, Width
-from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
+from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, SELF_TRAINING, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
-from ssl_pipeline.config.sentences import TOO_DEEP, mistakes
+from ssl_pipeline.config.sentences import TOO_DEEP, UNKNOWN_KEY, mistakes
 from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 
 __all__ = [
     "COMPARISONS",
     "RECIPES",
+    "SELF_TRAINING",
     "BatchSize",
     "Change",
     "Config",
@@ -109,8 +110,11 @@ def load(
     except ConfigError as error:
         if recipes is None or "recipe" in tree:
             raise
+        told = sentences_of(error)
+        if unknown := [sentence for sentence in told if sentence.startswith(UNKNOWN_KEY)]:
+            raise SettingsError(*unknown) from None  # maybe it was images= or recipe= that was meant
         known = f"No recipe is given: recipe=NAME, one of {', '.join(recipe_files(recipes))}"
-        raise SettingsError(*sentences_of(error), known) from None
+        raise SettingsError(*told, known) from None
 
 
 def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> ConfigType:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssl_pipeline.config import printable
 from ssl_pipeline.eval.accuracy import ByClass
-from ssl_pipeline.eval.table import format_table, percent
+from ssl_pipeline.eval.measures import format_table, percent
 from ssl_pipeline.files import JSON
 
 CLASSES_SHOWN, PAIRS_SHOWN = 20, 5

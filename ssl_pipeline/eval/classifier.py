@@ -1,93 +1,127 @@
-"""The accuracy of the classifier that a run has learnt itself: a fine-tuned one, or a semi-supervised method's."""
+"""The classifier that a run has learnt itself, a fine-tuned one or a semi-supervised method's, on labelled images."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import timm
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.augment.central_crop import Interpolation
-from ssl_pipeline.backbones import classifier_of_run
-from ssl_pipeline.config import BatchSize, Config, ConfigError, Processes, printable, read_yaml, run_command
-from ssl_pipeline.eval.accuracy import bootstrap_interval, by_class, top_k_accuracy
+from ssl_pipeline.config import ConfigError, read_yaml, run_command
+from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval, by_class, top_k_accuracy
+from ssl_pipeline.eval.calibration import BINS, expected_calibration_error, resampled_interval
 from ssl_pipeline.eval.classes import classes_json, print_classes
-from ssl_pipeline.eval.features.extract import Precision
-from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig, open_model
-from ssl_pipeline.eval.features.passes import choose_device
-from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
-from ssl_pipeline.eval.table import format_table, percent, with_interval
-from ssl_pipeline.files import JSON, write_json
-from ssl_pipeline.schedule import Duration
+from ssl_pipeline.eval.features.classes import (
+    OpenedClassifier,
+    RunClassifierConfig,
+    class_probabilities,
+    open_classifier,
+)
+from ssl_pipeline.eval.labelled import classes_of, look_at_first
+from ssl_pipeline.eval.measures import format_table, percent, with_interval
+from ssl_pipeline.eval.protocol import write_report_to
+from ssl_pipeline.files import JSON
 
 
-class ClassifierConfig(Config):
-    """Accuracy of a run's own classifier, with balanced accuracy, classes and confused pairs."""
+class ClassifierConfig(RunClassifierConfig):
+    """Accuracy, balanced accuracy, per-class recall and calibration of the classifier that a run has learnt."""
 
-    run: Path
-    """The run's directory; its method learns to classify (supervised, FixMatch, ...)."""
     test: str
-    """Shards of labelled test images, with the classes that the run has learnt."""
-    step: Annotated[int, Field(gt=0)] | None = None
-    """What it had after so many steps, exported or in a checkpoint, instead of the newest."""
-    size: Annotated[int, Field(gt=0, le=8192)] | None = None
-    """Side of the images in pixels; by default the run's evaluation size."""
-    interpolation: Interpolation = "bicubic"
-    """How images are resized, antialiased in either way."""
-    batch_size: BatchSize = 256
-    """Images per forward pass."""
-    workers: Processes = 2
-    """Processes that read and decode images."""
-    device: str = "auto"
-    """Device of the backbone: `auto` takes the GPU if there is one."""
-    precision: Precision = "no"
-    """Autocast of the backbone: `no` is float32."""
+    """Shards of labelled test images, with the classes that the method learnt."""
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What a classifier makes of labelled images, in percent, each with its 95 % bootstrap interval.
+
+    ece: the expected calibration error. classes: images, recall and precision of each class.
+    """
+
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float
+    balanced: float
+    balanced_interval: tuple[float, float]
+    ece: float
+    ece_interval: tuple[float, float]
+    classes: ByClass
+
+
+def measure_classified(probabilities_NC: Tensor, labels_N: Tensor) -> Classified:
+    """Shapes: probabilities (N, C), labels (N,) below C. A class without images counts in no mean."""
+    num_images, num_classes = probabilities_NC.shape
+    confidence_N, guesses_N = probabilities_NC.max(dim=1)
+    right_N = guesses_N == labels_N
+
+    def balanced_of(chosen_N: Tensor) -> float:
+        labels, right = labels_N[chosen_N], right_N[chosen_N]
+        images_C, right_C = (torch.bincount(part, minlength=num_classes) for part in (labels, labels[right]))
+        return 100.0 * (right_C / images_C)[images_C > 0].mean().item()
+
+    def ece_of(chosen_N: Tensor) -> float:
+        return expected_calibration_error(confidence_N[chosen_N], right_N[chosen_N])
+
+    accuracy = top_k_accuracy(probabilities_NC, labels_N)
+    classes = by_class(guesses_N, labels_N, num_classes=num_classes)
+    return Classified(
+        top1=accuracy["top1"],
+        top1_interval=bootstrap_interval(accuracy["top1"], num_images),
+        top5=accuracy["top5"],
+        balanced=classes.balanced,
+        balanced_interval=resampled_interval(balanced_of, num_images),
+        ece=expected_calibration_error(confidence_N, right_N),
+        ece_interval=resampled_interval(ece_of, num_images),
+        classes=classes,
+    )
 
 
 def evaluate_classifier(config: ClassifierConfig) -> dict[str, JSON]:
-    """The report as it stands in `eval/classifier.json`, with a table on stdout; ConfigError if there is none."""
-    given = {"run": config.run, "step": config.step, "size": config.size, "interpolation": config.interpolation}
-    model = open_model(ModelConfig.model_validate(given))
-    classifier, names = classifier_of_run(config.run, step=config.step)
-    device = choose_device(config.device)
-    settings = {"every": Duration(0), "val": config.test, "batch_size": config.batch_size}
-    measured = ClassifierMonitor(
-        ClassifierMonitorConfig.model_validate(settings | {"interpolation": config.interpolation}),
-        model.preprocessing,
-        classifier=classifier.to(device),
-        num_classes=classifier.out_features,
-        class_names=names,
-        workers=config.workers,
-        device=device,
-        precision=config.precision,
-    )
-    scores_NC, labels_N = measured.scores(model.backbone.to(device)), measured.labels
-    known = names or measured.images.class_names or ()
-    names = tuple(known[number] if number < len(known) else str(number) for number in range(classifier.out_features))
-    return _report(config, model, scores_NC, labels_N, names)
+    """The report as it stands in `eval/classifier.json`, with tables on stdout; ConfigError if it cannot be."""
+    opened, index = open_classifier(config), open_shards(config.test)
+    if not len(index):
+        raise ConfigError(f"test={config.test} has no images.")
+    where = f"test={config.test}"
+    labels_N = torch.from_numpy(classes_of(index, where, num_classes=opened.num_classes, names=opened.class_names))
+    look_at_first(index, opened.preprocessing.size)
+    batches = class_probabilities(opened, index, config, description="classifier, test images")
+    found = measure_classified(torch.cat(list(batches)), labels_N)
+    names = opened.names_beside(index.class_names)
+    _print(found, names, opened.label)
+    return _report(config, opened, found, names)
+
+
+def _print(found: Classified, names: tuple[str, ...], label: str) -> None:
+    num_images = int(found.classes.images.sum())
+    rows = [
+        ("top-1", with_interval(found.top1, num_images)),
+        ("top-5", percent(found.top5)),
+        ("balanced accuracy", _spanned(found.balanced, found.balanced_interval)),
+        ("calibration error (ECE)", _spanned(found.ece, found.ece_interval)),
+    ]
+    print(format_table((f"own classifier, {label}", f"{num_images:,} images"), rows))
+    print_classes("The classifier", found.classes, names)
 
 
 def _report(
-    config: ClassifierConfig, model: EvaluatedModel, scores_NC: Tensor, labels_N: Tensor, names: tuple[str, ...]
+    config: ClassifierConfig, opened: OpenedClassifier, found: Classified, names: tuple[str, ...]
 ) -> dict[str, JSON]:
-    found = top_k_accuracy(scores_NC, labels_N)
-    classes = by_class(scores_NC.argmax(dim=1), labels_N, num_classes=len(names))
-    top1, balanced = with_interval(found["top1"], len(labels_N)), percent(classes.balanced)
-    row = [printable(str(config.run)), top1, percent(found["top5"]), balanced]
-    print(format_table(["classifier", "top-1", "top-5", "balanced"], [row]))
-    print_classes("The classifier", classes, names)
-    preprocessing = model.preprocessing
+    preprocessing = opened.preprocessing
     return {
-        **found,
-        "top1_interval": bootstrap_interval(found["top1"], len(labels_N)),
-        "by_class": classes_json(classes, names),
+        "top1": found.top1,
+        "top1_interval": found.top1_interval,
+        "top5": found.top5,
+        "balanced_accuracy": found.balanced,
+        "balanced_accuracy_interval": found.balanced_interval,
+        "ece": found.ece,
+        "ece_interval": found.ece_interval,
+        "by_class": classes_json(found.classes, names),
         "baselines": {},
         "protocol": {
-            "label": model.label,
-            "subject": model.about,
+            "label": opened.label,
+            "subject": opened.about,
             "size": preprocessing.size,
             "interpolation": preprocessing.interpolation,
             "mean": preprocessing.mean,
@@ -95,8 +129,9 @@ def _report(
             "precision": config.precision,
             "train": _learnt_from(config.run),
             "test": config.test,
-            "num_test": len(labels_N),
-            "num_classes": len(names),
+            "num_test": int(found.classes.images.sum()),
+            "num_classes": opened.num_classes,
+            "calibration_bins": BINS,
             "torch": torch.__version__,
             "timm": timm.__version__,
         },
@@ -117,13 +152,12 @@ def _learnt_from(run: Path) -> JSON:
     return shards if isinstance(shards, str) else str(shards)
 
 
+def _spanned(value: float, interval: tuple[float, float]) -> str:
+    return f"{percent(value)} ({interval[0]:.1f} to {interval[1]:.1f})"
+
+
 def main(config: ClassifierConfig) -> None:
-    report = evaluate_classifier(config)
-    of_step = f"-step-{config.step}" if config.step else ""
-    path = config.run / "eval" / f"classifier{of_step}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, report)
-    print(f"written to {path}")
+    write_report_to(config.run, "classifier", evaluate_classifier(config), step=config.step)
 
 
 def command(name: str = "python -m eval.classifier") -> int:

@@ -20,13 +20,13 @@ from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.linear_inputs import TOKEN_KINDS, inputs_of
+from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
     measure_models,
     write_report,
 )
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 
 LARGEST_LOGISTIC = 4_000_000  # numbers in the training features up to which `solver=auto` takes L-BFGS: a minute or so

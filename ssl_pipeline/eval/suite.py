@@ -13,10 +13,10 @@ from ssl_pipeline.eval.features.models import baselines_of, open_model
 from ssl_pipeline.eval.knn import VotesConfig, knn_json, knn_settings
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.linear import linear_json, linear_settings
+from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.protocol import Measured, model_features, protocol_of, write_report
 from ssl_pipeline.eval.search.neighbours import require_k
 from ssl_pipeline.eval.suite_measures import SuiteConfig, SuiteResult, measure_all
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 
 PROBES = {"sgd": "linear probe", "logistic": "logistic regression"}

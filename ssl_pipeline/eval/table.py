@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
-from ssl_pipeline.eval.accuracy import bootstrap_interval
+from ssl_pipeline.eval.measures import format_table, percent
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
 EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1", "classifier": "classifier top-1"}
@@ -23,29 +23,6 @@ class TableConfig(Config):
 
     run: Path
     """The run's directory, after eval.knn and eval.linear with baselines=true."""
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of text with the first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-    return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:]))
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
-
-
-def with_interval(value: float, num_images: int) -> str:
-    """`76.94 % (74.2 to 79.6)`: a share of so many images with its 95 % bootstrap interval."""
-    low, high = bootstrap_interval(value, num_images)
-    return f"{percent(value)} ({low:.1f} to {high:.1f})"
 
 
 def read_top1(run: Path) -> dict[str, dict[str, float]]:
@@ -90,8 +67,8 @@ def read_subject(run: Path) -> Subject:
     found: dict[str, tuple[dict[str, object], Subject]] = {}
     for name in EVALUATORS:
         path = run / "eval" / f"{name}.json"
-        if path.is_file() and (about := _read_about(path, name)):
-            found[name] = about
+        if path.is_file() and (read := _read_about(path, name)):
+            found[name] = read
     first = next(iter(found), "")
     for name, (network, subject) in found.items():
         if network != found[first][0]:

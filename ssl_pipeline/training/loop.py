@@ -32,12 +32,15 @@ from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
+from ssl_pipeline.training.compiling import compile_decision
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
+from ssl_pipeline.training.rank_checks import RankChecks
 from ssl_pipeline.training.reporting import Reporter
 from ssl_pipeline.training.resume import begin_or_keep, load_newest, optimizer_identity
 from ssl_pipeline.training.run import Run, resumed_clock
 from ssl_pipeline.training.saving import export_run, save_run
+from ssl_pipeline.training.statistics import NormStatistics
 from ssl_pipeline.training.step import TrainingStep
 from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_on
 
@@ -61,7 +64,10 @@ def train(run: Run) -> int:
             begin_or_keep(run, run.output.directory, position=position)
     if clock.is_last(position) and status is not None and status.state == "done":
         return 0
-    if run.train.compile:
+    compiles, why_not = compile_decision(
+        run.train.compile, device, steps=clock.total_steps - clock.steps_made(position)
+    )
+    if compiles:
         for part in method.parts_to_compile():
             part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
     network, optimizer = wrap(run.accelerator, method, optimizer)
@@ -75,6 +81,8 @@ def train(run: Run) -> int:
         wandb=run.output.wandb,
         enabled=run.output.directory is not None,
     )
+    if run.train.compile == "auto":
+        tracker.message("The network is compiled." if compiles else f"The network is not compiled: {why_not}.")
     if saved is not None:
         tracker.message(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
@@ -113,7 +121,14 @@ class _Loop:
         self.run, self.clock, self.checkpoints, self.tracker = run, run.clock, checkpoints, tracker
         self.optimizer, self.interruption, self.identity = optimizer, interruption, identity
         self.position = 0
-        self.checks = StepChecks(run.index)
+        skips = run.train.on_nan == "skip"
+        self.checks = StepChecks(
+            run.index,
+            budget=run.train.nan_budget if skips else 0,
+            left_out=0 if saved is None else saved.state.left_out_steps,
+            say=tracker.message,
+        )
+        self.ranks = RankChecks(run.method, every=run.train.check_ranks)
         self.times = StepTimes(run.accelerator.device, every=run.train.time_steps)
         self.step = TrainingStep(
             run,
@@ -121,13 +136,14 @@ class _Loop:
             optimizer,
             lr=run.optim.effective_lr(run.clock.global_batch),
             checks=self.checks,
-            lag=lag_on(run.accelerator.device),
+            lag=0 if skips else lag_on(run.accelerator.device),
             times=self.times,
             bad_samples=BadSampleLog(
                 run.output.path / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
             ),
             keepalive=self._keepalive,
             requested=interruption.requested,
+            statistics=NormStatistics(run.method) if skips else None,
             norms=GradientNorms(run.method) if run.train.gradient_norms else None,
             has_row=lambda position: self.reporter.is_due(position),
         )
@@ -168,6 +184,7 @@ class _Loop:
             signal_number = result.signal_number
             if signal_number or save_due or self.reporter.is_due(self.position):
                 signal_number = self.checks.read() or signal_number  # before anything of this step is logged or saved
+            self.ranks.look(step)
             profile.step_done()
             row = self.reporter.begin(result, self.position)
             stopped = signal_number and not last
@@ -200,6 +217,7 @@ class _Loop:
             identity=self.identity,
             row=row,
             start=self.reporter.start,
+            left_out_steps=self.checks.left_out,
         )
         if self.run.output.directory is not None:
             self.run.output.directory.checkpoint = self.clock.steps_made(self.position)

@@ -43,8 +43,11 @@ class TrainConfig(Config):
     """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
     sync_batch_norm: MayChange[bool] = False
     """Whether batch norm sees the images of all processes."""
-    compile: MayChange[bool] = False
-    """Whether backbones (and MAE's decoder) go through torch.compile."""
+    compile: MayChange[bool | Literal["auto"]] = False
+    """Whether backbones (and MAE's decoder) go through torch.compile. auto: on a GPU, where that works, for 1,000 steps
+    or more."""
+    copy_stream: MayChange[bool] = False
+    """Whether batches are copied to a GPU in a CUDA stream of their own, beside the step before."""
     save_every: MayChange[Duration] = Duration("1ep")
     """Time between checkpoints; 0: none on the way. One is written at the end in any case."""
     keep_checkpoints: MayChange[int] = Field(2, ge=2)
@@ -58,6 +61,15 @@ class TrainConfig(Config):
     """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
     profile: MayChange[int] = Field(0, ge=0, le=1000)
     """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0: no trace."""
+    on_nan: MayChange[Literal["stop", "skip"]] = "stop"
+    """What becomes of a step whose loss or gradient is not finite: `stop` ends the run, `skip` leaves it out:
+    its images are passed over, and all else stays as it was. On a GPU each step then waits for its check."""
+    nan_budget: MayChange[int] = Field(10, ge=1, le=10**6)
+    """How many steps on_nan=skip leaves out in the whole run; one more ends it."""
+    deterministic: MayChange[bool] = False
+    """Whether torch's deterministic algorithms are used: the same bits again on the same GPU, at some cost in speed."""
+    check_ranks: MayChange[int] = Field(1000, ge=0)
+    """Steps between looks whether all processes hold the same weights; 0: none."""
     hang_timeout: MayChange[float] = Field(600.0, ge=0, le=1e9)
     """Seconds without a finished step, or without any activity at the start, after which the process prints where it
     stands and ends with status failed; 0 never times out."""

@@ -31,16 +31,18 @@ def save_run(
     identity: Mapping[str, str],
     row: LoggedRow | None = None,
     start: Mapping[str, float] = NO_FIGURES,
+    left_out_steps: int = 0,
 ) -> None:
     """Write a checkpoint of a run that has seen `position` images; all processes call it, rank 0 writes.
 
-    row, start: of `RunState`.
+    row, start, left_out_steps: of `RunState`.
     """
     method = full_state(run.method)
     if run.output.directory is not None:
         tensors = {"method": method, "optimizer": optimizer_tensors(optimizer)}
         state = run_state(run, position=position, identity=identity)
-        checkpoints.save(replace(state, row=_without_nan(row), start=dict(start)), tensors)
+        state = replace(state, row=_without_nan(row), start=dict(start), left_out_steps=left_out_steps)
+        checkpoints.save(state, tensors)
     run.accelerator.wait_for_everyone()
 
 

@@ -37,6 +37,7 @@ def test_all_kinds_come_from_one_pass(pool: str) -> None:
         "mean": (2, 24),
         "blocks": (2, 48),
         "patches": (2, 4, 24),
+        "map": (2, 4, 24),
     }
 
 
