@@ -77,6 +77,7 @@ class Supervised(Method):
     """
 
     config_class = SupervisedConfig
+    coupled_by = "what images are mixed with"
 
     def __init__(self, config: SupervisedConfig, backbone: Backbone) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ the backward passes of attention and of convolutions need not give the same bits
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Literal
 
@@ -153,10 +153,11 @@ class _Loop:
     def go(self, position: int) -> int:
         """Step until the end of the run, and export it, or until a signal; returns the signal."""
         self.position = position
-        if self.saved is not None:
-            self.reporter.log_missing(self.saved.row, position)
-        else:
-            self.reporter.log_start()
+        with self.interruption.computing():
+            if self.saved is not None:
+                self.reporter.log_missing(self.saved.row, position)
+            else:
+                self.reporter.log_start()
         signal_number = 0
         if self.clock.is_last(position):  # cut off between the last checkpoint and the export
             self.tracker.message(f"Nothing is left to train; step {self.clock.steps_made(position)} is exported.")
@@ -192,7 +193,8 @@ class _Loop:
                 self._save(row)  # before the monitors: they may fail, or outlast the time that a preempted run has
             if stopped:
                 self.write_status("preempted", f"signal {signal_number}")
-            self.reporter.finish(row, self.position, result)
+            with self.interruption.computing() if row is not None else nullcontext():
+                self.reporter.finish(row, self.position, result)
             if stopped:
                 self.tracker.message(f"Stopped by signal {signal_number} after step {step}; run again to go on.")
                 return signal_number
@@ -222,6 +224,7 @@ class _Loop:
         if self.run.output.directory is not None:
             self.run.output.directory.checkpoint = self.clock.steps_made(self.position)
             self.write_status("running")
+            self.run.output.saved()
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
         if self.run.output.directory is not None:

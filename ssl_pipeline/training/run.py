@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -144,6 +144,8 @@ class Output:
     wandb: bool = False
     about: Mapping[str, JSON] = field(default_factory=dict)
     """What run.json tells of this start."""
+    saved: Callable[[], None] = lambda: None
+    """Called on rank 0 after each checkpoint; it neither takes long nor raises."""
 
     def plain_settings(self) -> dict[str, JsonValue] | None:
         """The settings for the manifest of a checkpoint."""

@@ -94,7 +94,8 @@ class TrainingStep:
         if not self.checks.is_left_out:
             with self.times.phase("after_step"), torch.no_grad():
                 self.run.method.after_step([output.carry for output in outputs], progress)
-        return StepResult(outputs, learning_rate, gradient_norm, waited, self.checks.left_out, received, layer_norms)
+        left_out = self.checks.left_out
+        return StepResult(outputs, learning_rate, gradient_norm, waited, left_out, received, layer_norms)
 
     def _leave_out(self) -> None:
         """Take back what the forward passes of this step changed; random numbers are seeded anew in each step."""
