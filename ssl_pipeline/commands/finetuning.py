@@ -20,6 +20,7 @@ from ssl_pipeline.backbones import ARCHITECTURE, Backbone, BackboneConfig, Token
 from ssl_pipeline.backbones.exported import takes_export
 from ssl_pipeline.backbones.networks import batch_norms
 from ssl_pipeline.backbones.weights import find_in_run, is_tag
+from ssl_pipeline.commands.finetune import OWN_KEYS
 from ssl_pipeline.commands.images import shards_of
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import (
@@ -37,7 +38,7 @@ from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.classifier import main as measure
 
-OWN = ("weights", "train", "test", "recipe", "output")
+OWN = (*OWN_KEYS, "recipe", "output")
 STANDS_FOR = {"weights": "backbone.weights", "train": "data.shards", "test": "classifier.val"}
 RECIPE_OF = {"vit": "finetune_vit_small", "cnn": "finetune_cnn_small"}
 MEASURED_EVERY = "10%"
