@@ -95,7 +95,8 @@ def follow_in_a_loop(student: nn.Module, teacher: nn.Module, momentum: float) ->
 @torch.no_grad()
 def follow_at_once(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     """The moving average as DINOv2's code has it: two calls for all parameters."""
-    old, new = list(teacher.parameters()), list(student.parameters())
+    old: list[Tensor] = list(teacher.parameters())
+    new: list[Tensor] = list(student.parameters())
     torch._foreach_mul_(old, momentum)
     torch._foreach_add_(old, new, alpha=1 - momentum)
 

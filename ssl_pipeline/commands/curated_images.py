@@ -20,8 +20,8 @@ from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, open_model
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import look_at_first
-from ssl_pipeline.eval.page.html import figure, page, paragraph, section
-from ssl_pipeline.eval.page.thumbnails import thumbnail
+from ssl_pipeline.eval.page.html import page, paragraph, picture, pictures, section
+from ssl_pipeline.eval.page.pictures import thumbnail
 from ssl_pipeline.files import JSON, write_text
 
 MOST_SHOWN = 16  # pictures of one group
@@ -138,19 +138,20 @@ def write_choice(
     if config.shown:
         sheet = config.output.with_suffix(".html")
         parts = [section(group.heading, _row(group.pictures)) for group in groups]
-        write_text(sheet, page(f"{command} {config.output.name}", lead, parts or [paragraph("Nothing to show.")]))
+        parts = parts or [section("Images", paragraph("Nothing to show."))]
+        write_text(
+            sheet, page(f"{command} {config.output.name}", "", lead, (), parts, foot=f"data.keep={config.output}")
+        )
         written.append(sheet)
     print(printable(f"written: {', '.join(map(str, written))}"))
     print(printable(f"use: data.shards={config.shards} data.keep={config.output}"))
 
 
-def _row(pictures: Sequence[Picture]) -> str:
-    shown = pictures[:MOST_SHOWN]
-    figures = [
-        figure(thumbnail(picture.index, picture.sample), picture.caption, kind=picture.kind) for picture in shown
-    ]
-    more = paragraph(f"and {len(pictures) - len(shown):,} more") if len(pictures) > len(shown) else ""
-    return f'<div class="neighbours">{"".join(figures)}</div>{more}'
+def _row(group: Sequence[Picture]) -> str:
+    shown = group[:MOST_SHOWN]
+    figures = [picture(thumbnail(one.index, one.sample), one.caption, kind=one.kind) for one in shown]
+    more = paragraph(f"and {len(group) - len(shown):,} more") if len(group) > len(shown) else ""
+    return pictures(figures) + more
 
 
 def name_of(index: ShardIndex, sample: int) -> str:

@@ -27,6 +27,7 @@ from ssl_pipeline.data_tools.candidates import (
     find_candidates,
     label_candidates,
     looks_like_splits,
+    no_images,
     path_parts,
 )
 from ssl_pipeline.data_tools.conversion import storable
@@ -119,15 +120,15 @@ class MakeShards(EngineConfig):
         return Packing(self.short_side, DEFAULT_QUALITY if self.quality is None else self.quality)
 
 
-def make_shards(config: MakeShards) -> int:
-    """Write the shards, the manifest, the index and the lists of files; returns the exit code."""
-    source = open_source(config.source, config.prefix, config.split)
+def make_shards(config: MakeShards, *, opened: Source | None = None) -> int:
+    """Write the shards, the manifest, the index and the lists of files; returns the exit code.
+
+    opened: what `config` names as the source, where that is open already, so that a folder is not walked again.
+    """
+    source = opened or open_source(config.source, config.prefix, config.split)
     found = _candidates(source, config)
     if not found.images:
-        raise DataError(
-            f"source='{config.source}' has no image file (.jpg .png .webp .gif .bmp .tif) among "
-            f"{len(found.others)} files. Is prefix= missing?"
-        )
+        raise DataError(f"{no_images('source', config.source, found)} Is prefix= missing?")
     if config.holdout is not None and found.class_names is None:
         raise DataError(
             f"holdout={config.holdout} takes its share of every class, and source='{config.source}' has no class "

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
+from ssl_pipeline.config import launched_rank
 from ssl_pipeline.run.watchdog import Watchdog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -60,7 +61,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._previous = _handle(self._remember)
-        self._answers = _Answers(self._answer) if os.environ.get("RANK", "0") == "0" else None
+        self._answers = _Answers(self._answer) if launched_rank() == "0" else None
         self._watchdog.__enter__()
         return self
 

@@ -19,6 +19,7 @@ USE_CPU = "ACCELERATE_USE_CPU"
 KEPT = {USE_CPU, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}  # where a run computes, not what
 NEUTRAL = {"", "no", "none", "false", "0", "default"}
 COMPILED = {True: "compiled", False: "not compiled", "auto": "compiled where that is worth it"}
+UNSET = "Launch with torchrun or accelerate launch, or unset it."
 KEYS = {  # of the settings that do what a variable asks for
     "ACCELERATE_MIXED_PRECISION": "train.precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
@@ -33,7 +34,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     The precision is the config's, also where this process has had an Accelerator before, and whatever the environment
     says: `ignored_variables` names what it would have changed; call it before.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = _launched(os.environ)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if launched > 1 and missing:
         raise ConfigError(
@@ -63,6 +64,25 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     require_one_version(accelerator.device)
     return accelerator
+
+
+def _launched(environment: Mapping[str, str]) -> int:
+    """How many processes the launcher started; raises ConfigError if its variables are no numbers, or do not fit."""
+    number = _number(environment, "WORLD_SIZE", "1", least=1)
+    if number > 1:
+        for name in ("RANK", "LOCAL_RANK"):
+            if _number(environment, name, "0", least=0) >= number:
+                raise ConfigError(
+                    f"The environment has {name}={environment[name]}, which must be below WORLD_SIZE={number}. {UNSET}"
+                )
+    return number
+
+
+def _number(environment: Mapping[str, str], name: str, default: str, *, least: int) -> int:
+    text = environment.get(name, default).strip()
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"The environment has {name}={text}, which must be a whole number from {least} on. {UNSET}")
+    return int(text)
 
 
 def ignored_variables(environment: Mapping[str, str], config: TrainConfig) -> list[str]:

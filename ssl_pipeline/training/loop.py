@@ -21,6 +21,7 @@ from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
+from ssl_pipeline.optim.gradient_norms import GradientNorms
 from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -34,10 +35,12 @@ from ssl_pipeline.training.batches import announced, open_batches
 from ssl_pipeline.training.compiling import compile_decision
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
+from ssl_pipeline.training.rank_checks import RankChecks
 from ssl_pipeline.training.reporting import Reporter
 from ssl_pipeline.training.resume import begin_or_keep, load_newest, optimizer_identity
 from ssl_pipeline.training.run import Run, resumed_clock
 from ssl_pipeline.training.saving import export_run, save_run
+from ssl_pipeline.training.statistics import NormStatistics
 from ssl_pipeline.training.step import TrainingStep
 from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_on
 
@@ -118,7 +121,14 @@ class _Loop:
         self.run, self.clock, self.checkpoints, self.tracker = run, run.clock, checkpoints, tracker
         self.optimizer, self.interruption, self.identity = optimizer, interruption, identity
         self.position = 0
-        self.checks = StepChecks(run.index)
+        skips = run.train.on_nan == "skip"
+        self.checks = StepChecks(
+            run.index,
+            budget=run.train.nan_budget if skips else 0,
+            left_out=0 if saved is None else saved.state.left_out_steps,
+            say=tracker.message,
+        )
+        self.ranks = RankChecks(run.method, every=run.train.check_ranks)
         self.times = StepTimes(run.accelerator.device, every=run.train.time_steps)
         self.step = TrainingStep(
             run,
@@ -126,13 +136,16 @@ class _Loop:
             optimizer,
             lr=run.optim.effective_lr(run.clock.global_batch),
             checks=self.checks,
-            lag=lag_on(run.accelerator.device),
+            lag=0 if skips else lag_on(run.accelerator.device),
             times=self.times,
             bad_samples=BadSampleLog(
                 run.output.path / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
             ),
             keepalive=self._keepalive,
             requested=interruption.requested,
+            statistics=NormStatistics(run.method) if skips else None,
+            norms=GradientNorms(run.method) if run.train.gradient_norms else None,
+            has_row=lambda position: self.reporter.is_due(position),
         )
         start = {} if saved is None else saved.state.start
         self.reporter = Reporter(run, tracker, self.times, self._keepalive, start=start)
@@ -172,6 +185,7 @@ class _Loop:
             signal_number = result.signal_number
             if signal_number or save_due or self.reporter.is_due(self.position):
                 signal_number = self.checks.read() or signal_number  # before anything of this step is logged or saved
+            self.ranks.look(step)
             profile.step_done()
             row = self.reporter.begin(result, self.position)
             stopped = signal_number and not last
@@ -205,10 +219,12 @@ class _Loop:
             identity=self.identity,
             row=row,
             start=self.reporter.start,
+            left_out_steps=self.checks.left_out,
         )
         if self.run.output.directory is not None:
             self.run.output.directory.checkpoint = self.clock.steps_made(self.position)
             self.write_status("running")
+            self.run.output.saved()
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
         if self.run.output.directory is not None:

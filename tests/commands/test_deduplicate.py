@@ -69,7 +69,7 @@ def test_one_of_each_group_stays_the_largest(shards, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "24 of 29 images stay: 5 are near duplicates of them (in 4 groups)." in printed
     sheet = output.with_suffix(".html").read_text()
-    assert sheet.count("stays: ") == 4
+    assert sheet.count("<figcaption>stays: ") == 4
     assert sheet.count("data:image/jpeg") == 9
     assert "again.jpg" in sheet
 
