@@ -132,7 +132,7 @@ def count_collectives(recipe: str, processes: int) -> Row:
     views = {name: (group.count, SIDE) for name, group in config.augment.items()}
     batch_size = FEW_IMAGES if is_vit else config.data.batch_size
     setting = StepSetting(method=config.method, backbone=tiny, views=views, batch_size=batch_size)
-    with _ranks(processes) as sent:
+    with group_of(processes) as sent:
         torch.manual_seed(0)
         method = build_method(setting.method, create_backbone(tiny))
         output = method(make_batch(setting, method.needs, torch.device("cpu")), PROGRESS)
@@ -143,7 +143,7 @@ def count_collectives(recipe: str, processes: int) -> Row:
 
 
 @contextmanager
-def _ranks(processes: int) -> Iterator[list[int]]:
+def group_of(processes: int) -> Iterator[list[int]]:
     """A group of so many processes of which this is the first and the others are not there; the bytes of each call."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.cost_growth import (
     CostGrowthConfig,
     count_collectives,
     count_state,
+    group_of,
     main,
     measure_checkpoint,
     measure_order,
 )
+from ssl_pipeline.losses.assignment import sinkhorn_knopp
 
 
 def test_the_memory_of_an_order_grows_with_shards_and_not_with_images():
@@ -38,6 +41,14 @@ def test_collectives_of_simclr_grow_with_the_processes_and_those_of_dino_do_not(
     assert simclr[2]["megabytes"] > 1.5 * simclr[1]["megabytes"] > 0
     dino = [count_collectives("digits_dino", number) for number in (2, 4)]
     assert dino[0]["megabytes"] == dino[1]["megabytes"] > 0
+
+
+def test_sinkhorn_knopp_sends_as_much_on_many_processes_as_on_two():
+    sent = {}
+    for processes in (2, 256):
+        with group_of(processes) as sent[processes]:
+            sinkhorn_knopp(torch.rand(6, 50), epsilon=0.05, num_iterations=3)
+    assert sent[2] == sent[256] == 6 * [200]
 
 
 def test_a_checkpoint_is_timed(tmp_path):
