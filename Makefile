@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 BENCH ?=
 TORTURE ?=
+GPU_CHECK ?=
 DIGITS := data/digits
 RUN := runs/digits_dino
 
-.PHONY: install quickstart test-fast test test-full lint format bench torture clean
+.PHONY: install quickstart test-fast test test-full lint format bench gpu-check torture clean
 
 install: .venv/installed
 
@@ -48,6 +49,10 @@ bench: .venv/installed-bench
 # What docs/reliability.md promises, tried: kills, faults, wrong inputs, damaged bytes. make torture TORTURE="rounds=100 seed=3"
 torture: .venv/installed
 	$(BIN)/python -m tests.torture $(TORTURE)
+
+# The first ten minutes on a GPU: does all work, how fast, which defaults should change. make gpu-check GPU_CHECK="only=compile minutes=30"
+gpu-check: .venv/installed
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
 
 .venv/installed-bench: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'

@@ -94,6 +94,8 @@ class Views:
     """Whether a recipe may leave the group out."""
     labelled: bool = False
     """Whether the views are of the labelled images, in `batch.labelled`."""
+    with_labels: bool = False
+    """Whether the labels of these images are learnt: all of data.shards need one, if it is not `labelled`."""
     evaluated: bool = False
     """Whether evaluators show the backbone images of this group's size; without any, that of the first group."""
     mask: MaskRule | None = None

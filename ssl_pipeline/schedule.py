@@ -54,6 +54,12 @@ class Duration:
             return round(self._number / 100 * progress.total_steps)
         return round(self._number * (progress.steps_per_epoch if self._unit == "ep" else 1))
 
+    def times(self, factor: int) -> Duration:
+        """The duration that is `factor` times as long."""
+        if self._unit == "steps":
+            return Duration(round(self._number) * factor)
+        return Duration(f"{self._number * factor:f}{self._unit}")
+
     @property
     def is_zero(self) -> bool:
         """Whether it lasts no time at all, in whatever unit: a period of 0 means never."""

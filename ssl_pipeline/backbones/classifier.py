@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from ssl_pipeline.backbones.exported import takes_export
+from ssl_pipeline.backbones.weights import find_in_run, tensors_of
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import write_tensors
 
@@ -32,11 +34,31 @@ def load_classifier(directory: Path) -> tuple[nn.Linear, tuple[str, ...] | None]
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             names = json.loads((file.metadata() or {}).get("class_names", "null"))
-        num_classes, dim = state["weight"].shape
-        classifier = nn.Linear(dim, num_classes, bias="bias" in state)
-        classifier.load_state_dict(state)
+        classifier = _linear_of(state)
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no {FILE_NAME}: the run's method learnt no classifier.") from None
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is no linear classifier ({str(error).splitlines()[0]}).") from None
     return classifier, tuple(names) if names is not None else None
+
+
+def classifier_of_run(run: Path, *, step: int | None = None) -> tuple[nn.Linear, tuple[str, ...] | None]:
+    """The classifier that belongs to the backbone `load_run` gives for the same step, exported or in a checkpoint.
+
+    Raises ConfigError if the run's method learnt none.
+    """
+    if takes_export(run, step=step):
+        return load_classifier(run)
+    checkpoint, _, _ = find_in_run(run, step=step)
+    saved = checkpoint.state.classifier
+    if saved is None:
+        raise ConfigError(f"{checkpoint.path} holds no classifier: the run's method learns none.")
+    return _linear_of(tensors_of(checkpoint, saved.prefix)), saved.class_names
+
+
+def _linear_of(tensors: Mapping[str, Tensor]) -> nn.Linear:
+    """The layer whose `weight` (C, D) and, if it has one, `bias` (C,) these are."""
+    num_classes, dim = tensors["weight"].shape
+    classifier = nn.Linear(dim, num_classes, bias="bias" in tensors)
+    classifier.load_state_dict(dict(tensors))
+    return classifier

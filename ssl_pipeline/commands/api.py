@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from ssl_pipeline.backbones import Backbone, load_run
 from ssl_pipeline.commands import pretrain as command
 from ssl_pipeline.commands.images import DIGITS, expand, holds_shards, leaves
+from ssl_pipeline.commands.report import report
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, Value, failure_sentence, is_out_of_memory, load
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import ORIGINS_FILE
@@ -32,13 +33,12 @@ from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.protocol import choose_device
-from ssl_pipeline.eval.report import report_page
+from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
 from ssl_pipeline.eval.votes import votes_accuracy
-from ssl_pipeline.files import write_text
 
 ARGUMENTS = {"images": "images", "data.shards": "shards", "recipe": "recipe", "output": "output"}
-KNN, REPORT = "k-NN", "report.html"
+KNN = "k-NN"
 
 Source = str | Path | tuple[str, ...]
 """Shards in any form of data.shards, or a folder or zip of images."""
@@ -65,10 +65,8 @@ class Run:
         return load_run(self.path).backbone.eval()
 
     def report(self) -> Path:
-        """The run as one self-contained page, written to `report.html` in its directory, as `eval.report` does."""
-        path = self.path / REPORT
-        write_text(path, report_page(self.path))
-        return path
+        """The run as one self-contained page, `report/index.html` in its directory, as `eval.report` writes it."""
+        return report(ReportConfig(run=(self.path,)))
 
 
 def pretrain(

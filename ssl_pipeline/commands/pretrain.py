@@ -25,6 +25,7 @@ from ssl_pipeline.backbones import (
 )
 from ssl_pipeline.backbones.exported import about_weights
 from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_the_run
+from ssl_pipeline.commands.find_lr import find_lr
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
 from ssl_pipeline.config import (
@@ -61,6 +62,7 @@ from ssl_pipeline.training.launch import describe_launch, ignored_variables, sta
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
+    check_labels,
     check_precision,
     check_recipe,
     evaluation_size,
@@ -68,7 +70,7 @@ from ssl_pipeline.training.preflight import (
 )
 from ssl_pipeline.training.remarks import about_accumulation, remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
-from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
+from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 
 
 class PretrainConfig(Config):
@@ -101,6 +103,9 @@ class PretrainConfig(Config):
     """Accuracy of the method's own classifier during training, for methods that have one."""
     spectrum: MayChange[SpectrumMonitorConfig | None] = None
     """RankMe and alpha-ReQ of the features during training: what can be told without labels."""
+    find_lr: MayChange[bool] = False
+    """Whether only a learning-rate range test is made, of at most 100 steps: it writes find_lr.json and find_lr.svg
+    into the run's directory, suggests optim.lr, and begins no run."""
     wandb: MayChange[bool] = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
 
@@ -176,7 +181,7 @@ def _pretrain(config: PretrainConfig) -> int:
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
         check_precision(method, config.augment, config.train, accelerator.device)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not config.find_lr:
             directory = stack.enter_context(RunDirectory(output))
             there = read_settings(PretrainConfig, output)
             if there is not None:
@@ -199,18 +204,19 @@ def _pretrain(config: PretrainConfig) -> int:
             "global_batch": clock.global_batch,
             "micro_batch": clock.global_batch // config.train.accumulate,
         }
-        method.prepare(run_facts(index, labelled_index, config.augment, config.data, **batches))
+        check_labels(method, index, config.data)
+        learnt = learnt_images(method, index, labelled_index)
+        method.prepare(run_facts(index, learnt, config.augment, config.data, **batches))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
+        wanted = (None, None, None) if config.find_lr else (config.knn, config.spectrum, config.classifier)
         monitors = open_monitors(
-            config.knn,
-            config.spectrum,
-            config.classifier,
+            *wanted,
             method=method,
             preprocessing=preprocessing,
             data=config.data,
             index=index,
-            labelled_index=labelled_index,
+            labelled_index=learnt,
             from_weights=config.backbone.weights is not None,
             device=accelerator.device,
         )
@@ -221,24 +227,27 @@ def _pretrain(config: PretrainConfig) -> int:
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights
         starting.close()
-        signal_number = train(
-            Run(
-                method=method,
-                preprocessing=preprocessing,
-                clock=clock,
-                index=index,
-                labelled_index=labelled_index,
-                augment=config.augment,
-                data=config.data,
-                optim=config.optim,
-                train=config.train,
-                seed=config.seed,
-                accelerator=accelerator,
-                output=Output(output, directory, config, identity, config.wandb, about),
-                monitors=monitors,
-                start=Start(started, index_seconds),
-            )
+        run = Run(
+            method=method,
+            preprocessing=preprocessing,
+            clock=clock,
+            index=index,
+            labelled_index=labelled_index,
+            augment=config.augment,
+            data=config.data,
+            optim=config.optim,
+            train=config.train,
+            seed=config.seed,
+            accelerator=accelerator,
+            output=Output(output, directory, config, identity, config.wandb, about),
+            monitors=monitors,
+            start=Start(started, index_seconds),
         )
+        signal_number = 0
+        if config.find_lr:
+            find_lr(run)
+        else:
+            signal_number = train(run)
         if signal_number == 0 and directory is not None:
             own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
             print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
@@ -250,7 +259,7 @@ def _pretrain(config: PretrainConfig) -> int:
 
 
 def in_python(run: Path) -> str:
-    """How a program uses the backbone of a finished run, as README shows it."""
+    """How a program uses the backbone of a finished run, as docs/runs.md shows it."""
     return (
         "In Python:\n"
         "    import ssl_pipeline\n"

@@ -7,6 +7,8 @@ of the keys. What the values of a section may be stands beside the class that re
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
 from ssl_pipeline.config import RECIPES, launched_rank, recipe_files, refuse, without_flags
@@ -33,10 +35,19 @@ recipes: {recipes}"""
 
 def command(name: str = "pretrain.py") -> int:
     """The command line, called `name`; returns the exit code."""
+    return start(name, how_to_begin, "ssl_pipeline.commands.pretrain")
+
+
+def start(name: str, usage: Callable[[str], str], module: str, *, own: Sequence[str] = ()) -> int:
+    """Read what needs no torch, then call `main(name)` of `module`; returns the exit code.
+
+    usage: what a call without arguments shows, for the name that the command is called by. own: keys that the command
+    has beside those of `pretrain.py`.
+    """
     launcher, first = watch_launcher(), launched_rank() == "0"
     arguments = sys.argv[1:]
     if not arguments:
-        print(how_to_begin(name))
+        print(usage(name))
         return 2
     try:
         given, _ = without_flags(arguments)
@@ -44,18 +55,18 @@ def command(name: str = "pretrain.py") -> int:
         names = dict(pairs)
         if "method.name" in names:
             recipe = {"method": {"name": names["method.name"]}}
-        if mistakes := unknown_keys(names, recipe, sections_in_sources()):
+        if mistakes := unknown_keys(names, recipe, sections_in_sources(), own=own):
             raise SettingsError(*mistakes, f"See: {name} --help")
     except Exception as error:
         return refuse(error, running=False)
     if first:
         print("Loading torch and timm: some seconds ...", file=sys.stderr, flush=True)
     try:
-        from ssl_pipeline.commands import pretrain
+        main = import_module(module).main
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    code = pretrain.main(name)
+    code: int = main(name)
     if code == INTERRUPTED and launcher is not None and first:
         have_the_last_word(launcher, "Interrupted. The same command goes on from the newest checkpoint.")
     return code

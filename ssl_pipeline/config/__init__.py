@@ -37,7 +37,7 @@ from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, mem
 from ssl_pipeline.config.help import help_page
 from ssl_pipeline.config.printing import launched_rank, printable
 from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, Seed, Width
-from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
+from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, SELF_TRAINING, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
 from ssl_pipeline.config.sentences import TOO_DEEP, UNKNOWN_KEY, mistakes
 from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
@@ -45,6 +45,7 @@ from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 __all__ = [
     "COMPARISONS",
     "RECIPES",
+    "SELF_TRAINING",
     "BatchSize",
     "Change",
     "Config",

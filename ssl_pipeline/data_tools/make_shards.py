@@ -117,9 +117,12 @@ class MakeShards(Config):
         return Packing(self.short_side, DEFAULT_QUALITY if self.quality is None else self.quality)
 
 
-def make_shards(config: MakeShards) -> int:
-    """Write the shards, the manifest, the index and the lists of files; returns the exit code."""
-    source = open_source(config.source, config.prefix, config.split)
+def make_shards(config: MakeShards, *, opened: Source | None = None) -> int:
+    """Write the shards, the manifest, the index and the lists of files; returns the exit code.
+
+    opened: what `config` names as the source, where that is open already, so that a folder is not walked again.
+    """
+    source = opened or open_source(config.source, config.prefix, config.split)
     found = _candidates(source, config)
     if not found.images:
         raise DataError(f"{no_images('source', config.source, found)} Is prefix= missing?")

@@ -1,50 +1,28 @@
-"""One table of what a run has learnt, from the files that eval.knn and eval.linear have written."""
+"""One table of what a run has learnt, from the files that eval.knn, eval.linear and eval.classifier have written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
-from ssl_pipeline.eval.accuracy import bootstrap_interval
+from ssl_pipeline.eval.measures import format_table, percent
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
-EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1"}
+EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1", "classifier": "classifier top-1"}
+WITH_BASELINES = ("knn", "linear")
 
 
 class TableConfig(Config):
     """Raw pixels, random initialisation and the backbone of a run, or of whatever was measured there, under k-NN and
-    linear probe."""
+    linear probe; and the run's own classifier."""
 
     positional = "run"
 
     run: Path
     """The run's directory, after eval.knn and eval.linear with baselines=true."""
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of text with the first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-    return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:]))
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
-
-
-def with_interval(value: float, num_images: int) -> str:
-    """`76.94 % (74.2 to 79.6)`: a share of so many images with its 95 % bootstrap interval."""
-    low, high = bootstrap_interval(value, num_images)
-    return f"{percent(value)} ({low:.1f} to {high:.1f})"
 
 
 def read_top1(run: Path) -> dict[str, dict[str, float]]:
@@ -67,7 +45,7 @@ def read_top1(run: Path) -> dict[str, dict[str, float]]:
             ) from None
     if not top1:
         raise ConfigError(
-            f"{run} has neither eval/knn.json nor eval/linear.json. "
+            f"{run} has none of {', '.join(f'eval/{name}.json' for name in EVALUATORS)}. "
             f"Run first: python -m eval.knn run={run} train=SHARDS test=SHARDS baselines=true"
         )
     return top1
@@ -89,14 +67,16 @@ def read_subject(run: Path) -> Subject:
     found: dict[str, tuple[dict[str, object], Subject]] = {}
     for name in EVALUATORS:
         path = run / "eval" / f"{name}.json"
-        if path.is_file() and (about := _read_about(path, name)):
-            found[name] = about
-    if len(found) > 1 and found["knn"][0] != found["linear"][0]:
-        knn, linear = (f"{subject.label} ({subject.weights})" for _, subject in found.values())
-        raise ConfigError(
-            f"{run}/eval/knn.json and linear.json are about different networks: {knn}, and {linear}. Run the "
-            "evaluator again whose report is not about the network that you want."
-        )
+        if path.is_file() and (read := _read_about(path, name)):
+            found[name] = read
+    first = next(iter(found), "")
+    for name, (about, subject) in found.items():
+        if about != found[first][0]:
+            one, other = (f"{each.label} ({each.weights})" for each in (found[first][1], subject))
+            raise ConfigError(
+                f"{run}/eval/{first}.json and {name}.json are about different networks: {one}, and {other}. Run the "
+                "evaluator again whose report is not about the network that you want."
+            )
     return next((subject for _, subject in found.values()), Subject())
 
 
@@ -120,7 +100,11 @@ def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject(
     """The table, where raw pixels are ahead, and how many times smaller the k-NN error became."""
     measured = {name: title for name, title in EVALUATORS.items() if name in top1}
     labels = MODELS | {"pretrained": subject.label}
-    rows = [(label, *(percent(top1[name].get(model)) for name in measured)) for model, label in labels.items()]
+    rows = [
+        (label, *(percent(top1[name].get(model)) for name in measured))
+        for model, label in labels.items()
+        if model == "pretrained" or any(name in top1 for name in WITH_BASELINES)
+    ]
     lines = [format_table(("", *measured.values()), rows), ""]
     lines += compare_with_raw_pixels(top1, subject)
     if "random" in top1.get("knn", {}):
@@ -138,6 +122,8 @@ def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject(
 def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]], subject: Subject) -> list[str]:
     """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
     compared = [name for name in EVALUATORS if "raw_pixels" in top1.get(name, {})]
+    if not any(name in top1 for name in WITH_BASELINES):
+        return []
     if not compared:
         return ["No baselines were measured: run the evaluators with baselines=true."]
     lines, lost = [], []

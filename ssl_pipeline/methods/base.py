@@ -83,6 +83,14 @@ class Method(nn.Module):
         `progress` is that of the step just made. Called under `torch.no_grad`.
         """
 
+    def reconstruct(self, batch: Batch) -> Tensor | None:
+        """What a method that paints makes of the views (V, B, 3, H, W) of its first group: (V * B, 3, H, W).
+
+        Normalised as the views are; where patches are masked, only these are painted. For people to look at, in eval
+        mode and under `torch.no_grad`; None of a method that paints nothing.
+        """
+        return None
+
     def export(self, directory: Path) -> None:
         """Write what a finished run leaves beside its backbone; the first process calls it."""
 

@@ -18,6 +18,7 @@ USE_CPU = "ACCELERATE_USE_CPU"
 KEPT = {USE_CPU, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}  # where a run computes, not what
 NEUTRAL = {"", "no", "none", "false", "0", "default"}
 UNSET = "Launch with torchrun or accelerate launch, or unset it."
+COMPILED = {True: "compiled", False: "not compiled", "auto": "compiled where that is worth it"}
 KEYS = {  # of the settings that do what a variable asks for
     "ACCELERATE_MIXED_PRECISION": "train.precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
@@ -109,7 +110,7 @@ def describe_launch(accelerator: Accelerator, config: TrainConfig) -> str:
         f"{number} process{'es' if number > 1 else ''} on {device}, precision {precision}, "
         f"{config.accumulate} micro-batch{'es' if config.accumulate > 1 else ''} per step, "
         f"{'whole weights on each (DDP)' if number > 1 else 'no sharding'}, "
-        f"{'compiled' if config.compile else 'not compiled'}"
+        f"{COMPILED[config.compile]}"
     )
 
 

@@ -31,6 +31,7 @@ from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
+from ssl_pipeline.training.compiling import compile_decision
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.rank_checks import RankChecks
@@ -62,7 +63,10 @@ def train(run: Run) -> int:
             begin_or_keep(run, run.output.directory, position=position)
     if clock.is_last(position) and status is not None and status.state == "done":
         return 0
-    if run.train.compile:
+    compiles, why_not = compile_decision(
+        run.train.compile, device, steps=clock.total_steps - clock.steps_made(position)
+    )
+    if compiles:
         for part in method.parts_to_compile():
             part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
     network, optimizer = wrap(run.accelerator, method, optimizer)
@@ -76,6 +80,8 @@ def train(run: Run) -> int:
         wandb=run.output.wandb,
         enabled=run.output.directory is not None,
     )
+    if run.train.compile == "auto":
+        tracker.message("The network is compiled." if compiles else f"The network is not compiled: {why_not}.")
     if saved is not None:
         tracker.message(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:

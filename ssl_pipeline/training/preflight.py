@@ -164,6 +164,16 @@ def _check_batch_fits(augment: Augment, data: DataConfig) -> None:
         )
 
 
+def check_labels(method: Method, index: ShardIndex, data: DataConfig) -> None:
+    """Raises ConfigError if the method learns the labels of all images, and some have none."""
+    if any(needed.with_labels for needed in method.needs) and not index.has_labels:
+        raise ConfigError(
+            f"{type(method).__name__} learns the labels of data.shards={data.shards}, and has images without one: "
+            f"{index.label_problem()}. make_shards takes labels from class folders or from labels=FILE.csv; data.keep "
+            "leaves images out, and data.labelled brings a labelled set beside the others."
+        )
+
+
 def run_facts(
     index: ShardIndex,
     labelled: ShardIndex | None,
@@ -173,7 +183,10 @@ def run_facts(
     global_batch: int,
     micro_batch: int | None = None,
 ) -> RunFacts:
-    """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes."""
+    """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes.
+
+    labelled: the images whose labels the method learns, which may be `index` itself.
+    """
     num_classes = names = None
     if labelled is not None:
         names, soft = labelled.class_names, labelled.num_soft_classes

@@ -43,8 +43,11 @@ class TrainConfig(Config):
     """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
     sync_batch_norm: MayChange[bool] = False
     """Whether batch norm sees the images of all processes."""
-    compile: MayChange[bool] = False
-    """Whether backbones (and MAE's decoder) go through torch.compile."""
+    compile: MayChange[bool | Literal["auto"]] = False
+    """Whether backbones (and MAE's decoder) go through torch.compile. auto: on a GPU, where that works, for 1,000 steps
+    or more."""
+    copy_stream: MayChange[bool] = False
+    """Whether batches are copied to a GPU in a CUDA stream of their own, beside the step before."""
     save_every: MayChange[Duration] = Duration("1ep")
     """Time between checkpoints; 0: none on the way. One is written at the end in any case."""
     keep_checkpoints: MayChange[int] = Field(2, ge=2)
@@ -115,6 +118,13 @@ def resumed_clock(clock: Clock, config: TrainConfig, saved: RunState) -> Clock:
     if labelled is None:  # of ssl-pipeline 0.2.0, where it followed from the position
         labelled = clock.progress(saved.position).step * clock.labelled_batch
     return replace(clock, end=end, begun=saved.position, steps_begun=saved.step, labelled_begun=labelled)
+
+
+def learnt_images(method: Method, index: ShardIndex, labelled: ShardIndex | None) -> ShardIndex | None:
+    """The images whose labels the method learns: the labelled set, all images, or None if it learns no labels."""
+    if labelled is not None:
+        return labelled
+    return index if any(needed.with_labels for needed in method.needs) else None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import optimizer_tensors
 from ssl_pipeline.run.state import LoggedRow, RunState, SavedBackbone, SavedClassifier
 from ssl_pipeline.training.parallel import full_state
-from ssl_pipeline.training.run import Run
+from ssl_pipeline.training.run import Run, learnt_images
 
 NO_FIGURES: Mapping[str, float] = MappingProxyType({})
 
@@ -49,10 +49,14 @@ def save_run(
 def export_run(run: Run, folder: Path, *, position: int) -> None:
     """Write the evaluated backbone and what else the method has to export, as they are at `position`."""
     if run.method.classifier is not None:
-        names = run.labelled_index.class_names if run.labelled_index is not None else None
-        save_classifier(folder, run.method.classifier, names)
+        save_classifier(folder, run.method.classifier, _class_names(run))
     run.method.export(folder)
     save_backbone(folder, run.method.backbone, run.preprocessing, step=run.clock.steps_made(position))
+
+
+def _class_names(run: Run) -> tuple[str, ...] | None:
+    learnt = learnt_images(run.method, run.index, run.labelled_index)
+    return None if learnt is None or learnt.class_names is None else tuple(learnt.class_names)
 
 
 def _without_nan(row: LoggedRow | None) -> LoggedRow | None:
@@ -66,13 +70,12 @@ def _without_nan(row: LoggedRow | None) -> LoggedRow | None:
 def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunState:
     """Where the run stands at `position`, and what is in its method file."""
     scaler = run.accelerator.scaler
-    names = run.labelled_index.class_names if run.labelled_index is not None else None
     return RunState(
         position=position,
         global_batch=run.clock.global_batch,
         identity=dict(identity),
         backbones=saved_backbones(run.method, run.preprocessing),
-        classifier=saved_classifier(run.method, tuple(names) if names is not None else None),
+        classifier=saved_classifier(run.method, _class_names(run)),
         settings=run.output.plain_settings(),
         scaler=scaler.state_dict() if scaler is not None else None,
         steps=run.clock.steps_made(position),

@@ -23,6 +23,7 @@ from ssl_pipeline.optim.optimizer import prepare_gradients, write_values
 from ssl_pipeline.randomness import seed_everything
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.training.copying import Copies
 from ssl_pipeline.training.run import Run
 from ssl_pipeline.training.statistics import NormStatistics
 from ssl_pipeline.training.step_checks import StepChecks
@@ -62,6 +63,9 @@ class TrainingStep:
     requested: Callable[[], int]
     """The signal that asks this process to stop, 0 if none."""
     statistics: NormStatistics | None = None
+
+    def __post_init__(self) -> None:
+        self.copies = Copies(self.run.accelerator.device, own_stream=self.run.train.copy_stream)
 
     def __call__(self, stream: Iterator[StreamBatch], position: int) -> StepResult:
         """Make the step that begins at `position`.
@@ -104,7 +108,7 @@ class TrainingStep:
             waited += time.perf_counter() - started
             self.bad_samples.record(images.bad)
             with phase("copy"):
-                images = images.to(run.accelerator.device, non_blocking=True)
+                images = self.copies(images)
             with phase("augment"):
                 batch = make_batch(images, run.augment, mean=run.data.mean, std=run.data.std)
             seed_everything(run.seed, progress.step, rank(), micro)

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.commands.images import choose_recipe, expand, largest_view
-from ssl_pipeline.config import RECIPES, ConfigError, read_recipe, recipe_files
+from ssl_pipeline.commands.pretrain import PretrainConfig
+from ssl_pipeline.config import RECIPES, ConfigError, load, read_recipe, recipe_files
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.packed_once import pack_once
 
@@ -16,6 +17,12 @@ def folder(tmp_path, side=100):
     for number in range(3):
         Image.new("RGB", (side, side + 20), (number * 80, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
     return tmp_path / "photos"
+
+
+def folders_of_classes(tmp_path):
+    for number in range(24):
+        (tmp_path / "photos" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (number * 10, 0, 0)).save(tmp_path / f"photos/class{number % 2}/{number}.png")
 
 
 def test_a_folder_becomes_shards_and_a_recipe(tmp_path, capsys):
@@ -54,6 +61,25 @@ def test_shards_are_taken_as_they_are(tmp_path):
     assert f"data.shards={shards}" in expanded
     assert not (tmp_path / "run").exists()
     assert expand([f"data.shards={shards}", "recipe=auto", "output=x"])[0] == "recipe=photos_small"
+
+
+@pytest.mark.parametrize("recipe", ["auto", "photos_small"])
+def test_labels_of_folders_are_watched(tmp_path, capsys, recipe):
+    folders_of_classes(tmp_path)
+    arguments = [f"images={tmp_path}/photos", f"recipe={recipe}", f"output={tmp_path}/run"]
+    expanded = expand(arguments)
+    assert f'knn={{every: 20%, train: "{tmp_path}/run/images", images: 2000, k: 20}}' in expanded
+    assert "each by all others, every 20%" in capsys.readouterr().out
+    config = load(PretrainConfig, expanded, recipes=RECIPES)
+    assert (config.knn.train, config.knn.val, config.knn.images) == (f"{tmp_path}/run/images", None, 2000)
+    for given in ("knn=null", "knn.every=10%"):
+        assert not any(argument.startswith("knn={") for argument in expand([*arguments, given]))
+
+
+def test_a_recipe_with_knn_of_its_own_keeps_it(tmp_path):
+    folders_of_classes(tmp_path)
+    expanded = expand([f"images={tmp_path}/photos", "recipe=dino_vits16", f"output={tmp_path}/run"])
+    assert not any(argument.startswith("knn") for argument in expanded)
 
 
 def test_large_photographs_are_packed_small_and_found_again(tmp_path, capsys):
@@ -118,7 +144,9 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
     ("count", "side", "given", "has_gpu", "recipe"),
     [
         (5000, 300, {}, False, "photos_small"),
-        (5000, 300, {}, True, "photos_small"),
+        (5000, 300, {}, True, "dinov2_small"),
+        (1000, 300, {}, True, "photos_small"),
+        (5000, 64, {}, True, "photos_small"),
         (500_000, 300, {}, False, "photos_small"),
         (500_000, 300, {}, True, "dino_vits16"),
         (50_000, 32, {}, True, "cifar10_simclr_resnet18"),
@@ -136,11 +164,11 @@ def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
 def test_a_folder_without_images_is_told_in_the_words_of_images(tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(3):
-        (tmp_path / "photos" / f"{number}.heic").write_bytes(b"x")
+        (tmp_path / "photos" / f"{number}.jp2").write_bytes(b"x")
     with pytest.raises(ConfigError) as error:
         expand([f"images={tmp_path}/photos", f"output={tmp_path}/run", "recipe=digits_simclr"])
     told = str(error.value)
     assert told.startswith("images='")
-    assert "among 3 files: a format that is not read: .heic (3)." in told
+    assert "among 3 files: a format that is not read: .jp2 (3)." in told
     assert "source" not in told
     assert "prefix" not in told

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ssl_pipeline.commands import report
 from ssl_pipeline.config import run_command
-from ssl_pipeline.eval import report
+from ssl_pipeline.eval.report import ReportConfig
 from tests.runs import command, rows, write_recipe
 from tests.tiny import write_shards
 
@@ -24,8 +25,8 @@ def test_a_run_ends_by_naming_its_page_which_shows_what_it_logged(
     assert end.value.code == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("As a page: "))
     assert line == f"As a page: python -m eval.report run={run}"
-    assert run_command(report.ReportConfig, report.main, command="", argv=[line.rpartition(" ")[2]]) == 0
-    page = (run / "report.html").read_text()
+    assert run_command(ReportConfig, report.main, command="", argv=[line.rpartition(" ")[2]]) == 0
+    page = (run / "report" / "index.html").read_text()
     start, *_, last = (row["rankme"] for row in rows(run) if "rankme" in row)
     for shown in ("loss", "learning rate", "done, step 3", "simclr", f"{start:.4g}", f"{last:.4g}", str(shards)):
         assert shown in page

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config import ConfigError, run_command
-from ssl_pipeline.eval.table import TableConfig, doubts, format_table, main, read_subject, read_top1, summary
+from ssl_pipeline.eval.measures import format_table
+from ssl_pipeline.eval.table import TableConfig, doubts, main, read_subject, read_top1, summary
 
 
 def write(run: Path, name: str, top1: float, protocol: dict[str, object] | None = None, **baselines: float) -> None:

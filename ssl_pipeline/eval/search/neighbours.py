@@ -37,11 +37,14 @@ def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int, search: Sea
     return block_neighbours(train_MD.to(test_ND.device), test_ND, k=k, dtype=dtype)
 
 
-def other_neighbours(features_ND: Tensor, *, k: int, search: Search = "auto") -> tuple[Tensor, Tensor]:
-    """Similarities and numbers (N, k) of the nearest *other* images of each image of one set."""
-    similarities_NK, neighbours_NK = nearest_neighbours(features_ND, features_ND, k=k + 1, search=search)
-    own_N1 = torch.arange(len(features_ND), device=neighbours_NK.device)[:, None]
-    dropped_NK = neighbours_NK == own_N1
+def other_neighbours(
+    features_MD: Tensor, *, k: int, asked_N: Tensor | None = None, search: Search = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Similarities and numbers (N, k) of the nearest *other* images of images of one set: of all, or of `asked_N`."""
+    if asked_N is None:
+        asked_N = torch.arange(len(features_MD), device=features_MD.device)
+    similarities_NK, neighbours_NK = nearest_neighbours(features_MD, features_MD[asked_N], k=k + 1, search=search)
+    dropped_NK = neighbours_NK == asked_N.to(neighbours_NK.device)[:, None]
     dropped_NK[:, -1] |= ~dropped_NK.any(dim=1)  # among many copies an image may not find itself
     return similarities_NK[~dropped_NK].view(-1, k), neighbours_NK[~dropped_NK].view(-1, k)
 
