@@ -186,7 +186,7 @@ def shards_of(
     return str(pack_once(source, output, key=key, way_out=way_out))
 
 
-def open_source(source: str, cache: Path) -> ShardIndex:
+def open_source(source: str, cache: Path) -> tuple[str, ShardIndex]:
     """The images of a folder or a zip, packed once into `cache`, or of shards; ConfigError if there are none."""
     path = Path(source)
     if path.is_dir() or path.suffix == ".zip":
@@ -196,7 +196,7 @@ def open_source(source: str, cache: Path) -> ShardIndex:
     index = open_shards(source)
     if not len(index):
         raise ConfigError(f"source={source} has no images.")
-    return index
+    return source, index
 
 
 def _short_side(files: Source, recipe: str, given: Mapping[str, str]) -> int | None:

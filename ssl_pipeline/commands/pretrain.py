@@ -28,6 +28,7 @@ from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_t
 from ssl_pipeline.commands.find_lr import find_lr
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
+from ssl_pipeline.commands.pages_on_the_way import PagesOnTheWay
 from ssl_pipeline.config import (
     RECIPES,
     Config,
@@ -41,7 +42,7 @@ from ssl_pipeline.config import (
     run_command,
     without_flags,
 )
-from ssl_pipeline.data.labelled import open_labelled_images
+from ssl_pipeline.data.labelled import classes_without_labels, open_labelled_images
 from ssl_pipeline.data.shards.listing import list_shards
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
@@ -71,6 +72,8 @@ from ssl_pipeline.training.preflight import (
 from ssl_pipeline.training.remarks import about_accumulation, remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
+
+NAMED_CLASSES = 5  # that a warning lists
 
 
 class PretrainConfig(Config):
@@ -108,6 +111,8 @@ class PretrainConfig(Config):
     into the run's directory, suggests optim.lr, and begins no run."""
     wandb: MayChange[bool] = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
+    report: MayChange[bool] = False
+    """Whether another process writes the run's page, report/index.html, after each checkpoint, at low priority."""
 
     @model_validator(mode="after")
     def _output_is_known(self) -> PretrainConfig:
@@ -223,10 +228,15 @@ def _pretrain(config: PretrainConfig) -> int:
         about: dict[str, JSON] = {}
         if directory is not None:
             describe(config, method, clock, accelerator)
+            if labelled_index is not None and method.classifier is not None:
+                warn_of_classes_without_labels(labelled_index, method.classifier.out_features)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights
         starting.close()
+        pages = PagesOnTheWay(output) if config.report and directory is not None else None
+        if pages is not None:
+            stack.callback(pages.stop)
         run = Run(
             method=method,
             preprocessing=preprocessing,
@@ -239,7 +249,7 @@ def _pretrain(config: PretrainConfig) -> int:
             train=config.train,
             seed=config.seed,
             accelerator=accelerator,
-            output=Output(output, directory, config, identity, config.wandb, about),
+            output=Output(output, directory, config, identity, config.wandb, about, saved=pages or (lambda: None)),
             monitors=monitors,
             start=Start(started, index_seconds),
         )
@@ -249,6 +259,8 @@ def _pretrain(config: PretrainConfig) -> int:
         else:
             signal_number = train(run)
         if signal_number == 0 and directory is not None:
+            if pages is not None:
+                pages.finish()
             own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
             print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
             if own is not None:
@@ -298,6 +310,15 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         print(printable(told), flush=True)
     for remark in remarks(config.method, config.optim, config.augment, clock):
         print(printable(f"warning: {remark}"), flush=True)
+
+
+def warn_of_classes_without_labels(labelled: ShardIndex, num_classes: int) -> None:
+    """Say which classes no labelled image is of: what is trained will guess others in their place."""
+    missing = classes_without_labels(labelled, num_classes)
+    if missing:
+        more = f" and {len(missing) - NAMED_CLASSES} more" if len(missing) > NAMED_CLASSES else ""
+        named = ", ".join(missing[:NAMED_CLASSES])
+        print(printable(f"warning: no labelled image is of class {named}{more}: it cannot be learnt."), flush=True)
 
 
 def _images(index: ShardIndex) -> str:

@@ -140,6 +140,7 @@ def open_stream(
     repeat: bool = False,
     device: torch.device | str = "cpu",
     keepalive: Callable[[], None] = lambda: None,
+    memory_share: float = 1.0,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each micro-batch from `position` on: `batches` of them, or without end.
 
@@ -150,7 +151,8 @@ def open_stream(
     whose views are masked. Without any groups no image is read. Data sets smaller than G are refused, unless samples
     may `repeat` within a batch. `device` is where batches will be taken, which decides where crops are cut out. A batch
     lasts until the next one is asked for, which may overwrite it; `clone()` keeps one for longer. The first may take
-    long, where all images are decoded for it: `keepalive` is called meanwhile.
+    long, where all images are decoded for it: `keepalive` is called meanwhile. `memory_share`: of the memory for
+    batches, where streams share it.
     """
     micro_batch, device = config.batch_size * world_size, torch.device(device)
     if micro_batch > len(index) and not repeat:
@@ -194,7 +196,14 @@ def open_stream(
         )
     make_reader = DecodedReader if config.crops_on_device(device) else CropReader
     reader = make_reader(samples, sampler, batch_size=config.batch_size)
-    read = read_batches(reader, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
+    read = read_batches(
+        reader,
+        positions_of,
+        batches=batches,
+        workers=config.workers,
+        prefetch=config.prefetch,
+        memory_share=memory_share,
+    )
     return starmap(StreamBatch.over, read)
 
 

@@ -44,8 +44,8 @@ class AdaMatch(FewLabels):
     """Its running statistics are those of the joint batch, in which labelled and unlabelled images may differ."""
 
     config_class = AdaMatchConfig
-    coupled_by = "the relative threshold and the distribution of classes"
     config: AdaMatchConfig
+    coupled_by = "the relative threshold and the distribution of classes"
 
     def __init__(self, config: AdaMatchConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)

@@ -31,9 +31,9 @@ class FreeMatch(WeakToStrong):
     """It keeps moving means of the confidence, of the predictions and of the guesses."""
 
     config_class = FreeMatchConfig
-    coupled_by = "the fairness of classes"
     config: FreeMatchConfig
     weighting: SelfAdaptiveThresholds
+    coupled_by = "the fairness of classes"
 
     def prepare(self, facts: RunFacts) -> None:
         config, num_classes = self.config, self.learn_classes(facts)

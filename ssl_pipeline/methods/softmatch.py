@@ -25,8 +25,8 @@ class SoftMatch(WeakToStrong):
     """It keeps the moving mean and variance of the confidence, and the mean prediction."""
 
     config_class = SoftMatchConfig
-    coupled_by = "the distribution of classes"
     config: SoftMatchConfig
+    coupled_by = "the distribution of classes"
 
     def prepare(self, facts: RunFacts) -> None:
         config, num_classes = self.config, self.learn_classes(facts)

@@ -36,9 +36,9 @@ class UDA(FewLabels):
     """Its targets are whole distributions, of confident weak views; the moving average takes no part in training."""
 
     config_class = UDAConfig
-    coupled_by = "the mean over the labels that count"
     config: UDAConfig
     needs = WEAK_AND_STRONG
+    coupled_by = "the mean over the labels that count"
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None

@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -96,6 +97,17 @@ class Interruption:
     def keepalive(self) -> None:
         """Start the time until a hang is assumed anew."""
         self._watchdog.keepalive()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, this process is alive as long as it computes, reads or writes: for what sends no keepalives itself,
+        such as a monitor that searches among all features, or fits a classifier."""
+        self._watchdog.by_activity = True
+        try:
+            yield
+        finally:
+            self._watchdog.by_activity = False
+            self.keepalive()
 
 
 class _Answers:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.training.meeting import require_one_version, wait_for_the_first
 from ssl_pipeline.training.parallel import DDP
 from ssl_pipeline.training.run import TrainConfig
 
@@ -17,8 +18,8 @@ PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 USE_CPU = "ACCELERATE_USE_CPU"
 KEPT = {USE_CPU, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}  # where a run computes, not what
 NEUTRAL = {"", "no", "none", "false", "0", "default"}
-UNSET = "Launch with torchrun or accelerate launch, or unset it."
 COMPILED = {True: "compiled", False: "not compiled", "auto": "compiled where that is worth it"}
+UNSET = "Launch with torchrun or accelerate launch, or unset it."
 KEYS = {  # of the settings that do what a variable asks for
     "ACCELERATE_MIXED_PRECISION": "train.precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
@@ -45,6 +46,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError("train.precision=fp16 needs a GPU, and there is none here. Try train.precision=no or bf16.")
     for name in [name for name in os.environ if name.startswith(PREFIXES) and name not in KEPT]:
         del os.environ[name]
+    if launched > 1:
+        wait_for_the_first(os.environ)
     AcceleratorState._reset_state()  # the processes stay; precision and plugins are those of this run
     GradientState._reset_state()
     accelerator = Accelerator(
@@ -59,6 +62,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             f"The launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}. "
             "On CPUs launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
         )
+    require_one_version(accelerator.device)
     return accelerator
 
 
