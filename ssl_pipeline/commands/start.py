@@ -55,7 +55,7 @@ def start(name: str, usage: Callable[[str], str], module: str, *, own: Collectio
         names = {key: text for key, text in pairs if key not in own}
         if "method.name" in names:
             recipe = {"method": {"name": names["method.name"]}}
-        if mistakes := unknown_keys(names, recipe, sections_in_sources()):
+        if mistakes := unknown_keys(names, recipe, sections_in_sources(), own=own):
             raise SettingsError(*mistakes, f"See: {name} --help")
     except Exception as error:
         return refuse(error, running=False)
