@@ -7,7 +7,7 @@ of the keys. What the values of a section may be stands beside the class that re
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
@@ -38,7 +38,7 @@ def command(name: str = "pretrain.py") -> int:
     return start(name, how_to_begin, "ssl_pipeline.commands.pretrain")
 
 
-def start(name: str, usage: Callable[[str], str], module: str, *, own: Collection[str] = ()) -> int:
+def start(name: str, usage: Callable[[str], str], module: str, *, own: Sequence[str] = ()) -> int:
     """Read what needs no torch, then call `main(name)` of `module`; returns the exit code.
 
     usage: what a call without arguments shows, for the name that the command is called by. own: keys that the command
