@@ -15,6 +15,7 @@ from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.distributed import (
     gather,
     gather_with_grad,
+    logsumexp_over_ranks,
     max_over_ranks,
     mean_over_ranks,
     peer_failure,
@@ -58,6 +59,7 @@ def collectives() -> dict[str, Tensor]:
         "integers": gather(torch.tensor([rank(), 7])),
         "mean": mean_over_ranks(mine.T),
         "max": max_over_ranks(torch.tensor([rank(), -rank()]).float()),
+        "logsumexp": logsumexp_over_ranks(torch.tensor([3.0, -rank(), -torch.inf if rank() else 500.0])),
         "mine": mine,
     }
 
@@ -67,6 +69,8 @@ def test_collectives_put_the_ranks_together_in_their_order():
     for name in first:
         if name != "mine":
             assert torch.equal(first[name], second[name]), name
+    expected = torch.tensor([[3.0, 0.0, 500.0], [3.0, -1.0, -torch.inf]]).logsumexp(dim=0)
+    torch.testing.assert_close(first["logsumexp"], expected)
     both = torch.cat([first["mine"], second["mine"]])
     assert torch.equal(first["gathered"], both)
     assert torch.equal(first["gathered with gradient"], both)
@@ -80,7 +84,7 @@ def test_without_a_process_group_collectives_are_the_identity():
     value = torch.randn(3, 2, requires_grad=True)
     assert (rank(), world_size()) == (0, 1)
     assert gather_with_grad(value) is value
-    for collective in (gather, mean_over_ranks, max_over_ranks):
+    for collective in (gather, mean_over_ranks, max_over_ranks, logsumexp_over_ranks):
         assert torch.equal(collective(value.detach()), value)
     assert not gather(value).requires_grad
     assert not mean_over_ranks(value).requires_grad
