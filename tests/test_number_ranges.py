@@ -22,7 +22,7 @@ from ssl_pipeline.data_tools.check_shards import CheckShards
 from ssl_pipeline.data_tools.make_shards import MakeShards
 from ssl_pipeline.data_tools.split_labels import SplitLabels
 from ssl_pipeline.eval.clustering import ClusteringConfig
-from ssl_pipeline.eval.dense_measures import DenseConfig
+from ssl_pipeline.eval.dense_sets import DenseConfig
 from ssl_pipeline.eval.few_shot import FewShotConfig
 from ssl_pipeline.eval.knn import KnnConfig
 from ssl_pipeline.eval.label_free import LabelFreeConfig

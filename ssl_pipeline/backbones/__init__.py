@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssl_pipeline.backbones.classifier import classifier_of_run, load_classifier, save_classifier
+from ssl_pipeline.backbones.classifier import NormalisedLinear, classifier_of_run, load_classifier, save_classifier
 from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig, spoken_of_as
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import load_backbone, save_backbone
@@ -28,6 +28,7 @@ __all__ = [
     "BackboneOfRun",
     "ImageTransform",
     "Layers",
+    "NormalisedLinear",
     "Preprocessing",
     "TokenBackbone",
     "Tokens",

@@ -28,6 +28,8 @@ RESERVED_ARGUMENTS = {
     "scriptable": "a backbone is trained and evaluated as it is",
     "exportable": "a backbone is trained and evaluated as it is",
 }
+SIZES = {"depth", "depths", "dims", "embed_dim", "img_size", "layers", "num_heads", "patch_size", "window_size"}
+"""Arguments that count something there must be some of."""
 Argument = bool | int | float | str | list[bool | int | float | str]
 """What a timm model may be told: a value, or a list of them (the depths of a Swin's stages)."""
 ARCHITECTURE = ("name", "arguments", "small_images")  # what shapes the tensors; the rest is how they begin and train
@@ -80,6 +82,10 @@ class BackboneConfig(Config):
         for argument, reason in RESERVED_ARGUMENTS.items():
             if argument in self.arguments:
                 raise ValueError(f"backbone.arguments must not hold '{argument}': {reason}.")
+        for argument in SIZES & self.arguments.keys():
+            given = self.arguments[argument]
+            if any(isinstance(size, int) and size < 1 for size in (given if isinstance(given, list) else [given])):
+                raise ValueError(f"backbone.arguments.{argument} must be at least 1. Got {given}.")
         if self.arguments.get("in_chans", 3) != 3:
             raise ValueError(
                 f"backbone.arguments.in_chans must be 3, the channels of every image here (gray ones are made RGB). "

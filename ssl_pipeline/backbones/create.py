@@ -95,8 +95,9 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
         hint = f" backbone.arguments.{unwanted}=null leaves it out." if unwanted else ""
         hint = " Set backbone.drop_path=0." if config.drop_path and "'drop_path_rate'" in str(error) else hint
         values = ", ".join(f"{argument}={value}" for argument, value in config.arguments.items())
-        reason = first_line(error) if str(error).strip() else f"it does not take these arguments: {values}"
-        raise ConfigError(f"timm cannot create '{name}': {reason}.{hint}") from error
+        given = f" with backbone.arguments {values}" if values else ""
+        reason = first_line(error).rstrip(".") if str(error).strip() else "it does not take them"
+        raise ConfigError(f"timm cannot create '{name}'{given}: {reason}.{hint}") from error
 
 
 def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:

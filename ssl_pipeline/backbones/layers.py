@@ -47,12 +47,13 @@ def _numbers(model: nn.Module) -> tuple[dict[str, int], int]:
     if hasattr(model, "blocks") and hasattr(model, "patch_embed"):
         _, num_blocks = find_blocks(model)
         return {name: layer_number(name, num_blocks) for name in trained}, num_blocks + 1
-    if not hasattr(model, "group_matcher"):
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is None:
         raise ConfigError(
             f"Nothing says which layers {type(model).__name__} has: it is no ViT and has no group_matcher as most of "
             "timm's networks have. Leave layer-wise settings out."
         )
-    known: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    known: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
     return {name: known[name] for name in trained}, max(known.values()) + 1
 
 

@@ -160,7 +160,8 @@ def knn(
         settings = batch_size, workers, device, precision
         train_MD = normalize(_features(backbone, images.train, *settings), dim=1)
         test_ND = train_MD if alone else normalize(_features(backbone, images.test, *settings), dim=1)
-        require_finite(train_MD, test_ND)
+        require_finite(train_MD, what="training images")
+        require_finite(test_ND, what="test images")
         if alone:
             similarities_NK, neighbours_NK = other_neighbours(train_MD, k=k)
         else:

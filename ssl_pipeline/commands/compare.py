@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Self
@@ -19,11 +19,12 @@ from ssl_pipeline.config import COMPARISONS, Config, Seed, run_command
 from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
+from ssl_pipeline.eval.measures import format_table, percent
 from ssl_pipeline.eval.protocol import write_report
-from ssl_pipeline.eval.table import EVALUATORS, MODELS, format_table, percent, read_top1
+from ssl_pipeline.eval.results import differing
+from ssl_pipeline.eval.table import EVALUATORS, MODELS, WITH_BASELINES, read_run, top1_of
 from ssl_pipeline.files import JSON, write_json, write_text
 
-PROTOCOLS = {name: EVALUATORS[name] for name in ("knn", "linear")}
 COURSES = {"knn_top1": "k-NN", "classifier_top1": "own classifier"}
 CURVE_POINTS = 6
 
@@ -106,28 +107,38 @@ class Comparison:
     """Of methods that learn to classify: the last top-1 of their own classifier, one per seed."""
     curves: dict[str, dict[str, list[tuple[float, float]]]]
     """Metric of a monitor -> run that has this monitor -> epoch and top-1 while it lasted, mean over seeds."""
+    protocols: dict[str, list[str]] = field(default_factory=dict)
+    """Evaluator -> settings in which the protocols of the runs of one seed differ, where they do."""
 
 
 def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> Comparison:
     """Run and measure everything; `pretrain` runs one list of arguments."""
     found = Comparison({}, {}, {metric: {} for metric in COURSES})
+    protocols: dict[tuple[str, int], dict[str, dict[str, JSON]]] = {
+        (evaluator, seed): {} for evaluator in WITH_BASELINES for seed in config.seeds
+    }
     for name, arguments in config.arguments().items():
-        scores: dict[str, dict[str, list[float]]] = {key: {model: [] for model in MODELS} for key in PROTOCOLS}
+        scores: dict[str, dict[str, list[float]]] = {key: {model: [] for model in MODELS} for key in WITH_BASELINES}
         rows = []
         for seed in config.seeds:
             run, fill = config.output / f"{name}-seed{seed}", _filling(config, seed)
             pretrain([*map(fill, arguments), f"seed={seed}", f"output={run}"])
             _evaluate(config, run, train=fill(config.train))
-            measured = read_top1(run)
-            for evaluator in PROTOCOLS:
+            reports = read_run(run)
+            top1 = top1_of(reports, run)
+            for evaluator in WITH_BASELINES:
+                protocols[evaluator, seed][run.name] = reports[evaluator]["protocol"]
                 for model in MODELS:
-                    scores[evaluator][model].append(measured[evaluator][model])
+                    scores[evaluator][model].append(top1[evaluator][model])
             rows.append(_read_metrics(run))
         found.top1[name] = scores
         found.classifier[name] = [row[-1]["classifier_top1"] for row in rows if row and "classifier_top1" in row[-1]]
         for metric, curves in found.curves.items():
             if course := _course(rows, metric):
                 curves[name] = course
+    for (evaluator, _), of_runs in protocols.items():  # of one seed: another may have drawn other labels
+        if evaluator not in found.protocols and (lines := differing(of_runs)):
+            found.protocols[evaluator] = lines
     return found
 
 
@@ -135,7 +146,8 @@ def summary(found: Comparison, seeds: int) -> str:
     """One row per run and evaluator: raw pixels, random initialisation, pretrained; mean and spread over seeds."""
     rows = []
     for name, scores in found.top1.items():
-        for evaluator, title in PROTOCOLS.items():
+        for evaluator in WITH_BASELINES:
+            title = EVALUATORS[evaluator]
             rows.append((name, title, *(_mean_and_spread(scores[evaluator][model]) for model in MODELS)))
         if found.classifier[name]:
             rows.append((name, "own classifier top-1", "-", "-", _mean_and_spread(found.classifier[name])))
@@ -149,6 +161,12 @@ def summary(found: Comparison, seeds: int) -> str:
         if curves:
             lines += ["", f"{COURSES[metric]} top-1 in percent during the runs, as its monitor has it (epoch: top-1):"]
             lines += [f"  {name}: {_curve(points)}" for name, points in curves.items()]
+    for evaluator, settings in found.protocols.items():
+        lines += [
+            "",
+            f"warning: The protocols of {EVALUATORS[evaluator]} differ, so its figures say less of the methods:",
+        ]
+        lines += [f"  {setting}" for setting in settings]
     return "\n".join(lines)
 
 

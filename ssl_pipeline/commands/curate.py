@@ -77,8 +77,8 @@ def curate(config: CurateConfig) -> None:
     _check_counts(config, len(index))
     with process_group():
         say(f"{model.label}: {model.weights or model.about.get('images')}")
-        features_ND = features_of(index, model, config, "images")
-        seeds_MD = None if seeds is None else features_of(seeds, model, config, "seeds")
+        features_ND = features_of(index, model, config, "images", shards=config.shards)
+        seeds_MD = None if seeds is None else features_of(seeds, model, config, "seeds", shards=config.seeds)
         if rank() > 0:
             return
     if seeds is not None and seeds_MD is not None:

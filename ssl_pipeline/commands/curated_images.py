@@ -13,11 +13,12 @@ from ssl_pipeline.config import ConfigError, printable
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.subset import open_subset, write_keep
+from ssl_pipeline.data_tools.features import PassChoice, engine_pass
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, open_model
-from ssl_pipeline.eval.features.passes import PassConfig, choose_device, feature_pass
+from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import look_at_first
 from ssl_pipeline.eval.page.html import page, paragraph, picture, pictures, section
 from ssl_pipeline.eval.page.pictures import thumbnail
@@ -26,7 +27,7 @@ from ssl_pipeline.files import JSON, write_text
 MOST_SHOWN = 16  # pictures of one group
 
 
-class CurationConfig(PassConfig):
+class CurationConfig(PassChoice):
     """Shards, a model that says what is alike, and the file to write."""
 
     shards: str
@@ -76,13 +77,17 @@ def open_others(shards: str, key: str) -> ShardIndex:
 
 
 def features_of(
-    index: ShardIndex, model: EvaluatedModel, config: CurationConfig, what: str, *, kept: bool = True
+    index: ShardIndex, model: EvaluatedModel, config: CurationConfig, what: str, *, shards: str | None
 ) -> Tensor:
-    """Features (N, D), memory-mapped; computed the first time, by all processes. Those that are not kept are computed
-    by this process alone, in memory."""
-    if kept:
+    """Features (N, D) of the images of `shards`, memory-mapped; computed the first time, by all processes.
+
+    Those of images without a place (shards=None) are computed by this process alone, in memory.
+    """
+    if shards is not None:
         network, place = FeatureKinds(model.backbone), config.cache_directory
-        return feature_pass(place, model, network, index, config, description=what).features["pooled"]
+        keep = config.keep if shards == config.shards else None
+        found = engine_pass(place, model, network, index, config, shards=shards, keep=keep, description=what)
+        return found.features["pooled"]
     features_ND, _ = extract_features(
         model.backbone,
         index,

@@ -66,8 +66,8 @@ def deduplicate(config: DeduplicateConfig) -> None:
     test = None if config.against is None else open_others(config.against, "against")
     with process_group():
         say(f"{model.label}: {model.weights or model.about.get('images')}")
-        features_ND = features_of(index, model, config, "images")
-        test_MD = None if test is None else features_of(test, model, config, "against")
+        features_ND = features_of(index, model, config, "images", shards=config.shards)
+        test_MD = None if test is None else features_of(test, model, config, "against", shards=config.against)
         if rank() > 0:
             return
     check = PixelCheck(index, least=config.pixels)
@@ -155,7 +155,7 @@ def _planted(
     samples = np.array(chosen_to_copy(len(index), config.planted))
     with TemporaryDirectory() as name:
         copies = plant(index, samples.tolist(), Path(name))
-        copies_MD = features_of(copies, model, config, "copies", kept=False)
+        copies_MD = features_of(copies, model, config, "copies", shards=None)
         nearest = _matches(copies_MD, features_ND, config.threshold, PixelCheck(copies, index, least=config.pixels))
     originals_M = np.tile(samples, len(ALTERATIONS))
     right = groups.number_of[nearest.others] == groups.number_of[originals_M[nearest.samples]]

@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 
-from ssl_pipeline.backbones import Backbone, BackboneConfig, TokenBackbone, create_backbone
+from ssl_pipeline.backbones import ARCHITECTURE, Backbone, BackboneConfig, TokenBackbone, create_backbone
 from ssl_pipeline.backbones.exported import takes_export
 from ssl_pipeline.backbones.networks import batch_norms
 from ssl_pipeline.backbones.weights import find_in_run, is_tag
@@ -41,6 +41,7 @@ OWN = ("weights", "train", "test", "recipe", "output")
 STANDS_FOR = {"weights": "backbone.weights", "train": "data.shards", "test": "classifier.val"}
 RECIPE_OF = {"vit": "finetune_vit_small", "cnn": "finetune_cnn_small"}
 MEASURED_EVERY = "10%"
+KEPT = ("drop_path", "frozen_batch_norm")
 
 
 class FinetuneConfig(PretrainConfig):
@@ -103,22 +104,22 @@ def _look_up(weights: str, given: Mapping[str, str]) -> tuple[str, Known]:
     place = Path(weights).expanduser()
     name, _, tag = weights.partition(".")
     if is_tag(weights):
-        network = given.get("backbone.name", name if tag else None)
-        full = weights if tag else f"{network}.{weights}"
-        published = timm.get_pretrained_cfg(full, allow_unregistered=False) if network else None
+        architecture = given.get("backbone.name", name if tag else None)
+        full = weights if tag else f"{architecture}.{weights}"
+        published = timm.get_pretrained_cfg(full, allow_unregistered=False) if architecture else None
         if published is None or not published.architecture:
             return weights, Known()  # told by those who look for the weights
         size = published.input_size[-1]
-        return tag or weights, Known({"name": network}, size, published.mean, published.std)
+        return tag or weights, Known({"name": architecture}, size, published.mean, published.std)
     which = given.get("backbone.weights_from")
     export = place / "backbone.json"
     if place.is_dir() and export.is_file() and takes_export(place, which=which):
         about = json.loads(export.read_bytes())
-        network = {key: about[key] for key in ("name", "arguments", "small_images")}
+        network = {key: about[key] for key in ARCHITECTURE}
         return weights, Known(network, about["size"], about["mean"], about["std"])
     if place.is_dir() and ((place / "checkpoints").is_dir() or (place / "manifest.json").is_file()):
         _, _, saved = find_in_run(place, which=which)
-        network = {key: saved.config[key] for key in ("name", "arguments", "small_images")}
+        network = {key: saved.config[key] for key in ARCHITECTURE}
         return weights, Known(network, saved.size, saved.mean, saved.std)
     return weights, Known()
 
@@ -158,7 +159,7 @@ def _described(known: Known, given: Mapping[str, str]) -> dict[str, str]:
 def _kept(recipe: Tree, network: Backbone) -> dict[str, str]:
     """What the recipe says of any backbone, for the one of the weights, whose name would drop it."""
     section = recipe.get("backbone")
-    kept = {key: section[key] for key in ("drop_path", "frozen_batch_norm") if key in section} if section else {}
+    kept = {key: section[key] for key in KEPT if key in section} if isinstance(section, dict) else {}
     if not batch_norms(network):
         kept.pop("frozen_batch_norm", None)
     return {f"backbone.{key}": json.dumps(value) for key, value in kept.items()}

@@ -17,7 +17,17 @@ import numpy as np
 import torch
 
 from ssl_pipeline.commands.trial import expected_time
-from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, Value, printable, read_recipe, read_yaml
+from ssl_pipeline.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    Tree,
+    Value,
+    launched_rank,
+    printable,
+    read_recipe,
+    read_yaml,
+)
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data_tools.packed_once import IN_A_RUN, is_packed, look_at, pack_once
@@ -78,7 +88,7 @@ def expand(
     index = open_shards(shards)
     side = int(np.median(index.sizes().min(axis=1)))
     chosen, why = choose_recipe(len(index), side, given, has_gpu=torch.cuda.is_available())
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank() == "0":
         expected = ""
         if timed is not None and given.get("train.steps", "null") == "null":
             processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -101,7 +111,7 @@ def watch_labels(shards: str, given: Mapping[str, str]) -> list[str]:
     few = len(index) <= WATCHED_K or index.label_problem() is not None or len(np.unique(index.labels())) < 2
     if few or any(key == "knn" or key.startswith("knn.") for key in given):
         return []
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank() == "0":
         print(
             f"The images have labels, so the run measures k-NN on up to {WATCHED:,} of them, each by all others, every "
             f"{WATCHED_EVERY} (knn_top1 in the log); it does not learn from them. knn=null leaves that out.",
@@ -167,7 +177,7 @@ def shards_of(
     if holds_shards(images):
         return images
     source = images if images == DIGITS else str(Path(images).expanduser())
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank() == "0":
         files = open_files(source, key=key)
         side = None if is_packed(output) else short_side(files)
         return str(pack_once(source, output, key=key, way_out=way_out, short_side=side, opened=files))
@@ -176,7 +186,7 @@ def shards_of(
     return str(pack_once(source, output, key=key, way_out=way_out))
 
 
-def open_source(source: str, cache: Path) -> ShardIndex:
+def open_source(source: str, cache: Path) -> tuple[str, ShardIndex]:
     """The images of a folder or a zip, packed once into `cache`, or of shards; ConfigError if there are none."""
     path = Path(source)
     if path.is_dir() or path.suffix == ".zip":
@@ -186,7 +196,7 @@ def open_source(source: str, cache: Path) -> ShardIndex:
     index = open_shards(source)
     if not len(index):
         raise ConfigError(f"source={source} has no images.")
-    return index
+    return source, index
 
 
 def _short_side(files: Source, recipe: str, given: Mapping[str, str]) -> int | None:

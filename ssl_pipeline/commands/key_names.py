@@ -18,6 +18,7 @@ from ssl_pipeline.config.sentences import UNKNOWN_KEY
 
 CLASS = re.compile(r"^class (\w+)\(([\w, ]*)\):\n((?:[ ]{4}.*\n|[ ]*\n)*)", re.MULTILINE)
 FIELD = re.compile(r"^    ([a-z]\w*): ((?!ClassVar).*)$", re.MULTILINE)
+DOCSTRING = re.compile(r'""".*?"""', re.DOTALL)
 PRETRAIN, BASE, METHOD = "PretrainConfig", "Config", "MethodConfig"
 
 
@@ -34,7 +35,7 @@ def sections_in_sources(package: Path = PACKAGE) -> dict[str, Section]:
     found = {}
     for path in sorted(package.rglob("*.py")):
         for name, bases, body in CLASS.findall(path.read_text(encoding="utf-8")):
-            found[name] = Section(tuple(filter(None, bases.split(", "))), dict(FIELD.findall(body)))
+            found[name] = Section(tuple(filter(None, bases.split(", "))), dict(FIELD.findall(DOCSTRING.sub("", body))))
     return found
 
 

@@ -51,7 +51,7 @@ def predict(config: PredictConfig) -> None:
         raise ConfigError(f"output={config.output} exists. Choose another name, or set overwrite=true.")
     opened = open_classifier(config)
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    index = open_source(config.source, config.output.with_name(f"{config.output.name}.cache"))
+    _, index = open_source(config.source, config.output.with_name(f"{config.output.name}.cache"))
     look_at_first(index, opened.preprocessing.size)
     print(printable(f"{opened.label}: {opened.about['weights']}"), flush=True)
     columns = ("key", "sample_id", "file", "label", "name", "probability", *_columns(opened.names_beside(None)))

@@ -28,6 +28,7 @@ from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_t
 from ssl_pipeline.commands.find_lr import find_lr
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
+from ssl_pipeline.commands.pages_on_the_way import PagesOnTheWay
 from ssl_pipeline.config import (
     RECIPES,
     Config,
@@ -68,7 +69,7 @@ from ssl_pipeline.training.preflight import (
     evaluation_size,
     run_facts,
 )
-from ssl_pipeline.training.remarks import remarks
+from ssl_pipeline.training.remarks import about_accumulation, remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 
@@ -110,6 +111,8 @@ class PretrainConfig(Config):
     into the run's directory, suggests optim.lr, and begins no run."""
     wandb: MayChange[bool] = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
+    report: MayChange[bool] = False
+    """Whether another process writes the run's page, report/index.html, after each checkpoint, at low priority."""
 
     @model_validator(mode="after")
     def _output_is_known(self) -> PretrainConfig:
@@ -231,6 +234,9 @@ def _pretrain(config: PretrainConfig) -> int:
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights
         starting.close()
+        pages = PagesOnTheWay(output) if config.report and directory is not None else None
+        if pages is not None:
+            stack.callback(pages.stop)
         run = Run(
             method=method,
             preprocessing=preprocessing,
@@ -243,7 +249,7 @@ def _pretrain(config: PretrainConfig) -> int:
             train=config.train,
             seed=config.seed,
             accelerator=accelerator,
-            output=Output(output, directory, config, identity, config.wandb, about),
+            output=Output(output, directory, config, identity, config.wandb, about, saved=pages or (lambda: None)),
             monitors=monitors,
             start=Start(started, index_seconds),
         )
@@ -253,6 +259,8 @@ def _pretrain(config: PretrainConfig) -> int:
         else:
             signal_number = train(run)
         if signal_number == 0 and directory is not None:
+            if pages is not None:
+                pages.finish()
             own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
             print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
             if own is not None:
@@ -295,6 +303,11 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"output: {config.run_directory} (settings in config.yaml, metrics in metrics.jsonl)",
         flush=True,
     )
+    told = about_accumulation(
+        method, accumulate=config.train.accumulate, micro_batch=clock.global_batch // config.train.accumulate
+    )
+    if told is not None:
+        print(printable(told), flush=True)
     for remark in remarks(config.method, config.optim, config.augment, clock):
         print(printable(f"warning: {remark}"), flush=True)
 

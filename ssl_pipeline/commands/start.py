@@ -6,13 +6,12 @@ of the keys. What the values of a section may be stands beside the class that re
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
 
 from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
-from ssl_pipeline.config import RECIPES, recipe_files, refuse, without_flags
+from ssl_pipeline.config import RECIPES, launched_rank, recipe_files, refuse, without_flags
 from ssl_pipeline.config.arguments import pairs_and_recipe
 from ssl_pipeline.config.base import SettingsError
 from ssl_pipeline.run.launcher import have_the_last_word, watch_launcher
@@ -44,7 +43,7 @@ def start(name: str, usage: Callable[[str], str], module: str) -> int:
 
     usage: what a call without arguments shows, for the name that the command is called by.
     """
-    launcher, first = watch_launcher(), os.environ.get("RANK", "0") == "0"
+    launcher, first = watch_launcher(), launched_rank() == "0"
     arguments = sys.argv[1:]
     if not arguments:
         print(usage(name))

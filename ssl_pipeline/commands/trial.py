@@ -27,6 +27,7 @@ SHORT: Tree = {  # what a trial has of its own
     "images": None,
     "wandb": False,
     "find_lr": False,
+    "report": False,
     "knn": None,
     "spectrum": None,
     "classifier": None,

@@ -96,7 +96,7 @@ def adjusted_rand(counts_KC: Counts) -> float:
 
 def match(counts_KC: Counts) -> Counts:
     """The class of each cluster (K,), -1 for none, of the one-to-one matching with most images (Hungarian method)."""
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     clusters, classes = linear_sum_assignment(counts_KC, maximize=True)
     matched_K = np.full(len(counts_KC), -1, dtype=np.int64)
@@ -111,10 +111,11 @@ def _entropy(shares: NDArray[np.float64]) -> float:
 
 def cluster(features_ND: Tensor, labels_N: Tensor, *, num_classes: int, config: ClusteringConfig) -> Found:
     """The figures: means and spreads over runs, the interval of the accuracy over images."""
-    require_finite(features_ND, features_ND[:1])
+    require_finite(features_ND, task="Clustering")
     num_clusters = config.clusters or num_classes
     unit_ND = normalize(features_ND, dim=1)
-    hits, found = [], {"matched_accuracy": [], "nmi": [], "ari": [], "mean_squared_distance": []}
+    hits: list[Tensor] = []
+    found: dict[str, list[float]] = {"matched_accuracy": [], "nmi": [], "ari": [], "mean_squared_distance": []}
     for run in range(config.runs):
         clusters_N, distance = k_means(
             unit_ND, num_clusters, iterations=config.iterations, restarts=config.restarts, seed=config.seed + run

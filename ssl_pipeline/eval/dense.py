@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.config import ConfigError, printable, run_command
-from ssl_pipeline.eval.dense_measures import DenseConfig, DenseSets, measure_dense, open_sets
+from ssl_pipeline.eval.dense_measures import measure_dense
+from ssl_pipeline.eval.dense_sets import DenseConfig, DenseSets, choose_patches, open_sets
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import feature_pass
@@ -31,11 +32,17 @@ def evaluate_dense(config: DenseConfig) -> tuple[Measured[Found], dict[str, JSON
     model = open_model(config)
     grid, warnings = _grid_of(model)
     sets = open_sets(config)
+    patches = choose_patches(sets, grid, config)
     say(warnings)
     print(printable(f"{model.label}: {model.weights}"), flush=True)
+
+    def measure(one: EvaluatedModel) -> Found:
+        with _map_features(config, one, sets) as (train_ILD, test_ILD):
+            return measure_dense(train_ILD, test_ILD, patches, sets=sets, grid=grid, config=config)
+
     baselines = baselines_of(model) if config.baselines else {}
     found = {
-        name: (baseline, _measure(config, baseline, sets, grid))
+        name: (baseline, measure(baseline))
         for name, baseline in baselines.items()
         if isinstance(baseline.backbone, Backbone)  # raw pixels are no patches
     }
@@ -54,7 +61,7 @@ def evaluate_dense(config: DenseConfig) -> tuple[Measured[Found], dict[str, JSON
     }
     own = set(DenseConfig.model_fields) - set(ReportConfig.model_fields)
     settings = config.model_dump(include=own - {"source", "images", "masks", "train", "test"}, mode="json")
-    return Measured(model.label, _measure(config, model, sets, grid), found, protocol), settings
+    return Measured(model.label, measure(model), found, protocol), settings
 
 
 def _grid_of(model: EvaluatedModel) -> tuple[tuple[int, int], list[str]]:
@@ -73,11 +80,6 @@ def _grid_of(model: EvaluatedModel) -> tuple[tuple[int, int], list[str]]:
         f"'{backbone.name}' has no patch tokens: the {rows} x {columns} places of its last map are taken, each for "
         f"{size // rows} pixels of {size}."
     ]
-
-
-def _measure(config: DenseConfig, model: EvaluatedModel, sets: DenseSets, grid: tuple[int, int]) -> Found:
-    with _map_features(config, model, sets) as (train_ILD, test_ILD):
-        return measure_dense(train_ILD, test_ILD, sets, grid, config)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.data.decode import decoded_size
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.headers import image_extension
 from ssl_pipeline.files import sha256_of_bytes
@@ -69,8 +70,7 @@ class DenseImages:
         """The number of each pixel (H, W); DataError if it is no mask, or one of another size than its image."""
         name, mask_name = self.pairs[sample]
         pixels = _read_mask(_bytes(self.source, mask_name), f"'{mask_name}' of {self.source}")
-        with Image.open(io.BytesIO(_bytes(self.source, name))) as image:
-            height, width = image.height, image.width
+        height, width = decoded_size(_bytes(self.source, name))
         if pixels.shape != (height, width):
             raise DataError(
                 f"A mask must have the size of its image. '{mask_name}' of {self.source} has "

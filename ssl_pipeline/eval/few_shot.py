@@ -94,9 +94,11 @@ def _logistic_weights(train_MD: Tensor, labels_M: Tensor, *, inverse_penalty: fl
 
 def few_shot(features: LabelledFeatures, config: FewShotConfig) -> Found:
     """The accuracy for each number of labelled images: mean and spread over draws, interval over test images."""
-    require_finite(features.train, features.test)
+    require_finite(features.train, task="Few-shot evaluation", what="training images")
+    require_finite(features.test, task="Few-shot evaluation", what="test images")
     measures, by_draw = [], {}
-    for count in (*config.per_class, *config.fractions):
+    counts: tuple[int | str, ...] = (*config.per_class, *config.fractions)
+    for count in counts:
         hits_SN = torch.stack(
             [_hits(features, count, seed=config.seed + draw, config=config) for draw in range(config.draws)]
         )
@@ -132,8 +134,13 @@ def _hits(features: LabelledFeatures, count: int | str, *, seed: int, config: Fe
 def evaluate_few_shot(config: FewShotConfig) -> tuple[Measured[Found], dict[str, JSON]]:
     """What is found, and the evaluator's part of the protocol."""
     images = open_labelled(config.train, config.test, task="few-shot evaluation")
-    config = config.model_copy(update={"per_class": _fitting(config, images)})
-    settings = {
+    config = fitted(config, images)
+    return measure_models(config, images, lambda features: few_shot(features, config)), few_shot_settings(config)
+
+
+def few_shot_settings(config: FewShotConfig) -> dict[str, JSON]:
+    """The evaluator's part of the protocol."""
+    return {
         "classifier": config.classifier,
         "per_class": config.per_class,
         "fractions": config.fractions,
@@ -141,11 +148,10 @@ def evaluate_few_shot(config: FewShotConfig) -> tuple[Measured[Found], dict[str,
         "seed": config.seed,
         **({"inverse_penalty": config.inverse_penalty} if config.classifier == "logistic" else {}),
     }
-    return measure_models(config, images, lambda features: few_shot(features, config)), settings
 
 
-def _fitting(config: FewShotConfig, images: LabelledImages) -> tuple[int, ...]:
-    """The numbers that every class has, with a warning for the others; ConfigError if nothing is left to measure."""
+def fitted(config: FewShotConfig, images: LabelledImages) -> FewShotConfig:
+    """With the numbers that every class has, a warning for the others; ConfigError if nothing is left to measure."""
     _, counts = images.train_labels.unique(return_counts=True)
     fewest = int(counts.min())
     fitting = tuple(count for count in config.per_class if count <= fewest)
@@ -156,7 +162,7 @@ def _fitting(config: FewShotConfig, images: LabelledImages) -> tuple[int, ...]:
         say([f"{said}; left out."])
     if not fitting and not config.fractions:
         raise ConfigError("Few-shot evaluation needs per_class=1,2,... or fractions=1%,... Got neither.")
-    return fitting
+    return config.model_copy(update={"per_class": fitting})
 
 
 def main(config: FewShotConfig) -> None:

@@ -19,7 +19,7 @@ from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
-from ssl_pipeline.eval.measures import format_table, percent, with_interval
+from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
 from ssl_pipeline.eval.monitors import MonitorConfig
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
@@ -182,12 +182,28 @@ def knn_json(config: VotesConfig, found: ByTemperature, num_test: int) -> dict[s
     intervals = {str(k): bootstrap_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
     several = {str(temperature): {str(k): by_k[k] for k in by_k} for temperature, by_k in found.items()}
     return {
+        "measures": measures_json(_measures(found, num_test)),
         **by_k[config.k[0]],
         "top1_interval": intervals[str(config.k[0])],
         "by_k": several[str(config.temperatures[0])],
         "top1_interval_by_k": intervals,
         **({"by_temperature": several} if len(several) > 1 else {}),
     }
+
+
+def _measures(found: ByTemperature, num_test: int) -> list[Measure]:
+    """Top-1 and top-5 of each k, and of each temperature where there are several."""
+    return [
+        Measure(
+            f"{name}_k{k}" + (f"_temperature{temperature:g}" if len(found) > 1 else ""),
+            f"{name.replace('top', 'top-')}, k={k}" + (f", temperature {temperature:g}" if len(found) > 1 else ""),
+            percents[name],
+            interval=bootstrap_interval(percents[name], num_test),
+        )
+        for temperature, by_k in found.items()
+        for k, percents in by_k.items()
+        for name in ("top1", "top5")
+    ]
 
 
 def _table(
@@ -263,7 +279,8 @@ class KnnMonitor:
         else:
             val_ND = self._features(backbone, self.images.test, "validation", None)
             val_labels_N = self.images.test_labels
-        require_finite(train_MD, val_ND)
+        require_finite(train_MD, what="training images")
+        require_finite(val_ND, what="validation images")
         with failing_together(self.device):
             share = slice(rank(), None, world_size())
             device = search_device(train_MD, val_ND[share], self.device)

@@ -52,12 +52,9 @@ def measures_json(measures: Sequence[Measure]) -> list[JSON]:
     return [asdict(measure) for measure in measures]
 
 
-def measures_of(result: Mapping[str, JSON]) -> list[JSON]:
+def measures_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The measures of one model's part of a report; of a report without a list of them its top-1 and top-5."""
-    listed = result.get("measures")
-    if isinstance(listed, Sequence) and not isinstance(listed, str):
-        return list(listed)
-    return [
+    return result.get("measures") or [
         {
             "name": name,
             "title": title,

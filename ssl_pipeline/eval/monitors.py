@@ -14,7 +14,7 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.accuracy import top_k_accuracy
-from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.features.extract import Precision, eval_mode, extract_features
 from ssl_pipeline.eval.labelled import (
     classes_of,
     evenly_spread,
@@ -93,7 +93,8 @@ class ClassifierMonitor:
             precision=self.precision,
             description="classifier, validation images",
         )
-        scores = self.classifier(features.to(self.device)).cpu()
+        with eval_mode(self.classifier):
+            scores = self.classifier(features.to(self.device)).cpu()
         return {f"classifier_{name}": percent for name, percent in top_k_accuracy(scores, self.labels).items()}
 
 

@@ -22,6 +22,7 @@ from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open
 from ssl_pipeline.eval.features.passes import PassConfig, choose_device, feature_pass
 from ssl_pipeline.eval.labelled import LabelledImages
 from ssl_pipeline.eval.measures import Found, measures_of, measures_table
+from ssl_pipeline.eval.results import Report, add_results, protocol_hash
 from ssl_pipeline.files import JSON, write_json
 
 Result = TypeVar("Result")
@@ -215,22 +216,23 @@ def write_report(config: ReportConfig, name: str, report: dict[str, JSON]) -> No
 def write_report_to(
     directory: Path, name: str, report: Mapping[str, JSON], *, which: str | None = None, step: int | None = None
 ) -> None:
-    """`directory/eval/NAME.json`, with what `which` or `step` picks in its name."""
+    """`directory/eval/NAME.json`, with what `which` or `step` picks in its name, and its rows in results.csv."""
     picked = ([which] if which else []) + ([f"step-{step}"] if step else [])
     path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, in_regular_shape(name, report))
+    shaped = in_regular_shape(name, report)
+    write_json(path, shaped)
+    add_results(path.parent, shaped)
     print(f"written to {path}")
 
 
-def in_regular_shape(evaluator: str, report: Mapping[str, JSON]) -> dict[str, JSON]:
-    """A report with the name of its evaluator and with `measures` of the model and of each baseline."""
-    baselines = report.get("baselines")
-    assert isinstance(baselines, Mapping)
-    shaped = {name: {**_mapping(of), "measures": measures_of(_mapping(of))} for name, of in baselines.items()}
-    return {"evaluator": evaluator, **report, "measures": measures_of(report), "baselines": shaped}
-
-
-def _mapping(value: JSON) -> Mapping[str, JSON]:
-    assert isinstance(value, Mapping)
-    return value
+def in_regular_shape(evaluator: str, report: Report) -> dict[str, JSON]:
+    """A report with its evaluator's name, a hash of its protocol, and `measures` of the model and of each baseline."""
+    baselines = {name: {**of, "measures": measures_of(of)} for name, of in report["baselines"].items()}
+    return {
+        "evaluator": evaluator,
+        "protocol_hash": protocol_hash(evaluator, report["protocol"]),
+        **report,
+        "measures": measures_of(report),
+        "baselines": baselines,
+    }

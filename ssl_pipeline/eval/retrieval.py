@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.eval.accuracy import bootstrap_interval, bootstrap_mean_interval
 from ssl_pipeline.eval.features.passes import choose_device
-from ssl_pipeline.eval.labelled import open_labelled, say
+from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.measures import Found, Measure
 from ssl_pipeline.eval.protocol import EvaluationConfig, LabelledFeatures, Measured, conclude, measure_models
 from ssl_pipeline.eval.search.neighbours import (
@@ -98,7 +98,8 @@ def rank_first(bank_MD: Tensor, queries_ND: Tensor, *, config: RetrievalConfig, 
 
 def retrieve(features: LabelledFeatures, config: RetrievalConfig) -> Found:
     """Mean average precision and recall at each k, with intervals over the queries."""
-    require_finite(features.train, features.test)
+    require_finite(features.train, task="Retrieval", what="training images")
+    require_finite(features.test, task="Retrieval", what="test images")
     place = search_device(features.train, features.test, choose_device(config.device))
     bank_MD, queries_ND = (normalize(part.to(place), dim=1) for part in (features.train, features.test))
     labels_M, query_labels_N = features.train_labels.to(place), features.test_labels.to(place)
@@ -127,6 +128,12 @@ def retrieve(features: LabelledFeatures, config: RetrievalConfig) -> Found:
 def evaluate_retrieval(config: RetrievalConfig) -> tuple[Measured[Found], dict[str, JSON]]:
     """What is found, and the evaluator's part of the protocol."""
     images = open_labelled(config.train, config.test, task="retrieval", shared=not config.leave_one_out)
+    require_enough(config, images)
+    return measure_models(config, images, lambda features: retrieve(features, config)), retrieval_settings(config)
+
+
+def require_enough(config: RetrievalConfig, images: LabelledImages) -> None:
+    """Raise ConfigError if there are fewer images than are counted; say which cannot be found."""
     deepest, others = max(*config.recall_at, config.depth or 1), len(images.train) - config.leave_one_out
     if deepest > others:
         raise ConfigError(
@@ -137,12 +144,15 @@ def evaluate_retrieval(config: RetrievalConfig) -> tuple[Measured[Found], dict[s
         _, counts = images.train_labels.unique(return_counts=True)
         if alone := int((counts == 1).sum()):
             say([f"{alone:,} images of {config.train} are the only ones of their class, and count as not found."])
-    settings: dict[str, JSON] = {
+
+
+def retrieval_settings(config: RetrievalConfig) -> dict[str, JSON]:
+    """The evaluator's part of the protocol."""
+    return {
         "ranking": "cosine of the features, equally similar images by their number",
         "average_precision": "trapezoids, as of the revisited Oxford and Paris",
         **config.model_dump(include={"leave_one_out", "recall_at", "depth"}),
     }
-    return measure_models(config, images, lambda features: retrieve(features, config)), settings
 
 
 def main(config: RetrievalConfig) -> None:

@@ -45,6 +45,7 @@ class AdaMatch(FewLabels):
 
     config_class = AdaMatchConfig
     config: AdaMatchConfig
+    coupled_by = "the relative threshold and the distribution of classes"
 
     def __init__(self, config: AdaMatchConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)

@@ -46,6 +46,10 @@ class Method(nn.Module):
     projected: ClassVar[tuple[str, ...]] = ()
     """Trained parameters that `after_step` may change, by name: SwAV's prototypes, which it puts on the sphere."""
 
+    coupled_by: ClassVar[str] = ""
+    """What in the loss ties the images of a micro-batch together, in words, batch norm aside; empty where it is a mean
+    over images, so that k micro-batches are one big batch."""
+
     classifier: nn.Linear | None = None
     """Features (B, D) of `backbone` -> (B, classes), where a method learns to classify; evaluated with it."""
 

@@ -74,6 +74,7 @@ class DINOv2(Method):
     """
 
     config_class = DINOv2Config
+    coupled_by = "the assignment of images to prototypes, and KoLeo's neighbours"
 
     def __init__(self, config: DINOv2Config, backbone: Backbone) -> None:
         super().__init__()

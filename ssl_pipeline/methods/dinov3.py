@@ -61,6 +61,7 @@ class DINOv3(Method):
     """
 
     config_class = DINOv3Config
+    coupled_by = "the assignment of images to prototypes, and KoLeo's neighbours"
 
     def __init__(self, config: DINOv3Config, backbone: Backbone) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class FreeMatch(WeakToStrong):
     config_class = FreeMatchConfig
     config: FreeMatchConfig
     weighting: SelfAdaptiveThresholds
+    coupled_by = "the fairness of classes"
 
     def prepare(self, facts: RunFacts) -> None:
         config, num_classes = self.config, self.learn_classes(facts)

@@ -41,6 +41,7 @@ class MixMatch(FewLabels):
 
     config_class = MixMatchConfig
     config: MixMatchConfig
+    coupled_by = "what images are mixed with"
     needs = (Views("weak", evaluated=True), Views("weak", labelled=True))
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:

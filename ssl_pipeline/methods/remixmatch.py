@@ -56,6 +56,7 @@ class ReMixMatch(FewLabels):
 
     config_class = ReMixMatchConfig
     config: ReMixMatchConfig
+    coupled_by = "the distribution of classes, and what images are mixed with"
 
     def __init__(self, config: ReMixMatchConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)

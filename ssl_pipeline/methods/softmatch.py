@@ -26,6 +26,7 @@ class SoftMatch(WeakToStrong):
 
     config_class = SoftMatchConfig
     config: SoftMatchConfig
+    coupled_by = "the distribution of classes"
 
     def prepare(self, facts: RunFacts) -> None:
         config, num_classes = self.config, self.learn_classes(facts)

@@ -55,6 +55,9 @@ class SupervisedConfig(Config):
     from the last to the first; 0: all from the start."""
     frozen_backbone: bool = False
     """Feature extraction: the backbone stays as it begins, in evaluation mode, and the classifier learns alone."""
+    head_batch_norm: bool = False
+    """Whether batch norm without parameters stands before the classifier (MAE's linear probe); what is exported has it
+    in its weights."""
     teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps; 0 evaluates the weights themselves."""
 
@@ -74,6 +77,7 @@ class Supervised(Method):
     """
 
     config_class = SupervisedConfig
+    coupled_by = "what images are mixed with"
 
     def __init__(self, config: SupervisedConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ class Supervised(Method):
         self.needs = (Views(self.group, count=1, labelled=beside, with_labels=not beside, evaluated=True),)
         if config.frozen_backbone:
             backbone.freeze()
-        self.pair = ClassifierPair(backbone, config.num_classes)
+        self.pair = ClassifierPair(backbone, config.num_classes, head_batch_norm=config.head_batch_norm)
 
     def prepare(self, facts: RunFacts) -> None:
         self.pair.prepare(facts, self.config.num_classes, one_pass=(self.group,))

@@ -38,6 +38,7 @@ class UDA(FewLabels):
     config_class = UDAConfig
     config: UDAConfig
     needs = WEAK_AND_STRONG
+    coupled_by = "the mean over the labels that count"
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None

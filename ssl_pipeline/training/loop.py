@@ -9,7 +9,7 @@ the backward passes of attention and of convolutions need not give the same bits
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
+from ssl_pipeline.optim.gradient_norms import GradientNorms
 from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -143,6 +144,8 @@ class _Loop:
             keepalive=self._keepalive,
             requested=interruption.requested,
             statistics=NormStatistics(run.method) if skips else None,
+            norms=GradientNorms(run.method) if run.train.gradient_norms else None,
+            has_row=lambda position: self.reporter.is_due(position),
         )
         start = {} if saved is None else saved.state.start
         self.reporter = Reporter(run, tracker, self.times, self._keepalive, start=start)
@@ -150,10 +153,11 @@ class _Loop:
     def go(self, position: int) -> int:
         """Step until the end of the run, and export it, or until a signal; returns the signal."""
         self.position = position
-        if self.saved is not None:
-            self.reporter.log_missing(self.saved.row, position)
-        else:
-            self.reporter.log_start()
+        with self.interruption.computing():
+            if self.saved is not None:
+                self.reporter.log_missing(self.saved.row, position)
+            else:
+                self.reporter.log_start()
         signal_number = 0
         if self.clock.is_last(position):  # cut off between the last checkpoint and the export
             self.tracker.message(f"Nothing is left to train; step {self.clock.steps_made(position)} is exported.")
@@ -189,7 +193,8 @@ class _Loop:
                 self._save(row)  # before the monitors: they may fail, or outlast the time that a preempted run has
             if stopped:
                 self.write_status("preempted", f"signal {signal_number}")
-            self.reporter.finish(row, self.position, result)
+            with self.interruption.computing() if row is not None else nullcontext():
+                self.reporter.finish(row, self.position, result)
             if stopped:
                 self.tracker.message(f"Stopped by signal {signal_number} after step {step}; run again to go on.")
                 return signal_number
@@ -219,6 +224,7 @@ class _Loop:
         if self.run.output.directory is not None:
             self.run.output.directory.checkpoint = self.clock.steps_made(self.position)
             self.write_status("running")
+            self.run.output.saved()
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
         if self.run.output.directory is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -54,6 +54,9 @@ class TrainConfig(Config):
     """Newest checkpoints that are kept."""
     log_every: MayChange[int] = Field(50, ge=0)
     """Steps between logged rows; 0: none on the way. The first and the last step have one in any case."""
+    gradient_norms: MayChange[bool] = False
+    """Whether rows have the gradient norm of each layer of the backbones and of each part beside them too, before
+    clipping: `gradient_norm/student.backbone.layer03`, `gradient_norm/student.head`."""
     time_steps: MayChange[int] = Field(0, ge=0)
     """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
     profile: MayChange[int] = Field(0, ge=0, le=1000)
@@ -141,6 +144,8 @@ class Output:
     wandb: bool = False
     about: Mapping[str, JSON] = field(default_factory=dict)
     """What run.json tells of this start."""
+    saved: Callable[[], None] = lambda: None
+    """Called on rank 0 after each checkpoint; it neither takes long nor raises."""
 
     def plain_settings(self) -> dict[str, JsonValue] | None:
         """The settings for the manifest of a checkpoint."""

@@ -72,6 +72,16 @@ def test_a_run_with_arguments_of_its_own_takes_the_other_settings(tmp_path: Path
     }
 
 
+def test_protocols_that_differ_are_said() -> None:
+    scores = {"raw_pixels": [50.0], "random": [10.0], "pretrained": [70.0]}
+    found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})
+    assert "protocols" not in summary(found, 1)
+    found.protocols["knn"] = ["size: first-seed0 32, second-seed0 64"]
+    lines = summary(found, 1).splitlines()
+    assert "warning: The protocols of k-NN top-1 differ" in lines[-2]
+    assert lines[-1] == "  size: first-seed0 32, second-seed0 64"
+
+
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
     scores = {"raw_pixels": [50.0, 50.0], "random": [10.0, 20.0], "pretrained": [70.0, 80.0]}
     found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})
@@ -144,7 +154,9 @@ def test_each_seed_draws_labels_of_its_own_and_a_run_may_begin_from_another(
         measured.append(train)
         (run / "eval").mkdir()
         for name in ("knn", "linear"):
-            report = {"top1": 50.0, "baselines": {"raw_pixels": {"top1": 1.0}, "random": {"top1": 2.0}}}
+            protocol = {"train": train, "size": 16 if "alone" in run.name else 32}
+            baselines = {"raw_pixels": {"top1": 1.0}, "random": {"top1": 2.0}}
+            report = {"top1": 50.0, "baselines": baselines, "protocol": protocol}
             (run / "eval" / f"{name}.json").write_text(json.dumps(report))
 
     monkeypatch.setattr("ssl_pipeline.commands.compare._evaluate", evaluate)
@@ -159,7 +171,9 @@ def test_each_seed_draws_labels_of_its_own_and_a_run_may_begin_from_another(
             f"output={out}",
         ],
     )
-    compare(settings, record)
+    found = compare(settings, record)
+    differ = ["size: alone-seed0 16, after-seed0 32"]  # and not train, which each seed has drawn
+    assert found.protocols == {"knn": differ, "linear": differ}
     drawn = [open_shards(out / f"labels2-seed{seed}") for seed in (0, 1)]
     assert [np.bincount(np.asarray(index.labels())).tolist() for index in drawn] == [[2] * 6] * 2
     assert drawn[0].fingerprint != drawn[1].fingerprint

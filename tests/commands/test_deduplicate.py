@@ -80,7 +80,7 @@ def test_features_are_computed_once_and_an_output_is_not_replaced(shards, tmp_pa
     assert not output.with_suffix(".html").exists()
     assert call(f"shards={shards}", f"output={output}", "threshold=0.9") == 2
     assert "exists. Choose another name, or set overwrite=true." in capsys.readouterr().err
-    monkeypatch.setattr("ssl_pipeline.eval.features.passes._compute_share", None)
+    monkeypatch.setattr("ssl_pipeline.eval.features.passes.compute_rows", None)
     assert call(f"shards={shards}", f"output={output}", "threshold=0.9", "overwrite=true", "shown=0") == 0
 
 

@@ -139,8 +139,10 @@ def test_a_run_is_fine_tuned_and_measured(tmp_path, shards):
     assert report["protocol"]["train"] == str(shards[0])
     head, _ = load_classifier(output)
     assert head.out_features == 3
-    assert table.read_top1(output)["classifier"]["pretrained"] == report["top1"]
-    text = table.summary(table.read_top1(output), table.read_subject(output))
+    reports = table.read_run(output)
+    top1 = table.top1_of(reports, output)
+    assert top1["classifier"]["pretrained"] == report["top1"]
+    text = table.summary(top1, table.subject_of(reports, output))
     assert "classifier top-1" in text.splitlines()[0]
     assert "baselines" not in text
     again = evaluate_classifier(ClassifierConfig(run=output, test=str(shards[1]), workers=0))

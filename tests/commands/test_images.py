@@ -164,11 +164,29 @@ def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
 def test_a_folder_without_images_is_told_in_the_words_of_images(tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(3):
-        (tmp_path / "photos" / f"{number}.heic").write_bytes(b"x")
+        (tmp_path / "photos" / f"{number}.jxl").write_bytes(b"x")
     with pytest.raises(ConfigError) as error:
         expand([f"images={tmp_path}/photos", f"output={tmp_path}/run", "recipe=digits_simclr"])
     told = str(error.value)
     assert told.startswith("images='")
-    assert "among 3 files: a format that is not read: .heic (3)." in told
+    assert "among 3 files: a format that is not read: .jxl (3)." in told
     assert "source" not in told
     assert "prefix" not in told
+
+
+def test_a_choice_gives_way_to_what_is_given(tmp_path):
+    images = folder(tmp_path, side=32)  # for which the choice brings knn=null
+    found = expand([f"images={images}", f"output={tmp_path}/run", "knn=null", "recipe=auto"])
+    assert found[0] == "recipe=cifar10_simclr_resnet18"
+    assert [argument.partition("=")[0] for argument in found].count("knn") == 1
+
+
+def test_labels_are_watched_where_the_choice_would_leave_k_nn_out(tmp_path):
+    for number in range(24):
+        path = tmp_path / "photos" / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 90 * (number % 2), 0)).save(path)
+    found = expand([f"images={tmp_path / 'photos'}", f"output={tmp_path}/run"])
+    assert found[0] == "recipe=cifar10_simclr_resnet18"
+    (knn,) = [argument for argument in found if argument.partition("=")[0] == "knn"]
+    assert knn.startswith("knn={every")

@@ -17,7 +17,7 @@ from ssl_pipeline.augment.central_crop import stretched
 from ssl_pipeline.config import run_command
 from ssl_pipeline.eval.dense import main
 from ssl_pipeline.eval.dense_images import open_dense
-from ssl_pipeline.eval.dense_measures import DenseConfig
+from ssl_pipeline.eval.dense_sets import DenseConfig
 from ssl_pipeline.eval.segmentation import (
     NOT_COUNTED,
     cross_entropy,

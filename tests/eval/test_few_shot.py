@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssl_pipeline.config import run_command
+from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.eval.accuracy import bootstrap_interval, bootstrap_mean_interval
 from ssl_pipeline.eval.few_shot import FewShotConfig, few_shot, few_shot_scores, main
 from ssl_pipeline.eval.labelled import draw_per_class
@@ -135,3 +135,11 @@ def test_a_mistake_is_told(
 ) -> None:
     assert call("backbone=raw_pixels", f"train={train}", f"test={test}", "per_class=500", argument) == 2
     assert message in capsys.readouterr().err
+
+
+def test_features_that_are_not_finite_are_told_by_whose_they_are() -> None:
+    train, labels, test, test_labels = problem()
+    test[3, 1] = torch.nan
+    features = LabelledFeatures(train, labels, test, test_labels, 3)
+    with pytest.raises(ConfigError, match=r"Few-shot evaluation needs finite features: 1 of 90 test images"):
+        few_shot(features, FewShotConfig(**MODEL))

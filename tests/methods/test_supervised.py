@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ssl_pipeline.backbones import create_backbone
+from ssl_pipeline.backbones import NormalisedLinear, Preprocessing, create_backbone, load_classifier, save_classifier
 from ssl_pipeline.batch import Batch, RunFacts
 from ssl_pipeline.config import ConfigError, validate
+from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
 from ssl_pipeline.methods.supervised import Supervised, SupervisedConfig
 from ssl_pipeline.modules import batch_mixing
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
 from ssl_pipeline.schedule import Duration, Progress, Schedule
-from tests.tiny import CNN, VIT
+from tests.tiny import CNN, VIT, write_shards
 
 FACTS = RunFacts(8, 3, 8, {"view": (16,)}, (0.5,) * 3, (0.5,) * 3)
 PROGRESS = Progress(0, 10, 5)
@@ -141,3 +142,30 @@ def test_a_batch_is_mixed_in_one_way_or_not_at_all(settings, draw, kind, monkeyp
     expected = {"mixup": by_mixup, "cutmix": by_cutmix, "none": ([images], [plain])}[kind]
     assert torch.equal(mixed, expected[0][0])
     assert torch.equal(targets, expected[1][0])
+
+
+def test_batch_norm_before_the_classifier_goes_into_what_is_exported(tmp_path):
+    method, batch = fine_tuning(frozen_backbone=True, head_batch_norm=True), batch_of()
+    for _ in range(3):
+        method(batch, PROGRESS)
+        method.after_step([], PROGRESS)
+    head = method.classifier
+    assert head.norm.running_mean.any()  # the teacher's follow the student's
+    features = method.backbone(batch.one("view"))
+    save_classifier(tmp_path, head, None)
+    exported, _ = load_classifier(tmp_path)
+    head.eval()
+    assert_close(exported(features), head(features))
+    assert not torch.allclose(exported.weight, head.weight)
+
+
+def test_a_classifier_is_measured_in_evaluation_mode(tmp_path):
+    write_shards(tmp_path / "val", (6,))
+    classifier = NormalisedLinear(48, 3)
+    settings = ClassifierMonitorConfig(every=Duration(0), val=str(tmp_path / "val"))
+    preprocessing = Preprocessing(4, (0.5,) * 3, (0.5,) * 3)
+    monitor = ClassifierMonitor(settings, preprocessing, classifier=classifier, num_classes=3, workers=0, device="cpu")
+    before = classifier.norm.running_mean.clone()
+    monitor(torch.nn.Flatten(), PROGRESS)
+    assert torch.equal(classifier.norm.running_mean, before)
+    assert classifier.training

@@ -65,6 +65,6 @@ def plant(index: ShardIndex, samples: Sequence[int], folder: Path) -> ShardIndex
     """Shards in `folder` of the altered copies: those of the first alteration in the order of `samples`, and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     copies = [(Candidate(f"{name}/{sample}.jpg", None), "jpg") for name in ALTERATIONS for sample in samples]
-    shards = write_shards(CopiesOf(index), copies, folder, "copies", samples_per_shard=1000, packing=None, workers=1)
+    shards = write_shards(CopiesOf(index), copies, folder, "copies", samples_per_shard=1000, packing=None)
     write_manifest(folder, Manifest(None, shards, {"source": index.source}))
     return open_shards(folder)

@@ -120,7 +120,7 @@ def _results(run: Path, found: BackboneOfRun) -> list[str]:
         protocol = report["protocol"]
         if protocol.get("subject", {}).get("weights_sha256") != found.sha256:
             continue
-        random = read_measures(report["baselines"].get("random", {}))
+        random = read_measures(report.get("baselines", {}).get("random", {}))
         images = " / ".join(f"{protocol[key]:,}" for key in ("num_train", "num_test") if key in protocol) or "-"
         for measure in read_measures(report).values():
             against = random[measure.name].cell() if measure.name in random else "-"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -106,18 +106,22 @@ def feature_pass(
     with ExitStack() as whole:
         with failing_together(device):
             network.to(device)
-            files = _files(aside, network, len(index), model.preprocessing, config, device=device)
+            files = feature_files(aside, network, len(index), model.preprocessing, config, device=device)
             if rank() == 0:
                 whole.enter_context(stored_whole(place, identity, aside=aside))
                 for file in files.values():
                     file.create()
         with failing_together(device):
-            _compute_share(files, network, index, model.preprocessing, config, device=device, description=description)
+            share = share_size(len(index))
+            own = range(len(index))[rank() * share : (rank() + 1) * share]
+            compute_rows(
+                files, network, index, own, model.preprocessing, config, device=device, description=description
+            )
     _first_says(0, device)  # the folder has its name
     return map_stored(place)
 
 
-def _files(
+def feature_files(
     aside: Path,
     network: FeatureKinds,
     num_images: int,
@@ -138,19 +142,18 @@ def _files(
     return files | {"labels": RowsFile(aside / "labels.npy", (num_images,), np.int64)}
 
 
-def _compute_share(
+def compute_rows(
     files: Mapping[str, RowsFile],
     network: FeatureKinds,
     index: ImageSource,
+    own: range,
     preprocessing: Preprocessing,
     config: PassConfig,
     *,
     device: torch.device,
     description: str,
 ) -> None:
-    """Write this rank's images."""
-    share = share_size(len(index))
-    own: Sequence[int] = range(len(index))[rank() * share : (rank() + 1) * share]
+    """Write the rows of some images that follow each other."""
     if not own:
         return
     done = own[0]

@@ -22,7 +22,7 @@ THUMBNAIL = 56
 def map_section(examples: Examples) -> Section:
     """The first two principal components of the features as a plane, some of the images where they lie."""
     points_N2, share = principal_plane(examples.features)
-    most = [name for name, _ in Counter(filter(None, examples.classes)).most_common(NUM_COLOURS)]
+    most = sorted(name for name, _ in Counter(filter(None, examples.classes)).most_common(NUM_COLOURS))
     places = _on_paper(points_N2).tolist()
     parts = []
     for name, (x, y) in zip(examples.classes, places, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.record import Record, Report
 from ssl_pipeline.eval.table import MODELS
@@ -28,6 +29,8 @@ NO_FIGURES = {
 MINOR = ("top5", "validation_top1", "std", "deviation")
 """Ends of figures that are looked at second."""
 WITHIN_SUITE = ("knn", "linear")
+OF_PATHS = ("suite", "knn", "linear", "classifier")
+"""Evaluators whose reports are shown by the paths of their numbers; of others the measures that they list."""
 TOLD = ("train", "test", "num_train", "num_test", "num_classes", "size", "label", "subject", "warnings")
 """Parts of a protocol with a sentence of their own; the others are listed."""
 UNTOLD = ("mean", "std", "torch", "timm", "faiss", "scikit-learn", "about", "selection", "interpolation", "dtype")
@@ -69,6 +72,11 @@ def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
     first = next(iter(reports.values()))
     baselines = {MODELS.get(key, key): report for key, report in reversed(first.get("baselines", {}).items())}
     columns = {**reports, **baselines}
+    header, (subject, *told) = ["", *columns], told_protocol(first["protocol"]) or ["-"]
+    parts = [heading(_words(name)), paragraph(subject), *_doubts(reports)]
+    if all(lists_measures(report) for report in reports.values()):
+        parts.append(table_of(header, measure_rows(columns)))
+        return [*parts, folded("Protocol", *map(paragraph, told))] if told else parts
     found = {title: dict(figures(report)) for title, report in columns.items()}
     intervals = {title: dict(intervals_of(report)) for title, report in columns.items()}
     major: list[list[str | Cell]] = []
@@ -76,12 +84,35 @@ def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
     for key in dict.fromkeys(key for one in found.values() for key in one):
         cells = [_cell(key, found[title].get(key), intervals[title].get(key)) for title in columns]
         (minor if key.endswith(MINOR) else major).append([title_of(key), *cells])
-    header, (subject, *told) = ["", *columns], told_protocol(first["protocol"]) or ["-"]
-    parts = [heading(_words(name)), paragraph(subject), *_doubts(reports)]
     parts.append(table_of(header, major or minor))
     if major and minor:
         parts.append(folded("More figures", table_of(header, minor)))
     return [*parts, folded("Protocol", *map(paragraph, told))] if told else parts
+
+
+def lists_measures(report: Report) -> bool:
+    """Whether its figures are its list of measures, and what else it holds are details."""
+    return "measures" in report and report.get("evaluator") not in OF_PATHS
+
+
+def measure_rows(columns: Mapping[str, Report]) -> list[list[str | Cell]]:
+    """A row for each measure of the networks, by their titles."""
+    found = {title: read_measures(report) for title, report in columns.items()}
+    titles = {key: measure.title for one in found.values() for key, measure in one.items()}
+    return [
+        [called, *(_measure_cell(one[key]) if key in one else "-" for one in found.values())]
+        for key, called in titles.items()
+    ]
+
+
+def _measure_cell(measure: Measure) -> Cell:
+    small = "" if measure.spread is None else f"+- {measure.spread:.2f} "
+    if measure.interval is not None:
+        low, high = (f"{limit:.1f}" if measure.unit == "%" else f"{limit:.4g}" for limit in measure.interval)
+        small += f"({low} to {high})"
+    if measure.unit == "%":
+        return Cell(f"{measure.value:.2f} %", small.strip(), measure.value / 100)
+    return Cell(f"{measure.value:.4g}", small.strip())
 
 
 def _doubts(reports: Mapping[str, Report]) -> list[str]:

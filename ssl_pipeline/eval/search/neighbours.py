@@ -30,7 +30,8 @@ def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int, search: Sea
     first. `auto` takes blocks on a GPU, on CPUs with bfloat16 units, and for fewer than 1,000 queries.
     """
     require_k(k, len(train_MD))
-    require_finite(train_MD, test_ND)
+    require_finite(train_MD, what="training images")
+    require_finite(test_ND, what="test images")
     if choose_search(search, test_ND.device, num_queries=len(test_ND)) == "faiss":
         return faiss_neighbours(train_MD, test_ND, k=k)
     dtype = torch.bfloat16 if has_bfloat16_units(test_ND.device) else torch.float32
@@ -100,11 +101,8 @@ def require_k(k: int, num_train: int) -> None:
         raise ConfigError(f"k-NN needs k between 1 and the number of training images ({num_train}). Got k={k}.")
 
 
-def require_finite(train_MD: Tensor, test_ND: Tensor) -> None:
-    """Raises ConfigError if a feature is NaN or infinite."""
-    for name, features in (("training", train_MD), ("test", test_ND)):
-        broken = int((~features.isfinite()).any(dim=1).sum())
-        if broken:
-            raise ConfigError(
-                f"k-NN needs finite features: {broken} of {len(features)} {name} images have NaN or infinity."
-            )
+def require_finite(features_ND: Tensor, *, task: str = "k-NN", what: str = "images") -> None:
+    """Raises ConfigError if a feature is NaN or infinite; `what` the rows are of."""
+    broken = int((~features_ND.isfinite()).any(dim=1).sum())
+    if broken:
+        raise ConfigError(f"{task} needs finite features: {broken} of {len(features_ND)} {what} have NaN or infinity.")
