@@ -7,7 +7,6 @@ weights are of (network, size, colours) is read from where they come from. At th
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ssl_pipeline.config import (
     RECIPES,
     ConfigError,
     Tree,
+    launched_rank,
     printable,
     read_recipe,
     refuse,
@@ -184,7 +184,7 @@ def finetune(config: FinetuneConfig) -> int:
         )
     code = pretrain(config)
     shown = None if config.find_lr else config.classifier
-    if code == 0 and shown is not None and os.environ.get("RANK", "0") == "0":
+    if code == 0 and shown is not None and launched_rank() == "0":
         measure(
             ClassifierConfig(
                 run=config.run_directory,
@@ -208,6 +208,6 @@ def main(name: str) -> int:
             if "--debug" in flags:
                 raise
             return refuse(error, running=False)
-        if os.environ.get("RANK", "0") == "0" and "--print" not in flags:
+        if launched_rank() == "0" and "--print" not in flags:
             print(printable(f"as: pretrain.py {' '.join(arguments)}"), flush=True)
     return run_command(FinetuneConfig, finetune, command=name, argv=arguments, recipes=RECIPES)
