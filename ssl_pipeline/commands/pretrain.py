@@ -185,7 +185,7 @@ def _pretrain(config: PretrainConfig) -> int:
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
-        check_precision(method, config.augment, config.train, accelerator.device)
+        check_precision(method, backbone, config.augment, config.train, accelerator.device)
         if accelerator.is_main_process and not config.find_lr:
             directory = stack.enter_context(RunDirectory(output))
             there = read_settings(PretrainConfig, output)

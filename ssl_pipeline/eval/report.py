@@ -85,7 +85,7 @@ def report_page(config: ReportConfig, of_method: OfMethod = lambda record: ()) -
     state = first.status.state if first.status is not None and len(records) == 1 else ""
     foot = "Written by eval.report of ssl-pipeline. The page holds everything itself and loads nothing."
     title = " and ".join(record.name for record in records)
-    return page(title, state, conclusion(records), tiles(first), sections, foot=foot)
+    return page(title, state, conclusion(records), tiles(first) if len(records) == 1 else (), sections, foot=foot)
 
 
 def of_one(part: Section, records: Sequence[Record]) -> Section:

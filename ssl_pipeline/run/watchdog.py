@@ -48,7 +48,7 @@ class Watchdog:
         """Start the time until a hang is assumed anew."""
         self._since = time.monotonic()
         if self.seconds > 0:  # a thread of C, for when Python itself stands still
-            faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True)
+            faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True, file=_output())
 
     def _watch(self) -> None:
         seen = _activity()
@@ -64,11 +64,19 @@ class Watchdog:
     def _end(self) -> None:
         reason = f"Nothing has happened for {self.seconds:g} s while {self.doing} (train.hang_timeout)"
         print(f"Timeout: {reason}. Each thread stands here:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(all_threads=True, file=_output())
         with suppress(Exception):
             self.note(f"{reason}; where each thread stood is in the output.")
         kill_descendants()
         os._exit(1)
+
+
+def _output() -> int:
+    """A descriptor for where threads stand: of stderr, in a notebook of the process's first one."""
+    for stream in (sys.stderr, sys.__stderr__):
+        with suppress(AttributeError, OSError, ValueError):  # none, without a descriptor, or closed
+            return stream.fileno()  # type: ignore[union-attr]
+    return 2
 
 
 def _activity() -> tuple[float, int]:

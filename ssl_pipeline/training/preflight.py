@@ -51,8 +51,12 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
         raise ConfigError(f"{name} does not use data.labelled. Leave it out, or set data.labelled=null.")
 
 
-def check_precision(method: Method, augment: Augment, train: TrainConfig, device: torch.device) -> None:
+def check_precision(
+    method: Method, backbone: Backbone, augment: Augment, train: TrainConfig, device: torch.device
+) -> None:
     """Raises ConfigError where the device's kernels get gradients wrong for views of these sizes.
+
+    backbone: what the method is made of; a method that waits for the number of classes has none of its own yet.
 
     In bfloat16 on CPUs (torch 2.14) the gradient of a convolution with a stride that is given a single pixel
     holds memory that nothing was written to.
@@ -61,12 +65,12 @@ def check_precision(method: Method, augment: Augment, train: TrainConfig, device
         return
     for group in dict.fromkeys(needed.name for needed in method.needs if needed.for_backbone):
         for size in augment[group].sizes if group in augment else ():
-            name = starved_convolution(method.backbone, size)
+            name = starved_convolution(backbone, size)
             if name is not None:
                 raise ConfigError(
-                    f"augment.{group}.size={size} is too small for '{method.backbone.config.name}' with "
+                    f"augment.{group}.size={size} is too small for '{backbone.config.name}' with "
                     f"train.precision=bf16 on a CPU: its convolution {name} is left with one pixel, of which the CPU "
-                    f"computes wrong gradients. Try augment.{group}.size={smallest_size(method.backbone, size)}, or "
+                    f"computes wrong gradients. Try augment.{group}.size={smallest_size(backbone, size)}, or "
                     "train.precision=no."
                 )
 

@@ -55,8 +55,8 @@ class TrainConfig(Config):
     log_every: MayChange[int] = Field(50, ge=0)
     """Steps between logged rows; 0: none on the way. The first and the last step have one in any case."""
     gradient_norms: MayChange[bool] = False
-    """Whether rows have the gradient norm of each layer of the backbones and of each part beside them too, before
-    clipping: `gradient_norm/student.backbone.layer03`, `gradient_norm/student.head`."""
+    """Whether rows have the gradient norms of each layer of the backbones and of each part beside them, before they are
+    clipped, as `gradient_norm/student.backbone.layer03` and `gradient_norm/student.head`."""
     time_steps: MayChange[int] = Field(0, ge=0)
     """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
     profile: MayChange[int] = Field(0, ge=0, le=1000)

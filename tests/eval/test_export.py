@@ -126,7 +126,7 @@ def test_results_stand_in_the_card_if_they_are_of_these_weights(tmp_path):
         (run / "eval" / "knn.json").write_text(json.dumps(report))
         output = tmp_path / f"shown {shown}"
         export(load(ExportConfig, [f"run={run}", f"output={output}", "format=timm"]))
-        row = "| eval.knn | 95.28 % | 76.94 % | 1,437 / 360 | 10 |"
+        row = "| eval.knn | top-1 | 95.28 % | 76.94 % | 1,437 / 360 |"
         assert (row in (output / "README.md").read_text()) is shown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -74,6 +75,15 @@ def test_a_start_that_works_is_no_hang_and_one_that_waits_is(tmp_path):
     waiting = start(waits, tmp_path / "file")
     assert waiting.wait() == 1
     assert "while starting" in waiting.printed()
+
+
+def test_output_without_a_descriptor_is_no_obstacle(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # a notebook's
+    with Watchdog(60, note=print):
+        pass
+    monkeypatch.setattr(sys, "__stderr__", None)
+    with Watchdog(60, note=print) as watchdog:
+        watchdog.keepalive()
 
 
 def test_a_process_that_has_ended_is_known_before_it_is_reaped():

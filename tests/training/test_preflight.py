@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.methods import build_method
 from ssl_pipeline.training.preflight import check_precision, run_facts
 from ssl_pipeline.training.run import TrainConfig
-from tests.tiny import CNN, make_method
+from tests.tiny import CNN, CONFIGS, make_method, tiny_settings
 
 DATA = {"shards": "a", "batch_size": 8}
 
@@ -34,7 +36,18 @@ def test_views_of_which_one_pixel_is_left_are_refused_where_gradients_would_be_w
     views, cpu = {"view": ViewGroup(count=2, size=3)}, torch.device("cpu")
     sentence = r"augment\.view\.size=3 is too small for 'resnet10t' with train\.precision=bf16 on a CPU: .*layer4.*=5"
     with pytest.raises(ConfigError, match=sentence):
-        check_precision(method, views, TrainConfig(steps=1, precision="bf16"), cpu)
-    check_precision(method, {"view": ViewGroup(count=2, size=5)}, TrainConfig(steps=1, precision="bf16"), cpu)
-    check_precision(method, views, TrainConfig(steps=1), cpu)
-    check_precision(method, views, TrainConfig(steps=1, precision="bf16"), torch.device("cuda"))
+        check_precision(method, method.backbone, views, TrainConfig(steps=1, precision="bf16"), cpu)
+    check_precision(
+        method, method.backbone, {"view": ViewGroup(count=2, size=5)}, TrainConfig(steps=1, precision="bf16"), cpu
+    )
+    check_precision(method, method.backbone, views, TrainConfig(steps=1), cpu)
+    check_precision(method, method.backbone, views, TrainConfig(steps=1, precision="bf16"), torch.device("cuda"))
+
+
+def test_precision_is_checked_before_classes_are_known():
+    config = CONFIGS["fixmatch"](**tiny_settings("fixmatch") | {"num_classes": None})
+    backbone = create_backbone(CNN)
+    method = build_method(config, backbone)
+    views = {"weak": ViewGroup(size=3), "strong": ViewGroup(size=16)}
+    with pytest.raises(ConfigError, match=r"augment\.weak\.size=3 is too small"):
+        check_precision(method, backbone, views, TrainConfig(steps=1, precision="bf16"), torch.device("cpu"))
