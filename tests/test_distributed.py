@@ -188,8 +188,8 @@ def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[st
         if isinstance(queue, FeatureQueue):
             queue.enqueue(nn.functional.normalize(random(*queue.features.shape, seed=5), dim=1))
     batch = share_of(make_batch(name, num_images=NUM_IMAGES, dtype=torch.float64), rank(), world_size())
-    gather_codes = gather if wrong != "own codes" else lambda rows: rows
-    assignment = mock.patch("ssl_pipeline.losses.assignment.gather", gather_codes)
+    sum_codes = logsumexp_over_ranks if wrong != "own codes" else lambda sums: sums
+    assignment = mock.patch("ssl_pipeline.losses.assignment.logsumexp_over_ranks", sum_codes)
     if wrong == "own draws":
         torch.manual_seed(rank())
     shared = "ssl_pipeline.modules.batch_mixing.copy_from_first_rank"
