@@ -22,14 +22,14 @@ STARTS = {  # commands that compose rooms; the others are called as they are
 # lowest row first; a module may import its own row and those below
 ROWS = [
     "config files randomness batch",
-    "schedule distributed mixing augment backbones run",
+    "schedule distributed sharded mixing augment backbones run",
     "machine modules losses optim",
     "data methods",
     "training eval",
     "data_tools",
     "commands",
 ]
-LOOSE_FILES = {"batch", "schedule", "distributed", "mixing", "files", "randomness", "machine"}
+LOOSE_FILES = {"batch", "schedule", "distributed", "sharded", "mixing", "files", "randomness", "machine"}
 STRANGERS = [  # rooms of one row, or of a row below, that do not know each other
     ("data", "methods"),
     ("methods", "data"),

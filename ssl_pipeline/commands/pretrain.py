@@ -67,6 +67,7 @@ from ssl_pipeline.training.preflight import (
 from ssl_pipeline.training.remarks import remarks
 from ssl_pipeline.training.resume import check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
+from ssl_pipeline.training.sharding import check_sharding
 
 
 class PretrainConfig(Config):
@@ -172,6 +173,8 @@ def _pretrain(config: PretrainConfig) -> int:
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
+        if config.train.parallel == "fsdp":
+            check_sharding(method, precision=config.train.precision, measures_classifier=config.classifier is not None)
         if accelerator.is_main_process:
             directory = stack.enter_context(RunDirectory(output))
             there = read_settings(PretrainConfig, output)
