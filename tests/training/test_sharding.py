@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.backbones import load_backbone, load_run
+from ssl_pipeline.backbones import BackboneConfig, load_backbone, load_run, without_drop_path
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.distributed import rank, world_size
 from ssl_pipeline.modules.memory import FeatureQueue
@@ -27,7 +27,7 @@ from ssl_pipeline.sharded import is_sharded, local, shared_out_as, whole
 from ssl_pipeline.training import sharding
 from ssl_pipeline.training.sharding import Sharding, blocks_of, check_sharding
 from tests.ranks import TIMEOUT, run_on_ranks, start_ranks
-from tests.runs import ADAMW, Happening, command, equal, final_state, losses, rows, status, write_recipe
+from tests.runs import ADAMW, Happening, command, equal, final_state, losses, rows, status, wait_until, write_recipe
 from tests.test_distributed import random, relative_gap
 from tests.tiny import CNN, CONFIGS, VIT, make_batch, make_method, progress_at, share_of, write_shards
 
@@ -47,6 +47,7 @@ RULES: dict[str, OptimConfig] = {
 def steps_of(name: str, rule: str = "adamw", backbone=TWO_BLOCKS) -> tuple[dict[str, Tensor], list[Tensor]]:
     """State of method and optimizer after two steps in float64, the last gradients, and the norms of both."""
     method = make_method(name, backbone=backbone).double()
+    without_drop_path(method)  # which a Swin of timm's has by itself, and draws on each process anew
     synchronize_batch_norm(method, torch.device("cpu"))
     for queue in method.modules():
         if isinstance(queue, FeatureQueue):
@@ -99,6 +100,21 @@ def test_two_sharded_processes_are_one_process(name):
 )
 def test_rules_norms_and_checkpointed_blocks_are_those_of_one_process(rule, backbone):
     check_one_and_two("dinov2", rule, backbone)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments"),
+    [
+        ("vit_small_patch16_dinov3", {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+        ("beit_base_patch16_224", {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4},
+        ),
+    ],
+)
+def test_other_networks_with_blocks_are_those_of_one_process(network, arguments):
+    check_one_and_two("simclr", "sgd", BackboneConfig(name=network, arguments=arguments))
 
 
 def without_a_sum_of_norms() -> list[Tensor]:
@@ -373,3 +389,20 @@ def test_the_blocks_of_all_networks_are_found(name):
     blocks = blocks_of(make_method(name, backbone=TWO_BLOCKS))
     assert len(blocks) >= 2
     assert len(set(map(id, blocks))) == len(blocks)
+
+
+@pytest.mark.slow
+def test_processes_killed_while_they_save_go_on_from_the_checkpoint_before(tmp_path, shards):
+    recipe = tiny_recipe(tmp_path, shards, steps=4, save_every=2)
+    run(recipe, tmp_path / "straight", "fsdp", float64=False)
+    output, half_written = tmp_path / "killed", tmp_path / "half written"
+    run(recipe, output, "fsdp", stop_at=0, float64=False)
+    argv = [f"recipe={recipe}", f"output={output}", "train.parallel=fsdp", "data.batch_size=4"]
+    children = start_ranks(command, argv, Happening(slow_save=half_written))
+    wait_until(half_written.exists, timeout=TIMEOUT)
+    for child in children:
+        child.process.kill()
+        child.process.join()
+    assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-00000001"]
+    run(recipe, output, "fsdp", float64=False)
+    assert equal(final_state(output), final_state(tmp_path / "straight"))
