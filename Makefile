@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BENCH ?=
+GPU_CHECK ?=
+TORTURE ?=
 DIGITS := data/digits
 RUN := runs/digits_dino
 
-.PHONY: install quickstart test-fast test test-full lint format bench clean
+.PHONY: install quickstart test-fast test test-full lint format bench gpu-check torture docs clean
 
 install: .venv/installed
 
@@ -44,8 +46,25 @@ bench: export OMP_WAIT_POLICY = passive
 bench: .venv/installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)
 
+# The first ten minutes on a GPU: does all work, how fast, which defaults should change. make gpu-check GPU_CHECK="only=compile minutes=30"
+gpu-check: .venv/installed
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK)
+
+# What docs/reliability.md promises, tried: kills, faults, wrong inputs, damaged bytes. make torture TORTURE="rounds=100 seed=3"
+torture: .venv/installed
+	$(BIN)/python -m tests.torture $(TORTURE)
+
 .venv/installed-bench: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
+# The pages of docs/ with the tables that are made from the code, into build/docs; nothing is loaded from elsewhere.
+docs: .venv/installed-docs
+	$(BIN)/python docs/generated.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
+
+.venv/installed-docs: .venv/installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 lint: .venv/installed

@@ -77,7 +77,7 @@ def load_images(source: Path | None, *, pixels: tuple[int, int], most: int = 512
     """At most `most` images of a folder or zip, or made-up ones of about `pixels` (width, height) if it is None."""
     if source is None:
         return _made_up(pixels)
-    files = open_source(str(source), "", None)
+    files = open_source(str(source))
     names = [name for name in files.names() if name.lower().endswith(SUFFIXES)]
     if not names:
         raise ConfigError(f"'{source}' holds no image. Needed: a folder or a zip of {', '.join(SUFFIXES)}.")

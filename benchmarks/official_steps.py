@@ -24,6 +24,7 @@ from benchmarks.training_steps import (
     follow_in_a_loop,
     sgd,
 )
+from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.backbones.patches import patchify
 from ssl_pipeline.backbones.positions import sincos_position_embedding
 from ssl_pipeline.batch import Batch
@@ -37,25 +38,23 @@ from ssl_pipeline.modules.heads import PrototypeHead
 TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.04, 0.1
 
 
-class MultiCrop(nn.Module):
-    """The backbone once per size of crops, the head once for all.
+class MultiCropViT(nn.Module):
+    """A ViT; its position table is interpolated in every forward pass that needs another size."""
 
-    The ViT's position table is interpolated in every forward pass that needs another size.
-    """
-
-    def __init__(self, encoder: Encoder[PrototypeHead]) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.model, self.head = copy_of_vit(encoder.backbone), deepcopy(encoder.head)
+        self.model = copy_of_vit(backbone)
 
-    def forward(self, groups: Iterable[Tensor]) -> Tensor:
-        return self.head(torch.cat([self.features(views.flatten(0, 1)) for views in groups]))
-
-    def features(self, images: Tensor) -> Tensor:
+    def tokens(self, images: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """(N, 1 + L, D), the class token first; `mask_token` takes the place of `masked` patches (N, L)."""
         tokens = self.model.patch_embed(images)
         rows, columns = tokens.shape[1:3]
+        tokens = tokens.flatten(1, 2)
+        if masked is not None and mask_token is not None:
+            tokens = torch.where(masked[..., None], mask_token.to(tokens.dtype), tokens)
         first = class_token_and_positions(self.model)[0].expand(len(images), -1, -1)
-        tokens = torch.cat([first, tokens.flatten(1, 2)], dim=1) + self.positions(rows, columns)
-        return self.model.norm(self.model.blocks(tokens))[:, 0]
+        tokens = torch.cat([first, tokens], dim=1) + self.positions(rows, columns)
+        return self.model.norm(self.model.blocks(tokens))
 
     def positions(self, rows: int, columns: int) -> Tensor:
         table, side = class_token_and_positions(self.model)[1], self.model.patch_embed.grid_size[0]
@@ -65,6 +64,17 @@ class MultiCrop(nn.Module):
         scale = ((rows + 0.1) / side, (columns + 0.1) / side)
         patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
         return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+class MultiCrop(MultiCropViT):
+    """DINO's wrapper: the backbone once per size of crops, the head once for all."""
+
+    def __init__(self, encoder: Encoder[PrototypeHead]) -> None:
+        super().__init__(encoder.backbone)
+        self.head = deepcopy(encoder.head)
+
+    def forward(self, groups: Iterable[Tensor]) -> Tensor:
+        return self.head(torch.cat([self.tokens(views.flatten(0, 1))[:, 0] for views in groups]))
 
 
 def dino_loss() -> Callable[[Tensor, Tensor], Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from statistics import median
 
 from benchmarks.rounds import Outcome, Sample
-from ssl_pipeline.eval.table import format_table
+from ssl_pipeline.eval.measures import format_table
 from ssl_pipeline.files import JSON
 
 

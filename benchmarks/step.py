@@ -8,16 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import lightly_steps as lightly
 from benchmarks import official_steps as official
+from benchmarks import official_token_steps as official_tokens
 from benchmarks.rounds import Comparison
 from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.training_steps import TrainingStep, our_step
+from ssl_pipeline.augment.masks import draw_counts, draw_masks
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.attention import choose_attention
-from ssl_pipeline.batch import Batch, Views
+from ssl_pipeline.batch import Batch, MaskRule, Views
 from ssl_pipeline.config import RECIPES, BatchSize, Config, InRange, read_recipe, validate
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.optim.optimizer import OptimConfig
@@ -42,6 +46,9 @@ PEERS: Mapping[str, Sequence[tuple[str, Callable[..., TrainingStep], str]]] = {
         ("lightly", lightly.lightly_simclr, "batch norm sees one view at a time"),
     ),
     "moco": (("official", official.official_moco, ""), ("lightly", lightly.lightly_moco, "")),
+    "swav": (("official", official_tokens.official_swav, ""),),
+    "ibot": (("official", official_tokens.official_ibot, ""),),
+    "dinov2": (("official", official_tokens.official_dinov2, ""),),
 }
 """The other code for a method, which takes copies of its weights, and why its loss differs, if it does."""
 
@@ -67,7 +74,7 @@ class Steps(Config):
 
 
 def compare_steps(config: BenchmarkConfig) -> Iterator[Comparison]:
-    """Images per second of one step for DINO, MAE, SimCLR and MoCo, all at one batch, dtype and attention."""
+    """Images per second of one step for each method of steps.yaml, all at one batch, dtype and attention."""
     steps = validate(Steps, read_recipe(str(SETTINGS), RECIPES))
     for setting in steps.sizes[config.chosen_size()]:
         references = ("official", "plain PyTorch", "lightly", "encode all")
@@ -101,21 +108,29 @@ def _add_contestants(comparison: Comparison, config: BenchmarkConfig, setting: S
 
 
 def make_batch(setting: StepSetting, needs: tuple[Views, ...], device: torch.device) -> Batch:
-    """Noise of the setting's shapes, and random masks of as many patches as the method removes."""
+    """Noise of the setting's shapes, and masks as the method wants them."""
     num_images = setting.batch_size
     views = {
         group: torch.randn(count, num_images, 3, pixels, pixels, device=device)
         for group, (count, pixels) in setting.views.items()
     }
-    masks = {}
-    for group in needs:
-        if group.mask is not None:
-            count, pixels = setting.views[group.name]
-            num_patches = (pixels // group.mask.patch_size) ** 2
-            order = torch.rand(count, num_images, num_patches, device=device).argsort(dim=-1)
-            masks[group.name] = order >= group.mask.num_kept(num_patches)
+    masks = {
+        group.name: draw(group.mask, setting.views[group.name], num_images).to(device)
+        for group in needs
+        if group.mask is not None
+    }
     sample_ids = torch.arange(num_images, device=device)
     return Batch(views, torch.full_like(sample_ids, -1), sample_ids, masks)
+
+
+def draw(rule: MaskRule, views: tuple[int, int], num_images: int) -> Tensor:
+    """(count, num_images, patches) for `views` = (count, pixels)."""
+    count, pixels = views
+    states = np.arange(count * num_images, dtype=np.uint64).reshape(count, num_images)
+    counts = None
+    if rule.stratified:
+        counts = draw_counts(rule, pixels, states.size, np.zeros((), np.uint64)).reshape(states.shape)
+    return torch.from_numpy(draw_masks(rule, pixels, states, counts_VB=counts))
 
 
 def compare_losses(theirs: float, ours: float, difference: str) -> str:

@@ -92,6 +92,15 @@ def follow_in_a_loop(student: nn.Module, teacher: nn.Module, momentum: float) ->
         old.data.mul_(momentum).add_((1 - momentum) * new.detach().data)
 
 
+@torch.no_grad()
+def follow_at_once(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """The moving average as DINOv2's code has it: two calls for all parameters."""
+    old: list[Tensor] = list(teacher.parameters())
+    new: list[Tensor] = list(student.parameters())
+    torch._foreach_mul_(old, momentum)
+    torch._foreach_add_(old, new, alpha=1 - momentum)
+
+
 def copy_of_model(backbone: Backbone) -> nn.Module:
     """The timm model in a backbone, copied into torch's default memory layout."""
     return deepcopy(backbone.model).to(memory_format=torch.contiguous_format)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ssl_pipeline.eval.report import command
+from ssl_pipeline.commands.report import command
 
 if __name__ == "__main__":
     sys.exit(command())

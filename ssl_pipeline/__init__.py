@@ -31,6 +31,12 @@ def load(run: str | Path, *, step: int | None = None, which: str | None = None) 
     "student". `.config` says what it is, `.preprocessing` what it expects of images, and `.transform()` makes an image
     of Pillow into that. Raises ConfigError (a ValueError) if the run has no such backbone.
     """
+    from ssl_pipeline.config import ConfigError
+
+    if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
+        raise ConfigError(f"step must be the number of optimizer steps of a checkpoint, such as 1000. Got {step!r}.")
+    if which is not None and not isinstance(which, str):
+        raise ConfigError(f"which must be the name of a backbone, such as 'student'. Got {which!r}.")
     from ssl_pipeline.backbones import load_run  # takes seconds: torch and timm
 
     return load_run(Path(run).expanduser(), which=which, step=step).backbone.eval()

@@ -94,6 +94,8 @@ class Views:
     """Whether a recipe may leave the group out."""
     labelled: bool = False
     """Whether the views are of the labelled images, in `batch.labelled`."""
+    with_labels: bool = False
+    """Whether the labels of these images are learnt: all of data.shards need one, if it is not `labelled`."""
     evaluated: bool = False
     """Whether evaluators show the backbone images of this group's size; without any, that of the first group."""
     mask: MaskRule | None = None
@@ -147,6 +149,11 @@ class RunFacts:
         found = self.num_classes
         if found is None:
             raise ConfigError("The number of classes is not known without labelled images. Set data.labelled.")
+        if found < 2 and (wanted is None or self.class_names is not None):
+            raise ConfigError(
+                "The labelled images are all of one class; there must be two or more to tell apart. Label images of "
+                "others too, or set method.num_classes where the names of the classes are not known."
+            )
         if wanted is None or wanted == found or (self.class_names is None and wanted > found):
             return wanted or found
         raise ConfigError(

@@ -8,8 +8,8 @@ from numpy.typing import ArrayLike, NDArray
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
-SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE, LABELLED, SPLIT, MASK, VIEW_SIZE, HOLDOUT = (
-    np.uint64(part) for part in range(1, 10)
+SHARD_ORDER, SAMPLE_ORDER, AUGMENTATION, SUBSTITUTE, LABELLED, SPLIT, MASK, VIEW_SIZE, HOLDOUT, NOISE = (
+    np.uint64(part) for part in range(1, 11)
 )
 
 

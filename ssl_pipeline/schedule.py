@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from ssl_pipeline.config import Config
 
-LONGEST = 10**9  # steps, epochs or percent of a duration
+LONGEST = 10**9  # steps or epochs of a duration
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,21 @@ class Duration:
             return round(self._number / 100 * progress.total_steps)
         return round(self._number * (progress.steps_per_epoch if self._unit == "ep" else 1))
 
+    def times(self, factor: int) -> Duration:
+        """The duration that is `factor` times as long."""
+        if self._unit == "steps":
+            return Duration(round(self._number) * factor)
+        return Duration(f"{self._number * factor:f}{self._unit}")
+
     @property
     def is_zero(self) -> bool:
         """Whether it lasts no time at all, in whatever unit: a period of 0 means never."""
         return self._number == 0
+
+    @property
+    def is_whole_run(self) -> bool:
+        """Whether it lasts as long as the run, however long that is."""
+        return self._unit == "%" and self._number == 100
 
     def __eq__(self, other: object) -> bool:
         return self.written == (other.written if isinstance(other, Duration) else other)
@@ -81,8 +92,10 @@ class Duration:
 
 def _parse(written: int | str) -> tuple[float, str]:
     number, unit = _number_and_unit(written)
+    if unit == "%" and number > 100:
+        raise ValueError(f"a share of the run is at most 100%. Got {written}.")
     if number > LONGEST:
-        raise ValueError(f"a duration is at most {LONGEST} steps, epochs or percent. Got {written}.")
+        raise ValueError(f"a duration is at most {LONGEST} steps or epochs. Got {written}.")
     return number, unit
 
 

@@ -81,7 +81,7 @@ def write_recipe(path: Path, name: str, shards: Path, **sections: object) -> Pat
         },
         "data": _data(name, shards, batch_size=8),
         "optim": ADAMW,
-        "train": {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0},
+        "train": {"steps": 12, "save_every": 4, "log_every": 1, "hang_timeout": 0, "check_ranks": 1},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree | sections))

@@ -51,7 +51,7 @@ def test_what_a_test_shortens_is_there():
 def test_the_commands_as_functions(photos):
     names = run_block(BLOCKS[0])
     assert names["run"].path == Path("runs/photos")
-    assert Path("runs/photos/report.html").read_text().startswith("<!")
+    assert Path("runs/photos/report/index.html").read_text().startswith("<!")
     assert names["features"].shape == (24, names["run"].backbone.embed_dim)
     assert sorted(names["files"]) == sorted(str(path.relative_to(photos)) for path in photos.rglob("*.jpg"))
     assert 0 <= names["accuracy"]["top1"] <= 100

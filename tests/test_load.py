@@ -1,4 +1,4 @@
-"""`ssl_pipeline.load`: the backbone of any run, of every shipped recipe, as README and the end of a run show it."""
+"""`ssl_pipeline.load`: the backbone of any run, of every shipped recipe, as docs/runs.md and a run show it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ssl_pipeline.data.decode import decode_image
 from tests.backbones.tiny_vit import tiny_vit
 
 PREPROCESSING = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
-README = Path(__file__).parents[1] / "README.md"
+RUNS = Path(__file__).parents[1] / "docs" / "runs.md"
 
 
 def backbones_of_recipes() -> dict[str, BackboneConfig]:
@@ -108,6 +108,21 @@ def test_a_backbone_of_no_run_has_no_transform():
         tiny_vit().transform()
 
 
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"step": "abc"}, r"^step must be the number of optimizer steps .* Got 'abc'\.$"),
+        ({"step": -1}, r"Got -1\.$"),
+        ({"step": True}, r"Got True\.$"),
+        ({"step": 1.5}, r"Got 1\.5\.$"),
+        ({"which": 3}, r"^which must be the name of a backbone, .* Got 3\.$"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(tmp_path, asked, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ssl_pipeline.load(tmp_path, **asked)
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"must be the directory of a run\. There is none"):
         ssl_pipeline.load(tmp_path / "rnu")
@@ -133,8 +148,8 @@ def run_snippet(text: str) -> dict[str, object]:
     return names
 
 
-def test_the_snippets_of_the_readme_work(place):
-    section = README.read_text().split("## What a run leaves behind")[1].split("\n## ")[0]
+def test_the_snippets_about_runs_work(place):
+    section = RUNS.read_text()
     own, with_timm = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     names = run_snippet(own)
     assert names["features"].shape == (1, names["backbone"].embed_dim)

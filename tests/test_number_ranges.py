@@ -21,13 +21,20 @@ from ssl_pipeline.config.schema import annotation_at
 from ssl_pipeline.data_tools.check_shards import CheckShards
 from ssl_pipeline.data_tools.make_shards import MakeShards
 from ssl_pipeline.data_tools.split_labels import SplitLabels
+from ssl_pipeline.eval.clustering import ClusteringConfig
+from ssl_pipeline.eval.dense_sets import DenseConfig
+from ssl_pipeline.eval.few_shot import FewShotConfig
 from ssl_pipeline.eval.knn import KnnConfig
+from ssl_pipeline.eval.label_free import LabelFreeConfig
 from ssl_pipeline.eval.linear import LinearConfig
+from ssl_pipeline.eval.retrieval import RetrievalConfig
+from ssl_pipeline.eval.robustness import RobustnessConfig
 from ssl_pipeline.eval.suite_measures import SuiteConfig
 from ssl_pipeline.eval.table import TableConfig
 from ssl_pipeline.schedule import Progress, Schedule
 
-EVALUATORS = (KnnConfig, LinearConfig, SuiteConfig, EmbedConfig, TableConfig, CompareConfig)
+PROBES = (FewShotConfig, RetrievalConfig, LabelFreeConfig, DenseConfig, ClusteringConfig, RobustnessConfig)
+EVALUATORS = (KnnConfig, LinearConfig, *PROBES, SuiteConfig, EmbedConfig, TableConfig, CompareConfig)
 COMMANDS = (PretrainConfig, *EVALUATORS, MakeShards, CheckShards, SplitLabels, BenchmarkConfig, Steps)
 NO_RANGE = {
     "Schedule.value": "its range is that of its use: Annotated[Schedule, InRange(...)]",
@@ -36,6 +43,7 @@ NO_RANGE = {
     "BackboneConfig.arguments": "timm's arguments, whose meaning timm knows",
     "KnnConfig.arguments": "as those of a backbone",
     "LinearConfig.arguments": "as those of a backbone",
+    **{f"{probe.__name__}.arguments": "as those of a backbone" for probe in PROBES},
     "SuiteConfig.arguments": "as those of a backbone",
     "EmbedConfig.arguments": "as those of a backbone",
 }

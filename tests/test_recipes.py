@@ -67,8 +67,11 @@ def recipe(name: str, *argv: str) -> PretrainConfig:
 
 def on_meta(config: PretrainConfig) -> Method:
     begins_anew = config.backbone.model_copy(update={"weights": None, "frozen_batch_norm": False})
+    method = config.method
+    if getattr(method, "num_classes", 0) is None:  # the run's labels tell it, of which there are none here
+        method = method.model_copy(update={"num_classes": 10})
     with torch.device("meta"):
-        return build_method(config.method, create_backbone(begins_anew))
+        return build_method(method, create_backbone(begins_anew))
 
 
 def trained_parameters(module: torch.nn.Module) -> int:
@@ -221,6 +224,8 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
         for end, value in TINY.items()
         if key.endswith(end)
     ]
+    if getattr(plain.method, "learns_from", "") == "all":
+        shards = write_shards(output.with_name("all-labelled"), (25, 15))
     where = [f"output={output}", f"data.shards={shards}", "data.batch_size=8", "data.workers=0"]
     where += ["knn=null", "classifier=null"]
     if plain.data.labelled is not None:

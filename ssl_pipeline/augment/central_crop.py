@@ -1,4 +1,4 @@
-"""The one view of an image that evaluation sees: resized, its central square cut out."""
+"""The views of an image that evaluation sees: its central square, or for segmentation the whole image as a square."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 Interpolation = Literal["bicubic", "bilinear"]
+Fit = Literal["crop", "stretch"]
 LARGEST_UNCUT_SIZE = 96  # small images fill their frame: nothing is cut from the shorter side
 CROP_RATIO = 256 / 224
 LONGEST_SIDE = 4  # times the shorter one; what lies beyond never reaches the central square
@@ -31,3 +32,11 @@ def central_crop(image_HWC: Tensor, size: int, interpolation: Interpolation = "b
     height, width = image_1CHW.shape[-2:]
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image_1CHW[0, :, top : top + size, left : left + size].contiguous()
+
+
+def stretched(image_HWC: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
+    """The whole of an 8-bit image (H, W, 3) as (3, size, size), antialiased; its sides may change their ratio."""
+    image_1CHW = image_HWC.permute(2, 0, 1)[None]
+    if image_1CHW.shape[-2:] != (size, size):
+        image_1CHW = interpolate(image_1CHW, size=(size, size), mode=interpolation, antialias=True)
+    return image_1CHW[0].contiguous()

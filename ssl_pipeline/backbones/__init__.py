@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from ssl_pipeline.backbones.classifier import load_classifier, save_classifier
-from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig
+from ssl_pipeline.backbones.classifier import NormalisedLinear, classifier_of_run, load_classifier, save_classifier
+from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig, spoken_of_as
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.files import load_backbone, save_backbone
-from ssl_pipeline.backbones.image_sizes import check_image_sizes
+from ssl_pipeline.backbones.image_sizes import check_image_sizes, smallest_size, starved_convolution
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
+from ssl_pipeline.backbones.layers import Layers, layers_of
 from ssl_pipeline.backbones.networks import (
     Backbone,
     TokenBackbone,
@@ -26,13 +27,17 @@ __all__ = [
     "BackboneConfig",
     "BackboneOfRun",
     "ImageTransform",
+    "Layers",
+    "NormalisedLinear",
     "Preprocessing",
     "TokenBackbone",
     "Tokens",
     "check_image_sizes",
+    "classifier_of_run",
     "create_backbone",
     "layer_decay_groups",
     "layer_lr_scale",
+    "layers_of",
     "load_backbone",
     "load_classifier",
     "load_from_checkpoint",
@@ -41,5 +46,8 @@ __all__ = [
     "save_backbone",
     "save_classifier",
     "sincos_position_embedding",
+    "smallest_size",
+    "spoken_of_as",
+    "starved_convolution",
     "without_drop_path",
 ]

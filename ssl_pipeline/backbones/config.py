@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import timm
 from pydantic import Field, model_validator
 from timm.models import is_model_in_modules
 
-from ssl_pipeline.config import Config, MayChange, PlaceText
+from ssl_pipeline.config import Config, ConfigError, MayChange, PlaceText
 
 RESERVED_ARGUMENTS = {
     "num_classes": "the head is always left out",
@@ -26,6 +28,8 @@ RESERVED_ARGUMENTS = {
     "scriptable": "a backbone is trained and evaluated as it is",
     "exportable": "a backbone is trained and evaluated as it is",
 }
+SIZES = {"depth", "depths", "dims", "embed_dim", "img_size", "layers", "num_heads", "patch_size", "window_size"}
+"""Arguments that count something there must be some of."""
 Argument = bool | int | float | str | list[bool | int | float | str]
 """What a timm model may be told: a value, or a list of them (the depths of a Swin's stages)."""
 ARCHITECTURE = ("name", "arguments", "small_images", "reversible")
@@ -41,7 +45,7 @@ class BackboneConfig(Config):
     """Stochastic depth rate of the last block."""
     small_images: bool = False
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
-    weights: PlaceText | None = None
+    weights: MayChange[PlaceText | None] = None  # to another place of the same bytes: `resume` looks at these
     """Weights to start from: a file (.safetensors, .pth, .pt), a run's directory or that of one of its checkpoints, or
     the tag of a pretrained timm model."""
     weights_from: str | None = None
@@ -83,6 +87,10 @@ class BackboneConfig(Config):
         for argument, reason in RESERVED_ARGUMENTS.items():
             if argument in self.arguments:
                 raise ValueError(f"backbone.arguments must not hold '{argument}': {reason}.")
+        for argument in SIZES & self.arguments.keys():
+            given = self.arguments[argument]
+            if any(isinstance(size, int) and size < 1 for size in (given if isinstance(given, list) else [given])):
+                raise ValueError(f"backbone.arguments.{argument} must be at least 1. Got {given}.")
         if self.arguments.get("in_chans", 3) != 3:
             raise ValueError(
                 f"backbone.arguments.in_chans must be 3, the channels of every image here (gray ones are made RGB). "
@@ -119,3 +127,24 @@ def architecture_of(description: Mapping[str, Any]) -> dict[str, Any]:
     """
     architecture = {key: description[key] for key in ARCHITECTURE if key != "reversible" or key in description}
     return architecture | {"name": str(architecture["name"]).partition(".")[0]}
+
+
+KEYS = re.compile(rf"(?<![\w./-])backbone\.({'|'.join(BackboneConfig.model_fields)})\b")
+
+
+@contextmanager
+def spoken_of_as(section: str | None) -> Iterator[None]:
+    """Errors in the block name the keys of a network that does not stand in `backbone`.
+
+    section: where it stands (method.teacher); None for an evaluator's, whose keys are backbone, weights and so on.
+    """
+
+    def here(found: re.Match[str]) -> str:
+        if section is not None:
+            return f"{section}.{found[1]}"
+        return "backbone" if found[1] == "name" else found[1]
+
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(KEYS.sub(here, str(error))) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-from timm.models import Beit, ResNet, VisionTransformer
+from timm.models import Beit, VisionTransformer
 from torch import nn
 
 import ssl_pipeline.backbones.dalle_encoder
@@ -15,6 +15,7 @@ from ssl_pipeline.backbones.initialisation import fix_positions, initialise
 from ssl_pipeline.backbones.memory_format import choose_memory_format
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
 from ssl_pipeline.backbones.reversible import mark_reversible
+from ssl_pipeline.backbones.small_stem import shrink_stem, takes_small_stem
 from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source
 from ssl_pipeline.config import ConfigError, nearest
@@ -47,7 +48,12 @@ def create_backbone(config: BackboneConfig) -> Backbone:
         )
     model = _create_model(config, tag=tag)
     if config.small_images:
-        _shrink_stem(model, config.name)
+        if not takes_small_stem(model):
+            raise ConfigError(
+                f"backbone.small_images needs a ResNet with a single stem convolution. '{config.name}' is none; try "
+                "resnet18, or backbone.small_images=false over a recipe that has it."
+            )
+        shrink_stem(model)
     if config.reversible:
         mark_reversible(model, config.name)
     if has_tokens(model):
@@ -97,8 +103,9 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
         hint = f" backbone.arguments.{unwanted}=null leaves it out." if unwanted else ""
         hint = " Set backbone.drop_path=0." if config.drop_path and "'drop_path_rate'" in str(error) else hint
         values = ", ".join(f"{argument}={value}" for argument, value in config.arguments.items())
-        reason = first_line(error) if str(error).strip() else f"it does not take these arguments: {values}"
-        raise ConfigError(f"timm cannot create '{name}': {reason}.{hint}") from error
+        given = f" with backbone.arguments {values}" if values else ""
+        reason = first_line(error).rstrip(".") if str(error).strip() else "it does not take them"
+        raise ConfigError(f"timm cannot create '{name}'{given}: {reason}.{hint}") from error
 
 
 def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
@@ -137,16 +144,3 @@ def _checkpoint_activations(backbone: Backbone, name: str) -> None:
         backbone.model.set_grad_checkpointing()  # type: ignore[operator]
     except (AssertionError, AttributeError, NotImplementedError) as error:
         raise ConfigError(f"timm cannot checkpoint the activations of '{name}'.") from error
-
-
-def _shrink_stem(model: nn.Module, name: str) -> None:
-    if not (isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d)):
-        raise ConfigError(
-            f"backbone.small_images needs a ResNet with a single stem convolution. '{name}' is none; try resnet18, or "
-            "backbone.small_images=false over a recipe that has it."
-        )
-    old = model.conv1
-    stem = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm does
-    model.add_module("conv1", stem)
-    model.add_module("maxpool", nn.Identity())

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.create import create_backbone
@@ -47,6 +47,26 @@ def check_image_sizes(
                     f"{NUM_CHANNELS} channels and {size}x{size} pixels ({reason}). "
                     f"{_advice(meta, sizes, key, size, arguments)}"
                 )
+
+
+@torch.no_grad()
+def starved_convolution(backbone: Backbone, size: int) -> str | None:
+    """The name of the first convolution with a stride that is given one pixel of an image (S, S); None if none is."""
+    meta, found = meta_copy(backbone), list[str]()
+
+    def look(name: str, part: nn.Conv2d, images: tuple[Tensor, ...]) -> None:
+        if max(images[0].shape[-2:]) == 1 < min(*part.stride, *part.kernel_size):
+            found.append(name)
+
+    for name, part in meta.model.named_modules():
+        if isinstance(part, nn.Conv2d):
+            part.register_forward_pre_hook(lambda part, images, name=name: look(name, part, images))
+    return found[0] if _fails(meta, size) is None and found else None
+
+
+def smallest_size(backbone: Backbone, size: int) -> int:
+    """The next larger side of an image for which no convolution is starved."""
+    return next(other for other in range(size + 1, 2**14) if starved_convolution(backbone, other) is None)
 
 
 @torch.no_grad()

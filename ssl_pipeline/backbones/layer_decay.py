@@ -19,13 +19,16 @@ def layer_lr_scale(name: str, *, num_blocks: int, decay: float, patch_embed_scal
     everything else layer num_blocks + 1, whose factor is 1. The patch embedding's is also multiplied by
     `patch_embed_scale` (DINOv2: 0.2).
     """
-    layer = num_blocks + 1
-    if name.startswith(FIRST_LAYER):
-        layer = 0
-    elif block := re.match(r"blocks\.(\d+)\.", name):
-        layer = int(block[1]) + 1
-    scale = decay ** (num_blocks + 1 - layer)
+    scale = decay ** (num_blocks + 1 - layer_number(name, num_blocks))
     return scale * patch_embed_scale if name.startswith("patch_embed.") else scale
+
+
+def layer_number(name: str, num_blocks: int) -> int:
+    """The layer of the parameter `name` of a timm ViT, from 0 to num_blocks + 1."""
+    if name.startswith(FIRST_LAYER):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else num_blocks + 1
 
 
 def layer_decay_groups(

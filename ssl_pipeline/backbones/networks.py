@@ -41,6 +41,8 @@ class Backbone(nn.Module):
         self.embed_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
         self.keeps_statistics = False
         """Whether batch norm never leaves evaluation mode."""
+        self.is_frozen = False
+        """Whether nothing of it is trained, and it never leaves evaluation mode."""
 
     @property
     def name(self) -> str:
@@ -48,12 +50,18 @@ class Backbone(nn.Module):
         return getattr(self.model, "default_cfg", {}).get("architecture", type(self.model).__name__)
 
     def train(self, mode: bool = True) -> Self:
-        """As `torch.nn.Module.train`; batch norm whose statistics are frozen stays in evaluation mode."""
-        super().train(mode)
+        """As `torch.nn.Module.train`; what is frozen, batch norm's statistics or all, stays in evaluation mode."""
+        super().train(mode and not self.is_frozen)
         if self.keeps_statistics:
             for part in batch_norms(self):
                 part.eval()
         return self
+
+    def freeze(self) -> None:
+        """Keep it as it is for good: no gradient, no new statistics, no drop path."""
+        self.requires_grad_(False)
+        self.is_frozen = True
+        self.eval()
 
     def transform(self) -> ImageTransform:
         """Makes an image into what this backbone expects: (3, size, size), as the evaluators see it.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ssl_pipeline.augment.central_crop import Interpolation, central_crop
+from ssl_pipeline.augment.central_crop import Fit, Interpolation, central_crop
 from ssl_pipeline.augment.rgb import as_rgb
 
 
@@ -18,13 +18,15 @@ from ssl_pipeline.augment.rgb import as_rgb
 class Preprocessing:
     """What a backbone expects of an image: its side in pixels and the mean and deviation of each channel.
 
-    interpolation: how an evaluation resizes images; the evaluation chooses it, a finished run does not keep it.
+    interpolation, fit: how an evaluation resizes images, and whether it cuts out their central square or stretches them
+    to one; the evaluation chooses it, a finished run does not keep it.
     """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Interpolation = "bicubic"
+    fit: Fit = "crop"
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,10 @@ class WideResNet(nn.Module):
         """(B, C, H, W) -> (B, num_features)."""
         return leaky_relu(self.norm(self.blocks(self.stem(images))), NEGATIVE_SLOPE).mean(dim=(2, 3))
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Its layers, as timm's networks tell them."""
+        return {"stem": r"^stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
     @torch.no_grad()
     def _initialise(self) -> None:
         for layer in self.modules():

@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from ssl_pipeline.backbones import Backbone, load_run
 from ssl_pipeline.commands import pretrain as command
 from ssl_pipeline.commands.images import DIGITS, expand, holds_shards, leaves
+from ssl_pipeline.commands.report import report
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, Value, failure_sentence, is_out_of_memory, load
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import ORIGINS_FILE
@@ -32,13 +33,12 @@ from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.protocol import choose_device
-from ssl_pipeline.eval.report import report_page
+from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
 from ssl_pipeline.eval.votes import votes_accuracy
-from ssl_pipeline.files import write_text
 
 ARGUMENTS = {"images": "images", "data.shards": "shards", "recipe": "recipe", "output": "output"}
-KNN, REPORT = "k-NN", "report.html"
+KNN = "k-NN"
 
 Source = str | Path | tuple[str, ...]
 """Shards in any form of data.shards, or a folder or zip of images."""
@@ -65,10 +65,8 @@ class Run:
         return load_run(self.path).backbone.eval()
 
     def report(self) -> Path:
-        """The run as one self-contained page, written to `report.html` in its directory, as `eval.report` does."""
-        path = self.path / REPORT
-        write_text(path, report_page(self.path))
-        return path
+        """The run as one self-contained page, `report/index.html` in its directory, as `eval.report` writes it."""
+        return report(ReportConfig(run=(self.path,)))
 
 
 def pretrain(
@@ -125,7 +123,7 @@ def embed(
     their files. The latter is packed into temporary shards first (as large as the images), and files that cannot be
     decoded are left out with a warning. Raises ConfigError for a backbone of no run and for a source without images.
     """
-    with _explained(), _shards_of(source) as shards:
+    with _explained(), _shards_of(source, "source") as shards:
         index = open_shards(shards)
         features = _features(backbone, index, batch_size, workers, device, precision)
         keys = [index.key(sample) for sample in range(len(index))]
@@ -155,14 +153,15 @@ def knn(
     ConfigError if there are no labels, or fewer than k training images.
     """
     with _explained(), ExitStack() as opened:
-        alone, train_shards = test is None, opened.enter_context(_shards_of(train))
-        test_shards = train_shards if test is None else opened.enter_context(_shards_of(test))
+        alone, train_shards = test is None, opened.enter_context(_shards_of(train, "train"))
+        test_shards = train_shards if test is None else opened.enter_context(_shards_of(test, "test"))
         images = open_labelled(str(train_shards), str(test_shards), task=KNN, shared=not alone)
         require_k(k, len(images.train) - alone)
         settings = batch_size, workers, device, precision
         train_MD = normalize(_features(backbone, images.train, *settings), dim=1)
         test_ND = train_MD if alone else normalize(_features(backbone, images.test, *settings), dim=1)
-        require_finite(train_MD, test_ND)
+        require_finite(train_MD, what="training images")
+        require_finite(test_ND, what="test images")
         if alone:
             similarities_NK, neighbours_NK = other_neighbours(train_MD, k=k)
         else:
@@ -203,15 +202,15 @@ def _features(
 
 
 @contextmanager
-def _shards_of(source: Source) -> Iterator[Source]:
-    """The shards that a source is; of a folder or zip of images, temporary ones."""
+def _shards_of(source: Source, key: str) -> Iterator[Source]:
+    """The shards that the argument `key` is; of a folder or zip of images, temporary ones."""
     if isinstance(source, tuple) or not _holds_images(source):
         yield source
         return
     text = str(source) if str(source) == DIGITS else str(Path(source).expanduser())
     with tempfile.TemporaryDirectory(prefix="ssl_pipeline-") as place:
         with redirect_stdout(io.StringIO()):  # it names a place that is soon gone
-            shards = pack_once(text, Path(place))
+            shards = pack_once(text, Path(place), key=key)
         if left_out := len((shards / REJECTED_FILE).read_text(encoding="utf-8").splitlines()):
             warnings.warn(
                 f"{left_out:,} files of {source} are no images that can be decoded, and are left out; make_shards "

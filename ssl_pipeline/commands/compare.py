@@ -6,25 +6,24 @@ It stands here because it puts together two rooms that do not know each other: p
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from ssl_pipeline.commands import start
-from ssl_pipeline.config import COMPARISONS, Config, RunError, Seed, run_command
+from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
+from ssl_pipeline.config import COMPARISONS, Config, Seed, run_command
+from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
+from ssl_pipeline.eval.measures import format_table, percent
 from ssl_pipeline.eval.protocol import write_report
-from ssl_pipeline.eval.table import EVALUATORS, MODELS, format_table, percent, read_top1
+from ssl_pipeline.eval.results import differing
+from ssl_pipeline.eval.table import EVALUATORS, MODELS, WITH_BASELINES, read_run, top1_of
 from ssl_pipeline.files import JSON, write_json, write_text
-from ssl_pipeline.run.launcher import LAUNCHED
 
 COURSES = {"knn_top1": "k-NN", "classifier_top1": "own classifier"}
 CURVE_POINTS = 6
@@ -36,7 +35,9 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]
 class CompareConfig(Config):
     """Pretrain several recipes with several seeds and measure all of them, at the end of each run, in one table.
 
-    Runs that are there already, in whole or in part, are reused or resumed.
+    Runs that are there already, in whole or in part, are reused or resumed. In arguments and in `train` {seed} and
+    {output} stand for those of the comparison, and {labels} for the labelled images that the seed has drawn: a run may
+    begin from one that stands above it, `backbone.weights={output}/NAME-seed{seed}`.
     """
 
     recipe: str | None = None
@@ -49,8 +50,12 @@ class CompareConfig(Config):
     """One run of each recipe for each seed."""
     settings: tuple[str, ...] = ()
     """Arguments for every run that has no own: `settings=train.epochs=5,knn=null`, or a list in brackets."""
+    draw_from: str | None = None
+    """Shards of which each seed draws labelled images of its own, {labels}: OUTPUT/labelsN-seedS."""
+    labels_per_class: Annotated[int, Field(ge=1)] | None = None
+    """With draw_from: how many of each class."""
     train: str
-    """Shards of labelled training images."""
+    """Shards of labelled training images, which k-NN and the linear probe learn from."""
     test: str
     """Shards of labelled test images, with the same classes."""
     output: Path
@@ -65,8 +70,15 @@ class CompareConfig(Config):
         if not self.recipes and not self.runs:
             raise ValueError("there is nothing to compare: set recipes=NAME,NAME or runs.NAME=[recipe=..., ...].")
         for name, arguments in self.runs.items():
-            if "recipe" not in map(_key, arguments):
+            if "recipe" not in map(key_of, arguments):
                 raise ValueError(f"runs.{name} must name a recipe: [recipe=NAME, ...]. Got {list(arguments)}.")
+        if (self.draw_from is None) != (self.labels_per_class is None):
+            raise ValueError(
+                "draw_from says what labelled images are drawn from and labels_per_class how many. Set both."
+            )
+        everything = (*self.settings, self.train, *(argument for run in self.runs.values() for argument in run))
+        if self.draw_from is None and any("{labels}" in argument for argument in everything):
+            raise ValueError("{labels} needs draw_from=SHARDS and labels_per_class=N.")
         doubled = [name for name in self.recipes if name in self.runs]
         if doubled:
             raise ValueError(f"'{doubled[0]}' is in recipes and in runs; give the run another name.")
@@ -75,7 +87,7 @@ class CompareConfig(Config):
             *((f"runs.{name}", run) for name, run in self.runs.items()),
         ):
             reserved = ("seed", "output") if key != "settings" else ("recipe", "seed", "output")
-            taken = [argument for argument in arguments if _key(argument) in reserved]
+            taken = [argument for argument in arguments if key_of(argument) in reserved]
             if taken:
                 raise ValueError(f"{key} must leave {' and '.join(reserved)} to eval.compare. Got '{taken[0]}'.")
         return self
@@ -83,10 +95,7 @@ class CompareConfig(Config):
     def arguments(self) -> dict[str, list[str]]:
         """The arguments of each run, by its name: its own, and those of `settings` whose keys it does not have."""
         own = {recipe: (f"recipe={recipe}",) for recipe in self.recipes} | self.runs
-        return {
-            name: [*run, *(setting for setting in self.settings if _key(setting) not in set(map(_key, run)))]
-            for name, run in own.items()
-        }
+        return {name: with_defaults(run, self.settings) for name, run in own.items()}
 
 
 @dataclass(frozen=True)
@@ -98,35 +107,38 @@ class Comparison:
     """Of methods that learn to classify: the last top-1 of their own classifier, one per seed."""
     curves: dict[str, dict[str, list[tuple[float, float]]]]
     """Metric of a monitor -> run that has this monitor -> epoch and top-1 while it lasted, mean over seeds."""
-
-
-def run_pretraining(arguments: Sequence[str]) -> None:
-    """`pretrain.py` as a process of its own; RunError if it fails."""
-    command = [sys.executable, "-m", start.__name__, *arguments]
-    process = subprocess.run(command, env=os.environ | {LAUNCHED: "1"}, check=False)
-    if process.returncode:
-        raise RunError(f"pretrain.py {' '.join(arguments)} ended with exit code {process.returncode}; see above.")
+    protocols: dict[str, list[str]] = field(default_factory=dict)
+    """Evaluator -> settings in which the protocols of the runs of one seed differ, where they do."""
 
 
 def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> Comparison:
     """Run and measure everything; `pretrain` runs one list of arguments."""
     found = Comparison({}, {}, {metric: {} for metric in COURSES})
+    protocols: dict[tuple[str, int], dict[str, dict[str, JSON]]] = {
+        (evaluator, seed): {} for evaluator in WITH_BASELINES for seed in config.seeds
+    }
     for name, arguments in config.arguments().items():
-        scores: dict[str, dict[str, list[float]]] = {key: {model: [] for model in MODELS} for key in EVALUATORS}
+        scores: dict[str, dict[str, list[float]]] = {key: {model: [] for model in MODELS} for key in WITH_BASELINES}
         rows = []
         for seed in config.seeds:
-            run = config.output / f"{name}-seed{seed}"
-            pretrain([*arguments, f"seed={seed}", f"output={run}"])
-            _evaluate(config, run)
-            for evaluator, top1 in read_top1(run).items():
+            run, fill = config.output / f"{name}-seed{seed}", _filling(config, seed)
+            pretrain([*map(fill, arguments), f"seed={seed}", f"output={run}"])
+            _evaluate(config, run, train=fill(config.train))
+            reports = read_run(run)
+            top1 = top1_of(reports, run)
+            for evaluator in WITH_BASELINES:
+                protocols[evaluator, seed][run.name] = reports[evaluator]["protocol"]
                 for model in MODELS:
-                    scores[evaluator][model].append(top1[model])
+                    scores[evaluator][model].append(top1[evaluator][model])
             rows.append(_read_metrics(run))
         found.top1[name] = scores
         found.classifier[name] = [row[-1]["classifier_top1"] for row in rows if row and "classifier_top1" in row[-1]]
         for metric, curves in found.curves.items():
             if course := _course(rows, metric):
                 curves[name] = course
+    for (evaluator, _), of_runs in protocols.items():  # of one seed: another may have drawn other labels
+        if evaluator not in found.protocols and (lines := differing(of_runs)):
+            found.protocols[evaluator] = lines
     return found
 
 
@@ -134,7 +146,8 @@ def summary(found: Comparison, seeds: int) -> str:
     """One row per run and evaluator: raw pixels, random initialisation, pretrained; mean and spread over seeds."""
     rows = []
     for name, scores in found.top1.items():
-        for evaluator, title in EVALUATORS.items():
+        for evaluator in WITH_BASELINES:
+            title = EVALUATORS[evaluator]
             rows.append((name, title, *(_mean_and_spread(scores[evaluator][model]) for model in MODELS)))
         if found.classifier[name]:
             rows.append((name, "own classifier top-1", "-", "-", _mean_and_spread(found.classifier[name])))
@@ -148,6 +161,12 @@ def summary(found: Comparison, seeds: int) -> str:
         if curves:
             lines += ["", f"{COURSES[metric]} top-1 in percent during the runs, as its monitor has it (epoch: top-1):"]
             lines += [f"  {name}: {_curve(points)}" for name, points in curves.items()]
+    for evaluator, settings in found.protocols.items():
+        lines += [
+            "",
+            f"warning: The protocols of {EVALUATORS[evaluator]} differ, so its figures say less of the methods:",
+        ]
+        lines += [f"  {setting}" for setting in settings]
     return "\n".join(lines)
 
 
@@ -164,10 +183,6 @@ def _course(rows: Sequence[Sequence[Mapping[str, float]]], metric: str) -> list[
     return [(epoch, mean(course[epoch] for course in courses)) for epoch in measured_in_all]
 
 
-def _key(argument: str) -> str:
-    return argument.partition("=")[0]
-
-
 def _curve(points: Sequence[tuple[float, float]]) -> str:
     """At most CURVE_POINTS of the points, spread evenly, the last one among them."""
     count = min(len(points), CURVE_POINTS)
@@ -175,13 +190,32 @@ def _curve(points: Sequence[tuple[float, float]]) -> str:
     return "  ".join(f"{epoch:.3g}: {top1:.1f}" for epoch, top1 in chosen)
 
 
-def _evaluate(config: CompareConfig, run: Path) -> None:
+def _filling(config: CompareConfig, seed: int) -> Callable[[str], str]:
+    """What puts in the things that {seed}, {output} and {labels} stand for; draws the labels if they are not there."""
+    stands_for = {"{seed}": str(seed), "{output}": str(config.output)}
+    if config.draw_from is not None:
+        drawn = config.output / f"labels{config.labels_per_class}-seed{seed}"
+        stands_for["{labels}"] = str(drawn)
+        if not drawn.exists():
+            split_labels(
+                SplitLabels(shards=config.draw_from, output=drawn, labels_per_class=config.labels_per_class, seed=seed)
+            )
+
+    def fill(text: str) -> str:
+        for token, value in stands_for.items():
+            text = text.replace(token, value)
+        return text
+
+    return fill
+
+
+def _evaluate(config: CompareConfig, run: Path, *, train: str) -> None:
     """Write the run's eval/knn.json and eval/linear.json."""
     knn = KnnConfig(
-        run=run, train=config.train, test=config.test, baselines=True, k=(config.k,), temperature=config.temperature
+        run=run, train=train, test=config.test, baselines=True, k=(config.k,), temperature=config.temperature
     )
     write_report(knn, "knn", evaluate_knn(knn))
-    linear = LinearConfig(run=run, train=config.train, test=config.test, baselines=True)
+    linear = LinearConfig(run=run, train=train, test=config.test, baselines=True)
     write_report(linear, "linear", evaluate_linear(linear))
 
 

@@ -8,20 +8,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ssl_pipeline.commands.images import shards_of
+from ssl_pipeline.commands.images import open_source
 from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
-from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.data_tools.features import PassChoice, engine_pass
 from ssl_pipeline.distributed import process_group, rank
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import open_model
-from ssl_pipeline.eval.features.passes import PassConfig, feature_pass
 from ssl_pipeline.eval.features.rows import write_npz, write_parquet
 from ssl_pipeline.eval.labelled import look_at_first
 
 WRITERS = {".parquet": write_parquet, ".npz": write_npz}
 
 
-class EmbedConfig(PassConfig):
+class EmbedConfig(PassChoice):
     """Features of images by a run's backbone or a timm model, a row for each image, as a file."""
 
     source: PlaceText
@@ -52,13 +51,13 @@ def embed(config: EmbedConfig) -> None:
     network = FeatureKinds(model.backbone, (config.kind,), last_blocks=config.last_blocks)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     cache = config.output.with_name(f"{config.output.name}.cache")
-    index = _open_source(config.source, cache)
+    shards, index = open_source(config.source, cache)
     look_at_first(index, model.preprocessing.size)
     passes = cache / "features"
     with process_group():
         if rank() == 0:
             print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
-        stored = feature_pass(passes, model, network, index, config, description=model.label)
+        stored = engine_pass(passes, model, network, index, config, shards=shards, description=model.label)
         if rank() == 0:
             features_ND = stored.features[config.kind]
             WRITERS[config.output.suffix](config.output, index, features_ND, stored.labels)
@@ -66,17 +65,6 @@ def embed(config: EmbedConfig) -> None:
             if not any(cache.iterdir()):
                 cache.rmdir()
             print(printable(f"{len(index):,} rows of {features_ND.shape[1]} features written to {config.output}"))
-
-
-def _open_source(source: str, cache: Path) -> ShardIndex:
-    """The images of a folder, a zip or shards."""
-    path = Path(source)
-    if path.is_dir() or path.suffix == ".zip":
-        source = shards_of(source, cache, way_out=f"Put the files back, or delete '{cache}' to pack what is there now.")
-    index = open_shards(source)
-    if not len(index):
-        raise ConfigError(f"source={source} has no images.")
-    return index
 
 
 def command(name: str = "python -m eval.embed") -> int:

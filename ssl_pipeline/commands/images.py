@@ -6,26 +6,41 @@ what is in them and by the machine. Both are decided at the first start and foun
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ssl_pipeline.commands.trial import expected_time
-from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, Value, printable, read_recipe, read_yaml
+from ssl_pipeline.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    Tree,
+    Value,
+    launched_rank,
+    printable,
+    read_recipe,
+    read_yaml,
+)
 from ssl_pipeline.config.arguments import keys_of
-from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data_tools.packed_once import IN_A_RUN, is_packed, look_at, pack_once
+from ssl_pipeline.data_tools.sources import Source
+from ssl_pipeline.data_tools.sources import open_source as open_files
 
 AUTO, DIGITS = "auto", "digits"
 SECONDS_BETWEEN_LOOKS = 0.5
 TINY = 48  # pixels: below it a network for photographs halves its images away
-MANY = 100_000  # images that a ViT from scratch needs at least
+SMALL = 96  # pixels: the views of dinov2_small
+SOME, MANY = 2_000, 100_000  # images that a tiny ViT and a ViT-S from scratch need at least
 SMALLEST_PACKED = 256  # pixels of the shorter side
+WATCHED, WATCHED_K, WATCHED_EVERY = 2000, 20, "20%"  # images of a labelled folder, and how k-NN watches them
 ROOM = 2  # packed images are at least so many times the largest view, and worth it from so many times that
 
 
@@ -35,13 +50,18 @@ def expand(
     """`key=value` arguments with what `images=` and `recipe=auto` stand for; without these, as they are.
 
     overrides: values by dotted keys that the run will have too. timed: the settings of a run, if a choice is to come
-    with its expected time, for which a part of it is run; never if train.steps is given, nor for several processes.
+    with its expected time, for which a part of it is run by the first process alone; never if train.steps is given.
     Packs the images in the first process, in which all others wait. Raises ConfigError or DataError.
     """
     overrides = overrides or {}
     given = keys_of(arguments) | {key: str(value) for key, value in leaves(overrides) if value is not None}
     if given.get("images") == "":
         raise ConfigError("images= is empty. Set it to a folder or a zip of images.")
+    if given.get("images", "").startswith("[") and not Path(given["images"]).exists():
+        raise ConfigError(
+            f"images= takes one folder or zip. Got the list {given['images']}. Put them into one folder (links will "
+            "do), or make shards of each and set data.shards=[A,B]."
+        )
     if "images" in given and "data.shards" in given:
         raise ConfigError("images= packs a folder into shards and data.shards= names some. Give one of the two.")
     rest = [argument for argument in arguments if argument.partition("=")[0] != "recipe"]
@@ -53,27 +73,52 @@ def expand(
     recipe = recipe or AUTO
     output = Path(given["output"] if "output" in given else _directory(images, given, recipe)).expanduser()
 
-    def short_side(source: str) -> int | None:
-        return _short_side(source, recipe, given)
+    def short_side(files: Source) -> int | None:
+        return _short_side(files, recipe, given)
 
     shards = given["data.shards"] if images is None else shards_of(images, output, short_side=short_side)
     packed = [] if images is None else [f"data.shards={shards}"]
     after = [*rest, *packed, *([] if "output" in given else [f"output={output}"])]
+    watched = [] if images is None else watch_labels(shards, given)
     if recipe != AUTO:
-        return [f"recipe={recipe}", *after]
+        watched = watched if read_recipe(recipe, RECIPES).get("knn") is None else []
+        return [f"recipe={recipe}", *watched, *after]
     if known := _recipe_of(output):
-        return [*known, *after]
+        return [*_but(known, given.keys() | keys_of(watched).keys()), *watched, *after]
     index = open_shards(shards)
     side = int(np.median(index.sizes().min(axis=1)))
     chosen, why = choose_recipe(len(index), side, given, has_gpu=torch.cuda.is_available())
-    if os.environ.get("RANK", "0") == "0":
-        one_process = os.environ.get("WORLD_SIZE", "1") == "1"
+    if launched_rank() == "0":
         expected = ""
-        if timed is not None and one_process and given.get("train.steps", "null") == "null":
-            expected = expected_time(timed, [*chosen, *after], overrides, num_images=len(index))
+        if timed is not None and given.get("train.steps", "null") == "null":
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            run = [*_but(chosen, given), *after]
+            expected = expected_time(timed, run, overrides, num_images=len(index), num_processes=processes)
         line = f"{' '.join(chosen)}: {why}. {expected + '. ' if expected else ''}recipe=NAME chooses another."
         print(printable(line), flush=True)
-    return [*chosen, *after]
+    return [*_but(chosen, given.keys() | keys_of(watched).keys()), *watched, *after]
+
+
+def _but(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
+    """The arguments for whose keys nobody has given a value; `recipe` is among them whatever was given (auto)."""
+    return [argument for argument in arguments if argument.partition("=")[0] not in keys or argument[:7] == "recipe="]
+
+
+def watch_labels(shards: str, given: Mapping[str, str]) -> list[str]:
+    """The argument by which k-NN is measured during the run on its own images, if they have labels (class folders);
+    none if `given` says anything of k-NN, or if they are too few."""
+    index = open_shards(shards)
+    few = len(index) <= WATCHED_K or index.label_problem() is not None or len(np.unique(index.labels())) < 2
+    if few or any(key == "knn" or key.startswith("knn.") for key in given):
+        return []
+    if launched_rank() == "0":
+        print(
+            f"The images have labels, so the run measures k-NN on up to {WATCHED:,} of them, each by all others, every "
+            f"{WATCHED_EVERY} (knn_top1 in the log); it does not learn from them. knn=null leaves that out.",
+            flush=True,
+        )
+    settings = f"every: {WATCHED_EVERY}, train: {json.dumps(shards)}, images: {WATCHED}, k: {WATCHED_K}"
+    return [f"knn={{{settings}}}"]
 
 
 def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Value]]:
@@ -99,6 +144,8 @@ def choose_recipe(count: int, side: int, given: Mapping[str, str], *, has_gpu: b
         return ["recipe=cifar10_simclr_resnet18", "knn=null"], f"{found}: a network that keeps small images whole"
     if has_gpu and count >= MANY:
         return ["recipe=dino_vits16", "knn=null"], f"{found} and a GPU: enough for a ViT from scratch"
+    if has_gpu and count >= SOME and side >= SMALL:
+        return ["recipe=dinov2_small"], f"{found} and a GPU: a tiny ViT from scratch"
     return ["recipe=photos_small"], f"{found}{'' if has_gpu else ' and no GPU'}: a small network from scratch"
 
 
@@ -117,28 +164,44 @@ def shards_of(
     images: str,
     output: Path,
     *,
+    key: str = "images",
     way_out: str = IN_A_RUN,
-    short_side: Callable[[str], int | None] = lambda source: None,
+    short_side: Callable[[Source], int | None] = lambda files: None,
 ) -> str:
     """Where the images are as shards: themselves, if they are some, or what is made of them, once, in `output`.
 
-    The first process packs them, and the others wait for it. way_out: what to do where they have changed since then.
+    The first process packs them, and the others wait for it. key: the setting that names them.
+    way_out: what to do where they have changed since then.
     short_side: to how many pixels a source is reduced that is packed now, if at all.
     """
     if holds_shards(images):
         return images
     source = images if images == DIGITS else str(Path(images).expanduser())
-    if os.environ.get("RANK", "0") == "0":
-        side = None if is_packed(output) else short_side(source)
-        return str(pack_once(source, output, way_out=way_out, short_side=side))
+    if launched_rank() == "0":
+        files = open_files(source, key=key)
+        side = None if is_packed(output) else short_side(files)
+        return str(pack_once(source, output, key=key, way_out=way_out, short_side=side, opened=files))
     while not is_packed(output):
         time.sleep(SECONDS_BETWEEN_LOOKS)  # if the first process fails, the launcher ends this one
-    return str(pack_once(source, output, way_out=way_out))
+    return str(pack_once(source, output, key=key, way_out=way_out))
 
 
-def _short_side(source: str, recipe: str, given: Mapping[str, str]) -> int | None:
+def open_source(source: str, cache: Path) -> tuple[str, ShardIndex]:
+    """The images of a folder or a zip, packed once into `cache`, or of shards; ConfigError if there are none."""
+    path = Path(source)
+    if path.is_dir() or path.suffix == ".zip":
+        source = shards_of(
+            source, cache, key="source", way_out=f"Put the files back, or delete '{cache}' to pack what is there now."
+        )
+    index = open_shards(source)
+    if not len(index):
+        raise ConfigError(f"source={source} has no images.")
+    return source, index
+
+
+def _short_side(files: Source, recipe: str, given: Mapping[str, str]) -> int | None:
     """Pixels to which large photographs are reduced as they are packed, which is said; None where that gains little."""
-    count, side = look_at(source)
+    count, side = look_at(files)
     if recipe == AUTO:
         recipe = choose_recipe(count, side, given, has_gpu=torch.cuda.is_available())[0][0].removeprefix("recipe=")
     view = largest_view(read_recipe(recipe, RECIPES), given)

@@ -25,8 +25,10 @@ from ssl_pipeline.backbones import (
 )
 from ssl_pipeline.backbones.exported import about_weights
 from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_the_run
+from ssl_pipeline.commands.find_lr import find_lr
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
+from ssl_pipeline.commands.pages_on_the_way import PagesOnTheWay
 from ssl_pipeline.config import (
     RECIPES,
     Config,
@@ -40,7 +42,7 @@ from ssl_pipeline.config import (
     run_command,
     without_flags,
 )
-from ssl_pipeline.data.labelled import open_labelled_images
+from ssl_pipeline.data.labelled import classes_without_labels, open_labelled_images
 from ssl_pipeline.data.shards.listing import list_shards
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
@@ -55,19 +57,24 @@ from ssl_pipeline.run.interruption import StopAtOnce, Stopped
 from ssl_pipeline.run.provenance import describe_start
 from ssl_pipeline.run.watchdog import Watchdog
 from ssl_pipeline.training.clock import Clock
+from ssl_pipeline.training.determinism import COST, deterministic
 from ssl_pipeline.training.failures import Failures
 from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
+    check_labels,
+    check_precision,
     check_recipe,
     evaluation_size,
     run_facts,
 )
-from ssl_pipeline.training.remarks import remarks
-from ssl_pipeline.training.resume import check_settings, read_settings
-from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, start_clock
+from ssl_pipeline.training.remarks import about_accumulation, remarks
+from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
+from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 from ssl_pipeline.training.sharding import check_sharding
+
+NAMED_CLASSES = 5  # that a warning lists
 
 
 class PretrainConfig(Config):
@@ -100,8 +107,13 @@ class PretrainConfig(Config):
     """Accuracy of the method's own classifier during training, for methods that have one."""
     spectrum: MayChange[SpectrumMonitorConfig | None] = None
     """RankMe and alpha-ReQ of the features during training: what can be told without labels."""
+    find_lr: MayChange[bool] = False
+    """Whether only a learning-rate range test is made, of at most 100 steps: it writes find_lr.json and find_lr.svg
+    into the run's directory, suggests optim.lr, and begins no run."""
     wandb: MayChange[bool] = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
+    report: MayChange[bool] = False
+    """Whether another process writes the run's page, report/index.html, after each checkpoint, at low priority."""
 
     @model_validator(mode="after")
     def _output_is_known(self) -> PretrainConfig:
@@ -164,6 +176,7 @@ def _pretrain(config: PretrainConfig) -> int:
         )
         starting.enter_context(watchdog)
         ignored = ignored_variables(os.environ, config.train)
+        stack.enter_context(deterministic(config.train.deterministic))
         accelerator = start_accelerator(config.train)
         if ignored and accelerator.is_main_process:
             print(printable(f"Ignored, because the recipe decides: {', '.join(ignored)}"), flush=True)
@@ -174,8 +187,14 @@ def _pretrain(config: PretrainConfig) -> int:
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
         if config.train.parallel == "fsdp":
-            check_sharding(method, precision=config.train.precision, measures_classifier=config.classifier is not None)
-        if accelerator.is_main_process:
+            check_sharding(
+                method,
+                precision=config.train.precision,
+                measures_classifier=config.classifier is not None,
+                find_lr=config.find_lr,
+            )
+        check_precision(method, config.augment, config.train, accelerator.device)
+        if accelerator.is_main_process and not config.find_lr:
             directory = stack.enter_context(RunDirectory(output))
             there = read_settings(PretrainConfig, output)
             if there is not None:
@@ -187,6 +206,9 @@ def _pretrain(config: PretrainConfig) -> int:
         index = open_images(config.data)
         index_seconds = time.perf_counter() - asked
         identity = {"images": _images(index)}
+        weights = _about_weights(backbone)
+        if weights is not None:
+            identity[STARTING_WEIGHTS] = str(weights["sha256"])
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
@@ -195,47 +217,58 @@ def _pretrain(config: PretrainConfig) -> int:
             "global_batch": clock.global_batch,
             "micro_batch": clock.global_batch // config.train.accumulate,
         }
-        method.prepare(run_facts(index, labelled_index, config.augment, config.data, **batches))
+        check_labels(method, index, config.data)
+        learnt = learnt_images(method, index, labelled_index)
+        method.prepare(run_facts(index, learnt, config.augment, config.data, **batches))
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
+        wanted = (None, None, None) if config.find_lr else (config.knn, config.spectrum, config.classifier)
         monitors = open_monitors(
-            config.knn,
-            config.spectrum,
-            config.classifier,
+            *wanted,
             method=method,
             preprocessing=preprocessing,
             data=config.data,
             index=index,
-            labelled_index=labelled_index,
+            labelled_index=learnt,
             from_weights=config.backbone.weights is not None,
             device=accelerator.device,
         )
         about: dict[str, JSON] = {}
         if directory is not None:
             describe(config, method, clock, accelerator)
+            if labelled_index is not None and method.classifier is not None:
+                warn_of_classes_without_labels(labelled_index, method.classifier.out_features)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
-            about["weights"] = _about_weights(backbone)
+            about["weights"] = weights
         starting.close()
-        signal_number = train(
-            Run(
-                method=method,
-                preprocessing=preprocessing,
-                clock=clock,
-                index=index,
-                labelled_index=labelled_index,
-                augment=config.augment,
-                data=config.data,
-                optim=config.optim,
-                train=config.train,
-                seed=config.seed,
-                accelerator=accelerator,
-                output=Output(output, directory, config, identity, config.wandb, about),
-                monitors=monitors,
-                start=Start(started, index_seconds),
-            )
+        pages = PagesOnTheWay(output) if config.report and directory is not None else None
+        if pages is not None:
+            stack.callback(pages.stop)
+        run = Run(
+            method=method,
+            preprocessing=preprocessing,
+            clock=clock,
+            index=index,
+            labelled_index=labelled_index,
+            augment=config.augment,
+            data=config.data,
+            optim=config.optim,
+            train=config.train,
+            seed=config.seed,
+            accelerator=accelerator,
+            output=Output(output, directory, config, identity, config.wandb, about, saved=pages or (lambda: None)),
+            monitors=monitors,
+            start=Start(started, index_seconds),
         )
+        signal_number = 0
+        if config.find_lr:
+            find_lr(run)
+        else:
+            signal_number = train(run)
         if signal_number == 0 and directory is not None:
+            if pages is not None:
+                pages.finish()
             own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
             print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
             if own is not None:
@@ -246,7 +279,7 @@ def _pretrain(config: PretrainConfig) -> int:
 
 
 def in_python(run: Path) -> str:
-    """How a program uses the backbone of a finished run, as README shows it."""
+    """How a program uses the backbone of a finished run, as docs/runs.md shows it."""
     return (
         "In Python:\n"
         "    import ssl_pipeline\n"
@@ -269,6 +302,7 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
         f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
+        f"{f'{COST}{chr(10)}' if config.train.deterministic else ''}"
         f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
         f"{labelled}"
@@ -277,8 +311,22 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         f"output: {config.run_directory} (settings in config.yaml, metrics in metrics.jsonl)",
         flush=True,
     )
+    told = about_accumulation(
+        method, accumulate=config.train.accumulate, micro_batch=clock.global_batch // config.train.accumulate
+    )
+    if told is not None:
+        print(printable(told), flush=True)
     for remark in remarks(config.method, config.optim, config.augment, clock):
         print(printable(f"warning: {remark}"), flush=True)
+
+
+def warn_of_classes_without_labels(labelled: ShardIndex, num_classes: int) -> None:
+    """Say which classes no labelled image is of: what is trained will guess others in their place."""
+    missing = classes_without_labels(labelled, num_classes)
+    if missing:
+        more = f" and {len(missing) - NAMED_CLASSES} more" if len(missing) > NAMED_CLASSES else ""
+        named = ", ".join(missing[:NAMED_CLASSES])
+        print(printable(f"warning: no labelled image is of class {named}{more}: it cannot be learnt."), flush=True)
 
 
 def _images(index: ShardIndex) -> str:
@@ -293,7 +341,7 @@ def _about(index: ShardIndex | None) -> JSON:
     return {"shards": index.source, "images": len(index), "fingerprint": index.fingerprint}
 
 
-def _about_weights(backbone: Backbone) -> JSON:
+def _about_weights(backbone: Backbone) -> dict[str, JSON] | None:
     """What it starts from for run.json, None for random weights."""
     config, tensors = backbone.config, backbone.model.state_dict()
     if config.weights is None:

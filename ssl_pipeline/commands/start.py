@@ -1,16 +1,19 @@
 """The start of `pretrain.py`: what must not wait for torch, whose import takes seconds.
 
-Here arguments are read as far as that needs no schema: their form, the recipe's name and the recipe itself. What a
-section may hold stands beside the class that reads it, and that imports torch.
+Here arguments are read as far as that needs no schema: their form, the recipe's name, the recipe itself, and the names
+of the keys. What the values of a section may be stands beside the class that reads it, and that imports torch.
 """
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Callable
+from importlib import import_module
 
-from ssl_pipeline.config import RECIPES, recipe_files, refuse, without_flags
+from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
+from ssl_pipeline.config import RECIPES, launched_rank, recipe_files, refuse, without_flags
 from ssl_pipeline.config.arguments import pairs_and_recipe
+from ssl_pipeline.config.base import SettingsError
 from ssl_pipeline.run.launcher import have_the_last_word, watch_launcher
 
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -32,24 +35,37 @@ recipes: {recipes}"""
 
 def command(name: str = "pretrain.py") -> int:
     """The command line, called `name`; returns the exit code."""
-    launcher, first = watch_launcher(), os.environ.get("RANK", "0") == "0"
+    return start(name, how_to_begin, "ssl_pipeline.commands.pretrain")
+
+
+def start(name: str, usage: Callable[[str], str], module: str) -> int:
+    """Read what needs no torch, then call `main(name)` of `module`; returns the exit code.
+
+    usage: what a call without arguments shows, for the name that the command is called by.
+    """
+    launcher, first = watch_launcher(), launched_rank() == "0"
     arguments = sys.argv[1:]
     if not arguments:
-        print(how_to_begin(name))
+        print(usage(name))
         return 2
     try:
-        given = [argument for argument in without_flags(arguments)[0] if argument != "recipe=auto"]
-        pairs_and_recipe(given, RECIPES)
+        given, _ = without_flags(arguments)
+        pairs, recipe = pairs_and_recipe([argument for argument in given if argument != "recipe=auto"], RECIPES)
+        names = dict(pairs)
+        if "method.name" in names:
+            recipe = {"method": {"name": names["method.name"]}}
+        if mistakes := unknown_keys(names, recipe, sections_in_sources()):
+            raise SettingsError(*mistakes, f"See: {name} --help")
     except Exception as error:
         return refuse(error, running=False)
     if first:
         print("Loading torch and timm: some seconds ...", file=sys.stderr, flush=True)
     try:
-        from ssl_pipeline.commands import pretrain
+        main = import_module(module).main
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    code = pretrain.main(name)
+    code: int = main(name)
     if code == INTERRUPTED and launcher is not None and first:
         have_the_last_word(launcher, "Interrupted. The same command goes on from the newest checkpoint.")
     return code

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,12 +14,11 @@ from statistics import median
 
 import yaml
 
+from ssl_pipeline.commands.process import start_pretraining
 from ssl_pipeline.config import RECIPES, Config, Tree, Value, dump, load, read_yaml
 from ssl_pipeline.config.arguments import assign
 from ssl_pipeline.config.yaml_text import YamlDumper
-from ssl_pipeline.run.launcher import LAUNCHED
 
-START = "ssl_pipeline.commands.start"  # which imports this module in the end
 STEPS, SECONDS = 20, 30.0
 SECONDS_BETWEEN_LOOKS = 0.2
 SHORT: Tree = {  # what a trial has of its own
@@ -29,6 +26,8 @@ SHORT: Tree = {  # what a trial has of its own
     "output": None,
     "images": None,
     "wandb": False,
+    "find_lr": False,
+    "report": False,
     "knn": None,
     "spectrum": None,
     "classifier": None,
@@ -41,12 +40,19 @@ LONGEST_OF_UNIT = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, 
 
 
 def expected_time(
-    schema: type[Config], arguments: Sequence[str], overrides: Mapping[str, Value], *, num_images: int
+    schema: type[Config],
+    arguments: Sequence[str],
+    overrides: Mapping[str, Value],
+    *,
+    num_images: int,
+    num_processes: int = 1,
 ) -> str:
     """What a trial of the run with these arguments says: its expected time, or that there is none to tell.
 
     At most STEPS steps, and SECONDS with the start of the process. overrides: values by dotted keys, over the
-    arguments. Monitors and checkpoints are left out of it. Raises ConfigError for settings that no run can have.
+    arguments. Monitors and checkpoints are left out of it. One process is timed, on the first GPU; of `num_processes`
+    it is told that they share the work, and nothing of what they lose by waiting for each other. Raises ConfigError
+    for settings that no run can have.
     """
     with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
         settings = dump(load(schema, arguments, recipes=RECIPES, overrides=overrides))
@@ -66,8 +72,11 @@ def expected_time(
     if not rows:
         return f"No step was timed in {SECONDS:.0f} s, so no time can be told"
     per_second, global_batch = median(row["images_per_second"] for row in rows), rows[0]["images"] / rows[0]["step"]
-    images = epochs * num_images if isinstance(epochs, int | float) else float(str(steps)) * global_batch
-    return f"Expected time: {duration(images / per_second)} ({per_second:.3g} images/s)"
+    images = (
+        epochs * num_images if isinstance(epochs, int | float) else float(str(steps)) * global_batch * num_processes
+    )
+    each = "" if num_processes == 1 else f" in each of {num_processes} processes, if none waits for another"
+    return f"Expected time: {duration(images / (per_second * num_processes))} ({per_second:.3g} images/s{each})"
 
 
 def duration(seconds: float) -> str:
@@ -77,10 +86,8 @@ def duration(seconds: float) -> str:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """The run, until its end or until the time is up; what it prints is for nobody."""
-    command = [sys.executable, "-m", START, *arguments]
-    environment, nobody = os.environ | {LAUNCHED: "1"}, subprocess.DEVNULL
-    process = subprocess.Popen(command, env=environment, stdout=nobody, stderr=nobody)
+    """The run, until its end or until the time is up."""
+    process = start_pretraining(arguments, silent=True)
     until = time.monotonic() + SECONDS
     try:
         while process.poll() is None and time.monotonic() < until:

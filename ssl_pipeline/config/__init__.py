@@ -35,16 +35,17 @@ from ssl_pipeline.config.base import (
 from ssl_pipeline.config.changes import Change, MayChange, changes
 from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for
 from ssl_pipeline.config.help import help_page
-from ssl_pipeline.config.printing import printable
+from ssl_pipeline.config.printing import launched_rank, printable
 from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, Seed, Width
-from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, read_recipe, recipe_files
+from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, SELF_TRAINING, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
-from ssl_pipeline.config.sentences import TOO_DEEP, mistakes
+from ssl_pipeline.config.sentences import TOO_DEEP, UNKNOWN_KEY, mistakes
 from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 
 __all__ = [
     "COMPARISONS",
     "RECIPES",
+    "SELF_TRAINING",
     "BatchSize",
     "Change",
     "Config",
@@ -64,6 +65,7 @@ __all__ = [
     "dump",
     "failure_sentence",
     "is_out_of_memory",
+    "launched_rank",
     "load",
     "memory_asked_for",
     "nearest",
@@ -109,8 +111,11 @@ def load(
     except ConfigError as error:
         if recipes is None or "recipe" in tree:
             raise
+        told = sentences_of(error)
+        if unknown := [sentence for sentence in told if sentence.startswith(UNKNOWN_KEY)]:
+            raise SettingsError(*unknown) from None  # maybe it was images= or recipe= that was meant
         known = f"No recipe is given: recipe=NAME, one of {', '.join(recipe_files(recipes))}"
-        raise SettingsError(*sentences_of(error), known) from None
+        raise SettingsError(*told, known) from None
 
 
 def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> ConfigType:
@@ -185,7 +190,7 @@ def refuse(error: Exception, *, running: bool) -> int:
 
     The first rank prints what comes before the run, for it is the same on all; what happens later each tells itself.
     """
-    rank = os.environ.get("RANK", "0")
+    rank = launched_rank()
     if rank == "0" or running:
         sentences = error.sentences if isinstance(error, SettingsError) else [failure_sentence(error)]
         text = "\n".join(printable(sentence) for sentence in sentences)

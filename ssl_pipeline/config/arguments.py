@@ -34,7 +34,7 @@ def read_arguments(
         try:
             annotation = annotation_at(schema, tree, location)
             value = (overrides or {})[key] if text is None else _value(annotation, key, text)
-            if dropped := drop_of_other_name(schema, tree, location, value):
+            if dropped := drop_of_other_name(schema, tree, location, value, [key for key, _ in asked]):
                 note(dropped)
             if isinstance(value, dict) and is_free_mapping(annotation_at(schema, tree, location)):
                 assign(tree, location, None)  # the new mapping replaces that of the recipe

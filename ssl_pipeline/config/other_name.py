@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 from ssl_pipeline.config.base import Config, Location, Tree, Value
 from ssl_pipeline.config.schema import annotation_at, mapping_value, section_of, sections_in
 
 
-def drop_of_other_name(schema: type[Config], tree: Tree, location: Location, value: Value) -> str | None:
+def drop_of_other_name(
+    schema: type[Config], tree: Tree, location: Location, value: Value, given: Collection[str] = ()
+) -> str | None:
     """Take the settings of the old name out of the tree, if `value` at `location` is another; the sentence to say.
 
-    In a section of several forms (the methods) all of them go, else those that `of_name` of the section lists.
+    In a section of several forms (the methods) all of them go, else those that `of_name` of the section lists. Of those
+    that are `given` anew, by their dotted keys, nothing is said.
     """
     *parents, last = location
     place, new = (tuple(parents), value) if last == "name" else (location, value)
@@ -29,13 +33,14 @@ def drop_of_other_name(schema: type[Config], tree: Tree, location: Location, val
     going = [key for key in inside if key != "name"]
     if len(sections_in(annotation)) == 1:
         going = [key for key in going if key in section.of_name(new)]
+    where = ".".join(place)
     dropped = {key: inside.pop(key) for key in going}
+    dropped = {key: value for key, value in dropped.items() if f"{where}.{key}" not in given}
     if not dropped:
         return None
     told = ", ".join(
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in dropped.items()
     )
-    where = ".".join(place)
     return f"{where}.name={new} replaces {old} and what the recipe says of it ({told}). Set {where}.KEY to keep one."
 
 

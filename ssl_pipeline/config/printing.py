@@ -26,9 +26,16 @@ def printable(text: str, *, longest: int | None = LONGEST_LINE, lines: bool = Fa
     return shown[: longest - KEPT_END - len(GAP)] + GAP + shown[-KEPT_END:]
 
 
+def launched_rank() -> str:
+    """The number of this process among those that were launched together, as text; a RANK that is left over in a shell
+    says nothing."""
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    return os.environ.get("RANK", "0") if size.isdecimal() and int(size) > 1 else "0"
+
+
 def note(text: str) -> None:
     """One line on stderr of what the reading of settings changed; of several processes the first says it."""
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank() == "0":
         print(printable(f"note: {text}"), file=sys.stderr, flush=True)
 
 

@@ -12,13 +12,16 @@ RECIPES = next(filter(Path.is_dir, (PACKAGE / "recipes", PACKAGE.parent / "recip
 """Settings of `pretrain.py`: those that a wheel has packed into the package, else those of the checkout beside it."""
 COMPARISONS = RECIPES / "comparisons"
 """Settings of `eval.compare`; a name for `pretrain.py` never means one of these."""
+SELF_TRAINING = RECIPES / "self_training"
+"""Settings of `eval.self_training`; the same holds for them."""
+OTHERS = {COMPARISONS.name, SELF_TRAINING.name}
 
 
 def recipe_files(folder: Path) -> dict[str, Path]:
     """The recipes below a folder by their file name, sorted; raises ConfigError if two have the same."""
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.yaml"), key=lambda path: (path.stem, path)):
-        if COMPARISONS.name in path.relative_to(folder).parts:
+        if OTHERS & set(path.relative_to(folder).parts):
             continue
         if path.stem in files:
             raise ConfigError(f"Two recipes have the name '{path.stem}': {files[path.stem]} and {path}. Rename one.")

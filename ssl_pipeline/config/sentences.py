@@ -17,6 +17,7 @@ BOUNDS = (  # pydantic's words and those of ranges
     ("greater than", "above"),
     ("less than", "below"),
 )
+UNKNOWN_KEY = "Unknown key"
 TOO_DEEP = "The settings are nested too deeply."
 
 
@@ -25,7 +26,7 @@ def mistakes(schema: type[Config], data: Value, error: ValidationError) -> list[
     by_place: dict[str, list[str]] = {}
     for item in error.errors():
         place = _place(schema, data, item["loc"])
-        sentence = f"Unknown key '{place.where}'.{_suggest(schema, data, place)}"
+        sentence = f"{UNKNOWN_KEY} '{place.where}'.{_suggest(schema, data, place)}"
         if item["type"] != "extra_forbidden":
             sentence = _sentence(place, item["type"], item["input"], str(item["msg"]), item.get("ctx", {}))
         by_place.setdefault(place.where, []).append(sentence)
@@ -68,6 +69,8 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
         reason = str(context["error"])
         if reason.startswith("must "):
             return f"{where} {reason}"
+        if where and reason.startswith((f"{where}.", f"{where} ")):
+            return reason
         starts_with_key = place.section is not None and re.split(r"[ .]", reason)[0] in place.section.model_fields
         return f"{where}.{reason}" if where and starts_with_key else f"{where}: {reason}".removeprefix(": ")
     if kind == "literal_error":
@@ -80,7 +83,7 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
         return TOO_DEEP
     if isinstance(got, dict) and got and not sections:
         inner = next((name for name in got if name != "value"), "value")  # `value` stands for what was there before
-        return f"Unknown key '{where}.{inner}'. {where} takes a value, it is no section."
+        return f"{UNKNOWN_KEY} '{where}.{inner}'. {where} takes a value, it is no section."
     needed = message.removeprefix("Input should be ").removeprefix("String should match ")
     for theirs, ours in BOUNDS:
         needed = needed.replace(theirs, ours)

@@ -165,6 +165,13 @@ class StreamBatch:
             moved(masked),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """All that lies on the device of the batch."""
+        groups = (self.draws, self.masks, self.crops, self.masked)
+        found = [self.labels, self.sample_ids, *(tensor for group in groups for tensor in group.values())]
+        found += [] if self.images is None else [self.images.pixels]
+        return found + ([] if self.labelled is None else self.labelled.tensors())
+
     def clone(self) -> StreamBatch:
         """The same batch in memory of its own, for those who keep it."""
         return StreamBatch(

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_pipeline.augment.central_crop import Interpolation, central_crop
+from ssl_pipeline.augment.central_crop import Fit, Interpolation, central_crop, stretched
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.samples import Label, labels_layout
-from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.samples import ImageSource, Label, labels_layout
 from ssl_pipeline.data.workers.pool import read_batches
 from ssl_pipeline.data.workers.ring import Layout
 
@@ -21,13 +20,16 @@ class EvaluationSet(Dataset[tuple[Tensor, Label, int]]):
     """Sample i as (image (3,S,S) uint8, label or -1, i).
 
     The shorter side is resized to size*256/224 pixels, as the evaluations of DINO and SimCLR do (to `size` itself up to
-    96 pixels), antialiased; then the central square is cut out.
+    96 pixels), antialiased; then the central square is cut out. With fit="stretch" the whole image becomes the square.
     """
 
-    def __init__(self, index: ShardIndex, size: int, interpolation: Interpolation = "bicubic") -> None:
+    def __init__(
+        self, index: ImageSource, size: int, interpolation: Interpolation = "bicubic", fit: Fit = "crop"
+    ) -> None:
         self.index = index
         self.size = size
         self.interpolation: Interpolation = interpolation
+        self.view = central_crop if fit == "crop" else stretched
 
     def __len__(self) -> int:
         return len(self.index)
@@ -38,7 +40,7 @@ class EvaluationSet(Dataset[tuple[Tensor, Label, int]]):
             image_HWC = torch.from_numpy(decode_image(raw.image))
         except DecodeError as error:
             raise DataError(f"Cannot decode {raw.location}: {error}.") from None
-        return central_crop(image_HWC, self.size, self.interpolation), -1 if raw.label is None else raw.label, sample
+        return self.view(image_HWC, self.size, self.interpolation), -1 if raw.label is None else raw.label, sample
 
 
 class EvaluationReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
 
 from ssl_pipeline.augment.views import ViewGroup
@@ -28,6 +29,17 @@ def open_labelled_images(config: DataConfig) -> ShardIndex | None:
     return index
 
 
+def classes_without_labels(index: ShardIndex, num_classes: int) -> list[str]:
+    """The classes, by name where they have one, that no labelled image is of; soft labels count where they are above 0.
+
+    A method never learns what these look like: its guesses are of the others.
+    """
+    labels = index.labels()
+    found = np.unique(labels) if labels.ndim == 1 else np.flatnonzero(labels.any(axis=0))
+    missing = np.setdiff1d(np.arange(num_classes), found).tolist()
+    return [str(number) if index.class_names is None else index.class_names[number] for number in missing]
+
+
 def open_labelled_stream(
     index: ShardIndex,
     groups: Mapping[str, ViewGroup],
@@ -42,6 +54,7 @@ def open_labelled_stream(
     masks: Mapping[str, MaskRule] = NO_MASKS,
     device: torch.device | str = "cpu",
     keepalive: Callable[[], None] = lambda: None,
+    memory_share: float = 1.0,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
 
@@ -75,6 +88,7 @@ def open_labelled_stream(
         repeat=True,
         device=device,
         keepalive=keepalive,
+        memory_share=memory_share,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,31 @@ Label = int | NDArray[np.float32]  # -1 = none; a row (C,) of soft labels
 MAX_SUBSTITUTES = 16
 
 
-def labels_layout(index: ShardIndex, num_images: int) -> tuple[tuple[int, ...], torch.dtype]:
+class RawImage(Protocol):
+    """The stored bytes of an image, its label (None without one), and words for where it lies."""
+
+    @property
+    def image(self) -> bytes: ...
+    @property
+    def label(self) -> int | NDArray[np.float32] | None: ...
+    @property
+    def location(self) -> str: ...
+
+
+class ImageSource(Protocol):
+    """Numbered images: shards, or files of another kind. checksums: what tells these images from any others."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def checksums(self) -> list[str]: ...
+    @property
+    def num_soft_classes(self) -> int | None: ...
+    def __len__(self) -> int: ...
+    def read(self, sample: int) -> RawImage: ...
+
+
+def labels_layout(index: ImageSource, num_images: int) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and type of the labels of so many images: (B,) int64, or soft ones (B,C) float32."""
     if index.num_soft_classes is None:
         return (num_images,), torch.int64

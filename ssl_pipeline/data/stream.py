@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import starmap
+from itertools import count, starmap
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -140,6 +140,7 @@ def open_stream(
     repeat: bool = False,
     device: torch.device | str = "cpu",
     keepalive: Callable[[], None] = lambda: None,
+    memory_share: float = 1.0,
 ) -> Iterator[StreamBatch]:
     """This rank's share of each micro-batch from `position` on: `batches` of them, or without end.
 
@@ -147,10 +148,11 @@ def open_stream(
     holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Each `accumulate`
     micro-batches are an optimizer step, the first of them number `step` (default: by the position), whose views have
     sizes of their own, by `size_seed`, where a group has several (default: `seed`). `masks` has the rules of the groups
-    whose views are masked. Data sets smaller than G are refused, unless samples may `repeat` within a batch. `device`
-    is where batches will be taken, which decides where crops are cut out. A batch lasts until the next one is asked
-    for, which may overwrite it; `clone()` keeps one for longer. The first may take long, where all images are decoded
-    for it: `keepalive` is called meanwhile.
+    whose views are masked. Without any groups no image is read. Data sets smaller than G are refused, unless samples
+    may `repeat` within a batch. `device` is where batches will be taken, which decides where crops are cut out. A batch
+    lasts until the next one is asked for, which may overwrite it; `clone()` keeps one for longer. The first may take
+    long, where all images are decoded for it: `keepalive` is called meanwhile. `memory_share`: of the memory for
+    batches, where streams share it.
     """
     micro_batch, device = config.batch_size * world_size, torch.device(device)
     if micro_batch > len(index) and not repeat:
@@ -179,6 +181,8 @@ def open_stream(
         start = position + batch * micro_batch
         return rank_positions(start, rank=rank, world_size=world_size, batch_size=config.batch_size)
 
+    if not groups:
+        return _numbers_alone(samples, positions_of, batches=batches)
     if config.cache:
         return cached_stream(
             samples,
@@ -192,5 +196,22 @@ def open_stream(
         )
     make_reader = DecodedReader if config.crops_on_device(device) else CropReader
     reader = make_reader(samples, sampler, batch_size=config.batch_size)
-    read = read_batches(reader, positions_of, batches=batches, workers=config.workers, prefetch=config.prefetch)
+    read = read_batches(
+        reader,
+        positions_of,
+        batches=batches,
+        workers=config.workers,
+        prefetch=config.prefetch,
+        memory_share=memory_share,
+    )
     return starmap(StreamBatch.over, read)
+
+
+def _numbers_alone(
+    samples: Samples, positions_of: Callable[[int], range], *, batches: int | None
+) -> Iterator[StreamBatch]:
+    """Batches for a method that is shown no views of these images: their numbers, and -1 for labels; none is read."""
+    for batch in count() if batches is None else range(batches):
+        _, samples_B = samples.locate(positions_of(batch))
+        sample_ids = torch.from_numpy(samples_B.copy())
+        yield StreamBatch({}, {}, torch.full_like(sample_ids, -1), sample_ids, [])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
-from ssl_pipeline.data_tools.conversion import CONVERTED_EXTENSIONS
+from ssl_pipeline.data_tools.conversion import CONVERTED_EXTENSIONS, OPTIONAL, is_read
 from ssl_pipeline.data_tools.sources import Rejected, Source
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 JPEG_BY_OTHER_NAMES = ("jpe", "jfif")
 READ = (*IMAGE_EXTENSIONS, *JPEG_BY_OTHER_NAMES, *CONVERTED_EXTENSIONS)
-OTHER_FORMATS = ("avif", "heic", "heif", "jp2", "jxl", "ppm")
+NO_IMAGE = "no image file"
+OTHER_FORMATS = ("jp2", "jxl", "ppm")
+WITH_EXTRA = "not read here: .{}; pip install 'ssl-pipeline[heif]' brings the reader"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,15 @@ def label_candidates(source: Source, labels: Mapping[str, int], class_names: Seq
     return Candidates(candidates, list(class_names), others)
 
 
+def no_images(key: str, source: str, found: Candidates) -> str:
+    """What is said of a source without an image file; key: the setting that names it."""
+    reasons = Counter(other.reason for other in found.others).most_common(1)
+    most = f": {reasons[0][0]} ({reasons[0][1]:,})" if reasons and reasons[0][0] != NO_IMAGE else ""
+    return (
+        f"{key}='{source}' has no image file (.jpg .png .webp .gif .bmp .tif) among {len(found.others):,} files{most}."
+    )
+
+
 def looks_like_splits(class_names: Sequence[str]) -> bool:
     """Whether folders are parts of a data set: train, test and the like, and nothing else."""
     return SPLITS.issuperset(name.lower() for name in class_names)
@@ -74,10 +86,12 @@ def _image_files(source: Source) -> tuple[dict[str, list[str]], list[Rejected]]:
         extension = PurePosixPath(parts[-1]).suffix.lower().lstrip(".") if parts else ""
         if not parts or _is_hidden(parts):
             others.append(Rejected(name, "hidden file"))
+        elif extension in OPTIONAL and not is_read(extension):
+            others.append(Rejected(name, WITH_EXTRA.format(extension)))
         elif extension in OTHER_FORMATS:
             others.append(Rejected(name, f"a format that is not read: .{extension}"))
-        elif extension not in READ:
-            others.append(Rejected(name, "no image file"))
+        elif extension not in READ and extension not in OPTIONAL:
+            others.append(Rejected(name, NO_IMAGE))
         else:
             images[name] = parts
     return images, others

@@ -20,7 +20,7 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import ShardList, list_shards
 from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestShard, read_manifest, write_manifest
 from ssl_pipeline.data.shards.rows import INVALID_LABEL, ShardEntry, index_shard, key_at
-from ssl_pipeline.data_tools.processes import map_in_processes
+from ssl_pipeline.data_tools.engine import EngineConfig, map_tasks
 
 
 class CheckShards(Config):
@@ -56,11 +56,11 @@ def check_shards(config: CheckShards) -> int:
     manifest = read_manifest(folder)
     if config.write_manifest:
         _refuse_manifest(listed, manifest)
-    checked = map_in_processes(
+    checked = map_tasks(
         partial(check_shard, decode=config.decode, image_key=config.image_key),
         shards,
         sizes=[1] * len(shards),
-        workers=config.workers,
+        engine=EngineConfig(workers=config.workers),
         description="checking",
         unit="shard",
     )

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ssl_pipeline.config import Config, PlaceText, Seed, printable, run_command
+from ssl_pipeline.config import PlaceText, Seed, printable, run_command
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
@@ -27,14 +27,16 @@ from ssl_pipeline.data_tools.candidates import (
     find_candidates,
     label_candidates,
     looks_like_splits,
+    no_images,
     path_parts,
 )
 from ssl_pipeline.data_tools.conversion import storable
+from ssl_pipeline.data_tools.engine import EngineConfig, map_tasks
 from ssl_pipeline.data_tools.holdout import held_out
 from ssl_pipeline.data_tools.label_table import read_label_table
 from ssl_pipeline.data_tools.output import PARTS, REJECTED_FILE, output_in_the_making
 from ssl_pipeline.data_tools.packing import Packing, packed_size
-from ssl_pipeline.data_tools.processes import map_in_processes
+from ssl_pipeline.data_tools.resuming import check_journal, name_of_work, shard_journal
 from ssl_pipeline.data_tools.shard_writer import Accepted, key_of, write_shards
 from ssl_pipeline.data_tools.sources import Rejected, Source, UnreadableFileError, open_source
 from ssl_pipeline.files import write_text
@@ -43,9 +45,10 @@ from ssl_pipeline.randomness import permutation
 CHUNK = 200  # files per task of the check
 DEFAULT_QUALITY = 90
 REASONS_SHOWN = 5
+ELSEWHERE = {"overwrite", "resume", "workers", "engine", "ray_address"}  # settings that change nothing in the shards
 
 
-class MakeShards(Config):
+class MakeShards(EngineConfig):
     """Write the images of a folder, a zip or scikit-learn's digits into WebDataset shards.
 
     Class folders become labels, a flat folder has none. JPEG, PNG and WebP files are stored as they are, unless
@@ -74,8 +77,9 @@ class MakeShards(Config):
     """Images per shard."""
     shuffle_seed: Seed = 0
     """Another number gives another order, and holds out other images."""
-    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Processes; by default one per core, at most 16."""
+    resume: bool | None = None
+    """Whether what an interrupted run has done is kept, and the same command goes on with it; by default with
+    engine=ray."""
     overwrite: bool = False
     """Replace shards that an earlier run wrote to the same output."""
 
@@ -116,22 +120,24 @@ class MakeShards(Config):
         return Packing(self.short_side, DEFAULT_QUALITY if self.quality is None else self.quality)
 
 
-def make_shards(config: MakeShards) -> int:
-    """Write the shards, the manifest, the index and the lists of files; returns the exit code."""
-    source = open_source(config.source, config.prefix, config.split)
+def make_shards(config: MakeShards, *, opened: Source | None = None) -> int:
+    """Write the shards, the manifest, the index and the lists of files; returns the exit code.
+
+    opened: what `config` names as the source, where that is open already, so that a folder is not walked again.
+    """
+    source = opened or open_source(config.source, config.prefix, config.split)
     found = _candidates(source, config)
     if not found.images:
-        raise DataError(
-            f"source='{config.source}' has no image file (.jpg .png .webp .gif .bmp .tif) among "
-            f"{len(found.others)} files. Is prefix= missing?"
-        )
+        raise DataError(f"{no_images('source', config.source, found)} Is prefix= missing?")
     if config.holdout is not None and found.class_names is None:
         raise DataError(
             f"holdout={config.holdout} takes its share of every class, and source='{config.source}' has no class "
             "folders. Give labels by labels=FILE.csv, or leave holdout out."
         )
-    with output_in_the_making(config.output, overwrite=config.overwrite) as folder:
-        accepted, undecodable = _check(source, found.images, config)
+    kept = config.engine == "ray" if config.resume is None else config.resume
+    work = name_of_work(config.model_dump(mode="json", exclude=ELSEWHERE), found.images) if kept else None
+    with output_in_the_making(config.output, overwrite=config.overwrite, work=work) as folder:
+        accepted, undecodable = _check(source, found.images, folder, work, config)
         if not accepted:
             raise DataError(
                 f"None of the {len(found.images)} images can be decoded; "
@@ -149,7 +155,7 @@ def make_shards(config: MakeShards) -> int:
         for part, samples in parts.items():
             (folder / part).mkdir(exist_ok=True)
             name = f"{stem}-{part}" if part else stem
-            shards = _write_part(source, samples, folder / part, name, found.class_names, len(rejected), config)
+            shards = _write_part(source, samples, folder / part, name, found.class_names, len(rejected), work, config)
             sizes.append((part, samples, shards))
         write_text(folder / REJECTED_FILE, "".join(json.dumps(asdict(entry)) + "\n" for entry in rejected))
     for part, samples, shards in sizes:
@@ -189,16 +195,17 @@ def _splits_for_classes(config: MakeShards, folders: Sequence[str]) -> DataError
 
 
 def _check(
-    source: Source, candidates: Sequence[Candidate], config: MakeShards
+    source: Source, candidates: Sequence[Candidate], folder: Path, work: str | None, config: MakeShards
 ) -> tuple[list[Accepted], list[Rejected]]:
     """Candidates that decode, each with the extension that its content calls for, and the others with the reason."""
     chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
-    results = map_in_processes(
+    results = map_tasks(
         partial(_check_chunk, source, config.packing),
         chunks,
         sizes=[len(chunk) for chunk in chunks],
-        workers=config.workers,
+        engine=config,
         description="checking images",
+        journal=check_journal(folder, work),
     )
     checked = list(zip(candidates, (result for chunk in results for result in chunk), strict=True))
     accepted = [(candidate, extension) for candidate, (extension, _) in checked if extension]
@@ -227,6 +234,7 @@ def _write_part(
     stem: str,
     class_names: Sequence[str] | None,
     rejected: int,
+    work: str | None,
     config: MakeShards,
 ) -> list[ManifestShard]:
     """One set of shards with its manifest, its list of files and its index."""
@@ -238,7 +246,8 @@ def _write_part(
         stem,
         samples_per_shard=config.samples_per_shard,
         packing=config.packing,
-        workers=config.workers,
+        engine=config,
+        journal=shard_journal(folder, work),
     )
     start = "".join(f"{part}/" for part in path_parts(config.prefix))
     write_origins(folder, [(key_of(n, image.name), start + image.name) for n, (image, _) in enumerate(shuffled)])

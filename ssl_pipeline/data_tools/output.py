@@ -18,35 +18,45 @@ from ssl_pipeline.files import lock, open_no_link
 REJECTED_FILE = "rejected.jsonl"
 PARTS = ("train", "test")  # of holdout=
 LOCK_FILE = ".lock"
+UNFINISHED = ".unfinished-"
 
 
 @contextmanager
-def output_in_the_making(output: Path, *, overwrite: bool) -> Iterator[Path]:
+def output_in_the_making(output: Path, *, overwrite: bool, work: str | None = None) -> Iterator[Path]:
     """A folder beside the output that becomes the output at the end; nothing is left of it if that is not reached.
 
-    Each run has a folder of its own, so that nothing which a killed run still writes can get into the next one's.
+    Each run has a folder of its own, so that nothing which a killed run still writes can get into the next one's. With
+    `work`, which says what is made and from what, the folder stays if the end is not reached, and the next run of the
+    same work finds it again; what begins with UNFINISHED in it does not get into the output.
     """
     output = output.resolve()
     _refuse(output, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     start = f".{output.name}.partial-"
-    _clear_leftovers(
-        [path for path in output.parent.iterdir() if path.name.startswith(start) and not path.is_symlink()], output
-    )
-    folder = Path(tempfile.mkdtemp(prefix=start, dir=output.parent))
+    found = [path for path in output.parent.iterdir() if path.name.startswith(start) and not path.is_symlink()]
+    _clear_leftovers(found, output, kept=f"{start}{work}")
+    if work is None:
+        folder = Path(tempfile.mkdtemp(prefix=start, dir=output.parent))
+    else:
+        folder = output.parent / f"{start}{work}"
+        folder.mkdir(exist_ok=True)
+    reached = False
     try:
         with (folder / LOCK_FILE).open("w") as file:
             lock(file, inherited=False)  # by worker processes, which may outlive this one
             yield folder
-            (folder / LOCK_FILE).unlink()
+            reached = True
+            for path in (folder / LOCK_FILE, *folder.rglob(f"{UNFINISHED}*")):
+                path.unlink()
         folder.chmod(0o777 & ~_umask())  # mkdtemp's own mode keeps everybody else out
         _replace(folder, output, overwrite=overwrite)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if reached or work is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clear_leftovers(folders: Sequence[Path], output: Path) -> None:
-    """Delete what interrupted runs left; a run that is alive holds its lock."""
+def _clear_leftovers(folders: Sequence[Path], output: Path, *, kept: str) -> None:
+    """Delete what interrupted runs left, but for the folder called `kept`; a run that is alive holds its lock."""
     for folder in folders:
         with suppress(FileNotFoundError):
             descriptor = open_no_link(folder / LOCK_FILE, os.O_RDWR)
@@ -55,7 +65,8 @@ def _clear_leftovers(folders: Sequence[Path], output: Path) -> None:
                     raise DataError(f"Another make_shards is writing '{output}' at this moment.")
             finally:
                 os.close(descriptor)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.name != kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -9,10 +9,10 @@ from statistics import median
 
 from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.open import DataError
-from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits
+from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits, no_images
 from ssl_pipeline.data_tools.conversion import storable
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
-from ssl_pipeline.data_tools.sources import UnreadableFileError, open_source
+from ssl_pipeline.data_tools.sources import Source, UnreadableFileError, open_source
 from ssl_pipeline.files import write_text
 
 SHARDS = "images"
@@ -22,9 +22,18 @@ LOOKED_AT = 200  # images
 IN_A_RUN = "Put the files back, or choose another output=DIR to train on what is there now."
 
 
-def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN, short_side: int | None = None) -> Path:
+def pack_once(
+    source: str,
+    place: Path,
+    *,
+    key: str = "images",
+    way_out: str = IN_A_RUN,
+    short_side: int | None = None,
+    opened: Source | None = None,
+) -> Path:
     """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
 
+    key: the setting that names the source, for errors. opened: the source, where it is open already.
     short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
     the shards says it.
 
@@ -33,33 +42,32 @@ def pack_once(source: str, place: Path, *, way_out: str = IN_A_RUN, short_side: 
     if the source has changed.
     """
     shards, listing = place / SHARDS, place / LISTING
-    files = open_source(source, "", None)
+    files = opened or open_source(source, key=key)
     found = find_candidates(files)
     now = {image.name: files.size(image.name) for image in found.images}
     if listing.exists():
         before = read_listing(listing)
         if before != now:
-            raise DataError(
-                f"'{source}' has changed since it was packed into '{shards}': {differences(before, now)}. {way_out}"
-            )
+            found_now = differences(before, now)
+            raise DataError(f"{key}='{source}' has changed since it was packed into '{shards}': {found_now}. {way_out}")
         if shards.exists():
             return shards
+    if not found.images:
+        raise DataError(no_images(key, source, found))
     place.mkdir(parents=True, exist_ok=True)
     # parts of a data set are no classes, and a run without labels takes all of them
     labels = "none" if looks_like_splits(found.class_names or ("",)) else None
-    make_shards(
-        MakeShards(source=source, output=shards, labels=labels, short_side=short_side, overwrite=shards.exists())
-    )
+    settings = MakeShards(source=source, output=shards, labels=labels, short_side=short_side, overwrite=shards.exists())
+    make_shards(settings, opened=files)
     write_text(listing, "".join(json.dumps([name, size]) + "\n" for name, size in now.items()))
     return shards
 
 
-def look_at(source: str) -> tuple[int, int]:
+def look_at(files: Source) -> tuple[int, int]:
     """How many images a source has by their names, and the median of the shorter sides of some, in pixels.
 
     Of JPEG, PNG and WebP the heads alone are decoded. 0 pixels where none of them tells.
     """
-    files = open_source(source, "", None)
     names = [image.name for image in find_candidates(files).images]
     sides = []
     for name in names[:: max(len(names) // LOOKED_AT, 1)]:

@@ -1,4 +1,4 @@
-"""A function of many tasks in several processes, in order and with a progress bar."""
+"""A function of many tasks in several processes of this machine."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
-
-from tqdm import tqdm
 
 from ssl_pipeline.data.shards.open import DataError
 
@@ -20,37 +18,24 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def map_in_processes(
-    function: Callable[[Task], Result],
-    tasks: Sequence[Task],
-    *,
-    sizes: Sequence[int],
-    workers: int | None,
-    description: str,
-    unit: str = "image",
-) -> list[Result]:
-    """`function` of every task, in order; the bar adds up the sizes of what is done.
+def run_in_processes(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int | None
+) -> Iterator[tuple[int, Result]]:
+    """Number and result of each task, in order.
 
     `workers=None` takes one process per core, at most 16. The processes end with this one, however it ends.
     """
     processes = min(workers or min(os.cpu_count() or 1, MAX_DEFAULT_WORKERS), len(tasks))
-    results: list[Result] = []
-    with tqdm(total=sum(sizes), desc=description, unit=unit) as bar:
-        if processes <= 1:
-            for task, size in zip(tasks, sizes, strict=True):
-                results.append(function(task))
-                bar.update(size)
-            return results
-        pool = ProcessPoolExecutor(processes, initializer=_start, initargs=(os.getpid(),))
-        try:
-            for result, size in zip(pool.map(function, tasks), sizes, strict=True):
-                results.append(result)
-                bar.update(size)
-        except BrokenProcessPool:
-            raise DataError("A process died; the machine may have run out of memory. Try fewer workers.") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return results
+    if processes <= 1:
+        yield from enumerate(map(function, tasks))
+        return
+    pool = ProcessPoolExecutor(processes, initializer=_start, initargs=(os.getpid(),))
+    try:
+        yield from enumerate(pool.map(function, tasks))
+    except BrokenProcessPool:
+        raise DataError("A process died; the machine may have run out of memory. Try fewer workers.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(parent: int) -> None:

@@ -14,13 +14,14 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.manifest import ManifestShard
 from ssl_pipeline.data_tools.candidates import Candidate
 from ssl_pipeline.data_tools.conversion import storable
+from ssl_pipeline.data_tools.engine import EngineConfig, Journal, map_tasks
 from ssl_pipeline.data_tools.packing import Packing, pack
-from ssl_pipeline.data_tools.processes import map_in_processes
 from ssl_pipeline.data_tools.sources import Readable, UnreadableFileError
 from ssl_pipeline.files import sha256_of, sync
 
 NAME_LETTERS = 60  # of a file's name in its key; at most 240 bytes, since file systems end at 255
 
+ALONE = EngineConfig(workers=1)
 Accepted = tuple[Candidate, str]
 """An image that decodes, and the extension that its content calls for."""
 
@@ -33,19 +34,21 @@ def write_shards(
     *,
     samples_per_shard: int,
     packing: Packing | None,
-    workers: int | None,
+    engine: EngineConfig = ALONE,
+    journal: Journal[ManifestShard] | None = None,
 ) -> list[ManifestShard]:
-    """Write FOLDER/STEM-000000.tar and so on, in several processes."""
+    """Write FOLDER/STEM-000000.tar and so on, a shard at a time or several in the processes of an engine."""
     tasks = [
         (folder / f"{readable(stem) or 'shard'}-{start // samples_per_shard:06d}.tar", start, samples[start:end])
         for start, end in _slices(len(samples), samples_per_shard)
     ]
-    return map_in_processes(
+    return map_tasks(
         partial(_write_shard, source, packing=packing),
         tasks,
         sizes=[len(part) for _, _, part in tasks],
-        workers=workers,
+        engine=engine,
         description="writing shards",
+        journal=journal,
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -51,8 +51,8 @@ class Source(Readable, Protocol):
     def left_out(self) -> list[Rejected]: ...
 
 
-def open_source(source: str, prefix: str, split: str | None) -> Source:
-    """The source that `source=` names; DataError if there is none."""
+def open_source(source: str, prefix: str = "", split: str | None = None, *, key: str = "source") -> Source:
+    """The source that the setting `key` names; DataError if there is none."""
     if source != "digits" and split is not None:
         raise DataError(f"split={split} goes with source=digits only. Choose a part of '{source}' by prefix=.")
     if source == "digits":
@@ -67,18 +67,22 @@ def open_source(source: str, prefix: str, split: str | None) -> Source:
         found = ZipSource(path)
     else:
         what = "is neither a folder nor a zip" if path.exists() else "does not exist"
-        raise DataError(f"source='{source}' {what}. Needed: a folder of images, a zip of one, or the word digits.")
+        raise DataError(f"{key}='{source}' {what}. Needed: a folder of images, a zip of one, or the word digits.")
     return PartOfSource(found, prefix) if prefix.strip("/") else found
 
 
 class FolderSource:
-    """The files below a folder, links followed."""
+    """The files below a folder, links followed, as they are when they are first asked for: it is walked once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def __getstate__(self) -> dict[str, object]:
+        """What goes to other processes: they read files by name, and have no use for the list of all."""
+        return {"root": self.root}
+
     def names(self) -> list[str]:
-        return sorted(name for _, files in self._walk() for name in files)
+        return sorted(name for _, files in self._walked[0] for name in files)
 
     def size(self, name: str) -> int:
         try:
@@ -87,13 +91,10 @@ class FolderSource:
             return -1
 
     def folders(self) -> set[str]:
-        return {folder for folder, _ in self._walk()}
+        return {folder for folder, _ in self._walked[0]}
 
     def left_out(self) -> list[Rejected]:
-        found = list[Rejected]()
-        for _ in self._walk(found):
-            pass
-        return found
+        return list(self._walked[1])
 
     def read(self, name: str) -> bytes:
         path = self.root / name
@@ -106,12 +107,13 @@ class FolderSource:
         except OSError as error:
             raise UnreadableFileError(error.strerror or str(error)) from None
 
-    def _walk(self, left_out: list[Rejected] | None = None) -> Iterator[tuple[str, list[str]]]:
+    @cached_property
+    def _walked(self) -> tuple[list[tuple[str, list[str]]], list[Rejected]]:
         """Folders, relative and "" for the root, with the names of their files; a folder is walked once.
 
-        Others are noted in `left_out`: links to a folder that was walked already, and what cannot be listed.
+        Others are noted: links to a folder that was walked already, and what cannot be listed.
         """
-        noted = [] if left_out is None else left_out
+        noted, found = list[Rejected](), list[tuple[str, list[str]]]()
         seen = set[str]()
 
         def unreadable(error: OSError) -> None:
@@ -126,7 +128,8 @@ class FolderSource:
                 continue
             seen.add(real)
             start = "" if relative == "." else f"{relative}/"
-            yield start.rstrip("/"), [start + file for file in files]
+            found.append((start.rstrip("/"), [start + file for file in files]))
+        return found, noted
 
     def _relative(self, folder: str) -> str:
         return Path(folder).relative_to(self.root).as_posix()

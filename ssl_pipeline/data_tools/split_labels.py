@@ -149,7 +149,6 @@ def _write_shards(
             "labelled",
             samples_per_shard=config.samples_per_shard,
             packing=None,
-            workers=1,  # a few images: starting processes would take longer
         )
         keys = [key_of(number, image.name) for number, (image, _) in enumerate(samples)]
         files = [index.origin(sample) or index.key(sample) for sample in chosen]

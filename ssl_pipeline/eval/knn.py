@@ -13,11 +13,13 @@ from torch.nn.functional import normalize
 from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
 from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
+from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
 from ssl_pipeline.eval.monitors import MonitorConfig
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
@@ -33,7 +35,6 @@ from ssl_pipeline.eval.search.neighbours import (
     require_k,
     search_device,
 )
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.eval.votes import vote, voted_hits, votes_accuracy
 from ssl_pipeline.files import JSON
 from ssl_pipeline.schedule import Progress
@@ -181,12 +182,28 @@ def knn_json(config: VotesConfig, found: ByTemperature, num_test: int) -> dict[s
     intervals = {str(k): bootstrap_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
     several = {str(temperature): {str(k): by_k[k] for k in by_k} for temperature, by_k in found.items()}
     return {
+        "measures": measures_json(_measures(found, num_test)),
         **by_k[config.k[0]],
         "top1_interval": intervals[str(config.k[0])],
         "by_k": several[str(config.temperatures[0])],
         "top1_interval_by_k": intervals,
         **({"by_temperature": several} if len(several) > 1 else {}),
     }
+
+
+def _measures(found: ByTemperature, num_test: int) -> list[Measure]:
+    """Top-1 and top-5 of each k, and of each temperature where there are several."""
+    return [
+        Measure(
+            f"{name}_k{k}" + (f"_temperature{temperature:g}" if len(found) > 1 else ""),
+            f"{name.replace('top', 'top-')}, k={k}" + (f", temperature {temperature:g}" if len(found) > 1 else ""),
+            percents[name],
+            interval=bootstrap_interval(percents[name], num_test),
+        )
+        for temperature, by_k in found.items()
+        for k, percents in by_k.items()
+        for name in ("top1", "top5")
+    ]
 
 
 def _table(
@@ -209,8 +226,11 @@ class KnnMonitorConfig(MonitorConfig):
 
     train: str
     """Shards of labelled training images."""
-    val: str
-    """Shards of labelled validation images, with the same classes."""
+    val: str | None = None
+    """Shards of labelled validation images, with the same classes; by default each image of `train` is classified by
+    all the others."""
+    images: Annotated[int, Field(gt=1)] | None = None
+    """How many of the images of `train` are used, evenly spread; by default all."""
     k: Annotated[int, Field(gt=0)] = 20
     """Neighbours that vote."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
@@ -241,41 +261,60 @@ class KnnMonitor:
         self.batch_size, self.workers = batch_size, workers
         self.device = device
         self.precision: Precision = precision
-        self.images = open_labelled(config.train, config.val, task="k-NN")
-        require_k(config.k, len(self.images.train))
-        for index in (self.images.train, self.images.test):
+        val = config.train if config.val is None else config.val
+        self.images = open_labelled(config.train, val, task="k-NN", shared=config.val is not None)
+        total = len(self.images.train)
+        count = min(config.images or total, total)
+        self.used: list[int] = [number * total // count for number in range(count)]
+        require_k(config.k, count - (config.val is None))
+        for index in {id(index): index for index in (self.images.train, self.images.test)}.values():
             look_at_first(index, preprocessing.size)
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""
-        train, val = (
-            extract_features(
-                backbone,
-                index,
-                self.preprocessing,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                device=self.device,
-                precision=self.precision,
-                description=f"k-NN, {name} images",
-            )[0]
-            for name, index in (("training", self.images.train), ("validation", self.images.test))
-        )
-        require_finite(train, val)
+        train_MD = self._features(backbone, self.images.train, "training", self.used)
+        train_labels_M = self.images.train_labels[self.used]
+        if self.config.val is None:
+            val_ND, val_labels_N = train_MD, train_labels_M
+        else:
+            val_ND = self._features(backbone, self.images.test, "validation", None)
+            val_labels_N = self.images.test_labels
+        require_finite(train_MD, what="training images")
+        require_finite(val_ND, what="validation images")
         with failing_together(self.device):
             share = slice(rank(), None, world_size())
-            device = search_device(train, val[share], self.device)
-            scores = weighted_knn(
-                normalize(train.to(device), dim=1),
-                self.images.train_labels,
-                normalize(val[share].to(device), dim=1),
-                k=self.config.k,
+            device = search_device(train_MD, val_ND[share], self.device)
+            similarities_NK, neighbours_NK = self._neighbours(*(each.to(device) for each in (train_MD, val_ND[share])))
+            scores = vote(
+                similarities_NK,
+                train_labels_M.to(neighbours_NK.device)[neighbours_NK],
                 temperature=self.config.temperature,
                 num_classes=self.images.num_classes,
             )
-            hits = voted_hits(scores, self.images.test_labels[share].to(device)).sum(dim=1)
-        percents = mean_over_ranks(hits.float().to(self.device)) * world_size() * 100.0 / len(val)
+            hits = voted_hits(scores, val_labels_N[share].to(device)).sum(dim=1)
+        percents = mean_over_ranks(hits.float().to(self.device)) * world_size() * 100.0 / len(val_ND)
         return {"knn_top1": percents[0].item(), "knn_top5": percents[1].item()}
+
+    def _features(self, backbone: torch.nn.Module, index: ShardIndex, name: str, samples: list[int] | None) -> Tensor:
+        return extract_features(
+            backbone,
+            index,
+            self.preprocessing,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=self.device,
+            precision=self.precision,
+            description=f"k-NN, {name} images",
+            samples=samples,
+        )[0]
+
+    def _neighbours(self, train_MD: Tensor, val_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of this process's share of the validation images; without the image itself where they are one set."""
+        train_MD = normalize(train_MD, dim=1)
+        if self.config.val is not None:
+            return nearest_neighbours(train_MD, normalize(val_ND, dim=1), k=self.config.k)
+        asked_N = torch.arange(len(train_MD), device=train_MD.device)[rank() :: world_size()]
+        return other_neighbours(train_MD, k=self.config.k, asked_N=asked_N)
 
 
 def main(config: KnnConfig) -> None:

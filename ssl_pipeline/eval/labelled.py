@@ -81,19 +81,27 @@ def some_of_each_class(images: LabelledImages, count: int, *, seed: int) -> Numb
 
     Raises ConfigError if a class has fewer.
     """
+    fewest = int(images.train_labels.unique(return_counts=True)[1].min())
+    if fewest < count:
+        raise ConfigError(
+            f"per_class={count} is more than {images.train.source} has of one of its classes: {fewest}. "
+            "Take at most that many."
+        )
+    return draw_per_class(images.train_labels, count, seed=seed)
+
+
+def draw_per_class(labels_N: Tensor, count: int | str, *, seed: int) -> Numbers:
+    """The numbers of `count` images of each class, or of a share such as "1%", as if drawn from a hat, ascending."""
     chosen = []
-    for label in images.train_labels.unique().tolist():
-        of_class = np.flatnonzero(images.train_labels.numpy() == label)
-        if len(of_class) < count:
-            raise ConfigError(
-                f"per_class={count} is more than {images.train.source} has of one of its classes: {len(of_class)}. "
-                "Take at most that many."
-            )
-        chosen.append(of_class[permutation(len(of_class), seed, SPLIT, label)[:count]])
+    for label in labels_N.unique().tolist():
+        of_class = np.flatnonzero(labels_N.numpy() == label)
+        share = float(count.rstrip("% ")) / 100 if isinstance(count, str) else None
+        number = count if share is None else max(int(len(of_class) * share + 0.5), 1)
+        chosen.append(of_class[permutation(len(of_class), seed, SPLIT, label)[:number]])
     return np.sort(np.concatenate(chosen))
 
 
-def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:
+def require_labels(index: ShardIndex, directory: str, *, task: str, where: str = " in train and test") -> None:
     """Raise ConfigError, with the numbers and what to do, unless there are images and each has a label."""
     if not len(index):
         raise ConfigError(f"{directory} has no images; {task} needs some.")
@@ -102,12 +110,19 @@ def require_labels(index: ShardIndex, directory: str, *, task: str) -> None:
         return
     labelled = int((index.labels() >= 0).sum())
     has = f"has labels for {labelled:,} of {len(index):,} images" if labelled else "has no labels"
-    raise ConfigError(f"{directory} {has}; {task} needs them in train and test. {problem}. {LABELS_COME_FROM}")
+    raise ConfigError(f"{directory} {has}; {task} needs them{where}. {problem}. {LABELS_COME_FROM}")
 
 
 def look_at_first(index: ShardIndex, size: int, *, sample: int = 0) -> None:
     """Decode the first image that a measure takes, as it will; DataError if that fails."""
     EvaluationSet(index, size)[sample]
+
+
+def evenly_spread(index: ShardIndex, count: int) -> list[int]:
+    """The numbers of at most `count` images, evenly spread over those that are not known to be unreadable."""
+    readable_N = np.flatnonzero(index.sizes().all(axis=1))
+    count = min(count, len(readable_N))
+    return readable_N[np.arange(count) * len(readable_N) // max(count, 1)].tolist()
 
 
 def _same_classes(
@@ -138,6 +153,32 @@ def by_name(labels_N: Numbers, names: Sequence[str], known: Sequence[str]) -> Nu
     """Labels that count `names` as labels that count `known`; -1 for a name that is not known."""
     place_of = {name: place for place, name in enumerate(known)}
     return np.array([place_of.get(name, -1) for name in names], dtype=np.int64)[labels_N]
+
+
+def classes_of(index: ShardIndex, where: str, *, num_classes: int, names: Sequence[str] | None) -> Numbers:
+    """The class of each image as a classifier of `num_classes` counts them: by name where both have names.
+
+    names: of the classifier's classes. where: what the images are called in errors. Raises ConfigError for images
+    without a label, and for classes that the classifier does not know.
+    """
+    problem = index.label_problem()
+    if problem is not None:
+        raise ConfigError(
+            f"{where} needs labels below {num_classes}. It has images without a label: {problem}. {LABELS_COME_FROM}"
+        )
+    labels_N, own = labels_of(index), index.class_names
+    check_named(index, own, where.partition("=")[2] or where)
+    if own is not None and names is not None:
+        unknown = [own[label] for label in np.unique(labels_N) if own[label] not in names]
+        if unknown:
+            raise ConfigError(
+                f"{where} needs the classes of the labelled images ({', '.join(names[:5])}, ...: {len(names)} in all). "
+                f"It has images of {unknown[0]!r}."
+            )
+        return by_name(labels_N, own, names)
+    if labels_N.max() >= num_classes:
+        raise ConfigError(f"{where} needs labels below {num_classes}. It has the label {labels_N.max()}.")
+    return labels_N
 
 
 def check_named(index: ShardIndex, names: Sequence[str] | None, directory: str) -> None:

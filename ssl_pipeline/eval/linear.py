@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Annotated, Literal
@@ -13,17 +13,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed, run_command
-from ssl_pipeline.eval.accuracy import bootstrap_interval, top_k_accuracy
+from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval, by_class, top_k_accuracy
+from ssl_pipeline.eval.classes import classes_json, print_classes
+from ssl_pipeline.eval.features.kinds import Kind
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
+from ssl_pipeline.eval.linear_inputs import TOKEN_KINDS, inputs_of
+from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
     measure_models,
     write_report,
 )
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 
 LARGEST_LOGISTIC = 4_000_000  # numbers in the training features up to which `solver=auto` takes L-BFGS: a minute or so
@@ -33,6 +36,7 @@ ABOUT_SOLVER = {
     "logistic": "scikit-learn's L-BFGS logistic regression on standardised features, no augmentation",
 }
 
+Number = float | str
 Setting = dict[str, float]
 ScoresOf = Callable[[Tensor, Tensor, Tensor, list[Setting]], Iterator[Tensor]]
 """Training features, their labels, other features, settings -> class scores (N, C) of the others, per setting."""
@@ -65,6 +69,10 @@ class ProbeConfig(Config):
 class LinearConfig(EvaluationConfig, ProbeConfig):
     """Linear-probe accuracy of frozen features: a run's backbone, or a timm model."""
 
+    inputs: Literal["pooled", "tokens"] = "pooled"
+    """What is classified. pooled: the network's own features. tokens: of a ViT the class token of the last block or
+    those of the last four, alone or with the mean of the last patches, each with every setting (DINOv2's sweep)."""
+
 
 @dataclass(frozen=True)
 class ProbeResult:
@@ -73,9 +81,10 @@ class ProbeResult:
     top1: float
     top5: float
     solver: str
-    chosen: dict[str, float]
+    chosen: dict[str, Number]
+    """The setting, and with several inputs which one (`input`)."""
     validation_top1: float
-    sweep: list[dict[str, float]]
+    sweep: list[dict[str, Number]]
 
 
 def linear_probe(
@@ -105,36 +114,62 @@ def scored_probe(
     config: ProbeConfig,
     device: torch.device | str = "cpu",
 ) -> tuple[ProbeResult, Tensor]:
+    """`scored_sweep` of one kind of features."""
+    inputs = {"pooled": (train, test)}
+    return scored_sweep(inputs, train_labels, test_labels, num_classes=num_classes, config=config, device=device)
+
+
+def scored_sweep(
+    inputs: Mapping[str, tuple[Tensor, Tensor]],
+    train_labels: Tensor,
+    test_labels: Tensor,
+    *,
+    num_classes: int,
+    config: ProbeConfig,
+    device: torch.device | str = "cpu",
+) -> tuple[ProbeResult, Tensor]:
     """Fit every setting on a part of the training features, choose on the rest, refit on all, test once.
 
-    Shapes: `train` (M, D), `test` (N, D), labels (M,) and (N,). Equal validation accuracies are decided by the
-    validation loss. Returns the class scores (N, C) of the test images too. Raises ConfigError if features are not
-    finite or if every setting diverges.
+    inputs: kinds of features by name, training (M, D) and test (N, D), each of which is tried with every setting;
+    labels (M,) and (N,). Equal validation accuracies are decided by the validation loss. Returns the class scores
+    (N, C) of the test images too. Raises ConfigError if features are not finite or if every setting diverges.
     """
-    if not (train.isfinite().all() and test.isfinite().all()):
+    if not all(features.isfinite().all() for both in inputs.values() for features in both):
         raise ConfigError("The linear probe needs finite features. Some have NaN or infinity.")
     if len(train_labels.unique()) < 2:
         raise ConfigError("The linear probe needs two classes or more in the training set. Got one.")
     solver = config.solver
     if solver == "auto":
-        solver = "logistic" if train.numel() <= LARGEST_LOGISTIC else "sgd"
+        largest = max(train.numel() for train, _ in inputs.values())
+        solver = "logistic" if largest <= LARGEST_LOGISTIC else "sgd"
     settings, scores_of = (_logistic if solver == "logistic" else _sgd)(config, num_classes)
-    train, train_labels, test = (x.to(device) for x in (train, train_labels, test))
-
+    train_labels = train_labels.to(device)
     kept, held_out = (
         rows.to(device)
         for rows in stratified_split(train_labels.cpu(), fraction=config.validation_fraction, seed=config.seed)
     )
-    candidates = scores_of(train[kept], train_labels[kept], train[held_out], settings)
-    best, accuracies = choose(candidates, train_labels[held_out])
-    scores = next(scores_of(train, train_labels, test, settings[best : best + 1])).cpu()
+
+    def candidates() -> Iterator[Tensor]:
+        for train, _ in inputs.values():
+            train = train.to(device)
+            yield from scores_of(train[kept], train_labels[kept], train[held_out], settings)
+
+    best, accuracies = choose(candidates(), train_labels[held_out])
+    tried = [(name, setting) for name in inputs for setting in settings]
+    name, setting = tried[best]
+    train, test = (features.to(device) for features in inputs[name])
+    scores = next(scores_of(train, train_labels, test, [setting])).cpu()
+
+    def described(name: str, setting: Setting) -> dict[str, Number]:
+        return {"input": name, **setting} if len(inputs) > 1 else {**setting}
+
     result = ProbeResult(
         **top_k_accuracy(scores, test_labels.cpu()),
         solver=solver,
-        chosen=settings[best],
+        chosen=described(name, setting),
         validation_top1=accuracies[best],
         sweep=[
-            {**setting, "validation_top1": accuracy} for setting, accuracy in zip(settings, accuracies, strict=True)
+            {**described(*one), "validation_top1": accuracy} for one, accuracy in zip(tried, accuracies, strict=True)
         ],
     )
     return result, scores
@@ -190,37 +225,40 @@ def _logistic(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], Sco
 
 
 def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
-    """The linear-probe report of the config's model, as it stands in `eval/linear.json`, with a table on stdout."""
+    """The linear-probe report of the config's model, as it stands in `eval/linear.json`, with tables on stdout."""
 
-    def measure(features: LabelledFeatures) -> ProbeResult:
-        return linear_probe(
-            features.train,
+    def measure(features: LabelledFeatures) -> tuple[ProbeResult, ByClass]:
+        result, scores_NC = scored_sweep(
+            inputs_of(features),
             features.train_labels,
-            features.test,
             features.test_labels,
             num_classes=features.num_classes,
             config=config,
             device=choose_device(config.device),
         )
+        return result, by_class(scores_NC.argmax(dim=1), features.test_labels, num_classes=features.num_classes)
 
     images = open_labelled(config.train, config.test, task="the linear probe")
-    measured = measure_models(config, images, measure)
-    num_test = len(images.test)
+    kinds: tuple[Kind, ...] = TOKEN_KINDS if config.inputs == "tokens" else ()
+    measured = measure_models(config, images, measure, kinds=kinds)
+    num_test, names = len(images.test), images.class_names
     rows = [
         [
             label,
             with_interval(result.top1, num_test),
             percent(result.top5),
+            percent(classes.balanced),
             percent(result.validation_top1),
             _plain(result),
         ]
-        for label, result in measured.rows()
+        for label, (result, classes) in measured.rows()
     ]
-    print(format_table(["linear probe", "top-1", "top-5", "validation top-1", "chosen"], rows))
-    print("\n" + sweep_table(measured.result))
-    return measured.report(
-        lambda result: linear_json(result, num_test), linear_settings(config, measured.result.solver)
-    )
+    print(format_table(["linear probe", "top-1", "top-5", "balanced", "validation top-1", "chosen"], rows))
+    result, classes = measured.result
+    print("\n" + sweep_table(result))
+    print_classes(f"linear probe, {measured.label}", classes, names)
+    settings = linear_settings(config, result.solver) | {"inputs": config.inputs}
+    return measured.report(lambda found: linear_json(found[0], num_test, found[1], names), settings)
 
 
 def linear_settings(config: ProbeConfig, solver: str) -> dict[str, JSON]:
@@ -239,9 +277,10 @@ def linear_settings(config: ProbeConfig, solver: str) -> dict[str, JSON]:
     }
 
 
-def linear_json(result: ProbeResult, num_test: int) -> dict[str, JSON]:
+def linear_json(result: ProbeResult, num_test: int, classes: ByClass, names: Sequence[str]) -> dict[str, JSON]:
     """One model's part of the report of the linear probe."""
-    return {**asdict(result), "top1_interval": bootstrap_interval(result.top1, num_test)}
+    interval = bootstrap_interval(result.top1, num_test)
+    return {**asdict(result), "top1_interval": interval, "by_class": classes_json(classes, names)}
 
 
 def sweep_table(result: ProbeResult) -> str:
@@ -249,8 +288,8 @@ def sweep_table(result: ProbeResult) -> str:
     rows = [
         [
             ("* " if all(tried[name] == value for name, value in result.chosen.items()) else "  ")
-            + " / ".join(f"{tried[name]:g}" for name in result.chosen),
-            percent(tried["validation_top1"]),
+            + " / ".join(_short(tried[name]) for name in result.chosen),
+            percent(float(tried["validation_top1"])),
         ]
         for tried in result.sweep
     ]
@@ -259,7 +298,11 @@ def sweep_table(result: ProbeResult) -> str:
 
 
 def _plain(result: ProbeResult) -> str:
-    return f"{result.solver}, " + ", ".join(f"{name} {value:g}" for name, value in result.chosen.items())
+    return f"{result.solver}, " + ", ".join(f"{name} {_short(value)}" for name, value in result.chosen.items())
+
+
+def _short(value: Number) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def main(config: LinearConfig) -> None:

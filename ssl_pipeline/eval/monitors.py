@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
@@ -17,20 +14,16 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.accuracy import top_k_accuracy
-from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.features.extract import Precision, eval_mode, extract_features
 from ssl_pipeline.eval.labelled import (
-    LABELS_COME_FROM,
-    by_name,
-    check_named,
-    labels_of,
+    classes_of,
+    evenly_spread,
     look_at_first,
     say,
     shared_warnings,
 )
-from ssl_pipeline.eval.spectra import alpha_req, rankme
+from ssl_pipeline.eval.spectra import FEWEST_EIGENVALUES, alpha_req, rankme
 from ssl_pipeline.schedule import Duration, Progress
-
-FEWEST_EIGENVALUES = 5  # of which alpha-ReQ leaves out three
 
 
 class MonitorConfig(Config):
@@ -80,35 +73,12 @@ class ClassifierMonitor:
         self.device = device
         self.precision: Precision = precision
         self.images = open_shards(config.val)
-        problem = self.images.label_problem()
-        if problem is not None:
-            raise ConfigError(
-                f"classifier.val={config.val} needs labels below {num_classes}. It has images without a label: "
-                f"{problem}. {LABELS_COME_FROM}"
-            )
         names = None if labelled is None else labelled.class_names
-        self.labels = torch.from_numpy(self._labels(num_classes, names))
+        labels = classes_of(self.images, f"classifier.val={config.val}", num_classes=num_classes, names=names)
+        self.labels = torch.from_numpy(labels)
         look_at_first(self.images, preprocessing.size)
         if labelled is not None:
             say(shared_warnings(labelled, self.images, train=labelled.source, test=config.val))
-
-    def _labels(self, num_classes: int, names: Sequence[str] | None) -> NDArray[np.int64]:
-        """The class of each image as the classifier counts them, by name where both have names."""
-        val, labels_N, own = self.config.val, labels_of(self.images), self.images.class_names
-        check_named(self.images, own, val)
-        if own is not None and names is not None:
-            unknown = [own[label] for label in np.unique(labels_N) if own[label] not in names]
-            if unknown:
-                raise ConfigError(
-                    f"classifier.val={val} needs the classes of the labelled images ({', '.join(names[:5])}, ...: "
-                    f"{len(names)} in all). It has images of {unknown[0]!r}."
-                )
-            return by_name(labels_N, own, names)
-        if labels_N.max() >= num_classes:
-            raise ConfigError(
-                f"classifier.val={val} needs labels below {num_classes}. It has the label {labels_N.max()}."
-            )
-        return labels_N
 
     @torch.no_grad()
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
@@ -123,7 +93,8 @@ class ClassifierMonitor:
             precision=self.precision,
             description="classifier, validation images",
         )
-        scores = self.classifier(features.to(self.device)).cpu()
+        with eval_mode(self.classifier):
+            scores = self.classifier(features.to(self.device)).cpu()
         return {f"classifier_{name}": percent for name, percent in top_k_accuracy(scores, self.labels).items()}
 
 
@@ -157,9 +128,8 @@ class SpectrumMonitor:
         self.device = device
         self.precision: Precision = precision
         self.images = train if config.val is None else open_shards(config.val)
-        readable_N = np.flatnonzero(self.images.sizes().all(axis=1))  # the others are known not to decode
-        count = min(config.images, len(readable_N))
-        self.samples: list[int] = readable_N[np.arange(count) * len(readable_N) // max(count, 1)].tolist()
+        self.samples = evenly_spread(self.images, config.images)
+        count = len(self.samples)
         if min(count - 1, embed_dim) < FEWEST_EIGENVALUES:
             raise ConfigError(
                 f"spectrum needs {FEWEST_EIGENVALUES + 1} images and {FEWEST_EIGENVALUES} dimensions or more. Got "

@@ -2,48 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.config import printable
+from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.eval.features.extract import extract_features
-from ssl_pipeline.eval.features.kinds import FeatureKinds
+from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import PassConfig, choose_device, feature_pass
 from ssl_pipeline.eval.labelled import LabelledImages
+from ssl_pipeline.eval.measures import Found, measures_of, measures_table
+from ssl_pipeline.eval.results import Report, add_results, protocol_hash
 from ssl_pipeline.files import JSON, write_json
 
 Result = TypeVar("Result")
+LAST_BLOCKS = 4  # of DINO's and DINOv2's linear evaluation
 
 
-class EvaluationConfig(PassConfig):
+class ReportConfig(PassConfig):
+    """A model, and where what is found of it is kept."""
+
+    baselines: bool = False
+    """Whether raw pixels and the same backbone at random initialisation are measured too."""
+    output: Path | None = None
+    """Where `eval/` goes with the report and cached features; by default the run, without a run nothing is written."""
+
+    @property
+    def directory(self) -> Path | None:
+        """The folder of `eval/`, if there is one."""
+        return self.output or self.run
+
+
+class EvaluationConfig(ReportConfig):
     """A model with the labelled images to measure it on."""
 
     train: str
     """Shards of labelled training images."""
     test: str
     """Shards of labelled test images, with the same classes."""
-    baselines: bool = False
-    """Whether raw pixels and the same backbone at random initialisation are measured too."""
-    output: Path | None = None
-    """Where `eval/` goes with the report and cached features; by default the run, without a run nothing is written."""
 
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Features (M, D) and (N, D) with labels (M,) and (N,) below `num_classes`."""
+    """Features (M, D) and (N, D) with labels (M,) and (N,) below `num_classes`.
+
+    of_kinds: those of other kinds (`FeatureKinds`) that were asked for and that the network has, training and test.
+    """
 
     train: Tensor
     train_labels: Tensor
     test: Tensor
     test_labels: Tensor
     num_classes: int
+    of_kinds: Mapping[Kind, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,13 +92,19 @@ def measure_models(
     config: EvaluationConfig,
     images: LabelledImages,
     measure: Callable[[LabelledFeatures], Result],
+    *,
+    kinds: tuple[Kind, ...] = (),
 ) -> Measured[Result]:
-    """`measure` on the features of the model and, if asked for, of its baselines."""
+    """`measure` on the features of the model and, if asked for, of its baselines.
+
+    kinds: of its tokens that are wanted beside its own features; ConfigError if it has none.
+    """
     model = open_model(config)
     print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
-    features = model_features(config, model, images)
+    FeatureKinds(model.backbone, kinds, last_blocks=_last_blocks(model.backbone))  # refuses what it does not have
+    features = model_features(config, model, images, kinds=kinds)
     baselines = {
-        name: (baseline, measure(model_features(config, baseline, images)))
+        name: (baseline, measure(model_features(config, baseline, images, kinds=kinds)))
         for name, baseline in (baselines_of(model) if config.baselines else {}).items()
     }
     return Measured(model.label, measure(features), baselines, protocol_of(config, model, images))
@@ -85,6 +112,21 @@ def measure_models(
 
 def protocol_of(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> dict[str, JSON]:
     """What was measured on which images: every evaluator's part of the protocol."""
+    return {
+        **pass_protocol(config, model),
+        "train": config.train,
+        "num_train": len(images.train),
+        "train_fingerprint": images.train.fingerprint,
+        "test": config.test,
+        "num_test": len(images.test),
+        "test_fingerprint": images.test.fingerprint,
+        "num_classes": images.num_classes,
+        "warnings": images.warnings,
+    }
+
+
+def pass_protocol(config: PassConfig, model: EvaluatedModel) -> dict[str, JSON]:
+    """What was measured, and how its features were computed."""
     return {
         "label": model.label,
         "subject": model.about,
@@ -94,27 +136,43 @@ def protocol_of(config: EvaluationConfig, model: EvaluatedModel, images: Labelle
         "std": model.preprocessing.std,
         "precision": config.precision,
         "dtype": config.dtype,
-        "train": config.train,
-        "num_train": len(images.train),
-        "test": config.test,
-        "num_test": len(images.test),
-        "num_classes": images.num_classes,
-        "warnings": images.warnings,
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
 
 
-def model_features(config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages) -> LabelledFeatures:
-    """Features of both sets, memory-mapped from `DIR/eval/cache`, computed the first time; without DIR, in memory."""
-    directory = config.output or config.run
-    found: list[Tensor] = []
-    for name, index in (("training", images.train), ("test", images.test)):
-        description = f"{model.label}, {name} images"
-        if directory is not None:
-            network, place = FeatureKinds(model.backbone), directory / "eval" / "cache"
-            found.append(feature_pass(place, model, network, index, config, description=description).features["pooled"])
-            continue
+def model_features(
+    config: EvaluationConfig, model: EvaluatedModel, images: LabelledImages, *, kinds: tuple[Kind, ...] = ()
+) -> LabelledFeatures:
+    """Features of both sets, memory-mapped from `DIR/eval/cache`, computed the first time; without DIR, in memory.
+
+    kinds: of tokens that are wanted too, from the same pass, where the network has tokens; of at most LAST_BLOCKS.
+    """
+    kinds = kinds if isinstance(model.backbone, TokenBackbone) else ()
+    train, test = (
+        _kinds_of(config, model, index, name=name, kinds=kinds)
+        for name, index in (("training", images.train), ("test", images.test))
+    )
+    return LabelledFeatures(
+        train["pooled"],
+        images.train_labels,
+        test["pooled"],
+        images.test_labels,
+        images.num_classes,
+        {kind: (train[kind], test[kind]) for kind in kinds},
+    )
+
+
+def features_of(config: ReportConfig, model: EvaluatedModel, index: ShardIndex, *, name: str) -> Tensor:
+    """Features (N, D) float32 of a set of images, which are called `name`; as `model_features` of both sets."""
+    return _kinds_of(config, model, index, name=name, kinds=())["pooled"]
+
+
+def _kinds_of(
+    config: ReportConfig, model: EvaluatedModel, index: ShardIndex, *, name: str, kinds: tuple[Kind, ...]
+) -> dict[str, Tensor]:
+    description, directory = f"{model.label}, {name} images", config.directory
+    if directory is None and not kinds:
         device = choose_device(config.device)
         features, _ = extract_features(
             model.backbone.to(device),
@@ -126,21 +184,55 @@ def model_features(config: EvaluationConfig, model: EvaluatedModel, images: Labe
             precision=config.precision,
             description=description,
         )
-        found.append(features)
-    train, test = (features.float() for features in found)
-    return LabelledFeatures(train, images.train_labels, test, images.test_labels, images.num_classes)
+        return {"pooled": features}
+    network = FeatureKinds(model.backbone, ("pooled", *kinds), last_blocks=_last_blocks(model.backbone))
+    with ExitStack() as stack:
+        if directory is None:  # in memory once the folder is gone: its files stay mapped
+            directory = Path(stack.enter_context(TemporaryDirectory(prefix="ssl_pipeline-features-")))
+        place = directory / "eval" / "cache"
+        found = feature_pass(place, model, network, index, config, description=description).features
+    return {kind: found[kind].float() for kind in ("pooled", *kinds)}
 
 
-def write_report(config: EvaluationConfig, name: str, report: dict[str, JSON]) -> None:
+def _last_blocks(network: nn.Module) -> int:
+    return min(LAST_BLOCKS, network.num_blocks) if isinstance(network, TokenBackbone) else LAST_BLOCKS
+
+
+def conclude(config: ReportConfig, evaluator: str, measured: Measured[Found], settings: dict[str, JSON]) -> None:
+    """Print what an evaluator has measured as a table and write its report; `settings` are its own of the protocol."""
+    print(measures_table(evaluator.replace("_", " "), measured.rows()))
+    write_report(config, evaluator, measured.report(Found.to_json, settings))
+
+
+def write_report(config: ReportConfig, name: str, report: dict[str, JSON]) -> None:
     """`DIR/eval/NAME.json` in the run, or in `output`; nothing without either.
 
     What `which` or `step` picks has a file of its own: `DIR/eval/NAME-student-step-80.json`.
     """
-    directory = config.output or config.run
-    if directory is not None:
-        picked = [config.which] if config.which else []
-        picked += [f"step-{config.picked_step}"] if config.picked_step else []
-        path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, report)
-        print(f"written to {path}")
+    if config.directory is not None:
+        write_report_to(config.directory, name, report, which=config.which, step=config.picked_step)
+
+
+def write_report_to(
+    directory: Path, name: str, report: Mapping[str, JSON], *, which: str | None = None, step: int | None = None
+) -> None:
+    """`directory/eval/NAME.json`, with what `which` or `step` picks in its name, and its rows in results.csv."""
+    picked = ([which] if which else []) + ([f"step-{step}"] if step else [])
+    path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shaped = in_regular_shape(name, report)
+    write_json(path, shaped)
+    add_results(path.parent, shaped)
+    print(f"written to {path}")
+
+
+def in_regular_shape(evaluator: str, report: Report) -> dict[str, JSON]:
+    """A report with its evaluator's name, a hash of its protocol, and `measures` of the model and of each baseline."""
+    baselines = {name: {**of, "measures": measures_of(of)} for name, of in report["baselines"].items()}
+    return {
+        "evaluator": evaluator,
+        "protocol_hash": protocol_hash(evaluator, report["protocol"]),
+        **report,
+        "measures": measures_of(report),
+        "baselines": baselines,
+    }

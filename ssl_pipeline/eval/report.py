@@ -1,127 +1,137 @@
-"""A run as one page that people look at: how it went, what it learnt, with which settings."""
+"""A run as one page that people look at, or several beside each other: what they learnt, and how it went."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-from ssl_pipeline.config import Config, ConfigError, Tree, read_yaml, run_command
-from ssl_pipeline.eval.page.curves import curve, number
-from ssl_pipeline.eval.page.evaluations import Report, evaluation_sections, read_reports
-from ssl_pipeline.eval.page.html import curves, folded, page, paragraph, section, table_of
-from ssl_pipeline.eval.page.metrics import MONITORED, Series, read_series
-from ssl_pipeline.files import write_text
-from ssl_pipeline.run.directory import read_status
+from pydantic import Field, model_validator
+
+from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.eval.page.classes import classes_section
+from ssl_pipeline.eval.page.embedding_map import map_section
+from ssl_pipeline.eval.page.examples import is_there, look_at_examples
+from ssl_pipeline.eval.page.html import Section, page, paragraph, section, table_of
+from ssl_pipeline.eval.page.neighbours import TITLE as NEIGHBOURS
+from ssl_pipeline.eval.page.neighbours import neighbours_of_examples, neighbours_of_suite
+from ssl_pipeline.eval.page.overview import conclusion, findings_section, tiles
+from ssl_pipeline.eval.page.progress import curves_section, monitors_section
+from ssl_pipeline.eval.page.record import Record, read_record
+from ssl_pipeline.eval.page.results import results_section
+from ssl_pipeline.eval.page.settings import facts, settings_section
+from ssl_pipeline.eval.page.token_maps import token_section
+
+PAGE = Path("report", "index.html")
+"""Where a run's page is."""
+UNSHOWN = (ConfigError, DataError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+"""What may be wrong with images, weights and reports of others: a page says it in the place of the pictures."""
+
+OfMethod = Callable[[Record], Sequence[Section]]
 
 
 class ReportConfig(Config):
-    """A run as one self-contained page: its curves, monitors, settings and evaluations. It may still be training."""
+    """A run as one self-contained page: curves, what the doctor says, evaluations, and pictures of what it sees and
+    learnt. It may still be training. Several runs (`run=A,B`) are laid over each other; the pictures are of the first.
+    """
 
     positional = "run"
 
-    run: Path
-    """The run's directory."""
+    run: tuple[Path, ...] = Field(min_length=1)
+    """The run's directory, or several: `run=A,B`."""
+    train: str | None = None
+    """Shards of labelled training images: with `test` each run is measured on them first, as eval.suite does."""
+    test: str | None = None
+    """Shards of labelled test images, with the same classes; without `train` they are the images of the pictures."""
+    images: Annotated[int, Field(ge=0, le=10_000)] = 500
+    """How many images go through the backbone for the pictures of what it learnt; 0 leaves these out."""
+    device: str = "auto"
+    """Device of the backbone: `auto` takes the GPU if there is one."""
     output: Path | None = None
-    """The file that is written; by default report.html in the run."""
+    """The file that is written; by default report/index.html in the (first) run."""
+
+    @model_validator(mode="after")
+    def _two_sets_or_one_of_pictures(self) -> ReportConfig:
+        if self.train is not None and self.test is None:
+            raise ValueError("train is measured on with test. Set test=SHARDS too.")
+        if len(set(self.run)) < len(self.run):
+            raise ValueError("run names one directory twice.")
+        return self
+
+    @property
+    def place(self) -> Path:
+        """The file that is written."""
+        return self.output or self.run[0] / PAGE
 
 
-def report_page(run: Path) -> str:
-    """The page, as HTML that loads nothing. Raises ConfigError for a directory in which nothing ran."""
-    if not run.is_dir():
-        raise ConfigError(f"run={run} must be the directory of a run. There is none.")
-    series, reports, settings = read_series(run), read_reports(run), _settings(run)
-    if not series and not reports:
-        raise ConfigError(f"run={run} has neither metrics.jsonl nor a report in eval/: nothing ran there.")
-    tree = read_yaml(settings, where=str(run / "config.yaml")) if settings else {}
+def report_page(config: ReportConfig, of_method: OfMethod = lambda record: ()) -> str:
+    """The page, as HTML that loads nothing; `of_method` has the sections that only the run's method can make.
+
+    Raises ConfigError for a directory in which nothing ran.
+    """
+    records = [read_record(run) for run in config.run]
+    first = records[0]
     sections = [
-        _about(run, tree if isinstance(tree, dict) else {}),
-        *_monitors(series),
-        *evaluation_sections(reports),
-        section("Curves", curves([(one.title, curve(one)) for one in series if len(one.values) > 1])),
+        findings_section(records),
+        results_section(records),
+        *monitors_section(records),
+        *curves_section(records),
+        *(of_one(part, records) for part in (*(of_method(first) if config.images else ()), *_learnt(first, config))),
+        *(section(title, table_of(["", ""], facts(one), kind="facts")) for title, one in _named(records)),
+        *settings_section(records),
     ]
-    if settings:
-        sections.append(section("Settings", folded("config.yaml", settings)))
-    return page(f"Run {run.resolve().name}", conclusion(series, reports), sections)
+    state = first.status.state if first.status is not None and len(records) == 1 else ""
+    foot = "Written by eval.report of ssl-pipeline. The page holds everything itself and loads nothing."
+    title = " and ".join(record.name for record in records)
+    return page(title, state, conclusion(records), tiles(first), sections, foot=foot)
 
 
-def conclusion(series: Sequence[Series], reports: Mapping[str, Report]) -> str:
-    """One sentence: what the evaluation found, else the first monitor, else the loss."""
-    for report in reports.values():
-        against = {name: float(result["top1"]) for name, result in report["baselines"].items()}
-        told = f"Top-1 accuracy {report['top1']:.2f} %"
-        if "random" in against:
-            told += f", {against['random']:.2f} % at random initialisation"
-        if "raw_pixels" in against:
-            told += f", {against['raw_pixels']:.2f} % with raw pixels"
-        return f"{told}."
-    for one in series:
-        if one.name in MONITORED or one.name == "loss":
-            start = f"{number(one.start)} at the start, " if one.start is not None else ""
-            first = "" if start or one.name in MONITORED else f"{number(one.values[0])} at first, "
-            if one.name == "loss" and any(other.name in MONITORED for other in series):
-                continue
-            return f"{one.title}: {start}{first}{number(one.values[-1])} at step {one.steps[-1]:,}."
-    return "Nothing was measured yet."
+def of_one(part: Section, records: Sequence[Record]) -> Section:
+    """A section that says of which of several runs it is."""
+    if len(records) == 1:
+        return part
+    return replace(part, parts=(paragraph(f"Of {records[0].name}."), *part.parts))
 
 
-def _settings(run: Path) -> str:
+def _named(records: Sequence[Record]) -> list[tuple[str, Record]]:
+    return [(f"Run {record.name}" if len(records) > 1 else "Run", record) for record in records]
+
+
+def _learnt(record: Record, config: ReportConfig) -> list[Section]:
+    """Neighbours, map, tokens and classes of one run, as far as there are images and weights for them."""
+    suite = record.reports.get("suite")
+    found: list[Section | None] = []
+    if suite is not None and "neighbours" in suite:
+        found.append(shown(NEIGHBOURS, lambda: neighbours_of_suite(suite)))
+    if config.images and not is_there(record.path):
+        found.append(section("What it learnt", paragraph("Pictures of it come with the run's first checkpoint.")))
+    elif config.images:
+        try:
+            examples = look_at_examples(record, config.test, count=config.images, device=config.device)
+        except UNSHOWN as error:
+            found.append(section("What it learnt", paragraph(unshown(error))))
+        else:
+            if suite is None:
+                found.append(shown(NEIGHBOURS, lambda: neighbours_of_examples(examples)))
+            found.append(shown("Map of the embeddings", lambda: map_section(examples)))
+            found.append(shown("Patches and attention", lambda: token_section(examples)))
+    if suite is not None:
+        found.append(shown("By class", lambda: classes_section(suite)))
+    return [part for part in found if part is not None]
+
+
+def shown(title: str, make: Callable[[], Section | None]) -> Section | None:
+    """A section, or one that says why there is none."""
     try:
-        return (run / "config.yaml").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
+        return make()
+    except UNSHOWN as error:
+        return section(title, paragraph(unshown(error)))
 
 
-def _about(run: Path, tree: Tree) -> str:
-    """State, method, backbone, and where the weights come from."""
-    status = read_status(run)
-    backbone, method, data = (_section(tree, name) for name in ("backbone", "method", "data"))
-    origin = backbone.get("weights")
-    weights = f"{origin}" if origin else "random initialisation"
-    if backbone.get("weights_from"):
-        weights += f" ({backbone['weights_from']})"
-    rows = [
-        ["directory", str(run.resolve())],
-        ["state", "-" if status is None else f"{status.state}, step {status.step:,}, {status.time}"],
-        ["recipe", str(tree.get("recipe") or "-")],
-        ["method", str(method.get("name", "-"))],
-        ["backbone", str(backbone.get("name", "-"))],
-        ["weights to begin with", weights if backbone else "-"],
-        ["images", str(data.get("shards", "-"))],
-    ]
-    reason = [paragraph(status.reason, kind="warning")] if status is not None and status.reason else []
-    return section("Run", *reason, table_of(["", ""], rows))
-
-
-def _section(tree: Tree, name: str) -> Tree:
-    found = tree.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def _monitors(series: Sequence[Series]) -> list[str]:
-    """Start, best and last figure of each monitor."""
-    rows = []
-    for one in series:
-        if one.name in MONITORED:
-            best = one.best()
-            rows.append(
-                [
-                    one.title,
-                    "-" if one.start is None else number(one.start),
-                    "-" if best is None else f"{number(best[0])} (step {best[1]:,})",
-                    f"{number(one.values[-1])} (step {one.steps[-1]:,})",
-                ]
-            )
-    return [section("Monitors", table_of(["", "at the start", "best", "last"], rows))] if rows else []
-
-
-def main(config: ReportConfig) -> None:
-    path = config.output or config.run / "report.html"
-    html = report_page(config.run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, html)
-    print(f"written to {path}")
-
-
-def command(name: str = "python -m eval.report") -> int:
-    """The command line, called `name`; returns the exit code."""
-    return run_command(ReportConfig, main, command=name)
+def unshown(error: BaseException) -> str:
+    """Why something is not on the page."""
+    if isinstance(error, KeyError | TypeError | AttributeError):
+        return f"This cannot be shown: the report lacks {error}. Run its evaluator again."
+    return f"This cannot be shown: {error}"

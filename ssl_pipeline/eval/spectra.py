@@ -1,9 +1,16 @@
-"""What the spectrum of features tells without labels: RankMe, alpha-ReQ and LiDAR; floats out, float64 inside."""
+"""What features tell without labels; floats out, float64 inside.
+
+Of their spectrum RankMe, alpha-ReQ and LiDAR; of how they lie on the sphere uniformity, alignment and their deviation.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+FEWEST_EIGENVALUES = 5  # for alpha-ReQ, which leaves out three
+ROWS_AT_ONCE = 1024  # whose distances to all others are held together
 
 # Axes: N images, Q views of each, D feature dimensions, K singular values or eigenvalues, descending.
 
@@ -69,8 +76,57 @@ def lidar(embeddings_NQD: Tensor, *, delta: float = 1e-4, eps: float = 1e-8) -> 
     centred_ND = means_ND - means_ND.mean(dim=0)
     # Sw = L L^T: the matrix L^-1 Sb L^-T has the eigenvalues of Sw^(-1/2) Sb Sw^(-1/2)
     whitened_DN = torch.linalg.solve_triangular(torch.linalg.cholesky(within_DD), centred_ND.T, upper=False)
-    eigenvalues_D = torch.linalg.eigvalsh(whitened_DN @ whitened_DN.T / (num_images - 1)).clamp(min=0)
+    # of the smaller product, whose eigenvalues are those of the other, which has zeros beside them
+    product = whitened_DN @ whitened_DN.T if dim <= num_images else whitened_DN.T @ whitened_DN
+    values_K = torch.linalg.eigvalsh(product / (num_images - 1)).clamp(min=0)
+    eigenvalues_D = torch.cat([values_K, values_K.new_zeros(dim - len(values_K))])
     return _exp_entropy(eigenvalues_D, eps=eps)
+
+
+def uniformity(features: Tensor, *, t: float = 2.0) -> float:
+    """How evenly features (N, D) cover the sphere (Wang & Isola, 2020, https://arxiv.org/abs/2005.10242, section 4).
+
+    log of the mean over pairs i != j of exp(-t |x_i - x_j|^2), x the features at length 1. 0 where all are the same;
+    about -2 t for many that lie evenly in many dimensions.
+
+    Raises ValueError for another shape, fewer than two features, or features that are not finite.
+    """
+    unit_ND = normalize(_checked(features, "uniformity", dims=2), dim=1)
+    count = len(unit_ND)
+    if count < 2:
+        raise ValueError("uniformity needs two features or more. Got one.")
+    total = unit_ND.new_zeros(())
+    for first in range(0, count, ROWS_AT_ONCE):
+        squares_RN = 2 - 2 * unit_ND[first : first + ROWS_AT_ONCE] @ unit_ND.T
+        total += (-t * squares_RN.clamp(min=0)).exp().sum()
+    return ((total - count) / (count * (count - 1))).log().item()  # each is a pair with itself, which counts 1
+
+
+def alignment(first_ND: Tensor, second_ND: Tensor, *, power: float = 2.0) -> Tensor:
+    """How near the features of two views of each image are (Wang & Isola, 2020, section 4): (N,), whose mean it is.
+
+    |x_i - y_i|^power of the features at length 1: 0 where views make no difference, 2 (with power 2) where views of
+    an image are no nearer than those of others.
+
+    Raises ValueError for other or different shapes, or features that are not finite.
+    """
+    if first_ND.shape != second_ND.shape:
+        raise ValueError(
+            f"alignment needs features of the same images. Got {tuple(first_ND.shape)} and {tuple(second_ND.shape)}."
+        )
+    first, second = (normalize(_checked(part, "alignment", dims=2), dim=1) for part in (first_ND, second_ND))
+    return (first - second).norm(dim=1) ** power
+
+
+def feature_std(features: Tensor) -> float:
+    """How far features (N, D) are spread over the sphere, as methods log it: about 1 if evenly, 0 if all are the same.
+
+    The standard deviation over images of the features at length 1, averaged over dimensions, times sqrt(D).
+
+    Raises ValueError for another shape or features that are not finite.
+    """
+    unit_ND = normalize(_checked(features, "feature_std", dims=2), dim=1)
+    return (unit_ND.std(dim=0, correction=0).mean() * unit_ND.shape[1] ** 0.5).item()
 
 
 def _exp_entropy(values_K: Tensor, *, eps: float) -> float:

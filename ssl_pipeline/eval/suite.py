@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-
-from torch import Tensor
 
 from ssl_pipeline.config import printable, run_command
 from ssl_pipeline.distributed import process_group, rank
 from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval
+from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.models import baselines_of, open_model
+from ssl_pipeline.eval.few_shot import FewShotConfig, few_shot, few_shot_settings, fitted
 from ssl_pipeline.eval.knn import VotesConfig, knn_json, knn_settings
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.linear import linear_json, linear_settings
-from ssl_pipeline.eval.protocol import Measured, model_features, protocol_of, write_report
+from ssl_pipeline.eval.measures import Found, Measure, format_table, measures_json, percent, with_interval
+from ssl_pipeline.eval.protocol import (
+    EvaluationConfig,
+    LabelledFeatures,
+    Measured,
+    Result,
+    conclude,
+    model_features,
+    protocol_of,
+    write_report,
+)
+from ssl_pipeline.eval.retrieval import RetrievalConfig, require_enough, retrieval_settings, retrieve
 from ssl_pipeline.eval.search.neighbours import require_k
 from ssl_pipeline.eval.suite_measures import SuiteConfig, SuiteResult, measure_all
-from ssl_pipeline.eval.table import format_table, percent, with_interval
 from ssl_pipeline.files import JSON
 
-CLASSES_SHOWN, PAIRS_SHOWN = 20, 5
+Evaluate = Callable[[LabelledFeatures], Found]
 PROBES = {"sgd": "linear probe", "logistic": "logistic regression"}
 
 
@@ -31,6 +41,7 @@ def evaluate_suite(config: SuiteConfig) -> Measured[SuiteResult] | None:
     """
     images = open_labelled(config.train, config.test, task="the suite")
     config = config.model_copy(update={"k": _fitting(config.k, len(images.train))})
+    others = _others(config, images)
     model = open_model(config)
     baselines = baselines_of(model) if config.baselines else {}
     with process_group():
@@ -39,15 +50,33 @@ def evaluate_suite(config: SuiteConfig) -> Measured[SuiteResult] | None:
         features = {name: model_features(config, one, images) for name, one in {"": model, **baselines}.items()}
         if rank() > 0:
             return None
-    measured = Measured(
-        model.label,
-        measure_all(features[""], config),
-        {name: (one, measure_all(features[name], config)) for name, one in baselines.items()},
-        protocol_of(config, model, images),
-    )
+    protocol = protocol_of(config, model, images)
+
+    def measure(evaluate: Callable[[LabelledFeatures], Result]) -> Measured[Result]:
+        found = {name: (one, evaluate(features[name])) for name, one in baselines.items()}
+        return Measured(model.label, evaluate(features[""]), found, protocol)
+
+    measured = measure(lambda of_model: measure_all(of_model, config))
     _print(measured, config, images)
     _write(measured, config, images)
+    for evaluator, (evaluate, settings) in others.items():
+        print()
+        conclude(config, evaluator, measure(evaluate), settings)
     return measured
+
+
+def _others(config: SuiteConfig, images: LabelledImages) -> dict[str, tuple[Evaluate, dict[str, JSON]]]:
+    """What `also` asks for, each with its part of the protocol; ConfigError for what these images do not allow."""
+    shared = {name: getattr(config, name) for name in EvaluationConfig.model_fields}
+    found: dict[str, tuple[Evaluate, dict[str, JSON]]] = {}
+    if "few_shot" in config.also:
+        of_few = fitted(FewShotConfig(**shared), images)
+        found["few_shot"] = (lambda features: few_shot(features, of_few)), few_shot_settings(of_few)
+    if "retrieval" in config.also:
+        of_retrieval = RetrievalConfig(**shared)
+        require_enough(of_retrieval, images)
+        found["retrieval"] = (lambda features: retrieve(features, of_retrieval)), retrieval_settings(of_retrieval)
+    return found
 
 
 def _fitting(k: tuple[int, ...], num_train: int) -> tuple[int, ...]:
@@ -64,13 +93,7 @@ def _print(measured: Measured[SuiteResult], config: SuiteConfig, images: Labelle
     header, rows = table(measured, config, len(images.test))
     print(format_table(header, rows))
     best, found = headline(measured.result)
-    names = images.class_names
-    print(f"\n{title(best, config)}, {measured.label}, by class:")
-    print(format_table(("class", "images", "recognised", "precision"), class_rows(found, names)))
-    if found.confused:
-        print("\nmost confused:")
-    for pair in found.confused[:PAIRS_SHOWN]:
-        print(printable(f"  {names[pair.label]} taken for {names[pair.taken_for]}: {pair.count}"))
+    print_classes(f"{title(best, config)}, {measured.label}", found, images.class_names)
 
 
 def headline(result: SuiteResult) -> tuple[str, ByClass]:
@@ -107,22 +130,6 @@ def table(measured: Measured[SuiteResult], config: SuiteConfig, num_test: int) -
     return ["", *(label for label, _ in models)], rows
 
 
-def class_rows(found: ByClass, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Name, images, recall and precision of each class with images; of many only those that are recognised worst."""
-    present = [number for number in range(len(names)) if found.images[number] > 0]
-    if len(present) > CLASSES_SHOWN:
-        present = sorted(present, key=lambda number: found.recall[number].item())[:CLASSES_SHOWN]
-    return [
-        (
-            printable(names[number]),
-            str(int(found.images[number])),
-            percent(found.recall[number].item()),
-            percent(_or_none(found.precision[number])),
-        )
-        for number in present
-    ]
-
-
 def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: LabelledImages) -> None:
     num_test, names = len(images.test), images.class_names
     first = next(iter(measured.result.probes))
@@ -136,7 +143,8 @@ def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: Labelle
     of_knn = measured.report(lambda result: knn_json(config, result.knn, num_test), knn_settings(config))
     write_report(config, "knn", of_knn)
     linear = measured.report(
-        lambda result: linear_json(next(iter(result.probes.values())), num_test), linear_settings(config, first)
+        lambda result: linear_json(result.probes[first], num_test, result.classes[first], names),
+        linear_settings(config, first),
     )
     write_report(config, "linear", linear)
 
@@ -144,34 +152,29 @@ def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: Labelle
 def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Sequence[str]) -> dict[str, JSON]:
     first = next(iter(result.probes.values()))
     return {
+        "measures": measures_json(_own_measures(result)),
         "top1": first.top1,
         "top1_interval": bootstrap_interval(first.top1, num_test),
         "knn": knn_json(config, result.knn, num_test),
-        **{name: linear_json(probe, num_test) for name, probe in result.probes.items()},
+        **{name: linear_json(probe, num_test, result.classes[name], names) for name, probe in result.probes.items()},
         "rankme": result.rankme,
         "rankme_percent": result.rankme_percent,
         "alpha": result.alpha,
-        "by_class": {name: _classes_json(found, names) for name, found in result.classes.items()},
+        "by_class": {name: classes_json(found, names) for name, found in result.classes.items()},
     }
 
 
-def _classes_json(found: ByClass, names: Sequence[str]) -> dict[str, JSON]:
-    numbers = zip(names, found.images.tolist(), found.recall, found.precision, strict=True)
-    return {
-        "balanced_accuracy": found.balanced,
-        "per_class": [
-            {"class": name, "images": images, "top1": _or_none(recall), "precision": _or_none(precision)}
-            for name, images, recall, precision in numbers
-        ],
-        "confused": [
-            {"class": names[pair.label], "taken_for": names[pair.taken_for], "images": pair.count}
-            for pair in found.confused
-        ],
-    }
-
-
-def _or_none(value: Tensor) -> float | None:
-    return None if value.isnan() else value.item()
+def _own_measures(result: SuiteResult) -> list[Measure]:
+    """What stands in no other report."""
+    measures = [
+        Measure(f"balanced_accuracy_{name}", f"balanced accuracy, {PROBES.get(name, 'k-NN')}", found.balanced)
+        for name, found in result.classes.items()
+    ]
+    measures += [
+        Measure("rankme", "RankMe", result.rankme, unit=""),
+        Measure("rankme_percent", "RankMe, of the largest possible", result.rankme_percent),
+    ]
+    return measures + ([] if result.alpha is None else [Measure("alpha", "alpha-ReQ", result.alpha, unit="")])
 
 
 def main(config: SuiteConfig) -> None:

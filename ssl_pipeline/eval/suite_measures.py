@@ -32,6 +32,8 @@ class SuiteConfig(VotesConfig, ProbeConfig, EvaluationConfig):
     k: tuple[Annotated[int, Field(gt=0)], ...] = Field((20, 10, 100, 200), min_length=1)
     """Neighbours that vote; the first is the headline. Those that are more than there are training images are left
     out, with a warning."""
+    also: tuple[Literal["few_shot", "retrieval"], ...] = ()
+    """Evaluators that measure the same features too, with their own defaults: `also=few_shot,retrieval`."""
     baselines: bool = True
     """Whether raw pixels and the same backbone at random initialisation are measured too."""
 

@@ -1,76 +1,65 @@
-"""One table of what a run has learnt, from the files that eval.knn and eval.linear have written."""
+"""What a run has learnt, in tables, from the files that evaluators have written."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
-from ssl_pipeline.eval.accuracy import bootstrap_interval
+from ssl_pipeline.eval.measures import format_table, percent, read_measures
+from ssl_pipeline.eval.results import Report, read_reports
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
-EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1"}
+EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1", "classifier": "classifier top-1"}
+WITH_BASELINES = ("knn", "linear")
+USUAL = {"leave_one_out": False, "interpolation": "bicubic", "precision": "no"}
+"""Settings that the columns must share, and that are named where they are others."""
 
 
 class TableConfig(Config):
     """Raw pixels, random initialisation and the backbone of a run, or of whatever was measured there, under k-NN and
-    linear probe."""
+    linear probe; the run's own classifier; and what the other evaluators have found."""
 
     positional = "run"
 
     run: Path
-    """The run's directory, after eval.knn and eval.linear with baselines=true."""
+    """The run's directory, after eval.knn and eval.linear with baselines=true, or any other evaluator."""
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of text with the first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-    return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:]))
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
-
-
-def with_interval(value: float, num_images: int) -> str:
-    """`76.94 % (74.2 to 79.6)`: a share of so many images with its 95 % bootstrap interval."""
-    low, high = bootstrap_interval(value, num_images)
-    return f"{percent(value)} ({low:.1f} to {high:.1f})"
-
-
-def read_top1(run: Path) -> dict[str, dict[str, float]]:
-    """`{"knn": {"raw_pixels": percent, "random": ..., "pretrained": ...}, "linear": ...}`, as far as it was measured.
-
-    Raises ConfigError if neither evaluator has run, or if a file is not an evaluator's.
-    """
-    top1 = {}
-    for name in EVALUATORS:
-        path = run / "eval" / f"{name}.json"
-        if not path.is_file():
-            continue
-        try:
-            report = json.loads(path.read_text())
-            top1[name] = {model: float(result["top1"]) for model, result in report["baselines"].items()}
-            top1[name]["pretrained"] = float(report["top1"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{path} is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
-            ) from None
-    if not top1:
+def read_run(run: Path) -> dict[str, Report]:
+    """The reports of a run; ConfigError if there is none."""
+    reports = read_reports(run)
+    if not reports:
         raise ConfigError(
-            f"{run} has neither eval/knn.json nor eval/linear.json. "
+            f"{run} has no report of an evaluator in eval/. "
             f"Run first: python -m eval.knn run={run} train=SHARDS test=SHARDS baselines=true"
         )
-    return top1
+    return reports
+
+
+def top1_of(reports: Mapping[str, Report], run: Path) -> dict[str, dict[str, float]]:
+    """`{"knn": {"raw_pixels": percent, "random": ..., "pretrained": ...}, "linear": ...}`, as far as it was measured.
+
+    Raises ConfigError for a report that lacks it.
+    """
+    found = {}
+    for name in EVALUATORS:
+        if name not in reports:
+            continue
+        report = reports[name]
+        try:
+            found[name] = {model: float(result["top1"]) for model, result in report["baselines"].items()}
+            found[name]["pretrained"] = float(report["top1"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _no_report(run, name, error) from None
+    return found
+
+
+def _no_report(run: Path, name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{run}/eval/{name}.json is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
+    )
 
 
 @dataclass(frozen=True)
@@ -84,35 +73,31 @@ class Subject:
         return f"the {self.label} backbone" if self.label == MODELS["pretrained"] else self.label
 
 
-def read_subject(run: Path) -> Subject:
-    """What the reports in a directory are about; ConfigError if they are about different networks."""
-    found: dict[str, tuple[dict[str, object], Subject]] = {}
-    for name in EVALUATORS:
-        path = run / "eval" / f"{name}.json"
-        if path.is_file() and (about := _read_about(path, name)):
-            found[name] = about
-    if len(found) > 1 and found["knn"][0] != found["linear"][0]:
-        knn, linear = (f"{subject.label} ({subject.weights})" for _, subject in found.values())
-        raise ConfigError(
-            f"{run}/eval/knn.json and linear.json are about different networks: {knn}, and {linear}. Run the "
-            "evaluator again whose report is not about the network that you want."
-        )
+def subject_of(reports: Mapping[str, Report], run: Path) -> Subject:
+    """What the reports in a directory are about; ConfigError if those of the table are about different networks."""
+    found = {name: read for name in EVALUATORS if name in reports and (read := _about(reports[name], run, name))}
+    first = next(iter(found), "")
+    for name, (network, subject) in found.items():
+        if network != found[first][0]:
+            one, other = (f"{each.label} ({each.weights})" for each in (found[first][1], subject))
+            raise ConfigError(
+                f"{run}/eval/{first}.json and {name}.json are about different networks: {one}, and {other}. Run the "
+                "evaluator again whose report is not about the network that you want."
+            )
     return next((subject for _, subject in found.values()), Subject())
 
 
-def _read_about(path: Path, name: str) -> tuple[dict[str, object], Subject] | None:
+def _about(report: Report, run: Path, name: str) -> tuple[dict[str, object], Subject] | None:
     """What tells the network of a report from others, wherever its run lies, and what it is called."""
     try:
-        protocol = json.loads(path.read_text()).get("protocol", {})
+        protocol = report.get("protocol", {})
         about = dict(protocol.get("subject", {}))
         if not about:
             return None
         of_a_run = about.pop("run", None) is not None
         label = protocol.get("label") or (MODELS["pretrained"] if of_a_run else about["backbone"]["name"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
-        ) from None
+        raise _no_report(run, name, error) from None
     return about, Subject(str(label), str(about.get("weights", "")))
 
 
@@ -120,7 +105,11 @@ def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject(
     """The table, where raw pixels are ahead, and how many times smaller the k-NN error became."""
     measured = {name: title for name, title in EVALUATORS.items() if name in top1}
     labels = MODELS | {"pretrained": subject.label}
-    rows = [(label, *(percent(top1[name].get(model)) for name in measured)) for model, label in labels.items()]
+    rows = [
+        (label, *(percent(top1[name].get(model)) for name in measured))
+        for model, label in labels.items()
+        if model == "pretrained" or any(name in top1 for name in WITH_BASELINES)
+    ]
     lines = [format_table(("", *measured.values()), rows), ""]
     lines += compare_with_raw_pixels(top1, subject)
     if "random" in top1.get("knn", {}):
@@ -138,6 +127,8 @@ def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject(
 def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]], subject: Subject) -> list[str]:
     """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
     compared = [name for name in EVALUATORS if "raw_pixels" in top1.get(name, {})]
+    if not any(name in top1 for name in WITH_BASELINES):
+        return []
     if not compared:
         return ["No baselines were measured: run the evaluators with baselines=true."]
     lines, lost = [], []
@@ -156,18 +147,41 @@ def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]], subject: Su
     return lines
 
 
-def doubts(run: Path) -> list[str]:
+def other_tables(reports: Mapping[str, Report], run: Path) -> list[str]:
+    """A table for each report of another evaluator: a row for each measure, a column for each model."""
+    tables = []
+    for name, report in reports.items():
+        if name in EVALUATORS or name == "suite" or "measures" not in report:
+            continue  # the suite writes its figures into reports of their own
+        try:
+            tables.append(_table_of(name, report))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _no_report(run, name, error) from None
+    return tables
+
+
+def _table_of(name: str, report: Report) -> str:
+    models = {**report["baselines"], "pretrained": report}
+    cells = {model: read_measures(result) for model, result in models.items()}
+    rows = [
+        [measure.title, *(own[key].cell() if key in own else "-" for own in cells.values())]
+        for key, measure in cells["pretrained"].items()
+    ]
+    labels = MODELS | {"pretrained": report["protocol"].get("label") or MODELS["pretrained"]}
+    return format_table([name.replace("_", " "), *(labels.get(model, model) for model in models)], rows)
+
+
+def doubts(reports: Mapping[str, Report]) -> list[str]:
     """Why the columns are not of the same images, and what each evaluator warned of: one sentence each."""
-    protocols = {}
-    for name in EVALUATORS:
-        path = run / "eval" / f"{name}.json"
-        if path.is_file():
-            protocols[name] = json.loads(path.read_text()).get("protocol", {})
-    said = dict.fromkeys(str(warning) for protocol in protocols.values() for warning in protocol.get("warnings", ()))
+    all_protocols = {name: report.get("protocol", {}) for name, report in reports.items()}
+    said = dict.fromkeys(
+        str(warning) for protocol in all_protocols.values() for warning in protocol.get("warnings", ())
+    )
+    protocols = {name: all_protocols[name] for name in EVALUATORS if name in all_protocols}
     compared = {
         name: " ".join(
             [f"train={protocol.get('train')} test={protocol.get('test')} size={protocol.get('size')}"]
-            + ["leave_one_out=true"] * bool(protocol.get("leave_one_out"))
+            + [f"{key}={protocol[key]}" for key, usual in USUAL.items() if protocol.get(key, usual) != usual]
         )
         for name, protocol in protocols.items()
     }
@@ -178,8 +192,12 @@ def doubts(run: Path) -> list[str]:
 
 
 def main(config: TableConfig) -> None:
-    print(summary(read_top1(config.run), read_subject(config.run)))
-    for doubt in doubts(config.run):
+    reports = read_run(config.run)
+    parts = other_tables(reports, config.run)
+    if top1 := top1_of(reports, config.run):
+        parts.insert(0, summary(top1, subject_of(reports, config.run)))
+    print("\n\n".join(parts))
+    for doubt in doubts(reports):
         print(printable(f"warning: {doubt}"))
 
 

@@ -7,26 +7,25 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config import InRange
 from ssl_pipeline.losses import interpolate_logits, weighted_cross_entropy
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.methods.base import StepOutput, feature_std
+from ssl_pipeline.methods.few_labels import FewLabels, FewLabelsConfig
 from ssl_pipeline.modules.batch_mixing import draw_global
-from ssl_pipeline.modules.classifier import ClassifierPair, accuracy, are_right
+from ssl_pipeline.modules.classifier import accuracy, are_right
 from ssl_pipeline.modules.pseudo_labels import RelativeThreshold
 from ssl_pipeline.modules.running_statistics import kept_statistics
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
-class AdaMatchConfig(Config):
+class AdaMatchConfig(FewLabelsConfig):
     """AdaMatch: FixMatch for labelled and unlabelled images that may be of different domains."""
 
     name: Literal["adamatch"]
-    num_classes: int | None = Field(None, gt=1, le=2**20)
-    """Classes of the labelled images; null takes as many as their shards have."""
     threshold: float = Field(0.9, ge=0, le=1)
     """Share of the mean confidence on labelled images that a guess must reach (USB: 0.95)."""
     distribution_momentum: float = Field(0.999, ge=0, lt=1)
@@ -39,42 +38,29 @@ class AdaMatchConfig(Config):
     """Whether the labels are learnt on strong views too (USB: no)."""
     unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0, warmup=Duration("50%"), rise="cosine")
     """Weight of the loss on pseudo-labels beside the loss on labels (USB: 1 throughout)."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
-    """Share of the evaluated moving average that an update keeps."""
 
 
-class AdaMatch(Method):
-    """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated.
-
-    Running statistics are those of the joint batch.
-    """
+class AdaMatch(FewLabels):
+    """Its running statistics are those of the joint batch, in which labelled and unlabelled images may differ."""
 
     config_class = AdaMatchConfig
+    config: AdaMatchConfig
+    coupled_by = "the relative threshold and the distribution of classes"
 
     def __init__(self, config: AdaMatchConfig, backbone: Backbone) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, backbone)
         self.labelled_groups = ("weak", "strong") if config.labelled_strong else ("weak",)
         unlabelled = (Views("weak", count=1, evaluated=True), Views("strong", count=1))
         self.needs = (*unlabelled, *(Views(name, count=1, labelled=True) for name in self.labelled_groups))
-        self.pair = ClassifierPair(backbone, config.num_classes)
 
     def prepare(self, facts: RunFacts) -> None:
         config = self.config
         self.weighting = RelativeThreshold(
-            self.pair.prepare(facts, config.num_classes, one_pass=("weak", "strong")),
+            self.learn_classes(facts),
             share=config.threshold,
             momentum=config.distribution_momentum,
             window=config.distribution_window,
         )
-
-    def backbones(self) -> dict[str, Backbone]:
-        return self.pair.backbones()
-
-    @property
-    def classifier(self) -> nn.Linear:  # type: ignore[override]
-        """The moving average's."""
-        return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None
@@ -103,4 +89,4 @@ class AdaMatch(Method):
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
         self.weighting.after_step(carries)
-        self.pair.update(self.config.teacher_momentum(progress))
+        super().after_step(carries, progress)

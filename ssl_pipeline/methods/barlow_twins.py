@@ -40,6 +40,7 @@ class BarlowTwins(Method):
     """
 
     config_class = BarlowTwinsConfig
+    coupled_by = "the correlations"
     needs = (Views("view", count=2),)
 
     def __init__(self, config: BarlowTwinsConfig, backbone: Backbone) -> None:

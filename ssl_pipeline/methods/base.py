@@ -46,6 +46,10 @@ class Method(nn.Module):
     projected: ClassVar[tuple[str, ...]] = ()
     """Trained parameters that `after_step` may change, by name: SwAV's prototypes, which it puts on the sphere."""
 
+    coupled_by: ClassVar[str] = ""
+    """What in the loss ties the images of a micro-batch together, in words, batch norm aside; empty where it is a mean
+    over images, so that k micro-batches are one big batch."""
+
     classifier: nn.Linear | None = None
     """Features (B, D) of `backbone` -> (B, classes), where a method learns to classify; evaluated with it."""
 
@@ -78,6 +82,14 @@ class Method(nn.Module):
 
         `progress` is that of the step just made. Called under `torch.no_grad`.
         """
+
+    def reconstruct(self, batch: Batch) -> Tensor | None:
+        """What a method that paints makes of the views (V, B, 3, H, W) of its first group: (V * B, 3, H, W).
+
+        Normalised as the views are; where patches are masked, only these are painted. For people to look at, in eval
+        mode and under `torch.no_grad`; None of a method that paints nothing.
+        """
+        return None
 
     def export(self, directory: Path) -> None:
         """Write what a finished run leaves beside its backbone; the first process calls it."""

@@ -12,7 +12,7 @@ from torch import nn
 from ssl_pipeline.backbones import Backbone, require_tokens
 from ssl_pipeline.backbones.initialisation import initialise_within_a_deviation
 from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, MayChange
 from ssl_pipeline.losses import masked_token_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.teacher import Snapshot
@@ -25,7 +25,7 @@ class BEiTConfig(Config):
     """BEiT: a ViT sees an image with blocks masked, and predicts the codes that a tokenizer gives these patches."""
 
     name: Literal["beit"]
-    tokenizer: Path
+    tokenizer: MayChange[Path]  # to another place of the same bytes: its Snapshot looks at these
     """The tokenizer's file: tokenizer.safetensors of a run of dvae, or DALL-E's encoder under the names that
     `ssl_pipeline/modules/tokenizer.py` lists."""
     num_tokens: int = Field(8192, gt=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config import InRange
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead
@@ -26,39 +26,22 @@ from ssl_pipeline.modules.token_distillation import (
     koleo_of_large_crops,
     update_centres,
 )
+from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
 from ssl_pipeline.modules.token_heads import TokenHeads
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
-class DINOv2Config(Config):
+class DINOv2Config(TokenDistillationConfig):
     """DINOv2: iBOT with half of the large crops masked, and class tokens that keep their distance from each other."""
 
     name: Literal["dinov2"]
-    num_prototypes: int = Field(65536, gt=1)
-    """Width of the output that student and teacher agree on for class tokens; with a shared head for patches too."""
-    head_hidden_dim: int = Field(2048, gt=0)
-    """Width of the class head's hidden layers."""
-    head_bottleneck_dim: int = Field(256, gt=0)
-    """Width of the class head's normalised bottleneck."""
-    head_layers: int = Field(3, ge=1)
-    """Linear layers of the class head before the prototypes."""
     patch_head: Literal["shared", "separate"] = "shared"
     """Whether patches have a head of their own (`ibot.separate_head` of the official code)."""
-    num_patch_prototypes: int | None = Field(None, gt=1)
-    """Prototypes of a separate patch head; null: as many as for class tokens."""
-    patch_head_hidden: int | None = Field(None, gt=0)
-    """Width of its hidden layers; null: as the class head's."""
-    patch_head_bottleneck: int | None = Field(None, gt=0)
-    """Width of its bottleneck; null: as the class head's."""
     patch_head_layers: int | None = Field(None, ge=1)
-    """Its linear layers before the prototypes; null: as the class head's."""
+    """Linear layers of a patch head of its own; null: as the class head's."""
     fixed_prototype_scale: bool = False
     """Whether all prototypes have length 1; the official code trains their lengths."""
-    freeze_prototypes_for: Duration = Duration("1ep")
-    """How long the student's last layers stay as they were initialised."""
-    student_temperature: float = Field(0.1, gt=0)
-    """Temperature of the student's softmax."""
     teacher_temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(
         value=0.07, start=0.04, warmup=Duration("30ep"), inclusive=True
     )
@@ -69,28 +52,8 @@ class DINOv2Config(Config):
     """How the teacher's outputs are spread over the prototypes (`train.centering`)."""
     centre_momentum: float = Field(0.9, ge=0, le=1)
     """Share of the centres that an update keeps."""
-    sinkhorn_iterations: int = Field(3, ge=1)
-    """Iterations of Sinkhorn-Knopp."""
-    class_weight: float = Field(1.0, ge=0)
-    """Weight of the class tokens' loss (`dino.loss_weight`)."""
-    patch_weight: float = Field(1.0, ge=0)
-    """Weight of the patches' loss (`ibot.loss_weight`)."""
-    koleo_weight: float = Field(0.1, ge=0)
-    """Weight of KoLeo, the sum over both large crops (`dino.koleo_loss_weight`)."""
-    koleo_per_process: bool = False
-    """Whether KoLeo looks for neighbours among the images of each process alone, as the official code does."""
-    mask_probability: float = Field(0.5, ge=0, le=1)
-    """Share of the step's large crops that have a mask."""
-    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
-    """Smallest and largest share of masked patches of a crop that has a mask, spread evenly over the step's crops."""
-    mask_min_block: int = Field(4, ge=1)
-    """Smallest area of a block in patches."""
-    mask_max_block: int | None = Field(None, ge=1)
-    """Largest area of a block in patches; null: half of the backbone's grid."""
     layer_decay: float = Field(0.9, gt=0, le=1)
     """Factor on the learning rate from each block to the one before it."""
-    patch_embed_lr_scale: float = Field(0.2, gt=0)
-    """Further factor on the learning rate of the patch embedding."""
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> DINOv2Config:
@@ -111,6 +74,7 @@ class DINOv2(Method):
     """
 
     config_class = DINOv2Config
+    coupled_by = "the assignment of images to prototypes, and KoLeo's neighbours"
 
     def __init__(self, config: DINOv2Config, backbone: Backbone) -> None:
         super().__init__()

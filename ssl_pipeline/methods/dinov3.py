@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config import InRange
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.gram_teacher import GramConfig, GramTeacher
@@ -25,67 +25,30 @@ from ssl_pipeline.modules.token_distillation import (
     distillation_rules,
     koleo_of_large_crops,
 )
+from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
 from ssl_pipeline.modules.token_heads import TokenHeads
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
-class DINOv3Config(Config):
+class DINOv3Config(TokenDistillationConfig):
     """DINOv3: DINOv2 with schedules that stay, and patches that a Gram teacher keeps as alike as they once were."""
 
     name: Literal["dinov3"]
-    num_prototypes: int = Field(65536, gt=1)
-    """Width of the output that student and teacher agree on for class tokens."""
-    head_hidden_dim: int = Field(2048, gt=0)
-    """Width of the class head's hidden layers."""
-    head_bottleneck_dim: int = Field(256, gt=0)
-    """Width of the class head's normalised bottleneck."""
-    head_layers: int = Field(3, ge=1)
-    """Linear layers of both heads before the prototypes."""
-    num_patch_prototypes: int | None = Field(None, gt=1)
-    """Prototypes of the patches' head; null: as many as for class tokens."""
-    patch_head_hidden: int | None = Field(None, gt=0)
-    """Width of its hidden layers; null: as the class head's."""
-    patch_head_bottleneck: int | None = Field(None, gt=0)
-    """Width of its bottleneck; null: as the class head's."""
-    freeze_prototypes_for: Duration = Duration("1ep")
-    """How long the student's last layers stay as they were initialised."""
-    student_temperature: float = Field(0.1, gt=0)
-    """Temperature of the student's softmax."""
     teacher_temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(
         value=0.07, start=0.04, warmup=Duration("10%"), inclusive=True
     )
     """Smoothness of Sinkhorn-Knopp over the teacher's outputs."""
     teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.994)
     """Share of the teacher that an update keeps."""
-    sinkhorn_iterations: int = Field(3, ge=1)
-    """Iterations of Sinkhorn-Knopp."""
     leave_out_same_crop: bool = True
     """Whether a large crop is not compared with itself at the teacher (`global_ignore_diagonal`)."""
-    class_weight: float = Field(1.0, ge=0)
-    """Weight of the class tokens' loss (`dino.loss_weight`)."""
     local_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0)
     """Weight of the pairs with a small crop within it (`local_loss_weight_schedule`)."""
-    patch_weight: float = Field(1.0, ge=0)
-    """Weight of the patches' loss (`ibot.loss_weight`)."""
-    koleo_weight: float = Field(0.1, ge=0)
-    """Weight of KoLeo, the sum over both large crops (`dino.koleo_loss_weight`)."""
     koleo_neighbours: int = Field(1, ge=1)
     """Nearest images from which each keeps its distance (`koleo_topk`)."""
-    koleo_per_process: bool = False
-    """Whether KoLeo looks for them among the images of each process alone."""
-    mask_probability: float = Field(0.5, ge=0, le=1)
-    """Share of the step's large crops that have a mask."""
-    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
-    """Smallest and largest share of masked patches of a crop that has a mask, spread evenly over the step's crops."""
-    mask_min_block: int = Field(4, ge=1)
-    """Smallest area of a block in patches."""
-    mask_max_block: int | None = Field(None, ge=1)
-    """Largest area of a block in patches; null: half of the backbone's grid."""
     layer_decay: float = Field(0.98, gt=0, le=1)
     """Factor on the learning rate from each block to the one before it."""
-    patch_embed_lr_scale: float = Field(0.2, gt=0)
-    """Further factor on the learning rate of the patch embedding."""
     gram: GramConfig | None = None
     """Gram anchoring; null is without, as the run begins in the paper."""
 
@@ -98,6 +61,7 @@ class DINOv3(Method):
     """
 
     config_class = DINOv3Config
+    coupled_by = "the assignment of images to prototypes, and KoLeo's neighbours"
 
     def __init__(self, config: DINOv3Config, backbone: Backbone) -> None:
         super().__init__()

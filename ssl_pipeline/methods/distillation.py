@@ -23,6 +23,7 @@ from ssl_pipeline.backbones import (
     TokenBackbone,
     create_backbone,
     load_backbone,
+    spoken_of_as,
 )
 from ssl_pipeline.backbones.tokens.base import TimmModel
 from ssl_pipeline.backbones.weights.sources import find_in_run, is_tag
@@ -87,14 +88,15 @@ class Distillation(Method):
         super().__init__()
         self.config = config
         self.student = backbone
-        with torch.device("meta"):  # for its widths alone
+        with spoken_of_as("method.teacher"), torch.device("meta"):  # for its widths alone
             teacher = create_backbone(config.teacher.model_copy(update={"weights": None}))
         self.class_projector = self._projector(backbone.embed_dim, teacher.embed_dim)
         if config.patch_weight:
             self.patch_projector = self._projector(_map_dim(backbone), _map_dim(teacher))
 
     def prepare(self, facts: RunFacts) -> None:
-        teacher, source, expected = load_teacher(self.config.teacher)
+        with spoken_of_as("method.teacher"):
+            teacher, source, expected = load_teacher(self.config.teacher)
         group = "teacher" if "teacher" in facts.view_sizes else "image"
         for network, its_group, setting in ((self.student, "image", "backbone"), (teacher, group, "method.teacher")):
             for size in facts.view_sizes[its_group]:

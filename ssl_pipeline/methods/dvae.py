@@ -103,6 +103,14 @@ class DVAE(Method):
         metrics |= codes_in_use(logits_NKRC.detach()) | {"feature_std": feature_std(features.detach())}
         return StepOutput(reconstruction + self.config.kl_weight(progress) * kl, metrics)
 
+    def reconstruct(self, batch: Batch) -> Tensor:
+        """From the likeliest code of each cell alone, as the tokenizer is used later."""
+        images = batch.views["image"].flatten(0, 1)
+        _, logits_NKRC = self.tokenizer.features_and_logits(images)
+        codes = F.one_hot(logits_NKRC.argmax(dim=1), logits_NKRC.shape[1]).movedim(-1, 1)
+        painted = self.decoder(codes.to(images.dtype))
+        return painted[:, :3].sigmoid() if self.config.reconstruction == "logit_laplace" else painted
+
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
         self.average.update(self.tokenizer, self.config.average_momentum)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, require_tokens
-from ssl_pipeline.backbones.patches import patchify, split_by_mask, take_patches
+from ssl_pipeline.backbones.patches import patchify, split_by_mask, take_patches, unpatchify
 from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError, Depth, Width
 from ssl_pipeline.losses import removed_patches_loss
@@ -58,11 +59,7 @@ class MAE(Method):
         )
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        images = batch.views["image"].flatten(0, 1)
-        patches = patchify(images, self.encoder.patch_size)
-        mask_NL = batch.masks["image"].flatten(0, 1)
-        kept, removed, restore = split_by_mask(mask_NL, num_kept=self.mask.num_kept(mask_NL.shape[1]))
-        encoded = self.encoder.encode(self.encoder.embed_patches(take_patches(patches, kept), kept), kept)
+        patches, encoded, removed, restore = self._encode(batch)
         loss = removed_patches_loss(
             take_patches(patches, removed),
             self.decoder(encoded, restore, removed),
@@ -70,6 +67,26 @@ class MAE(Method):
         )
         features = self.encoder.model.forward_head(encoded.detach(), pre_logits=True)
         return StepOutput(loss, {"feature_std": feature_std(features)})
+
+    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All patches (N, L, D), the tokens of the kept ones, where the removed ones are, and the way back."""
+        patches = patchify(batch.views["image"].flatten(0, 1), self.encoder.patch_size)
+        mask_NL = batch.masks["image"].flatten(0, 1)
+        kept, removed, restore = split_by_mask(mask_NL, num_kept=self.mask.num_kept(mask_NL.shape[1]))
+        encoded = self.encoder.encode(self.encoder.embed_patches(take_patches(patches, kept), kept), kept)
+        return patches, encoded, removed, restore
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        """Patches that are predicted without their mean and deviation are painted with those of the image's own."""
+        patches, encoded, _, restore = self._encode(batch)
+        painted = self.decoder(encoded, restore).to(patches.dtype)
+        if self.config.normalize_targets:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            painted = painted * (variance + 1e-6).sqrt() + mean  # as in the loss
+        mask_NL = batch.masks["image"].flatten(0, 1)
+        return unpatchify(
+            torch.where(mask_NL[..., None], painted, patches), self.encoder.patch_size, grid=self.encoder.grid
+        )
 
     def prepare(self, facts: RunFacts) -> None:
         rows, columns = self.encoder.grid

@@ -6,25 +6,23 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import InRange
 from ssl_pipeline.losses import consistency_loss, weighted_cross_entropy
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std
-from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
+from ssl_pipeline.methods.base import StepOutput, feature_std
+from ssl_pipeline.methods.few_labels import TWO_WEAK, FewLabels, FewLabelsConfig
+from ssl_pipeline.modules.classifier import accuracy
 from ssl_pipeline.modules.teacher import averaging_momentum
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
-class MeanTeacherConfig(Config):
+class MeanTeacherConfig(FewLabelsConfig):
     """Mean Teacher: a classifier agrees with its moving average, which sees another view of each image."""
 
     name: Literal["mean_teacher"]
-    num_classes: int | None = Field(None, gt=1, le=2**20)
-    """Classes of the labelled images; null takes as many as their shards have."""
     consistency: Literal["mse", "kl"] = "mse"
     """How student and teacher are compared: squared error of the probabilities, or KL(teacher || student)."""
     consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
@@ -37,31 +35,19 @@ class MeanTeacherConfig(Config):
     """Share of the teacher that an update keeps, once it has seen enough: a true average at first."""
 
 
-class MeanTeacher(Method):
-    """A backbone with a linear classifier, and its moving average, which is its teacher and is evaluated.
+class MeanTeacher(FewLabels):
+    """Its moving average, which is evaluated, is its teacher too.
 
     The teacher has batch-norm statistics of its own, of the second views. The loss on labels is the mean over labelled
     images; the authors' PyTorch code divides its sum by all images, so that weights there are smaller by that ratio.
     """
 
     config_class = MeanTeacherConfig
-    needs = (Views("weak", count=2, evaluated=True), Views("weak", count=2, labelled=True))
+    config: MeanTeacherConfig
+    needs = TWO_WEAK
 
     def __init__(self, config: MeanTeacherConfig, backbone: Backbone) -> None:
-        super().__init__()
-        self.config = config
-        self.pair = ClassifierPair(backbone, config.num_classes, buffers="own")
-
-    def prepare(self, facts: RunFacts) -> None:
-        self.pair.prepare(facts, self.config.num_classes, one_pass=("weak",))
-
-    def backbones(self) -> dict[str, Backbone]:
-        return self.pair.backbones()
-
-    @property
-    def classifier(self) -> nn.Linear:  # type: ignore[override]
-        """The teacher's."""
-        return self.pair.classifier
+        super().__init__(config, backbone, buffers="own")
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None

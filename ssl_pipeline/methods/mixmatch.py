@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.batch import Batch, Views
+from ssl_pipeline.config import InRange
 from ssl_pipeline.losses import guess_labels, mixmatch_loss
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.methods.base import StepOutput, feature_std
+from ssl_pipeline.methods.few_labels import FewLabels, FewLabelsConfig
 from ssl_pipeline.modules.batch_mixing import as_targets, mixup_global_batch
-from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
+from ssl_pipeline.modules.classifier import accuracy
 from ssl_pipeline.modules.running_statistics import kept_statistics
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
-class MixMatchConfig(Config):
+class MixMatchConfig(FewLabelsConfig):
     """MixMatch: labels and sharpened guesses of unlabelled images, all mixed with each other."""
 
     name: Literal["mixmatch"]
-    num_classes: int | None = Field(None, gt=1, le=2**20)
-    """Classes of the labelled images; null takes as many as their shards have."""
     temperature: float = Field(0.5, gt=0, le=1)
     """Temperature that the mean guess over the views of an image is sharpened with."""
     mixup_alpha: float = Field(0.75, gt=0, le=1000)
@@ -34,35 +30,19 @@ class MixMatchConfig(Config):
     """Whether each row draws its share (Google's code) or the batch draws one (USB)."""
     unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=75.0, warmup=Duration("1.5625%"))
     """Weight of the unlabelled term; rises over 1024 of 65536 kimg."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
-    """Share of the evaluated moving average that an update keeps."""
 
 
-class MixMatch(Method):
-    """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated.
+class MixMatch(FewLabels):
+    """It mixes labelled images with unlabelled ones, and labels with guesses.
 
     Guesses come from a pass by batch statistics that leaves the running ones; mixed images go through in one pass.
     Images are mixed over the global batch: k micro-batches are not one big batch here.
     """
 
     config_class = MixMatchConfig
+    config: MixMatchConfig
+    coupled_by = "what images are mixed with"
     needs = (Views("weak", evaluated=True), Views("weak", labelled=True))
-
-    def __init__(self, config: MixMatchConfig, backbone: Backbone) -> None:
-        super().__init__()
-        self.config = config
-        self.pair = ClassifierPair(backbone, config.num_classes)
-
-    def prepare(self, facts: RunFacts) -> None:
-        self.pair.prepare(facts, self.config.num_classes, one_pass=("weak",))
-
-    def backbones(self) -> dict[str, Backbone]:
-        return self.pair.backbones()
-
-    @property
-    def classifier(self) -> nn.Linear:  # type: ignore[override]
-        """The moving average's."""
-        return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None
@@ -90,7 +70,3 @@ class MixMatch(Method):
             "feature_std": feature_std(features.detach()),
         }
         return StepOutput(loss, metrics)
-
-    @torch.no_grad()
-    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
-        self.pair.update(self.config.teacher_momentum(progress))

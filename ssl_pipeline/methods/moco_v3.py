@@ -52,6 +52,7 @@ class MoCoV3(Method):
     """
 
     config_class = MoCoV3Config
+    coupled_by = "the negatives"
     needs = (Views("view", count=2),)
 
     def __init__(self, config: MoCoV3Config, backbone: Backbone) -> None:

@@ -50,6 +50,7 @@ class NNCLR(Method):
     """
 
     config_class = NNCLRConfig
+    coupled_by = "the negatives"
     needs = (Views("view", count=2),)
 
     def __init__(self, config: NNCLRConfig, backbone: Backbone) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config import InRange
 from ssl_pipeline.distributed import mean_over_ranks, rank
 from ssl_pipeline.losses import align_distribution, sharpen, weighted_cross_entropy
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.methods.base import StepOutput, feature_std
+from ssl_pipeline.methods.few_labels import FewLabels, FewLabelsConfig
 from ssl_pipeline.modules.batch_mixing import as_targets, mixup_global_batch
-from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
+from ssl_pipeline.modules.classifier import accuracy
 from ssl_pipeline.modules.memory import MovingDistribution, RecentDistribution
 from ssl_pipeline.modules.running_statistics import kept_statistics
 from ssl_pipeline.schedule import Duration, Progress, Schedule
@@ -24,12 +25,10 @@ from ssl_pipeline.schedule import Duration, Progress, Schedule
 TURNS = 4
 
 
-class ReMixMatchConfig(Config):
+class ReMixMatchConfig(FewLabelsConfig):
     """ReMixMatch: MixMatch with aligned guesses of weak views for strong ones, and rotations to recognise."""
 
     name: Literal["remixmatch"]
-    num_classes: int | None = Field(None, gt=1, le=2**20)
-    """Classes of the labelled images; null takes as many as their shards have."""
     temperature: float = Field(0.5, gt=0, le=1)
     """Temperature that the aligned guess is sharpened with."""
     mixup_alpha: float = Field(0.75, gt=0, le=1000)
@@ -46,42 +45,32 @@ class ReMixMatchConfig(Config):
     """Weight of the loss on the first strong view before mixing."""
     rotation_weight: float = Field(0.5, ge=0)
     """Weight of recognising by how many quarters the first strong view was turned (40 labels: 2)."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
-    """Share of the evaluated moving average that an update keeps."""
 
 
-class ReMixMatch(Method):
-    """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated.
+class ReMixMatch(FewLabels):
+    """It adds three terms to the loss on labels: on mixed, on unmixed and on turned unlabelled images.
 
     Guesses, unmixed and turned views go through in passes by batch statistics that leave the running ones. Images are
     mixed over the global batch: k micro-batches are not one big batch here.
     """
 
     config_class = ReMixMatchConfig
+    config: ReMixMatchConfig
+    coupled_by = "the distribution of classes, and what images are mixed with"
 
     def __init__(self, config: ReMixMatchConfig, backbone: Backbone) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, backbone)
         self.needs = (
             Views("weak", count=1, evaluated=True),
             Views("strong"),
             Views(config.labelled_view, count=None if config.labelled_view == "strong" else 1, labelled=True),
         )
-        self.pair = ClassifierPair(backbone, config.num_classes)
         self.rotation = nn.Linear(backbone.embed_dim, TURNS)
 
     def prepare(self, facts: RunFacts) -> None:
-        num_classes = self.pair.prepare(facts, self.config.num_classes, one_pass=("weak", "strong"))
+        num_classes = self.learn_classes(facts)
         self.classes = MovingDistribution(num_classes, momentum=self.config.class_momentum)
         self.predictions = RecentDistribution(num_classes, window=self.config.distribution_window)
-
-    def backbones(self) -> dict[str, Backbone]:
-        return self.pair.backbones()
-
-    @property
-    def classifier(self) -> nn.Linear:  # type: ignore[override]
-        """The moving average's."""
-        return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None
@@ -125,7 +114,7 @@ class ReMixMatch(Method):
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
         self.classes.update(torch.stack([carry["classes"] for carry in carries]).mean(dim=0))
         self.predictions.update(torch.stack([carry["predictions"] for carry in carries]).mean(dim=0))
-        self.pair.update(self.config.teacher_momentum(progress))
+        super().after_step(carries, progress)
 
 
 def quarter_turns(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ class SimCLR(Method):
     """
 
     config_class = SimCLRConfig
+    coupled_by = "the negatives"
     needs = (Views("view", count=2),)
 
     def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:

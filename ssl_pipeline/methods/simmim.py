@@ -6,9 +6,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from ssl_pipeline.backbones import Backbone, require_tokens
+from ssl_pipeline.backbones import Backbone, Tokens, require_tokens
+from ssl_pipeline.backbones.patches import patchify, unpatchify
 from ssl_pipeline.batch import Batch, MaskRule, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.losses import simmim_loss
@@ -54,10 +55,21 @@ class SimMIM(Method):
         self.decoder = PixelShuffleDecoder(backbone.embed_dim, self.encoder.stride)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        images, mask_NL = batch.views["image"].flatten(0, 1), batch.masks["image"].flatten(0, 1)
-        tokens = self.encoder.tokens(images, mask=mask_NL, mask_token=self.mask_token)
+        images, mask_NL, tokens = self._encode(batch)
         loss = simmim_loss(images, self.decoder(tokens.patch_map()), mask_NL, patch_size=self.encoder.patch_size)
         return StepOutput(loss, {"feature_std": feature_std(self.encoder.pool(tokens).detach())})
+
+    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tokens]:
+        """The images (N, 3, H, W), their masks (N, L), and the tokens of what is not masked."""
+        images, mask_NL = batch.views["image"].flatten(0, 1), batch.masks["image"].flatten(0, 1)
+        return images, mask_NL, self.encoder.tokens(images, mask=mask_NL, mask_token=self.mask_token)
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        images, mask_NL, tokens = self._encode(batch)
+        size = self.encoder.patch_size
+        grid = (images.shape[-2] // size, images.shape[-1] // size)
+        painted, own = (patchify(x, size) for x in (self.decoder(tokens.patch_map()).to(images.dtype), images))
+        return unpatchify(torch.where(mask_NL[..., None], painted, own), size, grid=grid)
 
     def prepare(self, facts: RunFacts) -> None:
         for size in facts.view_sizes["image"]:

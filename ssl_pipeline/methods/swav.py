@@ -58,6 +58,7 @@ class SwAV(Method):
     """
 
     config_class = SwAVConfig
+    coupled_by = "the assignment of images to prototypes"
     needs = (Views("global", count=NUM_ASSIGNED), Views("local", optional=True))
     projected = ("prototypes.weight",)
 

@@ -7,25 +7,23 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.batch import Batch, RunFacts
+from ssl_pipeline.config import InRange
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import probability_error, weighted_cross_entropy
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std
-from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
+from ssl_pipeline.methods.base import StepOutput, feature_std
+from ssl_pipeline.methods.few_labels import WEAK, FewLabels, FewLabelsConfig
+from ssl_pipeline.modules.classifier import accuracy
 from ssl_pipeline.modules.image_memory import TemporalEnsemble
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 
 
-class TemporalEnsemblingConfig(Config):
+class TemporalEnsemblingConfig(FewLabelsConfig):
     """Temporal Ensembling: a classifier agrees with the moving mean of what it said of an image in earlier epochs."""
 
     name: Literal["temporal_ensembling"]
-    num_classes: int | None = Field(None, gt=1, le=2**20)
-    """Classes of the labelled images; null takes as many as their shards have."""
     ensemble_momentum: float = Field(0.6, ge=0, lt=1)
     """Share of an image's mean prediction that a visit keeps."""
     consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
@@ -33,36 +31,21 @@ class TemporalEnsemblingConfig(Config):
     )
     """Weight of the distance to the ensemble beside the mean loss on labels. The authors' 30: they multiply both by
     labelled / all images. CIFAR-100: 100."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
-    """Share of the evaluated moving average that an update keeps."""
 
 
-class TemporalEnsembling(Method):
-    """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated.
+class TemporalEnsembling(FewLabels):
+    """Its ensemble remembers the images of data.shards, by their number in the set.
 
-    The ensemble remembers the images of data.shards, by their number in the set; it takes a prediction in after the
-    step that made it. An image that was not seen yet has no target.
+    A prediction is taken in after the step that made it. An image that was not seen yet has no target.
     """
 
     config_class = TemporalEnsemblingConfig
-    needs = (Views("weak", count=1, evaluated=True), Views("weak", count=1, labelled=True))
-
-    def __init__(self, config: TemporalEnsemblingConfig, backbone: Backbone) -> None:
-        super().__init__()
-        self.config = config
-        self.pair = ClassifierPair(backbone, config.num_classes)
+    config: TemporalEnsemblingConfig
+    needs = WEAK
 
     def prepare(self, facts: RunFacts) -> None:
-        num_classes = self.pair.prepare(facts, self.config.num_classes, one_pass=("weak",))
+        num_classes = self.learn_classes(facts)
         self.ensemble = TemporalEnsemble(facts.num_images, num_classes, momentum=self.config.ensemble_momentum)
-
-    def backbones(self) -> dict[str, Backbone]:
-        return self.pair.backbones()
-
-    @property
-    def classifier(self) -> nn.Linear:  # type: ignore[override]
-        """The moving average's."""
-        return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None
@@ -87,4 +70,4 @@ class TemporalEnsembling(Method):
             torch.cat([gather(carry[name]) for carry in carries]) for name in ("sample_ids", "predictions")
         )
         self.ensemble.update(sample_ids, predictions)
-        self.pair.update(self.config.teacher_momentum(progress))
+        super().after_step(carries, progress)

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from ssl_pipeline.backbones import Backbone
-from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.batch import Batch
+from ssl_pipeline.config import InRange
 from ssl_pipeline.losses import annealed_cross_entropy, uda_loss, weighted_cross_entropy
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std
-from ssl_pipeline.modules.classifier import ClassifierPair, accuracy, are_right
+from ssl_pipeline.methods.base import StepOutput, feature_std
+from ssl_pipeline.methods.few_labels import WEAK_AND_STRONG, FewLabels, FewLabelsConfig
+from ssl_pipeline.modules.classifier import accuracy, are_right
 from ssl_pipeline.schedule import Progress, Schedule
 
 
-class UDAConfig(Config):
+class UDAConfig(FewLabelsConfig):
     """UDA: a strong view of an image is told the sharpened prediction for a weak one."""
 
     name: Literal["uda"]
-    num_classes: int | None = Field(None, gt=1, le=2**20)
-    """Classes of the labelled images; null takes as many as their shards have."""
     threshold: float = Field(0.8, ge=0, le=1)
     """What the largest unsharpened probability of a weak view must be above."""
     temperature: float = Field(0.4, gt=0, le=1)
@@ -37,31 +32,13 @@ class UDAConfig(Config):
     """Share of the evaluated moving average that an update keeps."""
 
 
-class UDA(Method):
-    """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated."""
+class UDA(FewLabels):
+    """Its targets are whole distributions, of confident weak views; the moving average takes no part in training."""
 
     config_class = UDAConfig
-    needs = (
-        Views("weak", count=1, evaluated=True),
-        Views("strong", count=1),
-        Views("weak", count=1, labelled=True),
-    )
-
-    def __init__(self, config: UDAConfig, backbone: Backbone) -> None:
-        super().__init__()
-        self.config = config
-        self.pair = ClassifierPair(backbone, config.num_classes)
-
-    def prepare(self, facts: RunFacts) -> None:
-        self.pair.prepare(facts, self.config.num_classes, one_pass=("weak", "strong"))
-
-    def backbones(self) -> dict[str, Backbone]:
-        return self.pair.backbones()
-
-    @property
-    def classifier(self) -> nn.Linear:  # type: ignore[override]
-        """The moving average's."""
-        return self.pair.classifier
+    config: UDAConfig
+    needs = WEAK_AND_STRONG
+    coupled_by = "the mean over the labels that count"
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None
@@ -82,10 +59,6 @@ class UDA(Method):
             "feature_std": feature_std(features.detach()),
         }
         return StepOutput(labelled_loss + config.unlabelled_weight * unlabelled_loss, metrics)
-
-    @torch.no_grad()
-    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
-        self.pair.update(self.config.teacher_momentum(progress))
 
 
 def annealing_limit(kind: Literal["linear", "log", "exp"], progress: Progress, *, num_classes: int) -> float:

@@ -41,6 +41,7 @@ class VICReg(Method):
     """
 
     config_class = VICRegConfig
+    coupled_by = "the variances and covariances"
     needs = (Views("view", count=2),)
 
     def __init__(self, config: VICRegConfig, backbone: Backbone) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.backbones import Backbone
+from ssl_pipeline.backbones import Backbone, NormalisedLinear
 from ssl_pipeline.batch import RunFacts
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.modules.encoder import Encoder
@@ -19,6 +19,7 @@ class ClassifierPair(nn.Module):
     """A student, backbone with a linear classifier, and its moving average, the teacher.
 
     num_classes: None until `prepare` is told how many there are.
+    head_batch_norm: whether batch norm stands before the classifier.
     buffers: what becomes of the teacher's batch-norm statistics, as in Teacher.
     """
 
@@ -26,9 +27,15 @@ class ClassifierPair(nn.Module):
     teacher: Teacher[Encoder[nn.Linear]]
 
     def __init__(
-        self, backbone: Backbone, num_classes: int | None, *, buffers: Literal["own", "copy"] = "copy"
+        self,
+        backbone: Backbone,
+        num_classes: int | None,
+        *,
+        head_batch_norm: bool = False,
+        buffers: Literal["own", "copy"] = "copy",
     ) -> None:
         super().__init__()
+        self._head_class = NormalisedLinear if head_batch_norm else nn.Linear
         self.buffer_source = buffers
         self._backbone = (backbone,)  # not a part of this module until its classifier is made
         if num_classes is not None:
@@ -54,7 +61,7 @@ class ClassifierPair(nn.Module):
 
     def _build(self, num_classes: int) -> None:
         (backbone,) = self._backbone
-        classifier = nn.Linear(backbone.embed_dim, num_classes)
+        classifier = self._head_class(backbone.embed_dim, num_classes)
         nn.init.xavier_normal_(classifier.weight)
         nn.init.zeros_(classifier.bias)
         self.student = Encoder(backbone, classifier)

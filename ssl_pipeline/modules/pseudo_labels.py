@@ -198,6 +198,9 @@ class GaussianWeights(nn.Module):
         return mean, torch.lerp(new.var(), self.variance, self.momentum)
 
 
+Weighting = FixedThreshold | CurriculumThresholds | RelativeThreshold | SelfAdaptiveThresholds | GaussianWeights
+
+
 def _probabilities(logits: Tensor) -> Tensor:
     return logits.detach().softmax(dim=1, dtype=sum_dtype(logits))
 

@@ -36,6 +36,7 @@ from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.files import JSON, write_tensors
 
 FILE_NAME = "tokenizer.safetensors"
+TRAIN = f"Train one: method.name=dvae writes {FILE_NAME}."
 PROBE = 128  # pixels: any size that strides divide
 Channels = tuple[float, float, float]
 
@@ -118,7 +119,10 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, Channels, Channels]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            about = json.loads((file.metadata() or {})["tokenizer"])
+            header = file.metadata() or {}
+        if "tokenizer" not in header:
+            raise ConfigError(f"{path} is no tokenizer: its tensors have no description of one. {TRAIN}")
+        about = json.loads(header["tokenizer"])
         encoder = create_backbone(validate(BackboneConfig, about["backbone"]))
         tokenizer = Tokenizer(encoder, int(about["num_tokens"]))
         red, green, blue = map(float, about["mean"])
@@ -126,7 +130,9 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, Channels, Channels]:
         tokenizer.encoder.model.load_state_dict(_under(state, "encoder."))
         tokenizer.head.load_state_dict(_under(state, "head."))
     except FileNotFoundError:
-        raise ConfigError(f"There is no tokenizer {path}. Train one: method.name=dvae writes {FILE_NAME}.") from None
+        raise ConfigError(f"There is no tokenizer {path}. {TRAIN}") from None
+    except ConfigError:
+        raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path} is no tokenizer ({type(error).__name__}: {reason}).") from None

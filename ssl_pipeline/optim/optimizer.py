@@ -63,6 +63,11 @@ class OptimConfig(Config):
             raise ValueError(
                 "clip_each says how to clip, but clip_norm is not set. Set clip_norm or leave clip_each out."
             )
+        if self.freeze_backbone_for.is_whole_run:
+            raise ValueError(
+                f"freeze_backbone_for={self.freeze_backbone_for} leaves the backbone as it begins for the whole run. "
+                "Choose a part of it, such as 10%."
+            )
         if self.lr_before_momentum and self.name != "lars":
             raise ValueError(f"lr_before_momentum is a setting of LARS. Got name={self.name}; leave it out.")
         return self

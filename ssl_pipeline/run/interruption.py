@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
 from torch import Tensor, nn
 
+from ssl_pipeline.config import launched_rank
 from ssl_pipeline.run.watchdog import Watchdog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -59,7 +61,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._previous = _handle(self._remember)
-        self._answers = _Answers(self._answer) if os.environ.get("RANK", "0") == "0" else None
+        self._answers = _Answers(self._answer) if launched_rank() == "0" else None
         self._watchdog.__enter__()
         return self
 
@@ -95,6 +97,17 @@ class Interruption:
     def keepalive(self) -> None:
         """Start the time until a hang is assumed anew."""
         self._watchdog.keepalive()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, this process is alive as long as it computes, reads or writes: for what sends no keepalives itself,
+        such as a monitor that searches among all features, or fits a classifier."""
+        self._watchdog.by_activity = True
+        try:
+            yield
+        finally:
+            self._watchdog.by_activity = False
+            self.keepalive()
 
 
 class _Answers:

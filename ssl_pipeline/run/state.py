@@ -54,6 +54,7 @@ class RunState:
     row: the logged row of this step, if it has one, without what monitors add after the checkpoint is written.
     start: the monitors' figures before the first step that later ones are compared with.
     steps: optimizer steps made, of whatever size; None before ssl-pipeline 0.3.0, where all counted as of the last one.
+    left_out_steps: how many of them were left out because they were not finite (train.on_nan=skip).
     labelled_position: labelled images seen. settings: all of the run's, as its config.yaml. None before that version
     too.
     """
@@ -69,6 +70,7 @@ class RunState:
     steps: Annotated[int, Field(ge=0)] | None = None
     labelled_position: Annotated[int, Field(ge=0)] | None = None
     settings: dict[str, JsonValue] | None = None
+    left_out_steps: Annotated[int, Field(ge=0)] = 0
 
     @property
     def step(self) -> int:

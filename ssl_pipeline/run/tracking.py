@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from ssl_pipeline.config import ConfigError, printable
+from ssl_pipeline.config import ConfigError, Value, printable, read_yaml
 from ssl_pipeline.files import without_nan, write_text
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -23,6 +23,8 @@ NUMBERS = {
     "images_per_second": "{:.0f} images/s",
     "data_wait": "data wait {:.0%}",
 }
+COMPARED = ("loss", "knn_top1", "rankme_percent")
+"""Metrics that TensorBoard shows beside the settings."""
 FEW_NUMBERS = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "wait {:.0%}"}
 
 Row = Mapping[str, float | int | str | None]
@@ -133,12 +135,28 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Scalars in an events file of the run directory; what an earlier start logged from `first_step` on is hidden."""
+    """Scalars and the settings in an events file of the run directory; what an earlier start logged from `first_step`
+    on is hidden.
+    """
 
     def __init__(self, directory: Path, *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
 
         self._writer = SummaryWriter(str(directory), purge_step=first_step)
+        settings = directory / "config.yaml"
+        if settings.is_file():
+            self._show_settings(settings.read_text(encoding="utf-8"))
+
+    def _show_settings(self, text: str) -> None:
+        """The settings as they stand (TEXT), and as columns beside the last loss and k-NN accuracy (HPARAMS)."""
+        from torch.utils.tensorboard.summary import hparams
+
+        tree = read_yaml(text, where="config.yaml")
+        self._writer.add_text("settings", "\n".join(f"    {line}" for line in text.splitlines()))
+        for summary in hparams(flat_settings(tree), dict.fromkeys(COMPARED, 0.0)):
+            file_writer = self._writer.file_writer
+            assert file_writer is not None
+            file_writer.add_summary(summary)
 
     def log(self, row: Row) -> None:
         for name, value in row.items():
@@ -147,6 +165,16 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def flat_settings(tree: Value, above: str = "") -> dict[str, bool | float | str]:
+    """Settings by their dotted keys, each a number, a truth value or text; what is not set is left out."""
+    if isinstance(tree, dict):
+        parts = (flat_settings(value, f"{above}.{name}" if above else name) for name, value in tree.items())
+        return {key: value for part in parts for key, value in part.items()}
+    if tree is None:
+        return {}
+    return {above: tree if isinstance(tree, bool | int | float) else str(tree)}
 
 
 class WeightsAndBiases:

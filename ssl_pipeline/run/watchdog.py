@@ -23,11 +23,13 @@ class Watchdog:
     """Ends the process with exit code 1 if `seconds` pass without a keepalive; 0 never times out.
 
     `note` is called first, with a sentence, and its errors are forgotten. With `by_activity` a process that computes,
-    reads or writes counts as alive: for a start, of which no part knows how long the next takes.
+    reads or writes counts as alive: for a start, of which no part knows how long the next takes. It may be set, and
+    unset, at any time.
     """
 
     def __init__(self, seconds: float, *, note: Callable[[str], None], by_activity: bool = False) -> None:
         self.seconds, self.note, self.by_activity = seconds, note, by_activity
+        self.doing = "starting" if by_activity else "training"
         self._ended = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -60,8 +62,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        doing = "starting" if self.by_activity else "training"
-        reason = f"Nothing has happened for {self.seconds:g} s while {doing} (train.hang_timeout)"
+        reason = f"Nothing has happened for {self.seconds:g} s while {self.doing} (train.hang_timeout)"
         print(f"Timeout: {reason}. Each thread stands here:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         with suppress(Exception):

@@ -18,6 +18,8 @@ from ssl_pipeline.training.run import Run
 def open_batches(run: Run, position: int, keepalive: Callable[[], None]) -> Iterator[StreamBatch]:
     """This rank's share of each micro-batch, with its labelled images if the method reads some."""
     groups, masks = _read_groups(run, labelled=False)
+    beside = run.data.labelled.batch_size if run.data.labelled is not None and run.labelled_index is not None else 0
+    share = run.data.batch_size / (run.data.batch_size + beside)
     stream = open_stream(
         run.index,
         groups,
@@ -31,6 +33,7 @@ def open_batches(run: Run, position: int, keepalive: Callable[[], None]) -> Iter
         batches=math.ceil((run.clock.end - position) / run.clock.global_batch) * run.train.accumulate,
         device=run.accelerator.device,
         keepalive=keepalive,
+        memory_share=share,
     )
     if run.labelled_index is None:
         return stream
@@ -48,6 +51,7 @@ def open_batches(run: Run, position: int, keepalive: Callable[[], None]) -> Iter
         accumulate=run.train.accumulate,
         device=run.accelerator.device,
         keepalive=keepalive,
+        memory_share=1 - share,
     )
     return with_labelled(stream, labelled)
 

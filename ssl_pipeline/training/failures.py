@@ -12,6 +12,7 @@ from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.config import RunError, is_out_of_memory, memory_asked_for
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.distributed import peer_failure
+from ssl_pipeline.training.determinism import explain_nondeterminism
 from ssl_pipeline.training.run import Run, TrainConfig
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -40,6 +41,8 @@ class Failures:
         lost = peer_failure(error)
         if lost is not None:
             return lost
+        if (told := explain_nondeterminism(error)) is not None:
+            return told
         if is_out_of_memory(error):
             return RunError(self._out_of_memory(error))
         if isinstance(error, OSError) and (error.errno in FULL or any(text in str(error) for text in FULL_TEXTS)):

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.training.meeting import require_one_version, wait_for_the_first
 from ssl_pipeline.training.parallel import DDP
 from ssl_pipeline.training.run import TrainConfig
 
@@ -17,6 +18,8 @@ PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 USE_CPU = "ACCELERATE_USE_CPU"
 KEPT = {USE_CPU, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}  # where a run computes, not what
 NEUTRAL = {"", "no", "none", "false", "0", "default"}
+COMPILED = {True: "compiled", False: "not compiled", "auto": "compiled where that is worth it"}
+UNSET = "Launch with torchrun or accelerate launch, or unset it."
 KEYS = {  # of the settings that do what a variable asks for
     "ACCELERATE_MIXED_PRECISION": "train.precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
@@ -31,7 +34,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     The precision is the config's, also where this process has had an Accelerator before, and whatever the environment
     says: `ignored_variables` names what it would have changed; call it before.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = _launched(os.environ)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if launched > 1 and missing:
         raise ConfigError(
@@ -43,6 +46,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise ConfigError("train.precision=fp16 needs a GPU, and there is none here. Try train.precision=no or bf16.")
     for name in [name for name in os.environ if name.startswith(PREFIXES) and name not in KEPT]:
         del os.environ[name]
+    if launched > 1:
+        wait_for_the_first(os.environ)
     AcceleratorState._reset_state()  # the processes stay; precision and plugins are those of this run
     GradientState._reset_state()
     accelerator = Accelerator(
@@ -57,7 +62,27 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             f"The launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}. "
             "On CPUs launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
         )
+    require_one_version(accelerator.device)
     return accelerator
+
+
+def _launched(environment: Mapping[str, str]) -> int:
+    """How many processes the launcher started; raises ConfigError if its variables are no numbers, or do not fit."""
+    number = _number(environment, "WORLD_SIZE", "1", least=1)
+    if number > 1:
+        for name in ("RANK", "LOCAL_RANK"):
+            if _number(environment, name, "0", least=0) >= number:
+                raise ConfigError(
+                    f"The environment has {name}={environment[name]}, which must be below WORLD_SIZE={number}. {UNSET}"
+                )
+    return number
+
+
+def _number(environment: Mapping[str, str], name: str, default: str, *, least: int) -> int:
+    text = environment.get(name, default).strip()
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"The environment has {name}={text}, which must be a whole number from {least} on. {UNSET}")
+    return int(text)
 
 
 def ignored_variables(environment: Mapping[str, str], config: TrainConfig) -> list[str]:
@@ -89,7 +114,7 @@ def describe_launch(accelerator: Accelerator, config: TrainConfig) -> str:
         f"{number} process{'es' if number > 1 else ''} on {device}, precision {precision}, "
         f"{config.accumulate} micro-batch{'es' if config.accumulate > 1 else ''} per step, "
         f"{_layout(number, config)}, "
-        f"{'compiled' if config.compile else 'not compiled'}"
+        f"{COMPILED[config.compile]}"
     )
 
 

@@ -9,7 +9,7 @@ the backward passes of attention and of convolutions need not give the same bits
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.distributed import rank, world_size
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
+from ssl_pipeline.optim.gradient_norms import GradientNorms
 from ssl_pipeline.optim.optimizer import build_optimizer
 from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -31,13 +32,16 @@ from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
+from ssl_pipeline.training.compiling import compile_decision
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
+from ssl_pipeline.training.rank_checks import RankChecks
 from ssl_pipeline.training.reporting import Reporter
 from ssl_pipeline.training.resume import begin_or_keep, load_newest, optimizer_identity
 from ssl_pipeline.training.run import Run, resumed_clock
 from ssl_pipeline.training.saving import export_run, save_run
 from ssl_pipeline.training.sharding import Sharding
+from ssl_pipeline.training.statistics import NormStatistics
 from ssl_pipeline.training.step import TrainingStep
 from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_on
 
@@ -64,12 +68,15 @@ def train(run: Run) -> int:
             begin_or_keep(run, run.output.directory, position=position)
     if clock.is_last(position) and status is not None and status.state == "done":
         return 0
+    compiles, why_not = compile_decision(
+        run.train.compile, device, steps=clock.total_steps - clock.steps_made(position)
+    )
     if sharded:
         run.sharding = Sharding(method)
         optimizer = run.sharding.share_out(
-            optimizer, run.optim, device=device, precision=run.train.precision, compiled=run.train.compile
+            optimizer, run.optim, device=device, precision=run.train.precision, compiled=compiles
         )
-    elif run.train.compile:
+    elif compiles:
         for part in method.parts_to_compile():
             part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
     network, optimizer = wrap(run.accelerator, method, optimizer, sharded=sharded)
@@ -83,6 +90,8 @@ def train(run: Run) -> int:
         wandb=run.output.wandb,
         enabled=run.output.directory is not None,
     )
+    if run.train.compile == "auto":
+        tracker.message("The network is compiled." if compiles else f"The network is not compiled: {why_not}.")
     if saved is not None:
         tracker.message(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
@@ -121,7 +130,14 @@ class _Loop:
         self.run, self.clock, self.checkpoints, self.tracker = run, run.clock, checkpoints, tracker
         self.optimizer, self.interruption, self.identity = optimizer, interruption, identity
         self.position = 0
-        self.checks = StepChecks(run.index)
+        skips = run.train.on_nan == "skip"
+        self.checks = StepChecks(
+            run.index,
+            budget=run.train.nan_budget if skips else 0,
+            left_out=0 if saved is None else saved.state.left_out_steps,
+            say=tracker.message,
+        )
+        self.ranks = RankChecks(run.method, every=run.train.check_ranks)
         self.times = StepTimes(run.accelerator.device, every=run.train.time_steps)
         self.step = TrainingStep(
             run,
@@ -129,13 +145,16 @@ class _Loop:
             optimizer,
             lr=run.optim.effective_lr(run.clock.global_batch),
             checks=self.checks,
-            lag=lag_on(run.accelerator.device),
+            lag=0 if skips else lag_on(run.accelerator.device),
             times=self.times,
             bad_samples=BadSampleLog(
                 run.output.path / "bad_samples.jsonl", budget=run.data.bad_sample_budget, total=len(run.index)
             ),
             keepalive=self._keepalive,
             requested=interruption.requested,
+            statistics=NormStatistics(run.method) if skips else None,
+            norms=GradientNorms(run.method) if run.train.gradient_norms else None,
+            has_row=lambda position: self.reporter.is_due(position),
         )
         start = {} if saved is None else saved.state.start
         self.reporter = Reporter(run, tracker, self.times, self._keepalive, start=start)
@@ -143,10 +162,11 @@ class _Loop:
     def go(self, position: int) -> int:
         """Step until the end of the run, and export it, or until a signal; returns the signal."""
         self.position = position
-        if self.saved is not None:
-            self.reporter.log_missing(self.saved.row, position)
-        else:
-            self.reporter.log_start()
+        with self.interruption.computing():
+            if self.saved is not None:
+                self.reporter.log_missing(self.saved.row, position)
+            else:
+                self.reporter.log_start()
         signal_number = 0
         if self.clock.is_last(position):  # cut off between the last checkpoint and the export
             self.tracker.message(f"Nothing is left to train; step {self.clock.steps_made(position)} is exported.")
@@ -174,6 +194,7 @@ class _Loop:
             signal_number = result.signal_number
             if signal_number or save_due or self.reporter.is_due(self.position):
                 signal_number = self.checks.read() or signal_number  # before anything of this step is logged or saved
+            self.ranks.look(step)
             profile.step_done()
             row = self.reporter.begin(result, self.position)
             stopped = signal_number and not last
@@ -181,7 +202,8 @@ class _Loop:
                 self._save(row)  # before the monitors: they may fail, or outlast the time that a preempted run has
             if stopped:
                 self.write_status("preempted", f"signal {signal_number}")
-            self.reporter.finish(row, self.position, result)
+            with self.interruption.computing() if row is not None else nullcontext():
+                self.reporter.finish(row, self.position, result)
             if stopped:
                 self.tracker.message(f"Stopped by signal {signal_number} after step {step}; run again to go on.")
                 return signal_number
@@ -206,10 +228,12 @@ class _Loop:
             identity=self.identity,
             row=row,
             start=self.reporter.start,
+            left_out_steps=self.checks.left_out,
         )
         if self.run.output.directory is not None:
             self.run.output.directory.checkpoint = self.clock.steps_made(self.position)
             self.write_status("running")
+            self.run.output.saved()
 
     def write_status(self, state: Literal["running", "done", "preempted", "failed"], reason: str = "") -> None:
         if self.run.output.directory is not None:

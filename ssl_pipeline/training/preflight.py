@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup, check_crops_of
-from ssl_pipeline.backbones import Backbone, TokenBackbone, check_image_sizes
+from ssl_pipeline.backbones import Backbone, TokenBackbone, check_image_sizes, smallest_size, starved_convolution
 from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.config.ranges import plain
@@ -48,6 +49,26 @@ def check_recipe(method: Method, backbone: Backbone, augment: Augment, data: Dat
         )
     if not reads_labelled and data.labelled is not None:
         raise ConfigError(f"{name} does not use data.labelled. Leave it out, or set data.labelled=null.")
+
+
+def check_precision(method: Method, augment: Augment, train: TrainConfig, device: torch.device) -> None:
+    """Raises ConfigError where the device's kernels get gradients wrong for views of these sizes.
+
+    In bfloat16 on CPUs (torch 2.14) the gradient of a convolution with a stride that is given a single pixel
+    holds memory that nothing was written to.
+    """
+    if train.precision != "bf16" or device.type != "cpu":
+        return
+    for group in dict.fromkeys(needed.name for needed in method.needs if needed.for_backbone):
+        for size in augment[group].sizes if group in augment else ():
+            name = starved_convolution(method.backbone, size)
+            if name is not None:
+                raise ConfigError(
+                    f"augment.{group}.size={size} is too small for '{method.backbone.config.name}' with "
+                    f"train.precision=bf16 on a CPU: its convolution {name} is left with one pixel, of which the CPU "
+                    f"computes wrong gradients. Try augment.{group}.size={smallest_size(method.backbone, size)}, or "
+                    "train.precision=no."
+                )
 
 
 def _check_group(name: str, needed: Views, augment: Augment) -> None:
@@ -143,6 +164,16 @@ def _check_batch_fits(augment: Augment, data: DataConfig) -> None:
         )
 
 
+def check_labels(method: Method, index: ShardIndex, data: DataConfig) -> None:
+    """Raises ConfigError if the method learns the labels of all images, and some have none."""
+    if any(needed.with_labels for needed in method.needs) and not index.has_labels:
+        raise ConfigError(
+            f"{type(method).__name__} learns the labels of data.shards={data.shards}, and has images without one: "
+            f"{index.label_problem()}. make_shards takes labels from class folders or from labels=FILE.csv; data.keep "
+            "leaves images out, and data.labelled brings a labelled set beside the others."
+        )
+
+
 def run_facts(
     index: ShardIndex,
     labelled: ShardIndex | None,
@@ -152,7 +183,10 @@ def run_facts(
     global_batch: int,
     micro_batch: int | None = None,
 ) -> RunFacts:
-    """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes."""
+    """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes.
+
+    labelled: the images whose labels the method learns, which may be `index` itself.
+    """
     num_classes = names = None
     if labelled is not None:
         names, soft = labelled.class_names, labelled.num_soft_classes

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones.networks import batch_norms
 from ssl_pipeline.config import Config
 from ssl_pipeline.config.ranges import plain
+from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 from ssl_pipeline.training.clock import Clock
@@ -23,6 +25,22 @@ def remarks(method: Config, optim: OptimConfig, augment: Mapping[str, ViewGroup]
         *_rates_above_the_peak(optim, clock.global_batch),
         *_large_local_crops(augment),
     ]
+
+
+def about_accumulation(method: Method, *, accumulate: int, micro_batch: int) -> str | None:
+    """What of the global batch a loss does not see where it is accumulated; None where it sees all of it.
+
+    micro_batch: images of one micro-batch over all processes.
+    """
+    ties = [method.coupled_by] if method.coupled_by else []
+    if any(part.training and any(p.requires_grad for p in part.parameters()) for part in batch_norms(method)):
+        ties.append("batch norm")
+    if accumulate == 1 or not ties:
+        return None
+    return (
+        f"train.accumulate={accumulate}: {' and '.join(ties)} of {type(method).__name__} are those of a micro-batch of "
+        f"{micro_batch} images, not of the global batch of {micro_batch * accumulate}."
+    )
 
 
 def _beyond_the_end(name: str, section: Config, progress: Progress) -> Iterator[str]:

@@ -113,6 +113,9 @@ class Reporter:
         row |= dict(zip(names, means, strict=True))
         row["learning_rate"] = result.learning_rate
         row["gradient_norm"] = float(result.gradient_norm)
+        if self._run.train.on_nan == "skip":
+            row["left_out_steps"] = result.left_out
+        row |= {f"gradient_norm/{name}": float(norm) for name, norm in result.layer_norms.items()}
         row["images_per_second"] = self._steps * self._clock.global_batch / seconds
         # the others wait for the rank whose loader is slowest
         row["data_wait"] = float(max_over_ranks(outputs[0].loss.new_tensor(self._waited / seconds)))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 
 from ssl_pipeline.config import (
     Change,
@@ -32,6 +33,8 @@ from ssl_pipeline.training.run import Output, Run
 from ssl_pipeline.training.saving import export_run
 
 LENGTH = {"train.epochs", "train.steps"}
+STARTING_WEIGHTS = "starting weights"
+"""In a run's identity: their SHA-256. It counts only where the setting that names them has changed."""
 NUM_SHOWN = 4  # keys in a refusal
 
 
@@ -55,6 +58,7 @@ def load_newest(
     if saved is not None:
         if run.settings is not None:
             check_settings(output, _settings_of(saved, run.settings, output), run.settings)
+        _check_weights(output, saved, run)
         check_identity(output, saved.state.identity, run.identity)
         _check_tensors(output, saved, method)
         check_identity(output, saved.state.identity, optimizer_identity(method, optimizer))
@@ -155,6 +159,26 @@ def check_settings(output: Path, there: Config, here: Config) -> None:
     )
 
 
+def _check_weights(output: Path, saved: Checkpoint, run: Output) -> None:
+    """Raises ConfigError if backbone.weights names another place than it did, and other bytes lie there.
+
+    The weights of a run that goes on are those of its checkpoint. So the same name is good whatever it holds by now (a
+    run that was extended), and so is another name for the same bytes (a file that was moved).
+    """
+    before, now = (_weights_in(settings) for settings in (saved.state.settings, run.plain_settings()))
+    there, here = (identity.get(STARTING_WEIGHTS) for identity in (saved.state.identity, run.identity))
+    if saved.state.settings is not None and before != now and (there is None or there != here):
+        raise ConfigError(
+            f"{output} holds a run with backbone.weights={short(before)}; this one has {short(now)}, and other bytes "
+            "are there. Set it as it was to go on, or choose another output=DIR."
+        )
+
+
+def _weights_in(settings: Mapping[str, JsonValue] | None) -> JsonValue:
+    backbone = (settings or {}).get("backbone")
+    return backbone.get("weights") if isinstance(backbone, dict) else None
+
+
 def _changes(directory: RunDirectory, settings: Config | None) -> list[Change]:
     there = read_settings(type(settings), directory.path) if settings is not None else None
     return changes(there, settings) if there is not None and settings is not None else []
@@ -167,7 +191,7 @@ def _say(text: str) -> None:
 def check_identity(output: Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Raises ConfigError naming the first fact in which the run in `output` differs from this one."""
     for name, mine in here.items():
-        if there.get(name) != mine:
+        if name != STARTING_WEIGHTS and there.get(name) != mine:
             raise ConfigError(
                 f"{output} holds a run with {name} {there.get(name)}; this one has {mine}. "
                 "Choose another output=DIR, or remove that run."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -47,18 +47,33 @@ class TrainConfig(Config):
     parallel: MayChange[Literal["ddp", "fsdp"]] = "ddp"
     """What each of several processes holds: all weights (`ddp`), or a share of weights, gradients and the optimizer's
     state (`fsdp`, for ViTs that are too large for that)."""
-    compile: MayChange[bool] = False
-    """Whether backbones (and MAE's decoder) go through torch.compile."""
+    compile: MayChange[bool | Literal["auto"]] = False
+    """Whether backbones (and MAE's decoder) go through torch.compile. auto: on a GPU, where that works, for 1,000 steps
+    or more."""
+    copy_stream: MayChange[bool] = False
+    """Whether batches are copied to a GPU in a CUDA stream of their own, beside the step before."""
     save_every: MayChange[Duration] = Duration("1ep")
     """Time between checkpoints; 0: none on the way. One is written at the end in any case."""
     keep_checkpoints: MayChange[int] = Field(2, ge=2)
     """Newest checkpoints that are kept."""
     log_every: MayChange[int] = Field(50, ge=0)
     """Steps between logged rows; 0: none on the way. The first and the last step have one in any case."""
+    gradient_norms: MayChange[bool] = False
+    """Whether rows have the gradient norm of each layer of the backbones and of each part beside them too, before
+    clipping: `gradient_norm/student.backbone.layer03`, `gradient_norm/student.head`."""
     time_steps: MayChange[int] = Field(0, ge=0)
     """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
     profile: MayChange[int] = Field(0, ge=0, le=1000)
     """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0: no trace."""
+    on_nan: MayChange[Literal["stop", "skip"]] = "stop"
+    """What becomes of a step whose loss or gradient is not finite: `stop` ends the run, `skip` leaves it out:
+    its images are passed over, and all else stays as it was. On a GPU each step then waits for its check."""
+    nan_budget: MayChange[int] = Field(10, ge=1, le=10**6)
+    """How many steps on_nan=skip leaves out in the whole run; one more ends it."""
+    deterministic: MayChange[bool] = False
+    """Whether torch's deterministic algorithms are used: the same bits again on the same GPU, at some cost in speed."""
+    check_ranks: MayChange[int] = Field(1000, ge=0)
+    """Steps between looks whether all processes hold the same weights; 0: none."""
     hang_timeout: MayChange[float] = Field(600.0, ge=0, le=1e9)
     """Seconds without a finished step, or without any activity at the start, after which the process prints where it
     stands and ends with status failed; 0 never times out."""
@@ -112,6 +127,13 @@ def resumed_clock(clock: Clock, config: TrainConfig, saved: RunState) -> Clock:
     return replace(clock, end=end, begun=saved.position, steps_begun=saved.step, labelled_begun=labelled)
 
 
+def learnt_images(method: Method, index: ShardIndex, labelled: ShardIndex | None) -> ShardIndex | None:
+    """The images whose labels the method learns: the labelled set, all images, or None if it learns no labels."""
+    if labelled is not None:
+        return labelled
+    return index if any(needed.with_labels for needed in method.needs) else None
+
+
 @dataclass(frozen=True)
 class Output:
     """Where a run writes, and what it writes about itself."""
@@ -126,6 +148,8 @@ class Output:
     wandb: bool = False
     about: Mapping[str, JSON] = field(default_factory=dict)
     """What run.json tells of this start."""
+    saved: Callable[[], None] = lambda: None
+    """Called on rank 0 after each checkpoint; it neither takes long nor raises."""
 
     def plain_settings(self) -> dict[str, JsonValue] | None:
         """The settings for the manifest of a checkpoint."""

@@ -18,7 +18,7 @@ from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import optimizer_tensors
 from ssl_pipeline.run.state import LoggedRow, RunState, SavedBackbone, SavedClassifier
 from ssl_pipeline.sharded import is_sharded, local
-from ssl_pipeline.training.run import Run
+from ssl_pipeline.training.run import Run, learnt_images
 
 NO_FIGURES: Mapping[str, float] = MappingProxyType({})
 
@@ -32,13 +32,14 @@ def save_run(
     identity: Mapping[str, str],
     row: LoggedRow | None = None,
     start: Mapping[str, float] = NO_FIGURES,
+    left_out_steps: int = 0,
 ) -> None:
     """Write a checkpoint of a run that has seen `position` images; all processes call it.
 
-    Rank 0 writes, or each its share of a method that is sharded. row, start: of `RunState`.
+    Rank 0 writes, or each its share of a method that is sharded. row, start, left_out_steps: of `RunState`.
     """
     state = run_state(run, position=position, identity=identity)
-    state = replace(state, row=_without_nan(row), start=dict(start))
+    state = replace(state, row=_without_nan(row), start=dict(start), left_out_steps=left_out_steps)
     tensors = {"method": run.method.state_dict(), "optimizer": optimizer_tensors(optimizer)}
     if run.sharding is not None:
         parts = {name: _own_part(of) for name, of in tensors.items()}
@@ -62,10 +63,14 @@ def export_run(run: Run, folder: Path, *, position: int) -> None:
     if run.output.directory is None:
         return
     if classifier is not None:
-        names = run.labelled_index.class_names if run.labelled_index is not None else None
-        save_classifier(folder, classifier, names)
+        save_classifier(folder, classifier, _class_names(run))
     run.method.export(folder)
     save_backbone(folder, backbone, run.preprocessing, step=run.clock.steps_made(position))
+
+
+def _class_names(run: Run) -> tuple[str, ...] | None:
+    learnt = learnt_images(run.method, run.index, run.labelled_index)
+    return None if learnt is None or learnt.class_names is None else tuple(learnt.class_names)
 
 
 def _without_nan(row: LoggedRow | None) -> LoggedRow | None:
@@ -79,13 +84,12 @@ def _without_nan(row: LoggedRow | None) -> LoggedRow | None:
 def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunState:
     """Where the run stands at `position`, and what is in its method file."""
     scaler = run.accelerator.scaler
-    names = run.labelled_index.class_names if run.labelled_index is not None else None
     return RunState(
         position=position,
         global_batch=run.clock.global_batch,
         identity=dict(identity),
         backbones=saved_backbones(run.method, run.preprocessing),
-        classifier=saved_classifier(run.method, tuple(names) if names is not None else None),
+        classifier=saved_classifier(run.method, _class_names(run)),
         settings=run.output.plain_settings(),
         scaler=scaler.state_dict() if scaler is not None else None,
         steps=run.clock.steps_made(position),

@@ -33,7 +33,7 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 Part = TypeVar("Part", bound=nn.Module)
 
 
-def check_sharding(method: Method, *, precision: str, measures_classifier: bool) -> None:
+def check_sharding(method: Method, *, precision: str, measures_classifier: bool, find_lr: bool) -> None:
     """Raises ConfigError if the method, or what is asked for with it, cannot be sharded."""
     name, backbone = type(method).__name__, method.backbone
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
@@ -48,6 +48,8 @@ def check_sharding(method: Method, *, precision: str, measures_classifier: bool)
         raise ConfigError(f"{name} exports more than a backbone, which works with train.parallel=ddp alone.")
     if measures_classifier:
         raise ConfigError("The monitor 'classifier' works with train.parallel=ddp alone. Leave it out, or use ddp.")
+    if find_lr:
+        raise ConfigError("find_lr=true works with train.parallel=ddp alone.")
     if backbone.config.reversible:
         raise ConfigError("backbone.reversible works with train.parallel=ddp alone: it calls parts of blocks.")
     if precision == "fp16":

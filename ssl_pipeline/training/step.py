@@ -8,9 +8,9 @@ GradScaler asks before a step of LARS (the fused AdamW and SGD look at the overf
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,14 @@ from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch, make_batch
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.methods.base import StepOutput
+from ssl_pipeline.optim.gradient_norms import GradientNorms
 from ssl_pipeline.optim.optimizer import prepare_gradients, write_values
 from ssl_pipeline.randomness import seed_everything
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.training.copying import Copies
 from ssl_pipeline.training.run import Run
+from ssl_pipeline.training.statistics import NormStatistics
 from ssl_pipeline.training.step_checks import StepChecks
 
 
@@ -36,13 +39,20 @@ class StepResult:
     gradient_norm: Tensor
     waited: float
     """Seconds until the images were there."""
+    left_out: int
+    """How many steps of the run were left out so far, this one perhaps among them."""
     signal_number: int
     """The signal that any rank had received, by the checks read so far; 0 if none."""
+    layer_norms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Gradient norms before clipping by layer, for a step with a row and if `train.gradient_norms` wants them."""
 
 
 @dataclass
 class TrainingStep:
-    """Makes steps on this rank's share of the images; `lag`: by how many steps checks may be read late."""
+    """Makes steps on this rank's share of the images; `lag`: by how many steps checks may be read late.
+
+    statistics: of the batch norms, where a broken step may be left out; it needs checks without a lag.
+    """
 
     run: Run
     network: nn.Module
@@ -55,6 +65,13 @@ class TrainingStep:
     keepalive: Callable[[], None]
     requested: Callable[[], int]
     """The signal that asks this process to stop, 0 if none."""
+    statistics: NormStatistics | None = None
+    norms: GradientNorms | None = None
+    has_row: Callable[[int], bool] = lambda position: False
+    """Whether the step that ends at a position is logged, so that `norms` are wanted."""
+
+    def __post_init__(self) -> None:
+        self.copies = Copies(self.run.accelerator.device, own_stream=self.run.train.copy_stream)
 
     def __call__(self, stream: Iterator[StreamBatch], position: int) -> StepResult:
         """Make the step that begins at `position`.
@@ -62,16 +79,30 @@ class TrainingStep:
         Raises BrokenStepError if it, or an earlier one whose check is read now, is not finite.
         """
         progress = self.run.clock.progress(position)
+        if self.statistics is not None:
+            self.statistics.keep()
         outputs, sample_ids, waited = self._accumulate(stream, progress)
         with self.times.phase("optimizer"):
             learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
-            gradient_norm = self._prepare(outputs, sample_ids, position)
+            gradient_norm, layer_norms = self._prepare(outputs, sample_ids, position)
             received = self.checks.read(lag=self.lag)
-            self.optimizer.step()
+            if self.checks.is_left_out:
+                self._leave_out()
+            else:
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        with self.times.phase("after_step"), torch.no_grad():
-            self.run.method.after_step([output.carry for output in outputs], progress)
-        return StepResult(outputs, learning_rate, gradient_norm, waited, received)
+        if not self.checks.is_left_out:
+            with self.times.phase("after_step"), torch.no_grad():
+                self.run.method.after_step([output.carry for output in outputs], progress)
+        left_out = self.checks.left_out
+        return StepResult(outputs, learning_rate, gradient_norm, waited, left_out, received, layer_norms)
+
+    def _leave_out(self) -> None:
+        """Take back what the forward passes of this step changed; random numbers are seeded anew in each step."""
+        assert self.statistics is not None
+        self.statistics.restore()
+        if self.run.accelerator.scaler is not None:
+            self.run.accelerator.scaler.update()  # as after a step that it leaves out itself
 
     def _accumulate(self, stream: Iterator[StreamBatch], progress: Progress) -> tuple[list[StepOutput], Tensor, float]:
         """Forward and backward over the micro-batches of one step; the gradients are those of their mean loss."""
@@ -84,7 +115,7 @@ class TrainingStep:
             waited += time.perf_counter() - started
             self.bad_samples.record(images.bad)
             with phase("copy"):
-                images = images.to(run.accelerator.device, non_blocking=True)
+                images = self.copies(images)
             with phase("augment"):
                 batch = make_batch(images, run.augment, mean=run.data.mean, std=run.data.std)
             seed_everything(run.seed, progress.step, rank(), micro)
@@ -99,11 +130,16 @@ class TrainingStep:
             self.keepalive()
         return outputs, torch.cat(sample_ids), waited
 
-    def _prepare(self, outputs: list[StepOutput], sample_ids: Tensor, position: int) -> Tensor:
-        """Make the gradients ready for the optimizer and start the check of the step; returns the gradient norm."""
+    def _prepare(
+        self, outputs: list[StepOutput], sample_ids: Tensor, position: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Make the gradients ready for the optimizer and start the check of the step; returns the gradient norms."""
         scaler = self.run.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]
+        layer_norms: Mapping[str, Tensor] = {}
+        if self.norms is not None and self.has_row(position + self.run.clock.global_batch):
+            layer_norms = dict(zip(self.norms.names, self.norms().unbind(), strict=True))
         loss = torch.stack([output.loss for output in outputs]).mean()
         gradient_norm = prepare_gradients(self.optimizer, self.run.optim, self.run.clock.progress(position))
         self.checks.add(
@@ -114,4 +150,4 @@ class TrainingStep:
             watched=loss if scaler is not None else loss + gradient_norm,  # a scaler leaves such steps out itself
             signal_number=self.requested(),
         )
-        return gradient_norm
+        return gradient_norm, layer_norms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,14 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import gather, max_over_ranks
 
 NUM_NAMED_IMAGES = 4
+FIRST_STEP = (
+    "It is the first, so no learning rate has acted yet: look at train.precision (no is float32), data.std, "
+    "temperatures of the method, backbone.weights, and larger views."
+)
+LATER_STEPS = (
+    "The checkpoints are untouched; try a lower optim.lr, a longer warm-up, optim.clip_norm, or another "
+    "train.precision."
+)
 
 
 class BrokenStepError(RunError):
@@ -49,11 +58,25 @@ def lag_on(device: torch.device) -> int:
 
 
 class StepChecks:
-    """The checks that have not been read yet, oldest first."""
+    """The checks that have not been read yet, oldest first.
 
-    def __init__(self, index: ShardIndex) -> None:
-        self._index = index
+    budget: how many broken steps may be left out; such a step must not be made, so checks are then read without a lag.
+    left_out: how many have been, in earlier starts of the run too. say: told of each.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        budget: int = 0,
+        left_out: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._index, self._budget, self._say = index, budget, say
         self._waiting: deque[StepCheck] = deque()
+        self.left_out = left_out
+        self.is_left_out = False
+        """Whether the newest step is to be left out, once its check is read."""
 
     @torch.no_grad()
     def add(
@@ -67,6 +90,7 @@ class StepChecks:
         signal_number: int,
     ) -> None:
         """Start the check of the step after `step` others: broken on all ranks if `watched` is not finite on any."""
+        self.is_left_out = False
         # new_full fills on the device; new_tensor would copy from the host, and wait for that
         flags = torch.stack([(~watched.isfinite()).float(), watched.new_full((), signal_number, dtype=torch.float32)])
         flags = max_over_ranks(flags)
@@ -80,7 +104,7 @@ class StepChecks:
     def read(self, *, lag: int = 0) -> int:
         """Read all but the newest `lag` checks: the signal that any rank received, 0 if none.
 
-        Raises BrokenStepError, on all ranks, naming the first broken step and its images.
+        Raises BrokenStepError, on all ranks, naming the first broken step and its images, unless it may be left out.
         """
         received = 0
         while len(self._waiting) > lag:
@@ -89,12 +113,25 @@ class StepChecks:
                 check.arrived.synchronize()
             broken, signal_number = (int(flag) for flag in check.flags.tolist())
             if broken:
-                raise self._refusal(check)
+                self._leave_out(check)
             received = max(received, signal_number)
         return received
 
-    def _refusal(self, check: StepCheck) -> BrokenStepError:
-        """The error on a broken step, with the images of the first rank whose loss is not finite.
+    def _leave_out(self, check: StepCheck) -> None:
+        sentence = self._sentence(check)
+        if self.left_out >= self._budget:
+            spent = f"Already {self._budget} left out (train.nan_budget). " if self._budget else ""
+            advice = LATER_STEPS if check.step else FIRST_STEP
+            raise BrokenStepError(f"Step {check.step + 1} was not made: {sentence} {spent}{advice}", step=check.step)
+        self.left_out += 1
+        self.is_left_out = True
+        self._say(
+            f"Step {check.step + 1} is left out ({self.left_out} of at most {self._budget}, train.on_nan=skip): "
+            f"{sentence}"
+        )
+
+    def _sentence(self, check: StepCheck) -> str:
+        """What is wrong with a step, with the images of the first rank whose loss is not finite.
 
         Where all losses are finite it was the gradients, which are averages over all ranks.
         """
@@ -103,11 +140,7 @@ class StepChecks:
         images = gather(check.sample_ids[None])[broken_rank].tolist()
         names = "; ".join(self._index.read(image).location for image in images[:NUM_NAMED_IMAGES])
         more = f"; and {len(images) - NUM_NAMED_IMAGES} more" if len(images) > NUM_NAMED_IMAGES else ""
-        return BrokenStepError(
-            f"Step {check.step + 1} was not made: on rank {broken_rank} the loss is "
-            f"{loss_W[broken_rank].item():g}, and the gradient norm is {check.gradient_norm.item():g}. "
-            f"Images of its batch: {names}{more}. "
-            "The checkpoints are untouched; try a lower optim.lr, a longer warm-up, optim.clip_norm, or another "
-            "train.precision.",
-            step=check.step,
+        return (
+            f"on rank {broken_rank} the loss is {loss_W[broken_rank].item():g}, and the gradient norm is "
+            f"{check.gradient_norm.item():g}. Images of its batch: {names}{more}."
         )

@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ssl_pipeline.commands.compare import CompareConfig, Comparison, compare, summary
 from ssl_pipeline.config import ConfigError, load
+from ssl_pipeline.data.shards.open import open_shards
 
 Pretrain = Callable[[Sequence[str]], None]
 
@@ -70,6 +72,16 @@ def test_a_run_with_arguments_of_its_own_takes_the_other_settings(tmp_path: Path
     }
 
 
+def test_protocols_that_differ_are_said() -> None:
+    scores = {"raw_pixels": [50.0], "random": [10.0], "pretrained": [70.0]}
+    found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})
+    assert "protocols" not in summary(found, 1)
+    found.protocols["knn"] = ["size: first-seed0 32, second-seed0 64"]
+    lines = summary(found, 1).splitlines()
+    assert "warning: The protocols of k-NN top-1 differ" in lines[-2]
+    assert lines[-1] == "  size: first-seed0 32, second-seed0 64"
+
+
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
     scores = {"raw_pixels": [50.0, 50.0], "random": [10.0, 20.0], "pretrained": [70.0, 80.0]}
     found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})
@@ -126,3 +138,56 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, train, test, *arguments)
+
+
+def test_each_seed_draws_labels_of_its_own_and_a_run_may_begin_from_another(
+    tmp_path: Path, train: str, test: str, pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Sequence[str]] = []
+    measured: list[str] = []
+
+    def record(arguments: Sequence[str]) -> None:
+        calls.append(arguments)
+        pretrain(arguments)
+
+    def evaluate(config: CompareConfig, run: Path, *, train: str) -> None:
+        measured.append(train)
+        (run / "eval").mkdir()
+        for name in ("knn", "linear"):
+            report = {"top1": 50.0, "baselines": {"raw_pixels": {"top1": 1.0}, "random": {"top1": 2.0}}}
+            (run / "eval" / f"{name}.json").write_text(json.dumps(report))
+
+    monkeypatch.setattr("ssl_pipeline.commands.compare._evaluate", evaluate)
+    out = tmp_path / "compared"
+    settings = load(
+        CompareConfig,
+        [
+            "runs.alone=[recipe=first]",
+            'runs.after=[recipe=second, "backbone.weights={output}/alone-seed{seed}"]',
+            'settings=["data.labelled.shards={labels}"]',
+            *("seeds=0,1", f"draw_from={train}", "labels_per_class=2", "train={labels}", f"test={test}"),
+            f"output={out}",
+        ],
+    )
+    compare(settings, record)
+    drawn = [open_shards(out / f"labels2-seed{seed}") for seed in (0, 1)]
+    assert [np.bincount(np.asarray(index.labels())).tolist() for index in drawn] == [[2] * 6] * 2
+    assert drawn[0].fingerprint != drawn[1].fingerprint
+    assert measured == [str(out / f"labels2-seed{seed}") for seed in (0, 1)] * 2
+    assert [call[1] for call in calls[:2]] == [f"data.labelled.shards={out}/labels2-seed{seed}" for seed in (0, 1)]
+    assert [call[1] for call in calls[2:]] == [f"backbone.weights={out}/alone-seed{seed}" for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train={labels}"], r"\{labels\} needs draw_from=SHARDS and labels_per_class=N"),
+        (["draw_from=x"], r"Set both"),
+    ],
+)
+def test_labels_that_are_not_drawn_cannot_be_used(
+    arguments: list[str], message: str, tmp_path: Path, train: str, test: str
+) -> None:
+    own = [] if arguments[0].startswith("train=") else [f"train={train}"]
+    with pytest.raises(ConfigError, match=message):
+        load(CompareConfig, ["recipes=first", *own, f"test={test}", f"output={tmp_path}", *arguments])

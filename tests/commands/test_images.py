@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from ssl_pipeline.commands.images import choose_recipe, expand, largest_view
-from ssl_pipeline.config import RECIPES, ConfigError, read_recipe, recipe_files
+from ssl_pipeline.commands.pretrain import PretrainConfig
+from ssl_pipeline.config import RECIPES, ConfigError, load, read_recipe, recipe_files
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.packed_once import pack_once
 
@@ -16,6 +17,12 @@ def folder(tmp_path, side=100):
     for number in range(3):
         Image.new("RGB", (side, side + 20), (number * 80, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
     return tmp_path / "photos"
+
+
+def folders_of_classes(tmp_path):
+    for number in range(24):
+        (tmp_path / "photos" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (number * 10, 0, 0)).save(tmp_path / f"photos/class{number % 2}/{number}.png")
 
 
 def test_a_folder_becomes_shards_and_a_recipe(tmp_path, capsys):
@@ -54,6 +61,25 @@ def test_shards_are_taken_as_they_are(tmp_path):
     assert f"data.shards={shards}" in expanded
     assert not (tmp_path / "run").exists()
     assert expand([f"data.shards={shards}", "recipe=auto", "output=x"])[0] == "recipe=photos_small"
+
+
+@pytest.mark.parametrize("recipe", ["auto", "photos_small"])
+def test_labels_of_folders_are_watched(tmp_path, capsys, recipe):
+    folders_of_classes(tmp_path)
+    arguments = [f"images={tmp_path}/photos", f"recipe={recipe}", f"output={tmp_path}/run"]
+    expanded = expand(arguments)
+    assert f'knn={{every: 20%, train: "{tmp_path}/run/images", images: 2000, k: 20}}' in expanded
+    assert "each by all others, every 20%" in capsys.readouterr().out
+    config = load(PretrainConfig, expanded, recipes=RECIPES)
+    assert (config.knn.train, config.knn.val, config.knn.images) == (f"{tmp_path}/run/images", None, 2000)
+    for given in ("knn=null", "knn.every=10%"):
+        assert not any(argument.startswith("knn={") for argument in expand([*arguments, given]))
+
+
+def test_a_recipe_with_knn_of_its_own_keeps_it(tmp_path):
+    folders_of_classes(tmp_path)
+    expanded = expand([f"images={tmp_path}/photos", "recipe=dino_vits16", f"output={tmp_path}/run"])
+    assert not any(argument.startswith("knn") for argument in expanded)
 
 
 def test_large_photographs_are_packed_small_and_found_again(tmp_path, capsys):
@@ -103,7 +129,8 @@ def test_other_arguments_are_left_alone():
         (["images="], r"^images= is empty\."),
         (["recipe=auto"], r"Set images=FOLDER, or data\.shards=SHARDS\."),
         (["images=a", "images=b"], "images is given twice"),
-        (["images=nowhere"], "'nowhere' does not exist"),
+        (["images=nowhere"], r"^images='nowhere' does not exist\."),
+        (["images=[a,b]"], r"^images= takes one folder or zip\. Got the list \[a,b\]"),
     ],
 )
 def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
@@ -117,7 +144,9 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
     ("count", "side", "given", "has_gpu", "recipe"),
     [
         (5000, 300, {}, False, "photos_small"),
-        (5000, 300, {}, True, "photos_small"),
+        (5000, 300, {}, True, "dinov2_small"),
+        (1000, 300, {}, True, "photos_small"),
+        (5000, 64, {}, True, "photos_small"),
         (500_000, 300, {}, False, "photos_small"),
         (500_000, 300, {}, True, "dino_vits16"),
         (50_000, 32, {}, True, "cifar10_simclr_resnet18"),
@@ -130,3 +159,34 @@ def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
     assert arguments[0] == f"recipe={recipe}"
     assert recipe in recipe_files(RECIPES)
     assert f"{count:,} images of {side} pixels" in why
+
+
+def test_a_folder_without_images_is_told_in_the_words_of_images(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.jxl").write_bytes(b"x")
+    with pytest.raises(ConfigError) as error:
+        expand([f"images={tmp_path}/photos", f"output={tmp_path}/run", "recipe=digits_simclr"])
+    told = str(error.value)
+    assert told.startswith("images='")
+    assert "among 3 files: a format that is not read: .jxl (3)." in told
+    assert "source" not in told
+    assert "prefix" not in told
+
+
+def test_a_choice_gives_way_to_what_is_given(tmp_path):
+    images = folder(tmp_path, side=32)  # for which the choice brings knn=null
+    found = expand([f"images={images}", f"output={tmp_path}/run", "knn=null", "recipe=auto"])
+    assert found[0] == "recipe=cifar10_simclr_resnet18"
+    assert [argument.partition("=")[0] for argument in found].count("knn") == 1
+
+
+def test_labels_are_watched_where_the_choice_would_leave_k_nn_out(tmp_path):
+    for number in range(24):
+        path = tmp_path / "photos" / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 90 * (number % 2), 0)).save(path)
+    found = expand([f"images={tmp_path / 'photos'}", f"output={tmp_path}/run"])
+    assert found[0] == "recipe=cifar10_simclr_resnet18"
+    (knn,) = [argument for argument in found if argument.partition("=")[0] == "knn"]
+    assert knn.startswith("knn={every")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ssl_pipeline.commands import pages_on_the_way, report
 from ssl_pipeline.config import run_command
-from ssl_pipeline.eval import report
-from tests.runs import command, rows, write_recipe
+from ssl_pipeline.eval.report import ReportConfig
+from tests.runs import _pretrain, command, losses, rows, write_recipe
 from tests.tiny import write_shards
 
 
@@ -24,8 +27,53 @@ def test_a_run_ends_by_naming_its_page_which_shows_what_it_logged(
     assert end.value.code == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("As a page: "))
     assert line == f"As a page: python -m eval.report run={run}"
-    assert run_command(report.ReportConfig, report.main, command="", argv=[line.rpartition(" ")[2]]) == 0
-    page = (run / "report.html").read_text()
+    assert run_command(ReportConfig, report.main, command="", argv=[line.rpartition(" ")[2]]) == 0
+    page = (run / "report" / "index.html").read_text()
     start, *_, last = (row["rankme"] for row in rows(run) if "rankme" in row)
     for shown in ("loss", "learning rate", "done, step 3", "simclr", f"{start:.4g}", f"{last:.4g}", str(shards)):
         assert shown in page
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_page_at_checkpoints_and_at_its_end(tmp_path: Path) -> None:
+    shards, run = write_shards(tmp_path / "shards"), tmp_path / "run"
+    train = {"steps": 4, "save_every": 2, "log_every": 1, "hang_timeout": 0}
+    recipe = write_recipe(tmp_path / "tiny.yaml", "simclr", shards, train=train)
+    assert _pretrain([f"recipe={recipe}", f"output={run}", "report=true"]) == 0
+    page = (run / "report" / "index.html").read_text()
+    assert "done, step 4" in page
+    assert "Map of the embeddings" in page
+
+
+def test_a_page_that_fails_is_said_and_costs_the_run_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages_on_the_way, "WRITER", "no.such.module")
+    shards, runs = write_shards(tmp_path / "shards"), {}
+    for wanted in ("true", "false"):
+        run = tmp_path / wanted
+        recipe = write_recipe(tmp_path / "tiny.yaml", "simclr", shards)
+        assert _pretrain([f"recipe={recipe}", f"output={run}", f"report={wanted}"]) == 0
+        runs[wanted] = losses(run)
+    assert runs["true"] == runs["false"]
+    assert "The page of the run (report=true) is skipped: " in capsys.readouterr().err
+    assert not (tmp_path / "true" / "report").exists()
+
+
+def test_a_page_on_the_way_does_not_wait_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    real = subprocess.Popen
+
+    def start(command: list[str], **settings: object) -> subprocess.Popen:
+        started.append(command)
+        return real([sys.executable, "-c", "import time; time.sleep(60)"], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    pages = pages_on_the_way.PagesOnTheWay(tmp_path)
+    pages()
+    pages()
+    assert len(started) == 1
+    pages.stop()
+    pages()
+    assert len(started) == 2
+    pages.stop()

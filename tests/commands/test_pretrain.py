@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssl_pipeline.backbones import load_backbone, load_classifier
@@ -295,6 +296,24 @@ def test_run_json_tells_the_starting_weights_and_the_run_that_they_are_of(tmp_pa
     (started,) = json.loads((tmp_path / "run.json").read_text())["starts"]
     parent = {"run": str(uninterrupted), "step": 12}
     assert started["weights"] == {"from": str(file), "sha256": sha256_of(file), "parent run": parent}
+
+
+def test_starting_weights_may_have_moved_but_not_changed(tmp_path, recipe, uninterrupted):
+    first, moved, other = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
+    shutil.copy(uninterrupted / "backbone.safetensors", first)
+    arguments = recipe, f"output={tmp_path}/run", "train.save_every=2"
+    assert run(*arguments, "train.steps=2", f"backbone.weights={first}")[0] == 0
+    tensors = load_file(first)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other)
+    code, printed = run(*arguments, "train.steps=3", f"backbone.weights={other}")
+    assert code == 2
+    assert re.search(r"holds a run with backbone\.weights=.*; this one has .*, and other bytes are there", printed)
+    first.rename(moved)
+    assert run(*arguments, "train.steps=3", f"backbone.weights={moved}")[0] == 0
+    assert status(tmp_path / "run")["state"] == "done"
+    code, printed = run(*arguments, "train.steps=4", f"backbone.weights={first}")
+    assert code == 2
+    assert f"backbone.weights={first} is not there" in printed
 
 
 def test_each_start_stands_in_run_json(tmp_path, recipe):

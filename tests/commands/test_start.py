@@ -53,6 +53,8 @@ def test_the_commands_that_it_shows_are_commands(name):
         (["recipe=dino_vits61"], "error: No recipe 'dino_vits61'. Did you mean 'dino_vits16'?"),
         (["recipe=digits_dino", "--output", "x"], "error: '--output' is not of the form key=value. Try output=VALUE."),
         (["recipe=dino_vits16", "recipe=digits_dino"], "error: recipe= is given 2 times"),
+        (["imags=photos/"], "error: Unknown key 'imags'. Did you mean 'images'?\nSee: pretrain.py --help\n"),
+        (["recipe=dino_vits16", "optim.lr.warmpu=3"], "error: Unknown key 'optim.lr.warmpu'. Did you mean"),
     ],
 )
 def test_a_mistake_of_form_is_told_before_torch_is_imported(argv, sentence):

@@ -108,11 +108,12 @@ def test_durations_read_well(seconds, text):
         (["train.steps=null"], {}, {}, True),
         (["train.steps=5"], {}, {}, False),
         ([], {"train.steps": 5}, {}, False),
-        ([], {}, {"WORLD_SIZE": "2"}, False),
+        ([], {}, {"WORLD_SIZE": "2", "RANK": "0"}, True),
+        ([], {}, {"WORLD_SIZE": "2", "RANK": "1"}, False),
         (["recipe=photos_small"], {}, {}, False),
     ],
 )
-def test_a_trial_is_made_where_a_choice_is_made_for_one_process(
+def test_a_trial_is_made_by_the_first_process_where_a_choice_is_made(
     tmp_path, shards, monkeypatch, capsys, more, overrides, environment, asked
 ):
     monkeypatch.setattr(images, "expected_time", lambda *_, **__: "Expected time: 3 h")
@@ -121,6 +122,29 @@ def test_a_trial_is_made_where_a_choice_is_made_for_one_process(
     given = [f"images={shards}", f"output={tmp_path / 'run'}", *more]
     images.expand(given, overrides, timed=PretrainConfig)
     assert ("Expected time: 3 h. recipe=NAME chooses another." in capsys.readouterr().out) == asked
+
+
+def test_processes_share_the_work_of_the_run(recipe, tmp_path, monkeypatch):
+    started = []
+    rows = [{"step": step, "images": 4 * step, "images_per_second": 8.0} for step in (1, 2, 3)]
+    monkeypatch.setattr(trial, "_rows", lambda path: rows)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: started.append(env) or Ended())
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(name, "2")
+    told = expected_time(PretrainConfig, arguments(recipe, tmp_path), {}, num_images=48, num_processes=2)
+    assert told == "Expected time: 2 min (8 images/s in each of 2 processes, if none waits for another)"
+    (environment,) = started
+    assert not [name for name in environment if name.startswith(trial.OF_LAUNCHERS)]
+    assert "PATH" in environment
+
+
+class Ended:
+    """A process that has ended."""
+
+    def poll(self) -> int:
+        return 0
+
+    kill = wait = poll
 
 
 @pytest.mark.parametrize(("flags", "asked"), [(["--print"], False), (["--help"], False), ([], True)])

@@ -105,7 +105,7 @@ def test_of_a_real_recipe_what_shapes_tensors_or_draws_samples_is_kept():
     found = marks(config)
     kept = {key for key, free in found.items() if not free}
     assert found.keys() - kept >= FREE
-    assert kept >= SAMPLING | {"seed", "augment", "backbone.name", "backbone.weights", "optim.name", "optim.betas"}
+    assert kept >= SAMPLING | {"seed", "augment", "backbone.name", "backbone.arguments", "optim.name", "optim.betas"}
     assert {key for key in found if key.startswith("method.")} <= kept
     assert {key for key in found if key.startswith("train.")} & kept == set(), "decide, and mark it or list it here"
 

@@ -4,9 +4,9 @@ import random
 from collections.abc import Callable
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
-from ssl_pipeline.config import ConfigError, load, read_yaml
+from ssl_pipeline.config import Config, ConfigError, load, read_yaml
 
 KEYS = "recipe, output, seed, precision, compile, arguments, method, augment, optim, data"
 DURATION = "a duration is a number of steps (1250), of epochs ('10ep') or a share of the run ('5%')."
@@ -139,6 +139,28 @@ def test_a_missing_recipe_is_hinted_at(schema, recipes):
     assert lines[0] == "method is missing: set method.KEY=..."
     assert lines[1] == "augment is missing: set augment.NAME.KEY=..."
     assert lines[-1] == "No recipe is given: recipe=NAME, one of contrast_small, distil_small"
+
+
+def test_a_mistyped_key_without_a_recipe_is_told_alone(schema, recipes):
+    with pytest.raises(ConfigError) as caught:
+        load(schema, ["optm.lr=1"], recipes=recipes)
+    assert str(caught.value) == "Unknown key 'optm'. Did you mean 'optim'?"
+
+
+def test_a_section_is_not_named_twice():
+    class Inner(Config):
+        number: int
+
+        @model_validator(mode="after")
+        def _even(self):
+            raise ValueError(f"inner.number must be even. Got {self.number}.")
+
+    class Outer(Config):
+        inner: Inner
+
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, ["inner.number=3"])
+    assert str(caught.value) == "inner.number must be even. Got 3."
 
 
 def test_the_command_is_named(schema):

@@ -97,7 +97,7 @@ def random_schedule(numbers: random.Random) -> dict[str, object]:
         "value": numbers.choice(some),
         "decay": decay,
         "every": numbers.choice(["step", "epoch"]),
-        "warmup": numbers.choice([0, 3, "40%", "200%"]),
+        "warmup": numbers.choice([0, 3, "40%", "100%"]),
         "start": numbers.choice(some),
         "rise": numbers.choice(["linear", "cosine", "exponential"]),
         "delay": numbers.choice([0, 0, 2]),

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
+from ssl_pipeline.data.labelled import classes_without_labels, open_labelled_stream, with_labelled
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.stream import DataConfig, LabelledConfig, StreamBatch, open_stream
+from ssl_pipeline.data.subset import open_subset, write_labels
 
 GROUPS = {"weak": ViewGroup(size=8)}
 UNLABELLED = {"weak": ViewGroup(size=8), "strong": ViewGroup(size=8, rand_augment=2, cutout=(0.5, 0.5))}
@@ -107,3 +109,13 @@ def test_moving_a_batch_moves_its_labelled_part(shards: Path) -> None:
 def test_labels_are_known_without_reading_an_image(shards: Path) -> None:
     index = open_shards(shards)
     assert index.labels().tolist() == [number % 4 for number in range(20)] == [index.read(n).label for n in range(20)]
+
+
+def test_classes_that_no_labelled_image_is_of_are_named(shards: Path, tmp_path: Path) -> None:
+    index = open_shards(shards)  # labels 0 to 3
+    assert classes_without_labels(index, 4) == []
+    assert classes_without_labels(index, 6) == ["4", "5"]
+    soft = np.zeros((20, 3), np.float32)
+    soft[:, 0], soft[3, 2] = 0.7, 0.3
+    write_labels(tmp_path / "soft.npy", index, soft, class_names=("ant", "bee", "cat"), origin=None)
+    assert classes_without_labels(open_subset(shards, labels=tmp_path / "soft.npy"), 3) == ["bee"]

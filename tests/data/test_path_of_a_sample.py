@@ -1,4 +1,4 @@
-"""README's list of the files that an image goes through, against a trace of a batch."""
+"""The list of files that an image goes through (docs/architecture.md), against a trace of a batch."""
 
 import re
 import sys
@@ -21,7 +21,12 @@ MOST = 9
 
 
 def section() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8").split("## From tar to loss")[1].split("\n## ")[0]
+    return (
+        (ROOT / "docs" / "architecture.md")
+        .read_text(encoding="utf-8")
+        .split("## From tar to loss")[1]
+        .split("\n## ")[0]
+    )
 
 
 def listed() -> list[str]:
@@ -73,7 +78,7 @@ def test_every_other_file_on_the_way_is_named_beside_the_list(shards: Path) -> N
     others = set(trace(open_shards(shards))) - set(listed())
     assert "augment/operations/blur.py" in others
     unnamed = [file for file in sorted(others) if not file.startswith(beside())]
-    assert not unnamed, f"README's 'From tar to loss' does not name {', '.join(unnamed)}, which an image goes through"
+    assert not unnamed, f"docs/architecture.md does not name {', '.join(unnamed)}, which an image goes through"
 
 
 def test_each_is_entered_once(shards: Path) -> None:

@@ -14,9 +14,12 @@ from PIL import Image
 from ssl_pipeline.data import decode
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data_tools import conversion
+from ssl_pipeline.data_tools.candidates import find_candidates
 from ssl_pipeline.data_tools.conversion import storable
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.data_tools.packed_once import look_at
+from ssl_pipeline.data_tools.sources import open_source
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (9, 7)) -> Image.Image:
@@ -156,7 +159,7 @@ def test_a_folder_of_them_becomes_shards(tmp_path: Path, capsys):
         noise(size=(40, 30)).save(tmp_path / "photos" / f"a.{format.lower()}")
     noise(size=(40, 30)).save(tmp_path / "photos" / "b.TIF", format="TIFF")
     (tmp_path / "photos" / "c.gif").write_bytes(b"GIF89a")
-    assert look_at(str(tmp_path / "photos")) == (6, 30)
+    assert look_at(open_source(str(tmp_path / "photos"), "", None)) == (6, 30)
     make_shards(MakeShards(source=str(tmp_path / "photos"), output=tmp_path / "out", workers=1))
     index = open_shards(tmp_path / "out")
     assert (len(index), index.sizes().tolist()) == (5, [[30, 40]] * 5)
@@ -165,3 +168,53 @@ def test_a_folder_of_them_becomes_shards(tmp_path: Path, capsys):
     assert "1 files left out" in capsys.readouterr().out
     make_shards(MakeShards(source=str(tmp_path / "photos"), output=tmp_path / "small", short_side=16, workers=1))
     assert open_shards(tmp_path / "small").sizes().min() == 16
+
+
+def readable(format: str) -> None:
+    if format not in conversion.optional_formats():
+        pytest.skip(f"needs a reader of {format}: pillow-heif, or a Pillow built with it")
+
+
+@pytest.mark.parametrize("format", ["AVIF", "HEIF"])
+def test_photographs_of_phones_become_png(format):
+    readable(format)
+    image = Image.new("RGB", (24, 16), (200, 30, 30))
+    image.paste((20, 40, 220), (0, 0, 12, 16))
+    stored = storable(saved(image, format, quality=95))
+    assert image_extension(stored) == "png"
+    pixels = decode_image(stored)
+    assert pixels.shape == (16, 24, 3)
+    assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < 6
+
+
+def test_their_orientation_is_applied():
+    readable("AVIF")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (24, 16), "red")
+    image.paste("blue", (0, 0, 12, 16))
+    pixels = decode_image(storable(saved(image, "AVIF", exif=exif)))
+    assert pixels.shape == (24, 16, 3)
+    assert pixels[2, 8, 2] > 200  # the left half is the upper one
+    assert pixels[-3, 8, 0] > 200
+
+
+@pytest.mark.parametrize("format", ["AVIF", "HEIF"])
+def test_a_damaged_photograph_of_a_phone_is_left_out(format):
+    readable(format)
+    data = saved(noise(size=(64, 64)), format)
+    with pytest.raises(DecodeError) as error:
+        storable(data[: len(data) // 2])
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_reader_they_are_counted_with_what_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "optional_formats", lambda: ())
+    (tmp_path / "a.heic").write_bytes(bytes(4) + b"ftypheic" + bytes(20))
+    noise().save(tmp_path / "b.png")
+    found = find_candidates(open_source(str(tmp_path), "", None))
+    assert [image.name for image in found.images] == ["b.png"]
+    (rejected,) = found.others
+    assert rejected.reason == "not read here: .heic; pip install 'ssl-pipeline[heif]' brings the reader"
+    data = (tmp_path / "a.heic").read_bytes()
+    assert storable(data) is data

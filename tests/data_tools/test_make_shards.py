@@ -479,7 +479,7 @@ def test_the_origin_of_a_part_is_named_from_the_source_on(folder: Path, tmp_path
 
 def test_what_is_left_out_is_counted_by_reason(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for number in range(30):
-        (folder / "train" / "cat" / f"{number}.heic").touch()
+        (folder / "train" / "cat" / f"{number}.jxl").touch()
         (folder / "train" / "dog" / f"{number}.jpg").write_text("text")
     cut = (folder / "train" / "cat" / "00.JPEG").read_bytes()
     for number in range(1, 6):
@@ -487,7 +487,7 @@ def test_what_is_left_out_is_counted_by_reason(folder: Path, tmp_path: Path, cap
     (folder / "train" / "dog" / "again").symlink_to(folder / "train" / "cat")
     made(folder, tmp_path / "out", prefix="train")
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("67 files left out: 30 a format that is not read: .heic ('cat/0.heic'); 30 no JPEG, PNG or")
+    assert line.startswith("67 files left out: 30 a format that is not read: .jxl ('cat/0.jxl'); 30 no JPEG, PNG or")
     assert re.search(r"; 5 [^;]*runcated[^;]* \('owl/1\.jpg'\)", line)
     assert "1 the same folder as another ('dog/again')" in line
     assert line.endswith("rejected.jsonl")

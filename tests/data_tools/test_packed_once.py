@@ -1,12 +1,16 @@
 """A folder is packed once, known again, and refused when it has changed."""
 
+import os
+import pickle
 import shutil
 
 import pytest
 from PIL import Image
 
+from ssl_pipeline.commands.images import shards_of
 from ssl_pipeline.data.shards.open import DataError, open_shards
-from ssl_pipeline.data_tools.packed_once import LISTING, SHARDS, differences, is_packed, pack_once
+from ssl_pipeline.data_tools.packed_once import LISTING, SHARDS, differences, is_packed, look_at, pack_once
+from ssl_pipeline.data_tools.sources import open_source
 
 
 @pytest.fixture
@@ -77,3 +81,16 @@ def test_a_damaged_listing_is_named(tmp_path, photos):
     (tmp_path / "run" / LISTING).write_text('["a.png"]\n')
     with pytest.raises(DataError, match=r"images\.jsonl' is damaged"):
         pack_once(str(photos), tmp_path / "run")
+
+
+def test_a_folder_is_walked_once_on_its_way_into_shards(tmp_path, photos, monkeypatch):
+    walked, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda root, **more: walked.append(root) or walk(root, **more))
+    assert shards_of(str(photos), tmp_path / "run", short_side=lambda files: look_at(files)[1])
+    assert walked == [photos]
+
+
+def test_other_processes_get_a_source_without_its_list(photos):
+    source = open_source(str(photos), "", None)
+    assert len(source.names()) == 5
+    assert pickle.loads(pickle.dumps(source)).__dict__ == {"root": photos}

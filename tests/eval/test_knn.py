@@ -12,7 +12,9 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import ConfigError, load, run_command
+from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.features.cache import map_stored
+from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.knn import (
     KnnConfig,
     KnnMonitor,
@@ -303,7 +305,13 @@ class Pooled(nn.Module):
         return self.frozen(self.norm(images)).mean(dim=(2, 3))
 
 
-def monitor(train: str, val: str, **settings: float | str) -> KnnMonitor:
+class Brightness(nn.Module):
+    def forward(self, colours: Tensor) -> Tensor:
+        angle = 50 * colours.sum(dim=1)
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def monitor(train: str, val: str | None, **settings: float | str) -> KnnMonitor:
     config = KnnMonitorConfig(**{"every": "1ep", "train": train, "val": val, "k": 5, **settings})
     return KnnMonitor(config, PREPROCESSING, batch_size=16, workers=0, device="cpu")
 
@@ -314,6 +322,21 @@ def test_the_monitor_measures_what_the_command_would(train: str, test: str) -> N
     assert set(results) == {"knn_top1", "knn_top5"}
     assert results["knn_top1"] > 90.0
     assert results["knn_top5"] >= results["knn_top1"]
+
+
+def test_the_monitor_leaves_one_out_without_validation_images(train: str) -> None:
+    progress = Progress(step=3, total_steps=10, steps_per_epoch=2.0)
+    colour = nn.Sequential(Pooled().eval(), Brightness())  # which says less of the class than of the image
+    found = monitor(train, None, images=30, k=1)(colour, progress)
+    index = open_shards(train)
+    used = [number * len(index) // 30 for number in range(30)]
+    features, _ = extract_features(colour, index, PREPROCESSING, batch_size=16, workers=0, device="cpu")
+    rows, labels = normalize(features[used], dim=1), torch.from_numpy(index.labels()[used])
+    nearest = (rows @ rows.T).fill_diagonal_(-2).argmax(dim=1)
+    assert found["knn_top1"] == pytest.approx(100 * (labels[nearest] == labels).double().mean().item())
+    assert found["knn_top1"] < 100, "an image that votes for itself would be always right"
+    with pytest.raises(ConfigError, match="29"):
+        monitor(train, None, images=30, k=30)
 
 
 def test_the_monitor_resizes_as_its_settings_say(train: str, test: str) -> None:

@@ -7,15 +7,18 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 
 import pytest
 
+from ssl_pipeline.commands import report
 from ssl_pipeline.config import run_command
-from ssl_pipeline.eval import knn, report, suite
+from ssl_pipeline.eval import knn, suite
+from ssl_pipeline.eval.page.html import Section
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.suite_measures import SuiteConfig
 
+DOCTOR = Path(__file__).parents[1] / "run" / "doctor" / "recorded"
 VOID = {"meta", "img", "line", "br"}
 ROWS = [
     {"step": 0, "position": 0, "knn_top1": 21.5, "rankme": 4.5},
@@ -70,7 +73,7 @@ def call(*arguments: str) -> int:
 
 def page_of(run: Path) -> Page:
     assert call(f"run={run}") == 0
-    return Page((run / "report.html").read_text(encoding="utf-8"))
+    return Page((run / "report" / "index.html").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -85,19 +88,23 @@ def evaluated(run: Path, train: str, test: str) -> Path:
 def test_the_page_has_everything_and_loads_nothing(evaluated: Path) -> None:
     page = page_of(evaluated)
     found = json.loads((evaluated / "eval" / "suite.json").read_text())
-    for title in ("Run", "Monitors", "Evaluation", "By class (sgd)", "Nearest neighbours", "Curves", "Settings"):
+    titles = ("Doctor", "Results", "Monitors", "Curves", "Nearest neighbours", "Map of the embeddings")
+    for title in (*titles, "Patches and attention", "By class (linear probe)", "Run", "Settings"):
         assert f" {title} " in page.text
-    assert page.tags.count("svg") == 4  # loss, k-NN, RankMe, learning rate
-    assert page.tags.count("img") == 8 * (1 + 5)
-    assert page.addresses
-    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+        assert f"#{Section(title, ()).anchor}" in page.addresses
+    assert page.tags.count("svg") == 4 + 1  # loss, k-NN, RankMe, learning rate; the map
+    neighbours, maps = 8 * (1 + 5), 8 * 5  # image, patches, attention, two heads
+    assert page.tags.count("img") == neighbours + maps
+    pictures = [address for address in page.addresses if not address.startswith("#")]
+    assert all(re.match("data:image/(jpeg|png);base64,", address) for address in pictures)
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
-    low, high = found["top1_interval"]
-    assert f"{found['top1']:.2f} % ({low:.1f} to {high:.1f})" in page.text
+    low, high = found["knn"]["top1_interval"]
+    assert f"{found['knn']['top1']:.2f} % ({low:.1f} to {high:.1f})" in page.text.replace("  ", " ")
     assert "the run's evaluated backbone (backbone.safetensors); SHA-256" in page.text
     assert "a1_in1k" in page.text
-    html = (evaluated / "report.html").read_text()
+    html = (evaluated / "report" / "index.html").read_text()
     assert not re.search(r"https?://|url\(|@import", html)
+    assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:;" in html
     assert len(html) < 5_000_000
 
 
@@ -105,7 +112,7 @@ def test_monitors_show_the_start_the_best_and_the_last(run: Path) -> None:
     log(run)
     page = page_of(run)
     assert "k-NN top-1 (%) 21.5 83.25 (step 10) 71 (step 15)" in page.text.replace("  ", " ")
-    assert "k-NN top-1 (%): 21.5 at the start, 71 at step 15." in page.text
+    assert "K-NN top-1 (%) went from 21.5 at the start to 71 at step 15." in page.text
     assert "Nothing was evaluated yet: python -m eval.suite" in page.text
 
 
@@ -113,8 +120,16 @@ def test_a_single_evaluator_is_enough(run: Path, train: str, test: str) -> None:
     arguments = [f"run={run}", f"train={train}", f"test={test}", "workers=0", "k=[5,7]", "baselines=true"]
     assert run_command(knn.KnnConfig, knn.main, command="", argv=arguments) == 0
     page = page_of(run)
-    assert "k-NN top-1, k=7" in page.text
+    assert "k=7, top-1" in page.text
     assert "% at random initialisation" in page.text
+
+
+def test_images_through_which_it_is_measured_are_measured_first(run: Path, train: str, test: str) -> None:
+    assert call(f"run={run}", f"train={train}", f"test={test}", "images=0") == 0
+    assert (run / "eval" / "suite.json").is_file()
+    page = Page((run / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "k-NN, k=10, top-1" in page.text
+    assert "Map of the embeddings" not in page.text
 
 
 def test_reports_of_before_intervals_are_read(run: Path) -> None:
@@ -124,8 +139,79 @@ def test_reports_of_before_intervals_are_read(run: Path) -> None:
     (run / "eval" / "knn.json").write_text(json.dumps(old | {"by_k": {"20": {"top1": 50.0, "top5": 100.0}}}))
     (run / "eval" / "linear.json").write_text(json.dumps(old | {"solver": "sgd", "top1": 75.0}))
     page = page_of(run)
-    assert "k-NN top-1, k=20 50.00 %" in page.text.replace("  ", " ")
-    assert "sgd top-1 75.00 %" in page.text.replace("  ", " ")
+    assert "k=20, top-1 50.00 %" in page.text.replace("  ", " ")
+    assert "linear top-1" not in page.text
+    assert "75.00 %" in page.text
+
+
+def test_reports_of_any_evaluator_are_tables(run: Path) -> None:
+    protocol = {"train": "a", "test": "b", "shots": [1, 5], "subject": {}, "warnings": ["b is small"]}
+    of_shots = {"5": {"top1": 61.25, "top1_interval": [60.0, 62.5], "std": 0.5}}
+    report = {"by_shots": of_shots, "nmi": 0.5, "baselines": {"random": {"by_shots": {"5": {"top1": 20.0}}}}}
+    (run / "eval").mkdir()
+    (run / "eval" / "few_shot-student.json").write_text(json.dumps(report | {"protocol": protocol}))
+    text = page_of(run).text.replace("  ", " ")
+    assert "few shot, student" in text
+    assert "shots=5, top-1 61.25 % (60.0 to 62.5) 20.00 %" in text
+    assert "NMI 0.5 -" in text
+    assert "Warning: b is small" in text
+    assert "Settings: shots 1, 5." in text
+
+
+def other_run(run: Path, place: Path) -> Path:
+    """The same run, but that it logged another loss and was set otherwise."""
+    copytree(run, place)
+    log(place, [*ROWS[:3], {**ROWS[3], "loss": 0.5, "knn_top1": 90.0}])
+    settings(place, "method: {name: simclr}\nbackbone: {name: vit_x, weights: a1_in1k}\n")
+    return place
+
+
+def test_several_runs_are_laid_over_each_other(run: Path, tmp_path: Path) -> None:
+    log(run)
+    settings(run)
+    other = other_run(run, tmp_path / "other")
+    assert call(f"run={run},{other}") == 0
+    html = (run / "report" / "index.html").read_text(encoding="utf-8")
+    loss = re.search(r'<svg[^>]*aria-label="loss.*?</svg>', html).group()
+    assert loss.count("<polyline") == 2
+    assert "var(--run-0)" in loss
+    assert "var(--run-1)" in loss
+    text = Page(html).text.replace("  ", " ")
+    assert "method.name dino simclr" in text
+    assert "backbone.name" not in text
+    assert "other: k-NN top-1 (%) went from 21.5 at the start to 90 at step 15" in text
+
+
+def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
+    evaluated: Path, tmp_path: Path, train: str, test: str
+) -> None:
+    other = other_run(evaluated, tmp_path / "other")
+    path = other / "eval" / "suite.json"
+    report = json.loads(path.read_text())
+    report["knn"] |= {"top1": 0.0, "top1_interval": [0.0, 0.1]}
+    path.write_text(json.dumps(report | {"protocol": report["protocol"] | {"size": 32}}))
+    assert call(f"run={evaluated},{other}", "images=0") == 0
+    text = Page((evaluated / "report" / "index.html").read_text(encoding="utf-8")).text
+    assert f"{evaluated.name} is ahead in k-NN top-1 with" in text
+    assert "other with 0.0 %." in text
+    assert "other was measured otherwise (size): its figures are not to be compared" in text
+
+
+def test_what_the_doctor_finds_is_shown(run: Path) -> None:
+    case = json.loads((DOCTOR / "simclr_rate_zero.json").read_text())
+    log(run, case["rows"])
+    settings(run, json.dumps(case["config"] | {"recipe": None}))
+    page = page_of(run)
+    assert "rate is zero" in page.text
+    assert "optim.lr" in page.text
+    assert "and the doctor has" in page.text
+
+
+def test_a_mistake_in_the_runs_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(f"run={run},{run}") == 2
+    assert "names one directory twice" in capsys.readouterr().err
+    assert call(f"run={run}", "train=x") == 2
+    assert "Set test=SHARDS too" in capsys.readouterr().err
 
 
 def test_names_from_outside_are_text(run: Path, write_shards: Callable[..., Path], tmp_path: Path) -> None:
@@ -138,7 +224,7 @@ def test_names_from_outside_are_text(run: Path, write_shards: Callable[..., Path
     assert run_command(SuiteConfig, suite.main, command="", argv=arguments) == 0
     page = page_of(run)
     assert "script" not in page.tags
-    assert all(address.startswith("data:") for address in page.addresses)
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
     assert names[0] in page.text
     assert "\x1b" not in page.text
 
@@ -147,9 +233,8 @@ def test_images_that_are_gone_are_told(evaluated: Path, train: str) -> None:
     path = evaluated / "eval" / "suite.json"
     path.write_text(path.read_text().replace(train, f"{evaluated}/gone"))
     page = page_of(evaluated)
-    assert "The images cannot be shown" in page.text
-    assert "img" not in page.tags
-    assert "k-NN top-1, k=5" in page.text
+    assert "This cannot be shown" in page.text
+    assert "k-NN, k=5, top-1" in page.text
 
 
 def test_other_images_in_their_place_are_not_shown(
@@ -159,10 +244,13 @@ def test_other_images_in_their_place_are_not_shown(
     write_shards(train, [0, 1, 2] * 6, seed=1)
     arguments = [f"run={run}", f"train={train}", f"test={test}", *FAST]
     assert run_command(SuiteConfig, suite.main, command="", argv=arguments) == 0
-    assert "img" in page_of(run).tags
+    assert call(f"run={run}", "images=0") == 0
+    place = run / "report" / "index.html"
+    assert "img" in Page(place.read_text()).tags
     rmtree(train)
     write_shards(train, [0, 1, 2] * 6, seed=3)
-    page = page_of(run)
+    assert call(f"run={run}", "images=0") == 0
+    page = Page(place.read_text())
     assert "holds other images now" in page.text
     assert "img" not in page.tags
 
@@ -171,7 +259,7 @@ def test_other_images_in_their_place_are_not_shown(
     ("file", "content", "sentence"),
     [
         ("eval/suite.json", "{}", "eval/suite.json is not a report of eval.suite"),
-        ("eval/knn.json", '{"top1": 1, "baselines": {}, "protocol": {}}', "eval/knn.json lacks 'train'"),
+        ("eval/dense.json", "[]", "eval/dense.json is not a report of eval.dense"),
         ("metrics.jsonl", "no log", "has no row that can be read"),
         (None, "", "neither metrics.jsonl nor a report in eval/"),
     ],
@@ -184,7 +272,7 @@ def test_what_is_no_run_is_told(
         (tmp_path / file).write_text(content)
     assert call(f"run={tmp_path}") == 2
     assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / "report" / "index.html").exists()
 
 
 def test_the_run_may_still_be_training(run: Path) -> None:
@@ -193,4 +281,5 @@ def test_the_run_may_still_be_training(run: Path) -> None:
     (run / "status.json").write_text('{"state": "running", "step": 5, "reason": "", "time": "2026-01-01T00:00:00"}')
     page = page_of(run)
     assert "running, step 5" in page.text
-    assert "loss: 2.5 at first, 2.5 at step 5." in page.text
+    assert "Nothing was measured yet." in page.text
+    assert "Pictures of it come with the run's first checkpoint." in page.text

@@ -1,10 +1,13 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from ssl_pipeline.eval.spectra import alpha_req, lidar, rankme
+from ssl_pipeline.eval import spectra
+from ssl_pipeline.eval.spectra import alignment, alpha_req, feature_std, lidar, rankme, uniformity
+from ssl_pipeline.methods.base import feature_std as logged_feature_std
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -107,3 +110,52 @@ def test_half_precision_is_computed_in_double() -> None:
 def test_what_has_no_spectrum_is_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_uniformity_is_that_of_the_loop_over_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "ROWS_AT_ONCE", 7)
+    features = random(20, 5)
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    pairs = [math.exp(-2 * float((unit[i] - unit[j]).square().sum())) for i in range(20) for j in range(i)]
+    assert uniformity(features) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-10)
+
+
+def test_uniformity_is_zero_for_one_point_and_lowest_for_opposite_ones() -> None:
+    assert uniformity(torch.ones(6, 4)) == pytest.approx(0, abs=1e-6)
+    assert uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])) == pytest.approx(-8)
+
+
+def test_alignment_by_hand() -> None:
+    first, second = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[5.0, 0.0], [1.0, 0.0]])
+    assert alignment(first, second).tolist() == pytest.approx([0.0, 2.0])
+    assert alignment(first, second, power=1).tolist() == pytest.approx([0.0, math.sqrt(2)])
+
+
+def test_the_deviation_is_what_methods_log() -> None:
+    features = random(50, 8) + 1
+    assert feature_std(features) == pytest.approx(logged_feature_std(features).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("measure", [uniformity, feature_std, lambda x: alignment(x, x)])
+def test_features_on_the_sphere_must_be_finite(measure: Callable[[torch.Tensor], object]) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        measure(torch.full((4, 3), torch.nan))
+
+
+def test_two_features_and_views_of_the_same_images_are_needed() -> None:
+    with pytest.raises(ValueError, match="two features or more"):
+        uniformity(torch.ones(1, 3))
+    with pytest.raises(ValueError, match=r"the same images. Got \(2, 3\) and \(3, 3\)"):
+        alignment(torch.ones(2, 3), torch.ones(3, 3))
+
+
+def test_lidar_of_few_images_is_that_of_the_definition() -> None:
+    """Fewer images than dimensions: the zeros among the eigenvalues count as they do in the formula."""
+    embeddings = random(5, 3, 12).double()
+    means = embeddings.mean(dim=1)
+    within = (embeddings - means[:, None]).flatten(0, 1)
+    sw = (within.T @ within / 10 + 1e-4 * torch.eye(12)).numpy()
+    values, vectors = np.linalg.eigh(sw)
+    whiten = vectors @ np.diag(values**-0.5) @ vectors.T
+    eigenvalues = np.linalg.eigvalsh(whiten @ np.cov(means.numpy().T) @ whiten).clip(min=0)
+    assert lidar(embeddings) == pytest.approx(rank_of(eigenvalues.tolist(), 1e-8), rel=1e-6)

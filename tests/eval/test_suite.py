@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, precision_score, recall_score
 
 from ssl_pipeline.config import ConfigError, run_command
-from ssl_pipeline.eval import knn, linear, suite, table
+from ssl_pipeline.eval import few_shot, knn, linear, retrieval, suite, table
 from ssl_pipeline.eval.accuracy import Confused, by_class
 from ssl_pipeline.eval.features import passes
 from ssl_pipeline.eval.suite_measures import SuiteConfig, spectrum
@@ -52,8 +52,9 @@ def test_one_pass_gives_what_the_evaluators_give_alone(
             assert found[name]["baselines"][model]["top1"] == alone["baselines"][model]["top1"]
         assert found[name]["top1"] == alone["top1"]
         assert found["suite"][{"knn": "knn", "linear": "logistic"}[name]]["top1"] == alone["top1"]
-    assert table.read_top1(run)["knn"]["pretrained"] == found["knn"]["top1"]
-    assert table.read_subject(run).label == "pretrained"
+    reports = table.read_run(run)
+    assert table.top1_of(reports, run)["knn"]["pretrained"] == found["knn"]["top1"]
+    assert table.subject_of(reports, run).label == "pretrained"
     capsys.readouterr()
     rows = {line[:30].split("  ")[0]: line for line in printed.splitlines()}
     for name in ("k-NN top-1, k=5", "k-NN top-1, k=10", "linear probe top-1", "logistic regression top-1"):
@@ -146,3 +147,21 @@ def test_features_that_are_not_finite_are_refused() -> None:
     config = SuiteConfig(backbone="raw_pixels", train="a", test="b", k=(2,))
     with pytest.raises(ConfigError, match="finite features"):
         measure_all(broken, config)
+
+
+def test_other_evaluators_measure_the_same_features(run: Path, train: str, test: str) -> None:
+    sets = [f"run={run}", f"train={train}", f"test={test}"]
+    assert call(*sets, "k=5", "also=few_shot,retrieval") == 0
+    together = {name: report(run, name) for name in ("few_shot", "retrieval")}
+    own = [*sets, "workers=0", "baselines=true"]
+    assert run_command(few_shot.FewShotConfig, few_shot.main, command="", argv=own) == 0
+    assert run_command(retrieval.RetrievalConfig, retrieval.main, command="", argv=own) == 0
+    assert {name: report(run, name) for name in together} == together
+
+
+def test_what_others_cannot_measure_is_told_before_anything_is_measured(
+    train: str, write_shards: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_shards(tmp_path / "few", [0, 1, 0, 1])
+    assert call("backbone=raw_pixels", f"train={few}", f"test={train}", "k=2", "also=retrieval") == 2
+    assert "the number of images that can be found (4). Got 10" in capsys.readouterr().err

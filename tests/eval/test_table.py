@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config import ConfigError, run_command
-from ssl_pipeline.eval.table import TableConfig, doubts, format_table, main, read_subject, read_top1, summary
+from ssl_pipeline.eval.measures import format_table
+from ssl_pipeline.eval.table import TableConfig, doubts, main, read_run, subject_of, summary, top1_of
 
 
 def write(run: Path, name: str, top1: float, protocol: dict[str, object] | None = None, **baselines: float) -> None:
@@ -49,8 +50,8 @@ def test_a_network_is_called_what_it_is_and_its_weights_are_told(tmp_path: Path)
     protocol = about("resnet18 at random initialisation", "random initialisation, seed 0")
     for name in ("knn", "linear"):
         write(tmp_path, name, 96.0, protocol, raw_pixels=90.0, random=97.0)
-    subject = read_subject(tmp_path)
-    text = summary(read_top1(tmp_path), subject)
+    subject = subject_of(read_run(tmp_path), tmp_path)
+    text = summary(top1_of(read_run(tmp_path), tmp_path), subject)
     assert "pretrained" not in text
     assert "resnet18 at random initialisation is ahead of raw pixels in k-NN top-1 and linear top-1." in text
     assert text.splitlines()[-1] == "resnet18 at random initialisation: random initialisation, seed 0"
@@ -59,16 +60,16 @@ def test_a_network_is_called_what_it_is_and_its_weights_are_told(tmp_path: Path)
 def test_reports_of_different_networks_are_not_joined(tmp_path: Path) -> None:
     write(tmp_path, "knn", 96.0, about("pretrained", "exported", weights_sha256="a", run="x"))
     write(tmp_path, "linear", 97.0, about("pretrained", "exported", weights_sha256="a", run="moved"))
-    assert read_subject(tmp_path).label == "pretrained"
+    assert subject_of(read_run(tmp_path), tmp_path).label == "pretrained"
     write(tmp_path, "linear", 97.0, about("teacher, step 3", "teacher of step 3", weights_sha256="b"))
     with pytest.raises(ConfigError, match=r"networks: pretrained \(exported\), and teacher, step 3 \(teacher of"):
-        read_subject(tmp_path)
+        subject_of(read_run(tmp_path), tmp_path)
 
 
 def test_raw_pixels_that_win_are_named(tmp_path: Path) -> None:
     write(tmp_path, "knn", 96.0, raw_pixels=98.6, random=97.0)
     write(tmp_path, "linear", 97.5, raw_pixels=95.0, random=91.25)
-    text = summary(read_top1(tmp_path))
+    text = summary(top1_of(read_run(tmp_path), tmp_path))
     assert "Raw pixels beat the pretrained backbone in k-NN top-1: 98.60 % against 96.00 %." in text
     assert "is ahead of raw pixels in linear top-1." in text
     assert "3.00 % at random initialisation, 4.00 % pretrained: 1.3 times larger." in text
@@ -76,21 +77,21 @@ def test_raw_pixels_that_win_are_named(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_is_left_open(tmp_path: Path) -> None:
     write(tmp_path, "knn", 96.0)
-    text = summary(read_top1(tmp_path))
+    text = summary(top1_of(read_run(tmp_path), tmp_path))
     assert "linear" not in text
     assert "No baselines were measured" in text
 
 
 def test_no_error_left_is_no_division_by_zero(tmp_path: Path) -> None:
     write(tmp_path, "knn", 100.0, random=84.0, raw_pixels=100.0)
-    text = summary(read_top1(tmp_path))
+    text = summary(top1_of(read_run(tmp_path), tmp_path))
     assert "0.00 % pretrained: none is left." in text
     assert "Raw pixels equal the pretrained backbone" in text
 
 
 def test_a_run_without_reports_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"python -m eval.knn run=.* baselines=true"):
-        read_top1(tmp_path)
+        top1_of(read_run(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"top1": 3}', '{"top1": null, "baselines": {}}'])
@@ -98,7 +99,7 @@ def test_a_broken_report_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "knn.json").write_text(content)
     with pytest.raises(ConfigError, match=r"knn.json is not a report of eval.knn"):
-        read_top1(tmp_path)
+        top1_of(read_run(tmp_path), tmp_path)
 
 
 def write_protocols(run: Path, **protocols: dict[str, object]) -> None:
@@ -110,7 +111,7 @@ def write_protocols(run: Path, **protocols: dict[str, object]) -> None:
 
 def test_columns_of_the_same_images_are_not_doubted(tmp_path: Path) -> None:
     write_protocols(tmp_path, knn={"leave_one_out": False}, linear={})
-    assert doubts(tmp_path) == []
+    assert doubts(read_run(tmp_path)) == []
 
 
 @pytest.mark.parametrize("other", [{"test": "a", "leave_one_out": True}, {"test": "c"}, {"train": "c"}, {"size": 64}])
@@ -122,3 +123,36 @@ def test_columns_of_other_images_are_said_not_to_compare(
     printed = capsys.readouterr().out
     assert "warning: 40 of 40 images are in train too\n" in printed
     assert "warning: The columns are not of the same images and must not be compared: k-NN top-1: train=" in printed
+
+
+def measure(name: str, value: float, **more: object) -> dict[str, object]:
+    return {"name": name, "title": name, "value": value, "unit": "%", "interval": None, "spread": None, **more}
+
+
+def test_other_evaluators_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "eval").mkdir()
+    report = {
+        "evaluator": "few_shot",
+        "measures": [measure("one", 40.0, spread=2.0, interval=[38, 42]), measure("ten", 60.0)],
+        "baselines": {"random": {"measures": [measure("ten", 20.0)]}},
+        "protocol": {"label": "student", "warnings": ["few images"]},
+    }
+    (tmp_path / "eval" / "few_shot.json").write_text(json.dumps(report))
+    (tmp_path / "eval" / "few_shot-student.json").write_text("of a network that somebody picked")
+    main(TableConfig(run=tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["few", "shot", "random", "initialisation", "student"]
+    assert lines[2].split() == ["one", "-", "40.00", "%", "+-", "2.00", "(38.0", "to", "42.0)"]
+    assert lines[3].split() == ["ten", "20.00", "%", "60.00", "%"]
+    assert lines[-1] == "warning: few images"
+
+
+def test_a_report_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("knn", "linear"):
+        write(tmp_path, name, 96.0, about("pretrained", "exported"), raw_pixels=90.0, random=97.0)
+    original, read = Path.read_text, []
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *args, **more: read.append(path.name) or original(path, *args, **more)
+    )
+    main(TableConfig(run=tmp_path))
+    assert sorted(read) == ["knn.json", "linear.json"]

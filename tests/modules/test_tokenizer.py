@@ -151,3 +151,4 @@ def test_what_is_no_tokenizer_is_told_in_one_sentence(damage, tmp_path):
     with pytest.raises(ConfigError, match="There is no tokenizer" if damage == "none" else "is no tokenizer") as error:
         load_tokenizer(path)
     assert "\n" not in str(error.value)
+    assert "KeyError" not in str(error.value)

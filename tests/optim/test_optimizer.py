@@ -368,3 +368,9 @@ def test_clip_each_needs_a_norm():
 def test_settings_outside_their_range_are_refused(settings):
     with pytest.raises(ValidationError):
         config(**settings)
+
+
+def test_a_backbone_is_not_frozen_for_the_whole_run():
+    settings = {"name": "sgd", "lr": {"value": 0.1}, "freeze_backbone_for": "100%"}
+    with pytest.raises(ValueError, match=r"freeze_backbone_for=100% leaves the backbone as it begins"):
+        OptimConfig(**settings)

@@ -136,6 +136,24 @@ def test_a_timeout_of_zero_waits_for_ever():
     assert start(wait_with_signs, 0.1, 0).wait() == 0
 
 
+def measure(timeout: float) -> None:
+    """Compute for three times the time without a sign, then stand still for as long."""
+    with Interruption(hang_timeout=timeout) as interruption:
+        with interruption.computing():
+            end = time.process_time() + 3 * timeout
+            while time.process_time() < end:
+                pass
+        print("measured", flush=True)
+        time.sleep(30)
+
+
+def test_a_long_computation_of_a_monitor_is_no_hang_and_what_follows_may_be_one():
+    child = start(measure, 1.0)
+    assert child.wait() == 1
+    assert child.printed().startswith("measured")
+    assert "Timeout: Nothing has happened for 1 s while training" in child.printed()
+
+
 def outlive(timeout: float) -> None:
     with Interruption(hang_timeout=timeout):
         pass

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.run import tracking
@@ -272,3 +273,17 @@ def test_the_display_follows_the_kind_of_stream(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05")])
 def test_durations_read_as_a_clock(seconds, text):
     assert duration(seconds) == text
+
+
+def test_tensorboard_has_the_settings(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\noptim: {lr: {value: 0.5, warmup: 10ep}, clip: null}\nflag: true\n")
+    tracker = make_tracker(tmp_path)
+    tracker.log(row(1))
+    tracker.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert "settings/text_summary" in events.Tags()["tensors"]
+    plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = HParamsPluginData.FromString(plugin).session_start_info.hparams
+    values = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.items()}
+    assert values == {"seed": 0.0, "optim.lr.value": 0.5, "optim.lr.warmup": "10ep", "flag": True}

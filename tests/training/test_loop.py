@@ -134,6 +134,7 @@ def test_where_the_docstring_says_so_they_are_not(tmp_path, shards, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_on_two_processes_is_that_on_one(tmp_path, shards, name):
     train_section = {"steps": 8, "save_every": 100, "log_every": 1, "hang_timeout": 0, "sync_batch_norm": True}
+    train_section["check_ranks"] = 1
     recipe = write_recipe(tmp_path / "recipe.yaml", name, shards, optim=SGD, train=train_section)
     happening = Happening(float64=True)
     alone = start(trained, [f"recipe={recipe}", f"output={tmp_path / 'alone'}"], happening)

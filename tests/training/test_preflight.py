@@ -2,11 +2,15 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
+from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
-from ssl_pipeline.training.preflight import run_facts
+from ssl_pipeline.training.preflight import check_precision, run_facts
+from ssl_pipeline.training.run import TrainConfig
+from tests.tiny import CNN, make_method
 
 DATA = {"shards": "a", "batch_size": 8}
 
@@ -23,3 +27,14 @@ def test_labels_that_are_identifiers_make_no_classifier_of_billions():
     assert run_facts(labelled([7]), labelled([0, 40, 2]), {}, data, global_batch=8).num_classes == 41
     with pytest.raises(ConfigError, match="The 2 labelled images in few have labels up to 3,000,000,000; labels must"):
         run_facts(labelled([7]), labelled([5, 3_000_000_000]), {}, data, global_batch=8)
+
+
+def test_views_of_which_one_pixel_is_left_are_refused_where_gradients_would_be_wrong():
+    method = make_method("simclr", backbone=CNN)
+    views, cpu = {"view": ViewGroup(count=2, size=3)}, torch.device("cpu")
+    sentence = r"augment\.view\.size=3 is too small for 'resnet10t' with train\.precision=bf16 on a CPU: .*layer4.*=5"
+    with pytest.raises(ConfigError, match=sentence):
+        check_precision(method, views, TrainConfig(steps=1, precision="bf16"), cpu)
+    check_precision(method, {"view": ViewGroup(count=2, size=5)}, TrainConfig(steps=1, precision="bf16"), cpu)
+    check_precision(method, views, TrainConfig(steps=1), cpu)
+    check_precision(method, views, TrainConfig(steps=1, precision="bf16"), torch.device("cuda"))

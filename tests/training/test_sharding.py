@@ -345,7 +345,7 @@ def test_rows_are_shared_out_as_torch_does_it(num_rows):
 # Refusals
 
 
-ASKED = {"precision": "no", "measures_classifier": False}
+ASKED = {"precision": "no", "measures_classifier": False, "find_lr": False}
 
 
 @pytest.mark.parametrize(
@@ -360,6 +360,7 @@ ASKED = {"precision": "no", "measures_classifier": False}
             r"works with train\.precision=bf16 or no\. Got fp16",
         ),
         ("dino", REVERSIBLE, {}, r"^backbone\.reversible works with train\.parallel=ddp alone"),
+        ("dino", VIT, {"find_lr": True}, r"^find_lr=true works with train\.parallel=ddp alone"),
         ("fixmatch", VIT, {"measures_classifier": True}, r"^The monitor 'classifier' works with .*ddp alone"),
     ],
 )

@@ -74,3 +74,13 @@ def test_a_gradient_breaks_a_step_too(index: ShardIndex):
     add(checks, 0, gradient_norm=float("inf"))
     with pytest.raises(BrokenStepError, match="the loss is 1, and the gradient norm is inf"):
         checks.read()
+
+
+def test_the_first_step_is_not_blamed_on_the_learning_rate(index):
+    checks = StepChecks(index)
+    add(checks, 0, gradient_norm=float("nan"))
+    with pytest.raises(BrokenStepError, match=r"no learning rate has acted yet: look at train\.precision"):
+        checks.read()
+    add(checks, 1, gradient_norm=float("nan"))
+    with pytest.raises(BrokenStepError, match=r"try a lower optim\.lr"):
+        checks.read()

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.reversible import MARK
+from ssl_pipeline.backbones.small_stem import SIDE, shrink_stem
 from ssl_pipeline.backbones.weights.fitting import fit
 from ssl_pipeline.backbones.weights.layouts import ARCHITECTURES
 from ssl_pipeline.backbones.weights.matching import Match, count_parts, find_network, part_of
 from ssl_pipeline.config import ConfigError
 
 SHOWN = 3  # names in an error
+USUAL_STEM, SMALL_STEM = (64, 3, 7, 7), (64, 3, SIDE, SIDE)  # of ResNets
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     unknown += [name for name in fitted if name not in own and name not in match.original_of]  # parts of what was split
     problems = _problems(fitted, own, unknown)
     if problems:
-        hint = _hint(fitted, own) or _what_would_fit(tensors)
+        hint = _hint(fitted, own) or _what_would_fit(tensors, own)
         raise ConfigError(f"{source} does not fit: {'; '.join(problems)}.{hint}")
     model.load_state_dict({name: fitted[name] for name in own})
     return Taken(len(tensors) - len(left), len(tensors), count_parts(left, match.root))
@@ -87,18 +89,25 @@ def _hint(fitted: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _what_would_fit(tensors: Mapping[str, Tensor]) -> str:
-    """The names of timm architectures that the file fills, by shapes alone."""
+def _what_would_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The names of timm architectures that the file fills, by shapes alone; own: the network that was asked for."""
     shapes = {name: value.to("meta") for name, value in tensors.items()}
-    first = {tuple(value.shape) for value in shapes.values()} & ARCHITECTURES.keys()
-    candidates = [name for shape in first for name in ARCHITECTURES[shape]]
-    found = [name for name in sorted(candidates) if timm.is_model(name) and _fits(name, shapes)]
+    first = {tuple(value.shape) for value in shapes.values()}
+    asked_small = "conv1.weight" in own and own["conv1.weight"].shape[-1] == SIDE
+    said = " with backbone.small_images=false" if asked_small else ""
+    plain = {name for shape in first for name in ARCHITECTURES.get(shape, ())}
+    found = [f"{name}{said}" for name in sorted(plain) if timm.is_model(name) and _fits(name, shapes)]
+    if SMALL_STEM in first:
+        small = [name for name in ARCHITECTURES[USUAL_STEM] if _fits(name, shapes, small_stem=True)]
+        found += [f"{name} with backbone.small_images=true" for name in small]
     return f" It fits {', '.join(found[:5])}." if found else ""
 
 
-def _fits(name: str, shapes: Mapping[str, Tensor]) -> bool:
+def _fits(name: str, shapes: Mapping[str, Tensor], *, small_stem: bool = False) -> bool:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
+        if small_stem:
+            shrink_stem(model)
     match: Match = find_network(shapes, model, network=None)
     own = model.state_dict()
     if match.filled < len(own):

@@ -48,6 +48,10 @@ def load_source(model: nn.Module, weights: str, *, network: str | None) -> Origi
     and if there is no such file, run or backbone.
     """
     path = Path(weights).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"backbone.weights={weights} is not there. Needed: a file, the directory of a run, or a tag of timm."
+        )
     file = next((path / name for name in FILES if (path / name).is_file()), None) if path.is_dir() else path
     if file is None or (file.name == FILES[0] and path.is_dir() and not takes_export(path, which=network)):
         checkpoint, name, saved = find_in_run(path, which=network)

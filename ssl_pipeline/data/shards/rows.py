@@ -163,7 +163,10 @@ def pixel_bytes(sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def key_at(data: TarBytes, start: int, *, shard: str) -> str:
     """The key of the member whose header begins at byte `start`."""
-    return split_name(next(walk(data, shard=shard, start=start)).name)[0]
+    member = next(walk(data, shard=shard, start=start), None)
+    if member is None:  # the index points behind the end of the archive
+        raise DataError(f"The index of shard '{shard}' is damaged. Delete it; it is made again at the next start.")
+    return split_name(member.name)[0]
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from ssl_pipeline.machine import free_host_bytes
 
 HELD_BATCHES = 2  # by the trainer: the one in use, and the one before it while its copy to the device is under way
 LEAST_BATCHES = HELD_BATCHES + 1  # and one to write
-RING_SHARE = 0.25  # of the memory that this process may still take, for the batches of a stream
+RING_SHARE = 0.25  # of the memory that this process may still take, for the batches of all its streams
 LARGEST_SHARE = 0.5  # that the least number of batches may take
 TASK = struct.Struct("qq")  # number of a batch and the first byte of its place; so short a message is never torn
 TRAINER_CHECK = 1.0  # seconds after which a worker that is busy or stuck notices that its trainer is gone
@@ -39,13 +39,20 @@ PositionsOf = Callable[[int], Sequence[int]]  # number of a batch -> positions o
 
 
 def read_batches(
-    reader: Reader[Content], positions_of: PositionsOf, *, batches: int | None, workers: int, prefetch: int = 2
+    reader: Reader[Content],
+    positions_of: PositionsOf,
+    *,
+    batches: int | None,
+    workers: int,
+    prefetch: int = 2,
+    memory_share: float = 1.0,
 ) -> Iterator[tuple[Mapping[str, Tensor], Content]]:
     """Tensors and extra that `reader` makes of the positions of batch 0, 1, ... in order: of `batches`, or without end.
 
     `workers` processes read `prefetch` batches each ahead, or fewer where memory is short, of which a warning tells;
     with 0 this one reads. Each batch takes the memory that its own layout needs, of a ring with room for so many usual
-    ones; this process reads one that is larger than the whole ring itself. The tensors are overwritten once the next
+    ones; this process reads one that is larger than the whole ring itself. `memory_share`: of the memory for batches,
+    where streams share it. The tensors are overwritten once the next
     batch is asked for: whatever is to last longer must be copied. (Copies to a GPU that were started on the current
     stream may still run then.) What `reader` raises is raised here, in its turn; the death of a worker is a DataError
     at once. The workers end with the iterator, and with this process, however it ends.
@@ -59,7 +66,7 @@ def read_batches(
     if batches is not None:
         workers = min(workers, batches)
     usual = batch_bytes(reader.layout())
-    count, workers = _within_memory(usual, workers, prefetch)
+    count, workers = _within_memory(usual, workers, prefetch, memory_share)
     ring = Ring(count * usual, count)
     crew = _Crew(reader, positions_of, ring, batches)
     try:
@@ -91,18 +98,18 @@ class _ReadHere(Generic[Content]):
         return tensors, self.reader(positions, tensors)
 
 
-def _within_memory(size: int, workers: int, prefetch: int) -> tuple[int, int]:
+def _within_memory(size: int, workers: int, prefetch: int, share: float) -> tuple[int, int]:
     """How many batches of `size` bytes there will be, and workers: what is asked for, or what the memory has room for.
 
     Each worker writes a batch of its own: more of them would wait. Raises DataError if not even one can.
     """
     free, wanted = free_host_bytes(), workers * prefetch + HELD_BATCHES
-    if LEAST_BATCHES * size > LARGEST_SHARE * free:
+    if LEAST_BATCHES * size > LARGEST_SHARE * share * free:
         raise DataError(
             f"{LEAST_BATCHES} batches of {size / 1e9:.3g} GB, the least that workers need, take more than half of the "
-            f"{free / 1e9:.3g} GB of memory that this process may still take. Make the batches smaller."
+            f"{share * free / 1e9:.3g} GB of memory that this process may still take. Make the batches smaller."
         )
-    count = min(wanted, max(int(RING_SHARE * free / max(size, 1)), LEAST_BATCHES))
+    count = min(wanted, max(int(RING_SHARE * share * free / max(size, 1)), LEAST_BATCHES))
     writing = min(workers, count - HELD_BATCHES)
     if count < wanted and rank() == 0:
         warnings.warn(

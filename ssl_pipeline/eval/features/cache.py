@@ -73,12 +73,17 @@ def stored_whole(place: Path, identity: Mapping[str, object], *, aside: Path) ->
     aside.mkdir(parents=True)
     try:
         yield
-        sha256 = {path.stem: sha256_of(path) for path in sorted(aside.glob("*.npy"))}
-        write_json(aside / ABOUT, {"sha256": sha256, "identity": json.loads(json.dumps(identity))}, durable=False)
-        if not place.exists():  # or another command was faster, with the same features
-            aside.rename(place)
+        store(aside, place, identity)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def store(aside: Path, place: Path, identity: Mapping[str, object]) -> None:
+    """Make the numpy files in `aside`, which are complete, the features of `place`."""
+    sha256 = {path.stem: sha256_of(path) for path in sorted(aside.glob("*.npy"))}
+    write_json(aside / ABOUT, {"sha256": sha256, "identity": json.loads(json.dumps(identity))}, durable=False)
+    if not place.exists():  # or another command was faster, with the same features
+        aside.rename(place)
 
 
 class RowsFile:

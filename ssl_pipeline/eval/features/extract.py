@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
-from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.samples import ImageSource
 from ssl_pipeline.distributed import failing_together, gather, rank, world_size
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 
@@ -22,9 +22,16 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GATHERED_ROWS = 65_536  # per rank and collective: the device never holds the features of all images
 
 
+class Change(Protocol):
+    """What is made of the pixels of evaluation before a network sees them: corruptions, random views."""
+
+    def __call__(self, pixels_BCHW: Tensor, ids_B: Tensor, device: torch.device) -> Tensor:
+        """8-bit pixels (B, 3, S, S) on the CPU of the images `ids_B` -> pixels in [0, 255] on `device`, same shape."""
+
+
 def extract_features(
     backbone: nn.Module,
-    index: ShardIndex,
+    index: ImageSource,
     preprocessing: Preprocessing,
     *,
     batch_size: int,
@@ -33,10 +40,11 @@ def extract_features(
     precision: Precision = "no",
     description: str = "features",
     samples: Sequence[int] | None = None,
+    change: Change | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) float32 and labels (N,) int64 of every image, in the order of `index`, on the CPU.
 
-    `samples` are those that are wanted, by their numbers, if not all are.
+    `samples` are those that are wanted, by their numbers, if not all are; `change` is what is made of their pixels.
 
     `backbone` maps (B, 3, S, S) on `device` to (B, D). It runs in eval mode; every module gets its own mode back
     afterwards, and the global random state is not touched. With a process group each rank computes a contiguous
@@ -61,6 +69,7 @@ def extract_features(
             device=device,
             precision=precision,
             description=description,
+            change=change,
         ) as batches,
     ):
         for output, batch_labels in batches:
@@ -82,7 +91,7 @@ def share_size(num_images: int) -> int:
 @contextmanager
 def forward_passes(
     network: FeatureKinds,
-    index: ShardIndex,
+    index: ImageSource,
     samples: Sequence[int],
     preprocessing: Preprocessing,
     *,
@@ -91,17 +100,19 @@ def forward_passes(
     device: torch.device,
     precision: Precision,
     description: str,
+    change: Change | None = None,
 ) -> Iterator[Iterator[tuple[dict[str, Tensor], Tensor]]]:
     """Inside the block: for each batch of `samples`, in order, what `network` makes of it on `device`, and its labels.
 
     The network runs in eval mode and without gradient; the first rank shows how fast it goes and how long it takes.
     """
     read = evaluation_batches(
-        EvaluationSet(index, preprocessing.size, preprocessing.interpolation),
+        EvaluationSet(index, preprocessing.size, preprocessing.interpolation, preprocessing.fit),
         samples,
         batch_size=batch_size,
         workers=workers,
     )
+    to_pixels = change or _as_they_are
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
     autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")
     with (
@@ -111,10 +122,14 @@ def forward_passes(
         autocast,
     ):
         outputs = (
-            (network(pixels.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)), batch_labels)
-            for pixels, batch_labels, _ in read
+            (network(to_pixels(pixels, ids, device).float().div_(255).sub_(mean).div_(std)), batch_labels)
+            for pixels, batch_labels, ids in read
         )
         yield _counted(_one_late(outputs), bar)
+
+
+def _as_they_are(pixels_BCHW: Tensor, ids_B: Tensor, device: torch.device) -> Tensor:
+    return pixels_BCHW.to(device, non_blocking=True)
 
 
 def _counted(

@@ -7,11 +7,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ssl_pipeline.backbones import TokenBackbone, Tokens
+from ssl_pipeline.backbones import Backbone, TokenBackbone, Tokens
 from ssl_pipeline.backbones.tokens import NETWORKS_WITH_TOKENS
 from ssl_pipeline.config import ConfigError
 
-Kind = Literal["pooled", "class", "blocks", "patches"]
+Kind = Literal["pooled", "class", "mean", "blocks", "patches", "map"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Axes: B images, L patches row by row, D dimensions, n blocks.
@@ -22,9 +22,11 @@ class FeatureKinds(nn.Module):
 
     pooled   (B, D), what the network's own forward gives
     class    (B, D), the class token after the final norm
+    mean     (B, D), the mean of the patch tokens after the final norm
     blocks   (B, n * D), the class tokens of the last n blocks, each after the final norm, one after the other (the
              linear evaluation of DINO takes n = 4); patch means where the network has no class token
     patches  (B, L, D), the patch tokens after the final norm
+    map      (B, L, D), the same, or of a network without tokens the places of its last map of features, row by row
 
     Raises ConfigError if the network does not have what is wanted.
     """
@@ -32,7 +34,11 @@ class FeatureKinds(nn.Module):
     def __init__(self, network: nn.Module, kinds: tuple[Kind, ...] = ("pooled",), *, last_blocks: int = 4) -> None:
         super().__init__()
         self.network, self.kinds, self.last_blocks = network, kinds, last_blocks
-        of_tokens = [kind for kind in kinds if kind != "pooled"]
+        if "map" in kinds and not isinstance(network, Backbone):
+            raise ConfigError(
+                "kind=map needs the patch tokens of a ViT or the last map of a CNN. Raw pixels have none."
+            )
+        of_tokens = [kind for kind in kinds if kind not in ("pooled", "map")]
         if not of_tokens:
             return
         name = getattr(network, "name", type(network).__name__)
@@ -49,17 +55,24 @@ class FeatureKinds(nn.Module):
             )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        if not isinstance(self.network, TokenBackbone) or self.kinds == ("pooled",):
+        if self.kinds == ("pooled",):
             return {"pooled": self.network(images).float()}
+        if not isinstance(self.network, TokenBackbone):
+            assert isinstance(self.network, Backbone)
+            pooled, its_map = self.network.features_and_map(images)
+            found = {"pooled": pooled, "map": its_map.flatten(2).mT}
+            return {kind: found[kind].float() for kind in self.kinds}
         layers = range(-self.last_blocks, 0) if "blocks" in self.kinds else ()
         tokens = self.network.tokens(images, layers=layers)
         return {kind: self._of(kind, tokens).float() for kind in self.kinds}
 
     def _of(self, kind: Kind, tokens: Tokens) -> Tensor:
-        if kind == "patches":
+        if kind in ("patches", "map"):
             return tokens.patches
         if kind == "blocks":
             return torch.cat([_class_or_mean(of_block) for of_block in tokens.layers], dim=1)
+        if kind == "mean":
+            return tokens.patches.mean(dim=1)
         if kind == "class":
             return _class_or_mean(tokens)
         assert isinstance(self.network, TokenBackbone)

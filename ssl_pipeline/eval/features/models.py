@@ -23,6 +23,7 @@ from ssl_pipeline.backbones import (
     check_image_sizes,
     create_backbone,
     load_run,
+    spoken_of_as,
 )
 from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.backbones.weights import is_tag
@@ -135,10 +136,16 @@ def _model(config: ModelConfig) -> EvaluatedModel:
     assert config.backbone is not None
     if config.backbone == RAW_PIXELS:
         return raw_pixels(config.size or 224)
+    with spoken_of_as(None):
+        return _named_model(config, config.backbone)
+
+
+def _named_model(config: ModelConfig, name: str) -> EvaluatedModel:
+    """A network by its timm name, with weights or without."""
     architecture = validate(
         BackboneConfig,
         {
-            "name": config.backbone,
+            "name": name,
             "arguments": config.model_dump(mode="json")["arguments"],
             "small_images": config.small_images,
             "weights": config.weights,
@@ -147,14 +154,14 @@ def _model(config: ModelConfig) -> EvaluatedModel:
     )
     if config.weights is None:
         model = random_initialisation(architecture, _preprocessing(config))
-        return replace(model, label=f"{config.backbone} at random initialisation")
+        return replace(model, label=f"{name} at random initialisation")
     backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
     about: dict[str, JSON] = {
         "backbone": architecture.model_dump(mode="json"),
         "weights": backbone.origin.text,
         "weights_sha256": backbone.origin.sha256,
     }
-    label = f"{config.backbone}, {Path(config.weights).name}"
+    label = f"{name}, {Path(config.weights).name}"
     return EvaluatedModel(label, backbone, _preprocessing(config), about, architecture)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import BatchSize, ConfigError, Processes
-from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.config import BatchSize, Config, ConfigError, Processes
+from ssl_pipeline.data.samples import ImageSource
 from ssl_pipeline.distributed import failing_together, max_over_ranks, rank
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, stored_whole
 from ssl_pipeline.eval.features.extract import Precision, eval_mode, forward_passes, share_size
@@ -25,8 +25,8 @@ from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig
 
 
-class PassConfig(ModelConfig):
-    """A model, and how its features are computed."""
+class ForwardConfig(Config):
+    """How images go through a network."""
 
     batch_size: BatchSize = 256
     """Images per forward pass."""
@@ -36,6 +36,11 @@ class PassConfig(ModelConfig):
     """Device of the backbone: `auto` takes the GPU if there is one."""
     precision: Precision = "no"
     """Autocast of the backbone: `no` is float32."""
+
+
+class PassConfig(ForwardConfig, ModelConfig):
+    """A model, and how its features are computed."""
+
     dtype: Literal["float32", "float16"] = "float32"
     """How features are kept on disk: `float16` takes half of it, and 3 digits are left."""
 
@@ -56,12 +61,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def identity_of(
-    model: EvaluatedModel, index: ShardIndex, config: PassConfig, network: FeatureKinds
+    model: EvaluatedModel, index: ImageSource, config: PassConfig, network: FeatureKinds
 ) -> dict[str, object]:
     """Everything that features depend on: weights, images, what is kept of them and how it is computed."""
+    preprocessing = asdict(model.preprocessing)
+    if model.preprocessing.fit == "crop":
+        del preprocessing["fit"]  # features that were stored before there was another one are the same
     return {
         "subject": {key: value for key, value in model.about.items() if key != "run"},
-        "preprocessing": asdict(model.preprocessing),
+        "preprocessing": preprocessing,
         "kinds": network.kinds,
         "last_blocks": network.last_blocks if "blocks" in network.kinds else None,
         "precision": config.precision,
@@ -76,7 +84,7 @@ def feature_pass(
     directory: Path,
     model: EvaluatedModel,
     network: FeatureKinds,
-    index: ShardIndex,
+    index: ImageSource,
     config: PassConfig,
     *,
     description: str,
@@ -98,18 +106,22 @@ def feature_pass(
     with ExitStack() as whole:
         with failing_together(device):
             network.to(device)
-            files = _files(aside, network, len(index), model.preprocessing, config, device=device)
+            files = feature_files(aside, network, len(index), model.preprocessing, config, device=device)
             if rank() == 0:
                 whole.enter_context(stored_whole(place, identity, aside=aside))
                 for file in files.values():
                     file.create()
         with failing_together(device):
-            _compute_share(files, network, index, model.preprocessing, config, device=device, description=description)
+            share = share_size(len(index))
+            own = range(len(index))[rank() * share : (rank() + 1) * share]
+            compute_rows(
+                files, network, index, own, model.preprocessing, config, device=device, description=description
+            )
     _first_says(0, device)  # the folder has its name
     return map_stored(place)
 
 
-def _files(
+def feature_files(
     aside: Path,
     network: FeatureKinds,
     num_images: int,
@@ -130,19 +142,18 @@ def _files(
     return files | {"labels": RowsFile(aside / "labels.npy", (num_images,), np.int64)}
 
 
-def _compute_share(
+def compute_rows(
     files: Mapping[str, RowsFile],
     network: FeatureKinds,
-    index: ShardIndex,
+    index: ImageSource,
+    own: range,
     preprocessing: Preprocessing,
     config: PassConfig,
     *,
     device: torch.device,
     description: str,
 ) -> None:
-    """Write this rank's images."""
-    share = share_size(len(index))
-    own: Sequence[int] = range(len(index))[rank() * share : (rank() + 1) * share]
+    """Write the rows of some images that follow each other."""
     if not own:
         return
     done = own[0]
@@ -168,7 +179,7 @@ def _compute_share(
             file.close()
 
 
-def _stored_as(values: Tensor, dtype: str, index: ShardIndex) -> NDArray:
+def _stored_as(values: Tensor, dtype: str, index: ImageSource) -> NDArray:
     """Features as they are kept; ConfigError where float16 is too small for one that float32 holds."""
     if dtype == "float32":
         return values.cpu().numpy()

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
+from ssl_pipeline.config import printable
+from ssl_pipeline.eval.page.html import colour
 from ssl_pipeline.eval.page.metrics import Series
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 MOST_POINTS = 400  # of a curve; more lie closer than pixels
 
 
-def curve(series: Series) -> str:
-    """An SVG of a series over the steps, with the figure at the start as a dashed line."""
-    low, high = _range(series.values)
-    first, last = series.steps[0], max(series.steps[-1], series.steps[0] + 1)
+def curve(lines: Sequence[tuple[int, str, Series]]) -> str:
+    """An SVG of one metric of several runs over the steps, with the figure at the start of each as a dashed line.
+
+    lines: the place of the run among all runs, which decides its colour, its name, and its series.
+    """
+    low, high = _range([value for _, _, series in lines for value in series.values])
+    first = min(series.steps[0] for _, _, series in lines)
+    last = max(*(series.steps[-1] for _, _, series in lines), first + 1)
 
     def place(step: float, value: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / (last - first)
         return across, TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
 
-    points = [place(step, value) for step, value in thinned(series)]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     parts = [_axes(low, high, first, last)]
-    if series.start is not None:
-        _, y = place(first, series.start)
-        parts.append(f'<line class="start" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    parts.append(f'<polyline class="curve" points="{line}"/>')
-    if len(points) < 40:
-        parts += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in points]
-    label = escape(f"{series.title} from step {first} to {series.steps[-1]}")
+    for number_of_run, name, series in lines:
+        shade = colour(number_of_run)
+        if series.start is not None:
+            _, y = place(first, series.start)
+            ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+            parts.append(f'<line class="start" stroke="{shade}" {ends}/>')
+        points = [place(step, value) for step, value in thinned(series)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        told = escape(printable(f"{name}: {number(series.values[-1])} at step {series.steps[-1]:,}"))
+        parts.append(f'<polyline class="curve" stroke="{shade}" points="{line}"><title>{told}</title></polyline>')
+        dots = points if len(points) < 40 else points[-1:]
+        parts += [f'<circle fill="{shade}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in dots]
+    label = escape(printable(f"{lines[0][2].title} from step {first} to {last}"))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -57,18 +68,26 @@ def _range(values: list[float]) -> tuple[float, float]:
 def _axes(low: float, high: float, first: int, last: int) -> str:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = [f'<path class="axis" d="M{LEFT} {TOP}V{bottom}H{right}"/>']
-    for share in (0.0, 0.5, 1.0):
-        y = bottom - (bottom - TOP) * share
+    for value in _round_values(low, high):
+        y = bottom - (bottom - TOP) * (value - low) / (high - low)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text x="{LEFT - 4}" y="{y + 3.5:.1f}" text-anchor="end">{number(low + (high - low) * share)}</text>'
-        )
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{number(value)}</text>')
     for share, anchor in ((0.0, "start"), (1.0, "end")):
-        x = LEFT + (right - LEFT) * share
-        parts.append(
-            f'<text x="{x}" y="{bottom + 15}" text-anchor="{anchor}">{first + (last - first) * share:g}</text>'
-        )
+        x, step = LEFT + (right - LEFT) * share, first + (last - first) * share
+        unit = "step " if share == 0 else ""
+        parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="{anchor}">{unit}{step:,.0f}</text>')
     return "".join(parts)
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Three to six numbers between the two that are short to write: 0.2, 0.4, 0.6."""
+    if not math.isfinite(high - low):
+        return [low, high]
+    rough = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    counts = range(math.ceil(low / step), int(high // step) + 1)
+    return [float(f"{count * step:.12g}") for count in counts]
 
 
 def number(value: float) -> str:

@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 from ssl_pipeline.config import printable
+from ssl_pipeline.eval.page.style import NUM_COLOURS, STYLE
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1c2024; --faint: #667; --line: #d8dbe0; --back: #fff; --curve: #2563a8;
-  --good: #22863a; --bad: #c0392b; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --faint: #9aa3ad; --line: #3a4048; --back: #16191d;
-  --curve: #6cb0f5; --good: #56c271; --bad: #f07767; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); max-width: 1200px;
-  margin: 0 auto; padding: 16px; overflow-wrap: anywhere; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid var(--line); }
-.lead { font-size: 1.1em; } .warning { color: var(--bad); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; } th, td { padding: 3px 12px 3px 0; text-align: right;
-  border-bottom: 1px solid var(--line); white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 12px; }
-figure { margin: 0; } figcaption { font-size: 0.85em; color: var(--faint); }
-svg { width: 100%; height: auto; } svg text { font: 10px system-ui, sans-serif; fill: var(--faint); }
-.curve { fill: none; stroke: var(--curve); stroke-width: 1.6; } .dot { fill: var(--curve); }
-.axis { fill: none; stroke: var(--faint); } .grid { stroke: var(--line); stroke-width: 0.6; }
-.start { stroke: var(--faint); stroke-dasharray: 4 3; }
-.neighbours { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: 8px; }
-.neighbours figure { width: 80px; } .neighbours img { width: 72px; height: 72px; border: 3px solid var(--line);
-  border-radius: 4px; } .same img { border-color: var(--good); } .other img { border-color: var(--bad); }
-.query { margin-right: 12px; } pre { overflow-x: auto; font-size: 0.85em; }
-"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a browser may load of the page: nothing from anywhere, and no script."""
 
 
-def page(title: str, lead: str, sections: Sequence[str]) -> str:
-    """A whole document; `sections` are made by the functions of this module."""
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with a title of its own; `parts` are made by the functions of this module."""
+
+    title: str
+    parts: tuple[str, ...]
+
+    @property
+    def anchor(self) -> str:
+        return re.sub("[^a-z]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a cell of a table: a figure, what it is uncertain by, and the share of a bar below it."""
+
+    text: str
+    small: str = ""
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure that is seen first: what it is, its value, and what to compare it with."""
+
+    title: str
+    value: str
+    note: str = ""
+
+
+def page(title: str, state: str, lead: str, tiles: Sequence[Tile], sections: Sequence[Section], *, foot: str) -> str:
+    """A whole document."""
+    links = "".join(f'<a href="#{part.anchor}">{text(part.title)}</a>' for part in sections)
+    badge = f'<span class="state {state}">{text(state)}</span>' if state else ""
+    shown = "".join(map(_tile, tiles))
+    body = "\n".join(
+        f'<section id="{part.anchor}"><h2>{text(part.title)}</h2>\n{"".join(part.parts)}</section>' for part in sections
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><h1>{text(title)}</h1>\n"
-        f'<p class="lead">{text(lead)}</p>\n' + "\n".join(sections) + "\n</body></html>\n"
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><header><h1>{text(title)}{badge}</h1>\n"
+        f'<p class="lead">{text(lead)}</p>\n<div class="tiles">{shown}</div></header>\n<nav><div>{links}</div></nav>\n'
+        f"<main>{body}</main>\n<footer>{text(foot)}</footer></body></html>\n"
     )
+
+
+def _tile(tile: Tile) -> str:
+    note = f"<span>{text(tile.note)}</span>" if tile.note else ""
+    return f'<div class="tile"><span>{text(tile.title)}</span><b>{text(tile.value)}</b>{note}</div>'
 
 
 def text(words: object) -> str:
@@ -46,44 +72,92 @@ def text(words: object) -> str:
     return escape(printable(str(words), longest=None))
 
 
-def section(title: str, *parts: str) -> str:
-    return f"<section><h2>{text(title)}</h2>\n{''.join(parts)}</section>"
+def section(title: str, *parts: str) -> Section:
+    return Section(title, parts)
+
+
+def about(words: str) -> str:
+    """What a figure shows and how it is read."""
+    return paragraph(words, kind="about")
+
+
+def heading(words: str) -> str:
+    """A title within a section."""
+    return f"<h3>{text(words)}</h3>\n"
 
 
 def paragraph(words: str, *, kind: str = "") -> str:
-    return f'<p class="{kind}">{text(words)}</p>' if kind else f"<p>{text(words)}</p>"
+    return f'<p class="{kind}">{text(words)}</p>\n' if kind else f"<p>{text(words)}</p>\n"
 
 
-def list_of(items: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{text(item)}</li>' for item in items)}</ul>"
-
-
-def table_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_of(header: Sequence[str], rows: Sequence[Sequence[str | Cell]], *, kind: str = "") -> str:
     """A table, which scrolls in itself where the screen is narrow."""
     head = "".join(f"<th>{text(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
+    top = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f'<div class="wide"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>\n'
 
 
-def cell_of(percent: float | None, interval: Sequence[float] | None = None) -> str:
-    """A percentage, with its interval if it has one."""
-    if percent is None:
-        return "-"
-    return f"{percent:.2f} %" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
+def _cell(cell: str | Cell) -> str:
+    if isinstance(cell, str):
+        return f"<td>{text(cell)}</td>"
+    small = f"<small>{text(cell.small)}</small>" if cell.small else ""
+    if cell.share is None:
+        return f"<td>{text(cell.text)}{small}</td>"
+    share = min(max(cell.share, 0.0), 1.0)
+    return f'<td class="share">{text(cell.text)}{small}<i style="width:{share:.1%}"></i></td>'
 
 
-def figure(address: str, caption: str, *, kind: str) -> str:
+def finding(title: str, words: str, settings: str, *, kind: str = "") -> str:
+    """Something that was noticed, and what helps."""
+    keys = f" <code>{text(settings)}</code>" if settings else ""
+    return f'<div class="finding {kind}"><b>{text(title)}</b><p>{text(words)}{keys}</p></div>\n'
+
+
+def picture(address: str, caption: str, *, kind: str = "") -> str:
     """A picture that the page holds itself."""
-    return f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{text(caption)}</figcaption></figure>'
+    return (
+        f'<figure class="{kind}"><img src="{address}" alt="{text(caption)}"><figcaption>{text(caption)}</figcaption>'
+        "</figure>"
+    )
 
 
-def curves(drawn: Sequence[tuple[str, str]]) -> str:
-    """SVGs of this package, each with its title."""
-    figures = (f"<figure><figcaption>{text(title)}</figcaption>{svg}</figure>" for title, svg in drawn)
+def pictures(figures: Sequence[str], *, kind: str = "") -> str:
+    """Pictures in a row, which goes on in the next line where the screen is narrow."""
+    return f'<div class="pictures {kind}">{"".join(figures)}</div>\n'
+
+
+def rows_of(rows: Sequence[str]) -> str:
+    """Rows of pictures, side by side where the screen is wide."""
+    return f'<div class="rows">{"".join(rows)}</div>\n'
+
+
+def legend(names: Sequence[str]) -> str:
+    """The colour of each name."""
+    items = (f'<span><i style="background:{colour(place)}"></i>{text(name)}</span>' for place, name in enumerate(names))
+    return f'<div class="legend">{"".join(items)}</div>\n'
+
+
+def colour(place: int) -> str:
+    """That of a run, or of a class, by its number."""
+    return f"var(--run-{place % NUM_COLOURS})"
+
+
+def curves(drawn: Sequence[tuple[str, str, str]]) -> str:
+    """SVGs of this package, each with its title and its last figure."""
+    figures = (
+        f"<figure><figcaption><b>{text(title)}</b> {text(last)}</figcaption>{svg}</figure>"
+        for title, last, svg in drawn
+    )
     return f'<div class="curves">{"".join(figures)}</div>\n'
 
 
-def folded(title: str, content: str) -> str:
-    """Text of several lines that unfolds."""
+def folded(title: str, *parts: str) -> str:
+    """Parts that unfold."""
+    return f"<details><summary>{text(title)}</summary>{''.join(parts)}</details>\n"
+
+
+def lines_of(content: str) -> str:
+    """Text of several lines as it stands."""
     lines = "\n".join(text(line) for line in content.splitlines())
-    return f"<details><summary>{text(title)}</summary><pre>{lines}</pre></details>"
+    return f"<pre>{lines}</pre>"

@@ -30,18 +30,22 @@ def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int, search: Sea
     first. `auto` takes blocks on a GPU, on CPUs with bfloat16 units, and for fewer than 1,000 queries.
     """
     require_k(k, len(train_MD))
-    require_finite(train_MD, test_ND)
+    require_finite(train_MD, what="training images")
+    require_finite(test_ND, what="test images")
     if choose_search(search, test_ND.device, num_queries=len(test_ND)) == "faiss":
         return faiss_neighbours(train_MD, test_ND, k=k)
     dtype = torch.bfloat16 if has_bfloat16_units(test_ND.device) else torch.float32
     return block_neighbours(train_MD.to(test_ND.device), test_ND, k=k, dtype=dtype)
 
 
-def other_neighbours(features_ND: Tensor, *, k: int, search: Search = "auto") -> tuple[Tensor, Tensor]:
-    """Similarities and numbers (N, k) of the nearest *other* images of each image of one set."""
-    similarities_NK, neighbours_NK = nearest_neighbours(features_ND, features_ND, k=k + 1, search=search)
-    own_N1 = torch.arange(len(features_ND), device=neighbours_NK.device)[:, None]
-    dropped_NK = neighbours_NK == own_N1
+def other_neighbours(
+    features_MD: Tensor, *, k: int, asked_N: Tensor | None = None, search: Search = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Similarities and numbers (N, k) of the nearest *other* images of images of one set: of all, or of `asked_N`."""
+    if asked_N is None:
+        asked_N = torch.arange(len(features_MD), device=features_MD.device)
+    similarities_NK, neighbours_NK = nearest_neighbours(features_MD, features_MD[asked_N], k=k + 1, search=search)
+    dropped_NK = neighbours_NK == asked_N.to(neighbours_NK.device)[:, None]
     dropped_NK[:, -1] |= ~dropped_NK.any(dim=1)  # among many copies an image may not find itself
     return similarities_NK[~dropped_NK].view(-1, k), neighbours_NK[~dropped_NK].view(-1, k)
 
@@ -97,11 +101,8 @@ def require_k(k: int, num_train: int) -> None:
         raise ConfigError(f"k-NN needs k between 1 and the number of training images ({num_train}). Got k={k}.")
 
 
-def require_finite(train_MD: Tensor, test_ND: Tensor) -> None:
-    """Raises ConfigError if a feature is NaN or infinite."""
-    for name, features in (("training", train_MD), ("test", test_ND)):
-        broken = int((~features.isfinite()).any(dim=1).sum())
-        if broken:
-            raise ConfigError(
-                f"k-NN needs finite features: {broken} of {len(features)} {name} images have NaN or infinity."
-            )
+def require_finite(features_ND: Tensor, *, task: str = "k-NN", what: str = "images") -> None:
+    """Raises ConfigError if a feature is NaN or infinite; `what` the rows are of."""
+    broken = int((~features_ND.isfinite()).any(dim=1).sum())
+    if broken:
+        raise ConfigError(f"{task} needs finite features: {broken} of {len(features_ND)} {what} have NaN or infinity.")

@@ -91,6 +91,27 @@ def test_an_error_names_the_architectures_that_would_fit(tmp_path, there, asked,
     assert fits in error_of(file, name=asked, arguments={})
 
 
+@pytest.mark.parametrize(
+    ("there", "asked", "fits"),
+    [
+        ((("resnet18", True)), ("resnet34", True), "It fits resnet18 with backbone.small_images=true."),
+        ((("resnet18", True)), ("resnet18", False), "It fits resnet18 with backbone.small_images=true."),
+        ((("resnet34", False)), ("resnet18", True), "It fits resnet34 with backbone.small_images=false."),
+    ],
+)
+def test_an_error_names_the_stem_that_would_fit(tmp_path, there, asked, fits):
+    model = create_backbone(BackboneConfig(name=there[0], small_images=there[1])).model
+    file = write(tmp_path / "file.pth", {"state_dict": model.state_dict()})
+    with pytest.raises(ConfigError) as error:
+        create_backbone(BackboneConfig(name=asked[0], small_images=asked[1], weights=str(file)))
+    assert str(error.value).endswith(fits)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"^backbone\.weights=.*no\.safetensors is not there\. Needed: a file"):
+        create_backbone(BackboneConfig(name="resnet18", weights=str(tmp_path / "no.safetensors")))
+
+
 def test_biases_that_the_network_does_not_have_are_no_loss_in_silence(tmp_path):
     file = write(
         tmp_path / "file.pth", official.dinov3(random_network("vit_small_patch16_dinov3_qkvb", **VIT).state_dict())

@@ -423,3 +423,13 @@ def test_the_global_random_state_is_left_alone() -> None:
     before = torch.get_rng_state()
     assert len(list(open_batches(batches=3))) == 3
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_streams_that_share_the_memory_take_their_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_room_for(8, monkeypatch)
+    slots = []
+    for share in (0.75, 0.5):
+        stream = read_batches(Squares(), positions_of, batches=40, workers=4, memory_share=share)
+        with pytest.warns(UserWarning, match="Smaller batches"):
+            slots.append(len({tensors["squares"].data_ptr() for tensors, _ in stream}))
+    assert slots == [6, 4]

@@ -29,12 +29,15 @@ def test_all_kinds_come_from_one_pass(pool: str) -> None:
     torch.testing.assert_close(found["pooled"], backbone(images))
     torch.testing.assert_close(found["class"], tokens.cls)
     torch.testing.assert_close(found["patches"], tokens.patches)
+    torch.testing.assert_close(found["mean"], tokens.patches.mean(dim=1))
     torch.testing.assert_close(found["blocks"], torch.cat([tokens.layers[0].cls, tokens.layers[1].cls], dim=1))
     assert {kind: tuple(value.shape) for kind, value in found.items()} == {
         "pooled": (2, 24),
         "class": (2, 24),
+        "mean": (2, 24),
         "blocks": (2, 48),
         "patches": (2, 4, 24),
+        "map": (2, 4, 24),
     }
 
 

@@ -13,28 +13,46 @@ from ssl_pipeline.eval.page.curves import BOTTOM, HEIGHT, LEFT, MOST_POINTS, RIG
 from ssl_pipeline.eval.page.metrics import Series, read_series
 
 
+def drawn(*lines: Series) -> str:
+    return curve([(place, f"run {place}", line) for place, line in enumerate(lines)])
+
+
 def points(svg: str) -> list[tuple[float, float]]:
     (line,) = ET.fromstring(svg).iter("polyline")
     return [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
 
 
 def test_the_first_point_is_left_and_a_larger_value_higher() -> None:
-    (x0, y0), (x1, y1), (x2, y2) = points(curve(Series("loss", [10, 20, 30], [3.0, 1.0, 2.0])))
+    (x0, y0), (x1, y1), (x2, y2) = points(drawn(Series("loss", [10, 20, 30], [3.0, 1.0, 2.0])))
     assert (x0, x1, x2) == (LEFT, LEFT + (WIDTH - LEFT - RIGHT) / 2, WIDTH - RIGHT)
     assert TOP < y0 < y2 < y1 < HEIGHT - BOTTOM
     assert y2 == pytest.approx((y0 + y1) / 2, abs=0.1)
 
 
 def test_the_start_is_a_line_through_its_point() -> None:
-    svg = curve(Series("knn_top1", [0, 5], [40.0, 60.0]))
+    svg = drawn(Series("knn_top1", [0, 5], [40.0, 60.0]))
     (start,) = (line for line in ET.fromstring(svg).iter("line") if line.attrib["class"] == "start")
     assert float(start.attrib["y1"]) == pytest.approx(points(svg)[0][1], abs=0.1)
-    assert 'class="start"' not in curve(Series("knn_top1", [1, 5], [40.0, 60.0]))
+    assert 'class="start"' not in drawn(Series("knn_top1", [1, 5], [40.0, 60.0]))
+
+
+def test_runs_share_the_axes() -> None:
+    svg = drawn(Series("loss", [0, 10], [1.0, 2.0]), Series("loss", [0, 20], [1.0, 3.0]))
+    short, long = ET.fromstring(svg).iter("polyline")
+    ends = [tuple(map(float, line.attrib["points"].split()[-1].split(","))) for line in (short, long)]
+    assert ends[0][0] == pytest.approx((LEFT + ends[1][0]) / 2)
+    assert ends[0][1] > ends[1][1]
+    assert (short.attrib["stroke"], long.attrib["stroke"]) == ("var(--run-0)", "var(--run-1)")
+
+
+def test_axes_have_round_numbers() -> None:
+    texts = [text.text for text in ET.fromstring(drawn(Series("loss", [0, 9], [0.013, 0.987]))).iter("text")]
+    assert texts == ["0", "0.2", "0.4", "0.6", "0.8", "1", "step 0", "9"]
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 0.0], [-1e-30, 1e-30], [1e300, -1e300], [5.0]])
 def test_any_numbers_are_drawn_inside(values: list[float]) -> None:
-    for x, y in points(curve(Series("loss", list(range(len(values))), values))):
+    for x, y in points(drawn(Series("loss", list(range(len(values))), values))):
         assert LEFT <= x <= WIDTH - RIGHT
         assert TOP <= y <= HEIGHT - BOTTOM
 

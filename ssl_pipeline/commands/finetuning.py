@@ -1,0 +1,212 @@
+"""Fine-tune a backbone: `python finetune.py weights=RUN train=SHARDS test=SHARDS [key=value ...]`.
+
+It is `pretrain.py` with the method `supervised`: `weights`, `train` and `test` stand for keys of a run, and what the
+weights are of (network, size, colours) is read from where they come from. At the end the classifier is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+
+from ssl_pipeline.backbones import ARCHITECTURE, Backbone, BackboneConfig, TokenBackbone, create_backbone
+from ssl_pipeline.backbones.exported import takes_export
+from ssl_pipeline.backbones.networks import batch_norms
+from ssl_pipeline.backbones.weights import find_in_run, is_tag
+from ssl_pipeline.commands.images import shards_of
+from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.config import (
+    RECIPES,
+    ConfigError,
+    Tree,
+    printable,
+    read_recipe,
+    refuse,
+    run_command,
+    validate,
+    without_flags,
+)
+from ssl_pipeline.config.arguments import keys_of
+from ssl_pipeline.eval.classifier import ClassifierConfig
+from ssl_pipeline.eval.classifier import main as measure
+
+OWN = ("weights", "train", "test", "recipe", "output")
+STANDS_FOR = {"weights": "backbone.weights", "train": "data.shards", "test": "classifier.val"}
+RECIPE_OF = {"vit": "finetune_vit_small", "cnn": "finetune_cnn_small"}
+MEASURED_EVERY = "10%"
+KEPT = ("drop_path", "frozen_batch_norm")
+
+
+class FinetuneConfig(PretrainConfig):
+    """Fine-tune a backbone on labelled images: weights=RUN|FILE|TAG train=SHARDS test=SHARDS, and the keys of a run."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of weights without reading them; None: nothing."""
+
+    network: dict[str, object] | None = None
+    """The architecture as BackboneConfig has it: name, arguments, small_images."""
+    size: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """Arguments with what `weights=`, `train=` and `test=` stand for, and the recipe that suits the weights.
+
+    Raises ConfigError for two keys that say the same, and for weights of which nothing tells the network.
+    """
+    given = keys_of(arguments)
+    for own, key in STANDS_FOR.items():
+        if own in given and key in given:
+            raise ConfigError(f"{own}= stands for {key}=. Give one of the two.")
+    if not given.keys() & {"weights", "backbone.weights", "recipe"}:
+        raise ConfigError("weights= is missing. Set weights=RUN, FILE or TAG, or recipe=NAME with weights of its own.")
+    weights = given.get("weights", given.get("backbone.weights"))
+    told: dict[str, str] = {}
+    known = Known()
+    if weights is not None:
+        weights, known = _look_up(weights, given)
+        told["backbone.weights"] = weights
+    recipe = given.get("recipe") or _recipe_for(_network(known, given))
+    tree = read_recipe(recipe, RECIPES)
+    told |= _described(known, given)
+    if "backbone.name" in told:
+        told |= _kept(tree, _network(known, given))
+    stem = _stem(given.get("weights", given.get("backbone.weights")), known)
+    output = Path(given.get("output", Path("runs") / (f"{stem}_{Path(recipe).stem}" if stem else Path(recipe).stem)))
+    if "train" in given:
+        told["data.shards"] = _shards(given["train"], output.expanduser())
+    if "test" in given:
+        told["classifier.val"] = _shards(given["test"], output.expanduser() / "test")
+        if "classifier.every" not in given and not isinstance(tree.get("classifier"), dict):
+            told["classifier.every"] = MEASURED_EVERY
+    rest = [f"{key}={text}" for key, text in given.items() if key not in OWN and key not in told]
+    return [f"recipe={recipe}", *(f"{key}={text}" for key, text in told.items()), *rest, f"output={output}"]
+
+
+def _shards(source: str, place: Path) -> str:
+    """Images as shards: a folder or zip of images is packed in `place`, once; all else is shards in any form."""
+    path = Path(source).expanduser()
+    return shards_of(source, place) if path.is_dir() or path.suffix == ".zip" else source
+
+
+def _look_up(weights: str, given: Mapping[str, str]) -> tuple[str, Known]:
+    """The weights as `backbone.weights` takes them, and what is known of them."""
+    place = Path(weights).expanduser()
+    name, _, tag = weights.partition(".")
+    if is_tag(weights):
+        architecture = given.get("backbone.name", name if tag else None)
+        full = weights if tag else f"{architecture}.{weights}"
+        published = timm.get_pretrained_cfg(full, allow_unregistered=False) if architecture else None
+        if published is None or not published.architecture:
+            return weights, Known()  # told by those who look for the weights
+        size = published.input_size[-1]
+        return tag or weights, Known({"name": architecture}, size, published.mean, published.std)
+    which = given.get("backbone.weights_from")
+    export = place / "backbone.json"
+    if place.is_dir() and export.is_file() and takes_export(place, which=which):
+        about = json.loads(export.read_bytes())
+        network = {key: about[key] for key in ARCHITECTURE}
+        return weights, Known(network, about["size"], about["mean"], about["std"])
+    if place.is_dir() and ((place / "checkpoints").is_dir() or (place / "manifest.json").is_file()):
+        _, _, saved = find_in_run(place, which=which)
+        network = {key: saved.config[key] for key in ARCHITECTURE}
+        return weights, Known(network, saved.size, saved.mean, saved.std)
+    return weights, Known()
+
+
+def _network(known: Known, given: Mapping[str, str]) -> Backbone:
+    """The network without its values; ConfigError if neither the weights nor the arguments name it."""
+    network = known.network
+    if "backbone.name" in given:
+        same = network is not None and network["name"] == given["backbone.name"]
+        network = network if same else {"name": given["backbone.name"]}
+    if network is None:
+        raise ConfigError(
+            "Nothing says which network the weights are of. Set backbone.name=MODEL, a timm model; a run and a full "
+            "name such as resnet18.a1_in1k bring it along."
+        )
+    with torch.device("meta"):
+        return create_backbone(validate(BackboneConfig, {key: json.loads(json.dumps(network[key])) for key in network}))
+
+
+def _recipe_for(network: Backbone) -> str:
+    return RECIPE_OF["vit" if isinstance(network, TokenBackbone) else "cnn"]
+
+
+def _described(known: Known, given: Mapping[str, str]) -> dict[str, str]:
+    """Network, size and colours of the weights as arguments, without those that are given."""
+    told: dict[str, object] = {}
+    if known.network is not None and "backbone.name" not in given:
+        told |= {f"backbone.{key}": value for key, value in known.network.items()}
+    told |= {"augment.view.size": known.size, "data.mean": known.mean, "data.std": known.std}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in told.items()
+        if value is not None and not any(one == key or one.startswith(f"{key}.") for one in given)
+    }
+
+
+def _kept(recipe: Tree, network: Backbone) -> dict[str, str]:
+    """What the recipe says of any backbone, for the one of the weights, whose name would drop it."""
+    section = recipe.get("backbone")
+    kept = {key: section[key] for key in KEPT if key in section} if isinstance(section, dict) else {}
+    if not batch_norms(network):
+        kept.pop("frozen_batch_norm", None)
+    return {f"backbone.{key}": json.dumps(value) for key, value in kept.items()}
+
+
+def _stem(weights: str | None, known: Known) -> str:
+    """What the run is called by the weights: a run by its directory, a file by its name, a tag by its network."""
+    if weights is None:
+        return ""
+    if is_tag(weights):
+        return str(known.network["name"]) if known.network else weights
+    return Path(weights).expanduser().resolve().stem
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Run the settings to the end and measure the classifier; returns the exit code as `pretrain` does."""
+    if config.method.name != "supervised":
+        raise ConfigError(
+            f"finetune.py trains the method supervised. The recipe has {config.method.name}; use pretrain.py for it, "
+            "or a recipe of recipes/finetune/."
+        )
+    code = pretrain(config)
+    shown = None if config.find_lr else config.classifier
+    if code == 0 and shown is not None and os.environ.get("RANK", "0") == "0":
+        measure(
+            ClassifierConfig(
+                run=config.run_directory,
+                test=shown.val,
+                batch_size=shown.batch_size,
+                interpolation=shown.interpolation,
+                workers=config.data.workers,
+            )
+        )
+    return code
+
+
+def main(name: str) -> int:
+    """The command line, called `name`, behind `commands/finetune.py`; returns the exit code."""
+    arguments = sys.argv[1:]
+    pairs, flags = without_flags(arguments)
+    if not flags & {"--help", "-h"}:
+        try:
+            arguments = [*expand(pairs), *flags]
+        except Exception as error:
+            if "--debug" in flags:
+                raise
+            return refuse(error, running=False)
+        if os.environ.get("RANK", "0") == "0" and "--print" not in flags:
+            print(printable(f"as: pretrain.py {' '.join(arguments)}"), flush=True)
+    return run_command(FinetuneConfig, finetune, command=name, argv=arguments, recipes=RECIPES)

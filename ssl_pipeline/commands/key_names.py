@@ -1,0 +1,104 @@
+"""A mistyped key, told before torch is there.
+
+The schema stands beside the classes that read it, and those import torch, which takes seconds. The names of its keys
+stand in the sources, which are read here as text. What this finds is certain, and worded as the schema words it; all
+else (types, ranges, what a section that is put together at import holds) the schema tells later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssl_pipeline.config import Tree, nearest
+from ssl_pipeline.config.recipes import PACKAGE
+from ssl_pipeline.config.sentences import UNKNOWN_KEY
+
+CLASS = re.compile(r"^class (\w+)\(([\w, ]*)\):\n((?:[ ]{4}.*\n|[ ]*\n)*)", re.MULTILINE)
+FIELD = re.compile(r"^    ([a-z]\w*): ((?!ClassVar).*)$", re.MULTILINE)
+PRETRAIN, BASE, METHOD = "PretrainConfig", "Config", "MethodConfig"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A class of settings as its source shows it: the classes that it is made from, and its keys with their types."""
+
+    bases: tuple[str, ...]
+    keys: Mapping[str, str]
+
+
+def sections_in_sources(package: Path = PACKAGE) -> dict[str, Section]:
+    """All classes of the package by name; other classes do no harm."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        for name, bases, body in CLASS.findall(path.read_text(encoding="utf-8")):
+            found[name] = Section(tuple(filter(None, bases.split(", "))), dict(FIELD.findall(body)))
+    return found
+
+
+def unknown_keys(keys: Iterable[str], recipe: Tree, sections: Mapping[str, Section]) -> list[str]:
+    """A sentence for each key of `pretrain.py` that no section can have; recipe: it says which method's keys count."""
+    method = recipe.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    return [told for key in keys if (told := _unknown(key.split("."), name, sections))]
+
+
+def _unknown(parts: list[str], method: object, sections: Mapping[str, Section]) -> str | None:
+    section = PRETRAIN
+    for depth, part in enumerate(parts):
+        known = _keys_of(section, sections)
+        if known is None:
+            return None
+        if part not in known:
+            return _sentence(parts[: depth + 1], known, method, sections)
+        kind = known[part]
+        inside = _section_of(kind, method, sections)
+        if inside is None or "dict[" in kind:
+            return None
+        section = inside
+    return None
+
+
+def _keys_of(name: str, sections: Mapping[str, Section]) -> dict[str, str] | None:
+    """All keys of a section with their types; None unless all that it is made from stands in the sources."""
+    if name == BASE:
+        return {}
+    if name not in sections:
+        return None
+    found: dict[str, str] = {}
+    for base in sections[name].bases:
+        more = _keys_of(base, sections)
+        if more is None:
+            return None
+        found |= more
+    return found | dict(sections[name].keys)
+
+
+def _section_of(kind: str, method: object, sections: Mapping[str, Section]) -> str | None:
+    """The section that a type is, None if it is a value, or one of several."""
+    words = set(re.findall(r"\w+", kind.partition(" = ")[0]))
+    if METHOD in words:
+        words = {name for name, section in sections.items() if section.keys.get("name") == f'Literal["{method}"]'}
+    named = [word for word in words if word in sections and BASE in _line_of(word, sections)]
+    return named[0] if len(named) == 1 else None
+
+
+def _line_of(name: str, sections: Mapping[str, Section]) -> set[str]:
+    """A class with all that it is made from."""
+    bases = sections[name].bases if name in sections else ()
+    return {name, *(above for base in bases for above in _line_of(base, sections))}
+
+
+def _sentence(parts: list[str], known: Mapping[str, str], method: object, sections: Mapping[str, Section]) -> str:
+    *above, key = parts
+    start = "".join(f"{part}." for part in above)
+    told = f"{UNKNOWN_KEY} '{'.'.join(parts)}'."
+    if nearest(key, list(known)):
+        return told + nearest(start + key, [start + name for name in known])
+    for name, kind in (_keys_of(PRETRAIN, sections) or {}).items():
+        inside = _section_of(kind, method, sections)
+        if inside is not None and "dict[" not in kind and key in (_keys_of(inside, sections) or {}):
+            return f"{told} Did you mean '{name}.{key}'?"
+    return f"{told} Known here: {', '.join(known)}"

@@ -1,0 +1,87 @@
+"""The page of a run while it trains: after each checkpoint another process writes it, which costs training little."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from ssl_pipeline.config import printable
+
+WRITER = "ssl_pipeline.commands.report"
+NICENESS = 19  # training goes first
+IMAGES = 200  # through the backbone: a first look, eval.report takes more
+SECONDS_AT_THE_END = 120.0
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class PagesOnTheWay:
+    """Starts a writer when it is called, unless the one before still writes; it never ends or holds up the run.
+
+    What goes wrong is said once it is known, at the next call or at `finish`.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._writer: subprocess.Popen[bytes] | None = None
+        self._told: IO[bytes] | None = None
+
+    def __call__(self) -> None:
+        if self._writer is None or self._writer.poll() is not None:
+            self._look_back()
+            self._start()
+
+    def finish(self) -> None:
+        """Write the page of the run as it ended; waits for it, for a while."""
+        self._look_back()
+        self.stop()
+        self._start()
+        if self._writer is not None:
+            try:
+                self._writer.wait(SECONDS_AT_THE_END)
+            except subprocess.TimeoutExpired:
+                self.stop()
+                _skipped(f"it is not there after {SECONDS_AT_THE_END:.0f} s")
+        self._look_back()
+
+    def stop(self) -> None:
+        """End a writer that still writes."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.kill()
+            writer.wait()
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", WRITER, f"run={self._run}", f"images={IMAGES}", "device=cpu"]
+        environment = {key: value for key, value in os.environ.items() if key not in OF_RANKS}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._told = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the writer writes
+        try:
+            self._writer = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._told,
+                start_new_session=True,  # Ctrl-C is for the run
+            )
+            os.setpriority(os.PRIO_PROCESS, self._writer.pid, NICENESS)
+        except OSError as error:
+            _skipped(str(error))
+
+    def _look_back(self) -> None:
+        """Say how the last writer failed, if it has ended and did."""
+        if self._writer is None or self._writer.poll() is None:
+            return
+        code, self._writer = self._writer.returncode, None
+        if code and self._told is not None:
+            self._told.seek(0)
+            lines = self._told.read().decode(errors="replace").split("\n")
+            _skipped(next((line for line in reversed(lines) if line.strip()), f"exit code {code}"))
+
+
+def _skipped(reason: str) -> None:
+    print(printable(f"The page of the run (report=true) is skipped: {reason}"), file=sys.stderr, flush=True)

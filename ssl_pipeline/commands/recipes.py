@@ -1,0 +1,72 @@
+"""The shipped recipes in a table: what each trains, what that took its authors, their figures and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ssl_pipeline.config import RECIPES, Config, ConfigError, nearest, recipe_files, run_command
+from ssl_pipeline.config.recipe_headers import UNKNOWN, RecipeHeader, read_header
+
+COLUMNS = ("recipe", "what it trains", "cost", "theirs", "ours")
+
+
+class RecipesConfig(Config):
+    """List the recipes with what they train, the cost and figures of their source, and figures of this library.
+
+    A figure that nobody has published or measured is `-`. `pretrain recipe=NAME --print` shows the settings of one.
+    """
+
+    positional = "only"
+
+    only: str | None = None
+    """A folder of recipes (photos, digits, cifar10, imagenet, ...), or a part of a name, such as dino."""
+    format: Literal["text", "markdown"] = "text"
+    """Lines for a terminal, or a table for a page."""
+
+
+def recipe_headers(only: str | None = None) -> list[RecipeHeader]:
+    """The heads of the shipped recipes, by folder and name; ConfigError if none is in the folder or has the name."""
+    headers = sorted(map(read_header, recipe_files(RECIPES).values()), key=lambda head: (head.folder, head.name))
+    folders = sorted({head.folder for head in headers})
+    found = [head for head in headers if only is None or only == head.folder or (only in head.name)]
+    if only in folders:
+        found = [head for head in found if head.folder == only]
+    if not found:
+        raise ConfigError(
+            f"only={only} must be a folder of recipes ({', '.join(folders)}) or a part of a recipe's name. No recipe "
+            f"has it.{nearest(str(only), [head.name for head in headers])}"
+        )
+    return found
+
+
+def as_markdown(headers: Sequence[RecipeHeader]) -> str:
+    """A table of Markdown, without a line break at its end."""
+    rows = [(f"`{head.name}`", head.what, head.cost, head.theirs, head.ours) for head in headers]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def as_text(headers: Sequence[RecipeHeader]) -> str:
+    """A line for each recipe, and below it what is known of its cost and figures."""
+    lines, width = [], max(len(head.name) for head in headers)
+    for number, head in enumerate(headers):
+        if number == 0 or head.folder != headers[number - 1].folder:
+            lines.append(f"{head.folder}:")
+        lines.append(f"  {head.name:{width}}  {head.what}")
+        facts = {"cost": head.cost, "theirs": head.theirs, "ours": head.ours}
+        known = [f"{name}: {fact}" for name, fact in facts.items() if fact != UNKNOWN]
+        if known:
+            lines.append(f"  {'':{width}}    {'; '.join(known)}")
+    return "\n".join(lines)
+
+
+def list_recipes(config: RecipesConfig) -> None:
+    """Print the table."""
+    headers = recipe_headers(config.only)
+    print(as_markdown(headers) if config.format == "markdown" else as_text(headers))
+
+
+def command(name: str = "ssl-pipeline recipes") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(RecipesConfig, list_recipes, command=name)

@@ -1,0 +1,41 @@
+"""`python -m eval.report`: a run's page, with what only its method can show: views as it sees them, what it paints.
+
+It stands here because it puts together two rooms that do not know each other: methods and evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ssl_pipeline.commands.pictures_of_method import method_sections
+from ssl_pipeline.config import Tree, printable, run_command, validate
+from ssl_pipeline.eval.report import ReportConfig, report_page
+from ssl_pipeline.eval.suite import evaluate_suite
+from ssl_pipeline.eval.suite_measures import SuiteConfig
+from ssl_pipeline.files import write_text
+
+
+def report(config: ReportConfig) -> Path:
+    """Measure the runs if labelled images are given, write the page and say where it is."""
+    if config.train is not None:
+        for run in config.run:
+            given: Tree = {"run": str(run), "train": config.train, "test": config.test, "device": config.device}
+            evaluate_suite(validate(SuiteConfig, given))
+    html = report_page(config, method_sections)
+    config.place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(config.place, html)
+    return config.place
+
+
+def main(config: ReportConfig) -> None:
+    print(printable(f"written to {report(config)}"))
+
+
+def command(name: str = "python -m eval.report") -> int:
+    """The command line, called `name`; returns the exit code."""
+    return run_command(ReportConfig, main, command=name)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

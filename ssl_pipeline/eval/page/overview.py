@@ -1,0 +1,165 @@
+"""What is seen first: the conclusion in one sentence, the few figures that matter, and what the doctor found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssl_pipeline.eval.page.curves import number
+from ssl_pipeline.eval.page.html import Section, Tile, about, finding, section
+from ssl_pipeline.eval.page.metrics import MONITORED, Series
+from ssl_pipeline.eval.page.record import Record, Report
+
+CLASSIFIERS = (
+    ("knn", "k-NN"),
+    ("sgd", "linear probe"),
+    ("linear", "linear probe"),
+    ("logistic", "logistic regression"),
+)
+
+
+def conclusion(records: Sequence[Record]) -> str:
+    """One sentence: what evaluators found and against what, else the first monitor, else the loss; what is wrong."""
+    told = _compared(records) if len(records) > 1 else _found(records[0])
+    wrong = sum(len(record.findings) for record in records)
+    if wrong:
+        told += f", and the doctor has {_count(wrong, 'remark')}"
+    return f"{told if len(records) > 1 else told[:1].upper() + told[1:]}."
+
+
+def _found(record: Record) -> str:
+    best = headline(record)
+    if best is not None:
+        name, top1, interval, baselines = best
+        told = f"{name} recognises {top1:.1f} % of the test images"
+        if interval:
+            told += f" ({interval[0]:.1f} to {interval[1]:.1f})"
+        against = [
+            f"{baselines[key]:.1f} % {words}"
+            for key, words in (("random", "at random initialisation"), ("raw_pixels", "with raw pixels"))
+            if key in baselines
+        ]
+        return f"{told}, against {' and '.join(against)}" if against else told
+    return _monitored(record)
+
+
+def _monitored(record: Record) -> str:
+    by_name = {one.name: one for one in record.series}
+    one = next(
+        (by_name[name] for name in (*MONITORED, "loss") if name in by_name and len(by_name[name].steps) > 1), None
+    )
+    if one is None:
+        return "nothing was measured yet"
+    first = "at the start" if one.start is not None else f"at step {one.steps[0]:,}"
+    return (
+        f"{one.title} went from {number(one.values[0])} {first} to {number(one.values[-1])} at step {one.steps[-1]:,}"
+    )
+
+
+def _compared(records: Sequence[Record]) -> str:
+    """Which run is ahead by the measure that all of them have, and whether by more than chance."""
+    found = {record.name: headline(record) for record in records}
+    measured = {name: best for name, best in found.items() if best is not None}
+    if len(measured) == len(records) and len({best[0] for best in measured.values()}) == 1:
+        order = sorted(measured, key=lambda name: measured[name][1], reverse=True)
+        first, second = (measured[name] for name in order[:2])
+        told = (
+            f"{order[0]} is ahead in {first[0]} top-1 with {first[1]:.1f} %, before {order[1]} with {second[1]:.1f} %"
+        )
+        overlap = first[2] and second[2] and first[2][0] <= second[2][1]
+        return f"{told}, which may be chance" if overlap else told
+    last = {record.name: _monitored(record) for record in records}
+    return "; ".join(f"{name}: {words}" for name, words in last.items())
+
+
+def headline(record: Record) -> tuple[str, float, tuple[float, float] | None, dict[str, float]] | None:
+    """What tells most of a run: a classifier, its top-1 with the interval, and those of the baselines."""
+    for name, report in record.reports.items():
+        for key, title in CLASSIFIERS:
+            top1 = _top1(report, name, key)
+            if top1 is not None:
+                baselines = {
+                    model: value
+                    for model, result in report.get("baselines", {}).items()
+                    if (value := _top1(result, name, key)) is not None
+                }
+                interval = _part(report, name, key).get("top1_interval")
+                return title, top1, tuple(interval) if interval else None, baselines
+    return None
+
+
+def _top1(result: Report, name: str, key: str) -> float | None:
+    """Top-1 of a classifier in the suite's report, or in its own."""
+    value = _part(result, name, key).get("top1")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _part(result: Report, name: str, key: str) -> Report:
+    """What a report says of a classifier; empty where it is about another."""
+    if name == "suite":
+        return result.get(key) or {}
+    return result if name.partition("-")[0] == key else {}
+
+
+def tiles(record: Record) -> list[Tile]:
+    """The figures of a run that are looked for first."""
+    series = {one.name: one for one in record.series}
+    found: list[Tile] = []
+    for name, report in record.reports.items():
+        for key, title in CLASSIFIERS:
+            top1 = _top1(report, name, key)
+            random = _top1(report.get("baselines", {}).get("random", {}), name, key)
+            if top1 is not None and not any(tile.title == f"{title} top-1" for tile in found):
+                found.append(Tile(f"{title} top-1", f"{top1:.1f} %", f"{random:.1f} % at random" if random else ""))
+    measured = {tile.title for tile in found}
+    for name in ("knn_top1", "classifier_top1", "rankme_percent", "loss"):
+        if name in series and not (name == "knn_top1" and "k-NN top-1" in measured):
+            found.append(_last(series[name]))
+    reached = [one.steps[-1] for one in record.series] + ([record.status.step] if record.status else [])
+    found.append(Tile("steps", f"{max(reached, default=0):,}", _epochs(record)))
+    if "images_per_second" in series:
+        speeds = sorted(series["images_per_second"].values)
+        found.append(Tile("images per second", f"{speeds[len(speeds) // 2]:,.0f}", "median"))
+    found.append(Tile("doctor", _count(len(record.findings), "remark") if record.findings else "healthy", ""))
+    return found
+
+
+def _last(one: Series) -> Tile:
+    unit = " %" if "%" in one.title else ""
+    first = f"{number(one.values[0])} {'at the start' if one.start is not None else 'at first'}"
+    return Tile(
+        one.title.replace(" (%)", "").replace(" (% of the largest possible)", ""), number(one.values[-1]) + unit, first
+    )
+
+
+def _epochs(record: Record) -> str:
+    epochs, method = record.setting("train", "epochs"), record.setting("method", "name")
+    of = f" of {epochs:g} epochs" if isinstance(epochs, int | float) else ""
+    return f"{method}{of}" if method else ""
+
+
+def findings_section(records: Sequence[Record]) -> Section:
+    """What the doctor says of each run."""
+    parts = []
+    for record in records:
+        of_run = f"{record.name}, step" if len(records) > 1 else "Step"
+        if record.status is not None and record.status.reason:
+            parts.append(
+                finding(f"{record.name} {record.status.state} at step {record.status.step:,}", record.status.reason, "")
+            )
+        parts += [
+            finding(
+                f"{of_run} {found.step:,}: {found.rule.replace('_', ' ')}",
+                f"{found.seen[:1].upper()}{found.seen[1:]} {found.helps}",
+                ", ".join(found.settings),
+            )
+            for found in record.findings
+        ]
+        if not record.findings and record.series:
+            words = "Nothing of what goes wrong often is seen in the logged metrics and the settings."
+            parts.append(finding(f"{record.name} is healthy", words, "", kind="well"))
+    words = "Rules over the logged metrics: what was seen, from which step on, what usually helps, the settings for it."
+    return section("Doctor", about(words), *parts)
+
+
+def _count(number_of: int, what: str) -> str:
+    return f"{number_of} {what}{'' if number_of == 1 else 's'}"

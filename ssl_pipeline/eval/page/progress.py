@@ -1,0 +1,68 @@
+"""How training went: a curve for each metric, all runs in it, and the figures of the monitors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssl_pipeline.eval.page.curves import curve, number
+from ssl_pipeline.eval.page.html import Section, about, curves, folded, legend, section, table_of
+from ssl_pipeline.eval.page.metrics import MONITORED, READING, Series, place_of
+from ssl_pipeline.eval.page.record import Record
+
+
+def curves_section(records: Sequence[Record]) -> list[Section]:
+    """A curve for each metric that one of the runs logged twice or more; none if none did."""
+    drawn, told = [], []
+    logged = {series.name for record in records for series in record.series if len(series.values) > 1}
+    for name in sorted(logged, key=place_of):
+        lines = _lines(records, name, planned=False)
+        drawn.append((lines[0][2].title, _last(lines), curve(lines)))
+        if name in READING:
+            told.append([lines[0][2].title, READING[name]])
+    planned = dict.fromkeys(series.name for record in records for series in record.planned)
+    for name in planned:
+        lines = _lines(records, name, planned=True)
+        drawn.append((f"{lines[0][2].title} (planned)", _last(lines), curve(lines)))
+    if not drawn:
+        return []
+    words = (
+        "Each curve over the optimizer steps, with its last figure; the dashed line is what was measured before the "
+        "first step. Curves that are planned follow from the settings."
+    )
+    names = [record.name for record in records]
+    parts = [about(words), legend(names) if len(names) > 1 else "", curves(drawn)]
+    if told:
+        parts.append(folded("How to read them", table_of(["", ""], told, kind="facts")))
+    return [section("Curves", *parts)]
+
+
+def _lines(records: Sequence[Record], name: str, *, planned: bool) -> list[tuple[int, str, Series]]:
+    return [
+        (place, record.name, series)
+        for place, record in enumerate(records)
+        for series in (record.planned if planned else record.series)
+        if series.name == name and (planned or len(series.values) > 1)
+    ]
+
+
+def _last(lines: Sequence[tuple[int, str, Series]]) -> str:
+    return ", ".join(number(series.values[-1]) for _, _, series in lines)
+
+
+def monitors_section(records: Sequence[Record]) -> list[Section]:
+    """Start, best and last figure of each monitor; none without monitors."""
+    rows = []
+    for record in records:
+        for one in record.series:
+            if one.name in MONITORED:
+                best = one.best()
+                rows.append(
+                    [
+                        f"{record.name}: {one.title}" if len(records) > 1 else one.title,
+                        "-" if one.start is None else number(one.start),
+                        "-" if best is None else f"{number(best[0])} (step {best[1]:,})",
+                        f"{number(one.values[-1])} (step {one.steps[-1]:,})",
+                    ]
+                )
+    words = "What was measured while it trained, on the backbone that the run exports. Choose nothing by test images."
+    return [section("Monitors", about(words), table_of(["", "at the start", "best", "last"], rows))] if rows else []

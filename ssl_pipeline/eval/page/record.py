@@ -1,0 +1,111 @@
+"""What a run has left in its directory, as far as its page tells of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_pipeline.config import ConfigError, Tree
+from ssl_pipeline.eval.page.metrics import Series, read_series
+from ssl_pipeline.run.directory import Status, read_status
+from ssl_pipeline.run.doctor import Finding, Row
+from ssl_pipeline.run.doctor.case import Case, schedule_of
+from ssl_pipeline.run.doctor.records import examine, read_rows, settings_of
+
+FIRST_REPORTS = ("suite", "knn", "linear")
+SCHEDULE_POINTS = 80
+
+Report = Mapping[str, Any]
+"""A report as it stands in its file."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run: where it is, what it logged, what evaluators found, how it was set, what the doctor sees.
+
+    planned: schedules of the settings that change during the run and are not logged, as series.
+    """
+
+    path: Path
+    name: str
+    series: list[Series]
+    planned: list[Series]
+    reports: dict[str, Report]
+    text: str
+    settings: Tree
+    findings: list[Finding]
+    status: Status | None
+
+    def setting(self, section: str, key: str) -> object:
+        found = self.settings.get(section)
+        return found.get(key) if isinstance(found, dict) else None
+
+
+def read_record(run: Path) -> Record:
+    """All of a run, which may still be training. Raises ConfigError for a directory in which nothing ran."""
+    if not run.is_dir():
+        raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+    series, reports = read_series(run), read_reports(run)
+    if not series and not reports:
+        raise ConfigError(f"run={run} has neither metrics.jsonl nor a report in eval/: nothing ran there.")
+    text = _config_text(run)
+    settings, rows = settings_of(text), read_rows(run)
+    return Record(
+        path=run,
+        name=run.resolve().name,
+        series=series,
+        planned=planned_series(rows, settings),
+        reports=reports,
+        text=text,
+        settings=settings,
+        findings=examine(run) if text and rows else [],
+        status=read_status(run),
+    )
+
+
+def read_reports(run: Path) -> dict[str, Report]:
+    """The reports in `DIR/eval` by name, those of the suite first; ConfigError for a file that is none."""
+    found: dict[str, Report] = {}
+    paths = {path.stem: path for path in sorted((run / "eval").glob("*.json"))}
+    for name in sorted(paths, key=lambda name: (_place(name), name)):
+        try:
+            report = json.loads(paths[name].read_text(encoding="utf-8"))
+            dict(report.get("baselines", {})), dict(report["protocol"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            command = f"eval.{name.partition('-')[0]}"
+            raise ConfigError(f"{paths[name]} is not a report of {command} ({error}). Run it again.") from None
+        found[name] = report
+    return found
+
+
+def _place(name: str) -> int:
+    return FIRST_REPORTS.index(name) if name in FIRST_REPORTS else len(FIRST_REPORTS)
+
+
+def _config_text(run: Path) -> str:
+    try:
+        return (run / "config.yaml").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def planned_series(rows: list[Row], settings: Tree) -> list[Series]:
+    """Momenta, temperatures and weights that change by a schedule, as far as the run has come."""
+    if not any(isinstance(row["step"], int) and row["step"] > 0 for row in rows):
+        return []
+    case, found = Case(rows, settings, None), []
+    progress = case.progress
+    steps = sorted({progress.step * point // SCHEDULE_POINTS for point in range(SCHEDULE_POINTS + 1)})
+    for section in ("optim", "method"):
+        tree = settings.get(section)
+        for key, value in tree.items() if isinstance(tree, dict) else ():
+            schedule = schedule_of(value) if isinstance(value, dict) and "value" in value else None
+            if schedule is None or (section, key) == ("optim", "lr"):
+                continue
+            values = [schedule(type(progress)(step, progress.total_steps, progress.steps_per_epoch)) for step in steps]
+            if max(values) > min(values):
+                found.append(Series(key, steps, values))
+    return found

@@ -1,0 +1,159 @@
+"""Reports of evaluators as rows of one table, and which of them may be compared.
+
+Every report has `evaluator`, `measures`, `baselines` with measures of their own, and `protocol`; `eval/results.csv` has
+a row for each measure of each model, from whatever has been run in that directory.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.eval.measures import measures_of
+from ssl_pipeline.files import JSON, locked, sha256_of_json, without_nan, write_text
+
+Report = Mapping[str, Any]
+"""A report as it stands in its file."""
+
+RESULTS = "results.csv"
+COLUMNS = (
+    "evaluator",
+    "model",
+    "label",
+    "measure",
+    "value",
+    "unit",
+    "low",
+    "high",
+    "spread",
+    "protocol",
+    "subject",
+    "run",
+    "step",
+    "train",
+    "test",
+    "size",
+)
+KEY = ("evaluator", "model", "subject", "measure", "protocol")  # of a row: one that has the same takes its place
+
+ABOUT_THE_MODEL = {"label", "subject", "mean", "std"}
+ABOUT_THE_PROGRAM = {"torch", "timm", "faiss", "scikit-learn", "search"}  # versions, and ways to the same figures
+PLACES = {"train", "test", "images"}  # of images, which their fingerprints tell better
+
+
+def comparable(protocol: Mapping[str, JSON]) -> dict[str, JSON]:
+    """What figures depend on beside the model: two may be compared if this is the same.
+
+    Images are told by their fingerprints, and by their place only where there is none.
+    """
+    dropped = ABOUT_THE_MODEL | ABOUT_THE_PROGRAM | {"warnings"}
+    dropped |= {place for place in PLACES if f"{place}_fingerprint" in protocol}
+    kept: dict[str, JSON] = {}
+    for name, value in protocol.items():
+        if name not in dropped:
+            kept[name] = comparable(value) if isinstance(value, Mapping) else value
+    return kept
+
+
+def protocol_hash(evaluator: str, protocol: Mapping[str, JSON]) -> str:
+    """16 hexadecimal digits that two results share if they may be compared."""
+    return sha256_of_json(without_nan([evaluator, comparable(protocol)]))[:16]
+
+
+def differing(protocols: Mapping[str, Mapping[str, JSON]]) -> list[str]:
+    """The settings in which protocols, by the name of what they measured, differ: `size: a 32, b 64`."""
+    shared = {name: _flat(comparable(protocol)) for name, protocol in protocols.items()}
+    keys = dict.fromkeys(key for settings in shared.values() for key in settings)
+    found = []
+    for key in keys:
+        values = {name: _shown(settings.get(key)) for name, settings in shared.items()}
+        if len(set(values.values())) > 1:
+            found.append(f"{key}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    return found
+
+
+def read_reports(directory: Path) -> dict[str, Report]:
+    """The reports in `DIR/eval` by the name of their evaluator, each file read once.
+
+    Those of a step or a network that somebody picked have other names, and stay out. Raises ConfigError for a file
+    that is none.
+    """
+    found: dict[str, Report] = {}
+    for path in sorted((directory / "eval").glob("*.json")):
+        if "-" in path.stem:
+            continue
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            dict(report["baselines"]), dict(report.get("protocol", {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            name = path.stem
+            raise ConfigError(
+                f"{path} is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
+            ) from None
+        found[path.stem] = report
+    return found
+
+
+def rows_of(report: Report) -> list[dict[str, str]]:
+    """A row of results.csv for each measure of the model and of its baselines."""
+    evaluator, protocol = report["evaluator"], report["protocol"]
+    shared = {
+        "evaluator": evaluator,
+        "protocol": protocol_hash(evaluator, protocol),
+        "train": protocol.get("train", protocol.get("images")),
+        "test": protocol.get("test"),
+        "size": protocol.get("size"),
+    }
+    models = [("pretrained", protocol.get("label", ""), protocol.get("subject", {}), report)]
+    models += [(name, name, of.get("about", {}), of) for name, of in report["baselines"].items()]
+    rows = []
+    for model, label, about, result in models:
+        told = {name: value for name, value in about.items() if name != "run"}
+        own = {"model": model, "label": label, "subject": sha256_of_json(without_nan(told))[:16]}
+        own |= {"run": str(about.get("run") or ""), "step": str(about.get("step") or "")}
+        for measure in measures_of(result):
+            low, high = measure["interval"] or (None, None)
+            figures = {"measure": measure["name"], "value": measure["value"], "unit": measure["unit"]}
+            figures |= {"low": low, "high": high, "spread": measure["spread"]}
+            row = {**shared, **own, **figures}
+            rows.append({name: "" if row[name] is None else str(row[name]) for name in COLUMNS})
+    return rows
+
+
+def add_results(directory: Path, report: Report) -> None:
+    """Write the rows of a report into `directory/results.csv`; rows of the same results are replaced, others stay."""
+    path = directory / RESULTS
+    with locked(directory):
+        new = rows_of(report)
+        replaced = {tuple(row[name] for name in KEY) for row in new}
+        old = [row for row in read_results(path) if tuple(row[name] for name in KEY) not in replaced]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *new])
+        write_text(path, text.getvalue())
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """The rows of a results.csv, with the columns that there are now; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(file)]
+
+
+def _flat(settings: Mapping[str, JSON], before: str = "") -> dict[str, JSON]:
+    found: dict[str, JSON] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return found
+
+
+def _shown(value: JSON) -> str:
+    text = json.dumps(without_nan(value))
+    return text if len(text) <= 40 else f"{text[:12]}..." if text.startswith('"') else text

@@ -1,0 +1,39 @@
+"""`recipes` lists what is shipped, with cost and figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from ssl_pipeline.commands.recipes import as_markdown, as_text, recipe_headers
+from ssl_pipeline.config import RECIPES, ConfigError, recipe_files
+
+
+def test_all_are_listed_by_folder_and_name():
+    headers = recipe_headers()
+    assert {head.name for head in headers} == recipe_files(RECIPES).keys()
+    assert [head.folder for head in headers] == sorted(head.folder for head in headers)
+
+
+def test_a_folder_or_a_part_of_a_name_chooses_some():
+    assert {head.folder for head in recipe_headers("photos")} == {"photos"}
+    assert all("dino" in head.name for head in recipe_headers("dino"))
+    with pytest.raises(ConfigError, match="Did you mean 'dino_vits16'"):
+        recipe_headers("dino_vits61")
+
+
+def test_text_has_cost_and_figures_below_what_it_trains():
+    assert as_text(recipe_headers("dino_vits16")).splitlines() == [
+        "imagenet:",
+        "  dino_vits16  DINO ViT-S/16, ImageNet-1k, 100 epochs",
+        "                 cost: 8 GPUs, 1.75 days; theirs: k-NN 69.3 %, linear 74.0 %",
+    ]
+
+
+def test_markdown_is_a_table():
+    head, line, row = as_markdown(recipe_headers("dino_vits16")).splitlines()
+    assert head == "| recipe | what it trains | cost | theirs | ours |"
+    assert line == "| --- | --- | --- | --- | --- |"
+    assert row == (
+        "| `dino_vits16` | DINO ViT-S/16, ImageNet-1k, 100 epochs | 8 GPUs, 1.75 days "
+        "| k-NN 69.3 %, linear 74.0 % | - |"
+    )

@@ -1,0 +1,102 @@
+"""Runs that are killed and stopped at any moment, and started again: they end as a run left alone does, to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+from tests.ranks import TIMEOUT, Child, start, start_ranks
+from tests.runs import command, equal, final_state, losses, rows, status, write_recipe
+from tests.tiny import write_shards
+from tests.torture.outcome import Outcome
+
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the hardest most often
+MOST_STARTS = 60
+STEPS = 24
+PROMISE = "ends bit for bit as a run that nobody disturbed"
+
+
+def torture_kills(folder: Path, *, kills: int, seed: int, method: str = "dino", world_size: int = 1) -> Outcome:
+    """Kill runs `kills` times in all; a run that has reached its end is compared, and another one begins."""
+    draws = random.Random(f"{seed} {method} {world_size}")
+    recipe = _recipe(folder, method, world_size)
+    expected = folder / "expected"
+    began = time.monotonic()
+    assert _codes(_start(recipe, expected, world_size)) == {0}
+    seconds = time.monotonic() - began
+    processes = f", {world_size} processes" if world_size > 1 else ""
+    outcome = Outcome(f"kills of {method}{processes}", PROMISE)
+    number = 0
+    while outcome.tried < kills:
+        output = folder / f"run-{number}"
+        killed = _killed_until_done(recipe, output, world_size, draws, seconds, most=kills - outcome.tried)
+        failure = killed if isinstance(killed, str) else _difference(output, expected)
+        for _ in range((killed if isinstance(killed, int) else 1) - 1):
+            outcome.count(None)
+        outcome.count(None if failure is None else f"run {number} of seed {seed}: {failure}")
+        number += 1
+    return outcome
+
+
+def _recipe(folder: Path, method: str, world_size: int) -> str:
+    shards = write_shards(folder / "shards")
+    train = {"steps": STEPS, "save_every": 3, "log_every": 1, "hang_timeout": 0, "check_ranks": 1}
+    path = write_recipe(folder / "recipe.yaml", method, shards, train=train)
+    text = path.read_text().replace("batch_size: 8", f"batch_size: {8 // world_size}")
+    path.write_text(text)
+    return f"recipe={path}"
+
+
+def _start(recipe: str, output: Path, world_size: int) -> list[Child]:
+    argv = [recipe, f"output={output}"]
+    return [start(command, argv)] if world_size == 1 else start_ranks(command, argv, world_size=world_size)
+
+
+def _killed_until_done(
+    recipe: str, output: Path, world_size: int, draws: random.Random, seconds: float, *, most: int
+) -> int | str:
+    """How many kills a run took until its end, at most `most`; or what went wrong."""
+    killed = 0
+    for _ in range(MOST_STARTS):
+        children = _start(recipe, output, world_size)
+        if killed >= most:
+            codes = _codes(children)
+            return killed if codes == {0} else f"the last start ended with {codes}: {children[0].printed()[-300:]}"
+        time.sleep(draws.uniform(0.0, 1.2 * seconds))
+        victim, number = draws.choice(children), draws.choice(SIGNALS)
+        if victim.process.exitcode is None:
+            os.kill(victim.pid, number)
+            killed += 1
+        for child in children if number == signal.SIGKILL and world_size > 1 else []:
+            if child is not victim and child.process.exitcode is None:
+                os.kill(child.pid, signal.SIGKILL)  # as a launcher does with the others
+        codes = _codes(children)
+        traces = [child.printed() for child in children if "Traceback" in child.printed()]
+        if traces:
+            return f"a traceback after {number!r}: {traces[0][-300:]}"
+        if codes == {0}:
+            return max(killed, 1)
+    return f"no end after {MOST_STARTS} starts"
+
+
+def _codes(children: list[Child]) -> set[int]:
+    return {child.wait(4 * TIMEOUT) for child in children}
+
+
+def _difference(output: Path, expected: Path) -> str | None:
+    """What of a finished run is not as in the other one."""
+    if status(output)["state"] != "done":
+        return f"its status is {status(output)}"
+    if not equal(final_state(output), final_state(expected)):
+        return "the tensors of its last checkpoint are others"
+    if losses(output) != losses(expected):
+        return "metrics.jsonl has other losses"
+    if [row["step"] for row in rows(output)] != list(range(1, STEPS + 1)):
+        return "metrics.jsonl does not have each step once"
+    if (output / "backbone.safetensors").read_bytes() != (expected / "backbone.safetensors").read_bytes():
+        return "the exported backbone is another one"
+    leftover = [path.name for path in (output / "checkpoints").iterdir() if path.name.startswith(".tmp")]
+    return f"left over: {leftover}" if leftover else None

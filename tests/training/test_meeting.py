@@ -1,0 +1,101 @@
+"""Processes that do not find each other, or are not of one kind, are told in a sentence."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+import torch
+
+from ssl_pipeline import distributed
+from ssl_pipeline.config import ConfigError
+from ssl_pipeline.training import meeting
+from ssl_pipeline.training.meeting import require_one_version, version, wait_for_the_first
+from tests.ranks import run_on_ranks
+
+
+def of_rank(rank: int, port: int, host: str = "127.0.0.1") -> dict[str, str]:
+    return {"RANK": str(rank), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_first_process_that_does_not_answer_is_named(free_port, monkeypatch):
+    monkeypatch.setattr(meeting, "SECONDS_BETWEEN_TRIES", 0.05)
+    with pytest.raises(
+        ConfigError, match=f"does not answer at 127.0.0.1:{free_port} for 0.2 s .*refused.*Is it running"
+    ):
+        wait_for_the_first(of_rank(1, free_port), seconds=0.2)
+
+
+def test_an_unknown_host_is_named_at_once(monkeypatch):
+    def no_such_name(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", no_such_name)
+    with pytest.raises(ConfigError, match="MASTER_ADDR=node17 is the name of no host that this node knows"):
+        wait_for_the_first(of_rank(3, 29500, "node17"))
+
+
+def test_the_others_wait_for_a_first_process_that_is_late(free_port, monkeypatch):
+    monkeypatch.setattr(meeting, "SECONDS_BETWEEN_TRIES", 0.02)
+    server = socket.socket()
+
+    def answer() -> None:
+        time.sleep(0.2)
+        server.bind(("127.0.0.1", free_port))
+        server.listen()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    wait_for_the_first(of_rank(1, free_port), seconds=20)
+    thread.join()
+    server.close()
+
+
+def test_the_first_process_waits_for_nobody():
+    wait_for_the_first({"RANK": "0"})
+
+
+def told() -> str:
+    if distributed.rank() == 1:
+        meeting.version = lambda: "ssl-pipeline 0.1 (12345678), torch 2.6"
+    try:
+        require_one_version(torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_node_with_another_version_is_named_on_all_ranks():
+    sentences = run_on_ranks(told)
+    assert sentences == 2 * [
+        "All processes must run the same code. Rank 1 has ssl-pipeline 0.1 (12345678), torch 2.6, rank 0 has "
+        f"{version()} (1 of 2 processes differ). Install the same version on all nodes."
+    ]
+
+
+def same() -> str:
+    require_one_version(torch.device("cpu"))
+    return version()
+
+
+def test_processes_of_one_version_go_on():
+    first, second = run_on_ranks(same)
+    assert first == second
+    assert len(first) <= meeting.LONGEST_VERSION
+
+
+def test_another_file_is_another_version(tmp_path):
+    (tmp_path / "a.py").write_text("one = 1\n")
+    before = meeting._digest_of(tmp_path)
+    meeting._digest_of.cache_clear()
+    (tmp_path / "a.py").write_text("one = 2\n")
+    assert meeting._digest_of(tmp_path) != before
