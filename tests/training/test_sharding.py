@@ -239,6 +239,17 @@ def test_a_sharded_run_measures_and_exports_the_whole_backbone(tmp_path, shards)
     assert equal(dict(load_backbone(output)[0].state_dict()), dict(exported.state_dict()))
 
 
+def test_micro_batches_and_norms_of_layers_are_those_of_one_process(tmp_path, shards):
+    recipe = tiny_recipe(tmp_path, shards, accumulate=2, gradient_norms=True)
+    run(recipe, tmp_path / "one", "one")
+    run(recipe, tmp_path / "fsdp", "fsdp")
+    assert largest_gap(final_state(tmp_path / "fsdp"), final_state(tmp_path / "one")) < 1e-9
+    for expected, found in zip(rows(tmp_path / "one"), rows(tmp_path / "fsdp"), strict=True):
+        of_layers = [name for name in expected if "layer" in name]
+        assert len(of_layers) >= 2
+        assert [found[name] for name in of_layers] == pytest.approx([expected[name] for name in of_layers], rel=1e-5)
+
+
 def test_blocks_in_bf16_stay_near_a_run_that_is_not_sharded(tmp_path, shards):
     recipe = tiny_recipe(tmp_path, shards, precision="bf16", steps=6)
     for layout in ("ddp", "fsdp"):
