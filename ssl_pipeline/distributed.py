@@ -102,6 +102,20 @@ def max_over_ranks(local: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def logsumexp_over_ranks(local: Tensor) -> Tensor:
+    """The element-wise log of the sum of exp over the tensors of all ranks, the same on each.
+
+    Two sums of the tensor's size are sent, whatever the number of ranks; a gather would send one for each of them.
+    """
+    if world_size() == 1:
+        return local.detach()
+    largest = max_over_ranks(local).clamp_(min=torch.finfo(local.dtype).min)  # of ranks without rows it is -inf
+    total = (local - largest).exp_()
+    dist.all_reduce(total)
+    return total.log_().add_(largest)
+
+
+@torch.no_grad()
 def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
     """Overwrite each tensor, in place, by that of rank 0."""
     if world_size() > 1:

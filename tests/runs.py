@@ -209,7 +209,7 @@ def happens(happening: Happening) -> Iterator[None]:
             _happen(happening.what, next(iter(shown.values())))
         return batch
 
-    def write_manifest(directory: Path, state: object) -> None:
+    def write_manifest(directory: Path, state: object, files: object) -> None:
         assert happening.slow_save is not None
         happening.slow_save.touch()
         time.sleep(60)

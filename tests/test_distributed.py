@@ -15,6 +15,7 @@ from ssl_pipeline.backbones import BackboneConfig
 from ssl_pipeline.distributed import (
     gather,
     gather_with_grad,
+    logsumexp_over_ranks,
     max_over_ranks,
     mean_over_ranks,
     peer_failure,
@@ -58,6 +59,7 @@ def collectives() -> dict[str, Tensor]:
         "integers": gather(torch.tensor([rank(), 7])),
         "mean": mean_over_ranks(mine.T),
         "max": max_over_ranks(torch.tensor([rank(), -rank()]).float()),
+        "logsumexp": logsumexp_over_ranks(torch.tensor([3.0, -rank(), -torch.inf if rank() else 500.0])),
         "mine": mine,
     }
 
@@ -67,6 +69,8 @@ def test_collectives_put_the_ranks_together_in_their_order():
     for name in first:
         if name != "mine":
             assert torch.equal(first[name], second[name]), name
+    expected = torch.tensor([[3.0, 0.0, 500.0], [3.0, -1.0, -torch.inf]]).logsumexp(dim=0)
+    torch.testing.assert_close(first["logsumexp"], expected)
     both = torch.cat([first["mine"], second["mine"]])
     assert torch.equal(first["gathered"], both)
     assert torch.equal(first["gathered with gradient"], both)
@@ -80,7 +84,7 @@ def test_without_a_process_group_collectives_are_the_identity():
     value = torch.randn(3, 2, requires_grad=True)
     assert (rank(), world_size()) == (0, 1)
     assert gather_with_grad(value) is value
-    for collective in (gather, mean_over_ranks, max_over_ranks):
+    for collective in (gather, mean_over_ranks, max_over_ranks, logsumexp_over_ranks):
         assert torch.equal(collective(value.detach()), value)
     assert not gather(value).requires_grad
     assert not mean_over_ranks(value).requires_grad
@@ -184,8 +188,8 @@ def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[st
         if isinstance(queue, FeatureQueue):
             queue.enqueue(nn.functional.normalize(random(*queue.features.shape, seed=5), dim=1))
     batch = share_of(make_batch(name, num_images=NUM_IMAGES, dtype=torch.float64), rank(), world_size())
-    gather_codes = gather if wrong != "own codes" else lambda rows: rows
-    assignment = mock.patch("ssl_pipeline.losses.assignment.gather", gather_codes)
+    sum_codes = logsumexp_over_ranks if wrong != "own codes" else lambda sums: sums
+    assignment = mock.patch("ssl_pipeline.losses.assignment.logsumexp_over_ranks", sum_codes)
     if wrong == "own draws":
         torch.manual_seed(rank())
     shared = "ssl_pipeline.modules.batch_mixing.copy_from_first_rank"

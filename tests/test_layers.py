@@ -29,7 +29,7 @@ WITHOUT_FRONT = {"ssl_pipeline.commands.recipes", "ssl_pipeline.commands.check_i
 # lowest row first; a module may import its own row and those below
 ROWS = [
     "config files randomness batch",
-    "schedule distributed mixing augment backbones run",
+    "schedule distributed sharded mixing augment backbones run",
     "machine modules losses optim",
     "data methods",
     "training eval",
@@ -37,7 +37,7 @@ ROWS = [
     "commands",
     "__main__",
 ]
-LOOSE_FILES = {"__main__", "batch", "schedule", "distributed", "mixing", "files", "randomness", "machine"}
+LOOSE_FILES = {"__main__", "batch", "schedule", "distributed", "sharded", "mixing", "files", "randomness", "machine"}
 STRANGERS = [  # rooms of one row, or of a row below, that do not know each other
     ("data", "methods"),
     ("methods", "data"),

@@ -14,13 +14,13 @@ from statistics import median
 import torch
 
 from benchmarks.gpu_check.settings import StepFigures
+from benchmarks.recipes import settings_of
 from benchmarks.rounds import count_flops
 from benchmarks.settings import BenchmarkConfig
 from benchmarks.step import SETTINGS, Steps, StepSetting, make_batch
 from benchmarks.training_steps import our_step
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.backbones.attention import choose_attention
-from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, read_recipe, validate
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.optim.optimizer import OptimConfig
@@ -35,7 +35,7 @@ def setting_of(recipe: str, *, batch: int | None, tiny: bool) -> tuple[StepSetti
         steps = validate(Steps, read_recipe(str(SETTINGS), RECIPES))
         name = TINY[recipe]
         return next(one for one in steps.sizes["tiny"] if one.method.name == name), steps.optim[name]
-    whole = validate(PretrainConfig, read_recipe(recipe, RECIPES))
+    whole = settings_of(recipe)
     setting = StepSetting(
         method=whole.method,
         backbone=whole.backbone,

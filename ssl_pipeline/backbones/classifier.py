@@ -68,7 +68,9 @@ def load_classifier(directory: Path) -> tuple[nn.Linear, tuple[str, ...] | None]
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             names = json.loads((file.metadata() or {}).get("class_names", "null"))
-        classifier = plain_linear(state)
+        num_classes, dim = state["weight"].shape
+        classifier = nn.Linear(dim, num_classes, bias="bias" in state)
+        classifier.load_state_dict(state)
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no {FILE_NAME}: the run's method learnt no classifier.") from None
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -32,7 +32,8 @@ SIZES = {"depth", "depths", "dims", "embed_dim", "img_size", "layers", "num_head
 """Arguments that count something there must be some of."""
 Argument = bool | int | float | str | list[bool | int | float | str]
 """What a timm model may be told: a value, or a list of them (the depths of a Swin's stages)."""
-ARCHITECTURE = ("name", "arguments", "small_images")  # what shapes the tensors; the rest is how they begin and train
+ARCHITECTURE = ("name", "arguments", "small_images", "reversible")
+"""What shapes the tensors, and what is computed with them; the rest is how they begin and train."""
 
 
 class BackboneConfig(Config):
@@ -61,6 +62,10 @@ class BackboneConfig(Config):
     frozen_batch_norm: bool = False
     """Whether batch norm keeps the statistics of the weights. Those of some hundred augmented images, which it would
     take on in training, cost a good network more than training on few images wins."""
+    reversible: bool = False
+    """ViTs of timm's VisionTransformer only: two streams of tokens, so that the backward pass computes activations from
+    outputs (Mangalam et al., 2022), in memory that does not grow with depth. Another function of the same parameters:
+    released weights do not fit it."""
     checkpoint_activations: MayChange[bool] = False
     """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
@@ -105,13 +110,22 @@ class BackboneConfig(Config):
             raise ValueError(
                 "backbone.weights and initial_weights both say how the weights begin. Leave one of them out."
             )
+        if self.reversible and self.checkpoint_activations:
+            raise ValueError(
+                "backbone.reversible and checkpoint_activations both save the memory of activations. Leave one out."
+            )
         if self.frozen_batch_norm and not self.weights:
             raise ValueError("backbone.frozen_batch_norm keeps the statistics of weights. Set backbone.weights too.")
         return self
 
 
-def without_tag(architecture: dict[str, Any]) -> dict[str, Any]:
-    """The description of an architecture, as runs of 0.2.0 and before may have it with a tag that changed nothing."""
+def architecture_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a backbone's description in a file is ARCHITECTURE; KeyError for an entry that is missing.
+
+    Runs before 0.4.0 do not say whether it is reversible; those of 0.2.0 and before may have it with a tag that changed
+    nothing.
+    """
+    architecture = {key: description[key] for key in ARCHITECTURE if key != "reversible" or key in description}
     return architecture | {"name": str(architecture["name"]).partition(".")[0]}
 
 

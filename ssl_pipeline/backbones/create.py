@@ -14,6 +14,7 @@ from ssl_pipeline.backbones.config import BackboneConfig
 from ssl_pipeline.backbones.initialisation import fix_positions, initialise
 from ssl_pipeline.backbones.memory_format import choose_memory_format
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
+from ssl_pipeline.backbones.reversible import mark_reversible
 from ssl_pipeline.backbones.small_stem import shrink_stem, takes_small_stem
 from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source
@@ -30,6 +31,11 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     tag = config.weights if config.weights is not None and is_tag(config.weights) else None
     if tag is not None:
         _check_tag(config.name, tag)
+        if config.reversible:
+            raise ConfigError(
+                f"backbone.weights={tag} are weights of a ViT with one stream of tokens; a reversible one is another "
+                "function. Leave backbone.weights out, or set backbone.reversible=false."
+            )
     if config.small_images and tag is not None:
         raise ConfigError(
             "backbone.small_images replaces the stem that pretrained weights need. Leave backbone.weights out, or set "
@@ -48,6 +54,8 @@ def create_backbone(config: BackboneConfig) -> Backbone:
                 "resnet18, or backbone.small_images=false over a recipe that has it."
             )
         shrink_stem(model)
+    if config.reversible:
+        mark_reversible(model, config.name)
     if has_tokens(model):
         backbone: Backbone = TokenBackbone(model)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, without_tag
+from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, architecture_of
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.preprocessing import Preprocessing
@@ -19,6 +19,7 @@ def save_backbone(
 ) -> None:
     """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments).
 
+    A reversible ViT is none of timm's, which refuses its tensors; `load_backbone` makes it again.
     `step` is the number of optimizer steps that made it (`exported_step`). Nothing describes tensors of another step:
     the description of those before goes first.
     """
@@ -41,7 +42,7 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
     path = directory / "backbone.json"
     try:
         description = json.loads(path.read_bytes())
-        config = validate(BackboneConfig, without_tag({key: description[key] for key in ARCHITECTURE}))
+        config = validate(BackboneConfig, architecture_of(description))
         preprocessing = Preprocessing(description["size"], tuple(description["mean"]), tuple(description["std"]))
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from timm.layers import DropPath
@@ -33,8 +33,6 @@ class Backbone(nn.Module):
     """Where its weights come from."""
     preprocessing: Preprocessing | None = None
     """What it expects of images, if it comes from a run."""
-    forward_methods: ClassVar[tuple[str, ...]] = ("features_and_map",)
-    """What is called besides `forward`; for those who must know when its weights are needed (FSDP2)."""
 
     def __init__(self, model: nn.Module, *, memory_format: torch.memory_format = torch.channels_last) -> None:
         super().__init__()
@@ -110,7 +108,6 @@ class TokenBackbone(Backbone):
     """
 
     model: TimmModel
-    forward_methods = ("features_and_map", "tokens", "pool", "embed", "embed_patches", "encode")
 
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_pipeline.backbones.config import ARCHITECTURE, BackboneConfig, without_tag
+from ssl_pipeline.backbones.config import BackboneConfig, architecture_of
 from ssl_pipeline.backbones.create import create_backbone
 from ssl_pipeline.backbones.exported import exported_step, takes_export
 from ssl_pipeline.backbones.files import load_backbone
@@ -74,9 +74,7 @@ def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | Non
 
 def _build(checkpoint: Checkpoint, saved: SavedBackbone) -> Backbone:
     """The network that its config describes, with the tensors of the checkpoint in place of those it began with."""
-    backbone = create_backbone(
-        validate(BackboneConfig, without_tag({name: saved.config[name] for name in ARCHITECTURE}))
-    )
+    backbone = create_backbone(validate(BackboneConfig, architecture_of(saved.config)))
     try:
         backbone.load_state_dict(tensors_of(checkpoint, saved.prefix))
     except RuntimeError as error:

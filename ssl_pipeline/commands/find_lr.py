@@ -32,6 +32,7 @@ def report(found: RangeTest, run: Run, own: float) -> dict[str, JSON]:
         "suggested_optim_lr": found.suggestion,
         "present_optim_lr": run.optim.lr.value,
         "present_effective_lr": own,
+        "effective_lr_of_fastest_fall": found.rates[found.steepest] if found.steepest is not None else None,
         "effective_lr_of_lowest_loss": lowest,
         "effective_lr_per_optim_lr": found.per_setting,
         "global_batch": run.clock.global_batch,
@@ -58,8 +59,8 @@ def conclusion(found: RangeTest, own: float) -> str:
             f"{ended} The loss never fell, so nothing is suggested; optim.lr={own:g} stays. Look at the plot, and "
             "whether the loss falls in a short run."
         )
-    lowest = found.rates[found.lowest]
+    fastest = found.rates[found.steepest] if found.steepest is not None else own
     return (
-        f"{ended} The loss was lowest at an effective rate of {lowest:.2g}; suggested is a tenth: "
-        f"optim.lr={found.suggestion:.2g} (now {own:g})."
+        f"{ended} The loss fell fastest at an effective rate of {fastest:.2g} and was lowest at "
+        f"{found.rates[found.lowest]:.2g}; suggested: optim.lr={found.suggestion:.2g} (now {own:g})."
     )

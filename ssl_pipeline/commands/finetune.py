@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ssl_pipeline.commands.start import start
 
+OWN_KEYS = ("weights", "train", "test")
 BEGIN = """usage: {call} weights=RUN|FILE|TAG train=SHARDS [test=SHARDS] [recipe=NAME] [key=value ...] [--help]
 
 A run's backbone, or weights of timm or from a file, on labelled images (shards, or a folder with class folders):
@@ -20,7 +21,7 @@ during training and at the end, into OUTPUT/eval/classifier.json."""
 
 def command(name: str = "finetune.py") -> int:
     """The command line, called `name`; returns the exit code."""
-    return start(name, how_to_begin, "ssl_pipeline.commands.finetuning")
+    return start(name, how_to_begin, "ssl_pipeline.commands.finetuning", own=OWN_KEYS)
 
 
 def how_to_begin(name: str) -> str:

@@ -7,7 +7,6 @@ weights are of (network, size, colours) is read from where they come from. At th
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from ssl_pipeline.backbones import ARCHITECTURE, Backbone, BackboneConfig, Token
 from ssl_pipeline.backbones.exported import takes_export
 from ssl_pipeline.backbones.networks import batch_norms
 from ssl_pipeline.backbones.weights import find_in_run, is_tag
+from ssl_pipeline.commands.finetune import OWN_KEYS
 from ssl_pipeline.commands.images import shards_of
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import (
     RECIPES,
     ConfigError,
     Tree,
+    launched_rank,
     printable,
     read_recipe,
     refuse,
@@ -37,7 +38,7 @@ from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.classifier import main as measure
 
-OWN = ("weights", "train", "test", "recipe", "output")
+OWN = (*OWN_KEYS, "recipe", "output")
 STANDS_FOR = {"weights": "backbone.weights", "train": "data.shards", "test": "classifier.val"}
 RECIPE_OF = {"vit": "finetune_vit_small", "cnn": "finetune_cnn_small"}
 MEASURED_EVERY = "10%"
@@ -183,7 +184,7 @@ def finetune(config: FinetuneConfig) -> int:
         )
     code = pretrain(config)
     shown = None if config.find_lr else config.classifier
-    if code == 0 and shown is not None and os.environ.get("RANK", "0") == "0":
+    if code == 0 and shown is not None and launched_rank() == "0":
         measure(
             ClassifierConfig(
                 run=config.run_directory,
@@ -207,6 +208,6 @@ def main(name: str) -> int:
             if "--debug" in flags:
                 raise
             return refuse(error, running=False)
-        if os.environ.get("RANK", "0") == "0" and "--print" not in flags:
+        if launched_rank() == "0" and "--print" not in flags:
             print(printable(f"as: pretrain.py {' '.join(arguments)}"), flush=True)
     return run_command(FinetuneConfig, finetune, command=name, argv=arguments, recipes=RECIPES)

@@ -8,7 +8,7 @@ else (types, ranges, what a section that is put together at import holds) the sc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ssl_pipeline.config.sentences import UNKNOWN_KEY
 
 CLASS = re.compile(r"^class (\w+)\(([\w, ]*)\):\n((?:[ ]{4}.*\n|[ ]*\n)*)", re.MULTILINE)
 FIELD = re.compile(r"^    ([a-z]\w*): ((?!ClassVar).*)$", re.MULTILINE)
+DOCSTRING = re.compile(r'""".*?"""', re.DOTALL)
 PRETRAIN, BASE, METHOD = "PretrainConfig", "Config", "MethodConfig"
 
 
@@ -34,24 +35,31 @@ def sections_in_sources(package: Path = PACKAGE) -> dict[str, Section]:
     found = {}
     for path in sorted(package.rglob("*.py")):
         for name, bases, body in CLASS.findall(path.read_text(encoding="utf-8")):
-            found[name] = Section(tuple(filter(None, bases.split(", "))), dict(FIELD.findall(body)))
+            found[name] = Section(tuple(filter(None, bases.split(", "))), dict(FIELD.findall(DOCSTRING.sub("", body))))
     return found
 
 
-def unknown_keys(keys: Iterable[str], recipe: Tree, sections: Mapping[str, Section]) -> list[str]:
-    """A sentence for each key of `pretrain.py` that no section can have; recipe: it says which method's keys count."""
+def unknown_keys(
+    keys: Iterable[str], recipe: Tree, sections: Mapping[str, Section], *, own: Sequence[str] = ()
+) -> list[str]:
+    """A sentence for each key of `pretrain.py` that no section can have.
+
+    recipe: it says which method's keys count. own: keys that a command over it has beside them (`finetune.py`).
+    """
     method = recipe.get("method")
     name = method.get("name") if isinstance(method, dict) else None
-    return [told for key in keys if (told := _unknown(key.split("."), name, sections))]
+    others = [key for key in keys if key not in own]
+    return [told for key in others if (told := _unknown(key.split("."), name, sections, own))]
 
 
-def _unknown(parts: list[str], method: object, sections: Mapping[str, Section]) -> str | None:
+def _unknown(parts: list[str], method: object, sections: Mapping[str, Section], own: Sequence[str]) -> str | None:
     section = PRETRAIN
     for depth, part in enumerate(parts):
         known = _keys_of(section, sections)
         if known is None:
             return None
         if part not in known:
+            known = dict.fromkeys(own, "") | known if depth == 0 else known
             return _sentence(parts[: depth + 1], known, method, sections)
         kind = known[part]
         inside = _section_of(kind, method, sections)

@@ -55,13 +55,13 @@ class PagesOnTheWay:
             writer.wait()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", WRITER, f"run={self._run}", f"images={IMAGES}", "device=cpu"]
+        settings = [f"run={self._run}", f"images={IMAGES}", "device=cpu", "tensorboard=true"]
         environment = {key: value for key, value in os.environ.items() if key not in OF_RANKS}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._told = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the writer writes
         try:
             self._writer = subprocess.Popen(
-                command,
+                [sys.executable, "-m", WRITER, *settings],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

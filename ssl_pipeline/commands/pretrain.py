@@ -72,6 +72,7 @@ from ssl_pipeline.training.preflight import (
 from ssl_pipeline.training.remarks import about_accumulation, remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
+from ssl_pipeline.training.sharding import check_sharding
 
 NAMED_CLASSES = 5  # that a warning lists
 
@@ -185,6 +186,13 @@ def _pretrain(config: PretrainConfig) -> int:
         backbone = create_backbone(config.backbone)
         method = build_method(config.method, backbone)
         check_recipe(method, backbone, config.augment, config.data)
+        if config.train.parallel == "fsdp":
+            check_sharding(
+                method,
+                precision=config.train.precision,
+                measures_classifier=config.classifier is not None,
+                find_lr=config.find_lr,
+            )
         check_precision(method, backbone, config.augment, config.train, accelerator.device)
         if accelerator.is_main_process and not config.find_lr:
             directory = stack.enter_context(RunDirectory(output))

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ssl_pipeline.commands.pictures_of_method import method_sections
 from ssl_pipeline.config import Tree, printable, run_command, validate
+from ssl_pipeline.eval.page.sheets import sheets
 from ssl_pipeline.eval.report import ReportConfig, report_page
 from ssl_pipeline.eval.suite import evaluate_suite
 from ssl_pipeline.eval.suite_measures import SuiteConfig
 from ssl_pipeline.files import write_text
+from ssl_pipeline.run.directory import read_status
 
 
 def report(config: ReportConfig) -> Path:
@@ -25,7 +27,19 @@ def report(config: ReportConfig) -> Path:
     html = report_page(config, method_sections)
     config.place.parent.mkdir(parents=True, exist_ok=True)
     write_text(config.place, html)
+    if config.tensorboard:
+        to_tensorboard(config, html)
     return config.place
+
+
+def to_tensorboard(config: ReportConfig, html: str) -> None:
+    """The page's pictures at the step that the run has come to."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    status = read_status(config.run[0])
+    with SummaryWriter(str(config.place.parent)) as writer:
+        for name, sheet_HWC in sheets(html).items():
+            writer.add_image(name, sheet_HWC, status.step if status is not None else 0, dataformats="HWC")
 
 
 def main(config: ReportConfig) -> None:

@@ -7,7 +7,7 @@ of the keys. What the values of a section may be stands beside the class that re
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
@@ -38,10 +38,11 @@ def command(name: str = "pretrain.py") -> int:
     return start(name, how_to_begin, "ssl_pipeline.commands.pretrain")
 
 
-def start(name: str, usage: Callable[[str], str], module: str) -> int:
+def start(name: str, usage: Callable[[str], str], module: str, *, own: Sequence[str] = ()) -> int:
     """Read what needs no torch, then call `main(name)` of `module`; returns the exit code.
 
-    usage: what a call without arguments shows, for the name that the command is called by.
+    usage: what a call without arguments shows, for the name that the command is called by. own: keys that the command
+    has beside those of a run.
     """
     launcher, first = watch_launcher(), launched_rank() == "0"
     arguments = sys.argv[1:]
@@ -51,10 +52,10 @@ def start(name: str, usage: Callable[[str], str], module: str) -> int:
     try:
         given, _ = without_flags(arguments)
         pairs, recipe = pairs_and_recipe([argument for argument in given if argument != "recipe=auto"], RECIPES)
-        names = dict(pairs)
+        names = {key: text for key, text in pairs if key not in own}
         if "method.name" in names:
             recipe = {"method": {"name": names["method.name"]}}
-        if mistakes := unknown_keys(names, recipe, sections_in_sources()):
+        if mistakes := unknown_keys(names, recipe, sections_in_sources(), own=own):
             raise SettingsError(*mistakes, f"See: {name} --help")
     except Exception as error:
         return refuse(error, running=False)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.subset import open_subset
 from ssl_pipeline.data_tools.engine import EngineChoice, EngineConfig, Journal, map_tasks
+from ssl_pipeline.distributed import world_size
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, store
 from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel, open_model
@@ -65,6 +67,8 @@ def engine_pass(
     """
     if config.engine == "local":
         return feature_pass(directory, model, network, index, config, description=description)
+    if world_size() > 1:
+        raise ConfigError(f"engine={config.engine} starts processes of its own. Leave torchrun out.")
     identity = identity_of(model, index, config, network)
     place = place_of(directory.resolve(), identity)
     found = read_stored(place)

@@ -207,7 +207,7 @@ def _count(
     opened: OpenedClassifier,
 ) -> Counts:
     guesses, num_classes = probabilities.argmax(axis=1), opened.num_classes
-    own: NDArray[np.int64] = np.asarray(index.labels(), np.int64)[unknown[chosen]]
+    own = np.asarray(index.labels(), dtype=np.int64)[unknown[chosen]]  # the set has no overlay of labels
     told = len(own) > 0 and bool((own >= 0).all()) and index.class_names == opened.class_names
     return Counts(
         known=np.bincount(known[known >= 0], minlength=num_classes),

@@ -16,7 +16,7 @@ CLASSES_SHOWN, PAIRS_SHOWN = 20, 5
 
 def print_classes(title: str, found: ByClass, names: Sequence[str]) -> None:
     """Print a row for each class, of many only those recognised worst, and the pairs that are confused most."""
-    print(printable(f"\n{title}, by class:"))
+    print("\n" + printable(f"{title}, by class:"))
     print(format_table(("class", "images", "recognised", "precision"), class_rows(found, names)))
     if found.confused:
         print("\nmost confused:")

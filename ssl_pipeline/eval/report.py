@@ -49,6 +49,8 @@ class ReportConfig(Config):
     """How many images go through the backbone for the pictures of what it learnt; 0 leaves these out."""
     device: str = "auto"
     """Device of the backbone: `auto` takes the GPU if there is one."""
+    tensorboard: bool = False
+    """Whether views, neighbours and reconstructions go to TensorBoard too, beside the page: the run NAME/report."""
     output: Path | None = None
     """The file that is written; by default report/index.html in the (first) run."""
 
@@ -85,7 +87,7 @@ def report_page(config: ReportConfig, of_method: OfMethod = lambda record: ()) -
     state = first.status.state if first.status is not None and len(records) == 1 else ""
     foot = "Written by eval.report of ssl-pipeline. The page holds everything itself and loads nothing."
     title = " and ".join(record.name for record in records)
-    return page(title, state, conclusion(records), tiles(first), sections, foot=foot)
+    return page(title, state, conclusion(records), tiles(first) if len(records) == 1 else (), sections, foot=foot)
 
 
 def of_one(part: Section, records: Sequence[Record]) -> Section:

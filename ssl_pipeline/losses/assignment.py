@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_pipeline.distributed import gather
+from ssl_pipeline.distributed import logsumexp_over_ranks
 from ssl_pipeline.losses.checks import check_positive
 from ssl_pipeline.losses.precision import float32
 
-# Axes: N rows of this process, K prototypes, k those of one slab, W processes.
+# Axes: N rows of this process, K prototypes, k those of one slab.
 
 
 @float32
@@ -62,7 +62,7 @@ def balancing_shift(logits_of: Callable[[slice], Tensor], slabs: Sequence[slice]
         for slab in slabs:
             logits_Nk = logits_of(slab)
             scaled_Nk = logits_Nk if row_total_N is None else logits_Nk - row_total_N[:, None]
-            shifts.append(-gather(scaled_Nk.logsumexp(dim=0)[None]).logsumexp(dim=0))  # (W, k) -> (k,)
+            shifts.append(-logsumexp_over_ranks(scaled_Nk.logsumexp(dim=0)))
             totals.append((logits_Nk + shifts[-1]).logsumexp(dim=1))
         row_total_N = torch.stack(totals).logsumexp(dim=0)
     return torch.cat(shifts)

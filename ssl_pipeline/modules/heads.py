@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,6 @@ class PrototypeHead(nn.Module):
     Without `weight_norm` they are a plain linear layer (DINOv3), whose `weight` begins small, and there is no scale.
     Parameter names are the official ones (mlp.0.weight, ..., last_layer.weight_g, last_layer.weight_v).
     """
-
-    forward_methods: ClassVar[tuple[str, ...]] = ("bottleneck", "prototypes")
 
     def __init__(
         self,

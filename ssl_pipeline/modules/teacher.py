@@ -17,6 +17,7 @@ from ssl_pipeline.backbones import without_drop_path
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import sha256_of, sha256_of_bytes
 from ssl_pipeline.schedule import Progress
+from ssl_pipeline.sharded import local_parts
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -41,8 +42,7 @@ class Teacher(nn.Module, Generic[Network]):
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, for each parameter."""
-        own: list[Tensor] = list(self.network.parameters())
-        followed: list[Tensor] = list(student.parameters())
+        own, followed = local_parts(self.network.parameters()), local_parts(student.parameters())
         torch._foreach_lerp_(own, followed, 1.0 - momentum)
         if self.buffer_source == "copy":
             own_buffers, followed_buffers = list(self.network.buffers()), list(student.buffers())
@@ -86,7 +86,7 @@ class Snapshot(nn.Module, Generic[Network]):
         """Take over the parameters and buffers of `network`; for snapshots that came from no file."""
         assert self.source is None, "a snapshot from a file stays what the file says"
         own, theirs = self.saved.state_dict(), network.state_dict()
-        torch._foreach_copy_(list(own.values()), [theirs[name] for name in own])
+        torch._foreach_copy_(local_parts(own.values()), local_parts(theirs[name] for name in own))
 
     def train(self, mode: bool = True) -> Self:
         """Nothing: a snapshot is never trained."""

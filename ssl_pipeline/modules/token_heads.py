@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
 from ssl_pipeline.modules.heads import PrototypeHead, WeightNormLinear
@@ -15,8 +13,6 @@ class TokenHeads(nn.Module):
     patches: None, one head for both ("shared"); a second PrototypeHead ("separate"); or prototypes of their own behind
         the class head's MLP (iBOT's `shared_head: false`).
     """
-
-    forward_methods: ClassVar[tuple[str, ...]] = ("class_rows", "patch_rows", "prototypes")
 
     def __init__(self, classes: PrototypeHead, patches: PrototypeHead | WeightNormLinear | None = None) -> None:
         super().__init__()

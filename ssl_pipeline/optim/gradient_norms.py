@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, layers_of
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.sharded import norms
 
 
 class GradientNorms:
@@ -33,9 +34,9 @@ class GradientNorms:
     def __call__(self) -> Tensor:
         """The norms (groups,) of the gradients that are there, in the order of `names`; 0 where there is none."""
         there = [(number, one.grad) for number, one in self._members if one.grad is not None]
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in there])).float()
-        places = torch.tensor([number for number, _ in there]).to(norms.device, non_blocking=True)
-        return norms.new_zeros(len(self.names)).index_add(0, places, norms.square()).sqrt()
+        norms_P = norms([gradient for _, gradient in there]).float()
+        places_P = torch.tensor([number for number, _ in there]).to(norms_P.device, non_blocking=True)
+        return norms_P.new_zeros(len(self.names)).index_add(0, places_P, norms_P.square()).sqrt()
 
 
 def _layer_names(name: str, backbone: Backbone) -> list[tuple[str, str]]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ssl_pipeline.sharded import local_parts, norms
+
 
 class LARS(Optimizer):
     """SGD with momentum whose step on each weight matrix is scaled to the length of the matrix.
@@ -62,11 +64,11 @@ class LARS(Optimizer):
             if not parameters:
                 continue
             directions = _directions(parameters, group["weight_decay"], group["trust_coefficient"])
-            buffers = [self._momentum_buffer(parameter) for parameter in parameters]
+            buffers = local_parts(self._momentum_buffer(parameter) for parameter in parameters)
             torch._foreach_mul_(buffers, group["momentum"])
             lr_now, lr_later = (group["lr"], 1.0) if group["lr_before_momentum"] else (1.0, group["lr"])
             torch._foreach_add_(buffers, directions, alpha=lr_now)
-            torch._foreach_add_(parameters, buffers, alpha=-lr_later)
+            torch._foreach_add_(local_parts(parameters), buffers, alpha=-lr_later)
         return loss
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
@@ -77,16 +79,17 @@ class LARS(Optimizer):
 
 
 def _directions(parameters: list[Tensor], weight_decay: float, trust_coefficient: float) -> list[Tensor]:
-    directions = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    directions = local_parts(gradients)
     adapted = [number for number, parameter in enumerate(parameters) if parameter.ndim > 1]
     if not adapted:
         return directions
     weights = [parameters[number] for number in adapted]
-    decayed = torch._foreach_add([directions[number] for number in adapted], weights, alpha=weight_decay)
-    weight_norms = torch.stack(torch._foreach_norm(weights))
-    norms = torch.stack(torch._foreach_norm(decayed))
-    ratios = torch.where((weight_norms > 0) & (norms > 0), trust_coefficient * weight_norms / norms, 1.0)
-    torch._foreach_mul_(decayed, ratios.unbind())
-    for number, direction in zip(adapted, decayed, strict=True):
+    decayed = torch._foreach_add([gradients[number] for number in adapted], weights, alpha=weight_decay)
+    weight_norms_P, norms_P = norms(weights), norms(decayed)
+    ratios = torch.where((weight_norms_P > 0) & (norms_P > 0), trust_coefficient * weight_norms_P / norms_P, 1.0)
+    local_decayed = local_parts(decayed)
+    torch._foreach_mul_(local_decayed, ratios.unbind())
+    for number, direction in zip(adapted, local_decayed, strict=True):
         directions[number] = direction
     return directions

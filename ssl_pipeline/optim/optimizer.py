@@ -14,6 +14,7 @@ from ssl_pipeline.config import Config, ConfigError, InRange, MayChange
 from ssl_pipeline.optim.lars import LARS
 from ssl_pipeline.optim.rules import ParamRule, Trained
 from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.sharded import is_sharded, local_parts, norms
 
 
 class OptimConfig(Config):
@@ -104,7 +105,9 @@ def build_optimizer(method: Trained, config: OptimConfig) -> torch.optim.Optimiz
     if config.name == "adamw":
         return torch.optim.AdamW(param_groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "sgd":
-        return torch.optim.SGD(param_groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        sharded = any(is_sharded(parameter) for _, parameter in method.named_parameters())  # no fused SGD for those
+        how = {"foreach": True} if sharded else {"fused": True}
+        return torch.optim.SGD(param_groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, **how)
     return LARS(
         param_groups,
         lr,
@@ -133,16 +136,19 @@ def write_values(optimizer: torch.optim.Optimizer, config: OptimConfig, lr: Sche
 
 
 def prepare_gradients(optimizer: torch.optim.Optimizer, config: OptimConfig, progress: Progress) -> Tensor:
-    """Clip the gradients and drop those of frozen parameters; returns the norm of all gradients before clipping."""
+    """Clip the gradients and drop those of frozen parameters; returns the norm of all gradients before clipping.
+
+    Norms are those of whole gradients, wherever the parts of them lie.
+    """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    norms_P = norms(gradients)
+    total = torch.linalg.vector_norm(norms_P)
     if config.clip_norm is not None:
         if config.clip_each:
-            factors = (config.clip_norm / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, list(factors.unbind()))
+            factors = (config.clip_norm / (norms_P + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(local_parts(gradients), list(factors.unbind()))
         else:
-            torch._foreach_mul_(gradients, (config.clip_norm / (total + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(local_parts(gradients), (config.clip_norm / (total + 1e-6)).clamp(max=1.0))
     for group in optimizer.param_groups:
         if group["rule"].is_frozen(progress):
             for parameter in group["params"]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import struct
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.distributed import failing_together, gather, rank, world_size
 from ssl_pipeline.files import sync
 from ssl_pipeline.run.checkpoint_files import (
     Checkpoint,
+    Files,
     FormatError,
     Manifest,
     load_checkpoint,
@@ -30,8 +34,8 @@ class Checkpoints:
     """The checkpoints of one run, one directory `step-00001234` each, ordered by position in the data.
 
     A directory gets that name only when all of it is on disk, by one rename. `manifest.json` in it holds the
-    size and sha256 of every file, the RunState, and the sha256 of itself. Only one process may write; others may read
-    meanwhile.
+    size and sha256 of every file, the RunState, and the sha256 of itself. Only one process may write, or those of one
+    run together; others may read meanwhile.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, report: Callable[[str], None] = warnings.warn) -> None:
@@ -47,17 +51,52 @@ class Checkpoints:
 
         `tensors` has one safetensors file per key.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        unfinished = self.directory / f".tmp-{state.step:08d}-{secrets.token_hex(4)}"
+        unfinished = self._unfinished(state, secrets.randbits(32))
         try:
-            unfinished.mkdir()
-            for name, entries in tensors.items():
-                write_tensor_file(unfinished / f"{name}.safetensors", entries)
-            write_manifest(unfinished, state)
-            saved = self._publish(unfinished, self._path_of(state.step))
+            unfinished.mkdir(parents=True)
+            files = _write(unfinished, tensors)
+            return self._finish(unfinished, state, files)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+
+    def save_parts(
+        self, state: RunState, parts: Mapping[str, Mapping[str, Tensor]], *, device: torch.device | str
+    ) -> None:
+        """Write one checkpoint together: all processes call it, each with its rows, the first with the rest too.
+
+        Each writes and hashes files of its own; the first one writes the manifest and names the directory when all of
+        them are on disk. An error on one is raised on all, and then nothing has changed. device: that of collectives.
+        """
+        token = int(gather(torch.tensor([secrets.randbits(32)], device=device))[0])  # the first one's
+        unfinished = self._unfinished(state, token)
+        try:
+            with failing_together(device):
+                if rank() == 0:
+                    unfinished.mkdir(parents=True)
+            with failing_together(device):
+                if not unfinished.is_dir():
+                    raise CheckpointError(
+                        f"{unfinished} of the first process is not there. Put output=DIR on storage that all machines "
+                        "share."
+                    )
+                own = _write(unfinished, {f"{name}_part_{rank()}_of_{world_size()}": of for name, of in parts.items()})
+            files = _of_all_processes(own, device)
+            with failing_together(device):
+                if rank() == 0:
+                    self._finish(unfinished, state, files)
+        except BaseException:
+            if rank() == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _unfinished(self, state: RunState, token: int) -> Path:
+        return self.directory / f".tmp-{state.step:08d}-{token:08x}"
+
+    def _finish(self, unfinished: Path, state: RunState, files: Files) -> Path:
+        """Make a directory with all files the newest checkpoint."""
+        write_manifest(unfinished, state, files)
+        saved = self._publish(unfinished, self._path_of(state.step))
         self._known_valid.add(saved)
         self._prune(saved)
         return saved
@@ -166,3 +205,20 @@ class Checkpoints:
         """Take the name away first: a removal that is cut short leaves no half checkpoint."""
         path.rename(path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}"))
         self._known_valid.discard(path)
+
+
+def _write(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> Files:
+    names = {name: f"{name}.safetensors" for name in tensors}
+    return {names[name]: write_tensor_file(directory / names[name], of) for name, of in tensors.items()}
+
+
+def _of_all_processes(own: Files, device: torch.device | str) -> Files:
+    """The files of every process, from those of this one; the names differ in the number of the process alone."""
+    facts = [[size, *struct.unpack("<4q", bytes.fromhex(digest))] for size, digest in own.values()]
+    all_WF5 = gather(torch.tensor([facts], device=device)).tolist()
+    mine = f"_part_{rank()}_"
+    return {
+        name.replace(mine, f"_part_{number}_"): (size, struct.pack("<4q", *digest).hex())
+        for number, facts_F5 in enumerate(all_WF5)
+        for name, (size, *digest) in zip(own, facts_F5, strict=True)
+    }

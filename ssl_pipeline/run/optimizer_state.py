@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_pipeline.run.state import CheckpointError
+from ssl_pipeline.sharded import shared_out_as
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -31,9 +32,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Replace the optimizer's state by what `optimizer_tensors` gave; hyper-parameters stay as they are.
 
-    Every tensor goes to its parameter's device and memory layout, but `step`, which torch keeps on the CPU
-    unless the group is fused or capturable. Raises CheckpointError, with nothing changed, where an entry does
-    not fit the parameters.
+    Every tensor is whole, and goes to its parameter's device, processes and memory layout, but `step`, which torch
+    keeps on the CPU unless the group is fused or capturable. Raises CheckpointError, with nothing changed, where an
+    entry does not fit the parameters.
     """
     slots = [
         (parameter, bool(group.get("fused") or group.get("capturable")))
@@ -55,7 +56,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
                 f"{tuple(parameter.shape)}. The model or its parameter groups have changed since."
             )
         device = parameter.device if name != "step" or step_on_device else torch.device("cpu")
-        like = parameter if value.shape == parameter.shape else value
+        same_shape = value.shape == parameter.shape
+        like, value = (parameter, shared_out_as(value, parameter)) if same_shape else (value, value)
         placed = torch.empty_like(like, dtype=value.dtype, device=device, requires_grad=False)
         state.setdefault(parameter, {})[name] = placed.copy_(value)
     optimizer.state.clear()

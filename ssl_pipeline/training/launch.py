@@ -113,9 +113,15 @@ def describe_launch(accelerator: Accelerator, config: TrainConfig) -> str:
     return (
         f"{number} process{'es' if number > 1 else ''} on {device}, precision {precision}, "
         f"{config.accumulate} micro-batch{'es' if config.accumulate > 1 else ''} per step, "
-        f"{'whole weights on each (DDP)' if number > 1 else 'no sharding'}, "
+        f"{_layout(number, config)}, "
         f"{COMPILED[config.compile]}"
     )
+
+
+def _layout(num_processes: int, config: TrainConfig) -> str:
+    if num_processes > 1:
+        return "a share of the weights on each (FSDP2)" if config.parallel == "fsdp" else "whole weights on each (DDP)"
+    return "no sharding" + (" (train.parallel=fsdp needs several processes)" if config.parallel == "fsdp" else "")
 
 
 def _asks_for_cpu(environment: Mapping[str, str]) -> bool:

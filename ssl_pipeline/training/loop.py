@@ -19,7 +19,7 @@ from torch import nn
 from ssl_pipeline.config import failure_sentence, printable
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.data.batches import StreamBatch
-from ssl_pipeline.distributed import rank
+from ssl_pipeline.distributed import rank, world_size
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
 from ssl_pipeline.optim.gradient_norms import GradientNorms
 from ssl_pipeline.optim.optimizer import build_optimizer
@@ -40,6 +40,7 @@ from ssl_pipeline.training.reporting import Reporter
 from ssl_pipeline.training.resume import begin_or_keep, load_newest, optimizer_identity
 from ssl_pipeline.training.run import Run, resumed_clock
 from ssl_pipeline.training.saving import export_run, save_run
+from ssl_pipeline.training.sharding import Sharding
 from ssl_pipeline.training.statistics import NormStatistics
 from ssl_pipeline.training.step import TrainingStep
 from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_on
@@ -48,14 +49,17 @@ from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_o
 def train(run: Run) -> int:
     """Train to the end, from the newest checkpoint if there is one; returns the signal that cut it short, or 0."""
     method, device = run.method, run.accelerator.device
+    sharded = run.train.parallel == "fsdp" and world_size() > 1
     if run.train.sync_batch_norm:
         synchronize_batch_norm(method, device)
-    method.to(device)
+    if not sharded:  # else it may be too large
+        method.to(device)
     optimizer = build_optimizer(method, run.optim)
     checkpoints = Checkpoints(run.output.path / "checkpoints", keep=run.train.keep_checkpoints, report=_say)
     identity = {**run.output.identity, **optimizer_identity(method, optimizer)}
-    saved = load_newest(checkpoints, method, optimizer, run.output)
+    saved = load_newest(checkpoints, method, optimizer, run.output, device=device)
     if saved is not None:
+        saved.tensors.clear()  # copied, and as large as the method and its optimizer
         run.clock = resumed_clock(run.clock, run.train, saved.state)
     clock, position = run.clock, saved.state.position if saved is not None else 0
     status = read_status(run.output.path)
@@ -67,10 +71,15 @@ def train(run: Run) -> int:
     compiles, why_not = compile_decision(
         run.train.compile, device, steps=clock.total_steps - clock.steps_made(position)
     )
-    if compiles:
+    if sharded:
+        run.sharding = Sharding(method)
+        optimizer = run.sharding.share_out(
+            optimizer, run.optim, device=device, precision=run.train.precision, compiled=compiles
+        )
+    elif compiles:
         for part in method.parts_to_compile():
             part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
-    network, optimizer = wrap(run.accelerator, method, optimizer)
+    network, optimizer = wrap(run.accelerator, method, optimizer, sharded=sharded)
     if saved is not None and saved.state.scaler is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(saved.state.scaler)
     tracker = Tracker(
@@ -167,7 +176,7 @@ class _Loop:
                 signal_number = self._train(announced(stream, self.run, self.tracker.message), profile)
         if times := self.times.summary():
             self.tracker.message(times)
-        if not signal_number and self.run.output.directory is not None:
+        if not signal_number:
             export_run(self.run, self.run.output.path, position=self.position)
             self.write_status("done")
         return signal_number

@@ -78,11 +78,14 @@ class Monitors:
     def _measured(self, monitors: list[Watched], position: int) -> Figures:
         figures: Figures = {}
         progress = self._run.clock.progress(position)
-        if monitors:  # plain batch norm has statistics of its own on each rank; saved are those of rank 0
-            copy_from_first_rank(self._run.method.backbone.buffers())
+        if not monitors:
+            return figures
+        # plain batch norm has statistics of its own on each rank; saved are those of rank 0
+        copy_from_first_rank(self._run.method.backbone.buffers())
+        backbone = WithKeepalive(self._run.whole_backbone(), self._keepalive)
         for watched in monitors:
             try:
-                figures |= watched(WithKeepalive(self._run.method.backbone, self._keepalive), progress)
+                figures |= watched(backbone, progress)
             except Exception as error:
                 if watched.on_error == "stop" or peer_failure(error) is not None:
                     raise

@@ -30,7 +30,7 @@ RANGES = {"adamw": (1e-7, 1.0), "sgd": (1e-5, 100.0), "lars": (1e-4, 1000.0)}
 SMOOTHING = 0.9  # share of the moving average that a step keeps
 FEWEST_STEPS = 10
 GIVES_UP = 0.5  # of how far the smoothed loss has fallen: once it has risen by so much and more again, it is over
-SAFETY = 10.0  # by which the suggestion is below the rate of the lowest loss
+SLOPE_STEPS = 7  # over which a slope is taken: half a power of ten
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,21 @@ class RangeTest:
         return min(range(len(self.smoothed)), key=self.smoothed.__getitem__)
 
     @property
-    def suggestion(self) -> float | None:
-        """For `optim.lr`: a tenth of the rate at which the smoothed loss was lowest; None if the loss never fell."""
-        if len(self.smoothed) < FEWEST_STEPS or self.lowest < FEWEST_STEPS // 2:
+    def steepest(self) -> int | None:
+        """The step in the middle of those over which the smoothed loss fell most; None if it never really fell.
+
+        Not the rate of the lowest loss, or a tenth of it: with batch norm even rates far too high let a loss fall.
+        """
+        if len(self.smoothed) < FEWEST_STEPS or self.lowest < SLOPE_STEPS:
             return None
-        return self.rates[self.lowest] / SAFETY / self.per_setting
+        starts = range(self.lowest - SLOPE_STEPS + 1)
+        first = min(starts, key=lambda step: self.smoothed[step + SLOPE_STEPS] - self.smoothed[step])
+        return first + SLOPE_STEPS // 2
+
+    @property
+    def suggestion(self) -> float | None:
+        """For `optim.lr`: the rate at which the smoothed loss fell fastest; None if it never did."""
+        return None if self.steepest is None else self.rates[self.steepest] / self.per_setting
 
 
 def smooth(losses: Sequence[float]) -> list[float]:

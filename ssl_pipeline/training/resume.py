@@ -39,9 +39,16 @@ NUM_SHOWN = 4  # keys in a refusal
 
 
 def load_newest(
-    checkpoints: Checkpoints, method: Method, optimizer: torch.optim.Optimizer, run: Output
+    checkpoints: Checkpoints,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    run: Output,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Checkpoint | None:
     """Load the newest checkpoint into method and optimizer; None, and nothing changed, if there is none.
+
+    device: that of collectives.
 
     Raises ConfigError, with nothing changed, if the checkpoint belongs to another run than `run` describes, or if the
     ranks found different ones.
@@ -55,7 +62,7 @@ def load_newest(
         check_identity(output, saved.state.identity, run.identity)
         _check_tensors(output, saved, method)
         check_identity(output, saved.state.identity, optimizer_identity(method, optimizer))
-    _check_ranks_agree(output, -1 if saved is None else saved.state.position, next(method.parameters()).device)
+    _check_ranks_agree(output, -1 if saved is None else saved.state.position, device)
     if saved is not None:
         method.load_state_dict(saved.tensors["method"])
         load_optimizer_tensors(optimizer, saved.tensors["optimizer"])
@@ -202,7 +209,7 @@ def _check_tensors(output: Path, saved: Checkpoint, method: Method) -> None:
             )
 
 
-def _check_ranks_agree(output: Path, position: int, device: torch.device) -> None:
+def _check_ranks_agree(output: Path, position: int, device: torch.device | str) -> None:
     positions = gather(torch.tensor([position], device=device)).tolist()
     if len(set(positions)) > 1:
         found = ", ".join("none" if position < 0 else f"one at image {position}" for position in positions)

@@ -14,7 +14,7 @@ from pydantic import Field, JsonValue, model_validator
 from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import Preprocessing
+from ssl_pipeline.backbones import Backbone, Preprocessing
 from ssl_pipeline.config import Config, ConfigError, MayChange
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
@@ -26,6 +26,7 @@ from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.run.state import RunState
 from ssl_pipeline.schedule import Duration, Progress
 from ssl_pipeline.training.clock import Clock
+from ssl_pipeline.training.sharding import Sharding
 
 
 class TrainConfig(Config):
@@ -43,6 +44,9 @@ class TrainConfig(Config):
     """Micro-batches per optimizer step: the global batch is batch_size * processes * this."""
     sync_batch_norm: MayChange[bool] = False
     """Whether batch norm sees the images of all processes."""
+    parallel: MayChange[Literal["ddp", "fsdp"]] = "ddp"
+    """What each of several processes holds: all weights (`ddp`), or a share of weights, gradients and the optimizer's
+    state (`fsdp`, for ViTs that are too large for that)."""
     compile: MayChange[bool | Literal["auto"]] = False
     """Whether backbones (and MAE's decoder) go through torch.compile. auto: on a GPU, where that works, for 1,000 steps
     or more."""
@@ -55,8 +59,8 @@ class TrainConfig(Config):
     log_every: MayChange[int] = Field(50, ge=0)
     """Steps between logged rows; 0: none on the way. The first and the last step have one in any case."""
     gradient_norms: MayChange[bool] = False
-    """Whether rows have the gradient norm of each layer of the backbones and of each part beside them too, before
-    clipping: `gradient_norm/student.backbone.layer03`, `gradient_norm/student.head`."""
+    """Whether rows have the gradient norms of each layer of the backbones and of each part beside them, before they are
+    clipped, as `gradient_norm/student.backbone.layer03` and `gradient_norm/student.head`."""
     time_steps: MayChange[int] = Field(0, ge=0)
     """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
     profile: MayChange[int] = Field(0, ge=0, le=1000)
@@ -180,3 +184,13 @@ class Run:
     output: Output
     monitors: Sequence[Monitor] = ()
     start: Start = field(default_factory=Start)
+    sharding: Sharding | None = None
+    """Set when the method is sharded."""
+
+    def whole_backbone(self) -> Backbone:
+        """The evaluated backbone, all of it on this process; all processes call it together."""
+        return self.method.backbone if self.sharding is None else self.sharding.backbone()
+
+    def whole_classifier(self) -> nn.Linear | None:
+        """The same of the method's classifier, None if it has none."""
+        return self.method.classifier if self.sharding is None else self.sharding.classifier()

@@ -9,14 +9,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Preprocessing, save_backbone, save_classifier
+from ssl_pipeline.distributed import rank
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.optimizer_state import optimizer_tensors
 from ssl_pipeline.run.state import LoggedRow, RunState, SavedBackbone, SavedClassifier
-from ssl_pipeline.training.parallel import full_state
+from ssl_pipeline.sharded import is_sharded, local
 from ssl_pipeline.training.run import Run, learnt_images
 
 NO_FIGURES: Mapping[str, float] = MappingProxyType({})
@@ -33,25 +34,38 @@ def save_run(
     start: Mapping[str, float] = NO_FIGURES,
     left_out_steps: int = 0,
 ) -> None:
-    """Write a checkpoint of a run that has seen `position` images; all processes call it, rank 0 writes.
+    """Write a checkpoint of a run that has seen `position` images; all processes call it.
 
-    row, start, left_out_steps: of `RunState`.
+    Rank 0 writes, or each its share of a method that is sharded. row, start, left_out_steps: of `RunState`.
     """
-    method = full_state(run.method)
-    if run.output.directory is not None:
-        tensors = {"method": method, "optimizer": optimizer_tensors(optimizer)}
-        state = run_state(run, position=position, identity=identity)
-        state = replace(state, row=_without_nan(row), start=dict(start), left_out_steps=left_out_steps)
+    state = run_state(run, position=position, identity=identity)
+    state = replace(state, row=_without_nan(row), start=dict(start), left_out_steps=left_out_steps)
+    tensors = {"method": run.method.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+    if run.sharding is not None:
+        parts = {name: _own_part(of) for name, of in tensors.items()}
+        checkpoints.save_parts(state, parts, device=run.accelerator.device)
+    elif run.output.directory is not None:
         checkpoints.save(state, tensors)
     run.accelerator.wait_for_everyone()
 
 
+def _own_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's rows of what is sharded, and on the first process everything else."""
+    return {name: local(tensor) for name, tensor in tensors.items() if is_sharded(tensor) or rank() == 0}
+
+
 def export_run(run: Run, folder: Path, *, position: int) -> None:
-    """Write the evaluated backbone and what else the method has to export, as they are at `position`."""
-    if run.method.classifier is not None:
-        save_classifier(folder, run.method.classifier, _class_names(run))
+    """Write the evaluated backbone and what else the method has to export, as they are at `position`.
+
+    All processes call it, rank 0 writes.
+    """
+    backbone, classifier = run.whole_backbone(), run.whole_classifier()
+    if run.output.directory is None:
+        return
+    if classifier is not None:
+        save_classifier(folder, classifier, _class_names(run))
     run.method.export(folder)
-    save_backbone(folder, run.method.backbone, run.preprocessing, step=run.clock.steps_made(position))
+    save_backbone(folder, backbone, run.preprocessing, step=run.clock.steps_made(position))
 
 
 def _class_names(run: Run) -> tuple[str, ...] | None:

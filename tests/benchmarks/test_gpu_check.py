@@ -13,6 +13,8 @@ from benchmarks.gpu_check.advice import advice
 from benchmarks.gpu_check.checks import CHECKS
 from benchmarks.gpu_check.processes import CheckError, TookTooLongError, rows_of, run_python
 from benchmarks.gpu_check.settings import Check, Found, GpuCheckConfig, Place
+from benchmarks.gpu_check.step_report import setting_of
+from benchmarks.recipes import settings_of
 
 
 def place(folder: Path, seconds: float = 60.0) -> Place:
@@ -122,3 +124,14 @@ def test_without_a_gpu_the_checks_run_in_tiny_sizes(tmp_path, capsys):
     assert {name: one.state for name, one in found.items()} == dict.fromkeys(config.only, "passed")
     assert found["kill_and_resume"].figures["loss_gap"] == 0
     assert found["kill_and_resume"].figures["killed_after_step"] < 20
+
+
+@pytest.mark.parametrize("recipe", ["dino_vits16", "dinov2_vits14", "dinov2_vitl16_short"])
+def test_a_measured_step_has_the_network_and_the_views_of_its_recipe(recipe):
+    setting, optim = setting_of(recipe, batch=None, tiny=False)
+    assert setting.views["global"] == (2, 224)
+    assert setting.views["local"][0] == 8
+    assert setting.batch_size == settings_of(recipe).data.batch_size
+    assert optim == settings_of(recipe).optim
+    small, _ = setting_of(recipe, batch=None, tiny=True)
+    assert small.method.name == setting.method.name

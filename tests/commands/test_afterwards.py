@@ -46,7 +46,7 @@ def test_the_commands_at_the_end_of_a_run_work_as_they_stand(tmp_path, capsys, m
     report = evaluate_knn(load(KnnConfig, arguments))
     assert report["protocol"]["num_test"] == 24
     page = load(ReportConfig, shlex.split(re.search(r"As a page: (.*)", printed)[1])[3:])
-    assert "loss" in report_page(page.run)
+    assert "loss" in report_page(page)
     embed(load(EmbedConfig, [*shlex.split(re.search(r"Features of its images: (.*)", printed)[1])[3:], "workers=0"]))
     assert (tmp_path / "a run" / "features.npz").is_file()
     shown = printed.split("In Python:\n")[1].replace("    ", "").replace("photo.jpg", str(photos / "cat" / "0.png"))

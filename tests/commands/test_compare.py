@@ -154,7 +154,9 @@ def test_each_seed_draws_labels_of_its_own_and_a_run_may_begin_from_another(
         measured.append(train)
         (run / "eval").mkdir()
         for name in ("knn", "linear"):
-            report = {"top1": 50.0, "baselines": {"raw_pixels": {"top1": 1.0}, "random": {"top1": 2.0}}}
+            protocol = {"train": train, "size": 16 if "alone" in run.name else 32}
+            baselines = {"raw_pixels": {"top1": 1.0}, "random": {"top1": 2.0}}
+            report = {"top1": 50.0, "baselines": baselines, "protocol": protocol}
             (run / "eval" / f"{name}.json").write_text(json.dumps(report))
 
     monkeypatch.setattr("ssl_pipeline.commands.compare._evaluate", evaluate)
@@ -169,7 +171,9 @@ def test_each_seed_draws_labels_of_its_own_and_a_run_may_begin_from_another(
             f"output={out}",
         ],
     )
-    compare(settings, record)
+    found = compare(settings, record)
+    differ = ["size: alone-seed0 16, after-seed0 32"]  # and not train, which each seed has drawn
+    assert found.protocols == {"knn": differ, "linear": differ}
     drawn = [open_shards(out / f"labels2-seed{seed}") for seed in (0, 1)]
     assert [np.bincount(np.asarray(index.labels())).tolist() for index in drawn] == [[2] * 6] * 2
     assert drawn[0].fingerprint != drawn[1].fingerprint

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone, load_classifier, save_backbone
 from ssl_pipeline.commands import finetuning
+from ssl_pipeline.commands.finetune import command as front
 from ssl_pipeline.commands.finetune import how_to_begin
 from ssl_pipeline.commands.finetuning import FinetuneConfig, expand
 from ssl_pipeline.config import RECIPES, ConfigError, load
@@ -106,6 +107,18 @@ def test_the_commands_that_it_shows_are_commands():
     for line in how_to_begin("finetune.py").splitlines():
         if line.startswith("  "):
             keys_of(line.split()[2:])
+
+
+def test_the_front_knows_its_keys_and_tells_typos_before_torch(monkeypatch, capsys):
+    reached = []
+    monkeypatch.setattr(finetuning, "main", lambda name: reached.append(name) or 0)
+    given = ["weights=runs/mine", "train=data/a", "test=data/b", "train.epochs=3", "method.layer_decay=0.5"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *given])
+    assert front() == 0
+    assert reached == ["finetune.py"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *given, "wieghts=runs/mine"])
+    assert front() == 2
+    assert "Unknown key 'wieghts'" in capsys.readouterr().err
 
 
 def finetune(argv: list[str]) -> int:

@@ -54,3 +54,10 @@ def test_classes_and_fields_of_the_sources_are_those_of_the_schema():
 def _sections_of(schema: type[Config]) -> dict[str, type[Config]]:
     parts = (field.annotation for field in schema.model_fields.values())
     return {part.__name__: part for part in parts if isinstance(part, type) and issubclass(part, Config)}
+
+
+def test_a_command_over_it_has_keys_of_its_own():
+    own = ("weights", "train", "test")
+    assert unknown_keys(["weights", "test", "train", "train.steps"], {}, SECTIONS, own=own) == []
+    assert unknown_keys(["weigths"], {}, SECTIONS, own=own) == ["Unknown key 'weigths'. Did you mean 'weights'?"]
+    assert unknown_keys(["weights"], {}, SECTIONS)[0].startswith("Unknown key 'weights'.")

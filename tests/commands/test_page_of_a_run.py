@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssl_pipeline.commands import pages_on_the_way, report
 from ssl_pipeline.config import run_command
@@ -43,6 +44,10 @@ def test_a_run_writes_its_page_at_checkpoints_and_at_its_end(tmp_path: Path) -> 
     page = (run / "report" / "index.html").read_text()
     assert "done, step 4" in page
     assert "Map of the embeddings" in page
+    events = EventAccumulator(str(run / "report"))
+    events.Reload()
+    assert events.Tags()["images"] == ["views", "neighbours"]
+    assert [image.step for image in events.Images("neighbours")][-1] == 4
 
 
 def test_a_page_that_fails_is_said_and_costs_the_run_nothing(

@@ -19,6 +19,8 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.subset import open_subset, write_keep
 from tests.eval.conftest import NUM_CLASSES, PREPROCESSING, TINY_VIT
+from tests.runs import write_recipe
+from tests.tiny import write_shards
 
 Pretrain = Callable[[Sequence[str]], None]
 RUNS = ("teacher", "small", "large")
@@ -179,3 +181,25 @@ def test_each_run_of_a_recipe_has_settings_that_fit(name: str) -> None:
         own = [f"data.shards={found.shards}", f"data.labelled.shards={found.shards}", "seed=0", "output=out"]
         run = load(PretrainConfig, [*arguments, *own], recipes=RECIPES)
         assert run.data.labelled is not None
+
+
+@pytest.mark.slow
+def test_real_runs_learn_from_each_other_and_go_on(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards")
+    short = {"steps": 2, "save_every": 1, "log_every": 1, "hang_timeout": 0, "precision": "no"}
+    teacher = write_recipe(tmp_path / "teacher.yaml", "fixmatch", shards, train=short)
+    student = write_recipe(tmp_path / "student.yaml", "supervised", shards, train=short)
+    settings = load(
+        SelfTrainingConfig,
+        [
+            *(f"shards={shards}", f"test={shards}", "labels_per_class=2", f"teacher=[recipe={teacher}]"),
+            *(f"student=[recipe={student}]", "students={one: [], two: []}", "threshold=0", "workers=0"),
+            f"output={tmp_path / 'out'}",
+        ],
+    )
+    rounds = self_training(settings)
+    assert [(found.known, found.guessed) for found in rounds] == [(6, 0), (6, 42), (6, 42)]
+    assert [json.loads((tmp_path / "out" / found.name / "status.json").read_text())["state"] for found in rounds] == [
+        "done"
+    ] * 3
+    assert self_training(settings) == rounds

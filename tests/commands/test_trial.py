@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_pipeline.commands import images, trial
+from ssl_pipeline.commands import images, process, trial
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.commands.trial import duration, expected_time
 from ssl_pipeline.config import ConfigError
@@ -134,7 +134,7 @@ def test_processes_share_the_work_of_the_run(recipe, tmp_path, monkeypatch):
     told = expected_time(PretrainConfig, arguments(recipe, tmp_path), {}, num_images=48, num_processes=2)
     assert told == "Expected time: 2 min (8 images/s in each of 2 processes, if none waits for another)"
     (environment,) = started
-    assert not [name for name in environment if name.startswith(trial.OF_LAUNCHERS)]
+    assert not [name for name in environment if name.startswith(process.OF_LAUNCHERS)]
     assert "PATH" in environment
 
 

@@ -53,6 +53,13 @@ def test_tasks_of_a_shard_give_the_same_and_are_not_done_twice(shards, tmp_path,
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["parts.npz", "whole.npz"]
 
 
+def test_torchrun_and_an_engine_are_one_too_many(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "world_size", lambda: 2)
+    argv = [*MODEL, f"source={shards}", f"output={tmp_path / 'out.npz'}", "engine=ray"]
+    assert run_command(EmbedConfig, embed, command="embed", argv=argv) != 0
+    assert "engine=ray starts processes of its own. Leave torchrun out." in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_features_from_ray_are_those_of_this_process(shards, tmp_path):
     ray = pytest.importorskip("ray", reason="needs Ray: pip install ray")

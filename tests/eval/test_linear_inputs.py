@@ -68,7 +68,7 @@ def test_tokens_of_a_run_are_swept_and_reported_by_class(run: Path, train: str, 
     assert 0 <= classes["balanced_accuracy"] <= 100
     printed = capsys.readouterr().out
     assert "* class 1" in printed
-    assert "by class:" in printed
+    assert "\nlinear probe, pretrained, by class:\n" in printed
     assert "balanced" in printed
 
 

@@ -14,7 +14,9 @@ import pytest
 from ssl_pipeline.commands import report
 from ssl_pipeline.config import run_command
 from ssl_pipeline.eval import knn, suite
+from ssl_pipeline.eval.measures import Measure, measures_json
 from ssl_pipeline.eval.page.html import Section
+from ssl_pipeline.eval.page.sheets import sheets
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.suite_measures import SuiteConfig
 
@@ -120,7 +122,7 @@ def test_a_single_evaluator_is_enough(run: Path, train: str, test: str) -> None:
     arguments = [f"run={run}", f"train={train}", f"test={test}", "workers=0", "k=[5,7]", "baselines=true"]
     assert run_command(knn.KnnConfig, knn.main, command="", argv=arguments) == 0
     page = page_of(run)
-    assert "k=7, top-1" in page.text
+    assert "top-1, k=7" in page.text
     assert "% at random initialisation" in page.text
 
 
@@ -128,7 +130,7 @@ def test_images_through_which_it_is_measured_are_measured_first(run: Path, train
     assert call(f"run={run}", f"train={train}", f"test={test}", "images=0") == 0
     assert (run / "eval" / "suite.json").is_file()
     page = Page((run / "report" / "index.html").read_text(encoding="utf-8"))
-    assert "k-NN, k=10, top-1" in page.text
+    assert "k-NN, top-1, k=10" in page.text
     assert "Map of the embeddings" not in page.text
 
 
@@ -139,20 +141,23 @@ def test_reports_of_before_intervals_are_read(run: Path) -> None:
     (run / "eval" / "knn.json").write_text(json.dumps(old | {"by_k": {"20": {"top1": 50.0, "top5": 100.0}}}))
     (run / "eval" / "linear.json").write_text(json.dumps(old | {"solver": "sgd", "top1": 75.0}))
     page = page_of(run)
-    assert "k=20, top-1 50.00 %" in page.text.replace("  ", " ")
-    assert "linear top-1" not in page.text
-    assert "75.00 %" in page.text
+    assert "top-1 50.00 %" in page.text.replace("  ", " ")
+    assert "top-1 75.00 %" in page.text.replace("  ", " ")
 
 
 def test_reports_of_any_evaluator_are_tables(run: Path) -> None:
     protocol = {"train": "a", "test": "b", "shots": [1, 5], "subject": {}, "warnings": ["b is small"]}
-    of_shots = {"5": {"top1": 61.25, "top1_interval": [60.0, 62.5], "std": 0.5}}
-    report = {"by_shots": of_shots, "nmi": 0.5, "baselines": {"random": {"by_shots": {"5": {"top1": 20.0}}}}}
+    shots = Measure("top1_5_per_class", "top-1, 5 per class", 61.25, interval=(60.0, 62.5), spread=0.5)
+    shots_of_random = Measure("top1_5_per_class", "top-1, 5 per class", 20.0)
+    report = {
+        "measures": measures_json([shots, Measure("nmi", "NMI", 0.5, unit="")]),
+        "baselines": {"random": {"measures": measures_json([shots_of_random])}},
+    }
     (run / "eval").mkdir()
     (run / "eval" / "few_shot-student.json").write_text(json.dumps(report | {"protocol": protocol}))
     text = page_of(run).text.replace("  ", " ")
     assert "few shot, student" in text
-    assert "shots=5, top-1 61.25 % (60.0 to 62.5) 20.00 %" in text
+    assert "top-1, 5 per class 61.25 % +- 0.5 (60.0 to 62.5) 20.00 %" in text
     assert "NMI 0.5 -" in text
     assert "Warning: b is small" in text
     assert "Settings: shots 1, 5." in text
@@ -182,6 +187,23 @@ def test_several_runs_are_laid_over_each_other(run: Path, tmp_path: Path) -> Non
     assert "other: k-NN top-1 (%) went from 21.5 at the start to 90 at step 15" in text
 
 
+def test_layers_share_one_figure(run: Path) -> None:
+    layers = {f"gradient_norm/layer{number:02d}": 1.0 + number for number in range(60)}
+    log(run, [row | layers for row in ROWS[1:]])
+    html = (page_of(run), (run / "report" / "index.html").read_text(encoding="utf-8"))[1]
+    assert "gradient norm of 40 layers" in html
+    assert html.count("<polyline") == 4 + 40  # loss, k-NN, RankMe, learning rate
+    assert "layer00: 1 at step 15" in html
+
+
+def test_pictures_become_sheets(evaluated: Path) -> None:
+    assert call(f"run={evaluated}", "images=0") == 0
+    (sheet,) = sheets((evaluated / "report" / "index.html").read_text(encoding="utf-8")).values()
+    assert sheet.shape == (8 * 68, 6 * 68, 3)
+    assert sheet[:64, :64].std() > 0
+    assert (sheet[64:68] == 255).all()
+
+
 def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
     evaluated: Path, tmp_path: Path, train: str, test: str
 ) -> None:
@@ -194,7 +216,10 @@ def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
     text = Page((evaluated / "report" / "index.html").read_text(encoding="utf-8")).text
     assert f"{evaluated.name} is ahead in k-NN top-1 with" in text
     assert "other with 0.0 %." in text
-    assert "other was measured otherwise (size): its figures are not to be compared" in text
+    assert (
+        f"other was measured otherwise (size: {evaluated.name} 16, other 32): its figures are not to be compared"
+        in text
+    )
 
 
 def test_what_the_doctor_finds_is_shown(run: Path) -> None:
@@ -234,7 +259,7 @@ def test_images_that_are_gone_are_told(evaluated: Path, train: str) -> None:
     path.write_text(path.read_text().replace(train, f"{evaluated}/gone"))
     page = page_of(evaluated)
     assert "This cannot be shown" in page.text
-    assert "k-NN, k=5, top-1" in page.text
+    assert "k-NN, top-1, k=5" in page.text
 
 
 def test_other_images_in_their_place_are_not_shown(

@@ -259,7 +259,7 @@ def test_sinkhorn_targets_of_two_processes_are_those_of_one(counts):
 
 
 def without_gathering(counts):
-    with mock.patch("ssl_pipeline.losses.assignment.gather", lambda local: local):
+    with mock.patch("ssl_pipeline.losses.assignment.logsumexp_over_ranks", lambda local: local):
         return masked_patches_of_a_share(counts)
 
 

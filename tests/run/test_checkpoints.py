@@ -232,15 +232,15 @@ def test_a_checkpoint_of_the_first_format_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(FormatError) as error:
         Checkpoints(tmp_path, report=reports.append).load_latest()
     assert str(error.value) == (
-        f"{old} has checkpoint format 1 of ssl-pipeline 0.1.0, and this is ssl-pipeline {__version__} with format 2: "
-        "go on with ssl-pipeline 0.1.0, or choose another output=DIR."
+        f"{old} has checkpoint format 1 of ssl-pipeline 0.1.0, and this is ssl-pipeline {__version__}, which reads "
+        "formats 2 and 3: go on with ssl-pipeline 0.1.0, or choose another output=DIR."
     )
     assert reports == []
 
 
 def test_a_checkpoint_of_a_later_format_names_the_version_that_wrote_it(tmp_path):
-    rewrite_manifest(save(tmp_path, 1), format=3, versions={"ssl-pipeline": "0.9.0"})
-    with pytest.raises(FormatError, match=r"has checkpoint format 3 of ssl-pipeline 0\.9\.0, and this is"):
+    rewrite_manifest(save(tmp_path, 1), format=4, versions={"ssl-pipeline": "0.9.0"})
+    with pytest.raises(FormatError, match=r"has checkpoint format 4 of ssl-pipeline 0\.9\.0, and this is"):
         Checkpoints(tmp_path).load_latest()
 
 

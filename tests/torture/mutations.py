@@ -21,7 +21,7 @@ from PIL import Image
 
 from ssl_pipeline.backbones.weights.reading import read_tensors
 from ssl_pipeline.commands.pretrain import PretrainConfig
-from ssl_pipeline.config import RECIPES, ConfigError, RunError, load, printable
+from ssl_pipeline.config import RECIPES, ConfigError, RunError, load, printable, sentences_of
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.candidates import find_candidates
@@ -103,9 +103,9 @@ def _failure(target: Target, content: bytes) -> str | None:
             warnings.simplefilter("ignore")
             target.read(content)
     except REFUSALS as error:
-        told = printable(str(error), longest=None)
-        if len(told) > 2 * LONGEST:
-            return f"{len(told)} characters are told: {told[:100]}"
+        longest = max((printable(told, longest=None) for told in sentences_of(error)), key=len)
+        if len(longest) > 2 * LONGEST:  # a name from outside may be long: the printer shortens it
+            return f"{len(longest)} characters are told: {longest[:100]}"
     except Exception as error:
         return f"{type(error).__name__}: {printable(str(error))[:200]}"
     seconds = time.process_time() - began

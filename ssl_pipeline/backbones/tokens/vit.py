@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones.attention import choose_attention
 from ssl_pipeline.backbones.positions import Grid
+from ssl_pipeline.backbones.reversible import is_reversible, through_two_streams
 from ssl_pipeline.backbones.tokens.flat import FlatAdapter
 
 
@@ -28,6 +29,8 @@ class ViTAdapter(FlatAdapter):
     def blocks(
         self, tokens_NTD: Tensor, arguments: Sequence[Mapping[str, Tensor | None]], layers: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
+        if is_reversible(self.model):
+            return through_two_streams(self.model.blocks, tokens_NTD, layers)
         choose_attention(self.model.blocks, tokens_NTD)
         if layers:
             return super().blocks(tokens_NTD, arguments, layers)
@@ -36,4 +39,4 @@ class ViTAdapter(FlatAdapter):
         return self.model.blocks(tokens_NTD), {}
 
     def parts_to_compile(self) -> list[nn.Module]:
-        return [self.model.blocks]
+        return [] if is_reversible(self.model) else [self.model.blocks]

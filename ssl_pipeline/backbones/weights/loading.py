@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ssl_pipeline.backbones.reversible import MARK
 from ssl_pipeline.backbones.small_stem import SIDE, shrink_stem
 from ssl_pipeline.backbones.weights.fitting import fit
 from ssl_pipeline.backbones.weights.layouts import ARCHITECTURES
@@ -76,7 +77,11 @@ def _some(names: list[str]) -> str:
 
 
 def _hint(fitted: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """For the one difference that an argument of the network settles: a norm before pooling, or after."""
+    """For the one difference that a setting of the network settles: a norm before pooling or after, two streams."""
+    if {name for name in own if name not in fitted} == {MARK}:
+        return " The file's ViT has one stream of tokens; a reversible one is another function: set reversible=false."
+    if MARK in fitted and MARK not in own:
+        return " The file's ViT is reversible, which is another function: set backbone.reversible=true."
     if {name for name in own if name not in fitted} == {"fc_norm.weight", "fc_norm.bias"} and "norm.weight" in fitted:
         return " The file's last norm comes before pooling: try backbone.arguments.global_pool=token."
     if {name for name in own if name not in fitted} == {"norm.weight", "norm.bias"} and "fc_norm.weight" in fitted:

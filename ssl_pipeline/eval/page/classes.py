@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ssl_pipeline.eval.page.html import Cell, Section, about, heading, paragraph, section, table_of
-from ssl_pipeline.eval.page.record import Report
 from ssl_pipeline.eval.page.results import NAMES
+from ssl_pipeline.eval.results import Report
 
 MOST_CLASSES = 100
 

@@ -49,6 +49,7 @@ def page(title: str, state: str, lead: str, tiles: Sequence[Tile], sections: Seq
     links = "".join(f'<a href="#{part.anchor}">{text(part.title)}</a>' for part in sections)
     badge = f'<span class="state {state}">{text(state)}</span>' if state else ""
     shown = "".join(map(_tile, tiles))
+    shown = f'<div class="tiles">{shown}</div>' if shown else ""
     body = "\n".join(
         f'<section id="{part.anchor}"><h2>{text(part.title)}</h2>\n{"".join(part.parts)}</section>' for part in sections
     )
@@ -57,7 +58,7 @@ def page(title: str, state: str, lead: str, tiles: Sequence[Tile], sections: Seq
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><header><h1>{text(title)}{badge}</h1>\n"
-        f'<p class="lead">{text(lead)}</p>\n<div class="tiles">{shown}</div></header>\n<nav><div>{links}</div></nav>\n'
+        f'<p class="lead">{text(lead)}</p>\n{shown}</header>\n<nav><div>{links}</div></nav>\n'
         f"<main>{body}</main>\n<footer>{text(foot)}</footer></body></html>\n"
     )
 

@@ -11,7 +11,7 @@ from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.page.examples import Examples, classes_of
 from ssl_pipeline.eval.page.html import Section, about, picture, pictures, rows_of, section
 from ssl_pipeline.eval.page.pictures import thumbnail
-from ssl_pipeline.eval.page.record import Report
+from ssl_pipeline.eval.results import Report
 
 TITLE = "Nearest neighbours"
 QUERIES, SHOWN = 8, 5

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ssl_pipeline.eval.page.curves import number
 from ssl_pipeline.eval.page.html import Section, Tile, about, finding, section
 from ssl_pipeline.eval.page.metrics import MONITORED, Series
-from ssl_pipeline.eval.page.record import Record, Report
+from ssl_pipeline.eval.page.record import Record
+from ssl_pipeline.eval.results import Report
 
 CLASSIFIERS = (
     ("knn", "k-NN"),
@@ -125,7 +126,7 @@ def tiles(record: Record) -> list[Tile]:
 
 def _last(one: Series) -> Tile:
     unit = " %" if "%" in one.title else ""
-    first = f"{number(one.values[0])} {'at the start' if one.start is not None else 'at first'}"
+    first = f"{number(one.values[0])}{unit} {'at the start' if one.start is not None else 'at first'}"
     return Tile(
         one.title.replace(" (%)", "").replace(" (% of the largest possible)", ""), number(one.values[-1]) + unit, first
     )

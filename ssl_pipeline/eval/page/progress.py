@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 from ssl_pipeline.eval.page.curves import curve, number
 from ssl_pipeline.eval.page.html import Section, about, curves, folded, legend, section, table_of
-from ssl_pipeline.eval.page.metrics import MONITORED, READING, Series, place_of
+from ssl_pipeline.eval.page.metrics import MONITORED, READING, Series, place_of, title_of
 from ssl_pipeline.eval.page.record import Record
+
+MOST_LAYERS = 40  # in one figure
 
 
 def curves_section(records: Sequence[Record]) -> list[Section]:
     """A curve for each metric that one of the runs logged twice or more; none if none did."""
     drawn, told = [], []
     logged = {series.name for record in records for series in record.series if len(series.values) > 1}
-    for name in sorted(logged, key=place_of):
+    layers = {name for name in logged if "/" in name}
+    for name in sorted(logged - layers, key=place_of):
         lines = _lines(records, name, planned=False)
         drawn.append((lines[0][2].title, _last(lines), curve(lines)))
         if name in READING:
@@ -23,6 +26,10 @@ def curves_section(records: Sequence[Record]) -> list[Section]:
     for name in planned:
         lines = _lines(records, name, planned=True)
         drawn.append((f"{lines[0][2].title} (planned)", _last(lines), curve(lines)))
+    for prefix in sorted({name.partition("/")[0] for name in layers}):
+        lines = _layers(records[0], prefix)
+        if lines:
+            drawn.append((f"{title_of(prefix)} of {len(lines)} layers", "", curve(lines)))
     if not drawn:
         return []
     words = (
@@ -43,6 +50,14 @@ def _lines(records: Sequence[Record], name: str, *, planned: bool) -> list[tuple
         for series in (record.planned if planned else record.series)
         if series.name == name and (planned or len(series.values) > 1)
     ]
+
+
+def _layers(record: Record, prefix: str) -> list[tuple[int, str, Series]]:
+    """The series of a run's layers, evenly spread if there are many, named by the layer where the pointer is."""
+    found = [series for series in record.series if series.name.startswith(f"{prefix}/") and len(series.values) > 1]
+    count = min(len(found), MOST_LAYERS)
+    chosen = [found[place * len(found) // count] for place in range(count)]
+    return [(place, series.name.partition("/")[2], series) for place, series in enumerate(chosen)]
 
 
 def _last(lines: Sequence[tuple[int, str, Series]]) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ssl_pipeline.config import ConfigError, Tree
 from ssl_pipeline.eval.page.metrics import Series, read_series
+from ssl_pipeline.eval.results import Report
 from ssl_pipeline.run.directory import Status, read_status
 from ssl_pipeline.run.doctor import Finding, Row
 from ssl_pipeline.run.doctor.case import Case, schedule_of
@@ -17,9 +16,6 @@ from ssl_pipeline.run.doctor.records import examine, read_rows, settings_of
 
 FIRST_REPORTS = ("suite", "knn", "linear")
 SCHEDULE_POINTS = 80
-
-Report = Mapping[str, Any]
-"""A report as it stands in its file."""
 
 
 @dataclass(frozen=True)

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
-from ssl_pipeline.eval.page.record import Record, Report
+from ssl_pipeline.eval.page.record import Record
+from ssl_pipeline.eval.results import Report, differing
 from ssl_pipeline.eval.table import MODELS
 
-NAMES = {"knn": "k-NN", "sgd": "linear probe", "logistic": "logistic regression", "top1": "top-1", "top5": "top-5"}
-NAMES |= {"rankme": "RankMe", "rankme_percent": "RankMe, % of the largest possible", "alpha": "alpha-ReQ"}
-NAMES |= {"map": "mAP", "miou": "mIoU", "nmi": "NMI", "ari": "ARI", "lidar": "LiDAR"}
-PERCENT = ("top1", "top5", "accuracy", "percent", "recall", "precision", "map", "miou")
-"""What names of figures in percent end with, or begin with."""
-NO_FIGURES = {
-    "protocol",
-    "baselines",
-    "about",
-    "chosen",
-    "sweep",
-    "neighbours",
-    "fingerprints",
-    "confused",
-    "per_class",
-}
-"""Parts of a report that hold settings, or lists with a place of their own."""
-MINOR = ("top5", "validation_top1", "std", "deviation")
-"""Ends of figures that are looked at second."""
+PARTS_OF_SUITE = {"knn": "k-NN", "logistic": "logistic regression", "sgd": "linear probe"}
+NAMES = {**PARTS_OF_SUITE, "linear": "linear probe", "suite": "classifiers and spectrum"}
+MINOR = ("top5", "validation")
+"""What names of figures begin with that are looked at second."""
 WITHIN_SUITE = ("knn", "linear")
-TOLD = ("train", "test", "num_train", "num_test", "num_classes", "size", "label", "subject", "warnings")
+TOLD = {"images", "train", "test", "num_images", "num_train", "num_test", "num_classes", "size", "label", "subject"}
 """Parts of a protocol with a sentence of their own; the others are listed."""
-UNTOLD = ("mean", "std", "torch", "timm", "faiss", "scikit-learn", "about", "selection", "interpolation", "dtype")
+UNTOLD = {"warnings", "mean", "std", "torch", "timm", "faiss", "scikit-learn", "about", "selection", "dtype"}
+UNTOLD |= {"interpolation", "images_fingerprint", "train_fingerprint", "test_fingerprint"}
 
 
 def results_section(records: Sequence[Record]) -> Section:
@@ -68,15 +57,14 @@ def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
     """The table of one evaluator over the runs that it measured; the baselines are those of the first."""
     first = next(iter(reports.values()))
     baselines = {MODELS.get(key, key): report for key, report in reversed(first.get("baselines", {}).items())}
-    columns = {**reports, **baselines}
-    found = {title: dict(figures(report)) for title, report in columns.items()}
-    intervals = {title: dict(intervals_of(report)) for title, report in columns.items()}
+    found = {title: figures(name, report) for title, report in {**reports, **baselines}.items()}
     major: list[list[str | Cell]] = []
     minor: list[list[str | Cell]] = []
-    for key in dict.fromkeys(key for one in found.values() for key in one):
-        cells = [_cell(key, found[title].get(key), intervals[title].get(key)) for title in columns]
-        (minor if key.endswith(MINOR) else major).append([title_of(key), *cells])
-    header, (subject, *told) = ["", *columns], told_protocol(first["protocol"]) or ["-"]
+    for key in dict.fromkeys(key for measures in found.values() for key in measures):
+        of_models = [measures.get(key) for measures in found.values()]
+        title = next(measure.title for measure in of_models if measure is not None)
+        (minor if key.rpartition(".")[2].startswith(MINOR) else major).append([title, *map(_cell, of_models)])
+    header, (subject, *told) = ["", *found], told_protocol(first["protocol"]) or ["-"]
     parts = [heading(_words(name)), paragraph(subject), *_doubts(reports)]
     parts.append(table_of(header, major or minor))
     if major and minor:
@@ -88,9 +76,9 @@ def _doubts(reports: Mapping[str, Report]) -> list[str]:
     """What the evaluator warned of, and runs that were measured otherwise than the first."""
     parts, (first, *others) = [], reports.items()
     for title, report in others:
-        differing = _differing(first[1]["protocol"], report["protocol"])
-        if differing:
-            text = f"{title} was measured otherwise ({differing}): its figures are not to be compared with the others."
+        otherwise = "; ".join(differing({first[0]: first[1]["protocol"], title: report["protocol"]}))
+        if otherwise:
+            text = f"{title} was measured otherwise ({otherwise}): its figures are not to be compared with the others."
             parts.append(paragraph(text, kind="warning"))
     for title, report in reports.items():
         of_run = f"{title}: " if others else ""
@@ -99,53 +87,15 @@ def _doubts(reports: Mapping[str, Report]) -> list[str]:
     return parts
 
 
-def figures(report: Report, above: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
-    """Every number of a report by its path, what stands in its lists and its settings aside."""
-    for key, value in report.items():
-        if key in NO_FIGURES or key.endswith(("_interval", "_interval_by_k")):
-            continue
-        path = (*above, key)
-        if isinstance(value, Mapping):
-            yield from figures(value, path)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and not _is_repeated(report, path):
-            yield ".".join(path), float(value)
-
-
-def _is_repeated(report: Report, path: tuple[str, ...]) -> bool:
-    """Whether a headline stands once more below: top1 beside by_k, or that of the suite's own first classifier."""
-    return path[-1] in ("top1", "top5") and ("by_k" in report or (len(path) == 1 and "by_class" in report))
-
-
-def intervals_of(report: Report, above: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[float, float]]]:
-    """The interval of each figure that has one, by the path of the figure."""
-    for key, value in report.items():
-        if key in NO_FIGURES:
-            continue
-        if key.endswith("_interval_by_k"):
-            for k, interval in value.items():
-                yield ".".join((*above, "by_k", k, key.removesuffix("_interval_by_k"))), tuple(interval)
-        elif key.endswith("_interval") and value:
-            yield ".".join((*above, key.removesuffix("_interval"))), tuple(value)
-        elif isinstance(value, Mapping):
-            yield from intervals_of(value, (*above, key))
-
-
-def title_of(path: str) -> str:
-    """`knn.by_k.20.top1` -> `k-NN, k=20, top-1`."""
-    words: list[str] = []
-    parts = path.split(".")
-    while parts:
-        part = parts.pop(0)
-        if part == "by_class":
-            continue
-        if part.startswith("by_") and parts:
-            value = parts.pop(0)
-            if part == "by_temperature" and parts:  # its numbers have a point of their own
-                value = ".".join([value, *(parts.pop(0) for _ in parts[:1] if parts[0].isdecimal())])
-            words.append(f"{part.removeprefix('by_').replace('_', ' ')}={value}")
-        else:
-            words.append(_words(part))
-    return ", ".join(words)
+def figures(name: str, result: Report) -> dict[str, Measure]:
+    """The measures of one model's part of a report; of the suite those of its classifiers too."""
+    of_parts = {
+        f"{part}.{key}": replace(measure, title=f"{title}, {measure.title}")
+        for part, title in PARTS_OF_SUITE.items()
+        if name == "suite" and part in result
+        for key, measure in read_measures(result[part]).items()
+    }
+    return of_parts or read_measures(result) if "measures" not in result else of_parts | read_measures(result)
 
 
 def _words(name: str) -> str:
@@ -154,24 +104,25 @@ def _words(name: str) -> str:
     return ", ".join([NAMES.get(first, first.replace("_", " ")), *([" ".join(picked)] if picked else [])])
 
 
-def is_percent(path: str) -> bool:
-    last = path.rpartition(".")[2]
-    return last.endswith(PERCENT) or last.startswith(PERCENT)
-
-
-def _cell(path: str, value: float | None, interval: tuple[float, float] | None) -> str | Cell:
-    if value is None:
+def _cell(measure: Measure | None) -> str | Cell:
+    if measure is None:
         return "-"
-    if not is_percent(path):
-        return Cell(f"{value:.4g}")
-    small = f"({interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
-    return Cell(f"{value:.2f} %", small, value / 100)
+    is_share = measure.unit == "%"
+    small = "" if measure.spread is None else f"+- {measure.spread:.2g}"
+    if measure.interval:
+        low, high = (f"{limit:.1f}" if is_share else f"{limit:.3g}" for limit in measure.interval)
+        small = f"{small} ({low} to {high})".strip()
+    if is_share:
+        return Cell(f"{measure.value:.2f} %", small, measure.value / 100)
+    return Cell(f"{measure.value:.4g} {measure.unit}".strip(), small)
 
 
 def told_protocol(protocol: Report) -> list[str]:
     """How it was measured, in sentences: on which images, then with which weights and settings."""
     subject, told = protocol.get("subject") or {}, []
-    if "train" in protocol:
+    if "images" in protocol:
+        told.append(f"Measured on {protocol['images']}, without labels.")
+    elif "train" in protocol:
         test = protocol.get("test", protocol["train"])
         counts = [f" ({protocol[key]:,} images)" if key in protocol else "" for key in ("num_train", "num_test")]
         classes = f", {protocol['num_classes']} classes" if "num_classes" in protocol else ""
@@ -204,9 +155,3 @@ def _short(value: object) -> str:
         if isinstance(value, float)
         else str(value)
     )
-
-
-def _differing(first: Report, other: Report) -> str:
-    """The settings by which two figures are no longer of the same measure."""
-    keys = [key for key in (*first, *other) if key not in ("label", "subject", "warnings", "mean", "std")]
-    return ", ".join(dict.fromkeys(key for key in keys if first.get(key) != other.get(key)))
