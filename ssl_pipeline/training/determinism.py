@@ -11,10 +11,7 @@ import torch
 from ssl_pipeline.config import RunError
 
 WORKSPACE, FIXED = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"  # what makes cuBLAS repeat itself; read when CUDA starts
-COST = (
-    "deterministic: torch's deterministic algorithms; costs next to nothing on a CPU, some speed on a GPU, and an "
-    "operation that has none there ends the run"
-)
+COST = "deterministic: torch's deterministic algorithms; slower on a GPU, where an operation that has none ends the run"
 REFUSAL = "does not have a deterministic implementation"  # in the words of torch
 
 
