@@ -29,7 +29,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("ssl_pipeline", "eval", "data_tools", "benchmarks", "tests", "recipes"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "pretrain.py"):
+    for name in ("pyproject.toml", "pretrain.py", "finetune.py"):
         shutil.copy(ROOT / name, copy)
     files = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()))
     assert files.keys() == {LOSS, METHOD, RECIPE}

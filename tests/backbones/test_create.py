@@ -79,7 +79,7 @@ def test_batch_norm_and_checkpointed_activations_are_refused(name):
     ("config", "sentence"),
     [
         ({"name": "resnet81"}, r"No timm model 'resnet81'. Did you mean 'resnet\d+"),
-        ({"name": "resnet18", "arguments": {"depht": 3}}, "timm cannot create 'resnet18': .*depht"),
+        ({"name": "resnet18", "arguments": {"depht": 3}}, "timm cannot create 'resnet18' with backbone.arguments depht=3: .*unexpected"),
         (
             {"name": "resnet18", "weights": "no_such_tag"},
             "no run and no pretrained 'resnet18.no_such_tag'. Known: .*resnet18.a1_in1k",
@@ -90,7 +90,7 @@ def test_batch_norm_and_checkpointed_activations_are_refused(name):
         ),
         ({"name": "vit_tiny_patch16_224", "arguments": {"global_pool": "mean"}}, "timm cannot create 'vit_tiny"),
         ({"name": "vgg11", "drop_path": 0.1}, r"'drop_path_rate'\. Set backbone\.drop_path=0\."),
-        ({"name": "resnet18", "weights": "missing.safetensors"}, "cannot read weights from missing.safetensors"),
+        ({"name": "resnet18", "weights": "missing.safetensors"}, "backbone.weights=missing.safetensors is not there"),
         ({"name": "resnet18", "weights": "a1_in1k", "small_images": True}, "Leave backbone.weights out"),
     ],
 )
