@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 
-from ssl_pipeline.backbones import ARCHITECTURE, Backbone, BackboneConfig, TokenBackbone, create_backbone
-from ssl_pipeline.backbones.exported import takes_export
+from ssl_pipeline.backbones import Backbone, BackboneConfig, TokenBackbone, create_backbone
+from ssl_pipeline.backbones.known import Known, known_of, normalised
 from ssl_pipeline.backbones.networks import batch_norms
-from ssl_pipeline.backbones.weights import find_in_run, is_tag
+from ssl_pipeline.backbones.weights import is_tag
 from ssl_pipeline.commands.finetune import OWN_KEYS
 from ssl_pipeline.commands.images import shards_of
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
@@ -35,6 +33,7 @@ from ssl_pipeline.config import (
     without_flags,
 )
 from ssl_pipeline.config.arguments import keys_of
+from ssl_pipeline.config.printing import note
 from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.classifier import main as measure
 
@@ -47,17 +46,6 @@ KEPT = ("drop_path", "frozen_batch_norm")
 
 class FinetuneConfig(PretrainConfig):
     """Fine-tune a backbone on labelled images: weights=RUN|FILE|TAG train=SHARDS test=SHARDS, and the keys of a run."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of weights without reading them; None: nothing."""
-
-    network: dict[str, object] | None = None
-    """The architecture as BackboneConfig has it: name, arguments, small_images."""
-    size: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -80,6 +68,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     recipe = given.get("recipe") or _recipe_for(_network(known, given))
     tree = read_recipe(recipe, RECIPES)
     told |= _described(known, given)
+    if known.mean is not None and known.std is not None and {"data.mean", "data.std"} <= told.keys():
+        note(f"{normalised(known.mean, known.std, known.of)}.")
     if "backbone.name" in told:
         told |= _kept(tree, _network(known, given))
     stem = _stem(given.get("weights", given.get("backbone.weights")), known)
@@ -102,27 +92,12 @@ def _shards(source: str, place: Path) -> str:
 
 def _look_up(weights: str, given: Mapping[str, str]) -> tuple[str, Known]:
     """The weights as `backbone.weights` takes them, and what is known of them."""
-    place = Path(weights).expanduser()
     name, _, tag = weights.partition(".")
-    if is_tag(weights):
-        architecture = given.get("backbone.name", name if tag else None)
-        full = weights if tag else f"{architecture}.{weights}"
-        published = timm.get_pretrained_cfg(full, allow_unregistered=False) if architecture else None
-        if published is None or not published.architecture:
-            return weights, Known()  # told by those who look for the weights
-        size = published.input_size[-1]
-        return tag or weights, Known({"name": architecture}, size, published.mean, published.std)
     which = given.get("backbone.weights_from")
-    export = place / "backbone.json"
-    if place.is_dir() and export.is_file() and takes_export(place, which=which):
-        about = json.loads(export.read_bytes())
-        network = {key: about[key] for key in ARCHITECTURE}
-        return weights, Known(network, about["size"], about["mean"], about["std"])
-    if place.is_dir() and ((place / "checkpoints").is_dir() or (place / "manifest.json").is_file()):
-        _, _, saved = find_in_run(place, which=which)
-        network = {key: saved.config[key] for key in ARCHITECTURE}
-        return weights, Known(network, saved.size, saved.mean, saved.std)
-    return weights, Known()
+    if not is_tag(weights) or not tag:
+        return weights, known_of(weights, name=given.get("backbone.name"), which=which)
+    known = known_of(tag, name=name)
+    return (weights, known) if known.network is None else (tag, known)
 
 
 def _network(known: Known, given: Mapping[str, str]) -> Backbone:
@@ -149,7 +124,8 @@ def _described(known: Known, given: Mapping[str, str]) -> dict[str, str]:
     told: dict[str, object] = {}
     if known.network is not None and "backbone.name" not in given:
         told |= {f"backbone.{key}": value for key, value in known.network.items()}
-    told |= {"augment.view.size": known.size, "data.mean": known.mean, "data.std": known.std}
+    if known.network is not None:  # the colours of a file are for the settings of a run to find
+        told |= {"augment.view.size": known.size, "data.mean": known.mean, "data.std": known.std}
     return {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in told.items()

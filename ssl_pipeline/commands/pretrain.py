@@ -25,6 +25,7 @@ from ssl_pipeline.backbones import (
 )
 from ssl_pipeline.backbones.exported import about_weights
 from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_the_run
+from ssl_pipeline.commands.colours import fit_colours
 from ssl_pipeline.commands.find_lr import find_lr
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.monitors import open_monitors
@@ -122,9 +123,10 @@ class PretrainConfig(Config):
         return self
 
     @classmethod
-    def fit_recipe(cls, tree: Tree, given: Collection[str]) -> list[str]:
-        """Own images: monitors go whose labelled images are the recipe's and are not there."""
-        notes = []
+    def fit_recipe(cls, tree: Tree, given: Collection[str], recipe: Tree) -> list[str]:
+        """Another network: mean and std of its weights. Own images: monitors go whose labelled images are the recipe's
+        and are not there."""
+        notes = fit_colours(tree, given, recipe)
         typed = {".".join(key.split(".")[:depth]) for key in given for depth in (1, 2)}
         for name, paths in (("knn", ("train", "val")), ("classifier", ("val",))):
             monitor = tree.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import get_origin
 
@@ -25,6 +26,7 @@ def read_arguments(
     places: set[Location] = set()
     mistakes = []
     pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
+    recipe = deepcopy(tree)
     asked: list[tuple[str, str | None]] = [*pairs, *((key, None) for key in overrides or {})]
     for key, text in sorted(asked, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
         if text is not None and key in given:
@@ -44,7 +46,7 @@ def read_arguments(
             mistakes.append(str(error))
     if mistakes:
         raise SettingsError(*mistakes)
-    for told in schema.fit_recipe(tree, given.keys()):
+    for told in schema.fit_recipe(tree, given.keys(), recipe):
         note(told)
     for place in places:
         _drop_replaced(schema, tree, place, places)

@@ -63,8 +63,11 @@ class Config(BaseModel):
         return ()
 
     @classmethod
-    def fit_recipe(cls, tree: Tree, given: Collection[str]) -> list[str]:
-        """Change in the settings of a recipe what those `given` on the command line make useless; what to say of it."""
+    def fit_recipe(cls, tree: Tree, given: Collection[str], recipe: Tree) -> list[str]:
+        """Change in the settings of a recipe what those `given` on the command line make useless; what to say of it.
+
+        tree: the recipe with what is given over it; recipe: as it is without.
+        """
         return []
 
     @field_validator("*")

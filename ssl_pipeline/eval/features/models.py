@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import timm
 import torch
 import yaml
 from pydantic import Field, model_validator
@@ -26,7 +25,7 @@ from ssl_pipeline.backbones import (
     spoken_of_as,
 )
 from ssl_pipeline.backbones.exported import exported_step
-from ssl_pipeline.backbones.weights import is_tag
+from ssl_pipeline.backbones.known import Known, known_of, normalised
 from ssl_pipeline.config import Config, ConfigError, PlaceText, printable, validate
 from ssl_pipeline.files import JSON
 
@@ -63,7 +62,8 @@ class ModelConfig(Config):
     interpolation: Interpolation = "bicubic"
     """How images are resized, antialiased in either way; published figures of most ResNets are bilinear."""
     mean: Mean | None = None
-    """With `backbone`: mean of the colour channels; by default the pretrained tag's, or ImageNet's."""
+    """With `backbone`: mean of the colour channels; by default that of the weights (a run's, a tag's, else the one
+    that all of timm's weights of the model have), or ImageNet's."""
     std: Deviation | None = None
     """With `backbone`: standard deviation of the colour channels; by default as `mean`."""
 
@@ -166,12 +166,20 @@ def _named_model(config: ModelConfig, name: str) -> EvaluatedModel:
 
 
 def _preprocessing(config: ModelConfig) -> Preprocessing:
-    """The size, mean and deviation that are given, else those of the pretrained tag, else ImageNet's at 224 pixels."""
-    published = None
-    if config.weights is not None and is_tag(config.weights):
-        published = timm.get_pretrained_cfg(f"{config.backbone}.{config.weights}")
-    mean, std = (published.mean, published.std) if published else (IMAGENET_MEAN, IMAGENET_STD)
-    return Preprocessing(_size(config), config.mean or _three(mean), config.std or _three(std))
+    """The size, mean and deviation that are given, else those of the weights, else ImageNet's at 224 pixels.
+
+    Of weights, prints whose mean and deviation are taken.
+    """
+    if config.weights is None:
+        known = Known()
+    else:
+        known = known_of(config.weights, name=config.backbone, which=config.weights_from)
+    mean = config.mean or _three(known.mean or IMAGENET_MEAN)
+    std = config.std or _three(known.std or IMAGENET_STD)
+    if config.weights is not None and not (config.mean and config.std):
+        of = known.of or f"ImageNet: nothing says those of {config.weights}"
+        print(printable(f"{normalised(mean, std, of)}. Set mean and std for other values."), flush=True)
+    return Preprocessing(_size(config), mean, std)
 
 
 def _size(config: ModelConfig) -> int:

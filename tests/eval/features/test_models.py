@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from ssl_pipeline.backbones import load_backbone, save_backbone
@@ -162,3 +163,24 @@ def test_a_moved_run_keeps_its_features(run: Path, train: str, test: str, tmp_pa
     report = evaluate_knn(KnnConfig(run=moved, train=train, test=test, k=(5,), workers=0))
     assert len(list((moved / "eval" / "cache").iterdir())) == 2
     assert json.loads(json.dumps(report))["protocol"]["subject"]["run"] == str(moved)
+
+
+def test_images_are_normalised_as_the_weights_want_them(tmp_path, capsys) -> None:
+    file = tmp_path / "weights.pth"
+    half = (0.5, 0.5, 0.5)
+    torch.save(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict(), file)
+    network = ["backbone=tf_efficientnet_lite0", "size=32"]
+    found = open_model(settings(*network, f"weights={file}")).preprocessing
+    assert (found.mean, found.std) == (half, half)
+    assert "mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5 of timm's tf_efficientnet_lite0. Set" in capsys.readouterr().out
+    found = open_model(settings(*network, f"weights={file}", "mean=0.1,0.2,0.3", "std=0.4,0.5,0.6")).preprocessing
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    random = open_model(settings(*network)).preprocessing
+    assert (random.mean, random.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert "normalised" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["", "/backbone.safetensors"])
+def test_the_colours_of_a_run_come_with_its_weights(run: Path, place: str) -> None:
+    arguments = ["backbone=vit_tiny_patch16_224", f"arguments={TINY_VIT}", f"weights={run}{place}", "size=16"]
+    assert open_model(settings(*arguments)).preprocessing == load_backbone(run)[1]
