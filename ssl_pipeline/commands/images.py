@@ -6,11 +6,13 @@ what is in them and by the machine. Both are decided at the first start and foun
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from ssl_pipeline.config import (
     Tree,
     Value,
     launched_rank,
+    load,
     printable,
     read_recipe,
     read_yaml,
@@ -74,6 +77,11 @@ def expand(
     output = Path(given["output"] if "output" in given else _directory(images, given, recipe)).expanduser()
 
     def short_side(files: Source) -> int | None:
+        if timed is not None:  # a wrong setting is told before images are packed
+            looked = choose_recipe(*look_at(files), given, has_gpu=torch.cuda.is_available())[0]
+            own = _but(looked, given) if recipe == AUTO else [f"recipe={recipe}"]
+            with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
+                load(timed, [*own, *rest, "data.shards=."], recipes=RECIPES, overrides=overrides)
         return _short_side(files, recipe, given)
 
     shards = given["data.shards"] if images is None else shards_of(images, output, short_side=short_side)

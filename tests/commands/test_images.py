@@ -99,6 +99,14 @@ def test_images_without_labels_are_watched_from_weights_on(tmp_path, capsys):
     assert not any(argument.startswith("spectrum={") for argument in expand([*from_weights, "spectrum=null"]))
 
 
+@pytest.mark.parametrize("recipe", ["auto", "photos_small"])
+def test_a_wrong_setting_is_told_before_images_are_packed(tmp_path, recipe):
+    arguments = [f"images={folder(tmp_path)}", f"recipe={recipe}", f"output={tmp_path}/run", "train.steps=abc"]
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        expand(arguments, timed=PretrainConfig)
+    assert not (tmp_path / "run").exists()
+
+
 def test_fewer_images_than_a_step_takes_get_a_batch_that_fits(tmp_path):
     arguments = [f"images={folder(tmp_path)}", f"output={tmp_path}/run"]
     assert "data.batch_size=2" in expand(arguments)
