@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssl_pipeline.backbones.classifier import FILE_NAME as CLASSIFIER_FILE
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.eval.knn import KnnConfig
 
@@ -14,12 +15,20 @@ PER_CLASS = 2  # images that a class has at least in the mean: each needs anothe
 
 
 def measuring(run: Path, index: ShardIndex, own: str | None) -> str:
-    """The command that measures the run, which trained on `index`, by k-NN.
+    """The command that measures the run, which trained on `index`: by its own classifier, or else by k-NN.
 
+    With a classifier, the command that writes its labels of images too, as a second line.
     own: the shards that stand for the run's `images`, None without such. If they have labels that k-NN can be told of,
     each image is classified by all others; else the shards of labelled images are left to the reader.
     """
-    start = f"Evaluate with: {_command('knn')} run={shlex.quote(str(run))}"
+    place = shlex.quote(str(run))
+    if (run / CLASSIFIER_FILE).is_file():
+        table = shlex.quote(str(run / "labels.csv"))
+        return (
+            f"Evaluate with: {_command('classifier')} run={place} test=SHARDS\n"
+            f"Its labels for images: {_command('predict')} run={place} source=FOLDER output={table}"
+        )
+    start = f"Evaluate with: {_command('knn')} run={place}"
     if own is None or not _can_vote(index):
         return f"{start} train=SHARDS test=SHARDS"
     return f"{start} train={shlex.quote(own)} test={shlex.quote(own)} leave_one_out=true"

@@ -6,11 +6,13 @@ what is in them and by the machine. Both are decided at the first start and foun
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from ssl_pipeline.config import (
     Tree,
     Value,
     launched_rank,
+    load,
     printable,
     read_recipe,
     read_yaml,
@@ -74,20 +77,26 @@ def expand(
     output = Path(given["output"] if "output" in given else _directory(images, given, recipe)).expanduser()
 
     def short_side(files: Source) -> int | None:
+        if timed is not None:  # a wrong setting is told before images are packed
+            looked = choose_recipe(*look_at(files), given, has_gpu=torch.cuda.is_available())[0]
+            own = _but(looked, given) if recipe == AUTO else [f"recipe={recipe}"]
+            with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
+                load(timed, [*own, *rest, "data.shards=."], recipes=RECIPES, overrides=overrides)
         return _short_side(files, recipe, given)
 
     shards = given["data.shards"] if images is None else shards_of(images, output, short_side=short_side)
     packed = [] if images is None else [f"data.shards={shards}"]
     after = [*rest, *packed, *([] if "output" in given else [f"output={output}"])]
-    watched = [] if images is None else watch_labels(shards, given)
     if recipe != AUTO:
-        watched = watched if read_recipe(recipe, RECIPES).get("knn") is None else []
-        return [f"recipe={recipe}", *watched, *after]
+        return [f"recipe={recipe}", *watch(shards, given, read_recipe(recipe, RECIPES), images), *after]
     if known := _recipe_of(output):
+        watched = watch(shards, given, {}, images)
+        known += fitting_batch(known, len(open_shards(shards)))
         return [*_but(known, given.keys() | keys_of(watched).keys()), *watched, *after]
     index = open_shards(shards)
     side = int(np.median(index.sizes().min(axis=1)))
     chosen, why = choose_recipe(len(index), side, given, has_gpu=torch.cuda.is_available())
+    chosen += fitting_batch(chosen, len(index))
     if launched_rank() == "0":
         expected = ""
         if timed is not None and given.get("train.steps", "null") == "null":
@@ -96,6 +105,7 @@ def expand(
             expected = expected_time(timed, run, overrides, num_images=len(index), num_processes=processes)
         line = f"{' '.join(chosen)}: {why}. {expected + '. ' if expected else ''}recipe=NAME chooses another."
         print(printable(line), flush=True)
+    watched = watch(shards, given, {}, images)
     return [*_but(chosen, given.keys() | keys_of(watched).keys()), *watched, *after]
 
 
@@ -104,21 +114,56 @@ def _but(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
     return [argument for argument in arguments if argument.partition("=")[0] not in keys or argument[:7] == "recipe="]
 
 
-def watch_labels(shards: str, given: Mapping[str, str]) -> list[str]:
-    """The argument by which k-NN is measured during the run on its own images, if they have labels (class folders);
-    none if `given` says anything of k-NN, or if they are too few."""
-    index = open_shards(shards)
-    few = len(index) <= WATCHED_K or index.label_problem() is not None or len(np.unique(index.labels())) < 2
-    if few or any(key == "knn" or key.startswith("knn.") for key in given):
+def fitting_batch(arguments: Sequence[str], count: int) -> list[str]:
+    """The batch size for fewer images than a step of the recipe takes: a power of 2; none for more."""
+    data = read_recipe(keys_of(arguments)["recipe"], RECIPES).get("data")
+    batch, processes = (
+        data.get("batch_size") if isinstance(data, dict) else None,
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    if not isinstance(batch, int) or count >= batch * processes:
         return []
-    if launched_rank() == "0":
-        print(
+    return [f"data.batch_size={2 ** int(np.log2(max(count // processes, 1)))}"]
+
+
+def watch(shards: str, given: Mapping[str, str], recipe: Tree, images: str | None) -> list[str]:
+    """The argument by which a run on images= is measured on these images: by k-NN, if they have labels (class folders),
+    else from weights by the spectrum; none if anything is given of it, or the recipe has images for it that are there.
+    """
+    index = open_shards(shards)
+    if images is None or len(index) <= WATCHED_K or _says(given, "knn"):
+        return []
+    if index.label_problem() is None and len(np.unique(index.labels())) > 1:
+        if _has_images(recipe.get("knn")):
+            return []
+        _say_first(
             f"The images have labels, so the run measures k-NN on up to {WATCHED:,} of them, each by all others, every "
-            f"{WATCHED_EVERY} (knn_top1 in the log); it does not learn from them. knn=null leaves that out.",
-            flush=True,
+            f"{WATCHED_EVERY}; it does not learn from them. knn=null leaves that out."
         )
-    settings = f"every: {WATCHED_EVERY}, train: {json.dumps(shards)}, images: {WATCHED}, k: {WATCHED_K}"
-    return [f"knn={{{settings}}}"]
+        return [
+            f"knn={{every: {WATCHED_EVERY}, train: {json.dumps(shards)}, val: null, images: {WATCHED}, k: {WATCHED_K}}}"
+        ]
+    if given.get("backbone.weights", "null") in ("null", "") or _says(given, "spectrum") or recipe.get("spectrum"):
+        return []
+    _say_first(
+        f"The images have no labels, so the run watches RankMe of the features from the weights on, every "
+        f"{WATCHED_EVERY}. spectrum=null leaves that out."
+    )
+    return [f"spectrum={{every: {WATCHED_EVERY}, images: {WATCHED // 2}}}"]
+
+
+def _says(given: Mapping[str, str], section: str) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for key in given)
+
+
+def _has_images(knn: object) -> bool:
+    """Whether the training images of a recipe's k-NN are where it says."""
+    return isinstance(knn, dict) and Path(str(knn.get("train"))).expanduser().exists()
+
+
+def _say_first(words: str) -> None:
+    if launched_rank() == "0":
+        print(words, flush=True)
 
 
 def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Value]]:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ssl_pipeline.backbones import BackboneOfRun, load_run, save_backbone
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
-from ssl_pipeline.eval.exports.model_card import CARD_FILE, model_card
+from ssl_pipeline.eval.exports.model_card import CARD_FILE, model_card, without_classifier
 from ssl_pipeline.eval.exports.onnx_graph import MODEL_FILE, require_onnx, write_graph
 from ssl_pipeline.eval.exports.timm_folder import (
     CONFIG_FILE,
@@ -74,7 +74,7 @@ def export(config: ExportConfig) -> None:
     told = _write(config, found)
     of_step = "" if found.step is None else f" of step {found.step}"
     print(f"Written to {config.output}: {found.name or 'the exported backbone'}{of_step} of {config.run}.")
-    for line in told:
+    for line in [*told, *without_classifier(config.run)]:
         print(printable(line))
 
 
@@ -102,7 +102,7 @@ def _write(config: ExportConfig, found: BackboneOfRun) -> list[str]:
             images_licence=config.images_licence,
             weights_licence=config.weights_licence,
         )
-        write_text(folder / CARD_FILE, card.replace("FOLDER", str(config.output)))
+        write_text(folder / CARD_FILE, card.replace("FOLDER", config.output.resolve().name))
         for path in sorted(folder.iterdir()):
             shutil.move(path, config.output / path.name)
     return told

@@ -15,6 +15,13 @@ from ssl_pipeline.run.interruption import WithKeepalive
 from ssl_pipeline.schedule import Duration, Progress
 from ssl_pipeline.training.run import Monitor, Run
 
+TOLD = {
+    "knn_top1": "k-NN top-1 {:.2f} %",
+    "classifier_top1": "classifier top-1 {:.2f} %",
+    "rankme": "RankMe {:.1f}",
+    "alpha": "alpha-ReQ {:.2f}",
+}
+"""Figures that the log tells as they are found; all are in metrics.jsonl."""
 OnError = Literal["skip", "stop"]
 Figures = dict[str, float | int | str]
 
@@ -60,12 +67,15 @@ class Monitors:
     def measure(self, position: int) -> Figures:
         """What those that are due add to the row of the step that ends at `position`; all processes call it."""
         figures = self._measured(self._due(position), position)
-        self._compare(figures, self._run.clock.progress(position).step)
+        step = self._run.clock.progress(position).step
+        self._tell(figures, f"step {step}")
+        self._compare(figures, step)
         return figures
 
     def measure_start(self) -> Figures:
         """The figures before the first step of the monitors that want them; an empty mapping if none does."""
         figures = self._measured([watched for watched in self._all if watched.at_start], 0)
+        self._tell(figures, "before the first step")
         compared = {metric for watched in self._all for metric in watched.compared}
         self.start = {name: float(value) for name, value in figures.items() if name in compared}
         return figures
@@ -93,6 +103,12 @@ class Monitors:
                 figures[f"{watched.name}_error"] = reason
                 self._say(f"{watched.name} is skipped at step {progress.step} (on_error=skip): {reason}")
         return figures
+
+    def _tell(self, figures: Figures, when: str) -> None:
+        """Say what was found, as far as people look for it."""
+        told = [form.format(float(figures[name])) for name, form in TOLD.items() if name in figures]
+        if told:
+            self._say(f"{when}: {', '.join(told)}")
 
     def _compare(self, figures: Figures, step: int) -> None:
         """Say what lies a point or more below the start, or does no longer; nothing twice that has not changed."""

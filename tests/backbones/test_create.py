@@ -79,7 +79,10 @@ def test_batch_norm_and_checkpointed_activations_are_refused(name):
     ("config", "sentence"),
     [
         ({"name": "resnet81"}, r"No timm model 'resnet81'. Did you mean 'resnet\d+"),
-        ({"name": "resnet18", "arguments": {"depht": 3}}, "timm cannot create 'resnet18' with backbone.arguments depht=3: .*unexpected"),
+        (
+            {"name": "resnet18", "arguments": {"depht": 3}},
+            "timm cannot create 'resnet18' with backbone.arguments depht=3: .*unexpected",
+        ),
         (
             {"name": "resnet18", "weights": "no_such_tag"},
             "no run and no pretrained 'resnet18.no_such_tag'. Known: .*resnet18.a1_in1k",

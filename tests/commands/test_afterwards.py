@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 
 import ssl_pipeline
+from ssl_pipeline.backbones.classifier import save_classifier
 from ssl_pipeline.commands.afterwards import features_in_python, measuring
 from ssl_pipeline.commands.embed import EmbedConfig, embed
+from ssl_pipeline.commands.predict import PredictConfig
 from ssl_pipeline.config import load
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
+from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.report import ReportConfig, report_page
 from tests.runs import write_recipe
@@ -73,3 +76,15 @@ def test_without_a_checkout_the_console_command_is_named(tmp_path, monkeypatch):
     said = measuring(Path("run"), open_shards("s"), "s")
     assert said == "Evaluate with: ssl-pipeline knn run=run train=s test=s leave_one_out=true"
     assert features_in_python("s").endswith("ssl_pipeline.embed(backbone, 's')")
+
+
+def test_a_run_with_a_classifier_is_measured_by_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    make_shards(MakeShards(source=str(folder(tmp_path / "x", 24, ("a", "b"))), output=tmp_path / "s", workers=1))
+    save_classifier(tmp_path / "run", torch.nn.Linear(2, 2), ["a", "b"])
+    said = measuring(tmp_path / "run", open_shards(tmp_path / "s"), str(tmp_path / "s"))
+    first, second = (shlex.split(line.partition(": ")[2]) for line in said.splitlines())
+    assert first[:3] == ["python", "-m", "eval.classifier"]
+    assert load(ClassifierConfig, first[3:]).run == tmp_path / "run"
+    assert second[:3] == ["python", "-m", "eval.predict"]
+    assert load(PredictConfig, second[3:]).output == tmp_path / "run" / "labels.csv"

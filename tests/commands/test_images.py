@@ -32,7 +32,7 @@ def test_a_folder_becomes_shards_and_a_recipe(tmp_path, capsys):
     assert f"data.shards={output}/images" in expanded
     assert {"seed=3", f"output={output}", f"images={tmp_path}/photos"} <= set(expanded)
     assert len(open_shards(output / "images")) == 3
-    assert "recipe=photos_small: 3 images of 100 pixels" in capsys.readouterr().out
+    assert "recipe=photos_small data.batch_size=2: 3 images of 100 pixels" in capsys.readouterr().out
 
 
 def test_the_recipe_that_a_run_has_is_kept(tmp_path):
@@ -68,7 +68,7 @@ def test_labels_of_folders_are_watched(tmp_path, capsys, recipe):
     folders_of_classes(tmp_path)
     arguments = [f"images={tmp_path}/photos", f"recipe={recipe}", f"output={tmp_path}/run"]
     expanded = expand(arguments)
-    assert f'knn={{every: 20%, train: "{tmp_path}/run/images", images: 2000, k: 20}}' in expanded
+    assert f'knn={{every: 20%, train: "{tmp_path}/run/images", val: null, images: 2000, k: 20}}' in expanded
     assert "each by all others, every 20%" in capsys.readouterr().out
     config = load(PretrainConfig, expanded, recipes=RECIPES)
     assert (config.knn.train, config.knn.val, config.knn.images) == (f"{tmp_path}/run/images", None, 2000)
@@ -76,10 +76,44 @@ def test_labels_of_folders_are_watched(tmp_path, capsys, recipe):
         assert not any(argument.startswith("knn={") for argument in expand([*arguments, given]))
 
 
-def test_a_recipe_with_knn_of_its_own_keeps_it(tmp_path):
+def test_knn_of_a_recipe_is_kept_where_its_images_are(tmp_path, monkeypatch, capsys):
     folders_of_classes(tmp_path)
-    expanded = expand([f"images={tmp_path}/photos", "recipe=dino_vits16", f"output={tmp_path}/run"])
-    assert not any(argument.startswith("knn") for argument in expanded)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["images=photos", "recipe=dino_vits16", "output=run"]
+    assert any(argument.startswith("knn={") for argument in expand(arguments))
+    (tmp_path / "data/imagenet/train-10pct").mkdir(parents=True)
+    capsys.readouterr()
+    assert not any(argument.startswith("knn") for argument in expand(arguments))
+    assert capsys.readouterr().out == ""
+
+
+def test_images_without_labels_are_watched_from_weights_on(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for number in range(24):
+        Image.new("RGB", (64, 64), (number * 10, 0, 0)).save(tmp_path / f"photos/{number}.png")
+    arguments = [f"images={tmp_path}/photos", f"output={tmp_path}/run"]
+    assert not any(argument.startswith(("knn", "spectrum")) for argument in expand(arguments))
+    from_weights = [*arguments, "backbone.weights=in1k"]
+    assert "spectrum={every: 20%, images: 1000}" in expand(from_weights)
+    assert "watches RankMe of the features from the weights on" in capsys.readouterr().out
+    assert not any(argument.startswith("spectrum={") for argument in expand([*from_weights, "spectrum=null"]))
+
+
+@pytest.mark.parametrize("recipe", ["auto", "photos_small"])
+def test_a_wrong_setting_is_told_before_images_are_packed(tmp_path, recipe):
+    arguments = [f"images={folder(tmp_path)}", f"recipe={recipe}", f"output={tmp_path}/run", "train.steps=abc"]
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        expand(arguments, timed=PretrainConfig)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_images_than_a_step_takes_get_a_batch_that_fits(tmp_path):
+    arguments = [f"images={folder(tmp_path)}", f"output={tmp_path}/run"]
+    assert "data.batch_size=2" in expand(arguments)
+    (tmp_path / "run/config.yaml").write_text("recipe: photos_small\nknn: null\n")
+    assert "data.batch_size=2" in expand(arguments)
+    given = [argument for argument in expand([*arguments, "data.batch_size=3"]) if argument.startswith("data.batch")]
+    assert given == ["data.batch_size=3"]
 
 
 def test_large_photographs_are_packed_small_and_found_again(tmp_path, capsys):

@@ -10,6 +10,7 @@ import timm
 import torch
 
 from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone, save_backbone
+from ssl_pipeline.backbones.classifier import save_classifier
 from ssl_pipeline.config import ConfigError, RunError, load
 from ssl_pipeline.eval.export import ExportConfig, export
 from ssl_pipeline.eval.exports import comparison, timm_folder
@@ -96,7 +97,7 @@ def test_files_of_others_are_never_replaced(tmp_path):
 
 def test_a_card_tells_recipe_images_results_and_licences(tmp_path):
     run, _ = run_with(tmp_path, VIT, size=16)
-    (run / "config.yaml").write_text("recipe: dino_vits16\nmethod: {name: dino}\nbackbone: {weights: FILE.pth}\n")
+    (run / "config.yaml").write_text("recipe: dino_vits16\nmethod: {name: dino}\nbackbone: {weights: /a/b/FILE.pth}\n")
     data = {"shards": "photos", "images": 1234, "fingerprint": "0123456789abcdef0123"}
     (run / "run.json").write_text(json.dumps({"starts": [{"data": data, "labelled data": None}]}))
     card = (exported(run, "timm", "images_licence=CC BY 4.0") / "README.md").read_text()
@@ -113,7 +114,45 @@ def test_a_card_tells_recipe_images_results_and_licences(tmp_path):
         assert row in card, row
     assert card.startswith("---\nlicense: unknown\nlibrary_name: timm\n")
     assert "No evaluation of these weights stands in the run" in card
-    assert f'timm.create_model("local-dir:{tmp_path / "timm"}", pretrained=True)' in card
+    assert 'timm.create_model("local-dir:timm", pretrained=True)' in card
+    assert str(tmp_path) not in card
+    assert "/a/b" not in card
+    assert "classifier" not in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "title", "tag"),
+    [
+        ("method: {name: dino}\nbackbone: {weights: null}\n", "pretrained without labels", "self-supervised-learning"),
+        (
+            "method: {name: dino}\nbackbone: {weights: /runs/first}\n",
+            "pretrained without labels, going on from first",
+            "self-supervised-learning",
+        ),
+        (
+            "method: {name: supervised}\nbackbone: {weights: /runs/first/backbone.safetensors}\n",
+            "fine-tuned with labels, going on from first/backbone.safetensors",
+            "supervised",
+        ),
+        ("method: {name: supervised}\nbackbone: {weights: null}\n", "trained with labels", "supervised"),
+        (
+            "method: {name: fixmatch}\ndata: {labelled: {shards: ten}}\n",
+            "trained with few labels",
+            "semi-supervised-learning",
+        ),
+    ],
+)
+def test_title_and_tags_of_a_card_follow_the_method(tmp_path, settings, title, tag, capsys):
+    run, _ = run_with(tmp_path, VIT, size=16)
+    (run / "config.yaml").write_text(settings)
+    save_classifier(run, torch.nn.Linear(2, 2), None)
+    card = (exported(run, "timm") / "README.md").read_text()
+    assert f"# {VIT.name}, {title}\n" in card
+    tags = {"self-supervised-learning", "semi-supervised-learning", "supervised"}
+    assert {one for one in tags if f"\n- {one}\n" in card} == {tag}
+    told = "The classifier that the run has learnt is not part of the export: classifier.safetensors of the run has it."
+    assert told in card
+    assert told in capsys.readouterr().out
 
 
 def test_results_stand_in_the_card_if_they_are_of_these_weights(tmp_path):

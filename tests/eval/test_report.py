@@ -12,10 +12,12 @@ from shutil import copytree, rmtree
 import pytest
 
 from ssl_pipeline.commands import report
-from ssl_pipeline.config import run_command
+from ssl_pipeline.config import RECIPES, read_recipe, run_command
 from ssl_pipeline.eval import knn, suite
 from ssl_pipeline.eval.measures import Measure, measures_json
 from ssl_pipeline.eval.page.html import Section
+from ssl_pipeline.eval.page.record import Record
+from ssl_pipeline.eval.page.settings import settings_section
 from ssl_pipeline.eval.page.sheets import sheets
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.suite_measures import SuiteConfig
@@ -115,7 +117,7 @@ def test_monitors_show_the_start_the_best_and_the_last(run: Path) -> None:
     page = page_of(run)
     assert "k-NN top-1 (%) 21.5 83.25 (step 10) 71 (step 15)" in page.text.replace("  ", " ")
     assert "K-NN top-1 (%) went from 21.5 at the start to 71 at step 15." in page.text
-    assert "Nothing was evaluated yet: python -m eval.suite" in page.text
+    assert f"Nothing was evaluated yet: python -m eval.suite run={run} train=SHARDS test=SHARDS" in page.text
 
 
 def test_a_single_evaluator_is_enough(run: Path, train: str, test: str) -> None:
@@ -143,6 +145,35 @@ def test_reports_of_before_intervals_are_read(run: Path) -> None:
     page = page_of(run)
     assert "top-1 50.00 %" in page.text.replace("  ", " ")
     assert "top-1 75.00 %" in page.text.replace("  ", " ")
+
+
+def test_images_are_told_as_they_were_used(run: Path) -> None:
+    (run / "eval").mkdir()
+    same = {"train": "a", "num_train": 3, "test": "a", "num_test": 3, "num_classes": 2, "leave_one_out": True}
+    old = {"top1": 50.0, "top5": 100.0, "baselines": {}, "protocol": same}
+    (run / "eval" / "knn.json").write_text(json.dumps(old | {"by_k": {"20": {"top1": 50.0, "top5": 100.0}}}))
+    found = {"measures": measures_json([Measure("nmi", "NMI", 0.5, unit="")]), "baselines": {}}
+    of_classes = found | {"protocol": {"images": "photos", "num_classes": 2}}
+    (run / "eval" / "clustering.json").write_text(json.dumps(of_classes))
+    (run / "eval" / "label_free.json").write_text(json.dumps(found | {"protocol": {"images": "photos"}}))
+    text = page_of(run).text
+    assert "K-NN recognises 50.0 % of the images, each by all others" in text
+    assert "Measured on a (3 images), each by all others, 2 classes." in text
+    assert "Measured on photos, against their 2 classes." in text
+    assert "Measured on photos, without labels." in text
+
+
+def test_another_length_and_a_monitor_left_out_differ_from_the_recipe() -> None:
+    place = Path("runs/own")
+    recipe = "digits_dino"
+    settings = read_recipe(recipe, RECIPES)
+    settings |= {"recipe": recipe, "knn": None, "train": settings["train"] | {"epochs": None, "steps": 5}}
+    record = Record(place, "own", [], [], {}, "train: ...", settings, [], None)
+    text = Page("".join(part for part in settings_section([record])[0].parts)).text.replace("  ", " ")
+    assert "train.epochs 25 -" in text
+    assert "train.steps - 5" in text
+    assert "knn.every 5ep -" in text
+    assert "optim" not in text
 
 
 def test_reports_of_any_evaluator_are_tables(run: Path) -> None:

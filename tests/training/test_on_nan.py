@@ -186,7 +186,7 @@ def test_a_scaler_goes_on_after_a_step_that_is_left_out(tmp_path, shards):
     with (
         poisoned() as steps,
         recorded() as states,
-        mock.patch("ssl_pipeline.training.loop.wrap", lambda accelerator, method, optimizer: (method, wrapped)),
+        mock.patch("ssl_pipeline.training.loop.wrap", return_value=(run.method, wrapped)),
         mock.patch("ssl_pipeline.training.loop.save_run"),
     ):
         run.accelerator.wait_for_everyone = lambda: None

@@ -12,12 +12,14 @@ import yaml
 
 from ssl_pipeline import __version__
 from ssl_pipeline.backbones import BackboneOfRun
+from ssl_pipeline.backbones.classifier import FILE_NAME as CLASSIFIER_FILE
 from ssl_pipeline.backbones.weights import is_tag
 from ssl_pipeline.config import printable, read_yaml
 from ssl_pipeline.eval.measures import read_measures
 from ssl_pipeline.eval.page.record import read_reports
 
 CARD_FILE = "README.md"
+BACKBONE_FILE = "backbone.safetensors"
 NOT_STATED = "not stated"
 LIBRARIES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx"}
 Format = Literal["timm", "huggingface", "onnx"]
@@ -58,9 +60,10 @@ def model_card(
         "---",
         yaml.safe_dump(_front_matter(format, settings), sort_keys=False).strip(),
         "---",
-        f"# {found.backbone.config.name}, pretrained without labels",
+        f"# {found.backbone.config.name}, {_learnt(settings)}",
         "",
         f"Features ({found.backbone.embed_dim} numbers) of RGB images, by ssl-pipeline {__version__}.",
+        *without_classifier(run),
         "",
         *_table("training", _training(run, found, settings, start)),
         *_table("images expected", _expected(found)),
@@ -82,15 +85,51 @@ def _front_matter(format: Format, settings: Mapping[str, Any]) -> dict[str, obje
         "license": "unknown",
         "library_name": LIBRARIES[format],
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["ssl-pipeline", "self-supervised-learning", *([str(method)] if method else [])],
+        "tags": list(dict.fromkeys(["ssl-pipeline", _kind(settings), *([str(method)] if method else [])])),
     }
+
+
+def without_classifier(run: Path) -> list[str]:
+    """The sentence that a classifier which the run has learnt is not exported; none where it has none."""
+    if not (run / CLASSIFIER_FILE).is_file():
+        return []
+    return [f"The classifier that the run has learnt is not part of the export: {CLASSIFIER_FILE} of the run has it."]
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    """What the Hub calls this kind of training."""
+    if settings.get("method", {}).get("name") == "supervised":
+        return "supervised"
+    if (settings.get("data") or {}).get("labelled"):
+        return "semi-supervised-learning"
+    return "self-supervised-learning"
+
+
+def _learnt(settings: Mapping[str, Any]) -> str:
+    """How the backbone was trained, and from which weights on, as the title says it."""
+    source = (settings.get("backbone") or {}).get("weights")
+    kind = _kind(settings)
+    if kind == "supervised":
+        told = "fine-tuned with labels" if source else "trained with labels"
+    else:
+        told = "trained with few labels" if kind.startswith("semi") else "pretrained without labels"
+    return f"{told}, going on from {_name(source)}" if source else told
+
+
+def _name(place: object) -> str:
+    """A tag as it is; of a path the name alone, and the run's of a file that every run has."""
+    told = str(place)
+    if is_tag(told):
+        return told
+    path = Path(told)
+    return f"{path.parent.name}/{path.name}" if path.name == BACKBONE_FILE and path.parent.name else path.name or told
 
 
 def _training(
     run: Path, found: BackboneOfRun, settings: Mapping[str, Any], start: Mapping[str, Any]
 ) -> Iterator[tuple[str, object]]:
     method, data = settings.get("method", {}), start.get("data") or {}
-    yield "recipe", settings.get("recipe") or NOT_STATED
+    yield "recipe", _name(settings["recipe"]) if settings.get("recipe") else NOT_STATED
     yield "method", method.get("name", NOT_STATED)
     yield "network of the run", found.name or "the one that it exports"
     yield "run", run.resolve().name
@@ -101,7 +140,8 @@ def _training(
     labelled = start.get("labelled data") or {}
     if isinstance(labelled.get("images"), int):
         yield "labelled images beside them", f"{labelled['images']:,}"
-    yield "started from", settings.get("backbone", {}).get("weights") or "random weights"
+    source = settings.get("backbone", {}).get("weights")
+    yield "started from", _name(source) if source else "random weights"
     yield "SHA-256 of the backbone in the run", found.sha256[:16]
 
 

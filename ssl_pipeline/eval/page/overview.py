@@ -30,8 +30,8 @@ def conclusion(records: Sequence[Record]) -> str:
 def _found(record: Record) -> str:
     best = headline(record)
     if best is not None:
-        name, top1, interval, baselines = best
-        told = f"{name} recognises {top1:.1f} % of the test images"
+        name, top1, interval, baselines, images = best
+        told = f"{name} recognises {top1:.1f} % of {images}"
         if interval:
             told += f" ({interval[0]:.1f} to {interval[1]:.1f})"
         against = [
@@ -72,8 +72,8 @@ def _compared(records: Sequence[Record]) -> str:
     return "; ".join(f"{name}: {words}" for name, words in last.items())
 
 
-def headline(record: Record) -> tuple[str, float, tuple[float, float] | None, dict[str, float]] | None:
-    """What tells most of a run: a classifier, its top-1 with the interval, and those of the baselines."""
+def headline(record: Record) -> tuple[str, float, tuple[float, float] | None, dict[str, float], str] | None:
+    """What tells most of a run: a classifier, its top-1 with the interval, those of the baselines, of which images."""
     for name, report in record.reports.items():
         for key, title in CLASSIFIERS:
             top1 = _top1(report, name, key)
@@ -84,8 +84,13 @@ def headline(record: Record) -> tuple[str, float, tuple[float, float] | None, di
                     if (value := _top1(result, name, key)) is not None
                 }
                 interval = _part(report, name, key).get("top1_interval")
-                return title, top1, tuple(interval) if interval else None, baselines
+                images = "the images, each by all others" if _leaves_one_out(report) else "the test images"
+                return title, top1, tuple(interval) if interval else None, baselines, images
     return None
+
+
+def _leaves_one_out(report: Report) -> bool:
+    return bool(report.get("protocol", {}).get("leave_one_out"))
 
 
 def _top1(result: Report, name: str, key: str) -> float | None:
@@ -120,7 +125,7 @@ def tiles(record: Record) -> list[Tile]:
     if "images_per_second" in series:
         speeds = sorted(series["images_per_second"].values)
         found.append(Tile("images per second", f"{speeds[len(speeds) // 2]:,.0f}", "median"))
-    found.append(Tile("doctor", _count(len(record.findings), "remark") if record.findings else "healthy", ""))
+    found.append(Tile("doctor", _count(len(record.findings), "remark") if record.findings else "no remarks", ""))
     return found
 
 
@@ -157,7 +162,7 @@ def findings_section(records: Sequence[Record]) -> Section:
         ]
         if not record.findings and record.series:
             words = "Nothing of what goes wrong often is seen in the logged metrics and the settings."
-            parts.append(finding(f"{record.name} is healthy", words, "", kind="well"))
+            parts.append(finding(f"{record.name}: no rule of the doctor found anything", words, "", kind="well"))
     words = "Rules over the logged metrics: what was seen, from which step on, what usually helps, the settings for it."
     return section("Doctor", about(words), *parts)
 

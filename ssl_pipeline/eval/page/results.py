@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -26,7 +27,9 @@ def results_section(records: Sequence[Record]) -> Section:
     """A table for each evaluator that measured one of the runs, or how to measure."""
     names = list(dict.fromkeys(name for record in records for name in shown_reports(record.reports)))
     if not names:
-        return section("Results", paragraph("Nothing was evaluated yet: python -m eval.suite run=DIR train= test="))
+        place = shlex.quote(str(records[0].path))
+        told = f"Nothing was evaluated yet: python -m eval.suite run={place} train=SHARDS test=SHARDS"
+        return section("Results", paragraph(told))
     parts = [
         about(
             "Each row is a figure, each column a network. What counts is the distance to the same network at random "
@@ -121,13 +124,16 @@ def told_protocol(protocol: Report) -> list[str]:
     """How it was measured, in sentences: on which images, then with which weights and settings."""
     subject, told = protocol.get("subject") or {}, []
     if "images" in protocol:
-        told.append(f"Measured on {protocol['images']}, without labels.")
+        # classes are counted where figures are against the labels
+        labels = f"against their {protocol['num_classes']} classes" if "num_classes" in protocol else "without labels"
+        told.append(f"Measured on {protocol['images']}, {labels}.")
     elif "train" in protocol:
         test = protocol.get("test", protocol["train"])
         counts = [f" ({protocol[key]:,} images)" if key in protocol else "" for key in ("num_train", "num_test")]
         classes = f", {protocol['num_classes']} classes" if "num_classes" in protocol else ""
         size = f", {protocol['size']} pixels" if "size" in protocol else ""
-        told.append(f"Measured on {protocol['train']}{counts[0]} and {test}{counts[1]}{classes}{size}.")
+        others = ", each by all others" if protocol.get("leave_one_out") else f" and {test}{counts[1]}"
+        told.append(f"Measured on {protocol['train']}{counts[0]}{others}{classes}{size}.")
     if subject:
         sha256 = subject.get("weights_sha256")
         of_file = f"; SHA-256 {str(sha256)[:16]}" if sha256 else ""

@@ -11,6 +11,7 @@ from ssl_pipeline.eval.page.record import Record
 from ssl_pipeline.run.doctor.records import read_recipe_of
 
 OWN = {"output", "recipe"}  # of every run another
+LENGTHS = ("train.epochs", "train.steps")  # one of them is null: what takes the place of the recipe's is shown
 
 
 def settings_section(records: Sequence[Record]) -> list[Section]:
@@ -45,11 +46,17 @@ def _from_recipe(record: Record) -> list[str]:
     recipe = read_recipe_of(record.settings)
     if recipe is None:
         return []
-    own, rows = leaves(record.settings), []
-    for key, value in leaves(recipe).items():
-        now = own.get(key, own.get(f"{key}.value"))
-        if key not in OWN and now is not None and value is not None and not _same(now, value):
-            rows.append([key, short(value), short(now)])
+    of_recipe, own, rows = leaves(recipe), leaves(record.settings), []
+    added = [] if isinstance(recipe.get("knn"), dict) else [key for key in own if key.startswith("knn.")]
+    for key in dict.fromkeys([*of_recipe, *LENGTHS, *added]):
+        value, now = of_recipe.get(key), own.get(key, own.get(f"{key}.value"))
+        may_be_absent = key in LENGTHS or key.startswith("knn.")
+        if value is None or now is None:
+            differs = may_be_absent and value is not now
+        else:
+            differs = key not in OWN and not _same(now, value)
+        if differs:
+            rows.append([key, *("-" if one is None else short(one) for one in (value, now))])
     name = str(record.settings["recipe"])
     if not rows:
         return [paragraph(f"As in the recipe {name}.")]

@@ -37,7 +37,12 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 10px 14px; }
 .tile b { display: block; font-size: 1.4em; line-height: 1.25; font-weight: 650; letter-spacing: -0.01em; }
 .tile span { color: var(--faint); font-size: 0.82em; display: block; line-height: 1.35; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto;
+  background: linear-gradient(90deg, var(--card) 40%, transparent) 0 / 36px 100% no-repeat local,
+  linear-gradient(270deg, var(--card) 40%, transparent) 100% / 36px 100% no-repeat local,
+  linear-gradient(90deg, var(--line), transparent) 0 / 14px 100% no-repeat scroll,
+  linear-gradient(270deg, var(--line), transparent) 100% / 14px 100% no-repeat scroll; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { font-weight: 600; color: var(--faint); font-size: 0.88em; vertical-align: bottom; }
 th, td { padding: 4px 14px 4px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tr:last-child td { border-bottom: 0; }
