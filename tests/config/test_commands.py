@@ -140,6 +140,7 @@ def test_a_warning_is_one_line_and_names_its_place_with_debug(capsys, monkeypatc
 
 def test_other_ranks_leave_mistakes_in_arguments_to_the_first(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a RANK alone is left over from something else
     assert run(None, "directory=x", "dept=3") == 2
     assert capsys.readouterr().err == ""
     assert run(RunError("The loss is nan."), "directory=x") == 1
