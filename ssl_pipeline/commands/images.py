@@ -182,8 +182,9 @@ def choose_recipe(count: int, side: int, given: Mapping[str, str], *, has_gpu: b
     """
     found = f"{count:,} images of {side} pixels (median of the shorter sides)"
     if given.get("backbone.weights", "null") not in ("null", ""):
-        is_vit = given.get("backbone.name", "").startswith(("vit_", "deit", "eva", "beit"))
-        kind = "ViT" if is_vit else "CNN"
+        name = given.get("backbone.name", "")
+        family = next((kind for kind in ("DINOv2", "DINOv3") if kind.lower() in name), "")
+        kind = family or ("ViT" if name.startswith(("vit_", "deit", "eva", "beit")) else "CNN")
         return [f"recipe=continue_{kind.lower()}_small"], f"{found}, and weights of a {kind} to go on from"
     if side < TINY:
         return ["recipe=cifar10_simclr_resnet18", "knn=null"], f"{found}: a network that keeps small images whole"

@@ -186,6 +186,8 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
         (50_000, 32, {}, True, "cifar10_simclr_resnet18"),
         (5000, 300, {"backbone.weights": "x", "backbone.name": "resnet50"}, False, "continue_cnn_small"),
         (5000, 300, {"backbone.weights": "x", "backbone.name": "vit_small_patch16_224"}, False, "continue_vit_small"),
+        (5000, 300, {"backbone.weights": "x", "backbone.name": "vit_small_patch14_dinov2"}, 0, "continue_dinov2_small"),
+        (5000, 300, {"backbone.weights": "x", "backbone.name": "vit_small_patch16_dinov3"}, 0, "continue_dinov3_small"),
     ],
 )
 def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
