@@ -102,5 +102,5 @@ def test_it_is_a_backbone_like_any_other_of_timm(tmp_path):
 def test_pretrained_weights_and_unknown_arguments_are_refused():
     with pytest.raises(ValueError, match="has no pretrained weights"):
         timm.create_model("wide_resnet28_2", pretrained=True)
-    with pytest.raises(ConfigError, match=r"timm cannot create 'wide_resnet28_2': .*width"):
+    with pytest.raises(ConfigError, match=r"timm cannot create 'wide_resnet28_2' with .*width"):
         create_backbone(BackboneConfig(name="wide_resnet28_2", arguments={"width": 3}))

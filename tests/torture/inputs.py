@@ -32,7 +32,7 @@ COMMANDS = {
     "export": "ssl_pipeline.eval.export",
     "embed": "ssl_pipeline.commands.embed",
     "doctor": "ssl_pipeline.eval.doctor",
-    "report": "ssl_pipeline.eval.report",
+    "report": "ssl_pipeline.commands.report",
     "make_shards": "ssl_pipeline.data_tools.make_shards",
     "check_shards": "ssl_pipeline.data_tools.check_shards",
     "split_labels": "ssl_pipeline.data_tools.split_labels",

@@ -61,6 +61,7 @@ def steps_of(name: str, rule: str = "adamw", backbone=TWO_BLOCKS) -> tuple[dict[
     gradients: dict[str, Tensor] = {}
     for step in (1, 2):  # a method's prototypes are frozen in the step before
         batch = share_of(make_batch(name, num_images=8, seed=step, dtype=torch.float64), rank(), world_size())
+        torch.manual_seed(step)  # as the loop does: what a step draws is the same on all processes
         output = method(batch, progress_at(step))
         output.loss.backward()
         grads = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
