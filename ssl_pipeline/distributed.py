@@ -101,6 +101,11 @@ def max_over_ranks(local: Tensor) -> Tensor:
     return local
 
 
+def wait_for_all(device: torch.device | str) -> None:
+    """Return once all processes have come here."""
+    max_over_ranks(torch.zeros((), device=device)).item()
+
+
 @torch.no_grad()
 def logsumexp_over_ranks(local: Tensor) -> Tensor:
     """The element-wise log of the sum of exp over the tensors of all ranks, the same on each.

@@ -11,9 +11,10 @@ from pydantic import Field, field_validator
 from ssl_pipeline.commands.images import open_source
 from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
 from ssl_pipeline.data_tools.features import PassChoice, engine_pass
-from ssl_pipeline.distributed import process_group, rank
+from ssl_pipeline.distributed import process_group, rank, wait_for_all
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import open_model
+from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.features.rows import write_npz, write_parquet
 from ssl_pipeline.eval.labelled import look_at_first
 
@@ -58,6 +59,7 @@ def embed(config: EmbedConfig) -> None:
         if rank() == 0:
             print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
         stored = engine_pass(passes, model, network, index, config, shards=shards, description=model.label)
+        wait_for_all(choose_device(config.device))  # they have opened the files that the first deletes
         if rank() == 0:
             features_ND = stored.features[config.kind]
             WRITERS[config.output.suffix](config.output, index, features_ND, stored.labels)
