@@ -29,7 +29,7 @@ quickstart: .venv/installed
 	$(BIN)/python -m eval.linear run=$(RUN) train=$(DIGITS)/train test=$(DIGITS)/test baselines=true
 	@$(BIN)/python -m eval.table run=$(RUN)
 
-# While you work: no test that starts several processes, none that takes long, a few methods for all; under a minute on 2 cores.
+# While you work: no test that starts several processes, none that takes long, a few methods for all; about two minutes on 2 cores.
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "not slow and not ddp and not other"
 
