@@ -31,8 +31,8 @@ from ssl_pipeline.data_tools.output import REJECTED_FILE
 from ssl_pipeline.data_tools.packed_once import pack_once
 from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.labelled import open_labelled
-from ssl_pipeline.eval.protocol import choose_device
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
 from ssl_pipeline.eval.votes import votes_accuracy

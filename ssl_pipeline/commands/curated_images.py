@@ -15,10 +15,9 @@ from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.subset import open_subset, write_keep
 from ssl_pipeline.data_tools.features import PassChoice, engine_pass
 from ssl_pipeline.distributed import rank
-from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, open_model
-from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.features.passes import features_in_memory
 from ssl_pipeline.eval.labelled import look_at_first
 from ssl_pipeline.eval.page.html import page, paragraph, picture, pictures, section
 from ssl_pipeline.eval.page.pictures import thumbnail
@@ -88,17 +87,7 @@ def features_of(
         keep = config.keep if shards == config.shards else None
         found = engine_pass(place, model, network, index, config, shards=shards, keep=keep, description=what)
         return found.features["pooled"]
-    features_ND, _ = extract_features(
-        model.backbone,
-        index,
-        model.preprocessing,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        device=choose_device(config.device),
-        precision=config.precision,
-        description=what,
-    )
-    return features_ND
+    return features_in_memory(config, model, index, description=what)
 
 
 @dataclass(frozen=True)

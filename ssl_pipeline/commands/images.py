@@ -88,12 +88,13 @@ def expand(
     packed = [] if images is None else [f"data.shards={shards}"]
     after = [*rest, *packed, *([] if "output" in given else [f"output={output}"])]
     if recipe != AUTO:
-        return [f"recipe={recipe}", *watch(shards, given, read_recipe(recipe, RECIPES), images), *after]
-    if known := _recipe_of(output):
-        watched = watch(shards, given, {}, images)
-        known += fitting_batch(known, len(open_shards(shards)))
-        return [*_but(known, given.keys() | keys_of(watched).keys()), *watched, *after]
+        watched = [] if _says(given, "knn") else watch(open_shards(shards), shards, given, read_recipe(recipe, RECIPES))
+        return [f"recipe={recipe}", *watched, *after]
     index = open_shards(shards)
+    if known := _recipe_of(output):
+        watched = [] if images is None else watch(index, shards, given, {})
+        known += fitting_batch(known, len(index))
+        return [*_but(known, given.keys() | keys_of(watched).keys()), *watched, *after]
     side = int(np.median(index.sizes().min(axis=1)))
     chosen, why = choose_recipe(len(index), side, given, has_gpu=torch.cuda.is_available())
     chosen += fitting_batch(chosen, len(index))
@@ -105,7 +106,7 @@ def expand(
             expected = expected_time(timed, run, overrides, num_images=len(index), num_processes=processes)
         line = f"{' '.join(chosen)}: {why}. {expected + '. ' if expected else ''}recipe=NAME chooses another."
         print(printable(line), flush=True)
-    watched = watch(shards, given, {}, images)
+    watched = [] if images is None else watch(index, shards, given, {})
     return [*_but(chosen, given.keys() | keys_of(watched).keys()), *watched, *after]
 
 
@@ -117,21 +118,18 @@ def _but(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
 def fitting_batch(arguments: Sequence[str], count: int) -> list[str]:
     """The batch size for fewer images than a step of the recipe takes: a power of 2; none for more."""
     data = read_recipe(keys_of(arguments)["recipe"], RECIPES).get("data")
-    batch, processes = (
-        data.get("batch_size") if isinstance(data, dict) else None,
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    batch = data.get("batch_size") if isinstance(data, dict) else None
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if not isinstance(batch, int) or count >= batch * processes:
         return []
     return [f"data.batch_size={2 ** int(np.log2(max(count // processes, 1)))}"]
 
 
-def watch(shards: str, given: Mapping[str, str], recipe: Tree, images: str | None) -> list[str]:
+def watch(index: ShardIndex, shards: str, given: Mapping[str, str], recipe: Tree) -> list[str]:
     """The argument by which a run on images= is measured on these images: by k-NN, if they have labels (class folders),
     else from weights by the spectrum; none if anything is given of it, or the recipe has images for it that are there.
     """
-    index = open_shards(shards)
-    if images is None or len(index) <= WATCHED_K or _says(given, "knn"):
+    if len(index) <= WATCHED_K or _says(given, "knn"):
         return []
     if index.label_problem() is None and len(np.unique(index.labels())) > 1:
         if _has_images(recipe.get("knn")):

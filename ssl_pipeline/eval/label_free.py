@@ -15,9 +15,9 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import ConfigError, InRange, Seed, printable, run_command
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.accuracy import bootstrap_mean_interval
-from ssl_pipeline.eval.features.extract import Change, extract_features
+from ssl_pipeline.eval.features.extract import Change
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
-from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.features.passes import features_in_memory
 from ssl_pipeline.eval.labelled import evenly_spread, look_at_first, say
 from ssl_pipeline.eval.measures import Found, Measure
 from ssl_pipeline.eval.protocol import Measured, ReportConfig, conclude, pass_protocol
@@ -128,21 +128,10 @@ def _measure(config: LabelFreeConfig, model: EvaluatedModel, index: ShardIndex, 
     size, (mean, std) = model.preprocessing.size, WITHOUT_CHANGE
     group = ViewGroup(count=1, size=size, scale=config.crop_scale, interpolation=model.preprocessing.interpolation)
     multi_crop = MultiCrop({"view": group}, mean=mean, std=std, seed=config.seed)
-    device = choose_device(config.device)
 
-    def features(description: str, change: Change | None) -> Tensor:
-        return extract_features(
-            model.backbone.to(device),
-            index,
-            model.preprocessing,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            device=device,
-            precision=config.precision,
-            description=f"{model.label}, {description}",
-            samples=samples,
-            change=change,
-        )[0]
+    def features(what: str, change: Change | None) -> Tensor:
+        description = f"{model.label}, {what}"
+        return features_in_memory(config, model, index, description=description, samples=samples, change=change)
 
     views = [features(f"view {view + 1}", RandomView(multi_crop, view)) for view in range(config.views)]
     return measure_label_free(features("images", None), torch.stack(views, dim=1))

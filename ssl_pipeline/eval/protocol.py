@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.config import printable
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
-from ssl_pipeline.eval.features.passes import PassConfig, choose_device, feature_pass
+from ssl_pipeline.eval.features.passes import PassConfig, feature_pass, features_in_memory
 from ssl_pipeline.eval.labelled import LabelledImages
 from ssl_pipeline.eval.measures import Found, measures_of, measures_table
 from ssl_pipeline.eval.results import Report, add_results, protocol_hash
@@ -173,18 +172,7 @@ def _kinds_of(
 ) -> dict[str, Tensor]:
     description, directory = f"{model.label}, {name} images", config.directory
     if directory is None and not kinds:
-        device = choose_device(config.device)
-        features, _ = extract_features(
-            model.backbone.to(device),
-            index,
-            model.preprocessing,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            device=device,
-            precision=config.precision,
-            description=description,
-        )
-        return {"pooled": features}
+        return {"pooled": features_in_memory(config, model, index, description=description)}
     network = FeatureKinds(model.backbone, ("pooled", *kinds), last_blocks=_last_blocks(model.backbone))
     with ExitStack() as stack:
         if directory is None:  # in memory once the folder is gone: its files stay mapped

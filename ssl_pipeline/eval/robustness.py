@@ -16,9 +16,8 @@ from torch.nn.functional import normalize
 from ssl_pipeline.config import Seed, printable, run_command
 from ssl_pipeline.eval.accuracy import bootstrap_mean_interval, top_k_hits
 from ssl_pipeline.eval.corruptions import CORRUPTIONS, SEVERITIES, Corrupt, Corruption, strengths_for
-from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
-from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.features.passes import choose_device, features_in_memory
 from ssl_pipeline.eval.knn import weighted_knn
 from ssl_pipeline.eval.labelled import LabelledImages, evenly_spread, open_labelled
 from ssl_pipeline.eval.measures import Found, Measure, format_table, percent
@@ -88,17 +87,9 @@ def _hits(
     """Whether each of the test images (N,) is recognised by its clean neighbours."""
     device = choose_device(config.device)
     what = CLEAN if change is None else f"{change.corruption} {change.strength}"
-    features_ND, _ = extract_features(
-        model.backbone.to(device),
-        images.test,
-        model.preprocessing,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        device=device,
-        precision=config.precision,
-        description=f"{model.label}, {what}",
-        samples=samples,
-        change=change,
+    description = f"{model.label}, {what}"
+    features_ND = features_in_memory(
+        config, model, images.test, description=description, samples=samples, change=change
     )
     place = search_device(bank_MD, features_ND, device)
     scores_NC = weighted_knn(

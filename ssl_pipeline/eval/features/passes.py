@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,14 @@ from ssl_pipeline.config import BatchSize, Config, ConfigError, Processes
 from ssl_pipeline.data.samples import ImageSource
 from ssl_pipeline.distributed import failing_together, max_over_ranks, rank
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, stored_whole
-from ssl_pipeline.eval.features.extract import Precision, eval_mode, forward_passes, share_size
+from ssl_pipeline.eval.features.extract import (
+    Change,
+    Precision,
+    eval_mode,
+    extract_features,
+    forward_passes,
+    share_size,
+)
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, ModelConfig
 
@@ -78,6 +85,32 @@ def identity_of(
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
+
+
+def features_in_memory(
+    config: PassConfig,
+    model: EvaluatedModel,
+    index: ImageSource,
+    *,
+    description: str,
+    samples: Sequence[int] | None = None,
+    change: Change | None = None,
+) -> Tensor:
+    """What evaluators measure of images, (N, D) float32, computed by this call and not kept: `extract_features`."""
+    device = choose_device(config.device)
+    features_ND, _ = extract_features(
+        model.backbone.to(device),
+        index,
+        model.preprocessing,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        device=device,
+        precision=config.precision,
+        description=description,
+        samples=samples,
+        change=change,
+    )
+    return features_ND
 
 
 def feature_pass(
