@@ -73,8 +73,10 @@ def measure(
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore()
         )
-        how = {"device": device, "precision": config.precision, "compiled": compiled}
-        step = our_step(method, optim, Sharding(method).share_out(step.optimizer, optim, **how))
+        shared = Sharding(method).share_out(
+            step.optimizer, optim, device=device, precision=config.precision, compiled=compiled
+        )
+        step = our_step(method, optim, shared)
     elif compiled:
         for part in method.parts_to_compile():
             part.compile(dynamic=False)
