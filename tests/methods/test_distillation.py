@@ -184,7 +184,7 @@ def test_a_run_that_has_not_ended_is_a_teacher_from_its_newest_checkpoint(tmp_pa
 
 def test_a_run_of_another_network_is_refused(tmp_path):
     save_backbone(tmp_path, create_backbone(CNN), Preprocessing(16, HALF, HALF))
-    with pytest.raises(ConfigError, match=r"^method\.teacher must be the network of .*resnet10t.* Got .*vit_tiny"):
+    with pytest.raises(ConfigError, match=r"^method\.teacher must be the network of .*test_resnet.* Got .*vit_tiny"):
         load_teacher(VIT.model_copy(update={"weights": str(tmp_path)}))
 
 
