@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import timm
 
 from ssl_pipeline.backbones.config import architecture_of
 from ssl_pipeline.backbones.exported import takes_export
-from ssl_pipeline.backbones.weights import find_in_run, is_tag
+from ssl_pipeline.backbones.weights import find_in_run, is_tag, without_name
 
 EXPORT, MODELS = "backbone.safetensors", ("model.safetensors", "pytorch_model.bin")
 
@@ -22,7 +22,7 @@ class Known:
     """What is known of weights; None: nothing."""
 
     network: dict[str, object] | None = None
-    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run and a tag alone."""
+    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run, its export and a tag."""
     size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -33,12 +33,14 @@ class Known:
 def known_of(weights: str, *, name: str | None, which: str | None = None) -> Known:
     """What is known of `weights`: a tag of timm, a run or its export, a model of Hugging Face, or another file.
 
-    name: the architecture, where it is known; which: the network of a run. Of a file that says nothing of itself, the
+    name: the architecture, where it is known; a tag may have it before it (resnet18.a1_in1k). which: the network of a
+    run. Of a file that says nothing of itself, the
     mean and deviation are those of timm's weights of the architecture, if all of them have the same: a ViT's differ
     between supervised (0.5) and self-supervised ones (ImageNet's). Raises ConfigError for a run without a checkpoint.
     """
     if is_tag(weights):
-        return _of_tag(name, weights) if name else Known()
+        name = weights.partition(".")[0] if name is None and names_its_network(weights) else name
+        return _of_tag(name, without_name(weights, name)) if name else Known()
     place = Path(weights).expanduser()
     if not place.exists():
         return Known()
@@ -46,8 +48,7 @@ def known_of(weights: str, *, name: str | None, which: str | None = None) -> Kno
     is_export = takes_export(place, which=which) if place.is_dir() else place.name == EXPORT
     if is_export and (folder / "backbone.json").is_file():
         about = json.loads((folder / "backbone.json").read_bytes())
-        whole = Known(architecture_of(about), about["size"], about["mean"], about["std"], str(place))
-        return whole if place.is_dir() else replace(whole, network=None, size=None)
+        return Known(architecture_of(about), about["size"], about["mean"], about["std"], str(place))
     if place.is_dir() and ((place / "checkpoints").is_dir() or (place / "manifest.json").is_file()):
         _, _, saved = find_in_run(place, which=which)
         return Known(architecture_of(saved.config), saved.size, saved.mean, saved.std, str(place))
@@ -56,6 +57,12 @@ def known_of(weights: str, *, name: str | None, which: str | None = None) -> Kno
         if file is not None:
             return Known(mean=mean, std=std, of=str(file))
     return _of_architecture(name) if name else Known()
+
+
+def names_its_network(weights: str) -> bool:
+    """Whether they are a tag of timm with the model's name before it, such as resnet18.a1_in1k."""
+    name, _, tag = weights.partition(".")
+    return is_tag(weights) and bool(tag) and timm.is_model(name)
 
 
 def _of_tag(name: str, tag: str) -> Known:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ssl_pipeline.commands.images import open_source
+from ssl_pipeline.commands.images_as_shards import open_source
 from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
 from ssl_pipeline.data_tools.features import PassChoice, engine_pass
 from ssl_pipeline.distributed import process_group, rank, wait_for_all

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import field_validator
 
-from ssl_pipeline.commands.images import open_source
+from ssl_pipeline.commands.images_as_shards import open_source
 from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
 from ssl_pipeline.eval.features.classes import RunClassifierConfig, class_probabilities, open_classifier
 from ssl_pipeline.eval.features.rows import names_of

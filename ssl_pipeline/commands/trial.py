@@ -67,8 +67,10 @@ def expected_time(
     with tempfile.TemporaryDirectory(prefix="ssl_pipeline-trial-") as place:
         recipe, run = Path(place) / "trial.yaml", Path(place) / "run"
         recipe.write_text(yaml.dump(tree, Dumper=YamlDumper, sort_keys=False), encoding="utf-8")
-        _run([f"recipe={recipe}", f"output={run}"])
+        failure = _run([f"recipe={recipe}", f"output={run}"])
         rows = _rows(run / "metrics.jsonl")[1:]  # the first step prepares what the others find ready
+    if failure:
+        return f"No time can be told, as a trial of {STEPS} steps failed ({failure.rstrip('.')})"
     if not rows:
         return f"No step was timed in {SECONDS:.0f} s, so no time can be told"
     per_second, global_batch = median(row["images_per_second"] for row in rows), rows[0]["images"] / rows[0]["step"]
@@ -85,16 +87,27 @@ def duration(seconds: float) -> str:
     return f"{seconds / unit:.2g} {name}" if seconds / unit < 99.5 else f"{seconds / unit:.0f} {name}"
 
 
-def _run(arguments: Sequence[str]) -> None:
-    """The run, until its end or until the time is up."""
-    process = start_pretraining(arguments, silent=True)
-    until = time.monotonic() + SECONDS
-    try:
-        while process.poll() is None and time.monotonic() < until:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-    finally:
-        process.kill()
-        process.wait()
+def _run(arguments: Sequence[str]) -> str:
+    """The run, until its end or until the time is up; what it says of an error, if it ends with one."""
+    with tempfile.TemporaryFile() as printed:
+        process = start_pretraining(arguments, output=printed)
+        until = time.monotonic() + SECONDS
+        try:
+            while (code := process.poll()) is None and time.monotonic() < until:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            process.kill()
+            process.wait()
+        if not code:
+            return ""
+        printed.seek(0)
+        return error_in(printed.read().decode(errors="replace")) or f"exit code {code}"
+
+
+def error_in(printed: str) -> str:
+    """The line by which a command tells why it ends, without the word before it; "" where there is none."""
+    told = [line for line in printed.splitlines() if line.startswith("error: ")]
+    return told[-1].removeprefix("error: ") if told else ""
 
 
 def _rows(path: Path) -> list[dict[str, float]]:

@@ -68,9 +68,10 @@ def no_images(key: str, source: str, found: Candidates) -> str:
     )
 
 
-def looks_like_splits(class_names: Sequence[str]) -> bool:
-    """Whether folders are parts of a data set: train, test and the like, and nothing else."""
-    return SPLITS.issuperset(name.lower() for name in class_names)
+def parts_of_a_set(found: Candidates) -> list[str]:
+    """The top folders with images, where these are parts of a data set (train, test and the like) and no classes."""
+    tops = sorted({parts[0] for image in found.images if len(parts := path_parts(image.name)) > 1})
+    return tops if SPLITS.issuperset(name.lower() for name in tops) else []
 
 
 def path_parts(name: str) -> list[str]:

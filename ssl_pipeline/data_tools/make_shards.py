@@ -26,8 +26,8 @@ from ssl_pipeline.data_tools.candidates import (
     Candidates,
     find_candidates,
     label_candidates,
-    looks_like_splits,
     no_images,
+    parts_of_a_set,
     path_parts,
 )
 from ssl_pipeline.data_tools.conversion import storable
@@ -179,8 +179,8 @@ def _candidates(source: Source, config: MakeShards) -> Candidates:
             print(f"{len(unmatched):,} rows of {config.labels} name no image of the source, such as '{unmatched[0]}'")
         return found
     found = find_candidates(source, labels=config.labels)
-    if config.labels is None and found.class_names and looks_like_splits(found.class_names):
-        raise _splits_for_classes(config, found.class_names)
+    if config.labels is None and (parts := parts_of_a_set(found)):
+        raise _splits_for_classes(config, parts)
     return found
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+from ssl_pipeline.config import printable
 from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.open import DataError
-from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits, no_images
+from ssl_pipeline.data_tools.candidates import find_candidates, no_images, parts_of_a_set
 from ssl_pipeline.data_tools.conversion import storable
 from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.data_tools.sources import Source, UnreadableFileError, open_source
@@ -55,12 +56,24 @@ def pack_once(
     if not found.images:
         raise DataError(no_images(key, source, found))
     place.mkdir(parents=True, exist_ok=True)
-    # parts of a data set are no classes, and a run without labels takes all of them
-    labels = "none" if looks_like_splits(found.class_names or ("",)) else None
+    parts = parts_of_a_set(found)  # no classes, and a run without labels takes all of them
+    if parts:
+        print(printable(_one_of_all(source, parts, len(found.images), key=key)), flush=True)
+    labels = "none" if parts else None
     settings = MakeShards(source=source, output=shards, labels=labels, short_side=short_side, overwrite=shards.exists())
     make_shards(settings, opened=files)
     write_text(listing, "".join(json.dumps([name, size]) + "\n" for name, size in now.items()))
     return shards
+
+
+def _one_of_all(source: str, parts: Sequence[str], count: int, *, key: str) -> str:
+    """What is said of a source that holds train/ and test/, or the like."""
+    part = min(parts, key=lambda name: not name.lower().startswith("train"))
+    way = f"{key}={Path(source) / part}" if Path(source).is_dir() else f"make_shards source={source} prefix={part}/"
+    return (
+        f"{key}={source} holds {', '.join(f'{name}/' for name in parts)}: parts of a data set. All {count:,} images "
+        f"are packed as one set, without labels. {way} takes one of them, and its folders as classes."
+    )
 
 
 def look_at(files: Source) -> tuple[int, int]:

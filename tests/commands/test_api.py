@@ -166,7 +166,7 @@ def test_another_thread_is_refused_in_one_sentence(recipe):
 
 
 def test_images_and_overrides_choose_a_recipe(tmp_path, photos):
-    expanded = expand([f"images={photos}", f"output={tmp_path / 'run'}"], {"backbone.weights": "x", "seed": 3})
+    expanded = expand([f"images={photos}", f"output={tmp_path / 'run'}"], {"backbone": {"weights": "resnet18.a1_in1k"}})
     assert expanded[0] == "recipe=continue_cnn_small"
 
 

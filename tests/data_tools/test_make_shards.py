@@ -307,16 +307,14 @@ def test_mistakes_are_one_line(
 def test_parts_of_a_data_set_are_no_classes(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "train" / "dog", folder / "Test" / "dog")
     (folder / "val").mkdir()
-    with pytest.raises(
-        DataError, match=r"holds Test/, train/, val/: .* prefix=train/, .* labels=none\. .* labels=folders"
-    ):
+    with pytest.raises(DataError, match=r"holds Test/, train/: .* prefix=train/, .* labels=none\. .* labels=folders"):
         made(folder, tmp_path / "out")
     with pytest.raises(DataError, match=r"prefix=images/train/"):
         made(tmp_path, tmp_path / "out", prefix="images")
     unlabelled = open_shards(made(folder, tmp_path / "all", labels="none"))
     assert (len(unlabelled), unlabelled.has_labels, unlabelled.class_names) == (29, False, None)
     assert open_shards(made(folder, tmp_path / "out", labels="folders")).class_names == ("Test", "train", "val")
-    (folder / "trains").mkdir()  # one folder of another name, and they may all be classes
+    shutil.copytree(folder / "train" / "dog", folder / "trains")  # images of another name: they may all be classes
     assert len(open_shards(made(folder, tmp_path / "classes")).class_names) == 4
 
 

@@ -6,7 +6,16 @@ from __future__ import annotations
 
 from ssl_pipeline.backbones.weights.loading import Taken, load_weights
 from ssl_pipeline.backbones.weights.reading import first_line, read_tensors
-from ssl_pipeline.backbones.weights.sources import RANDOM, Origin, find_in_run, is_tag, load_source, tensors_of
+from ssl_pipeline.backbones.weights.sources import (
+    RANDOM,
+    Origin,
+    find_in_run,
+    is_tag,
+    load_source,
+    require_place,
+    tensors_of,
+    without_name,
+)
 
 __all__ = [
     "RANDOM",
@@ -18,5 +27,7 @@ __all__ = [
     "load_source",
     "load_weights",
     "read_tensors",
+    "require_place",
     "tensors_of",
+    "without_name",
 ]
