@@ -14,6 +14,7 @@ from ssl_pipeline.backbones.weights.sources import (
     load_source,
     require_place,
     tensors_of,
+    to_be_fetched,
     without_name,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "read_tensors",
     "require_place",
     "tensors_of",
+    "to_be_fetched",
     "without_name",
 ]

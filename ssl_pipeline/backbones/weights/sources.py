@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.exported import takes_export
@@ -44,6 +47,19 @@ def is_tag(weights: str) -> bool:
 def without_name(weights: str, name: str) -> str:
     """The tag alone where a tag is given with the architecture before it: a1_in1k of resnet18.a1_in1k."""
     return weights.removeprefix(f"{name}.") if is_tag(weights) else weights
+
+
+def to_be_fetched(name: str) -> str | None:
+    """Where timm's weights of this name are fetched from; None if they are here already."""
+    published = timm.get_pretrained_cfg(name)
+    if published is not None and published.hf_hub_id:
+        files = (published.hf_hub_filename,) if published.hf_hub_filename else FILES[1:]
+        there = any(isinstance(try_to_load_from_cache(published.hf_hub_id, file), str) for file in files)
+        return None if there else f"{published.hf_hub_id} of timm's hub"
+    if published is not None and isinstance(published.url, str) and published.url:
+        kept = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rpartition("/")[2]
+        return None if kept.exists() else published.url
+    return None
 
 
 def require_place(weights: str, *, key: str = "backbone.weights") -> Path:
