@@ -141,7 +141,7 @@ def test_what_is_fetched_is_said_before_and_a_way_out_with_the_error(monkeypatch
         raise ConnectionError("no route to that host.\nmore")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    told = r"^The weights resnet18.a1_in1k cannot be fetched: no route to that host\. Where .* backbone\.weights=FILE takes"
+    told = r"^The weights resnet18.a1_in1k cannot be fetched: no route to that host.* backbone\.weights=FILE takes"
     with pytest.raises(ConfigError, match=told):
         create_backbone(BackboneConfig(name="resnet18", weights=weights))
 
