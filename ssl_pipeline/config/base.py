@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
 
-from ssl_pipeline.config.ranges import LARGEST, LARGEST_WHOLE, numbers_in, plain, ranges_of
+from ssl_pipeline.config.ranges import LARGEST, LARGEST_WHOLE, HasNumbers, numbers_in, plain, ranges_of
 
 Tree = dict[str, "Value"]
 Value = None | bool | int | float | str | list["Value"] | Tree
@@ -49,7 +49,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _numbers_have_an_end(self) -> Self:
-        for name in _without_top(type(self)):
+        ranged = set(self.numbers()) if isinstance(self, HasNumbers) else set[str]()  # by the range of what they are in
+        for name in (one for one in _without_top(type(self)) if one not in ranged):
             for number in numbers_in(getattr(self, name)):
                 largest = LARGEST_WHOLE if isinstance(number, int) else LARGEST
                 if abs(number) > largest:
