@@ -18,7 +18,7 @@ from ssl_pipeline.backbones.reversible import mark_reversible
 from ssl_pipeline.backbones.small_stem import shrink_stem, takes_small_stem
 from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source, to_be_fetched
-from ssl_pipeline.config import ConfigError, nearest
+from ssl_pipeline.config import ConfigError, nearest, some_of
 from ssl_pipeline.config.printing import note
 
 TAKES_A_FILE = "Where that cannot be reached, backbone.weights=FILE takes a file that was fetched elsewhere."
@@ -83,7 +83,7 @@ def _check_tag(name: str, tag: str) -> None:
     known = timm.list_pretrained(f"{name}.*")
     if f"{name}.{tag}" not in known:
         raise ConfigError(
-            f"backbone.weights: no file, no run and no pretrained '{name}.{tag}'. Known: {', '.join(known) or 'none'}"
+            f"backbone.weights: no file, no run and no pretrained '{name}.{tag}'. Known: {some_of(known, tag)}"
         )
 
 

@@ -6,7 +6,6 @@ what is in them and by the machine. Both are decided at the first start and foun
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ssl_pipeline.commands.images_as_shards import check_before_packing, holds_s
 from ssl_pipeline.commands.recipe_choice import AUTO, RecipeChoice, without_keys
 from ssl_pipeline.commands.trial import expected_time
 from ssl_pipeline.commands.watched_images import watch
-from ssl_pipeline.config import Config, ConfigError, Value, launched_rank, printable
+from ssl_pipeline.config import Config, ConfigError, Value, launched_processes, launched_rank, printable
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.packed_once import SHARDS, is_packed
@@ -65,8 +64,7 @@ def expand(
     if choice.is_free and first:
         expected = ""
         if timed is not None and given.get("train.steps", "null") == "null":
-            processes = int(os.environ.get("WORLD_SIZE", "1"))
-            run = [*own, *after(shards)]
+            run, processes = [*own, *after(shards)], launched_processes()
             expected = expected_time(timed, run, overrides, num_images=look.count, num_processes=processes)
         _say(f"{choice.why(look)}. {f'{expected}. ' if expected else ''}recipe=NAME chooses another.")
     choice.note_colours(own)

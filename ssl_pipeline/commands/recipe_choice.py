@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.backbones.known import names_its_network
 from ssl_pipeline.commands.first_look import Look, largest_view, reduced_side
 from ssl_pipeline.commands.known_weights import StartingWeights, starting_weights
-from ssl_pipeline.config import RECIPES, Tree, read_recipe, read_yaml
+from ssl_pipeline.config import RECIPES, Tree, launched_processes, read_recipe, read_yaml
 from ssl_pipeline.config.arguments import keys_of
 
 AUTO = "auto"
@@ -125,7 +124,7 @@ def fitting_batch(arguments: Sequence[str], count: int) -> list[str]:
     """The batch size for fewer images than a step of the recipe takes: a power of 2; none for more."""
     data = read_recipe(keys_of(arguments)["recipe"], RECIPES).get("data")
     batch = data.get("batch_size") if isinstance(data, dict) else None
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched_processes()
     if not isinstance(batch, int) or count >= batch * processes:
         return []
     return [f"data.batch_size={2 ** int(np.log2(max(count // processes, 1)))}"]

@@ -15,6 +15,7 @@ from ssl_pipeline.config.ranges import LARGEST, LARGEST_WHOLE, HasNumbers, numbe
 Tree = dict[str, "Value"]
 Value = None | bool | int | float | str | list["Value"] | Tree
 Location = tuple[str, ...]
+NAMES_SHOWN = 8  # of a long list in an error
 
 
 class ConfigError(ValueError):
@@ -102,6 +103,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """` Did you mean 'x'?` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def some_of(known: Sequence[str], name: str, *, all_by: str = "") -> str:
+    """The known names, of many those like `name`, with their number and what lists all of them."""
+    if len(known) <= NAMES_SHOWN:
+        return ", ".join(known) or "none"
+    likeness = {one: difflib.SequenceMatcher(None, name, one).ratio() + (bool(name) and name in one) for one in known}
+    first = sorted(known, key=lambda one: -likeness[one])[:NAMES_SHOWN]
+    return f"{', '.join(first)}, ... ({len(known)} in all{all_by and f'; {all_by} lists them'})"
 
 
 def sentences_of(error: BaseException) -> tuple[str, ...]:
