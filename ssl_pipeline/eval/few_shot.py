@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.config import ConfigError, Seed, run_command
-from ssl_pipeline.eval.accuracy import bootstrap_mean_interval, top_k_hits
+from ssl_pipeline.eval.accuracy import top_k_hits
+from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.labelled import LabelledImages, draw_per_class, open_labelled, say
 from ssl_pipeline.eval.measures import Found, Measure
 from ssl_pipeline.eval.protocol import EvaluationConfig, LabelledFeatures, Measured, conclude, measure_models
@@ -110,7 +111,7 @@ def few_shot(features: LabelledFeatures, config: FewShotConfig) -> Found:
                 name,
                 f"top-1, {called}",
                 mean(top1),
-                interval=bootstrap_mean_interval(100.0 * hits_SN.double().mean(dim=0)),
+                interval=mean_interval(100.0 * hits_SN.double().mean(dim=0)),
                 spread=pstdev(top1) if config.draws > 1 else None,
             )
         )

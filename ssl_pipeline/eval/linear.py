@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed, run_command
-from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval, by_class, top_k_accuracy
+from ssl_pipeline.eval.accuracy import ByClass, by_class, top_k_accuracy
 from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.kinds import Kind
 from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.linear_inputs import TOKEN_KINDS, inputs_of
@@ -279,7 +280,7 @@ def linear_settings(config: ProbeConfig, solver: str) -> dict[str, JSON]:
 
 def linear_json(result: ProbeResult, num_test: int, classes: ByClass, names: Sequence[str]) -> dict[str, JSON]:
     """One model's part of the report of the linear probe."""
-    interval = bootstrap_interval(result.top1, num_test)
+    interval = share_interval(result.top1, num_test)
     return {**asdict(result), "top1_interval": interval, "by_class": classes_json(classes, names)}
 
 

@@ -19,6 +19,7 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import PassConfig, feature_pass, features_in_memory
+from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.labelled import LabelledImages
 from ssl_pipeline.eval.measures import Found, measures_of, measures_table
 from ssl_pipeline.eval.results import Report, add_results, protocol_hash
@@ -221,6 +222,7 @@ def in_regular_shape(evaluator: str, report: Report) -> dict[str, JSON]:
         "evaluator": evaluator,
         "protocol_hash": protocol_hash(evaluator, report["protocol"]),
         **report,
+        "intervals": f"95 %, {METHOD}",
         "measures": measures_of(report),
         "baselines": baselines,
     }

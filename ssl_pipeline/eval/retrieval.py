@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.config import ConfigError, run_command
-from ssl_pipeline.eval.accuracy import bootstrap_interval, bootstrap_mean_interval
 from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.intervals import mean_interval, share_interval
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.measures import Found, Measure
 from ssl_pipeline.eval.protocol import EvaluationConfig, LabelledFeatures, Measured, conclude, measure_models
@@ -118,9 +118,9 @@ def retrieve(features: LabelledFeatures, config: RetrievalConfig) -> Found:
         done = own.stop
     precision_N, recall_K = 100.0 * torch.cat(precisions), 100.0 * torch.cat(hits, dim=1).double().mean(dim=1)
     name, title = ("map", "mAP") if config.depth is None else (f"map_at_{config.depth}", f"mAP at {config.depth}")
-    measures = [Measure(name, title, precision_N.mean().item(), interval=bootstrap_mean_interval(precision_N))]
+    measures = [Measure(name, title, precision_N.mean().item(), interval=mean_interval(precision_N))]
     for k, percent in zip(config.recall_at, recall_K.tolist(), strict=True):
-        interval = bootstrap_interval(percent, len(query_labels_N))
+        interval = share_interval(percent, len(query_labels_N))
         measures.append(Measure(f"recall_at_{k}", f"recall at {k}", percent, interval=interval))
     return Found(tuple(measures), {"without_positives": int((positives_N == 0).sum())})
 

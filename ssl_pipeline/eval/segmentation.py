@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ssl_pipeline.eval.intervals import RESAMPLES, or_of_a_share, percentiles
+
 NOT_COUNTED = -1  # the class of a pixel that is left out
-RESAMPLES = 1000
 
 # Axes: I images, P patches of all images, L = R * S patches of one, D dimensions, C classes, K neighbours, T settings.
 
@@ -113,7 +114,7 @@ def overlaps_of(images: Sequence[NDArray[np.int64]]) -> Overlaps:
 
 
 def overlap_scores(found: Overlaps, *, seed: int = 0) -> dict[str, tuple[float, tuple[float, float]]]:
-    """`miou` and `pixel_accuracy` in percent, each with its 95 % bootstrap interval over images, from a fixed seed.
+    """`miou` and `pixel_accuracy` in percent, each with its interval over images, from a fixed seed.
 
     miou: the mean over the classes that the masks have; of classes without a pixel in a resample there is none.
     """
@@ -127,8 +128,8 @@ def overlap_scores(found: Overlaps, *, seed: int = 0) -> dict[str, tuple[float, 
     accuracy_X = 100.0 * (weights_XI @ right_I) / (weights_XI @ counted_I).clamp(min=1)
     result = {}
     for name, values_X in (("miou", ious_XC.nanmean(dim=1)), ("pixel_accuracy", accuracy_X)):
-        low, high = values_X[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        result[name] = (values_X[0].item(), (low, high))
+        value = values_X[0].item()
+        result[name] = (value, or_of_a_share(percentiles(values_X[1:]), value, count))
     return result
 
 

@@ -7,10 +7,11 @@ from dataclasses import asdict
 
 from ssl_pipeline.config import printable, run_command
 from ssl_pipeline.distributed import process_group, rank
-from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval
+from ssl_pipeline.eval.accuracy import ByClass
 from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.models import baselines_of, open_model
 from ssl_pipeline.eval.few_shot import FewShotConfig, few_shot, few_shot_settings, fitted
+from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.knn import VotesConfig, knn_json, knn_settings
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.linear import linear_json, linear_settings
@@ -154,7 +155,7 @@ def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Seq
     return {
         "measures": measures_json(_own_measures(result)),
         "top1": first.top1,
-        "top1_interval": bootstrap_interval(first.top1, num_test),
+        "top1_interval": share_interval(first.top1, num_test),
         "knn": knn_json(config, result.knn, num_test),
         **{name: linear_json(probe, num_test, result.classes[name], names) for name, probe in result.probes.items()},
         "rankme": result.rankme,

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.record import Record
@@ -33,8 +34,8 @@ def results_section(records: Sequence[Record]) -> Section:
     parts = [
         about(
             "Each row is a figure, each column a network. What counts is the distance to the same network at random "
-            "initialisation; raw pixels say how hard the images are. In brackets is the 95 % interval: two figures "
-            "whose intervals overlap do not differ for sure."
+            f"initialisation; raw pixels say how hard the images are. In brackets is the 95 % interval ({METHOD}): two "
+            "figures whose intervals overlap do not differ for sure."
         )
     ]
     for name in names:
