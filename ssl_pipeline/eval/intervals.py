@@ -14,6 +14,7 @@ from torch import Tensor
 
 METHOD = "Wilson's for a share of images, else the bootstrap's"
 """What reports and pages say of their intervals."""
+WITHIN = "difference within the interval"
 QUANTILE = 1.959963984540054  # of the normal distribution at 97.5 %
 RESAMPLES = 1000
 RESAMPLED_VALUES = 2**22  # that are held at once

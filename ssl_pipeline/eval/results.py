@@ -41,6 +41,14 @@ COLUMNS = (
 )
 KEY = ("evaluator", "model", "subject", "measure", "protocol")  # of a row: one that has the same takes its place
 
+CLASSIFIERS = {
+    "knn": "k-NN",
+    "sgd": "linear probe",
+    "logistic": "logistic regression",
+    "classifier": "classifier",
+}
+"""What tables and pages call the classifiers whose top-1 they show, in the order in which they are looked for."""
+
 ABOUT_THE_MODEL = {"label", "subject", "mean", "std"}
 ABOUT_THE_PROGRAM = {"torch", "timm", "faiss", "scikit-learn", "search"}  # versions, and ways to the same figures
 PLACES = {"train", "test", "images"}  # of images, which their fingerprints tell better
@@ -75,6 +83,11 @@ def differing(protocols: Mapping[str, Mapping[str, JSON]]) -> list[str]:
         if len(set(values.values())) > 1:
             found.append(f"{key}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     return found
+
+
+def classifier_of(evaluator: str, report: Report) -> str:
+    """The classifier of CLASSIFIERS that a report is about: those of eval.linear have two protocols."""
+    return str(report.get("solver", "sgd")) if evaluator == "linear" else evaluator
 
 
 def read_reports(directory: Path) -> dict[str, Report]:

@@ -128,6 +128,19 @@ def test_a_single_evaluator_is_enough(run: Path, train: str, test: str) -> None:
     assert "% at random initialisation" in page.text
 
 
+def test_a_logistic_regression_is_called_one(run: Path) -> None:
+    (run / "eval").mkdir()
+    random = {"top1": 74.0, "top1_interval": [70.0, 78.0], "solver": "logistic"}
+    pixels = {"top1": 50.0, "top1_interval": [45.0, 55.0], "solver": "sgd"}
+    found = {"top1": 75.0, "top1_interval": [71.0, 79.0], "solver": "logistic", "protocol": {"train": "a"}}
+    report = found | {"baselines": {"random": random, "raw_pixels": pixels}}
+    (run / "eval" / "linear.json").write_text(json.dumps(report))
+    text = page_of(run).text
+    told = "Logistic regression recognises 75.0 % of the test images (71.0 to 79.0), against 74.0 % at random"
+    assert f"{told} initialisation (difference within the interval)." in text  # and not against another classifier's
+    assert "linear probe" not in text
+
+
 def test_images_through_which_it_is_measured_are_measured_first(run: Path, train: str, test: str) -> None:
     assert call(f"run={run}", f"train={train}", f"test={test}", "images=0") == 0
     assert (run / "eval" / "suite.json").is_file()
@@ -246,7 +259,7 @@ def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
     assert call(f"run={evaluated},{other}", "images=0") == 0
     text = Page((evaluated / "report" / "index.html").read_text(encoding="utf-8")).text
     assert f"{evaluated.name} is ahead in k-NN top-1 with" in text
-    assert "other with 0.0 %." in text
+    assert "other with 0.0 %." in text, "a difference beyond the intervals"
     assert (
         f"other was measured otherwise (size: {evaluated.name} 16, other 32): its figures are not to be compared"
         in text
