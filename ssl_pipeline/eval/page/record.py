@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssl_pipeline.config import ConfigError, Tree
@@ -60,6 +61,16 @@ def read_record(run: Path) -> Record:
         findings=examine(run) if text and rows else [],
         status=read_status(run),
     )
+
+
+def told_apart(records: Sequence[Record]) -> list[Record]:
+    """Runs by their directories' names, with as much of what is above as tells them apart."""
+    paths = [record.path.resolve() for record in records]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [replace(record, name=name) for record, name in zip(records, names, strict=True)]
 
 
 def read_reports(run: Path) -> dict[str, Report]:
