@@ -24,6 +24,7 @@ from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open
 from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.labelled import labels_of, require_labels
 from ssl_pipeline.eval.measures import Found, Measure
+from ssl_pipeline.eval.progress import counted
 from ssl_pipeline.eval.protocol import Measured, ReportConfig, conclude, features_of, pass_protocol
 from ssl_pipeline.eval.search.neighbours import require_finite
 from ssl_pipeline.files import JSON
@@ -116,7 +117,7 @@ def cluster(features_ND: Tensor, labels_N: Tensor, *, num_classes: int, config: 
     unit_ND = normalize(features_ND, dim=1)
     hits: list[Tensor] = []
     found: dict[str, list[float]] = {"matched_accuracy": [], "nmi": [], "ari": [], "mean_squared_distance": []}
-    for run in range(config.runs):
+    for run in counted(range(config.runs), f"k-means, {num_clusters} clusters", unit="run"):
         clusters_N, distance = k_means(
             unit_ND, num_clusters, iterations=config.iterations, restarts=config.restarts, seed=config.seed + run
         )

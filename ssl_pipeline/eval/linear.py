@@ -24,6 +24,7 @@ from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.linear_inputs import TOKEN_KINDS, inputs_of
 from ssl_pipeline.eval.measures import format_table, percent, with_interval
+from ssl_pipeline.eval.progress import counted
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
@@ -187,7 +188,7 @@ def _sgd(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], ScoresOf
 
 def _logistic(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], ScoresOf]:
     def scores_of(features: Tensor, labels: Tensor, test: Tensor, settings: list[Setting]) -> Iterator[Tensor]:
-        for setting in settings:
+        for setting in counted(settings, "logistic regression", unit="setting"):
             scores = logistic_regression(
                 features, labels, test, inverse_penalty=setting["inverse_penalty"], num_classes=num_classes
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ssl_pipeline.eval.intervals import RESAMPLES, or_of_a_share, percentiles
+from ssl_pipeline.eval.progress import counted
 
 NOT_COUNTED = -1  # the class of a pixel that is left out
 
@@ -36,12 +37,19 @@ def patch_classes(mask_HW: NDArray[np.int64], grid: tuple[int, int], num_classes
 
 
 def train_heads(
-    features_PD: Tensor, shares_PC: Tensor, *, learning_rates: Sequence[float], epochs: int, batch_size: int, seed: int
+    features_PD: Tensor,
+    shares_PC: Tensor,
+    *,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    description: str = "linear heads",
 ) -> tuple[Tensor, Tensor]:
     """Weights (T, D, C) and biases (T, C) of linear heads after SGD, one for each learning rate, all trained at once.
 
     Cross-entropy of each patch with the classes of its pixels, which is that of all its pixels together; momentum 0.9,
-    the rate falls to zero along a cosine, heads start at zero. The gradient is written out.
+    the rate falls to zero along a cosine, heads start at zero. The gradient is written out. description: of the bar.
     """
     device, count = features_PD.device, len(features_PD)
     rates_T11 = torch.tensor(learning_rates, device=device)[:, None, None]
@@ -50,7 +58,7 @@ def train_heads(
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, count)
     total, step = epochs * math.ceil(count / batch_size), 0
-    for _ in range(epochs):
+    for _ in counted(range(epochs), description, unit="epoch"):
         for rows in torch.randperm(count, generator=generator).to(device).split(batch_size):
             features_BD, shares_BC = _with_one(features_PD[rows]), shares_PC[rows]
             probabilities_TBC = (features_BD @ weights).softmax(dim=2)
