@@ -39,6 +39,7 @@ COLUMNS = (
     "test",
     "size",
 )
+FIRST_REPORTS = ("suite", "knn", "linear")
 KEY = ("evaluator", "model", "subject", "measure", "protocol")  # of a row: one that has the same takes its place
 
 CLASSIFIERS = {
@@ -90,26 +91,29 @@ def classifier_of(evaluator: str, report: Report) -> str:
     return str(report.get("solver", "sgd")) if evaluator == "linear" else evaluator
 
 
-def read_reports(directory: Path) -> dict[str, Report]:
-    """The reports in `DIR/eval` by the name of their evaluator, each file read once.
+def read_reports(directory: Path, *, picked: bool = False) -> dict[str, Report]:
+    """The reports in `DIR/eval` by name, those of the suite first, each file read once.
 
-    Those of a step or a network that somebody picked have other names, and stay out. Raises ConfigError for a file
-    that is none.
+    picked: whether those of a step or a network that somebody picked, which have longer names, are wanted too. Raises
+    ConfigError for a file that is none.
     """
     found: dict[str, Report] = {}
-    for path in sorted((directory / "eval").glob("*.json")):
-        if "-" in path.stem:
-            continue
+    paths = {path.stem: path for path in sorted((directory / "eval").glob("*.json")) if picked or "-" not in path.stem}
+    for name in sorted(paths, key=lambda name: (_place(name), name)):
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            dict(report["baselines"]), dict(report.get("protocol", {}))
+            report = json.loads(paths[name].read_text(encoding="utf-8"))
+            dict(report["baselines"]), dict(report["protocol"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            name = path.stem
+            command = f"eval.{name.partition('-')[0]}"
             raise ConfigError(
-                f"{path} is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
+                f"{paths[name]} is not a report of {command} ({error}). Run python -m {command} again."
             ) from None
-        found[path.stem] = report
+        found[name] = report
     return found
+
+
+def _place(name: str) -> int:
+    return FIRST_REPORTS.index(name) if name in FIRST_REPORTS else len(FIRST_REPORTS)
 
 
 def rows_of(report: Report) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ def write(run: Path, name: str, top1: float, protocol: dict[str, object] | None 
         "top1": top1,
         "baselines": {model: {"top1": value} for model, value in baselines.items()},
     }
-    report |= {"protocol": protocol} if protocol else {}
+    report["protocol"] = protocol or {}
     (run / "eval" / f"{name}.json").write_text(json.dumps(report))
 
 
@@ -79,7 +79,9 @@ def report_of(top1: float, interval: tuple[float, float], **more: object) -> dic
 def test_differences_within_the_interval_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "eval").mkdir()
     baselines = {"raw_pixels": report_of(94.0, (91.0, 96.0)), "random": report_of(80.0, (76.0, 84.0))}
-    report = report_of(95.0, (92.0, 97.0), baselines=baselines, protocol_hash="0123456789abcdef", solver="sgd")
+    report = report_of(
+        95.0, (92.0, 97.0), baselines=baselines, protocol_hash="0123456789abcdef", solver="sgd", protocol={}
+    )
     (tmp_path / "eval" / "linear.json").write_text(json.dumps(report))
     few = [measure("one", 40.0, interval=[38, 42]), measure("ten", 60.0, interval=[58, 62])]
     random = [measure("one", 39.0, interval=[37, 41]), measure("ten", 50.0, interval=[48, 52])]
@@ -95,7 +97,7 @@ def test_differences_within_the_interval_are_said(tmp_path: Path, capsys: pytest
 def test_the_two_protocols_of_linear_classifiers_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "eval").mkdir()
     of_another = {"raw_pixels": {"top1": 99.0, "solver": "sgd"}, "random": {"top1": 80.0, "solver": "logistic"}}
-    report = {"top1": 95.0, "solver": "logistic", "baselines": of_another}
+    report = {"top1": 95.0, "solver": "logistic", "baselines": of_another, "protocol": {}}
     (tmp_path / "eval" / "linear.json").write_text(json.dumps(report))
     main(TableConfig(run=tmp_path))
     printed = capsys.readouterr().out
