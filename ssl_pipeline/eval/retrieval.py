@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssl_pipeline.config import ConfigError, run_command
+from ssl_pipeline.config import ConfigError
 from ssl_pipeline.eval.accuracy import bootstrap_interval, bootstrap_mean_interval
 from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.measures import Found, Measure
 from ssl_pipeline.eval.protocol import EvaluationConfig, LabelledFeatures, Measured, conclude, measure_models
@@ -162,4 +163,4 @@ def main(config: RetrievalConfig) -> None:
 
 def command(name: str = "python -m eval.retrieval") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(RetrievalConfig, main, command=name)
+    return run_evaluator(RetrievalConfig, main, command=name)

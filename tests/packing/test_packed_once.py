@@ -9,8 +9,8 @@ from PIL import Image
 
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.data.shards.open import DataError, open_shards
-from ssl_pipeline.data_tools.packed_once import LISTING, SHARDS, differences, is_packed, pack_once
-from ssl_pipeline.data_tools.sources import open_source
+from ssl_pipeline.packing.packed_once import LISTING, SHARDS, differences, is_packed, pack_once
+from ssl_pipeline.packing.sources import open_source
 
 
 @pytest.fixture
