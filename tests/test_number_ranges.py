@@ -19,7 +19,6 @@ from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, load, recipe
 from ssl_pipeline.config.ranges import numbers_in, ranges_of
 from ssl_pipeline.config.schema import annotation_at
 from ssl_pipeline.data_tools.check_shards import CheckShards
-from ssl_pipeline.data_tools.make_shards import MakeShards
 from ssl_pipeline.data_tools.split_labels import SplitLabels
 from ssl_pipeline.eval.clustering import ClusteringConfig
 from ssl_pipeline.eval.dense_sets import DenseConfig
@@ -31,6 +30,7 @@ from ssl_pipeline.eval.retrieval import RetrievalConfig
 from ssl_pipeline.eval.robustness import RobustnessConfig
 from ssl_pipeline.eval.suite_measures import SuiteConfig
 from ssl_pipeline.eval.table import TableConfig
+from ssl_pipeline.packing.make_shards import MakeShards
 from ssl_pipeline.schedule import Progress, Schedule
 
 PROBES = (FewShotConfig, RetrievalConfig, LabelFreeConfig, DenseConfig, ClusteringConfig, RobustnessConfig)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ssl_pipeline.commands.images_as_shards import open_source
 from ssl_pipeline.config import PlaceText, printable, run_command
 from ssl_pipeline.config.output_file import OutputFile
 from ssl_pipeline.data_tools.features import PassChoice, engine_pass
@@ -18,6 +17,7 @@ from ssl_pipeline.eval.features.models import open_model
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.features.rows import write_csv, write_npz, write_parquet
 from ssl_pipeline.eval.labelled import look_at_first
+from ssl_pipeline.packing.images_as_shards import open_source
 
 WRITERS = {".csv": write_csv, ".parquet": write_parquet, ".npz": write_npz}
 

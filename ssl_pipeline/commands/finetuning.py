@@ -13,9 +13,9 @@ from pathlib import Path
 from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.backbones.weights import is_tag
 from ssl_pipeline.commands.finetune import OWN_KEYS
-from ssl_pipeline.commands.images_as_shards import check_before_packing, holds_images, packed
 from ssl_pipeline.commands.known_weights import StartingWeights, starting_weights
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.commands.trial import check_before_packing
 from ssl_pipeline.config import (
     RECIPES,
     ConfigError,
@@ -27,9 +27,10 @@ from ssl_pipeline.config import (
     without_flags,
 )
 from ssl_pipeline.config.arguments import keys_of
-from ssl_pipeline.data_tools.packed_once import SHARDS, is_packed
 from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.classifier import main as measure
+from ssl_pipeline.packing.images_as_shards import holds_images, packed
+from ssl_pipeline.packing.packed_once import SHARDS, is_packed
 
 OWN = (*OWN_KEYS, "recipe", "output")
 STANDS_FOR = {"weights": "backbone.weights", "train": "data.shards", "test": "classifier.val"}

@@ -10,9 +10,9 @@ import numpy as np
 
 from ssl_pipeline.config import Tree
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.data_tools.candidates import find_candidates, parts_of_a_set
-from ssl_pipeline.data_tools.packed_once import look_at
-from ssl_pipeline.data_tools.sources import Source
+from ssl_pipeline.packing.candidates import find_candidates, parts_of_a_set
+from ssl_pipeline.packing.packed_once import look_at
+from ssl_pipeline.packing.sources import Source
 
 SMALLEST_PACKED = 256  # pixels of the shorter side
 ROOM = 2  # packed images are at least so many times the largest view, and worth it from so many times that

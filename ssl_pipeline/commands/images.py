@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ssl_pipeline.commands.first_look import Look, look_at_files, look_at_shards
-from ssl_pipeline.commands.images_as_shards import check_before_packing, holds_shards, packed
 from ssl_pipeline.commands.recipe_choice import AUTO, RecipeChoice, without_keys
-from ssl_pipeline.commands.trial import expected_time
+from ssl_pipeline.commands.trial import check_before_packing, expected_time
 from ssl_pipeline.commands.watched_images import watch
 from ssl_pipeline.config import Config, ConfigError, Value, launched_processes, launched_rank, printable
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data_tools.packed_once import SHARDS, is_packed
-from ssl_pipeline.data_tools.sources import open_source as open_files
+from ssl_pipeline.packing.images_as_shards import holds_shards, packed
+from ssl_pipeline.packing.packed_once import SHARDS, is_packed
+from ssl_pipeline.packing.sources import open_source as open_files
 
 
 def expand(

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from ssl_pipeline.commands.images_as_shards import open_source
 from ssl_pipeline.config import PlaceText, printable, run_command
 from ssl_pipeline.config.output_file import OutputFile
 from ssl_pipeline.eval.features.classes import RunClassifierConfig, class_probabilities, open_classifier
 from ssl_pipeline.eval.features.rows import names_of
 from ssl_pipeline.eval.labelled import look_at_first
 from ssl_pipeline.files import written_whole
+from ssl_pipeline.packing.images_as_shards import open_source
 
 Row = tuple[str | int | float | None, ...]
 WriteRows = Callable[[Sequence[Row]], None]

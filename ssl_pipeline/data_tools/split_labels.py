@@ -20,9 +20,9 @@ from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import write_origins
 from ssl_pipeline.data.shards.overlay import Labels
 from ssl_pipeline.data.subset import write_keep
-from ssl_pipeline.data_tools.candidates import Candidate
-from ssl_pipeline.data_tools.output import output_in_the_making
-from ssl_pipeline.data_tools.shard_writer import key_of, write_shards
+from ssl_pipeline.packing.candidates import Candidate
+from ssl_pipeline.packing.output import output_in_the_making
+from ssl_pipeline.packing.shard_writer import key_of, write_shards
 from ssl_pipeline.randomness import SPLIT, permutation
 
 About = dict[str, str | int | None]

@@ -130,7 +130,7 @@ def test_mistakes_are_told(
     assert not new.exists()
 
 
-def test_a_folder_is_packed_once_and_a_changed_one_is_told(
+def test_a_folder_is_packed_once_and_a_changed_one_anew(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["backbone=raw_pixels", f"source={photos}", f"output={tmp_path / 'a.npz'}", "overwrite=true"]
@@ -140,8 +140,10 @@ def test_a_folder_is_packed_once_and_a_changed_one_is_told(
     assert call(*arguments) == 0
     assert shard.stat().st_mtime_ns == packed
     Image.new("RGB", (9, 9)).save(photos / "cat" / "new.png")
-    assert call(*arguments) == 2
-    assert "1 new (cat/new.png). Put the files back, or delete" in capsys.readouterr().err
+    assert call(*arguments) == 0
+    assert "1 new (cat/new.png). It is packed anew." in capsys.readouterr().out
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
+        assert sorted(found["file"]) == sorted([*COLOURS, "cat/new.png"])
 
 
 def on_a_rank(arguments: list[str]) -> int:
@@ -161,7 +163,7 @@ def test_several_processes_write_what_one_writes(tmp_path: Path) -> None:
 
 def test_many_origins_are_those_of_each(photos: Path, tmp_path: Path) -> None:
     from ssl_pipeline.data.shards.origins import origin_of, origins_of
-    from ssl_pipeline.data_tools.packed_once import pack_once
+    from ssl_pipeline.packing.packed_once import pack_once
 
     index = open_shards(pack_once(str(photos), tmp_path / "packed"))
     keys = [index.key(sample) for sample in (0, 1, 2, 1, 0)] + ["none", "00000002-other", "00000009-far"]

@@ -15,7 +15,7 @@ from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.commands.recipe_choice import choose_recipe
 from ssl_pipeline.config import RECIPES, ConfigError, load, read_recipe, recipe_files
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data_tools.packed_once import pack_once
+from ssl_pipeline.packing.packed_once import pack_once
 from tests.commands.test_finetune import save_run
 from tests.tiny import CNN, VIT, write_shards
 

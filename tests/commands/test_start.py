@@ -10,7 +10,7 @@ import pytest
 
 from ssl_pipeline.commands.start import how_to_begin
 from ssl_pipeline.config import RECIPES, load
-from ssl_pipeline.data_tools.make_shards import MakeShards
+from ssl_pipeline.packing.make_shards import MakeShards
 
 ROOT = Path(__file__).parents[2]
 START = """

@@ -8,8 +8,8 @@ from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.data.shards.manifest import read_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.data.subset import open_subset
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.data_tools.split_labels import SplitLabels, choose, split_labels
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
-from ssl_pipeline.data_tools.conversion import CONVERTED_EXTENSIONS, OPTIONAL, is_read
-from ssl_pipeline.data_tools.sources import Rejected, Source
+from ssl_pipeline.packing.conversion import CONVERTED_EXTENSIONS, OPTIONAL, is_read
+from ssl_pipeline.packing.sources import Rejected, Source
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 JPEG_BY_OTHER_NAMES = ("jpe", "jfif")

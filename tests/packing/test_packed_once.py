@@ -3,14 +3,17 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.data.shards.open import DataError, open_shards
-from ssl_pipeline.data_tools.packed_once import LISTING, SHARDS, differences, is_packed, pack_once
-from ssl_pipeline.data_tools.sources import open_source
+from ssl_pipeline.packing.images_as_shards import packed
+from ssl_pipeline.packing.packed_once import LISTING, SHARDS, differences, is_packed, pack_once
+from ssl_pipeline.packing.sources import open_source
+from tests.ranks import run_on_ranks
 
 
 @pytest.fixture
@@ -102,3 +105,16 @@ def test_other_processes_get_a_source_without_its_list(photos):
     source = open_source(str(photos), "", None)
     assert len(source.names()) == 5
     assert pickle.loads(pickle.dumps(source)).__dict__ == {"root": photos}
+
+
+def packed_by_each(source: str, place: Path) -> tuple[str, int]:
+    shards = packed(source, place, renewed=True)
+    return shards, len(open_shards(shards))
+
+
+def test_processes_pack_once_and_wait_for_what_has_changed(tmp_path, photos):
+    arguments = (str(photos), tmp_path / "cache")
+    shards = str(tmp_path / "cache" / SHARDS)
+    assert run_on_ranks(packed_by_each, *arguments) == [(shards, 4)] * 2
+    Image.new("RGB", (64, 64)).save(photos / "new.png")
+    assert run_on_ranks(packed_by_each, *arguments) == [(shards, 5)] * 2

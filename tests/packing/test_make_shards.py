@@ -19,8 +19,8 @@ from PIL import Image
 from ssl_pipeline.config import run_command
 from ssl_pipeline.data.decode import decode_image
 from ssl_pipeline.data.shards.open import DataError, open_shards
-from ssl_pipeline.data_tools.make_shards import MakeShards, key_of, make_shards
-from ssl_pipeline.data_tools.sources import DigitsSource
+from ssl_pipeline.packing.make_shards import MakeShards, key_of, make_shards
+from ssl_pipeline.packing.sources import DigitsSource
 
 GOLDEN_TEST_DIGITS = ["0/0078.png", "0/0202.png", "0/0252.png"]
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10.zip"
@@ -171,7 +171,7 @@ def test_keys_are_plain_whatever_the_file_is_called(name: str) -> None:
 
 
 def test_a_hostile_zip_is_harmless(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_pipeline.data_tools.sources.MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("ssl_pipeline.packing.sources.MAX_FILE_BYTES", 1 << 20)
     image = (folder / "train" / "cat" / "00.JPEG").read_bytes()
     with zipfile.ZipFile(tmp_path / "hostile.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("../../outside/a.jpg", image)
