@@ -233,8 +233,9 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
 
 def _widest_input(model: EvaluatedModel, kinds: tuple[Kind, ...]) -> int:
     """Numbers of the widest input: the class tokens of the last blocks and the mean of the patches."""
-    has_tokens = bool(kinds) and isinstance(model.backbone, TokenBackbone)
-    return model.width * (last_blocks_of(model.backbone) + 1 if has_tokens else 1)
+    if kinds and isinstance(model.backbone, TokenBackbone):
+        return model.backbone.token_dim * (last_blocks_of(model.backbone) + 1)
+    return model.width
 
 
 def linear_settings(config: ProbeConfig, solver: str, *, inputs: str = "pooled") -> dict[str, JSON]:
