@@ -22,7 +22,7 @@ class Known:
     """What is known of weights; None: nothing."""
 
     network: dict[str, object] | None = None
-    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run, its export, a timm folder, a tag."""
+    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run, an export, a tag."""
     size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
