@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 
-from ssl_pipeline.backbones.config import architecture_of
+from ssl_pipeline.backbones.config import RESERVED_ARGUMENTS, architecture_of
 from ssl_pipeline.backbones.exported import takes_export
 from ssl_pipeline.backbones.weights import find_in_run, is_tag, without_name
 
@@ -22,7 +22,7 @@ class Known:
     """What is known of weights; None: nothing."""
 
     network: dict[str, object] | None = None
-    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run, its export and a tag."""
+    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run, an export, a tag."""
     size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -55,7 +55,8 @@ def known_of(weights: str, *, name: str | None, which: str | None = None) -> Kno
     if place.is_dir() or place.name in MODELS:
         mean, std, file = _of_model(folder)
         if file is not None:
-            return Known(mean=mean, std=std, of=str(file))
+            network, size = _of_timm_folder(file)
+            return Known(network, size, mean, std, str(file))
     return _of_architecture(name) if name else Known()
 
 
@@ -100,6 +101,17 @@ def _of_model(folder: Path) -> tuple[Sequence[float] | None, Sequence[float] | N
         if all(isinstance(values, list) and len(values) == 3 for values in (mean, std)):
             return mean, std, file
     return None, None, None
+
+
+def _of_timm_folder(config: Path) -> tuple[dict[str, object] | None, int | None]:
+    """The architecture and the image size that the config.json of a timm model names, if it is one."""
+    about = json.loads(config.read_bytes())
+    name, published, arguments = (about.get(key) for key in ("architecture", "pretrained_cfg", "model_args"))
+    if not isinstance(name, str) or not timm.is_model(name) or not isinstance(published, dict):
+        return None, None
+    size = published.get("input_size")
+    own = {key: value for key, value in (arguments or {}).items() if key not in RESERVED_ARGUMENTS}
+    return {"name": name, "arguments": own}, size[-1] if isinstance(size, list) else None
 
 
 def normalised(mean: Sequence[float], std: Sequence[float], of: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from ssl_pipeline.commands.early_values import wrong_values
 from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
@@ -53,6 +54,9 @@ def start(name: str, usage: Callable[[str], str], module: str, *, own: Sequence[
         return 2
     try:
         given, _ = without_flags(arguments)
+        if place := next((word for word in given if "=" not in word and Path(word).exists()), None):
+            key = "train" if "train" in own else "images"
+            raise SettingsError(f"'{place}' is not of the form key=value. Try {key}={place}.")
         pairs, recipe = pairs_and_recipe([argument for argument in given if argument != "recipe=auto"], RECIPES)
         names = {key: text for key, text in pairs if key not in own}
         if "method.name" in names:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.backbones.runs import require_run
+from ssl_pipeline.config import Config, ConfigError, run_command
 from ssl_pipeline.data.shards.catalogue import user_cache
+from ssl_pipeline.data.shards.listing import list_shards, shards_may_be_at
 from ssl_pipeline.files import sha256_of_bytes
 from ssl_pipeline.packing.images_as_shards import holds_images, packed
 
@@ -24,9 +26,17 @@ def run_evaluator(schema: type[Evaluation], main: Callable[[Evaluation], int | N
 def with_shards(config: Evaluation, directory: Path | None) -> Evaluation:
     """The same settings on shards: folders and zips of images are packed, once, and anew where they have changed.
 
-    They are kept in DIRECTORY/eval/images, without one in the user's cache.
+    They are kept in DIRECTORY/eval/images, without one in the user's cache. Raises ConfigError for images, and a run,
+    that are not there, before anything is packed.
     """
     given = {key: value for key in IMAGES if isinstance(value := getattr(config, key, None), str)}
+    for key, source in given.items():
+        if not holds_images(source) and not shards_may_be_at(source):
+            if Path(source).expanduser().exists() or set("*?[{") & set(source):
+                list_shards(source)  # says what is there
+            raise ConfigError(f"{key}={source} is not there. Needed: a folder or a zip of images, or shards.")
+    if isinstance(run := getattr(config, "run", None), Path):
+        require_run(run)
     shards = {
         key: packed(source, place_of(source, directory), key=key, renewed=True)
         for key, source in given.items()

@@ -189,8 +189,7 @@ def _candidates(source: Source, config: MakeShards) -> Candidates:
 
 def _splits_for_classes(config: MakeShards, folders: Sequence[str]) -> DataError:
     found = ", ".join(f"{folder}/" for folder in folders)
-    likeliest = min(folders, key=lambda folder: not folder.lower().startswith("train"))
-    prefix = "/".join([*path_parts(config.prefix), likeliest])
+    prefix = "/".join([*path_parts(config.prefix), folders[0]])
     return DataError(
         f"source='{config.source}' holds {found}: parts of a data set rather than classes. Take one part with "
         f"prefix={prefix}/, or all without labels with labels=none. If these are classes, say labels=folders."

@@ -72,8 +72,7 @@ def pack_once(
 
 def _one_of_all(source: str, parts: Sequence[str], count: int, *, key: str) -> str:
     """What is said of a source that holds train/ and test/, or the like."""
-    part = min(parts, key=lambda name: not name.lower().startswith("train"))
-    way = f"{key}={Path(source) / part}" if Path(source).is_dir() else f"make_shards source={source} prefix={part}/"
+    way = f"{key}={source}/{parts[0]}" if Path(source).is_dir() else f"make_shards source={source} prefix={parts[0]}/"
     return (
         f"{key}={source} holds {', '.join(f'{name}/' for name in parts)}: parts of a data set. All {count:,} images "
         f"are packed as one set, without labels. {way} takes one of them, and its folders as classes."

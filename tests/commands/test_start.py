@@ -51,7 +51,9 @@ def test_the_commands_that_it_shows_are_commands(name):
     ("argv", "sentence"),
     [
         (["recipe=dino_vits61"], "error: No recipe 'dino_vits61'. Did you mean 'dino_vits16'?"),
-        (["recipe=digits_dino", "--output", "x"], "error: '--output' is not of the form key=value. Try output=VALUE."),
+        (["recipe=digits_dino", "--output", "x"], "error: '--output x' is not of the form key=value. Try output=x."),
+        (["docs"], "error: 'docs' is not of the form key=value. Try images=docs."),
+        (["--lr", "3"], "error: '--lr 3' is not of the form key=value. Try lr=3."),
         (["recipe=dino_vits16", "recipe=digits_dino"], "error: recipe= is given 2 times"),
         (["imags=photos/"], "error: Unknown key 'imags'. Did you mean 'images'?\nSee: pretrain.py --help\n"),
         (["recipe=dino_vits16", "optim.lr.warmpu=3"], "error: Unknown key 'optim.lr.warmpu'. Did you mean"),

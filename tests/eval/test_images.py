@@ -84,6 +84,23 @@ def test_they_are_packed_once_and_anew_where_they_have_changed(
     assert "checking images" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run={run}", "test=photoz"], "test=photoz is not there. Needed: a folder or a zip of images, or shards."),
+        (["run={run}", "test=photos*.tar"], "'photos*.tar' holds no .tar shard."),
+        (["run={run}/none", "test={photos}/test"], "none must be the directory of a run. There is none."),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_packed(
+    run: Path, photos: Path, call: Call, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    before = sorted(run.rglob("*"))
+    assert call(knn, f"train={photos}/train", *(argument.format(run=run, photos=photos) for argument in arguments)) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+
+
 def takes_folders(module: str) -> bool:
     """Whether a command has a setting of images that may be a folder."""
     schemas = [one for one in vars(import_module(module)).values() if isinstance(one, type) and issubclass(one, Config)]

@@ -74,7 +74,7 @@ def test_parts_of_a_data_set_are_all_taken_without_labels_which_is_said(tmp_path
     index = open_shards(pack_once(str(tmp_path / "set"), tmp_path / "run"))
     assert (len(index), index.has_labels) == (2, False)
     assert (
-        f"images={tmp_path}/set holds test/, train/: parts of a data set. All 2 images are packed as one set, without "
+        f"images={tmp_path}/set holds train/, test/: parts of a data set. All 2 images are packed as one set, without "
         f"labels. images={tmp_path}/set/train takes one of them, and its folders as classes."
     ) in capsys.readouterr().out
     archive = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
