@@ -109,15 +109,20 @@ def keys_of(argv: Sequence[str]) -> dict[str, str]:
 def _pairs(positional: str | None, argv: Sequence[str]) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     mistakes = []
-    for argument in argv:
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
         key, equals, text = argument.partition("=")
+        if key.startswith("-") and not equals and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+            text = rest.pop(0)  # --key value
         if equals and all(key.split(".")) and not key.startswith("-"):
             pairs.append((key, text))
         elif positional and not equals and not key.startswith("-"):
             pairs.append((positional, argument))
         else:
             hint = f" Try {key.lstrip('-')}={text or 'VALUE'}." if key.startswith("-") else ""
-            mistakes.append(f"'{argument}' is not of the form key=value.{hint}")
+            given = f"{argument} {text}" if text and not equals else argument
+            mistakes.append(f"'{given}' is not of the form key=value.{hint}")
     if mistakes:
         raise SettingsError(*mistakes)
     return pairs

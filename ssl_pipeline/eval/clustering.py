@@ -18,12 +18,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssl_pipeline.config import ConfigError, Seed, printable, run_command
+from ssl_pipeline.config import ConfigError, PlaceText, Seed, printable
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.eval.accuracy import bootstrap_mean_interval
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
+from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.labelled import labels_of, require_labels
 from ssl_pipeline.eval.measures import Found, Measure
+from ssl_pipeline.eval.progress import counted
 from ssl_pipeline.eval.protocol import Measured, ReportConfig, conclude, features_of, pass_protocol
 from ssl_pipeline.eval.search.neighbours import require_finite
 from ssl_pipeline.files import JSON
@@ -36,8 +38,9 @@ Counts = NDArray[np.int64]
 class ClusteringConfig(ReportConfig):
     """How well clusters of frozen features agree with the classes of the images: NMI, ARI and matched accuracy."""
 
-    images: str
-    """Shards of labelled images; the labels are used for the comparison alone."""
+    images: PlaceText
+    """Labelled images: shards, or a folder of class folders or a zip of one, which is packed once. The labels are used
+    for the comparison alone."""
     clusters: Annotated[int, Field(gt=1, le=10**6)] | None = None
     """Number of clusters; by default the number of classes. Matched accuracy is of clusters that have a class."""
     iterations: Annotated[int, Field(gt=0, le=10**5)] = 100
@@ -116,7 +119,7 @@ def cluster(features_ND: Tensor, labels_N: Tensor, *, num_classes: int, config: 
     unit_ND = normalize(features_ND, dim=1)
     hits: list[Tensor] = []
     found: dict[str, list[float]] = {"matched_accuracy": [], "nmi": [], "ari": [], "mean_squared_distance": []}
-    for run in range(config.runs):
+    for run in counted(range(config.runs), f"k-means, {num_clusters} clusters", unit="run"):
         clusters_N, distance = k_means(
             unit_ND, num_clusters, iterations=config.iterations, restarts=config.restarts, seed=config.seed + run
         )
@@ -126,7 +129,7 @@ def cluster(features_ND: Tensor, labels_N: Tensor, *, num_classes: int, config: 
         found["nmi"].append(100.0 * mutual_information(counts_KC))
         found["ari"].append(100.0 * adjusted_rand(counts_KC))
         found["mean_squared_distance"].append(distance)
-    interval = bootstrap_mean_interval(100.0 * torch.stack(hits).double().mean(dim=0))
+    interval = mean_interval(100.0 * torch.stack(hits).double().mean(dim=0))
     titles = {"matched_accuracy": "matched accuracy", "nmi": "NMI", "ari": "ARI"}
     measures = tuple(
         Measure(
@@ -190,4 +193,4 @@ def main(config: ClusteringConfig) -> None:
 
 def command(name: str = "python -m eval.clustering") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(ClusteringConfig, main, command=name)
+    return run_evaluator(ClusteringConfig, main, command=name)

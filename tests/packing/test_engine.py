@@ -11,9 +11,9 @@ import pytest
 from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.manifest import read_manifest
-from ssl_pipeline.data_tools import shard_writer
-from ssl_pipeline.data_tools.engine import EngineConfig, Journal, map_tasks
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
+from ssl_pipeline.packing import shard_writer
+from ssl_pipeline.packing.engine import EngineConfig, Journal, map_tasks
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
 ALONE, TWO = EngineConfig(workers=1), EngineConfig(workers=2)
 
