@@ -188,6 +188,10 @@ class Checkpoints:
                 self._remove(path)
             else:
                 kept.add(position)
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process left that was killed while it wrote or removed a checkpoint; for the run's owner."""
         for leftover in self.directory.glob(".tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 

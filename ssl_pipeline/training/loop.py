@@ -64,6 +64,7 @@ def train(run: Run) -> int:
     clock, position = run.clock, saved.state.position if saved is not None else 0
     status = read_status(run.output.path)
     if run.output.directory is not None:
+        checkpoints.remove_leftovers()  # a run that is complete saves no more
         with failures_of(run).explained():
             before = saved.state.global_batch if saved is not None else None
             begin_or_keep(run, run.output.directory, position=position, global_batch=before)

@@ -31,7 +31,19 @@ from ssl_pipeline.training.loader_advice import Supply
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.run import TrainConfig, start_clock
 from tests.ranks import start, start_ranks
-from tests.runs import SGD, Happening, final_state, happens, losses, make_run, needs_labels, rows, trained, write_recipe
+from tests.runs import (
+    SGD,
+    Happening,
+    equal,
+    final_state,
+    happens,
+    losses,
+    make_run,
+    needs_labels,
+    rows,
+    trained,
+    write_recipe,
+)
 from tests.tiny import CNN, CONFIGS, write_shards
 
 NAMES = sorted(CONFIGS)
@@ -360,6 +372,18 @@ def test_a_run_is_saved_when_due_and_at_the_end(tmp_path, shards):
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == [f"step-0000000{step}" for step in (2, 4, 6, 7)]
     assert any(name.startswith("optimizer/") for name in final_state(tmp_path / "run"))
+
+
+def test_what_a_kill_in_its_last_save_left_is_removed_from_a_complete_run(tmp_path, shards):
+    with RunDirectory(tmp_path / "run") as directory:
+        train(make_run(tmp_path / "run", "simclr", shards, steps=2, directory=directory))
+    left = tmp_path / "run" / "checkpoints" / ".tmp-step-00000001-0123abcd"  # a superfluous checkpoint, half removed
+    left.mkdir()
+    before = final_state(tmp_path / "run")
+    with RunDirectory(tmp_path / "run") as directory:
+        assert train(make_run(tmp_path / "run", "simclr", shards, steps=2, directory=directory)) == 0
+    assert not left.exists()
+    assert equal(final_state(tmp_path / "run"), before)
 
 
 # What is measured
