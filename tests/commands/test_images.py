@@ -182,6 +182,21 @@ def test_what_is_only_shown_is_not_packed(tmp_path, monkeypatch, capsys, labelle
     assert (shown["knn"] is not None) == (config.knn is not None) == labelled
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["recipe=mae_vitb16", "backbone.name=test_resnet"], "needs a backbone with patch tokens"),
+        (["recipe=photos_small", "backbone.name=test_resnet"], "but .*run/images has 3 images. Lower data.batch_size"),
+        (["backbone.name=test_resnet", "data.batch_size=1"], "has batch norm, which needs more than one image"),
+        (["backbone.name=nosuchnet"], "No timm model 'nosuchnet'"),
+    ],
+)
+def test_what_no_images_can_mend_is_told_before_they_are_packed(tmp_path, settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        expand([f"images={folder(tmp_path)}", f"output={tmp_path / 'run'}", *settings], timed=PretrainConfig)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("recipe", ["auto", "photos_small"])
 def test_a_wrong_setting_is_told_before_images_are_packed(tmp_path, recipe):
     arguments = [f"images={folder(tmp_path)}", f"recipe={recipe}", f"output={tmp_path}/run", "train.steps=abc"]
