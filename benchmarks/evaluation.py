@@ -23,6 +23,7 @@ from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.eval.knn import weighted_knn
 from ssl_pipeline.eval.linear import ProbeConfig, choose, linear_probe
 from ssl_pipeline.eval.linear_heads import stratified_split, train_linear_heads
+from ssl_pipeline.eval.protocol import LabelledFeatures
 
 # training images, queries
 NEIGHBOURS: dict[Size, tuple[int, int]] = {"tiny": (200, 50), "small": (50_000, 2_000), "large": (1_281_167, 10_000)}
@@ -153,8 +154,8 @@ def _extract_and(extract: Callable[[], tuple[Tensor, Tensor]], work: Callable[[T
 def _sweep(labels: Tensor, epochs: int, features: Tensor) -> None:
     """What `python -m eval.linear` does: fit all rates on a part at once, choose on the rest, refit, test."""
     config = ProbeConfig(solver="sgd", learning_rates=RATES, weight_decays=(0.0,), epochs=epochs)
-    data, num_classes = (features, labels), int(labels.max()) + 1
-    linear_probe(*data, *data, num_classes=num_classes, config=config, device=labels.device)
+    data = LabelledFeatures(features, labels, features, labels, int(labels.max()) + 1)
+    linear_probe(data, config, device=labels.device)
 
 
 def _one_by_one(features: Tensor, labels: Tensor, epochs: int) -> None:

@@ -218,6 +218,7 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     if plain.backbone.name == "dalle_encoder":
         backbone = ["backbone.arguments.hidden_dim=4", "backbone.arguments.blocks_per_group=1"]
     backbone = [*backbone, "backbone.weights=null", "backbone.frozen_batch_norm=false"]
+    backbone += ["backbone.class_tokens=2"] if plain.backbone.class_tokens else []
     widths = [
         f"method.{key}={value}"
         for key in type(plain.method).model_fields

@@ -33,8 +33,10 @@ SIZES = {"depth", "depths", "dims", "embed_dim", "img_size", "layers", "num_head
 """Arguments that count something there must be some of."""
 Argument = bool | int | float | str | list[bool | int | float | str]
 """What a timm model may be told: a value, or a list of them (the depths of a Swin's stages)."""
-ARCHITECTURE = ("name", "arguments", "small_images", "reversible")
+ARCHITECTURE = ("name", "arguments", "small_images", "reversible", "class_tokens", "patch_mean")
 """What shapes the tensors, and what is computed with them; the rest is how they begin and train."""
+CAME_LATER = {"reversible", "class_tokens", "patch_mean"}
+"""What files of before do not say: it was not there."""
 
 
 class BackboneConfig(Config):
@@ -67,6 +69,11 @@ class BackboneConfig(Config):
     """ViTs of timm's VisionTransformer only: two streams of tokens, so that the backward pass computes activations from
     outputs (Mangalam et al., 2022), in memory that does not grow with depth. Another function of the same parameters:
     released weights do not fit it."""
+    class_tokens: int = Field(default=0, ge=0, le=1000)
+    """ViTs only: the features are the class tokens of the last so many blocks, each after the final norm, one after the
+    other, instead of the network's own (DINO's linear evaluation: 4 of a ViT-S, 1 of a ViT-B); 0: its own."""
+    patch_mean: bool = False
+    """With class_tokens: whether the mean of the last block's patches stands behind them (DINO's ViT-B)."""
     checkpoint_activations: MayChange[bool] = False
     """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
@@ -120,6 +127,8 @@ class BackboneConfig(Config):
             raise ValueError(
                 "backbone.reversible and checkpoint_activations both save the memory of activations. Leave one out."
             )
+        if self.patch_mean and not self.class_tokens:
+            raise ValueError("backbone.patch_mean stands behind class tokens. Set backbone.class_tokens too.")
         if self.frozen_batch_norm and not self.weights:
             raise ValueError("backbone.frozen_batch_norm keeps the statistics of weights. Set backbone.weights too.")
         return self
@@ -128,10 +137,9 @@ class BackboneConfig(Config):
 def architecture_of(description: Mapping[str, Any]) -> dict[str, Any]:
     """What of a backbone's description in a file is ARCHITECTURE; KeyError for an entry that is missing.
 
-    Runs before 0.4.0 do not say whether it is reversible; those of 0.2.0 and before may have it with a tag that changed
-    nothing.
+    Runs of 0.2.0 and before may have the name with a tag that changed nothing.
     """
-    architecture = {key: description[key] for key in ARCHITECTURE if key != "reversible" or key in description}
+    architecture = {key: description[key] for key in ARCHITECTURE if key not in CAME_LATER or key in description}
     return architecture | {"name": str(architecture["name"]).partition(".")[0]}
 
 

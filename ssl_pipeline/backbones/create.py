@@ -69,6 +69,10 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     elif config.weights is not None:
         backbone.origin = load_source(backbone.model, config.weights, network=config.weights_from)
     _prepare_vit(backbone, config)
+    if config.class_tokens:
+        if not isinstance(backbone, TokenBackbone):
+            raise ConfigError(f"backbone.class_tokens needs a ViT. '{config.name}' is none.")
+        backbone.take_class_tokens(config.class_tokens, patch_mean=config.patch_mean)
     if config.frozen_batch_norm:
         if not batch_norms(backbone):
             raise ConfigError(f"backbone.frozen_batch_norm needs batch norm. '{config.name}' has none; leave it out.")

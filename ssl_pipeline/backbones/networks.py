@@ -125,8 +125,33 @@ class TokenBackbone(Backbone):
         self.num_blocks = adapter.num_blocks
         self.num_prefix_tokens = adapter.num_prefix_tokens
         """Class token and registers together."""
+        self.token_dim = self.embed_dim
+        """Width of its tokens: `embed_dim`, but where features are several of them."""
+        self.class_tokens = 0
+        """Of how many blocks the class tokens are the features; 0: they are the network's own."""
+        self.has_patch_mean = False
+        """Whether the mean of the patches stands behind the class tokens."""
         self.takes_some_patches = adapter.takes_some_patches
         """Whether `embed`, `embed_patches` and `encode` work: for some of an image's patches, as MAE needs it."""
+
+    def take_class_tokens(self, blocks: int, *, patch_mean: bool) -> None:
+        """From now on the features are class tokens, of the last so many blocks, and the mean of the patches.
+
+        Raises ConfigError if the network does not have so many.
+        """
+        if getattr(self.model, "cls_token", None) is None:
+            raise ConfigError(f"backbone.class_tokens needs a ViT with a class token. '{self.name}' has none.")
+        if blocks > self.num_blocks:
+            raise ConfigError(
+                f"backbone.class_tokens={blocks} is more than '{self.name}' has blocks. Take at most {self.num_blocks}."
+            )
+        self.class_tokens, self.has_patch_mean = blocks, patch_mean
+        self.embed_dim = self.token_dim * (blocks + patch_mean)
+
+    @property
+    def feature_layers(self) -> range:
+        """The blocks, counted from the last (-1), whose tokens `pool` needs in `Tokens.layers`."""
+        return range(-self.class_tokens, 0)
 
     def tokens(
         self,
@@ -152,15 +177,22 @@ class TokenBackbone(Backbone):
         return self._adapter.encode(patches_NRCD, layers)
 
     def pool(self, tokens: Tokens) -> Tensor:
-        """Tokens -> features (N, embed_dim), those of `forward` for the same images."""
-        return self._adapter.pool(tokens)
+        """Tokens, with those of `feature_layers` -> features (N, embed_dim), those of `forward` for the same images."""
+        if not self.class_tokens:
+            return self._adapter.pool(tokens)
+        of_blocks = [of_block.cls for of_block in tokens.layers[-self.class_tokens :] if of_block.cls is not None]
+        if len(of_blocks) < self.class_tokens:
+            raise ValueError(
+                f"pool needs the tokens of {self.class_tokens} blocks. Got {len(of_blocks)}: ask for them."
+            )
+        return torch.cat(of_blocks + [tokens.patches.mean(dim=1)] * self.has_patch_mean, dim=1)
 
     def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.tokens(images)
+        tokens = self.tokens(images, layers=self.feature_layers)
         return self.pool(tokens), tokens.patch_map()
 
     def map_shape(self, size: int) -> tuple[int, Grid]:
-        return self.embed_dim, (size // self.stride, size // self.stride)
+        return self.token_dim, (size // self.stride, size // self.stride)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> patch tokens with their positions (N, L, embed_dim), row by row."""
@@ -221,6 +253,8 @@ class TokenBackbone(Backbone):
             part.compile(fullgraph=fullgraph, dynamic=of_parts, backend=backend)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.class_tokens:
+            return self.pool(self.tokens(images, layers=self.feature_layers))
         return self._adapter.features(images)
 
     def _for_some_patches(self) -> FlatAdapter:
@@ -248,6 +282,8 @@ def require_tokens(
             f"{method} needs a backbone with patch tokens (a ViT). '{backbone.name}' has none. "
             f"Networks that have: {NETWORKS_WITH_TOKENS}."
         )
+    if backbone.class_tokens:
+        raise ConfigError(f"{method} works on the tokens of the network itself. Leave backbone.class_tokens out.")
     if some_patches and not backbone.takes_some_patches:
         raise ConfigError(f"{method} leaves patches out, but '{backbone.name}' {NEEDS_ALL_PATCHES}")
     after_pooling = [part for part in ("attn_pool", "fc_norm") if _has_weights(getattr(backbone.model, part, None))]

@@ -27,9 +27,9 @@ from ssl_pipeline.commands.report import report
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, Value, failure_sentence, is_out_of_memory, load
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import ORIGINS_FILE
-from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
@@ -46,7 +46,7 @@ Source = str | Path | tuple[str, ...]
 
 
 class KnnAccuracy(TypedDict):
-    """Top-1 and top-5 in percent, and the 95 % bootstrap interval of top-1."""
+    """Top-1 and top-5 in percent, and the 95 % interval of top-1."""
 
     top1: float
     top5: float
@@ -175,7 +175,7 @@ def knn(
             temperature=temperature,
             num_classes=images.num_classes,
         )[k]
-    interval = bootstrap_interval(found["top1"], len(images.test))
+    interval = share_interval(found["top1"], len(images.test))
     return {"top1": found["top1"], "top5": found["top5"], "top1_interval": interval}
 
 

@@ -17,12 +17,14 @@ from pydantic import Field, model_validator
 from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
 from ssl_pipeline.config import COMPARISONS, Config, Seed, run_command
 from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels
+from ssl_pipeline.eval.differences import interval_of, runs_within_interval
+from ssl_pipeline.eval.intervals import Interval
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
 from ssl_pipeline.eval.measures import format_table, percent
 from ssl_pipeline.eval.protocol import write_report
 from ssl_pipeline.eval.results import differing
-from ssl_pipeline.eval.table import EVALUATORS, MODELS, WITH_BASELINES, read_run, top1_of
+from ssl_pipeline.eval.table import MODELS, WITH_BASELINES, read_run, titles_of, top1_of
 from ssl_pipeline.files import JSON, write_json, write_text
 
 COURSES = {"knn_top1": "k-NN", "classifier_top1": "own classifier"}
@@ -107,18 +109,23 @@ class Comparison:
     """Of methods that learn to classify: the last top-1 of their own classifier, one per seed."""
     curves: dict[str, dict[str, list[tuple[float, float]]]]
     """Metric of a monitor -> run that has this monitor -> epoch and top-1 while it lasted, mean over seeds."""
+    titles: dict[str, dict[str, str]]
+    """Run -> evaluator -> what it is called: linear classifiers have two protocols."""
+    intervals: dict[str, dict[str, Interval]]
+    """Run -> evaluator -> interval of its top-1 over the test images, mean over seeds."""
     protocols: dict[str, list[str]] = field(default_factory=dict)
     """Evaluator -> settings in which the protocols of the runs of one seed differ, where they do."""
 
 
 def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> Comparison:
     """Run and measure everything; `pretrain` runs one list of arguments."""
-    found = Comparison({}, {}, {metric: {} for metric in COURSES})
+    found = Comparison({}, {}, {metric: {} for metric in COURSES}, {}, {})
     protocols: dict[tuple[str, int], dict[str, dict[str, JSON]]] = {
         (evaluator, seed): {} for evaluator in WITH_BASELINES for seed in config.seeds
     }
     for name, arguments in config.arguments().items():
         scores: dict[str, dict[str, list[float]]] = {key: {model: [] for model in MODELS} for key in WITH_BASELINES}
+        intervals: dict[str, list[Interval]] = {key: [] for key in WITH_BASELINES}
         rows = []
         for seed in config.seeds:
             run, fill = config.output / f"{name}-seed{seed}", _filling(config, seed)
@@ -130,8 +137,16 @@ def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = r
                 protocols[evaluator, seed][run.name] = reports[evaluator]["protocol"]
                 for model in MODELS:
                     scores[evaluator][model].append(top1[evaluator][model])
+                if (interval := interval_of(reports[evaluator])) is not None:
+                    intervals[evaluator].append(interval)
+            found.titles[name] = titles_of(reports)
             rows.append(_read_metrics(run))
         found.top1[name] = scores
+        found.intervals[name] = {
+            evaluator: (mean(low for low, _ in of_seeds), mean(high for _, high in of_seeds))
+            for evaluator, of_seeds in intervals.items()
+            if of_seeds
+        }
         found.classifier[name] = [row[-1]["classifier_top1"] for row in rows if row and "classifier_top1" in row[-1]]
         for metric, curves in found.curves.items():
             if course := _course(rows, metric):
@@ -147,8 +162,9 @@ def summary(found: Comparison, seeds: int) -> str:
     rows = []
     for name, scores in found.top1.items():
         for evaluator in WITH_BASELINES:
-            title = EVALUATORS[evaluator]
-            rows.append((name, title, *(_mean_and_spread(scores[evaluator][model]) for model in MODELS)))
+            rows.append(
+                (name, found.titles[name][evaluator], *(_mean_and_spread(scores[evaluator][model]) for model in MODELS))
+            )
         if found.classifier[name]:
             rows.append((name, "own classifier top-1", "-", "-", _mean_and_spread(found.classifier[name])))
     spread = f"mean +- standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
@@ -157,6 +173,7 @@ def summary(found: Comparison, seeds: int) -> str:
         "",
         f"Top-1 of the last step, never of the best one; {spread}.",
     ]
+    lines += _near(found)
     for metric, curves in found.curves.items():
         if curves:
             lines += ["", f"{COURSES[metric]} top-1 in percent during the runs, as its monitor has it (epoch: top-1):"]
@@ -164,10 +181,20 @@ def summary(found: Comparison, seeds: int) -> str:
     for evaluator, settings in found.protocols.items():
         lines += [
             "",
-            f"warning: The protocols of {EVALUATORS[evaluator]} differ, so its figures say less of the methods:",
+            f"warning: The protocols of eval.{evaluator} differ, so its figures say less of the methods:",
         ]
         lines += [f"  {setting}" for setting in settings]
     return "\n".join(lines)
+
+
+def _near(found: Comparison) -> list[str]:
+    """For each protocol the runs that are not told apart from the best one."""
+    ranked: dict[str, dict[str, tuple[float, Interval | None]]] = {}
+    for name, scores in found.top1.items():
+        for evaluator in WITH_BASELINES:
+            own = mean(scores[evaluator]["pretrained"]), found.intervals[name].get(evaluator)
+            ranked.setdefault(found.titles[name][evaluator], {})[name] = own
+    return [line for title, runs in ranked.items() for line in runs_within_interval(title, runs)]
 
 
 def _read_metrics(run: Path) -> list[dict[str, float]]:

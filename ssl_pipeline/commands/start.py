@@ -1,7 +1,7 @@
 """The start of `pretrain.py`: what must not wait for torch, whose import takes seconds.
 
-Here arguments are read as far as that needs no schema: their form, the recipe's name, the recipe itself, and the names
-of the keys. What the values of a section may be stands beside the class that reads it, and that imports torch.
+Here arguments are read as far as that goes without the schema, whose classes import torch: their form, the recipe's
+name, the recipe itself, the names of the keys, and the values of those whose types need no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from ssl_pipeline.commands.early_values import wrong_values
 from ssl_pipeline.commands.key_names import sections_in_sources, unknown_keys
 from ssl_pipeline.config import RECIPES, launched_rank, recipe_files, refuse, without_flags
 from ssl_pipeline.config.arguments import pairs_and_recipe
@@ -59,8 +60,10 @@ def start(name: str, usage: Callable[[str], str], module: str, *, own: Sequence[
         pairs, recipe = pairs_and_recipe([argument for argument in given if argument != "recipe=auto"], RECIPES)
         names = {key: text for key, text in pairs if key not in own}
         if "method.name" in names:
-            recipe = {"method": {"name": names["method.name"]}}
-        if mistakes := unknown_keys(names, recipe, sections_in_sources(), own=own):
+            recipe["method"] = {"name": names["method.name"]}
+        sections = sections_in_sources()
+        mistakes = unknown_keys(names, recipe, sections, own=own) + wrong_values(pairs, recipe, sections, own=own)
+        if mistakes:
             raise SettingsError(*mistakes, f"See: {name} --help")
     except Exception as error:
         return refuse(error, running=False)

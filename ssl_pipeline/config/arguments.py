@@ -22,10 +22,17 @@ def read_arguments(
 
     overrides: values by their dotted keys, which count like arguments and come after them.
     """
+    pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
+    return put_over(schema, tree, pairs, overrides)
+
+
+def put_over(
+    schema: type[Config], tree: Tree, pairs: Sequence[tuple[str, str]], overrides: Mapping[str, Value] | None = None
+) -> Tree:
+    """The settings `tree` with keys and texts put over them; raises ConfigError that lists all that cannot be read."""
     given: dict[str, str] = {}
     places: set[Location] = set()
     mistakes = []
-    pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
     recipe = deepcopy(tree)
     asked: list[tuple[str, str | None]] = [*pairs, *((key, None) for key in overrides or {})]
     for key, text in sorted(asked, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean

@@ -1,4 +1,4 @@
-"""Top-k accuracy of class scores, in percent, with its interval; accuracy by class, and classes that are confused."""
+"""Top-k accuracy of class scores, in percent; accuracy by class, and classes that are confused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-RESAMPLED_VALUES = 2**22  # that are held at once
 
 # Axes: N images, C classes.
 
@@ -28,34 +26,6 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     """`{"top1": percent, "top5": percent}`; with fewer than 5 classes top-5 counts all of them."""
     hits = {k: int(top_k_hits(scores_NC, labels_N, k=k).sum()) for k in (1, 5)}
     return {f"top{k}": 100.0 * count / len(labels_N) for k, count in hits.items()}
-
-
-def bootstrap_interval(percent: float, num_images: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a share of `num_images` images, in percent, by the percentile method.
-
-    Each resample counts hits among `num_images` images drawn with replacement, which is a binomial number: its
-    quantiles are those of infinitely many resamples, without a draw.
-    """
-    hits = torch.arange(num_images + 1, dtype=torch.float64)
-    misses, share = num_images - hits, torch.tensor(min(percent / 100.0, 1.0), dtype=torch.float64)
-    orders = torch.lgamma(hits[-1] + 1) - torch.lgamma(hits + 1) - torch.lgamma(misses + 1)
-    probabilities = (orders + torch.xlogy(hits, share) + torch.xlogy(misses, 1 - share)).exp()
-    places = torch.searchsorted(probabilities.cumsum(dim=0), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    low, high = (100.0 * places.clamp(max=num_images).double() / num_images).tolist()
-    return low, high
-
-
-def bootstrap_mean_interval(values_N: Tensor, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of one value per image, by the percentile method, from a fixed seed."""
-    generator = torch.Generator().manual_seed(seed)
-    values_N, count = values_N.cpu().double(), len(values_N)
-    at_once = max(1, RESAMPLED_VALUES // count)
-    means = [
-        values_N[torch.randint(count, (min(at_once, resamples - first), count), generator=generator)].mean(dim=1)
-        for first in range(0, resamples, at_once)
-    ]
-    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 BINS = 15  # the paper's
-RESAMPLES = 1000
 
 # Axes: N images, B bins of the confidence.
 
@@ -33,16 +30,3 @@ def expected_calibration_error(confidence_N: Tensor, right_N: Tensor, *, bins: i
     gap_N = right_N.double() - confidence_N
     gaps_B = torch.zeros(bins, dtype=torch.float64).index_add_(0, bins_N, gap_N)
     return 100.0 * gaps_B.abs().sum().item() / len(confidence_N)
-
-
-def resampled_interval(
-    measure: Callable[[Tensor], float], num_images: int, *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a measure of images, by the percentile method.
-
-    measure: of the images with these numbers (N,), drawn with replacement, `resamples` times, from `seed`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    found = [measure(torch.randint(num_images, (num_images,), generator=generator)) for _ in range(resamples)]
-    low, high = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return low.item(), high.item()

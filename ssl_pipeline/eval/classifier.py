@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssl_pipeline.config import ConfigError, PlaceText, read_yaml
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval, by_class, top_k_accuracy
-from ssl_pipeline.eval.calibration import BINS, expected_calibration_error, resampled_interval
+from ssl_pipeline.eval.accuracy import ByClass, by_class, top_k_accuracy
+from ssl_pipeline.eval.calibration import BINS, expected_calibration_error
 from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.classes import (
     OpenedClassifier,
@@ -21,6 +21,7 @@ from ssl_pipeline.eval.features.classes import (
     open_classifier,
 )
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import resampled_interval, share_interval
 from ssl_pipeline.eval.labelled import classes_of, look_at_first
 from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.protocol import write_report_to
@@ -37,7 +38,7 @@ class ClassifierConfig(RunClassifierConfig):
 
 @dataclass(frozen=True)
 class Classified:
-    """What a classifier makes of labelled images, in percent, each with its 95 % bootstrap interval.
+    """What a classifier makes of labelled images, in percent, each with its 95 % interval.
 
     ece: the expected calibration error. classes: images, recall and precision of each class.
     """
@@ -66,14 +67,17 @@ def measure_classified(probabilities_NC: Tensor, labels_N: Tensor) -> Classified
     def ece_of(chosen_N: Tensor) -> float:
         return expected_calibration_error(confidence_N[chosen_N], right_N[chosen_N])
 
+    images_C = torch.bincount(labels_N).double()
+    images_C = images_C[images_C > 0]
+    balanced_as = (len(images_C) ** 2 / images_C.reciprocal().sum()).item()  # Kish's number for weights 1 / images_C
     accuracy = top_k_accuracy(probabilities_NC, labels_N)
     classes = by_class(guesses_N, labels_N, num_classes=num_classes)
     return Classified(
         top1=accuracy["top1"],
-        top1_interval=bootstrap_interval(accuracy["top1"], num_images),
+        top1_interval=share_interval(accuracy["top1"], num_images),
         top5=accuracy["top5"],
         balanced=classes.balanced,
-        balanced_interval=resampled_interval(balanced_of, num_images),
+        balanced_interval=resampled_interval(balanced_of, num_images, counted_as=balanced_as),
         ece=expected_calibration_error(confidence_N, right_N),
         ece_interval=resampled_interval(ece_of, num_images),
         classes=classes,

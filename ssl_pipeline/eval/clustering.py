@@ -20,11 +20,12 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.config import ConfigError, PlaceText, Seed, printable
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.eval.accuracy import bootstrap_mean_interval
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.labelled import labels_of, require_labels
 from ssl_pipeline.eval.measures import Found, Measure
+from ssl_pipeline.eval.progress import counted
 from ssl_pipeline.eval.protocol import Measured, ReportConfig, conclude, features_of, pass_protocol
 from ssl_pipeline.eval.search.neighbours import require_finite
 from ssl_pipeline.files import JSON
@@ -118,7 +119,7 @@ def cluster(features_ND: Tensor, labels_N: Tensor, *, num_classes: int, config: 
     unit_ND = normalize(features_ND, dim=1)
     hits: list[Tensor] = []
     found: dict[str, list[float]] = {"matched_accuracy": [], "nmi": [], "ari": [], "mean_squared_distance": []}
-    for run in range(config.runs):
+    for run in counted(range(config.runs), f"k-means, {num_clusters} clusters", unit="run"):
         clusters_N, distance = k_means(
             unit_ND, num_clusters, iterations=config.iterations, restarts=config.restarts, seed=config.seed + run
         )
@@ -128,7 +129,7 @@ def cluster(features_ND: Tensor, labels_N: Tensor, *, num_classes: int, config: 
         found["nmi"].append(100.0 * mutual_information(counts_KC))
         found["ari"].append(100.0 * adjusted_rand(counts_KC))
         found["mean_squared_distance"].append(distance)
-    interval = bootstrap_mean_interval(100.0 * torch.stack(hits).double().mean(dim=0))
+    interval = mean_interval(100.0 * torch.stack(hits).double().mean(dim=0))
     titles = {"matched_accuracy": "matched accuracy", "nmi": "NMI", "ari": "ARI"}
     measures = tuple(
         Measure(

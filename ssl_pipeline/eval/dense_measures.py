@@ -17,6 +17,7 @@ from ssl_pipeline.config import ConfigError
 from ssl_pipeline.eval.dense_images import Mask
 from ssl_pipeline.eval.dense_sets import ChosenPatches, DenseConfig, DenseSets
 from ssl_pipeline.eval.measures import Found, Measure
+from ssl_pipeline.eval.progress import counted
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, require_finite
 from ssl_pipeline.eval.segmentation import (
     Overlaps,
@@ -44,7 +45,11 @@ def linear_head(features_PD: Tensor, patches: ChosenPatches, config: DenseConfig
     features_PD, held_P = (features_PD - mean_D) / std_D, patches.held_out
     settings = {"epochs": config.epochs, "batch_size": config.sgd_batch_size, "seed": config.seed}
     weights, biases = train_heads(
-        features_PD[~held_P], patches.shares[~held_P], learning_rates=config.learning_rates, **settings
+        features_PD[~held_P],
+        patches.shares[~held_P],
+        learning_rates=config.learning_rates,
+        description=f"linear head, {len(config.learning_rates)} rates",
+        **settings,
     )
     losses = [
         cross_entropy(features_PD[held_P] @ weight + bias, patches.shares[held_P])
@@ -54,7 +59,9 @@ def linear_head(features_PD: Tensor, patches: ChosenPatches, config: DenseConfig
     if losses[best] == float("inf"):
         raise ConfigError(f"Every rate of the linear head diverged ({len(losses)} tried). Try smaller learning_rates.")
     rate = config.learning_rates[best]
-    (weight,), (bias,) = train_heads(features_PD, patches.shares, learning_rates=(rate,), **settings)
+    (weight,), (bias,) = train_heads(
+        features_PD, patches.shares, learning_rates=(rate,), description="linear head, all images", **settings
+    )
     tried = [
         {"learning_rate": tried, "validation_loss": loss}
         for tried, loss in zip(config.learning_rates, losses, strict=True)
@@ -96,7 +103,7 @@ def measure_dense(
     heads = {name: HEADS[name](features_PD, patches, config) for name in config.heads}
     found: dict[str, list[Mask]] = {name: [] for name in heads}
     together = max(1, SEARCHED_TOGETHER // test_ILD.shape[1])
-    for first in range(0, len(test_ILD), together):
+    for first in counted(range(0, len(test_ILD), together), "segments of test images", unit="block"):
         features_ILD = test_ILD[first : first + together].float()
         require_finite(features_ILD.flatten(0, 1), task="Segmentation", what="test patches")
         masks = [sets.mask(sets.test, first + place) for place in range(len(features_ILD))]

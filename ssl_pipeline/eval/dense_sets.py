@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl_pipeline.config import BatchSize, ConfigError, PlaceText, Seed
 from ssl_pipeline.eval.dense_images import DenseImages, Mask, class_names, open_dense
 from ssl_pipeline.eval.labelled import say
+from ssl_pipeline.eval.progress import counted
 from ssl_pipeline.eval.protocol import ReportConfig
 from ssl_pipeline.eval.segmentation import NOT_COUNTED, patch_classes
 from ssl_pipeline.randomness import SPLIT, permutation
@@ -81,8 +82,13 @@ def open_sets(config: DenseConfig) -> DenseSets:
         open_dense(config.source, config.images, config.masks, split) for split in (config.train, config.test)
     )
     seen = [
-        {int(number) for sample in range(len(images)) for number in np.unique(images.mask(sample))} - set(config.ignore)
-        for images in (train, test)
+        {
+            int(number)
+            for sample in counted(range(len(images)), f"looking at masks, {name}", unit="mask")
+            for number in np.unique(images.mask(sample))
+        }
+        - set(config.ignore)
+        for name, images in ((config.train, train), (config.test, test))
     ]
     if len(seen[0]) < 2 or not seen[1]:
         raise ConfigError(
@@ -114,7 +120,10 @@ class ChosenPatches:
 def choose_patches(sets: DenseSets, grid: tuple[int, int], config: DenseConfig) -> ChosenPatches:
     """At most `config.patches` patches with counted pixels, as if drawn from a hat; ConfigError if they are too few."""
     shares_PC = torch.cat(
-        [patch_classes(sets.mask(sets.train, sample), grid, len(sets.numbers)) for sample in range(len(sets.train))]
+        [
+            patch_classes(sets.mask(sets.train, sample), grid, len(sets.numbers))
+            for sample in counted(range(len(sets.train)), "classes of patches", unit="mask")
+        ]
     )
     counted_P = shares_PC.any(dim=1).nonzero().flatten()
     drawn_P = torch.from_numpy(permutation(len(counted_P), config.seed, SPLIT)[: config.patches]).sort().values

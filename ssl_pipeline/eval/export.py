@@ -13,6 +13,7 @@ from ssl_pipeline.backbones import BackboneOfRun, load_run, save_backbone
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
 from ssl_pipeline.eval.exports.model_card import CARD_FILE, model_card, without_classifier
 from ssl_pipeline.eval.exports.onnx_graph import MODEL_FILE, require_onnx, write_graph
+from ssl_pipeline.eval.exports.plain import require_own_features
 from ssl_pipeline.eval.exports.timm_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -83,6 +84,7 @@ def _write(config: ExportConfig, found: BackboneOfRun) -> list[str]:
     if config.format == "backbone":
         save_backbone(config.output, found.backbone, found.preprocessing, step=found.step)
         return []
+    require_own_features(found)
     told = []
     config.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.output, prefix=".export-") as place:

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.config import ConfigError, Seed
-from ssl_pipeline.eval.accuracy import bootstrap_mean_interval, top_k_hits
+from ssl_pipeline.eval.accuracy import top_k_hits
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.labelled import LabelledImages, draw_per_class, open_labelled, say
 from ssl_pipeline.eval.measures import Found, Measure
+from ssl_pipeline.eval.progress import counted
 from ssl_pipeline.eval.protocol import EvaluationConfig, LabelledFeatures, Measured, conclude, measure_models
 from ssl_pipeline.eval.search.neighbours import require_finite
 from ssl_pipeline.files import JSON
@@ -100,18 +102,21 @@ def few_shot(features: LabelledFeatures, config: FewShotConfig) -> Found:
     measures, by_draw = [], {}
     counts: tuple[int | str, ...] = (*config.per_class, *config.fractions)
     for count in counts:
+        called = f"{count} per class" if isinstance(count, int) else f"{count} of the labels"
         hits_SN = torch.stack(
-            [_hits(features, count, seed=config.seed + draw, config=config) for draw in range(config.draws)]
+            [
+                _hits(features, count, seed=config.seed + draw, config=config)
+                for draw in counted(range(config.draws), f"few-shot, {called}", unit="draw")
+            ]
         )
         top1 = [100.0 * share for share in hits_SN.double().mean(dim=1).tolist()]
-        called = f"{count} per class" if isinstance(count, int) else f"{count} of the labels"
         name = f"top1_{count}_per_class" if isinstance(count, int) else f"top1_{count.rstrip('% ')}_percent"
         measures.append(
             Measure(
                 name,
                 f"top-1, {called}",
                 mean(top1),
-                interval=bootstrap_mean_interval(100.0 * hits_SN.double().mean(dim=0)),
+                interval=mean_interval(100.0 * hits_SN.double().mean(dim=0)),
                 spread=pstdev(top1) if config.draws > 1 else None,
             )
         )

@@ -15,10 +15,10 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import Config
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
-from ssl_pipeline.eval.accuracy import bootstrap_interval
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
 from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
 from ssl_pipeline.eval.monitors import MonitorConfig
@@ -180,7 +180,7 @@ def knn_settings(config: VotesConfig) -> dict[str, JSON]:
 def knn_json(config: VotesConfig, found: ByTemperature, num_test: int) -> dict[str, JSON]:
     """One model's part of the k-NN report."""
     by_k = found[config.temperatures[0]]
-    intervals = {str(k): bootstrap_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
+    intervals = {str(k): share_interval(accuracy["top1"], num_test) for k, accuracy in by_k.items()}
     several = {str(temperature): {str(k): by_k[k] for k in by_k} for temperature, by_k in found.items()}
     return {
         "measures": measures_json(_measures(found, num_test)),
@@ -199,7 +199,7 @@ def _measures(found: ByTemperature, num_test: int) -> list[Measure]:
             f"{name}_k{k}" + (f"_temperature{temperature:g}" if len(found) > 1 else ""),
             f"{name.replace('top', 'top-')}, k={k}" + (f", temperature {temperature:g}" if len(found) > 1 else ""),
             percents[name],
-            interval=bootstrap_interval(percents[name], num_test),
+            interval=share_interval(percents[name], num_test),
         )
         for temperature, by_k in found.items()
         for k, percents in by_k.items()

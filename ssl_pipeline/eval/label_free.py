@@ -14,11 +14,11 @@ from ssl_pipeline.augment.multi_crop import MultiCrop
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import ConfigError, InRange, PlaceText, Seed, printable
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.eval.accuracy import bootstrap_mean_interval
 from ssl_pipeline.eval.features.extract import Change
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import features_in_memory
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import bootstrap_interval
 from ssl_pipeline.eval.labelled import evenly_spread, look_at_first, say
 from ssl_pipeline.eval.measures import Found, Measure
 from ssl_pipeline.eval.protocol import Measured, ReportConfig, conclude, pass_protocol
@@ -83,7 +83,7 @@ def measure_label_free(features_ND: Tensor, views_NQD: Tensor) -> Found:
             "alignment (lower: nearer views)",
             aligned_N.mean().item(),
             unit="",
-            interval=bootstrap_mean_interval(aligned_N),
+            interval=bootstrap_interval(aligned_N),
         ),
     ]
     return Found(tuple(measures), {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Annotated, Literal
@@ -12,20 +12,26 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed
-from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval, by_class, top_k_accuracy
+from ssl_pipeline.eval.accuracy import ByClass, by_class, top_k_accuracy
 from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.kinds import Kind
+from ssl_pipeline.eval.features.models import EvaluatedModel
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.linear_inputs import TOKEN_KINDS, inputs_of
 from ssl_pipeline.eval.measures import format_table, percent, with_interval
+from ssl_pipeline.eval.progress import counted
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
+    last_blocks_of,
     measure_models,
+    open_models,
     write_report,
 )
 from ssl_pipeline.files import JSON
@@ -50,7 +56,7 @@ class ProbeConfig(Config):
 
     solver: Literal["auto", "sgd", "logistic"] = "auto"
     """`logistic` is scikit-learn's L-BFGS, `sgd` the sweep; `auto` takes logistic for up to 4 million training
-    features (images * dimensions)."""
+    features (images * dimensions) of the widest of the networks that are measured together."""
     learning_rates: tuple[Positive, ...] = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
     """`sgd`: learning rates for 256 images, all trained at once; the rate in use is this * sgd_batch_size / 256."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-4)
@@ -89,62 +95,22 @@ class ProbeResult:
 
 
 def linear_probe(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    num_classes: int,
-    config: ProbeConfig,
-    device: torch.device | str = "cpu",
-) -> ProbeResult:
-    """`scored_probe` without the scores."""
-    found, _ = scored_probe(
-        train, train_labels, test, test_labels, num_classes=num_classes, config=config, device=device
-    )
-    return found
-
-
-def scored_probe(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    num_classes: int,
-    config: ProbeConfig,
-    device: torch.device | str = "cpu",
-) -> tuple[ProbeResult, Tensor]:
-    """`scored_sweep` of one kind of features."""
-    inputs = {"pooled": (train, test)}
-    return scored_sweep(inputs, train_labels, test_labels, num_classes=num_classes, config=config, device=device)
-
-
-def scored_sweep(
-    inputs: Mapping[str, tuple[Tensor, Tensor]],
-    train_labels: Tensor,
-    test_labels: Tensor,
-    *,
-    num_classes: int,
-    config: ProbeConfig,
-    device: torch.device | str = "cpu",
+    features: LabelledFeatures, config: ProbeConfig, *, device: torch.device | str = "cpu"
 ) -> tuple[ProbeResult, Tensor]:
     """Fit every setting on a part of the training features, choose on the rest, refit on all, test once.
 
-    inputs: kinds of features by name, training (M, D) and test (N, D), each of which is tried with every setting;
-    labels (M,) and (N,). Equal validation accuracies are decided by the validation loss. Returns the class scores
-    (N, C) of the test images too. Raises ConfigError if features are not finite or if every setting diverges.
+    Each input that `inputs_of` makes of the features is tried with every setting. Equal validation accuracies are
+    decided by the validation loss. Returns the class scores (N, C) of the test images too. Raises ConfigError if
+    features are not finite or if every setting diverges.
     """
-    if not all(features.isfinite().all() for both in inputs.values() for features in both):
+    inputs, num_classes = inputs_of(features), features.num_classes
+    if not all(part.isfinite().all() for both in inputs.values() for part in both):
         raise ConfigError("The linear probe needs finite features. Some have NaN or infinity.")
-    if len(train_labels.unique()) < 2:
+    if len(features.train_labels.unique()) < 2:
         raise ConfigError("The linear probe needs two classes or more in the training set. Got one.")
-    solver = config.solver
-    if solver == "auto":
-        largest = max(train.numel() for train, _ in inputs.values())
-        solver = "logistic" if largest <= LARGEST_LOGISTIC else "sgd"
+    solver = solver_for(config, max(train.numel() for train, _ in inputs.values()))
     settings, scores_of = (_logistic if solver == "logistic" else _sgd)(config, num_classes)
-    train_labels = train_labels.to(device)
+    train_labels = features.train_labels.to(device)
     kept, held_out = (
         rows.to(device)
         for rows in stratified_split(train_labels.cpu(), fraction=config.validation_fraction, seed=config.seed)
@@ -158,14 +124,14 @@ def scored_sweep(
     best, accuracies = choose(candidates(), train_labels[held_out])
     tried = [(name, setting) for name in inputs for setting in settings]
     name, setting = tried[best]
-    train, test = (features.to(device) for features in inputs[name])
+    train, test = (part.to(device) for part in inputs[name])
     scores = next(scores_of(train, train_labels, test, [setting])).cpu()
 
     def described(name: str, setting: Setting) -> dict[str, Number]:
         return {"input": name, **setting} if len(inputs) > 1 else {**setting}
 
     result = ProbeResult(
-        **top_k_accuracy(scores, test_labels.cpu()),
+        **top_k_accuracy(scores, features.test_labels.cpu()),
         solver=solver,
         chosen=described(name, setting),
         validation_top1=accuracies[best],
@@ -174,6 +140,13 @@ def scored_sweep(
         ],
     )
     return result, scores
+
+
+def solver_for(config: ProbeConfig, numbers: int) -> Literal["sgd", "logistic"]:
+    """What trains on training features of so many numbers."""
+    if config.solver != "auto":
+        return config.solver
+    return "logistic" if numbers <= LARGEST_LOGISTIC else "sgd"
 
 
 def choose(candidates: Iterable[Tensor], labels: Tensor) -> tuple[int, list[float]]:
@@ -216,7 +189,7 @@ def _sgd(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], ScoresOf
 
 def _logistic(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], ScoresOf]:
     def scores_of(features: Tensor, labels: Tensor, test: Tensor, settings: list[Setting]) -> Iterator[Tensor]:
-        for setting in settings:
+        for setting in counted(settings, "logistic regression", unit="setting"):
             scores = logistic_regression(
                 features, labels, test, inverse_penalty=setting["inverse_penalty"], num_classes=num_classes
             )
@@ -229,19 +202,15 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
     """The linear-probe report of the config's model, as it stands in `eval/linear.json`, with tables on stdout."""
 
     def measure(features: LabelledFeatures) -> tuple[ProbeResult, ByClass]:
-        result, scores_NC = scored_sweep(
-            inputs_of(features),
-            features.train_labels,
-            features.test_labels,
-            num_classes=features.num_classes,
-            config=config,
-            device=choose_device(config.device),
-        )
+        result, scores_NC = linear_probe(features, config, device=choose_device(config.device))
         return result, by_class(scores_NC.argmax(dim=1), features.test_labels, num_classes=features.num_classes)
 
     images = open_labelled(config.train, config.test, task="the linear probe")
     kinds: tuple[Kind, ...] = TOKEN_KINDS if config.inputs == "tokens" else ()
-    measured = measure_models(config, images, measure, kinds=kinds)
+    models = open_models(config)
+    widest = max(_widest_input(one, kinds) for one in (models.model, *models.baselines.values()))
+    config = config.model_copy(update={"solver": solver_for(config, len(images.train) * widest)})  # one for all of them
+    measured = measure_models(config, images, measure, kinds=kinds, models=models)
     num_test, names = len(images.test), images.class_names
     rows = [
         [
@@ -258,16 +227,24 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
     result, classes = measured.result
     print("\n" + sweep_table(result))
     print_classes(f"linear probe, {measured.label}", classes, names)
-    settings = linear_settings(config, result.solver) | {"inputs": config.inputs}
+    settings = linear_settings(config, result.solver, inputs=config.inputs)
     return measured.report(lambda found: linear_json(found[0], num_test, found[1], names), settings)
 
 
-def linear_settings(config: ProbeConfig, solver: str) -> dict[str, JSON]:
+def _widest_input(model: EvaluatedModel, kinds: tuple[Kind, ...]) -> int:
+    """Numbers of the widest input: the class tokens of the last blocks and the mean of the patches."""
+    if kinds and isinstance(model.backbone, TokenBackbone):
+        return model.backbone.token_dim * (last_blocks_of(model.backbone) + 1)
+    return model.width
+
+
+def linear_settings(config: ProbeConfig, solver: str, *, inputs: str = "pooled") -> dict[str, JSON]:
     """The probe's part of the protocol."""
     import sklearn
 
     return {
         "solver": solver,
+        "inputs": inputs,
         "about": ABOUT_SOLVER[solver],
         "selection": (
             f"best top-1 on a stratified {100 * config.validation_fraction:g} % of the training images, "
@@ -280,7 +257,7 @@ def linear_settings(config: ProbeConfig, solver: str) -> dict[str, JSON]:
 
 def linear_json(result: ProbeResult, num_test: int, classes: ByClass, names: Sequence[str]) -> dict[str, JSON]:
     """One model's part of the report of the linear probe."""
-    interval = bootstrap_interval(result.top1, num_test)
+    interval = share_interval(result.top1, num_test)
     return {**asdict(result), "top1_interval": interval, "by_class": classes_json(classes, names)}
 
 

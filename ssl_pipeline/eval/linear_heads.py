@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import threshold
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.eval.progress import counted
 
 MAX_ITERATIONS = 1000  # of L-BFGS
 SMALL_PRODUCT = 50_000_000  # multiplications below which threads gain little, and lose 10x on a busy machine
@@ -123,7 +124,7 @@ def _train_together(
     generator = torch.Generator().manual_seed(seed)
     total_steps = epochs * math.ceil(num_images / batch_size)
     step = 0
-    for _ in range(epochs):
+    for _ in counted(range(epochs), f"linear probe, {num_settings} settings", unit="epoch"):
         order = torch.randperm(num_images, generator=generator).to(device)
         for rows in order.split(batch_size):
             features_BD = features_ND[rows]

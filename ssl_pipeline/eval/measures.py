@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ssl_pipeline.eval.accuracy import bootstrap_interval
+from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.files import JSON
 
 
@@ -15,7 +15,7 @@ class Measure:
     """One figure of one model.
 
     name: its key, such as `top1_5_per_class`, of the report and of results.csv. title: what tables call it.
-    interval: 95 % bootstrap interval over the test images. spread: standard deviation over draws.
+    interval: of 95 % over the test images (`eval/intervals.py`). spread: standard deviation over draws.
     """
 
     name: str
@@ -104,6 +104,6 @@ def percent(value: float | None) -> str:
 
 
 def with_interval(value: float, num_images: int) -> str:
-    """`76.94 % (74.2 to 79.6)`: a share of so many images with its 95 % bootstrap interval."""
-    low, high = bootstrap_interval(value, num_images)
+    """`76.94 % (74.2 to 79.6)`: a share of so many images with its 95 % interval."""
+    low, high = share_interval(value, num_images)
     return f"{percent(value)} ({low:.1f} to {high:.1f})"

@@ -19,6 +19,7 @@ from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import PassConfig, feature_pass, features_in_memory
+from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.labelled import LabelledImages
 from ssl_pipeline.eval.measures import Found, measures_of, measures_table
 from ssl_pipeline.eval.results import Report, add_results, protocol_hash
@@ -67,6 +68,14 @@ class LabelledFeatures:
 
 
 @dataclass(frozen=True)
+class Models:
+    """What is measured: a network, and its baselines by their names."""
+
+    model: EvaluatedModel
+    baselines: Mapping[str, EvaluatedModel]
+
+
+@dataclass(frozen=True)
 class Measured(Generic[Result]):
     """An evaluator's results: the model's, the baselines', and how they were obtained."""
 
@@ -87,24 +96,32 @@ class Measured(Generic[Result]):
         return {**to_json(self.result), "baselines": baselines, "protocol": {**settings, **self.protocol}}
 
 
+def open_models(config: EvaluationConfig) -> Models:
+    """What the config names, and its baselines if they are asked for; says whose weights they are."""
+    model = open_model(config)
+    print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
+    return Models(model, baselines_of(model) if config.baselines else {})
+
+
 def measure_models(
     config: EvaluationConfig,
     images: LabelledImages,
     measure: Callable[[LabelledFeatures], Result],
     *,
     kinds: tuple[Kind, ...] = (),
+    models: Models | None = None,
 ) -> Measured[Result]:
-    """`measure` on the features of the model and, if asked for, of its baselines.
+    """`measure` on the features of the model and, if asked for, of its baselines; `models` are those of the config.
 
     kinds: of its tokens that are wanted beside its own features; ConfigError if it has none.
     """
-    model = open_model(config)
-    print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
-    FeatureKinds(model.backbone, kinds, last_blocks=_last_blocks(model.backbone))  # refuses what it does not have
+    models = models or open_models(config)
+    model = models.model
+    FeatureKinds(model.backbone, kinds, last_blocks=last_blocks_of(model.backbone))  # refuses what it does not have
     features = model_features(config, model, images, kinds=kinds)
     baselines = {
         name: (baseline, measure(model_features(config, baseline, images, kinds=kinds)))
-        for name, baseline in (baselines_of(model) if config.baselines else {}).items()
+        for name, baseline in models.baselines.items()
     }
     return Measured(model.label, measure(features), baselines, protocol_of(config, model, images))
 
@@ -173,7 +190,7 @@ def _kinds_of(
     description, directory = f"{model.label}, {name} images", config.directory
     if directory is None and not kinds:
         return {"pooled": features_in_memory(config, model, index, description=description)}
-    network = FeatureKinds(model.backbone, ("pooled", *kinds), last_blocks=_last_blocks(model.backbone))
+    network = FeatureKinds(model.backbone, ("pooled", *kinds), last_blocks=last_blocks_of(model.backbone))
     with ExitStack() as stack:
         if directory is None:  # in memory once the folder is gone: its files stay mapped
             directory = Path(stack.enter_context(TemporaryDirectory(prefix="ssl_pipeline-features-")))
@@ -182,7 +199,7 @@ def _kinds_of(
     return {kind: found[kind].float() for kind in ("pooled", *kinds)}
 
 
-def _last_blocks(network: nn.Module) -> int:
+def last_blocks_of(network: nn.Module) -> int:
     return min(LAST_BLOCKS, network.num_blocks) if isinstance(network, TokenBackbone) else LAST_BLOCKS
 
 
@@ -221,6 +238,7 @@ def in_regular_shape(evaluator: str, report: Report) -> dict[str, JSON]:
         "evaluator": evaluator,
         "protocol_hash": protocol_hash(evaluator, report["protocol"]),
         **report,
+        "intervals": f"95 %, {METHOD}",
         "measures": measures_of(report),
         "baselines": baselines,
     }

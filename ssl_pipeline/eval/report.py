@@ -19,22 +19,24 @@ from ssl_pipeline.eval.page.neighbours import TITLE as NEIGHBOURS
 from ssl_pipeline.eval.page.neighbours import neighbours_of_examples, neighbours_of_suite
 from ssl_pipeline.eval.page.overview import conclusion, findings_section, tiles
 from ssl_pipeline.eval.page.progress import curves_section, monitors_section
-from ssl_pipeline.eval.page.record import Record, read_record
+from ssl_pipeline.eval.page.record import Record, read_record, told_apart
 from ssl_pipeline.eval.page.results import results_section
 from ssl_pipeline.eval.page.settings import facts, settings_section
 from ssl_pipeline.eval.page.token_maps import token_section
 
-PAGE = Path("report", "index.html")
-"""Where a run's page is."""
 UNSHOWN = (ConfigError, DataError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 """What may be wrong with images, weights and reports of others: a page says it in the place of the pictures."""
+
+ENDINGS = (".html", ".htm")
+LONGEST_NAME = 100  # characters of a file's name that tells of several runs
 
 OfMethod = Callable[[Record], Sequence[Section]]
 
 
 class ReportConfig(Config):
     """A run as one self-contained page: curves, what the doctor says, evaluations, and pictures of what it sees and
-    learnt. It may still be training. Several runs (`run=A,B`) are laid over each other; the pictures are of the first.
+    learnt. It may still be training. Several runs (`run=A,B`) are laid over each other, on a page beside that of the
+    first, `A/report/with_B.html`; the pictures are of the first.
     """
 
     positional = "run"
@@ -53,20 +55,23 @@ class ReportConfig(Config):
     tensorboard: bool = False
     """Whether views, neighbours and reconstructions go to TensorBoard too, beside the page: the run NAME/report."""
     output: Path | None = None
-    """The file that is written; by default report/index.html in the (first) run."""
+    """The file that is written, NAME.html, or a directory for index.html; by default `report` in the (first) run."""
 
     @model_validator(mode="after")
     def _two_sets_or_one_of_pictures(self) -> ReportConfig:
         if self.train is not None and self.test is None:
             raise ValueError("train is measured on with test. Set test=SHARDS too.")
-        if len(set(self.run)) < len(self.run):
+        if len({run.resolve() for run in self.run}) < len(self.run):
             raise ValueError("run names one directory twice.")
+        if self.output is not None and not _names_a_page(self.output):
+            raise ValueError(f"output must be a file NAME.html or a directory. Got {self.output}.")
         return self
 
     @property
     def place(self) -> Path:
-        """The file that is written."""
-        return self.output or self.run[0] / PAGE
+        """The file that is written: a page of several runs has a name of its own, and leaves the first one's alone."""
+        place = self.run[0] / "report" if self.output is None else self.output
+        return place if place.suffix.lower() in ENDINGS and not place.is_dir() else place / file_for(self.run)
 
 
 def report_page(config: ReportConfig, of_method: OfMethod = lambda record: ()) -> str:
@@ -74,7 +79,7 @@ def report_page(config: ReportConfig, of_method: OfMethod = lambda record: ()) -
 
     Raises ConfigError for a directory in which nothing ran.
     """
-    records = [read_record(run) for run in config.run]
+    records = told_apart([read_record(run) for run in config.run])
     first = records[0]
     sections = [
         findings_section(records),
@@ -89,6 +94,21 @@ def report_page(config: ReportConfig, of_method: OfMethod = lambda record: ()) -
     foot = "Written by eval.report of ssl-pipeline. The page holds everything itself and loads nothing."
     title = " and ".join(record.name for record in records)
     return page(title, state, conclusion(records), tiles(first) if len(records) == 1 else (), sections, foot=foot)
+
+
+def _names_a_page(output: Path) -> bool:
+    """Whether it is a file for a page, or a directory, which may still have to be made."""
+    return output.suffix.lower() in ENDINGS or output.is_dir() or not (output.suffix or output.exists())
+
+
+def file_for(runs: Sequence[Path]) -> str:
+    """The name of the page of one run, or of several beside the first: `with_B.html`."""
+    if len(runs) == 1:
+        return "index.html"
+    others = "_and_".join(run.resolve().name for run in runs[1:])
+    if len(others) > LONGEST_NAME:
+        others = f"{runs[1].resolve().name[:LONGEST_NAME]}_and_{len(runs) - 2}_others"
+    return f"with_{others}.html"
 
 
 def of_one(part: Section, records: Sequence[Record]) -> Section:

@@ -39,7 +39,16 @@ COLUMNS = (
     "test",
     "size",
 )
+FIRST_REPORTS = ("suite", "knn", "linear")
 KEY = ("evaluator", "model", "subject", "measure", "protocol")  # of a row: one that has the same takes its place
+
+CLASSIFIERS = {
+    "knn": "k-NN",
+    "sgd": "linear probe",
+    "logistic": "logistic regression",
+    "classifier": "classifier",
+}
+"""What tables and pages call the classifiers whose top-1 they show, in the order in which they are looked for."""
 
 ABOUT_THE_MODEL = {"label", "subject", "mean", "std"}
 ABOUT_THE_PROGRAM = {"torch", "timm", "faiss", "scikit-learn", "search"}  # versions, and ways to the same figures
@@ -77,26 +86,34 @@ def differing(protocols: Mapping[str, Mapping[str, JSON]]) -> list[str]:
     return found
 
 
-def read_reports(directory: Path) -> dict[str, Report]:
-    """The reports in `DIR/eval` by the name of their evaluator, each file read once.
+def classifier_of(evaluator: str, report: Report) -> str:
+    """The classifier of CLASSIFIERS that a report is about: those of eval.linear have two protocols."""
+    return str(report.get("solver", "sgd")) if evaluator == "linear" else evaluator
 
-    Those of a step or a network that somebody picked have other names, and stay out. Raises ConfigError for a file
-    that is none.
+
+def read_reports(directory: Path, *, picked: bool = False) -> dict[str, Report]:
+    """The reports in `DIR/eval` by name, those of the suite first, each file read once.
+
+    picked: whether those of a step or a network that somebody picked, which have longer names, are wanted too. Raises
+    ConfigError for a file that is none.
     """
     found: dict[str, Report] = {}
-    for path in sorted((directory / "eval").glob("*.json")):
-        if "-" in path.stem:
-            continue
+    paths = {path.stem: path for path in sorted((directory / "eval").glob("*.json")) if picked or "-" not in path.stem}
+    for name in sorted(paths, key=lambda name: (_place(name), name)):
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            dict(report["baselines"]), dict(report.get("protocol", {}))
+            report = json.loads(paths[name].read_text(encoding="utf-8"))
+            dict(report["baselines"]), dict(report["protocol"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            name = path.stem
+            command = f"eval.{name.partition('-')[0]}"
             raise ConfigError(
-                f"{path} is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
+                f"{paths[name]} is not a report of {command} ({error}). Run python -m {command} again."
             ) from None
-        found[path.stem] = report
+        found[name] = report
     return found
+
+
+def _place(name: str) -> int:
+    return FIRST_REPORTS.index(name) if name in FIRST_REPORTS else len(FIRST_REPORTS)
 
 
 def rows_of(report: Report) -> list[dict[str, str]]:

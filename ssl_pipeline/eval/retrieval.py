@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.eval.accuracy import bootstrap_interval, bootstrap_mean_interval
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import mean_interval, share_interval
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.measures import Found, Measure
+from ssl_pipeline.eval.progress import progress_bar
 from ssl_pipeline.eval.protocol import EvaluationConfig, LabelledFeatures, Measured, conclude, measure_models
 from ssl_pipeline.eval.search.neighbours import (
     Search,
@@ -111,17 +112,19 @@ def retrieve(features: LabelledFeatures, config: RetrievalConfig) -> Found:
         positives_N = positives_N.clamp(max=config.depth)
         blocks = iter([rank_first(bank_MD, queries_ND, config=config, depth=config.depth)])
     precisions, hits, done = [], [], 0
-    for ranked_BR in blocks:
-        own = slice(done, done + len(ranked_BR))
-        relevant_BR = labels_M[ranked_BR] == query_labels_N[own, None]
-        precisions.append(average_precision(relevant_BR, positives_N[own]))
-        hits.append(torch.stack([relevant_BR[:, :k].any(dim=1) for k in config.recall_at]))
-        done = own.stop
+    with progress_bar(len(queries_ND), "retrieval", unit="query") as bar:
+        for ranked_BR in blocks:
+            own = slice(done, done + len(ranked_BR))
+            relevant_BR = labels_M[ranked_BR] == query_labels_N[own, None]
+            precisions.append(average_precision(relevant_BR, positives_N[own]))
+            hits.append(torch.stack([relevant_BR[:, :k].any(dim=1) for k in config.recall_at]))
+            done = own.stop
+            bar.update(len(ranked_BR))
     precision_N, recall_K = 100.0 * torch.cat(precisions), 100.0 * torch.cat(hits, dim=1).double().mean(dim=1)
     name, title = ("map", "mAP") if config.depth is None else (f"map_at_{config.depth}", f"mAP at {config.depth}")
-    measures = [Measure(name, title, precision_N.mean().item(), interval=bootstrap_mean_interval(precision_N))]
+    measures = [Measure(name, title, precision_N.mean().item(), interval=mean_interval(precision_N))]
     for k, percent in zip(config.recall_at, recall_K.tolist(), strict=True):
-        interval = bootstrap_interval(percent, len(query_labels_N))
+        interval = share_interval(percent, len(query_labels_N))
         measures.append(Measure(f"recall_at_{k}", f"recall at {k}", percent, interval=interval))
     return Found(tuple(measures), {"without_positives": int((positives_N == 0).sum())})
 

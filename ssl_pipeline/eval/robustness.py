@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.config import Seed, printable
-from ssl_pipeline.eval.accuracy import bootstrap_mean_interval, top_k_hits
+from ssl_pipeline.eval.accuracy import top_k_hits
 from ssl_pipeline.eval.corruptions import CORRUPTIONS, SEVERITIES, Corrupt, Corruption, strengths_for
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import choose_device, features_in_memory
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.knn import weighted_knn
 from ssl_pipeline.eval.labelled import LabelledImages, evenly_spread, open_labelled
 from ssl_pipeline.eval.measures import Found, Measure, format_table, percent
@@ -113,7 +114,7 @@ def summarise(hits: dict[str, Tensor]) -> Found:
     for name, of_severity in rows.items():
         values_N = 100.0 * of_severity.double().mean(dim=0)
         called = titles.get(name, f"top-1, {name.replace('_', ' ')}")
-        interval = bootstrap_mean_interval(values_N)
+        interval = mean_interval(values_N)
         measures.append(Measure(f"top1_{name}", called, values_N.mean().item(), interval=interval))
     by_severity = {name: (100.0 * of_severity.double().mean(dim=1)).tolist() for name, of_severity in corrupted.items()}
     return Found(tuple(measures), {"by_severity": by_severity})

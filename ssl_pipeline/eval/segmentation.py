@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ssl_pipeline.eval.intervals import RESAMPLES, or_of_a_share, percentiles
+from ssl_pipeline.eval.progress import counted
+
 NOT_COUNTED = -1  # the class of a pixel that is left out
-RESAMPLES = 1000
 
 # Axes: I images, P patches of all images, L = R * S patches of one, D dimensions, C classes, K neighbours, T settings.
 
@@ -35,12 +37,19 @@ def patch_classes(mask_HW: NDArray[np.int64], grid: tuple[int, int], num_classes
 
 
 def train_heads(
-    features_PD: Tensor, shares_PC: Tensor, *, learning_rates: Sequence[float], epochs: int, batch_size: int, seed: int
+    features_PD: Tensor,
+    shares_PC: Tensor,
+    *,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    description: str = "linear heads",
 ) -> tuple[Tensor, Tensor]:
     """Weights (T, D, C) and biases (T, C) of linear heads after SGD, one for each learning rate, all trained at once.
 
     Cross-entropy of each patch with the classes of its pixels, which is that of all its pixels together; momentum 0.9,
-    the rate falls to zero along a cosine, heads start at zero. The gradient is written out.
+    the rate falls to zero along a cosine, heads start at zero. The gradient is written out. description: of the bar.
     """
     device, count = features_PD.device, len(features_PD)
     rates_T11 = torch.tensor(learning_rates, device=device)[:, None, None]
@@ -49,7 +58,7 @@ def train_heads(
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, count)
     total, step = epochs * math.ceil(count / batch_size), 0
-    for _ in range(epochs):
+    for _ in counted(range(epochs), description, unit="epoch"):
         for rows in torch.randperm(count, generator=generator).to(device).split(batch_size):
             features_BD, shares_BC = _with_one(features_PD[rows]), shares_PC[rows]
             probabilities_TBC = (features_BD @ weights).softmax(dim=2)
@@ -113,7 +122,7 @@ def overlaps_of(images: Sequence[NDArray[np.int64]]) -> Overlaps:
 
 
 def overlap_scores(found: Overlaps, *, seed: int = 0) -> dict[str, tuple[float, tuple[float, float]]]:
-    """`miou` and `pixel_accuracy` in percent, each with its 95 % bootstrap interval over images, from a fixed seed.
+    """`miou` and `pixel_accuracy` in percent, each with its interval over images, from a fixed seed.
 
     miou: the mean over the classes that the masks have; of classes without a pixel in a resample there is none.
     """
@@ -127,8 +136,8 @@ def overlap_scores(found: Overlaps, *, seed: int = 0) -> dict[str, tuple[float, 
     accuracy_X = 100.0 * (weights_XI @ right_I) / (weights_XI @ counted_I).clamp(min=1)
     result = {}
     for name, values_X in (("miou", ious_XC.nanmean(dim=1)), ("pixel_accuracy", accuracy_X)):
-        low, high = values_X[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        result[name] = (values_X[0].item(), (low, high))
+        value = values_X[0].item()
+        result[name] = (value, or_of_a_share(percentiles(values_X[1:]), value, count))
     return result
 
 

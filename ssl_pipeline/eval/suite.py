@@ -7,11 +7,12 @@ from dataclasses import asdict
 
 from ssl_pipeline.config import printable
 from ssl_pipeline.distributed import process_group, rank
-from ssl_pipeline.eval.accuracy import ByClass, bootstrap_interval
+from ssl_pipeline.eval.accuracy import ByClass
 from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.models import baselines_of, open_model
 from ssl_pipeline.eval.few_shot import FewShotConfig, few_shot, few_shot_settings, fitted
 from ssl_pipeline.eval.images import run_evaluator
+from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.knn import VotesConfig, knn_json, knn_settings
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.linear import linear_json, linear_settings
@@ -26,13 +27,14 @@ from ssl_pipeline.eval.protocol import (
     protocol_of,
     write_report,
 )
+from ssl_pipeline.eval.results import CLASSIFIERS
 from ssl_pipeline.eval.retrieval import RetrievalConfig, require_enough, retrieval_settings, retrieve
 from ssl_pipeline.eval.search.neighbours import require_k
 from ssl_pipeline.eval.suite_measures import SuiteConfig, SuiteResult, measure_all
 from ssl_pipeline.files import JSON
 
 Evaluate = Callable[[LabelledFeatures], Found]
-PROBES = {"sgd": "linear probe", "logistic": "logistic regression"}
+PROBES = ("sgd", "logistic")
 
 
 def evaluate_suite(config: SuiteConfig) -> Measured[SuiteResult] | None:
@@ -104,7 +106,7 @@ def headline(result: SuiteResult) -> tuple[str, ByClass]:
 
 
 def title(name: str, config: VotesConfig) -> str:
-    return f"k-NN, k={config.k[0]}" if name == "knn" else PROBES[name]
+    return f"k-NN, k={config.k[0]}" if name == "knn" else CLASSIFIERS[name]
 
 
 def table(measured: Measured[SuiteResult], config: SuiteConfig, num_test: int) -> tuple[list[str], list[list[str]]]:
@@ -122,7 +124,7 @@ def table(measured: Measured[SuiteResult], config: SuiteConfig, num_test: int) -
         if solver in measured.result.probes:
             found = [result.probes.get(solver) for _, result in models]
             cells = ["-" if probe is None else with_interval(probe.top1, num_test) for probe in found]
-            rows.append([f"{PROBES[solver]} top-1", *cells])
+            rows.append([f"{CLASSIFIERS[solver]} top-1", *cells])
     for name in measured.result.classes:
         balanced = [result.classes[name].balanced if name in result.classes else None for _, result in models]
         rows.append([f"{title(name, config)}, balanced", *(percent(value) for value in balanced)])
@@ -133,9 +135,9 @@ def table(measured: Measured[SuiteResult], config: SuiteConfig, num_test: int) -
 
 def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: LabelledImages) -> None:
     num_test, names = len(images.test), images.class_names
-    first = next(iter(measured.result.probes))
+    first = shared_probe(measured)
     settings: dict[str, JSON] = {"knn": knn_settings(config), "linear": linear_settings(config, first)}
-    report = measured.report(lambda result: _to_json(result, config, num_test, names), settings)
+    report = measured.report(lambda result: _to_json(result, config, num_test, names, first), settings)
     shown: dict[str, JSON] = {
         "neighbours": asdict(measured.result.neighbours),
         "fingerprints": {"train": images.train.fingerprint, "test": images.test.fingerprint},
@@ -150,12 +152,18 @@ def _write(measured: Measured[SuiteResult], config: SuiteConfig, images: Labelle
     write_report(config, "linear", linear)
 
 
-def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Sequence[str]) -> dict[str, JSON]:
-    first = next(iter(result.probes.values()))
+def shared_probe(measured: Measured[SuiteResult]) -> str:
+    """The first linear classifier that all networks have: pixels may be too wide for the one that the network has."""
+    return next(name for name in measured.result.probes if all(name in result.probes for _, result in measured.rows()))
+
+
+def _to_json(
+    result: SuiteResult, config: SuiteConfig, num_test: int, names: Sequence[str], first: str
+) -> dict[str, JSON]:
     return {
         "measures": measures_json(_own_measures(result)),
-        "top1": first.top1,
-        "top1_interval": bootstrap_interval(first.top1, num_test),
+        "top1": result.probes[first].top1,
+        "top1_interval": share_interval(result.probes[first].top1, num_test),
         "knn": knn_json(config, result.knn, num_test),
         **{name: linear_json(probe, num_test, result.classes[name], names) for name, probe in result.probes.items()},
         "rankme": result.rankme,
@@ -168,7 +176,7 @@ def _to_json(result: SuiteResult, config: SuiteConfig, num_test: int, names: Seq
 def _own_measures(result: SuiteResult) -> list[Measure]:
     """What stands in no other report."""
     measures = [
-        Measure(f"balanced_accuracy_{name}", f"balanced accuracy, {PROBES.get(name, 'k-NN')}", found.balanced)
+        Measure(f"balanced_accuracy_{name}", f"balanced accuracy, {CLASSIFIERS[name]}", found.balanced)
         for name, found in result.classes.items()
     ]
     measures += [

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from ssl_pipeline.eval.accuracy import ByClass, by_class
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.knn import ByTemperature, VotesConfig, accuracies
-from ssl_pipeline.eval.linear import LARGEST_LOGISTIC, ProbeConfig, ProbeResult, scored_probe
+from ssl_pipeline.eval.linear import LARGEST_LOGISTIC, ProbeConfig, ProbeResult, linear_probe
 from ssl_pipeline.eval.protocol import EvaluationConfig, LabelledFeatures
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, search_device
 from ssl_pipeline.eval.spectra import alpha_req, rankme
@@ -77,15 +77,7 @@ def measure_all(features: LabelledFeatures, config: SuiteConfig) -> SuiteResult:
     probes = {}
     for solver in solvers_for(config, features.train):
         own = config.model_copy(update={"solver": solver})
-        probes[solver], scores_NC = scored_probe(
-            features.train,
-            features.train_labels,
-            features.test,
-            features.test_labels,
-            num_classes=features.num_classes,
-            config=own,
-            device=device,
-        )
+        probes[solver], scores_NC = linear_probe(features, own, device=device)
         classes[solver] = by_class(scores_NC.argmax(dim=1), features.test_labels, num_classes=features.num_classes)
     found, share, alpha = spectrum(features.train)
     return SuiteResult(

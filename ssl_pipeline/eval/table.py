@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
+from ssl_pipeline.eval.differences import doubts, measures_within_interval, within_interval_of_baselines
 from ssl_pipeline.eval.measures import format_table, percent, read_measures
-from ssl_pipeline.eval.results import Report, read_reports
+from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, read_reports
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
-EVALUATORS = {"knn": "k-NN top-1", "linear": "linear top-1", "classifier": "classifier top-1"}
+EVALUATORS = ("knn", "linear", "classifier")
 WITH_BASELINES = ("knn", "linear")
-USUAL = {"leave_one_out": False, "interpolation": "bicubic", "precision": "no"}
-"""Settings that the columns must share, and that are named where they are others."""
 
 
 class TableConfig(Config):
@@ -38,10 +37,15 @@ def read_run(run: Path) -> dict[str, Report]:
     return reports
 
 
+def titles_of(reports: Mapping[str, Report]) -> dict[str, str]:
+    """What the columns are called, by evaluator: eval.linear's after the classifier that it has trained."""
+    return {name: f"{CLASSIFIERS[classifier_of(name, reports[name])]} top-1" for name in EVALUATORS if name in reports}
+
+
 def top1_of(reports: Mapping[str, Report], run: Path) -> dict[str, dict[str, float]]:
     """`{"knn": {"raw_pixels": percent, "random": ..., "pretrained": ...}, "linear": ...}`, as far as it was measured.
 
-    Raises ConfigError for a report that lacks it.
+    Without baselines that were measured by another classifier. Raises ConfigError for a report that lacks it.
     """
     found = {}
     for name in EVALUATORS:
@@ -49,7 +53,11 @@ def top1_of(reports: Mapping[str, Report], run: Path) -> dict[str, dict[str, flo
             continue
         report = reports[name]
         try:
-            found[name] = {model: float(result["top1"]) for model, result in report["baselines"].items()}
+            found[name] = {
+                model: float(result["top1"])
+                for model, result in report["baselines"].items()
+                if result.get("solver", report.get("solver")) == report.get("solver")
+            }
             found[name]["pretrained"] = float(report["top1"])
         except (KeyError, TypeError, ValueError) as error:
             raise _no_report(run, name, error) from None
@@ -101,9 +109,9 @@ def _about(report: Report, run: Path, name: str) -> tuple[dict[str, object], Sub
     return about, Subject(str(label), str(about.get("weights", "")))
 
 
-def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject()) -> str:
+def summary(top1: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], subject: Subject = Subject()) -> str:
     """The table, where raw pixels are ahead, and how many times smaller the k-NN error became."""
-    measured = {name: title for name, title in EVALUATORS.items() if name in top1}
+    measured = {name: title for name, title in titles.items() if name in top1}
     labels = MODELS | {"pretrained": subject.label}
     rows = [
         (label, *(percent(top1[name].get(model)) for name in measured))
@@ -111,7 +119,7 @@ def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject(
         if model == "pretrained" or any(name in top1 for name in WITH_BASELINES)
     ]
     lines = [format_table(("", *measured.values()), rows), ""]
-    lines += compare_with_raw_pixels(top1, subject)
+    lines += compare_with_raw_pixels(top1, titles, subject)
     if "random" in top1.get("knn", {}):
         random, pretrained = (100.0 - top1["knn"][model] for model in ("random", "pretrained"))
         ratio = f"{random / pretrained:.1f} times smaller" if pretrained else "none is left"
@@ -124,7 +132,9 @@ def summary(top1: Mapping[str, Mapping[str, float]], subject: Subject = Subject(
     return "\n".join(lines)
 
 
-def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]], subject: Subject) -> list[str]:
+def compare_with_raw_pixels(
+    top1: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], subject: Subject
+) -> list[str]:
     """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
     compared = [name for name in EVALUATORS if "raw_pixels" in top1.get(name, {})]
     if not any(name in top1 for name in WITH_BASELINES):
@@ -135,11 +145,11 @@ def compare_with_raw_pixels(top1: Mapping[str, Mapping[str, float]], subject: Su
     for name in compared:
         raw, pretrained = top1[name]["raw_pixels"], top1[name]["pretrained"]
         if raw < pretrained:
-            lost.append(EVALUATORS[name])
+            lost.append(titles[name])
         else:
             relation = "equal" if raw == pretrained else "beat"
             lines.append(
-                f"Raw pixels {relation} {subject} in {EVALUATORS[name]}: {percent(raw)} against {percent(pretrained)}."
+                f"Raw pixels {relation} {subject} in {titles[name]}: {percent(raw)} against {percent(pretrained)}."
             )
     if lost:
         name = str(subject).replace("the ", "The ", 1) if subject.label == MODELS["pretrained"] else str(subject)
@@ -160,6 +170,22 @@ def other_tables(reports: Mapping[str, Report], run: Path) -> list[str]:
     return tables
 
 
+def notes(reports: Mapping[str, Report], subject: Subject) -> list[str]:
+    """What the figures do not tell apart, and the protocol of each, by which it stands in results.csv."""
+    titles, labels = titles_of(reports), MODELS | {"pretrained": subject.label}
+    lines = [
+        line
+        for name, title in titles.items()
+        for line in within_interval_of_baselines(title, reports[name], subject.label, labels)
+    ]
+    hashes = [
+        f"{title} {reports[name]['protocol_hash']}"
+        for name, title in titles.items()
+        if "protocol_hash" in reports[name]
+    ]
+    return lines + ([f"Protocols, as in eval/results.csv: {', '.join(hashes)}."] if hashes else [])
+
+
 def _table_of(name: str, report: Report) -> str:
     models = {**report["baselines"], "pretrained": report}
     cells = {model: read_measures(result) for model, result in models.items()}
@@ -168,36 +194,19 @@ def _table_of(name: str, report: Report) -> str:
         for key, measure in cells["pretrained"].items()
     ]
     labels = MODELS | {"pretrained": report["protocol"].get("label") or MODELS["pretrained"]}
-    return format_table([name.replace("_", " "), *(labels.get(model, model) for model in models)], rows)
-
-
-def doubts(reports: Mapping[str, Report]) -> list[str]:
-    """Why the columns are not of the same images, and what each evaluator warned of: one sentence each."""
-    all_protocols = {name: report.get("protocol", {}) for name, report in reports.items()}
-    said = dict.fromkeys(
-        str(warning) for protocol in all_protocols.values() for warning in protocol.get("warnings", ())
-    )
-    protocols = {name: all_protocols[name] for name in EVALUATORS if name in all_protocols}
-    compared = {
-        name: " ".join(
-            [f"train={protocol.get('train')} test={protocol.get('test')} size={protocol.get('size')}"]
-            + [f"{key}={protocol[key]}" for key, usual in USUAL.items() if protocol.get(key, usual) != usual]
-        )
-        for name, protocol in protocols.items()
-    }
-    if len(set(compared.values())) > 1:
-        each = "; ".join(f"{EVALUATORS[name]}: {settings}" for name, settings in compared.items())
-        said[f"The columns are not of the same images and must not be compared: {each}."] = None
-    return list(said)
+    table = format_table([name.replace("_", " "), *(labels.get(model, model) for model in models)], rows)
+    return "\n".join((table, *measures_within_interval(report, labels)))
 
 
 def main(config: TableConfig) -> None:
     reports = read_run(config.run)
     parts = other_tables(reports, config.run)
     if top1 := top1_of(reports, config.run):
-        parts.insert(0, summary(top1, subject_of(reports, config.run)))
+        subject = subject_of(reports, config.run)
+        text = summary(top1, titles_of(reports), subject)
+        parts.insert(0, "\n".join((text, *notes(reports, subject))))
     print("\n\n".join(parts))
-    for doubt in doubts(reports):
+    for doubt in doubts(reports, titles_of(reports)):
         print(printable(f"warning: {doubt}"))
 
 

@@ -197,4 +197,4 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _map_dim(backbone: Backbone) -> int:
     network: TimmModel = backbone.model
-    return backbone.embed_dim if isinstance(backbone, TokenBackbone) else network.num_features
+    return backbone.token_dim if isinstance(backbone, TokenBackbone) else network.num_features

@@ -1,4 +1,4 @@
-"""What the methods for few labels have in common: one classifier in training, whose moving average is evaluated."""
+"""What the methods for labels have in common: one classifier in training, whose moving average is evaluated."""
 
 from __future__ import annotations
 
@@ -32,22 +32,28 @@ class FewLabelsConfig(Config):
     num_classes: int | None = Field(None, gt=1, le=2**20)
     """Classes of the labelled images; null takes as many as their shards have."""
     teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
-    """Share of the evaluated moving average that an update keeps."""
+    """Share of the evaluated moving average that an update keeps; 0 evaluates the weights themselves."""
 
 
 class FewLabels(Method):
     """A backbone with a linear classifier, and its moving average, which is what is evaluated.
 
     All groups of views go through the network together, so they have one size.
-    buffers: what becomes of the moving average's batch-norm statistics, as in Teacher.
+    buffers: what becomes of the moving average's batch-norm statistics, as in Teacher. head_batch_norm: whether batch
+    norm stands before the classifier.
     """
 
     def __init__(
-        self, config: FewLabelsConfig, backbone: Backbone, *, buffers: Literal["own", "copy"] = "copy"
+        self,
+        config: FewLabelsConfig,
+        backbone: Backbone,
+        *,
+        buffers: Literal["own", "copy"] = "copy",
+        head_batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.pair = ClassifierPair(backbone, config.num_classes, buffers=buffers)
+        self.pair = ClassifierPair(backbone, config.num_classes, buffers=buffers, head_batch_norm=head_batch_norm)
 
     def prepare(self, facts: RunFacts) -> None:
         self.learn_classes(facts)

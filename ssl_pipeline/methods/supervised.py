@@ -8,35 +8,32 @@ https://arxiv.org/abs/1512.00567), mixup (Zhang et al., 2017, https://arxiv.org/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone, layers_of
-from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.losses import weighted_cross_entropy
-from ssl_pipeline.methods.base import Method, StepOutput, feature_std
+from ssl_pipeline.methods.base import StepOutput, feature_std
+from ssl_pipeline.methods.few_labels import FewLabels, FewLabelsConfig
 from ssl_pipeline.modules.batch_mixing import as_targets, cutmix_global_batch, draw_for_all, mixup_global_batch
-from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
+from ssl_pipeline.modules.classifier import accuracy
 from ssl_pipeline.optim.rules import ParamRule
-from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.schedule import Duration, Progress
 
 ImagesAndTargets = tuple[Tensor, Tensor]
 
 
-class SupervisedConfig(Config):
+class SupervisedConfig(FewLabelsConfig):
     """Supervised learning: cross-entropy on labelled images, of a few (data.labelled) or of all (data.shards)."""
 
     name: Literal["supervised"]
     learns_from: Literal["labelled", "all"] = "labelled"
     """`labelled`: the images of data.labelled, in the group augment.weak; those of data.shards only count the epochs.
     `all`: the images of data.shards, which all need a label, in the group augment.view (fine-tuning)."""
-    num_classes: int | None = Field(None, gt=1, le=2**20)
-    """Classes of the labelled images; null takes as many as their shards have."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a label that is spread over all classes."""
     mixup_alpha: float = Field(0.0, ge=0, le=1000)
@@ -58,8 +55,6 @@ class SupervisedConfig(Config):
     head_batch_norm: bool = False
     """Whether batch norm without parameters stands before the classifier (MAE's linear probe); what is exported has it
     in its weights."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
-    """Share of the evaluated moving average that an update keeps; 0 evaluates the weights themselves."""
 
     @model_validator(mode="after")
     def _a_frozen_backbone_has_no_rates(self) -> SupervisedConfig:
@@ -70,35 +65,23 @@ class SupervisedConfig(Config):
         return self
 
 
-class Supervised(Method):
-    """A backbone with a linear classifier; its moving average, batch-norm statistics copied, is what is evaluated.
+class Supervised(FewLabels):
+    """Labelled images alone, of a few or of all, and exceptions for the layers of the backbone.
 
     Images are mixed over the global batch. With accumulation that is the micro-batch of all processes.
     """
 
     config_class = SupervisedConfig
+    config: SupervisedConfig
     coupled_by = "what images are mixed with"
 
     def __init__(self, config: SupervisedConfig, backbone: Backbone) -> None:
-        super().__init__()
-        self.config = config
+        if config.frozen_backbone:
+            backbone.freeze()
+        super().__init__(config, backbone, head_batch_norm=config.head_batch_norm)
         beside = config.learns_from == "labelled"
         self.group = "weak" if beside else "view"
         self.needs = (Views(self.group, count=1, labelled=beside, with_labels=not beside, evaluated=True),)
-        if config.frozen_backbone:
-            backbone.freeze()
-        self.pair = ClassifierPair(backbone, config.num_classes, head_batch_norm=config.head_batch_norm)
-
-    def prepare(self, facts: RunFacts) -> None:
-        self.pair.prepare(facts, self.config.num_classes, one_pass=(self.group,))
-
-    def backbones(self) -> dict[str, Backbone]:
-        return self.pair.backbones()
-
-    @property
-    def classifier(self) -> nn.Linear:  # type: ignore[override]
-        """The moving average's."""
-        return self.pair.classifier
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         learnt = batch.labelled if self.config.learns_from == "labelled" else batch
@@ -149,7 +132,3 @@ class Supervised(Method):
             )
             for part in layers.parts
         )
-
-    @torch.no_grad()
-    def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:
-        self.pair.update(self.config.teacher_momentum(progress))

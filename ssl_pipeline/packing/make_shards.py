@@ -36,6 +36,7 @@ from ssl_pipeline.packing.engine import EngineConfig, map_tasks
 from ssl_pipeline.packing.holdout import held_out
 from ssl_pipeline.packing.label_table import read_label_table
 from ssl_pipeline.packing.output import PARTS, REJECTED_FILE, output_in_the_making
+from ssl_pipeline.packing.ray_engine import require_ray
 from ssl_pipeline.packing.reduced import Packing, packed_size
 from ssl_pipeline.packing.resuming import check_journal, name_of_work, shard_journal
 from ssl_pipeline.packing.shard_writer import Accepted, key_of, write_shards
@@ -125,6 +126,8 @@ def make_shards(config: MakeShards, *, opened: Source | None = None) -> int:
 
     opened: what `config` names as the source, where that is open already, so that a folder is not walked again.
     """
+    if config.engine == "ray":
+        require_ray(config.ray_address)
     source = opened or open_source(config.source, config.prefix, config.split)
     found = _candidates(source, config)
     if not found.images:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,19 +73,40 @@ def test_a_run_with_arguments_of_its_own_takes_the_other_settings(tmp_path: Path
     }
 
 
+def comparison(**runs: dict[str, list[float]]) -> Comparison:
+    top1 = {name: {"knn": scores, "linear": scores} for name, scores in runs.items()}
+    titles = {name: {"knn": "k-NN top-1", "linear": "linear probe top-1"} for name in runs}
+    return Comparison(top1, {name: [] for name in runs}, {"knn_top1": {}}, titles, {name: {} for name in runs})
+
+
+def test_runs_that_are_not_told_apart_are_named() -> None:
+    runs = {
+        name: {"raw_pixels": [50.0], "random": [10.0], "pretrained": [top1]}
+        for name, top1 in (("first", 70.0), ("second", 72.0), ("third", 60.0))
+    }
+    found = comparison(**runs)
+    found.intervals["first"]["knn"], found.intervals["second"]["knn"] = (68.0, 72.0), (70.0, 74.0)
+    found.intervals["third"]["knn"] = (58.0, 62.0)
+    found.titles["third"]["linear"] = "logistic regression top-1"
+    text = summary(found, 1)
+    assert "\nk-NN top-1: second is ahead; difference within the interval to first.\n" in text + "\n"
+    assert "linear probe top-1: " not in text, "without intervals nothing is said"
+    assert [line for line in text.splitlines() if line.startswith("third") and "logistic regression top-1" in line]
+
+
 def test_protocols_that_differ_are_said() -> None:
     scores = {"raw_pixels": [50.0], "random": [10.0], "pretrained": [70.0]}
-    found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})
+    found = comparison(mine=scores)
     assert "protocols" not in summary(found, 1)
     found.protocols["knn"] = ["size: first-seed0 32, second-seed0 64"]
     lines = summary(found, 1).splitlines()
-    assert "warning: The protocols of k-NN top-1 differ" in lines[-2]
+    assert "warning: The protocols of eval.knn differ" in lines[-2]
     assert lines[-1] == "  size: first-seed0 32, second-seed0 64"
 
 
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
     scores = {"raw_pixels": [50.0, 50.0], "random": [10.0, 20.0], "pretrained": [70.0, 80.0]}
-    found = Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {}})
+    found = comparison(mine=scores)
     text = summary(found, 2)
     assert "15.00 % +- 7.07" in text
     assert "75.00 % +- 7.07" in text
@@ -117,9 +139,7 @@ def test_monitored_k_nn_and_the_methods_own_classifier_are_read_from_the_metrics
 def test_a_long_curve_is_thinned_to_its_end() -> None:
     scores = {"raw_pixels": [50.0], "random": [10.0], "pretrained": [70.0]}
     points = [(float(epoch), float(epoch)) for epoch in range(1, 101)]
-    text = summary(
-        Comparison({"mine": {"knn": scores, "linear": scores}}, {"mine": []}, {"knn_top1": {"mine": points}}), 1
-    )
+    text = summary(replace(comparison(mine=scores), curves={"knn_top1": {"mine": points}}), 1)
     assert "mine: 16: 16.0  33: 33.0  50: 50.0  66: 66.0  83: 83.0  100: 100.0" in text
 
 

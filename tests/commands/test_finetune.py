@@ -168,7 +168,7 @@ def test_a_run_is_fine_tuned_and_measured(tmp_path, shards):
     reports = table.read_run(output)
     top1 = table.top1_of(reports, output)
     assert top1["classifier"]["pretrained"] == report["top1"]
-    text = table.summary(top1, table.subject_of(reports, output))
+    text = table.summary(top1, table.titles_of(reports), table.subject_of(reports, output))
     assert "classifier top-1" in text.splitlines()[0]
     assert "baselines" not in text
     again = evaluate_classifier(ClassifierConfig(run=output, test=str(shards[1]), workers=0))

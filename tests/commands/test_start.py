@@ -57,9 +57,13 @@ def test_the_commands_that_it_shows_are_commands(name):
         (["recipe=dino_vits16", "recipe=digits_dino"], "error: recipe= is given 2 times"),
         (["imags=photos/"], "error: Unknown key 'imags'. Did you mean 'images'?\nSee: pretrain.py --help\n"),
         (["recipe=dino_vits16", "optim.lr.warmpu=3"], "error: Unknown key 'optim.lr.warmpu'. Did you mean"),
+        (
+            ["recipe=dino_vits16", "optim.lr.value=abc", "data.batch_size=-3"],
+            "error: optim.lr.value must be a valid number. Got 'abc'.\ndata.batch_size must be at least 1. Got -3.\n",
+        ),
     ],
 )
-def test_a_mistake_of_form_is_told_before_torch_is_imported(argv, sentence):
+def test_a_mistake_is_told_before_torch_is_imported(argv, sentence):
     refused = started(*argv)
     assert refused.returncode == 2
     assert refused.stderr.startswith(sentence)

@@ -1,8 +1,6 @@
-import numpy as np
-import pytest
 import torch
 
-from ssl_pipeline.eval.accuracy import bootstrap_interval, top_k_accuracy, top_k_hits
+from ssl_pipeline.eval.accuracy import top_k_accuracy, top_k_hits
 
 
 def test_the_best_scored_class_counts_for_top1_and_the_five_best_for_top5() -> None:
@@ -26,15 +24,3 @@ def test_equal_scores_rank_by_class_number() -> None:
 def test_scores_that_are_not_a_number_are_misses() -> None:
     scores = torch.tensor([[torch.nan, torch.nan], [torch.nan, 1.0]])
     assert top_k_accuracy(scores, torch.tensor([0, 1])) == {"top1": 0.0, "top5": 0.0}
-
-
-@pytest.mark.parametrize(("hits", "num_images"), [(30, 40), (199, 200), (3, 400)])
-def test_the_interval_is_that_of_many_resamples(hits: int, num_images: int) -> None:
-    right = np.arange(num_images) < hits
-    draws = np.random.default_rng(0).integers(num_images, size=(20_000, num_images))
-    expected = np.quantile(right[draws].mean(axis=1), (0.025, 0.975)) * 100
-    assert bootstrap_interval(100 * hits / num_images, num_images) == pytest.approx(expected, abs=100.1 / num_images)
-
-
-def test_what_is_always_right_has_no_interval() -> None:
-    assert bootstrap_interval(100.0, 50) == (100.0, 100.0)

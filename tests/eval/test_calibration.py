@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_pipeline.eval.calibration import expected_calibration_error, resampled_interval
+from ssl_pipeline.eval.calibration import expected_calibration_error
 
 
 def test_ten_sure_images_of_which_six_are_right_are_thirty_percent_off():
@@ -40,16 +40,3 @@ def test_a_probability_of_one_lies_in_the_last_bin_and_of_zero_in_the_first():
 def test_without_images_it_is_an_error():
     with pytest.raises(ValueError, match=r"needs confidence \(N,\) and right \(N,\), N >= 1"):
         expected_calibration_error(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
-
-
-def test_the_interval_covers_the_spread_of_a_mean_and_is_the_same_again():
-    values = torch.linspace(0, 1, 400, dtype=torch.float64)
-
-    def mean_of(chosen_N):
-        return values[chosen_N].mean().item()
-
-    low, high = resampled_interval(mean_of, 400)
-    deviation = values.std().item() / 20
-    assert low == pytest.approx(0.5 - 1.96 * deviation, abs=0.2 * deviation)
-    assert high == pytest.approx(0.5 + 1.96 * deviation, abs=0.2 * deviation)
-    assert resampled_interval(mean_of, 400) == (low, high)

@@ -16,6 +16,7 @@ from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.classifier import ClassifierConfig, evaluate_classifier, main, measure_classified
 from ssl_pipeline.eval.features.classes import class_probabilities, open_classifier
+from ssl_pipeline.eval.intervals import share_interval
 from tests.eval.conftest import NUM_CLASSES, WriteShards
 
 NAMES = ("ant", "bee", "cat", "dog", "emu", "fox")
@@ -52,6 +53,15 @@ def test_a_rare_class_counts_as_much_as_a_frequent_one():
     found = measure_classified(probabilities, torch.tensor([0] * 9 + [1]))
     assert found.top1 == 90.0
     assert found.balanced == 50.0
+
+
+def test_what_is_always_right_has_an_interval_and_a_rare_class_makes_it_wide():
+    right = torch.tensor([[1.0, 0.0]] * 99 + [[0.0, 1.0]])
+    found = measure_classified(right, right.argmax(dim=1))
+    assert (found.top1, found.balanced, found.ece) == (100.0, 100.0, 0.0)
+    assert found.top1_interval == share_interval(100.0, 100)
+    assert found.balanced_interval == pytest.approx(share_interval(100.0, 4 / (1 / 99 + 1)))
+    assert found.ece_interval == share_interval(0.0, 100)
 
 
 def test_probabilities_are_those_of_backbone_and_classifier(classifying: Path, test: str) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.config import ConfigError, run_command
-from ssl_pipeline.eval.accuracy import bootstrap_interval, bootstrap_mean_interval
 from ssl_pipeline.eval.few_shot import FewShotConfig, few_shot, few_shot_scores, main
 from ssl_pipeline.eval.labelled import draw_per_class
 from ssl_pipeline.eval.protocol import LabelledFeatures
@@ -99,12 +98,6 @@ def test_more_images_help_and_the_spread_falls() -> None:
     assert one.interval is not None
     assert one.interval[0] < one.value < one.interval[1]
     assert len(found.details["by_draw"]["top1_1_per_class"]) == 5
-
-
-def test_the_interval_of_a_mean_is_that_of_a_share() -> None:
-    hits = torch.cat([torch.full((70,), 100.0), torch.zeros(30)])
-    for ours, exact in zip(bootstrap_mean_interval(hits, resamples=4000), bootstrap_interval(70.0, 100), strict=True):
-        assert ours == pytest.approx(exact, abs=1.01)
 
 
 def test_a_run_is_measured_and_reported(run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]) -> None:

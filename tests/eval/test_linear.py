@@ -9,6 +9,7 @@ from torch import Tensor
 from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.eval.features import passes
 from ssl_pipeline.eval.linear import LinearConfig, ProbeConfig, ProbeResult, choose, linear_probe, main, sweep_table
+from ssl_pipeline.eval.protocol import LabelledFeatures
 
 
 def noisy(num_images: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -18,11 +19,13 @@ def noisy(num_images: int, *, seed: int) -> tuple[Tensor, Tensor]:
     return torch.eye(8)[labels] + 0.5 * torch.randn(num_images, 8, generator=generator), labels
 
 
+def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], config: ProbeConfig) -> ProbeResult:
+    return linear_probe(LabelledFeatures(*train, *test, num_classes=4), config)[0]
+
+
 @pytest.mark.parametrize("solver", ["sgd", "logistic"])
 def test_the_probe_is_far_above_chance(solver: str) -> None:
-    result = linear_probe(
-        *noisy(200, seed=0), *noisy(100, seed=1), num_classes=4, config=ProbeConfig(solver=solver, epochs=30)
-    )
+    result = probe(noisy(200, seed=0), noisy(100, seed=1), ProbeConfig(solver=solver, epochs=30))
     assert result.top1 > 70.0
     assert result.top5 == 100.0
     assert result.solver == solver
@@ -32,8 +35,8 @@ def test_the_probe_is_far_above_chance(solver: str) -> None:
 def test_the_choice_never_sees_the_test_labels(solver: str) -> None:
     train, (test, test_labels) = noisy(200, seed=0), noisy(100, seed=1)
     config = ProbeConfig(solver=solver, epochs=10)
-    first = linear_probe(*train, test, test_labels, num_classes=4, config=config)
-    wrong = linear_probe(*train, test, (test_labels + 1) % 4, num_classes=4, config=config)
+    first = probe(train, (test, test_labels), config)
+    wrong = probe(train, (test, (test_labels + 1) % 4), config)
     assert wrong.chosen == first.chosen
     assert wrong.sweep == first.sweep
     assert wrong.top1 < first.top1
@@ -43,18 +46,14 @@ def test_the_choice_never_sees_the_test_labels(solver: str) -> None:
 def test_the_choice_never_sees_the_test_images(solver: str) -> None:
     train, (test, test_labels) = noisy(200, seed=0), noisy(100, seed=1)
     config = ProbeConfig(solver=solver, epochs=10)
-    first = linear_probe(*train, test, test_labels, num_classes=4, config=config)
-    other = linear_probe(*train, 100 * test.flip(1), test_labels, num_classes=4, config=config)
+    first = probe(train, (test, test_labels), config)
+    other = probe(train, (100 * test.flip(1), test_labels), config)
     assert (other.chosen, other.sweep) == (first.chosen, first.sweep)
 
 
 def test_the_chosen_setting_is_the_best_of_the_sweep() -> None:
-    result = linear_probe(
-        *noisy(200, seed=0),
-        *noisy(100, seed=1),
-        num_classes=4,
-        config=ProbeConfig(solver="sgd", learning_rates=(1e-6, 1.0), weight_decays=(0.0, 1e6), epochs=10),
-    )
+    config = ProbeConfig(solver="sgd", learning_rates=(1e-6, 1.0), weight_decays=(0.0, 1e6), epochs=10)
+    result = probe(noisy(200, seed=0), noisy(100, seed=1), config)
     assert result.chosen == {"learning_rate": 1.0, "weight_decay": 0.0}
     assert len(result.sweep) == 4
     assert result.validation_top1 == max(setting["validation_top1"] for setting in result.sweep)
@@ -65,12 +64,13 @@ def test_every_rate_of_a_sweep_is_measured_as_if_alone() -> None:
     train, test = noisy(120, seed=0), noisy(40, seed=1)
     train, test = (train[0].double(), train[1]), (test[0].double(), test[1])
 
-    def probe(*learning_rates: float) -> ProbeResult:
-        config = ProbeConfig(solver="sgd", learning_rates=learning_rates, weight_decays=(0.0,), epochs=5)
-        return linear_probe(*train, *test, num_classes=4, config=config)
+    def sweep(*learning_rates: float) -> ProbeResult:
+        return probe(
+            train, test, ProbeConfig(solver="sgd", learning_rates=learning_rates, weight_decays=(0.0,), epochs=5)
+        )
 
-    together = probe(*rates)
-    alone = [probe(rate) for rate in rates]
+    together = sweep(*rates)
+    alone = [sweep(rate) for rate in rates]
     assert together.sweep == [one.sweep[0] for one in alone]
     best = alone[rates.index(together.chosen["learning_rate"])]
     assert (together.top1, together.top5) == (best.top1, best.top5)
@@ -78,7 +78,7 @@ def test_every_rate_of_a_sweep_is_measured_as_if_alone() -> None:
 
 def test_the_table_has_every_setting_and_marks_the_chosen_one() -> None:
     config = ProbeConfig(solver="sgd", learning_rates=(1e-6, 1.0), weight_decays=(0.0, 0.5), epochs=5)
-    result = linear_probe(*noisy(200, seed=0), *noisy(40, seed=1), num_classes=4, config=config)
+    result = probe(noisy(200, seed=0), noisy(40, seed=1), config)
     lines = sweep_table(result).splitlines()
     assert lines[0].strip().startswith("learning rate / weight decay  validation top-1")
     settings = [line.lstrip("* ").rsplit(maxsplit=2)[0] for line in lines[2:]]
@@ -101,24 +101,33 @@ def test_equal_accuracies_are_decided_by_the_loss_and_diverged_settings_come_las
 def test_the_solver_follows_the_size_of_the_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssl_pipeline.eval.linear.LARGEST_LOGISTIC", 100 * noisy(1, seed=0)[0].shape[1])
     config = ProbeConfig(epochs=2)
-    solvers = [
-        linear_probe(*noisy(size, seed=0), *noisy(10, seed=1), num_classes=4, config=config).solver
-        for size in (100, 101)
-    ]
+    solvers = [probe(noisy(size, seed=0), noisy(10, seed=1), config).solver for size in (100, 101)]
     assert solvers == ["logistic", "sgd"]
+
+
+def test_a_network_and_its_baselines_have_one_solver(
+    run: Path, train: str, test: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_pipeline.eval.linear.LARGEST_LOGISTIC", 72 * 24)  # the network's features, not the pixels
+    arguments = [f"run={run}", f"train={train}", f"test={test}", "epochs=2"]
+    for more, expected in ((["baselines=true"], "sgd"), ([], "logistic")):
+        assert linear(*arguments, *more) == 0
+        report = json.loads((run / "eval" / "linear.json").read_text())
+        assert report["protocol"]["solver"] == report["solver"] == expected
+        assert {baseline["solver"] for baseline in report["baselines"].values()} <= {expected}
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
     features, labels = noisy(40, seed=0)
     features[3, 2] = torch.inf
     with pytest.raises(ConfigError, match="finite features"):
-        linear_probe(features, labels, *noisy(10, seed=1), num_classes=4, config=ProbeConfig())
+        probe((features, labels), noisy(10, seed=1), ProbeConfig())
 
 
 def test_one_class_is_refused() -> None:
     features, labels = noisy(40, seed=0)
     with pytest.raises(ConfigError, match="two classes or more"):
-        linear_probe(features, 0 * labels, *noisy(10, seed=1), num_classes=4, config=ProbeConfig())
+        probe((features, 0 * labels), noisy(10, seed=1), ProbeConfig())
 
 
 def linear(*arguments: str) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ssl_pipeline.config import run_command
-from ssl_pipeline.eval.linear import LinearConfig, ProbeConfig, linear_probe, main, scored_sweep
+from ssl_pipeline.eval.linear import LinearConfig, ProbeConfig, linear_probe, main
 from ssl_pipeline.eval.linear_inputs import token_inputs
+from ssl_pipeline.eval.protocol import LabelledFeatures
 
 
 def test_inputs_are_the_last_block_or_all_of_them_with_the_mean_behind():
@@ -29,24 +31,27 @@ def test_of_a_network_with_one_block_the_mean_alone_makes_a_difference():
 
 
 @pytest.mark.parametrize("solver", ["sgd", "logistic"])
-def test_the_input_is_chosen_on_held_out_training_images(solver):
+def test_the_input_is_chosen_on_held_out_training_images(solver, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(120) % 3
     good = torch.nn.functional.one_hot(labels, 3).float() + 0.1 * torch.randn(120, 3, generator=generator)
     bad = torch.randn(120, 4, generator=generator)
     inputs = {name: (value[:90], value[90:]) for name, value in (("bad", bad), ("good", good))}
     config = ProbeConfig(solver=solver, epochs=20, sgd_batch_size=32)
-    found, _ = scored_sweep(inputs, labels[:90], labels[90:], num_classes=3, config=config)
+    own = LabelledFeatures(bad[:90], labels[:90], bad[90:], labels[90:], num_classes=3)
+    with monkeypatch.context() as patched:
+        patched.setattr("ssl_pipeline.eval.linear.inputs_of", lambda features: inputs)
+        found, _ = linear_probe(own, config)
+        again, _ = linear_probe(replace(own, test_labels=(labels[90:] + 1) % 3), config)
     settings = len(config.inverse_penalties) if solver == "logistic" else 16
     assert len(found.sweep) == 2 * settings
     assert [row["input"] for row in found.sweep] == ["bad"] * settings + ["good"] * settings
     assert (found.chosen["input"], found.top1) == ("good", 100.0)
     # the same test images under other labels change nothing that was chosen
-    again, _ = scored_sweep(inputs, labels[:90], (labels[90:] + 1) % 3, num_classes=3, config=config)
     assert again.chosen == found.chosen
     assert again.top1 == 0.0
     # each input is trained as if it were alone
-    alone = linear_probe(*inputs["good"][:1], labels[:90], inputs["good"][1], labels[90:], num_classes=3, config=config)
+    alone, _ = linear_probe(replace(own, train=good[:90], test=good[90:]), config)
     assert [row["validation_top1"] for row in found.sweep[settings:]] == [r["validation_top1"] for r in alone.sweep]
     assert "input" not in alone.chosen
 

@@ -16,6 +16,7 @@ from ssl_pipeline.config import RECIPES, read_recipe, run_command
 from ssl_pipeline.eval import knn, suite
 from ssl_pipeline.eval.measures import Measure, measures_json
 from ssl_pipeline.eval.page.html import Section
+from ssl_pipeline.eval.page.places import shortened
 from ssl_pipeline.eval.page.record import Record
 from ssl_pipeline.eval.page.settings import settings_section
 from ssl_pipeline.eval.page.sheets import sheets
@@ -117,7 +118,8 @@ def test_monitors_show_the_start_the_best_and_the_last(run: Path) -> None:
     page = page_of(run)
     assert "k-NN top-1 (%) 21.5 83.25 (step 10) 71 (step 15)" in page.text.replace("  ", " ")
     assert "K-NN top-1 (%) went from 21.5 at the start to 71 at step 15." in page.text
-    assert f"Nothing was evaluated yet: python -m eval.suite run={run} train=SHARDS test=SHARDS" in page.text
+    place = f".../{run.parent.name}/{run.name}"
+    assert f"Nothing was evaluated yet: python -m eval.suite run={place} train=SHARDS test=SHARDS" in page.text
 
 
 def test_a_single_evaluator_is_enough(run: Path, train: str, test: str) -> None:
@@ -126,6 +128,19 @@ def test_a_single_evaluator_is_enough(run: Path, train: str, test: str) -> None:
     page = page_of(run)
     assert "top-1, k=7" in page.text
     assert "% at random initialisation" in page.text
+
+
+def test_a_logistic_regression_is_called_one(run: Path) -> None:
+    (run / "eval").mkdir()
+    random = {"top1": 74.0, "top1_interval": [70.0, 78.0], "solver": "logistic"}
+    pixels = {"top1": 50.0, "top1_interval": [45.0, 55.0], "solver": "sgd"}
+    found = {"top1": 75.0, "top1_interval": [71.0, 79.0], "solver": "logistic", "protocol": {"train": "a"}}
+    report = found | {"baselines": {"random": random, "raw_pixels": pixels}}
+    (run / "eval" / "linear.json").write_text(json.dumps(report))
+    text = page_of(run).text
+    told = "Logistic regression recognises 75.0 % of the test images (71.0 to 79.0), against 74.0 % at random"
+    assert f"{told} initialisation (difference within the interval)." in text  # and not against another classifier's
+    assert "linear probe" not in text
 
 
 def test_images_through_which_it_is_measured_are_measured_first(run: Path, train: str, test: str) -> None:
@@ -206,8 +221,10 @@ def test_several_runs_are_laid_over_each_other(run: Path, tmp_path: Path) -> Non
     log(run)
     settings(run)
     other = other_run(run, tmp_path / "other")
+    own = page_of(run)
     assert call(f"run={run},{other}") == 0
-    html = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert page_of(run).text == own.text, "the page of the first run stays"
+    html = (run / "report" / "with_other.html").read_text(encoding="utf-8")
     loss = re.search(r'<svg[^>]*aria-label="loss.*?</svg>', html).group()
     assert loss.count("<polyline") == 2
     assert "var(--run-0)" in loss
@@ -216,6 +233,60 @@ def test_several_runs_are_laid_over_each_other(run: Path, tmp_path: Path) -> Non
     assert "method.name dino simclr" in text
     assert "backbone.name" not in text
     assert "other: k-NN top-1 (%) went from 21.5 at the start to 90 at step 15" in text
+
+
+def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    log(run)
+    settings(run)
+    other = other_run(run, tmp_path / "second" / run.name)
+    assert call(f"run={run},{other}") == 0
+    text = Page((run / "report" / f"with_{run.name}.html").read_text(encoding="utf-8")).text.replace("  ", " ")
+    assert f"second/{run.name}: k-NN top-1 (%) went from 21.5 at the start to 90 at step 15" in text
+    assert "method.name dino simclr" in text
+
+
+def test_a_directory_takes_the_page_under_its_own_name(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log(run)
+    (tmp_path / "there").mkdir()
+    for output, written in (("there", "there/index.html"), ("new", "new/index.html"), ("my.html", "my.html")):
+        assert call(f"run={run}", f"output={tmp_path / output}", "images=0") == 0
+        assert f"written to {tmp_path / written}" in capsys.readouterr().out
+        assert (tmp_path / written).is_file()
+    assert call(f"run={run}", f"output={run / 'config.yaml'}") == 2
+    assert f"output must be a file NAME.html or a directory. Got {run / 'config.yaml'}." in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == "method: {name: dino}\n"
+
+
+def test_the_page_has_no_full_path(evaluated: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home of me"))
+    shards = [str(place) for place in (tmp_path / "home of me" / "my photos", "/data/someone/photos/train")]
+    settings(evaluated, json.dumps({"method": {"name": "dino"}, "data": {"shards": shards[0], "more": shards[1]}}))
+    text = page_of(evaluated).text
+    html = re.sub('base64,[^"]*', "", (evaluated / "report" / "index.html").read_text(encoding="utf-8"))
+    for private in (str(tmp_path.parent), "/home of me", "/data/someone"):
+        assert private not in html
+    assert "~/my photos" in text
+    assert '".../photos/train"' in text
+    assert f"Measured on .../{Path(report_of(evaluated)['train']).parent.name}" in text
+
+
+def report_of(run: Path) -> dict:
+    return json.loads((run / "eval" / "suite.json").read_text())["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("Cannot read '/a/b/c.tar': gone.", "Cannot read '.../b/c.tar': gone."),
+        ("run=/a/b/runs/x train=/c/d", "run=.../runs/x train=.../c/d"),
+        ("from https://a/b/c, s3://bucket/a/b or runs/a/b", "from https://a/b/c, s3://bucket/a/b or runs/a/b"),
+        ("images/s, 1 / 2 / 3, ~/a/b/c and ../a/b/c", "images/s, 1 / 2 / 3, ~/a/b/c and ../a/b/c"),
+    ],
+)
+def test_only_full_paths_are_shortened(words: str, shown: str) -> None:
+    assert shortened(words) == shown
 
 
 def test_layers_share_one_figure(run: Path) -> None:
@@ -244,9 +315,9 @@ def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
     report["knn"] |= {"top1": 0.0, "top1_interval": [0.0, 0.1]}
     path.write_text(json.dumps(report | {"protocol": report["protocol"] | {"size": 32}}))
     assert call(f"run={evaluated},{other}", "images=0") == 0
-    text = Page((evaluated / "report" / "index.html").read_text(encoding="utf-8")).text
+    text = Page((evaluated / "report" / "with_other.html").read_text(encoding="utf-8")).text
     assert f"{evaluated.name} is ahead in k-NN top-1 with" in text
-    assert "other with 0.0 %." in text
+    assert "other with 0.0 %." in text, "a difference beyond the intervals"
     assert (
         f"other was measured otherwise (size: {evaluated.name} 16, other 32): its figures are not to be compared"
         in text

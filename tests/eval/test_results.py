@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from ssl_pipeline.config import run_command
+from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.eval import few_shot, knn
-from ssl_pipeline.eval.results import COLUMNS, add_results, comparable, differing, protocol_hash, read_results, rows_of
+from ssl_pipeline.eval.results import (
+    COLUMNS,
+    add_results,
+    comparable,
+    differing,
+    protocol_hash,
+    read_reports,
+    read_results,
+    rows_of,
+)
 
 PROTOCOL = {
     "label": "pretrained",
@@ -115,6 +124,18 @@ def test_a_file_with_other_columns_is_taken_over(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert (rows[0]["evaluator"], rows[0]["measure"], rows[0]["value"]) == ("knn", "top1", "")
+
+
+def test_reports_are_read_in_one_order_with_and_without_picked_ones(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    for name in ("clustering", "knn-student", "suite", "linear", "knn"):
+        (tmp_path / "eval" / f"{name}.json").write_text('{"baselines": {}, "protocol": {}}')
+    assert list(read_reports(tmp_path)) == ["suite", "knn", "linear", "clustering"]
+    assert list(read_reports(tmp_path, picked=True)) == ["suite", "knn", "linear", "clustering", "knn-student"]
+    (tmp_path / "eval" / "knn-student.json").write_text('{"baselines": {}}')
+    assert len(read_reports(tmp_path)) == 4
+    with pytest.raises(ConfigError, match=r"knn-student.json is not a report of eval.knn \('protocol'\). Run python"):
+        read_reports(tmp_path, picked=True)
 
 
 def test_evaluators_write_their_rows(run: Path, train: str, test: str) -> None:

@@ -65,6 +65,22 @@ def test_one_pass_gives_what_the_evaluators_give_alone(
     assert len(found["suite"]["neighbours"]["train"][0]) == 5
 
 
+def test_pixels_too_wide_for_the_classifier_that_the_network_has(
+    run: Path, train: str, test: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = 72 * 24  # numbers in the network's training features; the pixels have more
+    monkeypatch.setattr("ssl_pipeline.eval.linear.LARGEST_LOGISTIC", limit)
+    monkeypatch.setattr("ssl_pipeline.eval.suite_measures.LARGEST_LOGISTIC", limit)
+    assert call(f"run={run}", f"train={train}", f"test={test}", "k=5") == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("logistic regression top-1"))
+    assert row.split()[3] == "-"
+    linear_report, own = report(run, "linear"), report(run, "suite")
+    of_baselines = [baseline["solver"] for baseline in linear_report["baselines"].values()]
+    assert [linear_report["protocol"]["solver"], linear_report["solver"], *of_baselines] == ["sgd"] * 4
+    assert own["top1"] == own["sgd"]["top1"] == linear_report["top1"]
+    assert own["logistic"]["solver"] == "logistic"
+
+
 def test_classes_against_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(6, (300,), generator=generator)

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config import ConfigError, run_command
+from ssl_pipeline.eval.differences import doubts
 from ssl_pipeline.eval.measures import format_table
-from ssl_pipeline.eval.table import TableConfig, doubts, main, read_run, subject_of, summary, top1_of
+from ssl_pipeline.eval.table import Subject, TableConfig, main, read_run, subject_of, summary, titles_of, top1_of
 
 
 def write(run: Path, name: str, top1: float, protocol: dict[str, object] | None = None, **baselines: float) -> None:
@@ -14,7 +15,7 @@ def write(run: Path, name: str, top1: float, protocol: dict[str, object] | None 
         "top1": top1,
         "baselines": {model: {"top1": value} for model, value in baselines.items()},
     }
-    report |= {"protocol": protocol} if protocol else {}
+    report["protocol"] = protocol or {}
     (run / "eval" / f"{name}.json").write_text(json.dumps(report))
 
 
@@ -32,14 +33,19 @@ def test_one_row_per_model_and_one_column_per_evaluator(tmp_path: Path, capsys: 
     write(tmp_path, "linear", 97.5, raw_pixels=95.0, random=91.25)
     assert run_command(TableConfig, main, command="python -m eval.table", argv=[f"run={tmp_path}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["k-NN", "top-1", "linear", "top-1"]
+    assert lines[0].split() == ["k-NN", "top-1", "linear", "probe", "top-1"]
     assert lines[2].split() == ["raw", "pixels", "90.00", "%", "95.00", "%"]
     assert lines[3].split() == ["random", "initialisation", "84.00", "%", "91.25", "%"]
     assert lines[4].split() == ["pretrained", "96.00", "%", "97.50", "%"]
     assert lines[6:] == [
-        "The pretrained backbone is ahead of raw pixels in k-NN top-1 and linear top-1.",
+        "The pretrained backbone is ahead of raw pixels in k-NN top-1 and linear probe top-1.",
         "k-NN error: 16.00 % at random initialisation, 4.00 % pretrained: 4.0 times smaller.",
     ]
+
+
+def told(run: Path, subject: Subject | None = None) -> str:
+    reports = read_run(run)
+    return summary(top1_of(reports, run), titles_of(reports), subject or Subject())
 
 
 def about(label: str, weights: str, **more: str) -> dict[str, object]:
@@ -51,9 +57,9 @@ def test_a_network_is_called_what_it_is_and_its_weights_are_told(tmp_path: Path)
     for name in ("knn", "linear"):
         write(tmp_path, name, 96.0, protocol, raw_pixels=90.0, random=97.0)
     subject = subject_of(read_run(tmp_path), tmp_path)
-    text = summary(top1_of(read_run(tmp_path), tmp_path), subject)
+    text = told(tmp_path, subject)
     assert "pretrained" not in text
-    assert "resnet18 at random initialisation is ahead of raw pixels in k-NN top-1 and linear top-1." in text
+    assert "resnet18 at random initialisation is ahead of raw pixels in k-NN top-1 and linear probe top-1." in text
     assert text.splitlines()[-1] == "resnet18 at random initialisation: random initialisation, seed 0"
 
 
@@ -66,25 +72,59 @@ def test_reports_of_different_networks_are_not_joined(tmp_path: Path) -> None:
         subject_of(read_run(tmp_path), tmp_path)
 
 
+def report_of(top1: float, interval: tuple[float, float], **more: object) -> dict[str, object]:
+    return {"top1": top1, "top1_interval": interval, **more}
+
+
+def test_differences_within_the_interval_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "eval").mkdir()
+    baselines = {"raw_pixels": report_of(94.0, (91.0, 96.0)), "random": report_of(80.0, (76.0, 84.0))}
+    report = report_of(
+        95.0, (92.0, 97.0), baselines=baselines, protocol_hash="0123456789abcdef", solver="sgd", protocol={}
+    )
+    (tmp_path / "eval" / "linear.json").write_text(json.dumps(report))
+    few = [measure("one", 40.0, interval=[38, 42]), measure("ten", 60.0, interval=[58, 62])]
+    random = [measure("one", 39.0, interval=[37, 41]), measure("ten", 50.0, interval=[48, 52])]
+    shots = {"measures": few, "baselines": {"random": {"measures": random}}, "protocol": {}}
+    (tmp_path / "eval" / "few_shot.json").write_text(json.dumps(shots))
+    main(TableConfig(run=tmp_path))
+    printed = capsys.readouterr().out
+    assert "\nDifference within the interval: linear probe top-1 of pretrained and raw pixels.\n" in printed
+    assert "Protocols, as in eval/results.csv: linear probe top-1 0123456789abcdef.\n" in printed
+    assert "\nDifference within the interval to random initialisation: one.\n" in printed
+
+
+def test_the_two_protocols_of_linear_classifiers_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "eval").mkdir()
+    of_another = {"raw_pixels": {"top1": 99.0, "solver": "sgd"}, "random": {"top1": 80.0, "solver": "logistic"}}
+    report = {"top1": 95.0, "solver": "logistic", "baselines": of_another, "protocol": {}}
+    (tmp_path / "eval" / "linear.json").write_text(json.dumps(report))
+    main(TableConfig(run=tmp_path))
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].strip() == "logistic regression top-1"
+    assert "99.00" not in printed, "pixels were measured by the other one"
+    assert "warning: logistic regression top-1 leaves out raw_pixels: another classifier was trained." in printed
+
+
 def test_raw_pixels_that_win_are_named(tmp_path: Path) -> None:
     write(tmp_path, "knn", 96.0, raw_pixels=98.6, random=97.0)
     write(tmp_path, "linear", 97.5, raw_pixels=95.0, random=91.25)
-    text = summary(top1_of(read_run(tmp_path), tmp_path))
+    text = told(tmp_path)
     assert "Raw pixels beat the pretrained backbone in k-NN top-1: 98.60 % against 96.00 %." in text
-    assert "is ahead of raw pixels in linear top-1." in text
+    assert "is ahead of raw pixels in linear probe top-1." in text
     assert "3.00 % at random initialisation, 4.00 % pretrained: 1.3 times larger." in text
 
 
 def test_what_was_not_measured_is_left_open(tmp_path: Path) -> None:
     write(tmp_path, "knn", 96.0)
-    text = summary(top1_of(read_run(tmp_path), tmp_path))
+    text = told(tmp_path)
     assert "linear" not in text
     assert "No baselines were measured" in text
 
 
 def test_no_error_left_is_no_division_by_zero(tmp_path: Path) -> None:
     write(tmp_path, "knn", 100.0, random=84.0, raw_pixels=100.0)
-    text = summary(top1_of(read_run(tmp_path), tmp_path))
+    text = told(tmp_path)
     assert "0.00 % pretrained: none is left." in text
     assert "Raw pixels equal the pretrained backbone" in text
 
@@ -111,7 +151,8 @@ def write_protocols(run: Path, **protocols: dict[str, object]) -> None:
 
 def test_columns_of_the_same_images_are_not_doubted(tmp_path: Path) -> None:
     write_protocols(tmp_path, knn={"leave_one_out": False}, linear={})
-    assert doubts(read_run(tmp_path)) == []
+    reports = read_run(tmp_path)
+    assert doubts(reports, titles_of(reports)) == []
 
 
 @pytest.mark.parametrize("other", [{"test": "a", "leave_one_out": True}, {"test": "c"}, {"train": "c"}, {"size": 64}])

@@ -10,6 +10,7 @@ from ssl_pipeline.backbones import NormalisedLinear, Preprocessing, create_backb
 from ssl_pipeline.batch import Batch, RunFacts
 from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
+from ssl_pipeline.methods.few_labels import FewLabels
 from ssl_pipeline.methods.supervised import Supervised, SupervisedConfig
 from ssl_pipeline.modules import batch_mixing
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
@@ -169,3 +170,10 @@ def test_a_classifier_is_measured_in_evaluation_mode(tmp_path):
     monitor(torch.nn.Flatten(), PROGRESS)
     assert torch.equal(classifier.norm.running_mean, before)
     assert classifier.training
+
+
+def test_what_all_classifiers_share_stands_in_one_place():
+    own = vars(Supervised).keys() | SupervisedConfig.__annotations__.keys()
+    shared = {"prepare", "backbones", "classifier", "after_step", "num_classes", "teacher_momentum"}
+    assert not own & shared
+    assert issubclass(Supervised, FewLabels)

@@ -16,7 +16,7 @@ from ssl_pipeline.backbones.classifier import FILE_NAME as CLASSIFIER_FILE
 from ssl_pipeline.backbones.weights import is_tag
 from ssl_pipeline.config import printable, read_yaml
 from ssl_pipeline.eval.measures import read_measures
-from ssl_pipeline.eval.page.record import read_reports
+from ssl_pipeline.eval.results import read_reports
 
 CARD_FILE = "README.md"
 BACKBONE_FILE = "backbone.safetensors"
@@ -156,7 +156,7 @@ def _expected(found: BackboneOfRun) -> Iterator[tuple[str, object]]:
 def _results(run: Path, found: BackboneOfRun) -> list[str]:
     """What evaluators measured of these very weights; other weights of the run have other results."""
     rows = []
-    for name, report in read_reports(run).items():
+    for name, report in read_reports(run, picked=True).items():
         protocol = report["protocol"]
         if protocol.get("subject", {}).get("weights_sha256") != found.sha256:
             continue

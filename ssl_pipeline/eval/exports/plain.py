@@ -12,6 +12,17 @@ from torch import nn
 from ssl_pipeline.backbones import Argument, BackboneOfRun
 from ssl_pipeline.backbones.networks import TokenBackbone
 from ssl_pipeline.backbones.positions import resample_positions
+from ssl_pipeline.config import ConfigError
+
+
+def require_own_features(found: BackboneOfRun) -> None:
+    """Raises ConfigError for a network whose features are not those of timm's."""
+    config = found.backbone.config
+    if config.class_tokens:
+        raise ConfigError(
+            f"'{config.name}' with class_tokens={config.class_tokens} has the tokens of its blocks as features, which "
+            "timm's does not. format=backbone works, with ssl_pipeline.load."
+        )
 
 
 def plain_model(found: BackboneOfRun) -> nn.Module:

@@ -8,13 +8,13 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
 from ssl_pipeline.data.samples import ImageSource
 from ssl_pipeline.distributed import failing_together, gather, rank, world_size
 from ssl_pipeline.eval.features.kinds import FeatureKinds
+from ssl_pipeline.eval.progress import Bar, progress_bar
 from ssl_pipeline.machine import keep_freed_memory
 
 Item = TypeVar("Item")
@@ -119,7 +119,7 @@ def forward_passes(
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
     autocast = torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision != "no")
     with (
-        tqdm(total=len(samples), desc=description, unit="image", leave=False, delay=1.0, disable=rank() > 0) as bar,
+        progress_bar(len(samples), description, unit="image") as bar,
         eval_mode(network),
         torch.no_grad(),  # not inference_mode: what a backbone keeps (a position table) must serve training later
         autocast,
@@ -136,7 +136,7 @@ def _as_they_are(pixels_BCHW: Tensor, ids_B: Tensor, device: torch.device) -> Te
 
 
 def _counted(
-    batches: Iterable[tuple[dict[str, Tensor], Tensor]], bar: tqdm
+    batches: Iterable[tuple[dict[str, Tensor], Tensor]], bar: Bar
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """The same batches; each is counted once whoever asked for it is done with it."""
     for output, labels in batches:

@@ -62,15 +62,16 @@ class FeatureKinds(nn.Module):
             pooled, its_map = self.network.features_and_map(images)
             found = {"pooled": pooled, "map": its_map.flatten(2).mT}
             return {kind: found[kind].float() for kind in self.kinds}
-        layers = range(-self.last_blocks, 0) if "blocks" in self.kinds else ()
-        tokens = self.network.tokens(images, layers=layers)
+        blocks = self.last_blocks if "blocks" in self.kinds else 0
+        deepest = max(blocks, len(self.network.feature_layers) if "pooled" in self.kinds else 0)
+        tokens = self.network.tokens(images, layers=range(-deepest, 0))
         return {kind: self._of(kind, tokens).float() for kind in self.kinds}
 
     def _of(self, kind: Kind, tokens: Tokens) -> Tensor:
         if kind in ("patches", "map"):
             return tokens.patches
         if kind == "blocks":
-            return torch.cat([_class_or_mean(of_block) for of_block in tokens.layers], dim=1)
+            return torch.cat([_class_or_mean(of_block) for of_block in tokens.layers[-self.last_blocks :]], dim=1)
         if kind == "mean":
             return tokens.patches.mean(dim=1)
         if kind == "class":

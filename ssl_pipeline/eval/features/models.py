@@ -113,6 +113,12 @@ class EvaluatedModel:
     config: BackboneConfig | None
 
     @property
+    def width(self) -> int:
+        """How many numbers its features of an image are."""
+        of_pixels = 3 * self.preprocessing.size**2
+        return self.backbone.embed_dim if isinstance(self.backbone, Backbone) else of_pixels
+
+    @property
     def weights(self) -> str:
         """Where its weights come from, for the reader; empty for raw pixels, which have none."""
         sha256 = self.about.get("weights_sha256")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
-from ssl_pipeline.config import printable
-from ssl_pipeline.eval.page.html import colour
+from ssl_pipeline.eval.page.html import colour, text
 from ssl_pipeline.eval.page.metrics import Series
 
 WIDTH, HEIGHT = 360, 190
@@ -37,11 +35,11 @@ def curve(lines: Sequence[tuple[int, str, Series]]) -> str:
             parts.append(f'<line class="start" stroke="{shade}" {ends}/>')
         points = [place(step, value) for step, value in thinned(series)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        told = escape(printable(f"{name}: {number(series.values[-1])} at step {series.steps[-1]:,}"))
+        told = text(f"{name}: {number(series.values[-1])} at step {series.steps[-1]:,}")
         parts.append(f'<polyline class="curve" stroke="{shade}" points="{line}"><title>{told}</title></polyline>')
         dots = points if len(points) < 40 else points[-1:]
         parts += [f'<circle fill="{shade}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in dots]
-    label = escape(printable(f"{lines[0][2].title} from step {first} to {last}"))
+    label = text(f"{lines[0][2].title} from step {first} to {last}")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 

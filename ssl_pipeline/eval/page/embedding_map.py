@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from html import escape
 
 import torch
 from torch import Tensor
 
-from ssl_pipeline.config import printable
 from ssl_pipeline.eval.page.examples import Examples
-from ssl_pipeline.eval.page.html import Section, about, colour, legend, section
+from ssl_pipeline.eval.page.html import Section, about, colour, legend, section, text
 from ssl_pipeline.eval.page.pictures import thumbnail
 from ssl_pipeline.eval.page.style import NUM_COLOURS
 
@@ -27,7 +25,7 @@ def map_section(examples: Examples) -> Section:
     parts = []
     for name, (x, y) in zip(examples.classes, places, strict=True):
         fill = colour(most.index(name)) if name in most else "var(--faint)"
-        label = f"<title>{escape(printable(name))}</title>" if name else ""
+        label = f"<title>{text(name)}</title>" if name else ""
         parts.append(f'<circle fill="{fill}" fill-opacity="0.75" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{label}</circle>')
     for number in spread_out(_on_paper(points_N2), PICTURES, closest=PICTURE * 0.95):
         x, y = places[number]
@@ -35,7 +33,7 @@ def map_section(examples: Examples) -> Section:
         frame = colour(most.index(name)) if name in most else "var(--line)"
         box = f'x="{x - PICTURE / 2:.1f}" y="{y - PICTURE / 2:.1f}" width="{PICTURE}" height="{PICTURE}"'
         href = thumbnail(examples.index, examples.samples[number], side=THUMBNAIL)
-        label = f"<title>{escape(printable(name))}</title>" if name else ""
+        label = f"<title>{text(name)}</title>" if name else ""
         parts.append(f'<image href="{href}" {box} preserveAspectRatio="xMidYMid slice">{label}</image>')
         parts.append(f'<rect {box} fill="none" stroke="{frame}" stroke-width="2"/>')
     told = (
@@ -46,10 +44,7 @@ def map_section(examples: Examples) -> Section:
         "the classes with the most images, grey the others. Islands of one colour are classes that it tells apart; one "
         "cloud need not be bad, there are more dimensions than two."
     )
-    svg = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(printable(told, longest=None))}">'
-        f"{''.join(parts)}</svg>"
-    )
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(told)}">{"".join(parts)}</svg>'
     return section("Map of the embeddings", about(words), legend(most) if most else "", f'<div class="map">{svg}</div>')
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from ssl_pipeline.config import printable
+from ssl_pipeline.eval.page.places import shortened
 from ssl_pipeline.eval.page.style import NUM_COLOURS, STYLE
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -69,8 +70,8 @@ def _tile(tile: Tile) -> str:
 
 
 def text(words: object) -> str:
-    """Words of anybody as text that is nothing but text."""
-    return escape(printable(str(words), longest=None))
+    """Words of anybody as text that is nothing but text, without the paths of a machine."""
+    return escape(shortened(printable(str(words), longest=None)))
 
 
 def section(title: str, *parts: str) -> Section:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from ssl_pipeline.eval.intervals import WITHIN, Interval, intervals_overlap
 from ssl_pipeline.eval.page.curves import number
 from ssl_pipeline.eval.page.html import Section, Tile, about, finding, section
 from ssl_pipeline.eval.page.metrics import MONITORED, Series
 from ssl_pipeline.eval.page.record import Record
-from ssl_pipeline.eval.results import Report
+from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of
 
-CLASSIFIERS = (
-    ("knn", "k-NN"),
-    ("sgd", "linear probe"),
-    ("linear", "linear probe"),
-    ("logistic", "logistic regression"),
-)
+ON_FEATURES = ("knn", "sgd", "logistic")
+AGAINST = {"random": "at random initialisation", "raw_pixels": "with raw pixels"}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A top-1 in percent, with its interval if that is known."""
+
+    top1: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What tells most of a run: its accuracy by a classifier, those of the baselines, and of which images."""
+
+    classifier: str
+    own: Accuracy
+    baselines: Mapping[str, Accuracy]
+    images: str
 
 
 def conclusion(records: Sequence[Record]) -> str:
@@ -30,14 +46,13 @@ def conclusion(records: Sequence[Record]) -> str:
 def _found(record: Record) -> str:
     best = headline(record)
     if best is not None:
-        name, top1, interval, baselines, images = best
-        told = f"{name} recognises {top1:.1f} % of {images}"
-        if interval:
-            told += f" ({interval[0]:.1f} to {interval[1]:.1f})"
+        told = f"{best.classifier} recognises {best.own.top1:.1f} % of {best.images}"
+        if best.own.interval:
+            told += f" ({best.own.interval[0]:.1f} to {best.own.interval[1]:.1f})"
         against = [
-            f"{baselines[key]:.1f} % {words}"
-            for key, words in (("random", "at random initialisation"), ("raw_pixels", "with raw pixels"))
-            if key in baselines
+            f"{found.top1:.1f} % {AGAINST[name]}"
+            + (f" ({WITHIN})" if intervals_overlap(best.own.interval, found.interval) else "")
+            for name, found in ((name, best.baselines[name]) for name in AGAINST if name in best.baselines)
         ]
         return f"{told}, against {' and '.join(against)}" if against else told
     return _monitored(record)
@@ -60,32 +75,29 @@ def _compared(records: Sequence[Record]) -> str:
     """Which run is ahead by the measure that all of them have, and whether by more than chance."""
     found = {record.name: headline(record) for record in records}
     measured = {name: best for name, best in found.items() if best is not None}
-    if len(measured) == len(records) and len({best[0] for best in measured.values()}) == 1:
-        order = sorted(measured, key=lambda name: measured[name][1], reverse=True)
-        first, second = (measured[name] for name in order[:2])
-        told = (
-            f"{order[0]} is ahead in {first[0]} top-1 with {first[1]:.1f} %, before {order[1]} with {second[1]:.1f} %"
-        )
-        overlap = first[2] and second[2] and first[2][0] <= second[2][1]
-        return f"{told}, which may be chance" if overlap else told
+    if len(measured) == len(records) and len({best.classifier for best in measured.values()}) == 1:
+        order = sorted(measured, key=lambda name: measured[name].own.top1, reverse=True)
+        first, second = (measured[name].own for name in order[:2])
+        told = f"{order[0]} is ahead in {measured[order[0]].classifier} top-1 with {first.top1:.1f} %, before "
+        told += f"{order[1]} with {second.top1:.1f} %"
+        return f"{told} ({WITHIN})" if intervals_overlap(first.interval, second.interval) else told
     last = {record.name: _monitored(record) for record in records}
     return "; ".join(f"{name}: {words}" for name, words in last.items())
 
 
-def headline(record: Record) -> tuple[str, float, tuple[float, float] | None, dict[str, float], str] | None:
-    """What tells most of a run: a classifier, its top-1 with the interval, those of the baselines, of which images."""
+def headline(record: Record) -> Headline | None:
+    """That of the first report of a classifier on features; None without one."""
     for name, report in record.reports.items():
-        for key, title in CLASSIFIERS:
-            top1 = _top1(report, name, key)
-            if top1 is not None:
+        for key in ON_FEATURES:
+            own = _accuracy(report, name, key)
+            if own is not None:
                 baselines = {
-                    model: value
+                    model: found
                     for model, result in report.get("baselines", {}).items()
-                    if (value := _top1(result, name, key)) is not None
+                    if (found := _accuracy(result, name, key)) is not None
                 }
-                interval = _part(report, name, key).get("top1_interval")
                 images = "the images, each by all others" if _leaves_one_out(report) else "the test images"
-                return title, top1, tuple(interval) if interval else None, baselines, images
+                return Headline(CLASSIFIERS[key], own, baselines, images)
     return None
 
 
@@ -93,17 +105,16 @@ def _leaves_one_out(report: Report) -> bool:
     return bool(report.get("protocol", {}).get("leave_one_out"))
 
 
-def _top1(result: Report, name: str, key: str) -> float | None:
-    """Top-1 of a classifier in the suite's report, or in its own."""
-    value = _part(result, name, key).get("top1")
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _part(result: Report, name: str, key: str) -> Report:
-    """What a report says of a classifier; empty where it is about another."""
+def _accuracy(result: Report, name: str, key: str) -> Accuracy | None:
+    """That of a classifier in the suite's report, or in its own; None where the report is about another."""
     if name == "suite":
-        return result.get(key) or {}
-    return result if name.partition("-")[0] == key else {}
+        part: Report = result.get(key) or {}
+    else:
+        part = result if classifier_of(name.partition("-")[0], result) == key else {}
+    top1, interval = part.get("top1"), part.get("top1_interval")
+    if not isinstance(top1, int | float):
+        return None
+    return Accuracy(float(top1), (interval[0], interval[1]) if interval else None)
 
 
 def tiles(record: Record) -> list[Tile]:
@@ -111,11 +122,11 @@ def tiles(record: Record) -> list[Tile]:
     series = {one.name: one for one in record.series}
     found: list[Tile] = []
     for name, report in record.reports.items():
-        for key, title in CLASSIFIERS:
-            top1 = _top1(report, name, key)
-            random = _top1(report.get("baselines", {}).get("random", {}), name, key)
-            if top1 is not None and not any(tile.title == f"{title} top-1" for tile in found):
-                found.append(Tile(f"{title} top-1", f"{top1:.1f} %", f"{random:.1f} % at random" if random else ""))
+        for key in ON_FEATURES:
+            own, title = _accuracy(report, name, key), f"{CLASSIFIERS[key]} top-1"
+            random = _accuracy(report.get("baselines", {}).get("random", {}), name, key)
+            if own is not None and not any(tile.title == title for tile in found):
+                found.append(Tile(title, f"{own.top1:.1f} %", f"{random.top1:.1f} % at random" if random else ""))
     measured = {tile.title for tile in found}
     for name in ("knn_top1", "classifier_top1", "rankme_percent", "loss"):
         if name in series and not (name == "knn_top1" and "k-NN top-1" in measured):

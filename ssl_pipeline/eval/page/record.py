@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssl_pipeline.config import ConfigError, Tree
 from ssl_pipeline.eval.page.metrics import Series, read_series
-from ssl_pipeline.eval.results import Report
+from ssl_pipeline.eval.results import Report, read_reports
 from ssl_pipeline.run.directory import Status, read_status
 from ssl_pipeline.run.doctor import Finding, Row
 from ssl_pipeline.run.doctor.case import Case, schedule_of
 from ssl_pipeline.run.doctor.records import examine, read_rows, settings_of
 
-FIRST_REPORTS = ("suite", "knn", "linear")
 SCHEDULE_POINTS = 80
 
 
@@ -44,7 +43,7 @@ def read_record(run: Path) -> Record:
     """All of a run, which may still be training. Raises ConfigError for a directory in which nothing ran."""
     if not run.is_dir():
         raise ConfigError(f"run={run} must be the directory of a run. There is none.")
-    series, reports = read_series(run), read_reports(run)
+    series, reports = read_series(run), read_reports(run, picked=True)
     if not series and not reports:
         raise ConfigError(f"run={run} has neither metrics.jsonl nor a report in eval/: nothing ran there.")
     text = _config_text(run)
@@ -62,23 +61,14 @@ def read_record(run: Path) -> Record:
     )
 
 
-def read_reports(run: Path) -> dict[str, Report]:
-    """The reports in `DIR/eval` by name, those of the suite first; ConfigError for a file that is none."""
-    found: dict[str, Report] = {}
-    paths = {path.stem: path for path in sorted((run / "eval").glob("*.json"))}
-    for name in sorted(paths, key=lambda name: (_place(name), name)):
-        try:
-            report = json.loads(paths[name].read_text(encoding="utf-8"))
-            dict(report.get("baselines", {})), dict(report["protocol"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            command = f"eval.{name.partition('-')[0]}"
-            raise ConfigError(f"{paths[name]} is not a report of {command} ({error}). Run it again.") from None
-        found[name] = report
-    return found
-
-
-def _place(name: str) -> int:
-    return FIRST_REPORTS.index(name) if name in FIRST_REPORTS else len(FIRST_REPORTS)
+def told_apart(records: Sequence[Record]) -> list[Record]:
+    """Runs by their directories' names, with as much of what is above as tells them apart."""
+    paths = [record.path.resolve() for record in records]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [replace(record, name=name) for record, name in zip(records, names, strict=True)]
 
 
 def _config_text(run: Path) -> str:

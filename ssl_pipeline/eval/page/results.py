@@ -6,14 +6,15 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.record import Record
-from ssl_pipeline.eval.results import Report, differing
+from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, comparable, differing
 from ssl_pipeline.eval.table import MODELS
 
-PARTS_OF_SUITE = {"knn": "k-NN", "logistic": "logistic regression", "sgd": "linear probe"}
-NAMES = {**PARTS_OF_SUITE, "linear": "linear probe", "suite": "classifiers and spectrum"}
+PARTS_OF_SUITE = ("knn", "logistic", "sgd")
+NAMES = {**CLASSIFIERS, "suite": "classifiers and spectrum"}
 MINOR = ("top5", "validation")
 """What names of figures begin with that are looked at second."""
 WITHIN_SUITE = ("knn", "linear")
@@ -33,8 +34,8 @@ def results_section(records: Sequence[Record]) -> Section:
     parts = [
         about(
             "Each row is a figure, each column a network. What counts is the distance to the same network at random "
-            "initialisation; raw pixels say how hard the images are. In brackets is the 95 % interval: two figures "
-            "whose intervals overlap do not differ for sure."
+            f"initialisation; raw pixels say how hard the images are. In brackets is the 95 % interval ({METHOD}): two "
+            "figures whose intervals overlap do not differ for sure."
         )
     ]
     for name in names:
@@ -47,11 +48,12 @@ def shown_reports(reports: Mapping[str, Report]) -> list[str]:
     suite = reports.get("suite")
 
     def is_within(name: str) -> bool:
-        return (
-            suite is not None
-            and name in WITHIN_SUITE
-            and reports[name]["protocol"].get("subject") == suite["protocol"].get("subject")
-        )
+        if suite is None or name not in WITHIN_SUITE:
+            return False
+        own, of_suite = reports[name]["protocol"], suite["protocol"]
+        shared = {key: value for key, value in of_suite.items() if key not in WITHIN_SUITE}
+        same = comparable({**of_suite.get(name, {}), **shared}) == comparable(own)
+        return same and own.get("subject") == of_suite.get("subject")
 
     return [name for name in reports if not is_within(name)]
 
@@ -68,7 +70,7 @@ def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
         title = next(measure.title for measure in of_models if measure is not None)
         (minor if key.rpartition(".")[2].startswith(MINOR) else major).append([title, *map(_cell, of_models)])
     header, (subject, *told) = ["", *found], told_protocol(first["protocol"]) or ["-"]
-    parts = [heading(_words(name)), paragraph(subject), *_doubts(reports)]
+    parts = [heading(_words(name, first)), paragraph(subject), *_doubts(reports)]
     parts.append(table_of(header, major or minor))
     if major and minor:
         parts.append(folded("More figures", table_of(header, minor)))
@@ -93,17 +95,18 @@ def _doubts(reports: Mapping[str, Report]) -> list[str]:
 def figures(name: str, result: Report) -> dict[str, Measure]:
     """The measures of one model's part of a report; of the suite those of its classifiers too."""
     of_parts = {
-        f"{part}.{key}": replace(measure, title=f"{title}, {measure.title}")
-        for part, title in PARTS_OF_SUITE.items()
+        f"{part}.{key}": replace(measure, title=f"{CLASSIFIERS[part]}, {measure.title}")
+        for part in PARTS_OF_SUITE
         if name == "suite" and part in result
         for key, measure in read_measures(result[part]).items()
     }
     return of_parts or read_measures(result) if "measures" not in result else of_parts | read_measures(result)
 
 
-def _words(name: str) -> str:
-    """A name as people write it; of a report with what `which` and `step` picked."""
+def _words(name: str, report: Report) -> str:
+    """What people call a report, with what `which` and `step` picked."""
     first, *picked = name.split("-")
+    first = classifier_of(first, report)
     return ", ".join([NAMES.get(first, first.replace("_", " ")), *([" ".join(picked)] if picked else [])])
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssl_pipeline.eval.progress import counted
+
 SEARCH_MEMORY = 2**30  # bytes of temporary tensors; the coarse copy of the training features comes on top
 MOST_QUERIES = 1024  # per block of queries: more make the product no faster
 COPIED_ROWS = 8_192  # training rows rounded at once
@@ -118,7 +120,7 @@ def block_neighbours(
     parts = test_ND.tensor_split(-(-len(test_ND) // plan.queries))  # balanced: no small product at the end
     scores_NX = train_MD.new_full((len(parts[0]), plan.blocks * plan.block), -torch.inf, dtype=dtype)
     found = []
-    for queries_ND in parts:
+    for queries_ND in counted(parts, "nearest neighbours", unit="block"):
         candidates_NC, complete_N = _candidates(coarse, queries_ND, scores_NX[: len(queries_ND)], k=k, plan=plan)
         similarities_NK, neighbours_NK = _score_again(train_MD, queries_ND, candidates_NC, k=k, memory=plan.rescored)
         hard = (~complete_N).nonzero().flatten()

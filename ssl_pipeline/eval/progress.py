@@ -1,0 +1,28 @@
+"""The bar that tells how far a computation of an evaluator is, and how long it takes; the first process shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from ssl_pipeline.distributed import rank
+
+Item = TypeVar("Item")
+
+
+Bar = tqdm
+
+
+def progress_bar(total: int, description: str, *, unit: str) -> Bar:
+    """A bar that appears after a second, and goes when its block is left."""
+    return tqdm(total=total, desc=description, unit=unit, leave=False, delay=1.0, disable=rank() > 0)
+
+
+def counted(items: Sequence[Item], description: str, *, unit: str) -> Iterator[Item]:
+    """The same items; each is counted once whoever asked for it is done with it."""
+    with progress_bar(len(items), description, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
