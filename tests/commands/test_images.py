@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
-from ssl_pipeline.commands import pretrain
+from ssl_pipeline.commands import first_look, pretrain
 from ssl_pipeline.commands.first_look import Look, largest_view
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.pretrain import PretrainConfig
@@ -326,3 +326,13 @@ def test_labels_are_watched_where_the_choice_would_leave_k_nn_out(tmp_path):
     assert found[0] == "recipe=cifar10_simclr_resnet18"
     (knn,) = [argument for argument in found if argument.partition("=")[0] == "knn"]
     assert knn.startswith("knn={every")
+
+
+def test_the_images_are_looked_at_once_before_they_are_packed(tmp_path, monkeypatch):
+    looked, look_at = [], first_look.look_at
+    monkeypatch.setattr(first_look, "look_at", lambda files: looked.append(files) or look_at(files))
+    arguments = [f"images={folder(tmp_path)}", f"output={tmp_path / 'run'}", "data.batch_size=2"]
+    expand([*arguments, "train.steps=1"], timed=PretrainConfig)
+    assert len(looked) == 1
+    expand(arguments)
+    assert len(looked) == 1
