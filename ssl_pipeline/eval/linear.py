@@ -208,10 +208,11 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
     images = open_labelled(config.train, config.test, task="the linear probe")
     kinds: tuple[Kind, ...] = TOKEN_KINDS if config.inputs == "tokens" else ()
     models = open_models(config)
-    if kinds and not isinstance(models.model.backbone, TokenBackbone):
+    network = models.model.backbone
+    if kinds and not isinstance(network, TokenBackbone):
         raise ConfigError(
-            f"inputs=tokens needs a network with tokens. '{getattr(models.model.backbone, 'name', models.model.label)}' "
-            f"has none; take inputs=pooled. Networks that have: {NETWORKS_WITH_TOKENS}."
+            f"inputs=tokens needs a network with tokens. '{getattr(network, 'name', models.model.label)}' has none; "
+            f"take inputs=pooled. Networks that have: {NETWORKS_WITH_TOKENS}."
         )
     widest = max(_widest_input(one, kinds) for one in (models.model, *models.baselines.values()))
     config = config.model_copy(update={"solver": solver_for(config, len(images.train) * widest)})  # one for all of them
