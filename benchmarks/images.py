@@ -20,7 +20,7 @@ from benchmarks.settings import BenchmarkConfig
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import RECIPES, ConfigError, read_recipe
 from ssl_pipeline.data.decode import decode_image
-from ssl_pipeline.data_tools.sources import open_source
+from ssl_pipeline.packing.sources import open_source
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SAMPLES_PER_SHARD = 64

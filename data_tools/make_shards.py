@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ssl_pipeline.data_tools.make_shards import command
+from ssl_pipeline.packing.make_shards import command
 
 if __name__ == "__main__":
     sys.exit(command())

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssl_pipeline.config import RunError, failure_sentence
+from ssl_pipeline.config import RunError, failure_sentence, launched_processes
 
 LONGEST_TOLD = 400  # bytes of an error that other processes are told
 
@@ -28,8 +28,7 @@ def world_size() -> int:
 @contextmanager
 def process_group() -> Iterator[None]:
     """Inside the block the processes that torchrun has started are one group; a process alone is none."""
-    number = os.environ.get("WORLD_SIZE", "")
-    if not number.isdecimal() or int(number) < 2 or dist.is_initialized():
+    if launched_processes() < 2 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():

@@ -45,7 +45,7 @@ ADAMW = {"name": "adamw", "lr": {"value": 1e-3, "warmup": 2}, "weight_decay": 0.
 class Happening:
     """What happens just before the forward pass of micro-batch number `at` (from 0) of this process.
 
-    what: nothing, a signal name, "kill a worker", "hang" or "nan".
+    what: nothing, a signal name, "kill a worker", "hang", "no memory" or "nan".
     on_rank: only there.
     record: files (suffix: the rank) that get the sample ids of each micro-batch; record_labelled: of its labelled one.
     slow_save: a file that appears when a checkpoint is half written; the process then waits to be killed.
@@ -235,5 +235,7 @@ def _happen(what: str, views: Tensor) -> None:
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     elif what == "hang":
         time.sleep(60)
+    elif what == "no memory":
+        raise MemoryError
     elif what == "nan":
         views[0, 0] = torch.nan

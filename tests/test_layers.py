@@ -18,6 +18,7 @@ STARTS = {  # commands that compose rooms; the others are called as they are
     "finetune": "ssl_pipeline.commands.finetune",
     "eval.compare": "ssl_pipeline.commands.compare",
     "eval.embed": "ssl_pipeline.commands.embed",
+    "data_tools.make_shards": "ssl_pipeline.packing.make_shards",
     "data_tools.deduplicate": "ssl_pipeline.commands.deduplicate",
     "data_tools.curate": "ssl_pipeline.commands.curate",
     "eval.predict": "ssl_pipeline.commands.predict",
@@ -32,6 +33,7 @@ ROWS = [
     "schedule distributed sharded mixing augment backbones run",
     "machine modules losses optim",
     "data methods",
+    "packing",
     "training eval",
     "data_tools",
     "commands",
@@ -49,6 +51,7 @@ STRANGERS = [  # rooms of one row, or of a row below, that do not know each othe
     ("eval", "training"),
     ("eval", "methods"),
     ("eval", "optim"),
+    ("training", "packing"),
     ("data_tools", "training"),
     ("data_tools", "methods"),
 ]

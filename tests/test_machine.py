@@ -1,5 +1,8 @@
 """What a process may still take of the memory: the machine's, the container's, and not that of its siblings."""
 
+import ctypes
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 
 from ssl_pipeline import machine as module
-from ssl_pipeline.machine import cores_per_process, free_bytes, free_host_bytes
+from ssl_pipeline.machine import AS_BY_DEFAULT, cores_per_process, free_bytes, free_host_bytes, keep_freed_memory
 
 Machine = Callable[..., None]
 V1 = {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "caches": "total_inactive_file 30\ncache 500"}
@@ -125,3 +128,44 @@ def test_a_container_may_have_fewer_cores_than_the_machine(tmp_path, text, cores
     (tmp_path / "cpu.max").write_text(text)
     assert module._container_cores(tmp_path / "cpu.max") == cores
     assert module._container_cores(tmp_path / "missing") == float("inf")
+
+
+@pytest.fixture
+def own_allocator(monkeypatch: pytest.MonkeyPatch):
+    """The C library's allocator with nothing said of it outside; skips where it is another library's."""
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+    if not keep_freed_memory(most=AS_BY_DEFAULT):
+        pytest.skip("needs glibc")
+    yield
+    keep_freed_memory(most=AS_BY_DEFAULT)
+
+
+def pages_cleared() -> int:
+    """Pages that the system has to clear for a block of 64 MB, after one that has been freed."""
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = ctypes.c_void_p(library.malloc(2**26))
+        ctypes.memset(block, 1, 2**26)
+        library.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_serves_the_next_batch(own_allocator: None) -> None:
+    given_back = pages_cleared()
+
+    assert keep_freed_memory()
+
+    assert given_back > 0
+    assert pages_cleared() < given_back / 10
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_of_the_allocator_stays(
+    own_allocator: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "glibc.malloc.arena_max=1" if name == "GLIBC_TUNABLES" else "1")
+
+    assert not keep_freed_memory()

@@ -19,7 +19,6 @@ from ssl_pipeline.config import RECIPES, Config, ConfigError, Tree, load, recipe
 from ssl_pipeline.config.ranges import numbers_in, ranges_of
 from ssl_pipeline.config.schema import annotation_at
 from ssl_pipeline.data_tools.check_shards import CheckShards
-from ssl_pipeline.data_tools.make_shards import MakeShards
 from ssl_pipeline.data_tools.split_labels import SplitLabels
 from ssl_pipeline.eval.clustering import ClusteringConfig
 from ssl_pipeline.eval.dense_sets import DenseConfig
@@ -31,6 +30,7 @@ from ssl_pipeline.eval.retrieval import RetrievalConfig
 from ssl_pipeline.eval.robustness import RobustnessConfig
 from ssl_pipeline.eval.suite_measures import SuiteConfig
 from ssl_pipeline.eval.table import TableConfig
+from ssl_pipeline.packing.make_shards import MakeShards
 from ssl_pipeline.schedule import Progress, Schedule
 
 PROBES = (FewShotConfig, RetrievalConfig, LabelFreeConfig, DenseConfig, ClusteringConfig, RobustnessConfig)
@@ -187,6 +187,9 @@ BAD = [
     ("method.student_temperature=0", "method.student_temperature must be above 0. Got 0."),
     ("optim.weight_decay=-0.5", "optim.weight_decay.value must be between 0 and 100. Got -0.5."),
     ("optim.lr.final=-1", "optim.lr.final must be between 0 and 1000. Got -1."),
+    ("optim.lr=1e13", "optim.lr.value must be between 0 and 1000. Got 10000000000000."),
+    ("optim.lr={value: -1e13, warmup: 5%}", "optim.lr.value must be between 0 and 1000. Got -10000000000000."),
+    ("optim.clip_norm=null", "optim.clip_norm must be a number for clip_each=true, "),
     ("optim.betas=0.9,1", "optim.betas must be at least 0 and below 1. Got 1."),
     (
         "data.mean=[123.675,116.28,103.53]",

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import timm
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from timm.models import is_model_in_modules
 
+from ssl_pipeline.backbones.weights import without_name
 from ssl_pipeline.config import Config, ConfigError, MayChange, PlaceText
 
 RESERVED_ARGUMENTS = {
@@ -49,7 +50,7 @@ class BackboneConfig(Config):
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
     weights: MayChange[PlaceText | None] = None  # to another place of the same bytes: `resume` looks at these
     """Weights to start from: a file (.safetensors, .pth, .pt), a run's directory or that of one of its checkpoints, or
-    the tag of a pretrained timm model."""
+    the tag of a pretrained timm model, alone or with the model's name before it."""
     weights_from: str | None = None
     """Which network of the weights: `teacher` or `student` of a file, a backbone of a run by name; by default the one
     that is usually evaluated."""
@@ -82,6 +83,11 @@ class BackboneConfig(Config):
         """All but `small_images` where the new network is a ResNet: that is about the images."""
         keeps_stem = timm.is_model(name) and is_model_in_modules(name, ["resnet"])
         return tuple(key for key in cls.model_fields if key != "small_images" or not keeps_stem)
+
+    @field_validator("weights")
+    @classmethod
+    def _tag_alone(cls, weights: str | None, info: ValidationInfo) -> str | None:
+        return None if weights is None else without_name(weights, str(info.data.get("name")))
 
     @model_validator(mode="after")
     def _arguments_are_the_models_own(self) -> BackboneConfig:

@@ -17,8 +17,11 @@ from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
 from ssl_pipeline.backbones.reversible import mark_reversible
 from ssl_pipeline.backbones.small_stem import shrink_stem, takes_small_stem
 from ssl_pipeline.backbones.tokens import has_tokens
-from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source
-from ssl_pipeline.config import ConfigError, nearest
+from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source, to_be_fetched
+from ssl_pipeline.config import ConfigError, nearest, some_of
+from ssl_pipeline.config.printing import note
+
+TAKES_A_FILE = "Where that cannot be reached, backbone.weights=FILE takes a file that was fetched elsewhere."
 
 
 def create_backbone(config: BackboneConfig) -> Backbone:
@@ -84,7 +87,7 @@ def _check_tag(name: str, tag: str) -> None:
     known = timm.list_pretrained(f"{name}.*")
     if f"{name}.{tag}" not in known:
         raise ConfigError(
-            f"backbone.weights: no file, no run and no pretrained '{name}.{tag}'. Known: {', '.join(known) or 'none'}"
+            f"backbone.weights: no file, no run and no pretrained '{name}.{tag}'. Known: {some_of(known, tag)}"
         )
 
 
@@ -93,6 +96,8 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
     arguments: dict[str, Any] = dict(config.arguments)
     if tag is not None:
         name = f"{config.name}.{tag}"
+        if (place := to_be_fetched(name)) is not None:
+            note(f"fetching the weights {name} from {place}. {TAKES_A_FILE}")
     if config.drop_path:
         arguments["drop_path_rate"] = config.drop_path
     try:
@@ -103,6 +108,10 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
                 raise
             return timm.create_model(name, tag is not None, num_classes=0, **arguments)
     except Exception as error:  # whatever timm raises, the cause is in the config or the connection
+        if tag is not None and isinstance(error, OSError):
+            raise ConfigError(
+                f"The weights {name} cannot be fetched: {first_line(error).rstrip('.')}. {TAKES_A_FILE}"
+            ) from error
         unwanted = next((argument for argument in config.arguments if f"'{argument}'" in str(error)), None)
         hint = f" backbone.arguments.{unwanted}=null leaves it out." if unwanted else ""
         hint = " Set backbone.drop_path=0." if config.drop_path and "'drop_path_rate'" in str(error) else hint

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 
-from ssl_pipeline.backbones.config import architecture_of
+from ssl_pipeline.backbones.config import RESERVED_ARGUMENTS, architecture_of
 from ssl_pipeline.backbones.exported import takes_export
-from ssl_pipeline.backbones.weights import find_in_run, is_tag
+from ssl_pipeline.backbones.weights import find_in_run, is_tag, without_name
 
 EXPORT, MODELS = "backbone.safetensors", ("model.safetensors", "pytorch_model.bin")
 
@@ -22,7 +22,7 @@ class Known:
     """What is known of weights; None: nothing."""
 
     network: dict[str, object] | None = None
-    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run and a tag alone."""
+    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run, an export, a tag."""
     size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -33,12 +33,14 @@ class Known:
 def known_of(weights: str, *, name: str | None, which: str | None = None) -> Known:
     """What is known of `weights`: a tag of timm, a run or its export, a model of Hugging Face, or another file.
 
-    name: the architecture, where it is known; which: the network of a run. Of a file that says nothing of itself, the
+    name: the architecture, where it is known; a tag may have it before it (resnet18.a1_in1k). which: the network of a
+    run. Of a file that says nothing of itself, the
     mean and deviation are those of timm's weights of the architecture, if all of them have the same: a ViT's differ
     between supervised (0.5) and self-supervised ones (ImageNet's). Raises ConfigError for a run without a checkpoint.
     """
     if is_tag(weights):
-        return _of_tag(name, weights) if name else Known()
+        name = weights.partition(".")[0] if name is None and names_its_network(weights) else name
+        return _of_tag(name, without_name(weights, name)) if name else Known()
     place = Path(weights).expanduser()
     if not place.exists():
         return Known()
@@ -46,16 +48,22 @@ def known_of(weights: str, *, name: str | None, which: str | None = None) -> Kno
     is_export = takes_export(place, which=which) if place.is_dir() else place.name == EXPORT
     if is_export and (folder / "backbone.json").is_file():
         about = json.loads((folder / "backbone.json").read_bytes())
-        whole = Known(architecture_of(about), about["size"], about["mean"], about["std"], str(place))
-        return whole if place.is_dir() else replace(whole, network=None, size=None)
+        return Known(architecture_of(about), about["size"], about["mean"], about["std"], str(place))
     if place.is_dir() and ((place / "checkpoints").is_dir() or (place / "manifest.json").is_file()):
         _, _, saved = find_in_run(place, which=which)
         return Known(architecture_of(saved.config), saved.size, saved.mean, saved.std, str(place))
     if place.is_dir() or place.name in MODELS:
         mean, std, file = _of_model(folder)
         if file is not None:
-            return Known(mean=mean, std=std, of=str(file))
+            network, size = _of_timm_folder(file)
+            return Known(network, size, mean, std, str(file))
     return _of_architecture(name) if name else Known()
+
+
+def names_its_network(weights: str) -> bool:
+    """Whether they are a tag of timm with the model's name before it, such as resnet18.a1_in1k."""
+    name, _, tag = weights.partition(".")
+    return is_tag(weights) and bool(tag) and timm.is_model(name)
 
 
 def _of_tag(name: str, tag: str) -> Known:
@@ -93,6 +101,17 @@ def _of_model(folder: Path) -> tuple[Sequence[float] | None, Sequence[float] | N
         if all(isinstance(values, list) and len(values) == 3 for values in (mean, std)):
             return mean, std, file
     return None, None, None
+
+
+def _of_timm_folder(config: Path) -> tuple[dict[str, object] | None, int | None]:
+    """The architecture and the image size that the config.json of a timm model names, if it is one."""
+    about = json.loads(config.read_bytes())
+    name, published, arguments = (about.get(key) for key in ("architecture", "pretrained_cfg", "model_args"))
+    if not isinstance(name, str) or not timm.is_model(name) or not isinstance(published, dict):
+        return None, None
+    size = published.get("input_size")
+    own = {key: value for key, value in (arguments or {}).items() if key not in RESERVED_ARGUMENTS}
+    return {"name": name, "arguments": own}, size[-1] if isinstance(size, list) else None
 
 
 def normalised(mean: Sequence[float], std: Sequence[float], of: str) -> str:

@@ -36,13 +36,18 @@ class BackboneOfRun:
     sha256: str
 
 
+def require_run(run: Path) -> None:
+    """Raise ConfigError for what is no directory."""
+    if not run.is_dir():
+        raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+
+
 def load_run(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:
     """The newest backbone of the run, be it exported or in a checkpoint, or that of one step, or another one by name.
 
     Raises ConfigError as `load_from_checkpoint` does, and for a directory that is none.
     """
-    if not run.is_dir():
-        raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+    require_run(run)
     if run.parent.name == "checkpoints" and (run / "manifest.json").is_file():
         raise ConfigError(f"run={run} must be the directory of a run. It is a checkpoint of {run.parent.parent}.")
     if not takes_export(run, which=which, step=step):

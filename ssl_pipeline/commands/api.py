@@ -22,13 +22,11 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Backbone, load_run
 from ssl_pipeline.commands import pretrain as command
-from ssl_pipeline.commands.images import DIGITS, expand, holds_shards, leaves
+from ssl_pipeline.commands.images import expand, leaves
 from ssl_pipeline.commands.report import report
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, Value, failure_sentence, is_out_of_memory, load
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import ORIGINS_FILE
-from ssl_pipeline.data_tools.output import REJECTED_FILE
-from ssl_pipeline.data_tools.packed_once import pack_once
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.intervals import share_interval
@@ -36,9 +34,12 @@ from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
 from ssl_pipeline.eval.votes import votes_accuracy
+from ssl_pipeline.packing.images_as_shards import holds_shards
+from ssl_pipeline.packing.output import REJECTED_FILE
+from ssl_pipeline.packing.packed_once import pack_once
 
 ARGUMENTS = {"images": "images", "data.shards": "shards", "recipe": "recipe", "output": "output"}
-KNN = "k-NN"
+KNN, DIGITS = "k-NN", "digits"
 
 Source = str | Path | tuple[str, ...]
 """Shards in any form of data.shards, or a folder or zip of images."""
@@ -207,7 +208,7 @@ def _shards_of(source: Source, key: str) -> Iterator[Source]:
     if isinstance(source, tuple) or not _holds_images(source):
         yield source
         return
-    text = str(source) if str(source) == DIGITS else str(Path(source).expanduser())
+    text = str(Path(source).expanduser())
     with tempfile.TemporaryDirectory(prefix="ssl_pipeline-") as place:
         with redirect_stdout(io.StringIO()):  # it names a place that is soon gone
             shards = pack_once(text, Path(place), key=key)

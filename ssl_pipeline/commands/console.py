@@ -29,7 +29,7 @@ COMMANDS = {
     "compare": "ssl_pipeline.commands.compare",
     "self-training": "ssl_pipeline.commands.self_training",
     "export": "ssl_pipeline.eval.export",
-    "make-shards": "ssl_pipeline.data_tools.make_shards",
+    "make-shards": "ssl_pipeline.packing.make_shards",
     "check-shards": "ssl_pipeline.data_tools.check_shards",
     "split-labels": "ssl_pipeline.data_tools.split_labels",
     "deduplicate": "ssl_pipeline.commands.deduplicate",

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError, printable
+from ssl_pipeline.config import printable
+from ssl_pipeline.config.output_file import OutputFile
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.subset import open_subset, write_keep
@@ -26,8 +27,10 @@ from ssl_pipeline.files import JSON, write_text
 MOST_SHOWN = 16  # pictures of one group
 
 
-class CurationConfig(PassChoice):
+class CurationConfig(PassChoice, OutputFile):
     """Shards, a model that says what is alike, and the file to write."""
+
+    suffixes = (".npy",)
 
     shards: str
     """The images to choose from: shards as data.shards takes them."""
@@ -39,15 +42,6 @@ class CurationConfig(PassChoice):
     """Where features are kept for the next call: by default RUN/eval/cache, or FILE.features beside the output."""
     shown: int = Field(100, ge=0, le=2000)
     """Groups of pictures in FILE.html; 0 leaves it out."""
-    overwrite: bool = False
-    """Whether a file that is there already is replaced."""
-
-    @field_validator("output")
-    @classmethod
-    def _is_an_array(cls, output: Path) -> Path:
-        if output.suffix != ".npy":
-            raise ValueError(f"output must end in .npy. Got '{output.name}'.")
-        return output
 
     @property
     def cache_directory(self) -> Path:
@@ -56,14 +50,12 @@ class CurationConfig(PassChoice):
 
 def open_images(config: CurationConfig) -> tuple[ShardIndex, EvaluatedModel]:
     """The images and the model; refuses, before anything is computed, what would fail at the end."""
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"output={config.output} exists. Choose another name, or set overwrite=true.")
+    config.begin_output()
     index = open_subset(config.shards, keep=config.keep)
     if not len(index):
         raise DataError(f"shards={config.shards} has no images.")
     model = open_model(config)
     look_at_first(index, model.preprocessing.size)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     return index, model
 
 

@@ -6,51 +6,43 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from ssl_pipeline.commands.images import open_source
-from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
+from ssl_pipeline.config import PlaceText, printable, run_command
+from ssl_pipeline.config.output_file import OutputFile
 from ssl_pipeline.data_tools.features import PassChoice, engine_pass
 from ssl_pipeline.distributed import process_group, rank, wait_for_all
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import open_model
 from ssl_pipeline.eval.features.passes import choose_device
-from ssl_pipeline.eval.features.rows import write_npz, write_parquet
+from ssl_pipeline.eval.features.rows import write_csv, write_npz, write_parquet
 from ssl_pipeline.eval.labelled import look_at_first
+from ssl_pipeline.packing.images_as_shards import open_source
 
-WRITERS = {".parquet": write_parquet, ".npz": write_npz}
+WRITERS = {".csv": write_csv, ".parquet": write_parquet, ".npz": write_npz}
 
 
-class EmbedConfig(PassChoice):
+class EmbedConfig(PassChoice, OutputFile):
     """Features of images by a run's backbone or a timm model, a row for each image, as a file."""
+
+    suffixes = (".csv", ".parquet", ".npz")
 
     source: PlaceText
     """A folder or zip of images, packed once into OUTPUT.cache; or shards."""
     output: Path
-    """The file that is written: FILE.parquet or FILE.npz."""
+    """The file that is written: FILE.csv, FILE.parquet or FILE.npz."""
     kind: Literal["pooled", "class", "blocks"] = "pooled"
     """What is kept of each image: `pooled` is what the evaluators measure, `class` the class token of a ViT, `blocks`
     the class tokens of its last blocks, one after the other."""
     last_blocks: Annotated[int, Field(gt=0)] = 4
     """How many blocks `kind=blocks` takes."""
-    overwrite: bool = False
-    """Whether a file that is there already is replaced."""
-
-    @field_validator("output")
-    @classmethod
-    def _known_suffix(cls, output: Path) -> Path:
-        if output.suffix not in WRITERS:
-            raise ValueError(f"output must end in .parquet or .npz. Got '{output.name}'.")
-        return output
 
 
 def embed(config: EmbedConfig) -> None:
     """Write the file; with the processes of torchrun each computes a share of the images."""
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"output={config.output} exists. Choose another name, or set overwrite=true.")
+    config.begin_output()
     model = open_model(config)
     network = FeatureKinds(model.backbone, (config.kind,), last_blocks=config.last_blocks)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     cache = config.output.with_name(f"{config.output.name}.cache")
     shards, index = open_source(config.source, cache)
     look_at_first(index, model.preprocessing.size)

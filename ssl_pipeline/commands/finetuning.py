@@ -6,50 +6,46 @@ weights are of (network, size, colours) is read from where they come from. At th
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from ssl_pipeline.backbones import Backbone, BackboneConfig, TokenBackbone, create_backbone
-from ssl_pipeline.backbones.known import Known, known_of, normalised
-from ssl_pipeline.backbones.networks import batch_norms
+from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.backbones.weights import is_tag
 from ssl_pipeline.commands.finetune import OWN_KEYS
-from ssl_pipeline.commands.images import shards_of
+from ssl_pipeline.commands.known_weights import StartingWeights, starting_weights
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
+from ssl_pipeline.commands.trial import check_before_packing
 from ssl_pipeline.config import (
     RECIPES,
     ConfigError,
-    Tree,
     launched_rank,
     printable,
     read_recipe,
     refuse,
     run_command,
-    validate,
     without_flags,
 )
 from ssl_pipeline.config.arguments import keys_of
-from ssl_pipeline.config.printing import note
 from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.classifier import main as measure
+from ssl_pipeline.packing.images_as_shards import holds_images, packed
+from ssl_pipeline.packing.packed_once import SHARDS, is_packed
 
 OWN = (*OWN_KEYS, "recipe", "output")
 STANDS_FOR = {"weights": "backbone.weights", "train": "data.shards", "test": "classifier.val"}
 RECIPE_OF = {"vit": "finetune_vit_small", "cnn": "finetune_cnn_small"}
 MEASURED_EVERY = "10%"
-KEPT = ("drop_path", "frozen_batch_norm")
 
 
 class FinetuneConfig(PretrainConfig):
     """Fine-tune a backbone on labelled images: weights=RUN|FILE|TAG train=SHARDS test=SHARDS, and the keys of a run."""
 
 
-def expand(arguments: Sequence[str]) -> list[str]:
+def expand(arguments: Sequence[str], *, packs: bool = True) -> list[str]:
     """Arguments with what `weights=`, `train=` and `test=` stand for, and the recipe that suits the weights.
+
+    packs: whether folders of images are packed; else nothing is written.
 
     Raises ConfigError for two keys that say the same, and for weights of which nothing tells the network.
     """
@@ -59,96 +55,48 @@ def expand(arguments: Sequence[str]) -> list[str]:
             raise ConfigError(f"{own}= stands for {key}=. Give one of the two.")
     if not given.keys() & {"weights", "backbone.weights", "recipe"}:
         raise ConfigError("weights= is missing. Set weights=RUN, FILE or TAG, or recipe=NAME with weights of its own.")
-    weights = given.get("weights", given.get("backbone.weights"))
-    told: dict[str, str] = {}
-    known = Known()
-    if weights is not None:
-        weights, known = _look_up(weights, given)
-        told["backbone.weights"] = weights
-    recipe = given.get("recipe") or _recipe_for(_network(known, given))
+    key = "weights" if "weights" in given else "backbone.weights"
+    weights = None if key not in given else starting_weights(given[key], given, key=key)
+    recipe = given.get("recipe") or _recipe_for(weights)
     tree = read_recipe(recipe, RECIPES)
-    told |= _described(known, given)
-    if known.mean is not None and known.std is not None and {"data.mean", "data.std"} <= told.keys():
-        note(f"{normalised(known.mean, known.std, known.of)}.")
-    if "backbone.name" in told:
-        told |= _kept(tree, _network(known, given))
-    stem = _stem(given.get("weights", given.get("backbone.weights")), known)
+    told: dict[str, str] = {}
+    if weights is not None:
+        told = {"backbone.weights": weights.weights, **weights.arguments(tree, size_key="augment.view.size")}
+        weights.note_colours(told)
+    stem = _stem(weights)
     output = Path(given.get("output", Path("runs") / (f"{stem}_{Path(recipe).stem}" if stem else Path(recipe).stem)))
-    if "train" in given:
-        told["data.shards"] = _shards(given["train"], output.expanduser())
-    if "test" in given:
-        told["classifier.val"] = _shards(given["test"], output.expanduser() / "test")
-        if "classifier.every" not in given and not isinstance(tree.get("classifier"), dict):
-            told["classifier.every"] = MEASURED_EVERY
+    places = {"train": output.expanduser(), "test": output.expanduser() / "test"}
+    for own in given.keys() & places:
+        told[STANDS_FOR[own]] = str(places[own] / SHARDS) if holds_images(given[own]) else given[own]
+    if "test" in given and "classifier.every" not in given and not isinstance(tree.get("classifier"), dict):
+        told["classifier.every"] = MEASURED_EVERY
     rest = [f"{key}={text}" for key, text in given.items() if key not in OWN and key not in told]
-    return [f"recipe={recipe}", *(f"{key}={text}" for key, text in told.items()), *rest, f"output={output}"]
+    full = [f"recipe={recipe}", *(f"{key}={text}" for key, text in told.items()), *rest, f"output={output}"]
+    if packs:
+        _pack({own: given[own] for own in places if own in given and holds_images(given[own])}, places, full)
+    return full
 
 
-def _shards(source: str, place: Path) -> str:
-    """Images as shards: a folder or zip of images is packed in `place`, once; all else is shards in any form."""
-    path = Path(source).expanduser()
-    return shards_of(source, place) if path.is_dir() or path.suffix == ".zip" else source
+def _pack(images: Mapping[str, str], places: Mapping[str, Path], arguments: Sequence[str]) -> None:
+    """Make shards of folders and zips, once; a wrong setting is told before."""
+    if launched_rank() == "0" and not all(is_packed(places[key]) for key in images):
+        check_before_packing(FinetuneConfig, arguments)
+    for key, source in images.items():
+        packed(source, places[key], key=key)
 
 
-def _look_up(weights: str, given: Mapping[str, str]) -> tuple[str, Known]:
-    """The weights as `backbone.weights` takes them, and what is known of them."""
-    name, _, tag = weights.partition(".")
-    which = given.get("backbone.weights_from")
-    if not is_tag(weights) or not tag:
-        return weights, known_of(weights, name=given.get("backbone.name"), which=which)
-    known = known_of(tag, name=name)
-    return (weights, known) if known.network is None else (tag, known)
+def _recipe_for(weights: StartingWeights | None) -> str:
+    assert weights is not None  # or the recipe is given
+    return RECIPE_OF["vit" if isinstance(weights.network, TokenBackbone) else "cnn"]
 
 
-def _network(known: Known, given: Mapping[str, str]) -> Backbone:
-    """The network without its values; ConfigError if neither the weights nor the arguments name it."""
-    network = known.network
-    if "backbone.name" in given:
-        same = network is not None and network["name"] == given["backbone.name"]
-        network = network if same else {"name": given["backbone.name"]}
-    if network is None:
-        raise ConfigError(
-            "Nothing says which network the weights are of. Set backbone.name=MODEL, a timm model; a run and a full "
-            "name such as resnet18.a1_in1k bring it along."
-        )
-    with torch.device("meta"):
-        return create_backbone(validate(BackboneConfig, {key: json.loads(json.dumps(network[key])) for key in network}))
-
-
-def _recipe_for(network: Backbone) -> str:
-    return RECIPE_OF["vit" if isinstance(network, TokenBackbone) else "cnn"]
-
-
-def _described(known: Known, given: Mapping[str, str]) -> dict[str, str]:
-    """Network, size and colours of the weights as arguments, without those that are given."""
-    told: dict[str, object] = {}
-    if known.network is not None and "backbone.name" not in given:
-        told |= {f"backbone.{key}": value for key, value in known.network.items()}
-    if known.network is not None:  # the colours of a file are for the settings of a run to find
-        told |= {"augment.view.size": known.size, "data.mean": known.mean, "data.std": known.std}
-    return {
-        key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in told.items()
-        if value is not None and not any(one == key or one.startswith(f"{key}.") for one in given)
-    }
-
-
-def _kept(recipe: Tree, network: Backbone) -> dict[str, str]:
-    """What the recipe says of any backbone, for the one of the weights, whose name would drop it."""
-    section = recipe.get("backbone")
-    kept = {key: section[key] for key in KEPT if key in section} if isinstance(section, dict) else {}
-    if not batch_norms(network):
-        kept.pop("frozen_batch_norm", None)
-    return {f"backbone.{key}": json.dumps(value) for key, value in kept.items()}
-
-
-def _stem(weights: str | None, known: Known) -> str:
+def _stem(weights: StartingWeights | None) -> str:
     """What the run is called by the weights: a run by its directory, a file by its name, a tag by its network."""
     if weights is None:
         return ""
-    if is_tag(weights):
-        return str(known.network["name"]) if known.network else weights
-    return Path(weights).expanduser().resolve().stem
+    if is_tag(weights.weights):
+        return str(weights.known.network["name"]) if weights.known.network else weights.weights
+    return Path(weights.weights).expanduser().resolve().stem
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -179,7 +127,7 @@ def main(name: str) -> int:
     pairs, flags = without_flags(arguments)
     if not flags & {"--help", "-h"}:
         try:
-            arguments = [*expand(pairs), *flags]
+            arguments = [*expand(pairs, packs="--print" not in flags), *flags]
         except Exception as error:
             if "--debug" in flags:
                 raise

@@ -1,8 +1,8 @@
 """A mistyped key, told before torch is there.
 
 The schema stands beside the classes that read it, and those import torch, which takes seconds. The names of its keys
-stand in the sources, which are read here as text. What this finds is certain, and worded as the schema words it; all
-else (types, ranges, what a section that is put together at import holds) the schema tells later.
+stand in the sources, which are read here as text. What this finds is certain, and worded as the schema words it; what
+a section that is put together at import holds, the schema tells later. Values: `early_values`.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ def unknown_keys(
 def _unknown(parts: list[str], method: object, sections: Mapping[str, Section], own: Sequence[str]) -> str | None:
     section = PRETRAIN
     for depth, part in enumerate(parts):
-        known = _keys_of(section, sections)
+        known = keys_of(section, sections)
         if known is None:
             return None
         if part not in known:
             known = dict.fromkeys(own, "") | known if depth == 0 else known
             return _sentence(parts[: depth + 1], known, method, sections)
         kind = known[part]
-        inside = _section_of(kind, method, sections)
+        inside = section_of(kind, method, sections)
         if inside is None or "dict[" in kind:
             return None
         section = inside
     return None
 
 
-def _keys_of(name: str, sections: Mapping[str, Section]) -> dict[str, str] | None:
+def keys_of(name: str, sections: Mapping[str, Section]) -> dict[str, str] | None:
     """All keys of a section with their types; None unless all that it is made from stands in the sources."""
     if name == BASE:
         return {}
@@ -77,14 +77,14 @@ def _keys_of(name: str, sections: Mapping[str, Section]) -> dict[str, str] | Non
         return None
     found: dict[str, str] = {}
     for base in sections[name].bases:
-        more = _keys_of(base, sections)
+        more = keys_of(base, sections)
         if more is None:
             return None
         found |= more
     return found | dict(sections[name].keys)
 
 
-def _section_of(kind: str, method: object, sections: Mapping[str, Section]) -> str | None:
+def section_of(kind: str, method: object, sections: Mapping[str, Section]) -> str | None:
     """The section that a type is, None if it is a value, or one of several."""
     words = set(re.findall(r"\w+", kind.partition(" = ")[0]))
     if METHOD in words:
@@ -105,8 +105,8 @@ def _sentence(parts: list[str], known: Mapping[str, str], method: object, sectio
     told = f"{UNKNOWN_KEY} '{'.'.join(parts)}'."
     if nearest(key, list(known)):
         return told + nearest(start + key, [start + name for name in known])
-    for name, kind in (_keys_of(PRETRAIN, sections) or {}).items():
-        inside = _section_of(kind, method, sections)
-        if inside is not None and "dict[" not in kind and key in (_keys_of(inside, sections) or {}):
+    for name, kind in (keys_of(PRETRAIN, sections) or {}).items():
+        inside = section_of(kind, method, sections)
+        if inside is not None and "dict[" not in kind and key in (keys_of(inside, sections) or {}):
             return f"{told} Did you mean '{name}.{key}'?"
     return f"{told} Known here: {', '.join(known)}"

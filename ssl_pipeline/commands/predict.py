@@ -10,35 +10,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from pydantic import field_validator
-
-from ssl_pipeline.commands.images import open_source
-from ssl_pipeline.config import ConfigError, PlaceText, printable, run_command
+from ssl_pipeline.config import PlaceText, printable, run_command
+from ssl_pipeline.config.output_file import OutputFile
 from ssl_pipeline.eval.features.classes import RunClassifierConfig, class_probabilities, open_classifier
 from ssl_pipeline.eval.features.rows import names_of
 from ssl_pipeline.eval.labelled import look_at_first
 from ssl_pipeline.files import written_whole
+from ssl_pipeline.packing.images_as_shards import open_source
 
 Row = tuple[str | int | float | None, ...]
 WriteRows = Callable[[Sequence[Row]], None]
 
 
-class PredictConfig(RunClassifierConfig):
+class PredictConfig(RunClassifierConfig, OutputFile):
     """Labels and probabilities of images by the classifier that a run has learnt, a row for each image, as a file."""
+
+    suffixes = (".csv", ".parquet")
 
     source: PlaceText
     """A folder or zip of images, packed once into OUTPUT.cache; or shards."""
     output: Path
     """The file that is written: FILE.csv or FILE.parquet."""
-    overwrite: bool = False
-    """Whether a file that is there already is replaced."""
-
-    @field_validator("output")
-    @classmethod
-    def _known_suffix(cls, output: Path) -> Path:
-        if output.suffix not in WRITERS:
-            raise ValueError(f"output must end in .csv or .parquet. Got '{output.name}'.")
-        return output
 
 
 def predict(config: PredictConfig) -> None:
@@ -47,10 +39,8 @@ def predict(config: PredictConfig) -> None:
     `label` is the guessed class by its number, `name` what it is called, if the run knew that. `file` is what the image
     was made from, if that is known. A file is there whole or not at all.
     """
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"output={config.output} exists. Choose another name, or set overwrite=true.")
+    config.begin_output()
     opened = open_classifier(config)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     _, index = open_source(config.source, config.output.with_name(f"{config.output.name}.cache"))
     look_at_first(index, opened.preprocessing.size)
     print(printable(f"{opened.label}: {opened.about['weights']}"), flush=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -37,14 +37,13 @@ from ssl_pipeline.config import (
     PlaceText,
     Seed,
     Tree,
-    Value,
     printable,
     refuse,
     run_command,
     without_flags,
 )
 from ssl_pipeline.data.labelled import classes_without_labels, open_labelled_images
-from ssl_pipeline.data.shards.listing import list_shards
+from ssl_pipeline.data.shards.listing import shards_may_be_at
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig, open_images
 from ssl_pipeline.eval.knn import KnnMonitorConfig
@@ -133,7 +132,8 @@ class PretrainConfig(Config):
             theirs = [f"{name}.{path}" for path in paths]
             if "data.shards" not in typed or not isinstance(monitor, dict) or name in given or typed & set(theirs):
                 continue
-            missing = next((path for path in paths if not _is_there(monitor.get(path))), None)
+            named = [path for path in paths if monitor.get(path) is not None]
+            missing = next((path for path in named if not shards_may_be_at(monitor[path])), None)
             if missing:
                 tree[name] = None
                 notes.append(
@@ -145,17 +145,6 @@ class PretrainConfig(Config):
     @property
     def run_directory(self) -> Path:
         return self.output if self.output is not None else Path("runs") / Path(str(self.recipe)).stem
-
-
-def _is_there(shards: Value) -> bool:
-    """Whether there are such shards; of those elsewhere that is not known before they are asked for."""
-    if not isinstance(shards, str) or "://" in shards:
-        return True
-    try:
-        list_shards(shards)
-    except ValueError:
-        return False
-    return True
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -351,13 +340,21 @@ def _about_weights(backbone: Backbone) -> dict[str, JSON] | None:
     return about_weights(config.weights, which=config.weights_from, sha256=backbone.origin.sha256, tensors=tensors)
 
 
+def _expanded(pairs: Sequence[str], *, only_shown: bool) -> list[str]:
+    """`expand` for a run, or for its settings on stdout: these are told no time, and nothing is written."""
+    if not only_shown:
+        return expand(pairs, timed=PretrainConfig)
+    with redirect_stdout(sys.stderr):
+        return expand(pairs, packs=False)
+
+
 def main(name: str) -> int:
     """The command line, called `name`, behind `commands/start.py`; returns the exit code."""
     arguments = sys.argv[1:]
     pairs, flags = without_flags(arguments)
     if not flags & {"--help", "-h"}:
         try:
-            arguments = [*expand(pairs, timed=None if "--print" in flags else PretrainConfig), *flags]
+            arguments = [*_expanded(pairs, only_shown="--print" in flags), *flags]
         except Exception as error:
             if "--debug" in flags:
                 raise

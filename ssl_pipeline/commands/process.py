@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import IO
 
 from ssl_pipeline.config import RunError
 from ssl_pipeline.run.launcher import LAUNCHED
@@ -16,9 +17,10 @@ OF_LAUNCHERS = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "
 """Variables by which a process finds the others of its group, which a process of its own has not."""
 
 
-def start_pretraining(arguments: Sequence[str], *, silent: bool = False) -> subprocess.Popen[bytes]:
-    """`pretrain.py` with these arguments, on its own; it stops when this process ends. silent: it prints for nobody."""
-    output = subprocess.DEVNULL if silent else None
+def start_pretraining(arguments: Sequence[str], *, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """`pretrain.py` with these arguments, on its own; it stops when this process ends. output: where it prints, if not
+    where this process does.
+    """
     command = [sys.executable, "-m", START, *arguments]
     alone = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
     return subprocess.Popen(command, env=alone | {LAUNCHED: "1"}, stdout=output, stderr=output)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ssl_pipeline.commands.pictures_of_method import method_sections
 from ssl_pipeline.config import Tree, printable, run_command, validate
+from ssl_pipeline.eval.images import with_shards
 from ssl_pipeline.eval.page.sheets import sheets
 from ssl_pipeline.eval.report import ReportConfig, report_page
 from ssl_pipeline.eval.suite import evaluate_suite
@@ -48,7 +49,7 @@ def main(config: ReportConfig) -> None:
 
 def command(name: str = "python -m eval.report") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(ReportConfig, main, command=name)
+    return run_command(ReportConfig, lambda config: main(with_shards(config, config.run[0])), command=name)
 
 
 if __name__ == "__main__":

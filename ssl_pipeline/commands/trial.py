@@ -1,4 +1,6 @@
-"""A trial before a run: a few steps of it in a process of their own, to say how long the whole will take."""
+"""Before a run: whether its settings can be one, and a trial, a few steps in a process of their own, to say how long it
+will take.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from statistics import median
 
 import yaml
 
+from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.commands.process import start_pretraining
 from ssl_pipeline.config import RECIPES, Config, Tree, Value, dump, load, read_yaml
 from ssl_pipeline.config.arguments import assign
@@ -37,6 +40,17 @@ SHORT: Tree = {  # what a trial has of its own
     "train.log_every": 1,
 }
 LONGEST_OF_UNIT = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, "h"), (float("inf"), 86_400.0, "days"))
+
+
+def check_before_packing(
+    schema: type[Config], arguments: Sequence[str], overrides: Mapping[str, Value] | None = None
+) -> None:
+    """Raise ConfigError for settings that no run can have, and for weights that do not fit their network."""
+    with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
+        settings = load(schema, arguments, recipes=RECIPES, overrides=overrides)
+    backbone = getattr(settings, "backbone", None)
+    if isinstance(backbone, BackboneConfig) and backbone.weights is not None:
+        create_backbone(backbone)
 
 
 def expected_time(
@@ -67,8 +81,10 @@ def expected_time(
     with tempfile.TemporaryDirectory(prefix="ssl_pipeline-trial-") as place:
         recipe, run = Path(place) / "trial.yaml", Path(place) / "run"
         recipe.write_text(yaml.dump(tree, Dumper=YamlDumper, sort_keys=False), encoding="utf-8")
-        _run([f"recipe={recipe}", f"output={run}"])
+        failure = _run([f"recipe={recipe}", f"output={run}"])
         rows = _rows(run / "metrics.jsonl")[1:]  # the first step prepares what the others find ready
+    if failure:
+        return f"No time can be told, as a trial of {STEPS} steps failed ({failure.rstrip('.')})"
     if not rows:
         return f"No step was timed in {SECONDS:.0f} s, so no time can be told"
     per_second, global_batch = median(row["images_per_second"] for row in rows), rows[0]["images"] / rows[0]["step"]
@@ -85,16 +101,27 @@ def duration(seconds: float) -> str:
     return f"{seconds / unit:.2g} {name}" if seconds / unit < 99.5 else f"{seconds / unit:.0f} {name}"
 
 
-def _run(arguments: Sequence[str]) -> None:
-    """The run, until its end or until the time is up."""
-    process = start_pretraining(arguments, silent=True)
-    until = time.monotonic() + SECONDS
-    try:
-        while process.poll() is None and time.monotonic() < until:
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-    finally:
-        process.kill()
-        process.wait()
+def _run(arguments: Sequence[str]) -> str:
+    """The run, until its end or until the time is up; what it says of an error, if it ends with one."""
+    with tempfile.TemporaryFile() as printed:
+        process = start_pretraining(arguments, output=printed)
+        until = time.monotonic() + SECONDS
+        try:
+            while (code := process.poll()) is None and time.monotonic() < until:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            process.kill()
+            process.wait()
+        if not code:
+            return ""
+        printed.seek(0)
+        return error_in(printed.read().decode(errors="replace")) or f"exit code {code}"
+
+
+def error_in(printed: str) -> str:
+    """The line by which a command tells why it ends, without the word before it; "" where there is none."""
+    told = [line for line in printed.splitlines() if line.startswith("error: ")]
+    return told[-1].removeprefix("error: ") if told else ""
 
 
 def _rows(path: Path) -> list[dict[str, float]]:

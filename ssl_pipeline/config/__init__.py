@@ -31,13 +31,14 @@ from ssl_pipeline.config.base import (
     at_home,
     nearest,
     sentences_of,
+    some_of,
 )
 from ssl_pipeline.config.changes import Change, MayChange, changes
 from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for
 from ssl_pipeline.config.help import help_page
-from ssl_pipeline.config.printing import launched_rank, printable
+from ssl_pipeline.config.printing import launched_processes, launched_rank, printable
 from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, Seed, Width
-from ssl_pipeline.config.recipes import COMPARISONS, RECIPES, SELF_TRAINING, read_recipe, recipe_files
+from ssl_pipeline.config.recipes import COMPARISONS, LISTED_BY, RECIPES, SELF_TRAINING, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
 from ssl_pipeline.config.sentences import TOO_DEEP, UNKNOWN_KEY, mistakes
 from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
@@ -65,6 +66,7 @@ __all__ = [
     "dump",
     "failure_sentence",
     "is_out_of_memory",
+    "launched_processes",
     "launched_rank",
     "load",
     "memory_asked_for",
@@ -76,6 +78,7 @@ __all__ = [
     "refuse",
     "run_command",
     "sentences_of",
+    "some_of",
     "validate",
     "without_flags",
 ]
@@ -114,8 +117,8 @@ def load(
         told = sentences_of(error)
         if unknown := [sentence for sentence in told if sentence.startswith(UNKNOWN_KEY)]:
             raise SettingsError(*unknown) from None  # maybe it was images= or recipe= that was meant
-        known = f"No recipe is given: recipe=NAME, one of {', '.join(recipe_files(recipes))}"
-        raise SettingsError(*told, known) from None
+        known = some_of(list(recipe_files(recipes)), "", all_by=LISTED_BY)
+        raise SettingsError(f"No recipe is given: recipe=NAME, one of {known}", *told) from None
 
 
 def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> ConfigType:

@@ -22,10 +22,17 @@ def read_arguments(
 
     overrides: values by their dotted keys, which count like arguments and come after them.
     """
+    pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
+    return put_over(schema, tree, pairs, overrides)
+
+
+def put_over(
+    schema: type[Config], tree: Tree, pairs: Sequence[tuple[str, str]], overrides: Mapping[str, Value] | None = None
+) -> Tree:
+    """The settings `tree` with keys and texts put over them; raises ConfigError that lists all that cannot be read."""
     given: dict[str, str] = {}
     places: set[Location] = set()
     mistakes = []
-    pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
     recipe = deepcopy(tree)
     asked: list[tuple[str, str | None]] = [*pairs, *((key, None) for key in overrides or {})]
     for key, text in sorted(asked, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
@@ -102,15 +109,20 @@ def keys_of(argv: Sequence[str]) -> dict[str, str]:
 def _pairs(positional: str | None, argv: Sequence[str]) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     mistakes = []
-    for argument in argv:
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
         key, equals, text = argument.partition("=")
+        if key.startswith("-") and not equals and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+            text = rest.pop(0)  # --key value
         if equals and all(key.split(".")) and not key.startswith("-"):
             pairs.append((key, text))
         elif positional and not equals and not key.startswith("-"):
             pairs.append((positional, argument))
         else:
             hint = f" Try {key.lstrip('-')}={text or 'VALUE'}." if key.startswith("-") else ""
-            mistakes.append(f"'{argument}' is not of the form key=value.{hint}")
+            given = f"{argument} {text}" if text and not equals else argument
+            mistakes.append(f"'{given}' is not of the form key=value.{hint}")
     if mistakes:
         raise SettingsError(*mistakes)
     return pairs

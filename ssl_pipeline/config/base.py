@@ -10,11 +10,12 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
 
-from ssl_pipeline.config.ranges import LARGEST, LARGEST_WHOLE, numbers_in, plain, ranges_of
+from ssl_pipeline.config.ranges import LARGEST, LARGEST_WHOLE, HasNumbers, numbers_in, plain, ranges_of
 
 Tree = dict[str, "Value"]
 Value = None | bool | int | float | str | list["Value"] | Tree
 Location = tuple[str, ...]
+NAMES_SHOWN = 8  # of a long list in an error
 
 
 class ConfigError(ValueError):
@@ -49,7 +50,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _numbers_have_an_end(self) -> Self:
-        for name in _without_top(type(self)):
+        ranged = set(self.numbers()) if isinstance(self, HasNumbers) else set[str]()  # by the range of what they are in
+        for name in (one for one in _without_top(type(self)) if one not in ranged):
             for number in numbers_in(getattr(self, name)):
                 largest = LARGEST_WHOLE if isinstance(number, int) else LARGEST
                 if abs(number) > largest:
@@ -101,6 +103,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """` Did you mean 'x'?` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def some_of(known: Sequence[str], name: str, *, all_by: str = "") -> str:
+    """The known names, of many those like `name`, with their number and what lists all of them."""
+    if len(known) <= NAMES_SHOWN:
+        return ", ".join(known) or "none"
+    likeness = {one: difflib.SequenceMatcher(None, name, one).ratio() + (bool(name) and name in one) for one in known}
+    first = sorted(known, key=lambda one: -likeness[one])[:NAMES_SHOWN]
+    return f"{', '.join(first)}, ... ({len(known)} in all{all_by and f'; {all_by} lists them'})"
 
 
 def sentences_of(error: BaseException) -> tuple[str, ...]:

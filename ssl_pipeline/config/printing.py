@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
+from collections.abc import Mapping
 
 LONGEST_LINE = 500
 KEPT_END = 160  # characters at the end of a line that is too long, where the advice stands
@@ -26,11 +27,16 @@ def printable(text: str, *, longest: int | None = LONGEST_LINE, lines: bool = Fa
     return shown[: longest - KEPT_END - len(GAP)] + GAP + shown[-KEPT_END:]
 
 
-def launched_rank() -> str:
+def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes were launched together, by what the launcher says; 1 where it says nothing."""
+    size = environment.get("WORLD_SIZE", "1").strip()
+    return max(int(size), 1) if size.isdecimal() else 1
+
+
+def launched_rank(environment: Mapping[str, str] = os.environ) -> str:
     """The number of this process among those that were launched together, as text; a RANK that is left over in a shell
     says nothing."""
-    size = os.environ.get("WORLD_SIZE", "1").strip()
-    return os.environ.get("RANK", "0") if size.isdecimal() and int(size) > 1 else "0"
+    return environment.get("RANK", "0") if launched_processes(environment) > 1 else "0"
 
 
 def note(text: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, get_args, get_origin, runtime_checkable
 
 from pydantic import Field, GetCoreSchemaHandler
@@ -67,9 +67,10 @@ class InRange:
     def check(self, value: Any) -> Any:
         """The value; raises ValueError for a number of it outside the range."""
         if isinstance(value, HasNumbers):
-            wrong = {key: number for key, number in value.numbers().items() if not self.holds(number)}
-            for key, number in wrong.items():
-                raise ValueError(f"{key} must be {self}. Got {plain(number)}.")
+            for key, number in value.numbers().items():
+                here = self if abs(number) <= LARGEST or self.has_top else replace(self, le=LARGEST)
+                if not here.holds(number):
+                    raise ValueError(f"{key} must be {here}. Got {plain(number)}.")
             return value
         numbers = list(numbers_in(value))
         falls = self.increasing and sorted(numbers) != numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssl_pipeline.config.base import ConfigError, Tree, at_home, nearest
+from ssl_pipeline.config.base import ConfigError, Tree, at_home, nearest, some_of
 from ssl_pipeline.config.yaml_text import read_yaml
 
 PACKAGE = Path(__file__).parents[1]
@@ -14,6 +14,7 @@ COMPARISONS = RECIPES / "comparisons"
 """Settings of `eval.compare`; a name for `pretrain.py` never means one of these."""
 SELF_TRAINING = RECIPES / "self_training"
 """Settings of `eval.self_training`; the same holds for them."""
+LISTED_BY = "python -m ssl_pipeline recipes"
 OTHERS = {COMPARISONS.name, SELF_TRAINING.name}
 
 
@@ -34,7 +35,9 @@ def read_recipe(name: str, folder: Path) -> Tree:
     known = recipe_files(folder)
     path = Path(at_home(name)) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None or not path.is_file():
-        raise ConfigError(f"No recipe '{name}'.{nearest(name, list(known))} Known: {', '.join(known)}")
+        near = nearest(name, list(known))
+        listed = some_of(list(known), name, all_by=LISTED_BY if folder == RECIPES else "")
+        raise ConfigError(f"No recipe '{name}'.{near} Known: {listed}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -20,7 +20,7 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import ShardList, list_shards
 from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestShard, read_manifest, write_manifest
 from ssl_pipeline.data.shards.rows import INVALID_LABEL, ShardEntry, index_shard, key_at
-from ssl_pipeline.data_tools.engine import EngineConfig, map_tasks
+from ssl_pipeline.packing.engine import EngineConfig, map_tasks
 
 
 class CheckShards(Config):

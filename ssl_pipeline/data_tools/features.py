@@ -16,7 +16,6 @@ import numpy as np
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.subset import open_subset
-from ssl_pipeline.data_tools.engine import EngineChoice, EngineConfig, Journal, map_tasks
 from ssl_pipeline.distributed import world_size
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, store
 from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
@@ -30,6 +29,7 @@ from ssl_pipeline.eval.features.passes import (
     identity_of,
 )
 from ssl_pipeline.files import locked, sha256_of_json
+from ssl_pipeline.packing.engine import EngineChoice, EngineConfig, Journal, map_tasks
 
 JOURNAL = "rows.jsonl"
 

@@ -16,9 +16,10 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ssl_pipeline.config import printable, run_command
+from ssl_pipeline.config.output_file import OutputFile
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.shards.overlay import Labels
@@ -34,12 +35,14 @@ from ssl_pipeline.files import JSON
 # Axes: N images of the set, G of them that are guessed, C classes.
 
 
-class PseudoLabelImages(RunClassifierConfig):
+class PseudoLabelImages(RunClassifierConfig, OutputFile):
     """Label images by the classifier that a run has learnt, for another run to learn from.
 
     Nothing is copied: FILE.npy holds labels for data.labelled.labels, FILE.keep.npy the numbers of the images that have
     one, for data.labelled.keep. Soft labels are rows of probabilities (N, C) float32, of zeros where there is none.
     """
+
+    suffixes = (".npy",)
 
     shards: str
     """Directory of shards, or a pattern such as DIR/train-*.tar; their own labels are not looked at."""
@@ -56,15 +59,10 @@ class PseudoLabelImages(RunClassifierConfig):
     per_class: Annotated[int, Field(ge=1)] | Literal["smallest"] | None = None
     """Take at most so many images of each guessed class, the surest; `smallest` takes as many of each as the class has
     that is guessed least. A class with fewer has what it has: labels cannot repeat an image. Default: all."""
-    overwrite: bool = False
-    """Whether files that are there already are replaced."""
 
-    @field_validator("output")
-    @classmethod
-    def _is_an_array(cls, output: Path) -> Path:
-        if output.suffix != ".npy":
-            raise ValueError(f"output must be FILE.npy. Got '{output.name}'.")
-        return output
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.output, keep_file(self.output))
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,7 @@ def keep_file(output: Path) -> Path:
 
 def pseudo_label(config: PseudoLabelImages) -> Counts:
     """Write both files; DataError if they are there, or if no image is labelled."""
-    there = [path for path in (config.output, keep_file(config.output)) if path.exists()]
-    if there and not config.overwrite:
-        raise DataError(f"{there[0]} is there already. Choose another output, or set overwrite=true.")
+    config.begin_output()
     opened = open_classifier(config)
     index = open_subset(config.shards, keep=config.keep, key="shards")
     known = _known_labels(config, index, opened)
@@ -103,7 +99,6 @@ def pseudo_label(config: PseudoLabelImages) -> Counts:
             f"{probabilities.max(initial=0):.3f}. Take a smaller one, or another run."
         )
     origin = _origin(config, opened, counts)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     write_labels(config.output, index, labels, class_names=opened.class_names, origin=origin)
     write_keep(keep_file(config.output), index, labelled, origin=origin)
     print(summary(counts, opened.names_beside(index.class_names)))

@@ -13,15 +13,16 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from ssl_pipeline.config import Config, Seed, run_command
+from ssl_pipeline.config.output_file import refuse_existing
 from ssl_pipeline.data.decode import image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import write_origins
 from ssl_pipeline.data.shards.overlay import Labels
 from ssl_pipeline.data.subset import write_keep
-from ssl_pipeline.data_tools.candidates import Candidate
-from ssl_pipeline.data_tools.output import output_in_the_making
-from ssl_pipeline.data_tools.shard_writer import key_of, write_shards
+from ssl_pipeline.packing.candidates import Candidate
+from ssl_pipeline.packing.output import output_in_the_making
+from ssl_pipeline.packing.shard_writer import key_of, write_shards
 from ssl_pipeline.randomness import SPLIT, permutation
 
 About = dict[str, str | int | None]
@@ -123,9 +124,7 @@ def _write_numbers(
     """FILE.npy and FILE.rest.npy for `keep`."""
     rest = np.setdiff1d(np.arange(len(index)), chosen)
     files = {config.output: np.array(chosen), config.output.with_suffix(".rest.npy"): rest}
-    there = [str(path) for path in files if path.exists()]
-    if there and not config.overwrite:
-        raise DataError(f"{there[0]} is there already. Choose another output, or set overwrite=true.")
+    refuse_existing(*files, overwrite=config.overwrite)
     if not len(rest):
         raise DataError(f"All {len(index):,} images are chosen, none is left for the rest. Choose fewer.")
     for path, numbers in files.items():

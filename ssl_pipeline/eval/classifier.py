@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError, read_yaml, run_command
+from ssl_pipeline.config import ConfigError, PlaceText, read_yaml
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.accuracy import ByClass, by_class, top_k_accuracy
 from ssl_pipeline.eval.calibration import BINS, expected_calibration_error
@@ -20,6 +20,7 @@ from ssl_pipeline.eval.features.classes import (
     class_probabilities,
     open_classifier,
 )
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import resampled_interval, share_interval
 from ssl_pipeline.eval.labelled import classes_of, look_at_first
 from ssl_pipeline.eval.measures import format_table, percent, with_interval
@@ -30,8 +31,9 @@ from ssl_pipeline.files import JSON
 class ClassifierConfig(RunClassifierConfig):
     """Accuracy, balanced accuracy, per-class recall and calibration of the classifier that a run has learnt."""
 
-    test: str
-    """Shards of labelled test images, with the classes that the method learnt."""
+    test: PlaceText
+    """Labelled test images, with the classes that the method learnt: shards, or a folder of class folders or a zip of
+    one, which is packed once."""
 
 
 @dataclass(frozen=True)
@@ -166,4 +168,4 @@ def main(config: ClassifierConfig) -> None:
 
 def command(name: str = "python -m eval.classifier") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(ClassifierConfig, main, command=name)
+    return run_evaluator(ClassifierConfig, main, command=name)

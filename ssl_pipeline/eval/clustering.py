@@ -18,9 +18,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssl_pipeline.config import ConfigError, Seed, printable, run_command
+from ssl_pipeline.config import ConfigError, PlaceText, Seed, printable
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.labelled import labels_of, require_labels
 from ssl_pipeline.eval.measures import Found, Measure
@@ -37,8 +38,9 @@ Counts = NDArray[np.int64]
 class ClusteringConfig(ReportConfig):
     """How well clusters of frozen features agree with the classes of the images: NMI, ARI and matched accuracy."""
 
-    images: str
-    """Shards of labelled images; the labels are used for the comparison alone."""
+    images: PlaceText
+    """Labelled images: shards, or a folder of class folders or a zip of one, which is packed once. The labels are used
+    for the comparison alone."""
     clusters: Annotated[int, Field(gt=1, le=10**6)] | None = None
     """Number of clusters; by default the number of classes. Matched accuracy is of clusters that have a class."""
     iterations: Annotated[int, Field(gt=0, le=10**5)] = 100
@@ -191,4 +193,4 @@ def main(config: ClusteringConfig) -> None:
 
 def command(name: str = "python -m eval.clustering") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(ClusteringConfig, main, command=name)
+    return run_evaluator(ClusteringConfig, main, command=name)

@@ -18,8 +18,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssl_pipeline.config import ConfigError, Seed, run_command
+from ssl_pipeline.config import ConfigError, Seed
 from ssl_pipeline.eval.accuracy import top_k_hits
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.labelled import LabelledImages, draw_per_class, open_labelled, say
 from ssl_pipeline.eval.measures import Found, Measure
@@ -177,4 +178,4 @@ def main(config: FewShotConfig) -> None:
 
 def command(name: str = "python -m eval.few_shot") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(FewShotConfig, main, command=name)
+    return run_evaluator(FewShotConfig, main, command=name)

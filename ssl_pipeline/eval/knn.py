@@ -12,11 +12,12 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
-from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config import Config
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
 from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
@@ -324,4 +325,4 @@ def main(config: KnnConfig) -> None:
 
 def command(name: str = "python -m eval.knn") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(KnnConfig, main, command=name)
+    return run_evaluator(KnnConfig, main, command=name)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ssl_pipeline.augment.multi_crop import MultiCrop
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.config import ConfigError, InRange, Seed, printable, run_command
+from ssl_pipeline.config import ConfigError, InRange, PlaceText, Seed, printable
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.eval.features.extract import Change
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import features_in_memory
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import bootstrap_interval
 from ssl_pipeline.eval.labelled import evenly_spread, look_at_first, say
 from ssl_pipeline.eval.measures import Found, Measure
@@ -32,8 +33,8 @@ WITHOUT_CHANGE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and std of views that 
 class LabelFreeConfig(ReportConfig):
     """RankMe, alpha-ReQ, LiDAR, uniformity, alignment and deviation of a backbone's features; needs no labels."""
 
-    images: str
-    """Shards of images, labelled or not."""
+    images: PlaceText
+    """Images, labelled or not: shards, or a folder or a zip, which is packed once."""
     num_images: Annotated[int, Field(ge=FEWEST_EIGENVALUES + 1, le=10**6)] = 2048
     """How many of them are taken, evenly spread, or all if there are fewer; more than dimensions tell more."""
     views: Annotated[int, Field(ge=2, le=1000)] = 2
@@ -144,4 +145,4 @@ def main(config: LabelFreeConfig) -> None:
 
 def command(name: str = "python -m eval.label_free") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(LabelFreeConfig, main, command=name)
+    return run_evaluator(LabelFreeConfig, main, command=name)

@@ -14,12 +14,13 @@ from torch.nn.functional import cross_entropy
 
 from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.backbones.tokens import NETWORKS_WITH_TOKENS
-from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed, run_command
+from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed
 from ssl_pipeline.eval.accuracy import ByClass, by_class, top_k_accuracy
 from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.kinds import Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel
 from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
@@ -295,4 +296,4 @@ def main(config: LinearConfig) -> None:
 
 def command(name: str = "python -m eval.linear") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(LinearConfig, main, command=name)
+    return run_evaluator(LinearConfig, main, command=name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import TokenBackbone
-from ssl_pipeline.config import printable
+from ssl_pipeline.config import PlaceText, printable
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
@@ -46,10 +46,10 @@ class ReportConfig(PassConfig):
 class EvaluationConfig(ReportConfig):
     """A model with the labelled images to measure it on."""
 
-    train: str
-    """Shards of labelled training images."""
-    test: str
-    """Shards of labelled test images, with the same classes."""
+    train: PlaceText
+    """Labelled training images: shards, or a folder of class folders or a zip of one, which is packed once."""
+    test: PlaceText
+    """Labelled test images, with the same classes."""
 
 
 @dataclass(frozen=True)

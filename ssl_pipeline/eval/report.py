@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, PlaceText
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.eval.page.classes import classes_section
 from ssl_pipeline.eval.page.embedding_map import map_section
@@ -43,10 +43,11 @@ class ReportConfig(Config):
 
     run: tuple[Path, ...] = Field(min_length=1)
     """The run's directory, or several: `run=A,B`."""
-    train: str | None = None
-    """Shards of labelled training images: with `test` each run is measured on them first, as eval.suite does."""
-    test: str | None = None
-    """Shards of labelled test images, with the same classes; without `train` they are the images of the pictures."""
+    train: PlaceText | None = None
+    """Labelled training images, shards or a folder or zip of class folders: with `test` each run is measured on them
+    first, as eval.suite does."""
+    test: PlaceText | None = None
+    """Labelled test images, with the same classes; without `train` they are the images of the pictures."""
     images: Annotated[int, Field(ge=0, le=10_000)] = 500
     """How many images go through the backbone for the pictures of what it learnt; 0 leaves these out."""
     device: str = "auto"

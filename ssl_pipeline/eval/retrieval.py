@@ -16,8 +16,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssl_pipeline.config import ConfigError, run_command
+from ssl_pipeline.config import ConfigError
 from ssl_pipeline.eval.features.passes import choose_device
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import mean_interval, share_interval
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
 from ssl_pipeline.eval.measures import Found, Measure
@@ -165,4 +166,4 @@ def main(config: RetrievalConfig) -> None:
 
 def command(name: str = "python -m eval.retrieval") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(RetrievalConfig, main, command=name)
+    return run_evaluator(RetrievalConfig, main, command=name)

@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssl_pipeline.config import Seed, printable, run_command
+from ssl_pipeline.config import Seed, printable
 from ssl_pipeline.eval.accuracy import top_k_hits
 from ssl_pipeline.eval.corruptions import CORRUPTIONS, SEVERITIES, Corrupt, Corruption, strengths_for
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import choose_device, features_in_memory
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import mean_interval
 from ssl_pipeline.eval.knn import weighted_knn
 from ssl_pipeline.eval.labelled import LabelledImages, evenly_spread, open_labelled
@@ -133,4 +134,4 @@ def main(config: RobustnessConfig) -> None:
 
 def command(name: str = "python -m eval.robustness") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(RobustnessConfig, main, command=name)
+    return run_evaluator(RobustnessConfig, main, command=name)

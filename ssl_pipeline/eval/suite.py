@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from ssl_pipeline.config import printable, run_command
+from ssl_pipeline.config import printable
 from ssl_pipeline.distributed import process_group, rank
 from ssl_pipeline.eval.accuracy import ByClass
 from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.models import baselines_of, open_model
 from ssl_pipeline.eval.few_shot import FewShotConfig, few_shot, few_shot_settings, fitted
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.knn import VotesConfig, knn_json, knn_settings
 from ssl_pipeline.eval.labelled import LabelledImages, open_labelled, say
@@ -193,4 +194,4 @@ def main(config: SuiteConfig) -> None:
 
 def command(name: str = "python -m eval.suite") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(SuiteConfig, main, command=name)
+    return run_evaluator(SuiteConfig, main, command=name)

@@ -25,8 +25,9 @@ from ssl_pipeline.backbones import (
     load_backbone,
     spoken_of_as,
 )
+from ssl_pipeline.backbones.known import known_of
 from ssl_pipeline.backbones.tokens.base import TimmModel
-from ssl_pipeline.backbones.weights.sources import find_in_run, is_tag
+from ssl_pipeline.backbones.weights.sources import is_tag
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError
 from ssl_pipeline.losses import feature_loss
@@ -164,14 +165,16 @@ def load_teacher(config: BackboneConfig) -> tuple[Backbone, Path | str, Preproce
             )
         return teacher, source / "backbone.safetensors", preprocessing
     teacher = create_backbone(config)
-    if is_tag(str(config.weights)):
-        network: TimmModel = teacher.model
-        about = network.pretrained_cfg
-        return teacher, str(source), Preprocessing(about["input_size"][1], tuple(about["mean"]), tuple(about["std"]))
-    if (source / "checkpoints").is_dir():
-        _, _, saved = find_in_run(source, which=config.weights_from)
-        return teacher, str(source), Preprocessing(saved.size, saved.mean, saved.std)
-    return teacher, source if source.is_file() else str(source), None
+    known = known_of(
+        str(config.weights), name=config.name if is_tag(str(config.weights)) else None, which=config.weights_from
+    )
+    network: TimmModel = teacher.model
+    size = known.size or network.pretrained_cfg["input_size"][1]
+    expected: Preprocessing | None = None
+    if known.mean is not None and known.std is not None:
+        mean, std = ((values[0], values[1], values[2]) for values in (known.mean, known.std))
+        expected = Preprocessing(size, mean, std)
+    return teacher, source if source.is_file() else str(source), expected
 
 
 def resampled(map_NDRC: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -61,7 +61,8 @@ class OptimConfig(Config):
     def _settings_fit_together(self) -> OptimConfig:
         if self.clip_each and self.clip_norm is None:
             raise ValueError(
-                "clip_each says how to clip, but clip_norm is not set. Set clip_norm or leave clip_each out."
+                "clip_norm must be a number for clip_each=true, which clips the gradient of each parameter. Got null; "
+                "set clip_norm, or clip_each=false."
             )
         if self.freeze_backbone_for.is_whole_run:
             raise ValueError(

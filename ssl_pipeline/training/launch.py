@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.machine import keep_freed_memory
 from ssl_pipeline.training.meeting import require_one_version, wait_for_the_first
 from ssl_pipeline.training.parallel import DDP
 from ssl_pipeline.training.run import TrainConfig
@@ -63,6 +64,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
             "On CPUs launch with: torchrun --standalone --nproc-per-node N pretrain.py ..."
         )
     require_one_version(accelerator.device)
+    if on_cpu:
+        keep_freed_memory()
     return accelerator
 
 

@@ -65,7 +65,8 @@ def train(run: Run) -> int:
     status = read_status(run.output.path)
     if run.output.directory is not None:
         with failures_of(run).explained():
-            begin_or_keep(run, run.output.directory, position=position)
+            before = saved.state.global_batch if saved is not None else None
+            begin_or_keep(run, run.output.directory, position=position, global_batch=before)
     if clock.is_last(position) and status is not None and status.state == "done":
         return 0
     compiles, why_not = compile_decision(

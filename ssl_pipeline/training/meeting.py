@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ssl_pipeline import __version__
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import ConfigError, launched_rank
 from ssl_pipeline.distributed import gather, world_size
 from ssl_pipeline.files import sha256_of_bytes
 
@@ -26,7 +26,7 @@ def wait_for_the_first(environment: Mapping[str, str], *, seconds: float = SECON
 
     torch itself would wait for half an hour, and end with a traceback.
     """
-    if environment.get("RANK", "0") == "0":
+    if launched_rank(environment) == "0":
         return
     host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
     until, answer = time.monotonic() + seconds, "no answer"

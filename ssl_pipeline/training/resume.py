@@ -97,11 +97,12 @@ def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict
     return {"optimizer": f"{type(optimizer).__name__} on {len(names)} tensors ({digest})"}
 
 
-def begin_or_keep(run: Run, directory: RunDirectory, *, position: int) -> None:
+def begin_or_keep(run: Run, directory: RunDirectory, *, position: int, global_batch: int | None = None) -> None:
     """Make the directory that of a run which trains from `position` on, or keep the complete one that is there.
 
-    What a run that goes on changes is said. A complete one keeps all that it has; only an export that is gone is made
-    again. Raises ConfigError if the settings end before the point that an unfinished run has reached.
+    What a run that goes on changes is said; global_batch: that of the steps before, None without any. A complete run
+    keeps all that it has; only an export that is gone is made again. Raises ConfigError if the settings end before the
+    point that an unfinished run has reached.
     """
     changed, step = _changes(directory, run.output.settings), run.clock.steps_made(position)
     shown = "; ".join(map(str, changed))
@@ -122,8 +123,10 @@ def begin_or_keep(run: Run, directory: RunDirectory, *, position: int) -> None:
             export_run(run, directory.path, position=position)
         _say(f"The run in {directory.path} is complete already, at step {step}; nothing is left to train.")
         return
+    if global_batch not in (None, run.clock.global_batch):  # by other settings, or by another number of processes
+        changed.append(Change("global batch", global_batch, run.clock.global_batch, allowed=True))
     if changed:
-        _say(f"Changed since the last start of this run: {shown}")
+        _say(f"Changed since the last start of this run: {'; '.join(map(str, changed))}")
     directory.status("running", step=step)
     if run.output.settings is not None:
         directory.write_config(dump(run.output.settings))

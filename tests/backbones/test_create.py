@@ -11,6 +11,7 @@ import torch
 
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.positions import resample_positions
+from ssl_pipeline.backbones.weights import sources, to_be_fetched
 from ssl_pipeline.config import ConfigError, validate
 from tests.backbones.tiny_vit import images, tiny_vit
 
@@ -131,6 +132,25 @@ def test_a_backbone_says_where_its_weights_come_from(tmp_path):
     count = len(weights_of(tiny_vit()))
     assert str(origin) == f"{tmp_path}/weights.safetensors, took {count} of {count} tensors; SHA-256 {digest[:16]}"
     assert origin.sha256 == digest
+
+
+@pytest.mark.parametrize("weights", ["a1_in1k", "resnet18.a1_in1k"])
+def test_what_is_fetched_is_said_before_and_a_way_out_with_the_error(monkeypatch, tmp_path, capsys, weights):
+    def unreachable(*_, **__):
+        assert "note: fetching the weights resnet18.a1_in1k from timm/resnet18.a1_in1k" in capsys.readouterr().err
+        raise ConnectionError("no route to that host.\nmore")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    told = r"^The weights resnet18.a1_in1k cannot be fetched: no route to that host.* backbone\.weights=FILE takes"
+    with pytest.raises(ConfigError, match=told):
+        create_backbone(BackboneConfig(name="resnet18", weights=weights))
+
+
+def test_nothing_is_said_of_weights_that_are_here_already(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda place, file: str(tmp_path) if "bin" in file else None)
+    assert to_be_fetched("resnet18.a1_in1k") is None
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda place, file: object())  # known not to be there
+    assert to_be_fetched("resnet18.a1_in1k") == "timm/resnet18.a1_in1k of timm's hub"
 
 
 def test_the_weights_of_a_tag_are_named(monkeypatch):

@@ -49,6 +49,20 @@ def test_the_export_of_a_run_has_the_runs_as_directory_and_as_file(tmp_path):
         assert (tuple(known.mean), tuple(known.std), known.of) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), str(place))
 
 
+def test_a_folder_of_timm_says_its_network(tmp_path):
+    published = {"input_size": [3, 64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    arguments = {"zero_init_last": False, "dynamic_img_size": True}
+    about = {"architecture": "resnet18", "pretrained_cfg": published, "model_args": arguments}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    (tmp_path / "model.safetensors").touch()
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        known = known_of(str(place), name=None)
+        assert known.network == {"name": "resnet18", "arguments": {"zero_init_last": False}}
+        assert (known.size, known.mean) == (64, [0.1, 0.2, 0.3])
+    (tmp_path / "config.json").write_text(json.dumps(about | {"architecture": "mine"}))
+    assert known_of(str(tmp_path), name=None).network is None
+
+
 @pytest.mark.parametrize(
     ("name", "about"),
     [

@@ -18,10 +18,10 @@ from ssl_pipeline.commands.embed import EmbedConfig, embed
 from ssl_pipeline.commands.predict import PredictConfig
 from ssl_pipeline.config import load
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.report import ReportConfig, report_page
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 from tests.runs import write_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -21,8 +21,8 @@ from ssl_pipeline.commands.images import expand
 from ssl_pipeline.config import read_yaml
 from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 from tests.runs import Happening, happens, rows, status, write_recipe
 from tests.tiny import write_shards
 
@@ -166,7 +166,7 @@ def test_another_thread_is_refused_in_one_sentence(recipe):
 
 
 def test_images_and_overrides_choose_a_recipe(tmp_path, photos):
-    expanded = expand([f"images={photos}", f"output={tmp_path / 'run'}"], {"backbone.weights": "x", "seed": 3})
+    expanded = expand([f"images={photos}", f"output={tmp_path / 'run'}"], {"backbone": {"weights": "resnet18.a1_in1k"}})
     assert expanded[0] == "recipe=continue_cnn_small"
 
 

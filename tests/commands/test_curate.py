@@ -12,7 +12,7 @@ from PIL import Image
 from ssl_pipeline.commands.curate import CurateConfig, curate
 from ssl_pipeline.config import run_command
 from ssl_pipeline.data.subset import open_subset
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
 COLOURS = {"red": (200, 40, 30), "green": (40, 190, 40), "blue": (30, 40, 210)}
 COUNTS = {"red": 30, "green": 6, "blue": 6}

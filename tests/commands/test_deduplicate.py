@@ -15,7 +15,7 @@ from ssl_pipeline.config import run_command
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.subset import open_subset
 from ssl_pipeline.data_tools.curation.planted import ALTERATIONS
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
 SIDE, NUM = 96, 24
 MODEL = ("backbone=test_resnet", "size=48", "workers=0")  # at random initialisation: the pixels decide

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,11 @@ from ssl_pipeline.config import run_command
 from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.features import rows
+from tests.commands.photographs import COLOURS
 from tests.ranks import run_on_ranks
 from tests.tiny import write_shards
 
-COLOURS = {"cat/red.png": (200, 30, 30), "cat/white.png": (250, 250, 250), "été/blue.png": (20, 20, 220)}
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    for name, colour in COLOURS.items():
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 18), colour).save(path)
-    return tmp_path / "photos"
 
 
 def call(*arguments: str) -> int:
@@ -71,6 +63,13 @@ def test_shards_are_read_as_they_are_and_rows_come_in_groups(tmp_path: Path, mon
     for number in (0, 19, 20, 47):  # of all three shards
         pixels = EvaluationSet(open_shards(shards), 2)[number][0].flatten() / 255
         np.testing.assert_allclose(found["features"][number], pixels, rtol=1e-5)
+    assert call("backbone=raw_pixels", "size=2", f"source={shards}", f"output={tmp_path / 'a.csv'}") == 0
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        text = list(csv.DictReader(file))
+    assert [row["key"] for row in text] == found["key"].tolist()
+    assert {(row["file"], row["label"]) for row in text} == {("", "0"), ("", "1"), ("", "2")}
+    values = np.array([[row[f"feature_{number}"] for number in range(12)] for row in text]).astype(np.float32)
+    np.testing.assert_array_equal(values, found["features"])
     as_table = table(tmp_path / "a.parquet")
     assert as_table["file"] == [None] * 48
     columns = np.array([as_table[f"feature_{number}"] for number in range(12)], dtype=np.float32)
@@ -113,7 +112,7 @@ def test_half_precision(run: Path, photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["output=a.csv"], "output must end in .parquet or .npz. Got 'a.csv'"),
+        (["output=a.txt"], "output must end in .csv, .parquet or .npz. Got 'a.txt'"),
         (["output={there}"], "there.npz exists. Choose another name, or set overwrite=true"),
         (["output={new}", "kind=class"], "kind=class needs a network with tokens"),
         (["output={new}", "source=nowhere/"], "nowhere"),
@@ -131,7 +130,7 @@ def test_mistakes_are_told(
     assert not new.exists()
 
 
-def test_a_folder_is_packed_once_and_a_changed_one_is_told(
+def test_a_folder_is_packed_once_and_a_changed_one_anew(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["backbone=raw_pixels", f"source={photos}", f"output={tmp_path / 'a.npz'}", "overwrite=true"]
@@ -141,8 +140,10 @@ def test_a_folder_is_packed_once_and_a_changed_one_is_told(
     assert call(*arguments) == 0
     assert shard.stat().st_mtime_ns == packed
     Image.new("RGB", (9, 9)).save(photos / "cat" / "new.png")
-    assert call(*arguments) == 2
-    assert "1 new (cat/new.png). Put the files back, or delete" in capsys.readouterr().err
+    assert call(*arguments) == 0
+    assert "1 new (cat/new.png). It is packed anew." in capsys.readouterr().out
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
+        assert sorted(found["file"]) == sorted([*COLOURS, "cat/new.png"])
 
 
 def on_a_rank(arguments: list[str]) -> int:
@@ -162,7 +163,7 @@ def test_several_processes_write_what_one_writes(tmp_path: Path) -> None:
 
 def test_many_origins_are_those_of_each(photos: Path, tmp_path: Path) -> None:
     from ssl_pipeline.data.shards.origins import origin_of, origins_of
-    from ssl_pipeline.data_tools.packed_once import pack_once
+    from ssl_pipeline.packing.packed_once import pack_once
 
     index = open_shards(pack_once(str(photos), tmp_path / "packed"))
     keys = [index.key(sample) for sample in (0, 1, 2, 1, 0)] + ["none", "00000002-other", "00000009-far"]

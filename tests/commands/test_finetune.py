@@ -93,9 +93,9 @@ def test_what_is_given_stays(tmp_path):
     ("arguments", "sentence"),
     [
         (["train=a.tar"], "weights= is missing"),
-        (["weights=x.safetensors", "train=a.tar"], "Nothing says which network the weights are of"),
+        (["weights=x.safetensors", "train=a.tar"], r"^weights=x\.safetensors is not there"),
         (["weights=a.pth", "backbone.weights=b.pth"], "weights= stands for backbone.weights=. Give one of the two."),
-        (["weights=no_such_tag", "train=a.tar"], "Nothing says which network"),
+        (["weights=no_such_tag", "train=a.tar"], "Nothing says which network the weights no_such_tag are of"),
     ],
 )
 def test_what_is_missing_is_told(arguments, sentence):
@@ -138,6 +138,19 @@ def test_folders_of_images_are_packed_into_the_run(tmp_path):
     config = settings(f"weights={run}", f"train={photos}", f"test={photos}", f"output={tmp_path / 'out'}")
     assert (config.data.shards, config.classifier.val) == (f"{tmp_path}/out/images", f"{tmp_path}/out/test/images")
     assert list(open_shards(config.classifier.val).class_names) == ["cat", "dog"]
+
+
+def test_nothing_is_packed_where_settings_are_shown_or_wrong(tmp_path, capsys):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    Image.new("RGB", (9, 7)).save(tmp_path / "photos" / "cat" / "1.png")
+    argv = [f"weights={save_run(tmp_path / 'mine')}", f"train={tmp_path / 'photos'}", f"output={tmp_path / 'out'}"]
+    assert finetune([*argv, "--print"]) == 0
+    assert f"shards: {tmp_path}/out/images" in capsys.readouterr().out
+    assert finetune([*argv, "train.epochs=many"]) == 2
+    assert "train.epochs" in capsys.readouterr().err
+    assert finetune([*argv, "backbone.name=resnet18"]) == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.ddp

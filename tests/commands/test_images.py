@@ -3,13 +3,21 @@
 import json
 
 import pytest
+import torch
+import yaml
 from PIL import Image
 
-from ssl_pipeline.commands.images import choose_recipe, expand, largest_view
+from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.commands import pretrain
+from ssl_pipeline.commands.first_look import Look, largest_view
+from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.pretrain import PretrainConfig
+from ssl_pipeline.commands.recipe_choice import choose_recipe
 from ssl_pipeline.config import RECIPES, ConfigError, load, read_recipe, recipe_files
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data_tools.packed_once import pack_once
+from ssl_pipeline.packing.packed_once import pack_once
+from tests.commands.test_finetune import save_run
+from tests.tiny import CNN, VIT, write_shards
 
 
 def folder(tmp_path, side=100):
@@ -82,6 +90,9 @@ def test_knn_of_a_recipe_is_kept_where_its_images_are(tmp_path, monkeypatch, cap
     arguments = ["images=photos", "recipe=dino_vits16", "output=run"]
     assert any(argument.startswith("knn={") for argument in expand(arguments))
     (tmp_path / "data/imagenet/train-10pct").mkdir(parents=True)
+    assert any(argument.startswith("knn={") for argument in expand(arguments))  # the folder is empty
+    (tmp_path / "data/imagenet/train-10pct").rmdir()
+    write_shards(tmp_path / "data/imagenet/train-10pct")
     capsys.readouterr()
     assert not any(argument.startswith("knn") for argument in expand(arguments))
     assert capsys.readouterr().out == ""
@@ -93,10 +104,82 @@ def test_images_without_labels_are_watched_from_weights_on(tmp_path, capsys):
         Image.new("RGB", (64, 64), (number * 10, 0, 0)).save(tmp_path / f"photos/{number}.png")
     arguments = [f"images={tmp_path}/photos", f"output={tmp_path}/run"]
     assert not any(argument.startswith(("knn", "spectrum")) for argument in expand(arguments))
-    from_weights = [*arguments, "backbone.weights=in1k"]
+    from_weights = [*arguments, "backbone.weights=tf_efficientnet_lite0.in1k"]
     assert "spectrum={every: 20%, images: 1000}" in expand(from_weights)
     assert "watches RankMe of the features from the weights on" in capsys.readouterr().out
     assert not any(argument.startswith("spectrum={") for argument in expand([*from_weights, "spectrum=null"]))
+
+
+@pytest.mark.parametrize("place", ["mine", "mine/backbone.safetensors"])
+@pytest.mark.parametrize(("network", "recipe"), [(VIT, "continue_vit_small"), (CNN, "continue_cnn_small")])
+def test_weights_of_a_run_choose_the_recipe_and_bring_their_network(tmp_path, network, recipe, place):
+    save_run(tmp_path / "mine", network)
+    arguments = [f"images={folder(tmp_path)}", f"backbone.weights={tmp_path / place}", f"output={tmp_path / 'run'}"]
+    sizes = ["augment.global.size=16", "augment.local.size=16"] if network is VIT else []
+    for expanded in (expand(arguments), expand([*arguments, "recipe=auto"])):
+        config = load(PretrainConfig, [*expanded, *sizes], recipes=RECIPES)
+        assert config.recipe == recipe
+        assert (config.backbone.name, config.backbone.arguments) == (network.name, network.arguments)
+        assert config.backbone.small_images == network.small_images
+        assert (config.data.mean, config.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        assert config.backbone.frozen_batch_norm == (network is CNN)
+        assert config.backbone.drop_path == (0.1 if network is VIT else 0.0)
+        create_backbone(config.backbone)
+
+
+def test_a_full_name_of_timm_brings_its_network_whatever_the_recipe(tmp_path, capsys):
+    arguments = [f"images={folder(tmp_path)}", f"output={tmp_path / 'run'}", "backbone.weights=resnet18.a1_in1k"]
+    for more, recipe in (([], "continue_cnn_small"), (["recipe=photos_small"], "photos_small")):
+        config = load(PretrainConfig, expand([*arguments, *more]), recipes=RECIPES)
+        assert (config.recipe, config.backbone.name, config.backbone.weights) == (recipe, "resnet18", "a1_in1k")
+        assert config.data.mean == (0.485, 0.456, 0.406)
+    assert "weights of a CNN (resnet18) to go on from" in capsys.readouterr().out
+    by_override = expand(arguments[:2], {"backbone": {"weights": "vit_small_patch14_dinov2.lvd142m"}})
+    assert "recipe=continue_dinov2_small" in by_override
+    assert "backbone.name=vit_small_patch14_dinov2" in by_override
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        (["nowhere.safetensors"], r"^backbone\.weights=nowhere\.safetensors is not there"),
+        (["a1_in1k"], "Nothing says which network the weights a1_in1k are of"),
+        (["{run}", "backbone.name=resnet18"], r"mine/backbone\.safetensors does not fit: it misses conv1"),
+        (["resnet18.nosuchtag"], "no pretrained 'resnet18.nosuchtag'"),
+    ],
+)
+def test_wrong_weights_are_told_before_anything_is_packed_or_tried(tmp_path, weights, sentence, monkeypatch):
+    monkeypatch.setattr("ssl_pipeline.commands.images.expected_time", None)
+    run = save_run(tmp_path / "mine")
+    arguments = [f"images={folder(tmp_path)}", f"output={tmp_path / 'run'}", f"backbone.weights={weights[0]}"]
+    with pytest.raises(ConfigError, match=sentence):
+        expand([argument.format(run=run) for argument in [*arguments, *weights[1:]]], timed=PretrainConfig)
+    assert not (tmp_path / "run").exists()
+    shards = pack_once(str(tmp_path / "photos"), tmp_path / "packed")
+    arguments[0] = f"images={shards}"
+    with pytest.raises(ConfigError, match=sentence):
+        expand([argument.format(run=run) for argument in [*arguments, *weights[1:]]], timed=PretrainConfig)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_is_only_shown_is_not_packed(tmp_path, monkeypatch, capsys, labelled):
+    if labelled:
+        folders_of_classes(tmp_path)
+    else:
+        folder(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "images=photos", "output=run", "--print"])
+    assert pretrain.main("pretrain.py") == 0
+    said = capsys.readouterr()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert f"{24 if labelled else 3} images of photos would be packed into run/images" in said.err
+    shown = yaml.safe_load(said.out)
+    (tmp_path / "shown.yaml").write_text(said.out)
+    config = load(PretrainConfig, expand(["images=photos", "output=run"]), recipes=RECIPES)
+    assert shown["data"]["batch_size"] == config.data.batch_size
+    assert shown["data"]["shards"] == config.data.shards
+    assert (shown["knn"] is not None) == (config.knn is not None) == labelled
 
 
 @pytest.mark.parametrize("recipe", ["auto", "photos_small"])
@@ -175,23 +258,25 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("count", "side", "given", "has_gpu", "recipe"),
+    ("count", "side", "name", "has_gpu", "recipe"),
     [
-        (5000, 300, {}, False, "photos_small"),
-        (5000, 300, {}, True, "dinov2_small"),
-        (1000, 300, {}, True, "photos_small"),
-        (5000, 64, {}, True, "photos_small"),
-        (500_000, 300, {}, False, "photos_small"),
-        (500_000, 300, {}, True, "dino_vits16"),
-        (50_000, 32, {}, True, "cifar10_simclr_resnet18"),
-        (5000, 300, {"backbone.weights": "x", "backbone.name": "resnet50"}, False, "continue_cnn_small"),
-        (5000, 300, {"backbone.weights": "x", "backbone.name": "vit_small_patch16_224"}, False, "continue_vit_small"),
-        (5000, 300, {"backbone.weights": "x", "backbone.name": "vit_small_patch14_dinov2"}, 0, "continue_dinov2_small"),
-        (5000, 300, {"backbone.weights": "x", "backbone.name": "vit_small_patch16_dinov3"}, 0, "continue_dinov3_small"),
+        (5000, 300, None, False, "photos_small"),
+        (5000, 300, None, True, "dinov2_small"),
+        (1000, 300, None, True, "photos_small"),
+        (5000, 64, None, True, "photos_small"),
+        (500_000, 300, None, False, "photos_small"),
+        (500_000, 300, None, True, "dino_vits16"),
+        (50_000, 32, None, True, "cifar10_simclr_resnet18"),
+        (5000, 300, "resnet50", False, "continue_cnn_small"),
+        (5000, 300, "vit_small_patch16_224", False, "continue_vit_small"),
+        (5000, 300, "vit_small_patch14_dinov2", False, "continue_dinov2_small"),
+        (5000, 300, "vit_small_patch16_dinov3", False, "continue_dinov3_small"),
     ],
 )
-def test_the_choice_is_a_shipped_recipe(count, side, given, has_gpu, recipe):
-    arguments, why = choose_recipe(count, side, given, has_gpu=has_gpu)
+def test_the_choice_is_a_shipped_recipe(count, side, name, has_gpu, recipe):
+    with torch.device("meta"):
+        network = None if name is None else create_backbone(BackboneConfig(name=name))
+    arguments, why = choose_recipe(Look(count, side, False), network, has_gpu=has_gpu)
     assert arguments[0] == f"recipe={recipe}"
     assert recipe in recipe_files(RECIPES)
     assert f"{count:,} images of {side} pixels" in why

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from ssl_pipeline.backbones import save_classifier
@@ -15,8 +14,7 @@ from ssl_pipeline.commands.predict import PredictConfig, predict
 from ssl_pipeline.config import run_command
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.features.classes import RunClassifierConfig, class_probabilities, open_classifier
-
-COLOURS = {"cat/red.png": (200, 30, 30), "cat/white.png": (250, 250, 250), "été/blue.png": (20, 20, 220)}
+from tests.commands.photographs import COLOURS
 
 
 @pytest.fixture
@@ -24,15 +22,6 @@ def classifying(run: Path) -> Path:
     torch.manual_seed(4)
     save_classifier(run, nn.Linear(24, 2), ("cat", "été"))
     return run
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    for name, colour in COLOURS.items():
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 18), colour).save(path)
-    return tmp_path / "photos"
 
 
 def call(*arguments: str) -> int:

@@ -610,13 +610,36 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path, rec
     assert dict(losses(tmp_path)) == pytest.approx(dict(losses(uninterrupted)), rel=1e-5)
 
 
+def test_a_process_that_is_short_of_memory_says_so_and_ends_the_others(tmp_path, recipe):
+    codes, printed = run_together(
+        recipe, f"output={tmp_path}", "data.batch_size=4", happening=Happening("no memory", at=2, on_rank=1)
+    )
+    assert codes == [1, 1]
+    assert "error on rank 1: Out of memory with train.precision=no" in printed
+    assert "Try a smaller data.batch_size than 4" in printed
+    assert "error: Another process of this run has ended" in printed
+    assert "Traceback" not in printed
+
+
+def test_more_processes_than_shards_share_the_images_all_the_same(tmp_path, recipe):
+    record = tmp_path / "ids"
+    argv = [recipe, f"output={tmp_path / 'run'}", f"data.shards={write_shards(tmp_path / 'one', (24,))}"]
+    children = start_ranks(
+        command, [*argv, "data.batch_size=4", "train.epochs=1"], Happening(record=record), world_size=3
+    )
+    assert [child.wait() for child in children] == [0, 0, 0]
+    seen = [json.loads(line) for rank in range(3) for line in record.with_suffix(f".{rank}").open()]
+    assert sorted(chain(*seen)) == list(range(24))
+
+
 def test_one_two_and_one_process_see_every_image_once_per_epoch(tmp_path, recipe):
     record = tmp_path / "ids"
     argv = [recipe, f"output={tmp_path / 'run'}", "train.epochs=2"]
     stop = {"what": "SIGTERM", "record": record}
     assert run(*argv, "data.batch_size=8", happening=Happening(at=2, **stop))[0] == 143  # 24 images
-    codes, _ = run_together(*argv, "data.batch_size=2", happening=Happening(at=4, **stop))  # 20 images
+    codes, printed = run_together(*argv, "data.batch_size=2", happening=Happening(at=4, **stop))  # 20 images
     assert codes == [143, 143]
+    assert "Changed since the last start of this run: data.batch_size: 8 -> 2; global batch: 8 -> 4\n" in printed
     assert run(*argv, "data.batch_size=13", "data.workers=2", happening=Happening(record=record))[0] == 0  # 52
     first, second = ([json.loads(line) for line in record.with_suffix(f".{rank}").open()] for rank in (0, 1))
     together = [half for halves in zip(first[3:8], second, strict=True) for half in halves]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.commands.start import how_to_begin
-from ssl_pipeline.config import RECIPES, load, recipe_files
-from ssl_pipeline.data_tools.make_shards import MakeShards
+from ssl_pipeline.config import RECIPES, load
+from ssl_pipeline.packing.make_shards import MakeShards
 
 ROOT = Path(__file__).parents[2]
 START = """
@@ -30,7 +30,7 @@ def test_a_call_without_arguments_shows_how_to_begin():
     shown = started()
     assert (shown.returncode, shown.stderr) == (2, "")
     assert "python pretrain.py recipe=digits_dino\n" in shown.stdout
-    assert shown.stdout.rstrip().endswith(list(recipe_files(RECIPES))[-1])
+    assert shown.stdout.rstrip().endswith("photos_small; python -m ssl_pipeline recipes lists all of them")
 
 
 @pytest.mark.parametrize("name", ["pretrain.py", "ssl-pipeline pretrain"])
@@ -51,13 +51,19 @@ def test_the_commands_that_it_shows_are_commands(name):
     ("argv", "sentence"),
     [
         (["recipe=dino_vits61"], "error: No recipe 'dino_vits61'. Did you mean 'dino_vits16'?"),
-        (["recipe=digits_dino", "--output", "x"], "error: '--output' is not of the form key=value. Try output=VALUE."),
+        (["recipe=digits_dino", "--output", "x"], "error: '--output x' is not of the form key=value. Try output=x."),
+        (["docs"], "error: 'docs' is not of the form key=value. Try images=docs."),
+        (["--lr", "3"], "error: '--lr 3' is not of the form key=value. Try lr=3."),
         (["recipe=dino_vits16", "recipe=digits_dino"], "error: recipe= is given 2 times"),
         (["imags=photos/"], "error: Unknown key 'imags'. Did you mean 'images'?\nSee: pretrain.py --help\n"),
         (["recipe=dino_vits16", "optim.lr.warmpu=3"], "error: Unknown key 'optim.lr.warmpu'. Did you mean"),
+        (
+            ["recipe=dino_vits16", "optim.lr.value=abc", "data.batch_size=-3"],
+            "error: optim.lr.value must be a valid number. Got 'abc'.\ndata.batch_size must be at least 1. Got -3.\n",
+        ),
     ],
 )
-def test_a_mistake_of_form_is_told_before_torch_is_imported(argv, sentence):
+def test_a_mistake_is_told_before_torch_is_imported(argv, sentence):
     refused = started(*argv)
     assert refused.returncode == 2
     assert refused.stderr.startswith(sentence)

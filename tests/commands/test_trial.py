@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
@@ -53,13 +54,14 @@ def test_the_whole_run_is_told_from_some_steps_of_it(tmp_path, recipe, monkeypat
 def test_overrides_and_arguments_are_those_of_the_run(tmp_path, recipe, monkeypatch):
     seen = {}
 
-    def run(argv: list[str]) -> None:
+    def run(argv: list[str]) -> str:
         seen["argv"], seen["recipe"] = argv, yaml.safe_load(Path(argv[0].removeprefix("recipe=")).read_text())
         output = Path(argv[1].removeprefix("output="))
         output.mkdir()
         rows = [(step, 4 * step, 1.0 if step == 1 else 8.0) for step in (1, 2, 3)]
         lines = [f'{{"step": {s}, "images": {p}, "images_per_second": {i}}}\n' for s, p, i in rows]
         (output / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "imag')
+        return ""
 
     monkeypatch.setattr(trial, "_run", run)
     overrides = {"train": {"steps": 100}, "backbone.name": "resnet18"}
@@ -90,6 +92,16 @@ def test_the_time_is_up_at_some_moment_and_the_process_ends(tmp_path, recipe, mo
     assert told == "No step was timed in 0 s, so no time can be told"
     assert time.monotonic() - started < 5
     assert processes[0].poll() is not None
+
+
+def test_a_trial_that_fails_says_why(tmp_path, recipe, monkeypatch):
+    def failing(argv: list[str], *, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        code = "import sys; print('some steps'); print('error: The loss is NaN.', file=sys.stderr); sys.exit(1)"
+        return subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=output)
+
+    monkeypatch.setattr(trial, "start_pretraining", failing)
+    told = expected_time(PretrainConfig, arguments(recipe, tmp_path), {}, num_images=48)
+    assert told == "No time can be told, as a trial of 20 steps failed (The loss is NaN)"
 
 
 @pytest.mark.parametrize(

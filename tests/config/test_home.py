@@ -12,8 +12,8 @@ from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, Config, ConfigError, PlaceText, load
 from ssl_pipeline.config.schema import alternatives, walk
 from ssl_pipeline.data.shards.listing import list_shards
-from ssl_pipeline.data_tools.make_shards import MakeShards
 from ssl_pipeline.eval.knn import KnnConfig
+from ssl_pipeline.packing.make_shards import MakeShards
 
 
 class Places(Config):

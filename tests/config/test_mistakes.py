@@ -136,9 +136,9 @@ def test_a_missing_recipe_is_hinted_at(schema, recipes):
     with pytest.raises(ConfigError) as caught:
         load(schema, [], recipes=recipes)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "method is missing: set method.KEY=..."
-    assert lines[1] == "augment is missing: set augment.NAME.KEY=..."
-    assert lines[-1] == "No recipe is given: recipe=NAME, one of contrast_small, distil_small"
+    assert lines[0] == "No recipe is given: recipe=NAME, one of contrast_small, distil_small"
+    assert lines[1] == "method is missing: set method.KEY=..."
+    assert lines[2] == "augment is missing: set augment.NAME.KEY=..."
 
 
 def test_a_mistyped_key_without_a_recipe_is_told_alone(schema, recipes):

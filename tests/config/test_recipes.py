@@ -53,6 +53,17 @@ def test_a_comparison_is_no_recipe_of_a_run(tmp_path, write):
     assert read_recipe("both", tmp_path) == {"seed": 5}
 
 
+@pytest.mark.parametrize(("name", "first"), [("dinov3", "dinov3_vitl16"), ("simclr", "digits_simclr"), ("", "")])
+def test_of_many_recipes_the_near_ones_are_named(name, first):
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(name, RECIPES)
+    told = str(caught.value)
+    assert f"Known: {first}" in told
+    assert told.count("_") < 40
+    assert len(told) < 500
+    assert told.endswith(f", ... ({len(recipe_files(RECIPES))} in all; python -m ssl_pipeline recipes lists them)")
+
+
 def test_a_checkout_has_its_own_recipes():
     assert Path(__file__).parents[2] / "recipes" == RECIPES
     assert {"digits_dino", "dino_vits16"} <= recipe_files(RECIPES).keys()

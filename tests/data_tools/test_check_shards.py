@@ -7,7 +7,7 @@ import pytest
 from ssl_pipeline.config import run_command
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data_tools.check_shards import CheckShards, check_shards
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
 
 @pytest.fixture

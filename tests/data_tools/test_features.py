@@ -12,7 +12,8 @@ import pytest
 from ssl_pipeline.commands.embed import EmbedConfig, embed
 from ssl_pipeline.config import run_command
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data_tools import engine, features
+from ssl_pipeline.data_tools import features
+from ssl_pipeline.packing import engine
 from tests.tiny import write_shards
 
 MODEL = ("backbone=test_resnet", "size=16", "workers=0", "batch_size=4")

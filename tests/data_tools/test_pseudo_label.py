@@ -139,7 +139,7 @@ def test_files_that_are_there_are_kept(
     output.write_bytes(b"mine")
     argv = [f"run={teacher}", f"shards={train}", f"output={output}", "workers=0", "threshold=0"]
     assert run_command(PseudoLabelImages, main, command="x", argv=argv) == 2
-    assert "is there already. Choose another output, or set overwrite=true" in capsys.readouterr().err
+    assert "exists. Choose another name, or set overwrite=true" in capsys.readouterr().err
     assert output.read_bytes() == b"mine"
     assert run_command(PseudoLabelImages, main, command="x", argv=[*argv, "overwrite=true"]) == 0
     assert "72 of 72 images have a label" in capsys.readouterr().out

@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_pipeline.config import run_command
+from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.data.shards.manifest import read_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.data.subset import open_subset
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.data_tools.split_labels import SplitLabels, choose, split_labels
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_a_fraction_is_rounded_in_each_class_and_never_none(shards: Path, tmp_pa
 
 def test_numbers_are_not_replaced_unasked_and_leave_a_rest(shards: Path, tmp_path: Path) -> None:
     file = split(shards, tmp_path / "few.npy", 2)
-    with pytest.raises(DataError, match=r"few\.npy is there already\. Choose another output, or set overwrite=true"):
+    with pytest.raises(ConfigError, match=r"few\.npy exists\. Choose another name, or set overwrite=true"):
         split(shards, file, 3)
     split(shards, file, 3, overwrite=True)
     assert len(np.load(file)) == 9

@@ -66,7 +66,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import timm
     from safetensors.torch import save_file
 
-    from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
+    from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
     write_images(tmp_path / "photos", count=24)
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
@@ -91,7 +91,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def further(words: list[str]) -> list[str]:
     """The arguments that make a command short."""
     module, given = entry_of(words)
-    if module == "ssl_pipeline.data_tools.make_shards":
+    if module == "ssl_pipeline.packing.make_shards":
         replaces = Path(next(word for word in given if word.startswith("output=")).removeprefix("output=")).exists()
         return ["workers=1"] + (["overwrite=true"] if replaces and "overwrite=true" not in given else [])
     if module == "ssl_pipeline.data_tools.split_labels":

@@ -182,6 +182,16 @@ def test_a_run_that_has_not_ended_is_a_teacher_from_its_newest_checkpoint(tmp_pa
     assert expected == Preprocessing(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
+def test_a_file_beside_a_model_card_is_a_teacher_with_its_normalisation(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {name: value.contiguous() for name, value in create_backbone(CNN).model.state_dict().items()})
+    config = CNN.model_copy(update={"weights": str(path)})
+    assert load_teacher(config)[2] is None  # nothing says it, so nothing is refused
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}')
+    with pytest.raises(ConfigError, match=r"The teacher was trained on images with mean \[0\.1, 0\.2, 0\.3\]"):
+        distillation(teacher=config)
+
+
 def test_a_run_of_another_network_is_refused(tmp_path):
     save_backbone(tmp_path, create_backbone(CNN), Preprocessing(16, HALF, HALF))
     with pytest.raises(ConfigError, match=r"^method\.teacher must be the network of .*resnet10t.* Got .*vit_tiny"):

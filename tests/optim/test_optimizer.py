@@ -360,7 +360,7 @@ def test_lars_of_a_recipe_can_take_the_rate_before_its_momentum():
 
 
 def test_clip_each_needs_a_norm():
-    with pytest.raises(ValidationError, match="clip_each says how to clip, but clip_norm is not set"):
+    with pytest.raises(ValidationError, match="clip_norm must be a number for clip_each=true"):
         config(clip_each=True)
 
 

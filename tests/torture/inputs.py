@@ -33,7 +33,7 @@ COMMANDS = {
     "embed": "ssl_pipeline.commands.embed",
     "doctor": "ssl_pipeline.eval.doctor",
     "report": "ssl_pipeline.commands.report",
-    "make_shards": "ssl_pipeline.data_tools.make_shards",
+    "make_shards": "ssl_pipeline.packing.make_shards",
     "check_shards": "ssl_pipeline.data_tools.check_shards",
     "split_labels": "ssl_pipeline.data_tools.split_labels",
 }

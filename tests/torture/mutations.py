@@ -24,9 +24,9 @@ from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, load, printable, sentences_of
 from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data_tools.candidates import find_candidates
 from ssl_pipeline.data_tools.check_shards import CheckShards, check_shards
-from ssl_pipeline.data_tools.sources import UnreadableFileError, open_source
+from ssl_pipeline.packing.candidates import find_candidates
+from ssl_pipeline.packing.sources import UnreadableFileError, open_source
 from ssl_pipeline.run.checkpoint_files import load_checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.state import RunState

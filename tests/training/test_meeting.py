@@ -17,7 +17,7 @@ from tests.ranks import run_on_ranks
 
 
 def of_rank(rank: int, port: int, host: str = "127.0.0.1") -> dict[str, str]:
-    return {"RANK": str(rank), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    return {"WORLD_SIZE": "4", "RANK": str(rank), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 
 @pytest.fixture
@@ -61,7 +61,8 @@ def test_the_others_wait_for_a_first_process_that_is_late(free_port, monkeypatch
 
 
 def test_the_first_process_waits_for_nobody():
-    wait_for_the_first({"RANK": "0"})
+    wait_for_the_first({"WORLD_SIZE": "4", "RANK": "0"})
+    wait_for_the_first({"RANK": "3"})  # left over in a shell
 
 
 def told() -> str:

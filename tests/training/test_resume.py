@@ -168,6 +168,12 @@ def test_a_resumed_run_says_what_it_changes(run: Run, capsys: pytest.CaptureFixt
     assert read_status(directory.path).state == "running"
 
 
+@pytest.mark.parametrize(("before", "said"), [(16, "global batch: 16 -> 8"), (8, ""), (None, "")])
+def test_a_run_that_goes_on_with_other_processes_says_its_batch(run: Run, before, said, capsys) -> None:
+    begin_or_keep(run, run.output.directory, position=8, global_batch=before)
+    assert capsys.readouterr().out == (f"Changed since the last start of this run: {said}\n" if said else "")
+
+
 def test_a_complete_run_keeps_all_that_it_has(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     directory = run.output.directory
     directory.status("done", step=12)

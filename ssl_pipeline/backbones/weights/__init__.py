@@ -6,7 +6,17 @@ from __future__ import annotations
 
 from ssl_pipeline.backbones.weights.loading import Taken, load_weights
 from ssl_pipeline.backbones.weights.reading import first_line, read_tensors
-from ssl_pipeline.backbones.weights.sources import RANDOM, Origin, find_in_run, is_tag, load_source, tensors_of
+from ssl_pipeline.backbones.weights.sources import (
+    RANDOM,
+    Origin,
+    find_in_run,
+    is_tag,
+    load_source,
+    require_place,
+    tensors_of,
+    to_be_fetched,
+    without_name,
+)
 
 __all__ = [
     "RANDOM",
@@ -18,5 +28,8 @@ __all__ = [
     "load_source",
     "load_weights",
     "read_tensors",
+    "require_place",
     "tensors_of",
+    "to_be_fetched",
+    "without_name",
 ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.exported import takes_export
@@ -41,17 +44,39 @@ def is_tag(weights: str) -> bool:
     return not (path.exists() or weights.endswith(WEIGHT_SUFFIXES) or "/" in weights)
 
 
+def without_name(weights: str, name: str) -> str:
+    """The tag alone where a tag is given with the architecture before it: a1_in1k of resnet18.a1_in1k."""
+    return weights.removeprefix(f"{name}.") if is_tag(weights) else weights
+
+
+def to_be_fetched(name: str) -> str | None:
+    """Where timm's weights of this name are fetched from; None if they are here already."""
+    published = timm.get_pretrained_cfg(name)
+    if published is not None and published.hf_hub_id:
+        files = (published.hf_hub_filename,) if published.hf_hub_filename else FILES[1:]
+        there = any(isinstance(try_to_load_from_cache(published.hf_hub_id, file), str) for file in files)
+        return None if there else f"{published.hf_hub_id} of timm's hub"
+    if published is not None and isinstance(published.url, str) and published.url:
+        kept = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rpartition("/")[2]
+        return None if kept.exists() else published.url
+    return None
+
+
+def require_place(weights: str, *, key: str = "backbone.weights") -> Path:
+    """The file or directory that `key` names; ConfigError if there is none."""
+    path = Path(weights).expanduser()
+    if not path.exists():
+        raise ConfigError(f"{key}={weights} is not there. Needed: a file, the directory of a run, or a tag of timm.")
+    return path
+
+
 def load_source(model: nn.Module, weights: str, *, network: str | None) -> Origin:
     """Fill a timm network from a file, a run or a checkpoint; says where the tensors come from, and how many.
 
     network: "teacher" or "student" of a file; of a run the name of a backbone. Raises ConfigError as `load_weights`,
     and if there is no such file, run or backbone.
     """
-    path = Path(weights).expanduser()
-    if not path.exists():
-        raise ConfigError(
-            f"backbone.weights={weights} is not there. Needed: a file, the directory of a run, or a tag of timm."
-        )
+    path = require_place(weights)
     file = next((path / name for name in FILES if (path / name).is_file()), None) if path.is_dir() else path
     if file is None or (file.name == FILES[0] and path.is_dir() and not takes_export(path, which=network)):
         checkpoint, name, saved = find_in_run(path, which=network)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_pipeline.config import at_home
+from ssl_pipeline.config import ConfigError, at_home
 from ssl_pipeline.data.errors import DataError
 
 MAX_ALTERNATIVES = 1_000_000  # of braces
@@ -58,6 +58,21 @@ def list_shards(source: ShardSource) -> ShardList:
         names = [path.name for path in paths]
     selection = places[0].name if len(places) == 1 else "\n".join(sorted(set(names)))
     return ShardList(folder, sorted(set(names)), selection)
+
+
+def shards_may_be_at(source: object) -> bool:
+    """Whether there are shards where a setting says; of those elsewhere (s3://) only their reading tells."""
+    if isinstance(source, list | tuple) and source:
+        return all(shards_may_be_at(one) for one in source)
+    if not isinstance(source, str | Path):
+        return False
+    if "://" in str(source):
+        return True
+    try:
+        list_shards(source)
+    except ConfigError:
+        return False
+    return True
 
 
 def _alternatives(text: str) -> Iterator[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.workers.ring import Layout, Reader, Ring, batch_bytes, tensors_at
 from ssl_pipeline.distributed import rank
-from ssl_pipeline.machine import free_host_bytes
+from ssl_pipeline.machine import AS_BY_DEFAULT, free_host_bytes, keep_freed_memory
 
 HELD_BATCHES = 2  # by the trainer: the one in use, and the one before it while its copy to the device is under way
 LEAST_BATCHES = HELD_BATCHES + 1  # and one to write
@@ -282,6 +282,7 @@ def start_worker(trainer: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    keep_freed_memory(most=AS_BY_DEFAULT)  # the trainer's is for activations; a photograph of 150 MB is to go back
     if hasattr(signal, "sigtimedwait"):  # all but macOS, where a worker has to die of it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(trainer,), daemon=True).start()

@@ -12,8 +12,8 @@ from PIL import Image
 from ssl_pipeline.data.decode import decode_image
 from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data_tools.candidates import Candidate
-from ssl_pipeline.data_tools.shard_writer import write_shards
+from ssl_pipeline.packing.candidates import Candidate
+from ssl_pipeline.packing.shard_writer import write_shards
 from ssl_pipeline.randomness import SPLIT, generate_uniforms, hash64, permutation
 
 SMALLER, KEPT_AREA, QUALITY, LOW_QUALITY = 0.6, 0.9, 90, 40

@@ -15,6 +15,7 @@ from ssl_pipeline.data.samples import ImageSource
 from ssl_pipeline.distributed import failing_together, gather, rank, world_size
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.progress import Bar, progress_bar
+from ssl_pipeline.machine import keep_freed_memory
 
 Item = TypeVar("Item")
 Precision = Literal["no", "bf16", "fp16"]
@@ -106,6 +107,8 @@ def forward_passes(
 
     The network runs in eval mode and without gradient; the first rank shows how fast it goes and how long it takes.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     read = evaluation_batches(
         EvaluationSet(index, preprocessing.size, preprocessing.interpolation, preprocessing.fit),
         samples,

@@ -97,6 +97,7 @@ def _all_pairs(features_ND: Tensor, threshold: float, device: torch.device, tile
 def _indexed_pairs(features_ND: Tensor, threshold: float) -> Iterator[NearPairs]:
     index = _inverted_file(features_ND)
     neighbours = min(NEIGHBOURS + 1, len(features_ND))  # each finds itself
+    told = np.empty(0, np.int64)  # pairs that an image still to come may name as well
     for part in parts_of(len(features_ND)):
         rows_RD = unit_rows(features_ND, part)
         coarse_RK, numbers_RK = index.search(rows_RD.numpy(), neighbours)
@@ -109,9 +110,13 @@ def _indexed_pairs(features_ND: Tensor, threshold: float) -> Iterator[NearPairs]
             similarity = (rows_RD[first_P[some]] * unit_rows(features_ND, second_P[some])).sum(dim=1).numpy()
             near = similarity >= threshold
             ends = np.sort(np.stack([first_P[some] + part.start, second_P[some]])[:, near], axis=0)
-            _, once = np.unique(ends, axis=1, return_index=True)  # two images may name each other, in one part or two
+            keys_P = ends[0] * len(features_ND) + ends[1]
+            keys_P, once = np.unique(keys_P, return_index=True)  # two images may name each other, in one part or two
+            new = ~np.isin(keys_P, told)
+            told, once = np.concatenate([told, keys_P[new]]), once[new]
             if len(once):
                 yield NearPairs(ends[0, once], ends[1, once], similarity[near][once])
+        told = told[told % len(features_ND) >= part.stop]
 
 
 def _inverted_file(features_ND: Tensor):  # type: ignore[no-untyped-def]  # faiss has no types

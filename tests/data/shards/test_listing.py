@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ssl_pipeline.config import load
-from ssl_pipeline.data.shards.listing import list_shards
+from ssl_pipeline.data.shards.listing import list_shards, shards_may_be_at
 from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.data.stream import DataConfig, open_images
 
@@ -104,3 +104,28 @@ def test_what_is_not_there_is_named(
 def test_a_name_with_braces_that_is_there_is_taken(tmp_path: Path, shards: Path) -> None:
     (shards / "part-000000.tar").rename(shards / "a{1,2}.tar")
     assert list_shards(shards / "a{1,2}.tar").names == ["a{1,2}.tar"]
+
+
+@pytest.mark.parametrize(
+    ("source", "there"),
+    [
+        ("{shards}", True),
+        ("{shards}/part-*.tar", True),
+        ("{shards}/part-{{0..2}}.tar", True),
+        ("{shards}/part-{{0..3}}.tar", False),
+        ("{shards}/other-*.tar", False),
+        ("{empty}", False),
+        ("{empty}/none", False),
+        ("s3://bucket/photos", True),
+        ("", False),
+    ],
+)
+def test_whether_there_are_shards(tmp_path, source, there):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "shards").mkdir()
+    for number in range(3):
+        (tmp_path / "shards" / f"part-{number}.tar").touch()
+    place = source.format(shards=tmp_path / "shards", empty=tmp_path / "empty")
+    assert shards_may_be_at(place) == there
+    assert shards_may_be_at([str(tmp_path / "shards"), place]) == there
+    assert not shards_may_be_at(None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.eval.search import near_pairs as near_pairs_module
 from ssl_pipeline.eval.search.near_pairs import near_pairs, nearest_of
 
 
@@ -49,6 +52,58 @@ def test_the_index_finds_nearly_all_pairs_and_nothing_else():
     assert set(indexed) <= set(exact)
     assert len(indexed) >= 0.9 * len(exact)
     assert all(abs(indexed[pair] - exact[pair]) < 1e-5 for pair in indexed)
+
+
+def test_a_pair_whose_images_name_each_other_is_told_once(monkeypatch):
+    features = with_copies(3000)
+    whole = found_by(features, search="ivf")
+    parts = near_pairs_module.parts_of
+    monkeypatch.setattr(near_pairs_module, "parts_of", lambda count, size=300: parts(count, min(size, 300)))
+    assert found_by(features, search="ivf") == whole
+
+
+def clustered_with_copies(count: int, dim: int) -> tuple[Tensor, set[tuple[int, int]]]:
+    """Images of 2,000 subjects, at random places; and the pairs of 0.9 and more among an image and its copies.
+
+    Those of a subject are alike by cosines of 0.5 to 0.8, and a twentieth of them have two copies of 0.92 to 0.99.
+    """
+    generator = np.random.default_rng(0)
+    originals = count * 10 // 11
+    copies = originals // 20
+    subject = generator.integers(2000, size=originals)
+    spread = generator.uniform(0.5, 1.0, size=2000).astype(np.float32)[subject, None] / np.sqrt(dim)
+    centres = normalize(generator.standard_normal((2000, dim), dtype=np.float32))
+    images = normalize(centres[subject] + spread * generator.standard_normal((originals, dim), dtype=np.float32))
+    copied = generator.choice(originals, copies, replace=False)
+    cosine = generator.uniform(0.92, 0.99, size=(2, copies, 1)).astype(np.float32)
+    noise = np.sqrt(1 / cosine**2 - 1) / np.sqrt(dim) * generator.standard_normal((2, copies, dim), dtype=np.float32)
+    near = normalize(images[copied] + noise)
+    place = generator.permutation(originals + 2 * copies)
+    features = np.empty((len(place), dim), np.float32)
+    features[place] = np.concatenate([images, *near])
+    same = np.stack([place[copied], *np.split(place[originals:], 2)])
+    pairs = np.concatenate([same[[0, 1]], same[[0, 2]], same[[1, 2]]], axis=1)
+    similar = (features[pairs[0]] * features[pairs[1]]).sum(axis=1) >= 0.9
+    return torch.from_numpy(features), set(map(tuple, np.sort(pairs[:, similar], axis=0).T.tolist()))
+
+
+def normalize(rows_ND: np.ndarray) -> np.ndarray:
+    return rows_ND / np.linalg.norm(rows_ND, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "dim"), [(6_000, 64), pytest.param(200_000, 128, marks=pytest.mark.slow)], ids=["6,000", "200,000"]
+)
+def test_the_index_finds_copies_among_images_of_the_same_subjects(count, dim):
+    features, planted = clustered_with_copies(count, dim)
+    assert count - 3 <= len(features) <= count
+    assert len(planted) > count / 12
+    began = time.process_time()
+    indexed = found_by(features, search="ivf")
+    recall = len(planted & indexed.keys()) / len(planted)
+    print(f"\nrecall {recall:.2%} of {len(planted):,} pairs, {time.process_time() - began:.0f} s of processor time")
+    assert recall >= 0.97
+    assert len(indexed.keys() - planted) <= 0.001 * len(planted), "images of one subject are no copies"
 
 
 def test_features_may_be_float16_and_are_refused_if_not_finite():

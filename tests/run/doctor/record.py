@@ -15,8 +15,8 @@ import torch
 
 from ssl_pipeline.batch import Views
 from ssl_pipeline.config import Config, Tree, read_yaml
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
 from ssl_pipeline.files import write_text
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 from tests.runs import _pretrain, needs_labels, rows, write_recipe
 from tests.tiny import CONFIGS, FILES, FOLDER, needs, takes_cnn, tiny_settings, view_shape
 

@@ -17,8 +17,8 @@ from ssl_pipeline.data.decode import DecodeError, decode_image
 from ssl_pipeline.data.metadata import ORIENTATION
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data_tools.check_shards import CheckShards, check_shards
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
-from ssl_pipeline.data_tools.packing import MAX_JPEG_SIDE, Packing, baseline_without_metadata, pack, packed_size
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
+from ssl_pipeline.packing.reduced import MAX_JPEG_SIDE, Packing, baseline_without_metadata, pack, packed_size
 
 PACKING = Packing(short_side=20, quality=90)
 FOUR_TWO_ZERO = 2

@@ -3,14 +3,17 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from ssl_pipeline.commands.images import shards_of
+from ssl_pipeline.commands.images import expand
 from ssl_pipeline.data.shards.open import DataError, open_shards
-from ssl_pipeline.data_tools.packed_once import LISTING, SHARDS, differences, is_packed, look_at, pack_once
-from ssl_pipeline.data_tools.sources import open_source
+from ssl_pipeline.packing.images_as_shards import packed
+from ssl_pipeline.packing.packed_once import LISTING, SHARDS, differences, is_packed, pack_once
+from ssl_pipeline.packing.sources import open_source
+from tests.ranks import run_on_ranks
 
 
 @pytest.fixture
@@ -63,12 +66,20 @@ def test_a_packing_that_was_cut_short_is_done_again(tmp_path, photos):
     assert len(open_shards(shards)) == 4
 
 
-def test_parts_of_a_data_set_are_all_taken_without_labels(tmp_path):
-    for part in ("train", "test"):
+def test_parts_of_a_data_set_are_all_taken_without_labels_which_is_said(tmp_path, capsys):
+    for part in ("train", "test", "annotations"):
         (tmp_path / "set" / part).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "set" / part / "x.png")
+    (tmp_path / "set" / "annotations" / "x.png").rename(tmp_path / "set" / "annotations" / "x.xml")
     index = open_shards(pack_once(str(tmp_path / "set"), tmp_path / "run"))
     assert (len(index), index.has_labels) == (2, False)
+    assert (
+        f"images={tmp_path}/set holds train/, test/: parts of a data set. All 2 images are packed as one set, without "
+        f"labels. images={tmp_path}/set/train takes one of them, and its folders as classes."
+    ) in capsys.readouterr().out
+    archive = shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
+    pack_once(archive, tmp_path / "other")
+    assert f"make_shards source={archive} prefix=train/ takes one of them" in capsys.readouterr().out
 
 
 def test_many_differences_are_counted_and_some_named():
@@ -86,7 +97,7 @@ def test_a_damaged_listing_is_named(tmp_path, photos):
 def test_a_folder_is_walked_once_on_its_way_into_shards(tmp_path, photos, monkeypatch):
     walked, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda root, **more: walked.append(root) or walk(root, **more))
-    assert shards_of(str(photos), tmp_path / "run", short_side=lambda files: look_at(files)[1])
+    expand([f"images={photos}", f"output={tmp_path / 'run'}"])
     assert walked == [photos]
 
 
@@ -94,3 +105,16 @@ def test_other_processes_get_a_source_without_its_list(photos):
     source = open_source(str(photos), "", None)
     assert len(source.names()) == 5
     assert pickle.loads(pickle.dumps(source)).__dict__ == {"root": photos}
+
+
+def packed_by_each(source: str, place: Path) -> tuple[str, int]:
+    shards = packed(source, place, renewed=True)
+    return shards, len(open_shards(shards))
+
+
+def test_processes_pack_once_and_wait_for_what_has_changed(tmp_path, photos):
+    arguments = (str(photos), tmp_path / "cache")
+    shards = str(tmp_path / "cache" / SHARDS)
+    assert run_on_ranks(packed_by_each, *arguments) == [(shards, 4)] * 2
+    Image.new("RGB", (64, 64)).save(photos / "new.png")
+    assert run_on_ranks(packed_by_each, *arguments) == [(shards, 5)] * 2

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from ssl_pipeline.data.shards.manifest import ManifestShard
-from ssl_pipeline.data_tools.candidates import Candidate
-from ssl_pipeline.data_tools.engine import Journal
-from ssl_pipeline.data_tools.output import UNFINISHED
 from ssl_pipeline.files import JSON, sha256_of_json
+from ssl_pipeline.packing.candidates import Candidate
+from ssl_pipeline.packing.engine import Journal
+from ssl_pipeline.packing.output import UNFINISHED
 
 Checked = list[tuple[str, str]]  # extension, or why there is none
 

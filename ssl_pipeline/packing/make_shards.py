@@ -21,25 +21,26 @@ from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.data.shards.origins import ORIGINS_FILE, write_origins
-from ssl_pipeline.data_tools.candidates import (
+from ssl_pipeline.files import write_text
+from ssl_pipeline.packing.candidates import (
     Candidate,
     Candidates,
     find_candidates,
     label_candidates,
-    looks_like_splits,
     no_images,
+    parts_of_a_set,
     path_parts,
 )
-from ssl_pipeline.data_tools.conversion import storable
-from ssl_pipeline.data_tools.engine import EngineConfig, map_tasks
-from ssl_pipeline.data_tools.holdout import held_out
-from ssl_pipeline.data_tools.label_table import read_label_table
-from ssl_pipeline.data_tools.output import PARTS, REJECTED_FILE, output_in_the_making
-from ssl_pipeline.data_tools.packing import Packing, packed_size
-from ssl_pipeline.data_tools.resuming import check_journal, name_of_work, shard_journal
-from ssl_pipeline.data_tools.shard_writer import Accepted, key_of, write_shards
-from ssl_pipeline.data_tools.sources import Rejected, Source, UnreadableFileError, open_source
-from ssl_pipeline.files import write_text
+from ssl_pipeline.packing.conversion import storable
+from ssl_pipeline.packing.engine import EngineConfig, map_tasks
+from ssl_pipeline.packing.holdout import held_out
+from ssl_pipeline.packing.label_table import read_label_table
+from ssl_pipeline.packing.output import PARTS, REJECTED_FILE, output_in_the_making
+from ssl_pipeline.packing.ray_engine import require_ray
+from ssl_pipeline.packing.reduced import Packing, packed_size
+from ssl_pipeline.packing.resuming import check_journal, name_of_work, shard_journal
+from ssl_pipeline.packing.shard_writer import Accepted, key_of, write_shards
+from ssl_pipeline.packing.sources import Rejected, Source, UnreadableFileError, open_source
 from ssl_pipeline.randomness import permutation
 
 CHUNK = 200  # files per task of the check
@@ -125,6 +126,8 @@ def make_shards(config: MakeShards, *, opened: Source | None = None) -> int:
 
     opened: what `config` names as the source, where that is open already, so that a folder is not walked again.
     """
+    if config.engine == "ray":
+        require_ray(config.ray_address)
     source = opened or open_source(config.source, config.prefix, config.split)
     found = _candidates(source, config)
     if not found.images:
@@ -179,15 +182,14 @@ def _candidates(source: Source, config: MakeShards) -> Candidates:
             print(f"{len(unmatched):,} rows of {config.labels} name no image of the source, such as '{unmatched[0]}'")
         return found
     found = find_candidates(source, labels=config.labels)
-    if config.labels is None and found.class_names and looks_like_splits(found.class_names):
-        raise _splits_for_classes(config, found.class_names)
+    if config.labels is None and (parts := parts_of_a_set(found)):
+        raise _splits_for_classes(config, parts)
     return found
 
 
 def _splits_for_classes(config: MakeShards, folders: Sequence[str]) -> DataError:
     found = ", ".join(f"{folder}/" for folder in folders)
-    likeliest = min(folders, key=lambda folder: not folder.lower().startswith("train"))
-    prefix = "/".join([*path_parts(config.prefix), likeliest])
+    prefix = "/".join([*path_parts(config.prefix), folders[0]])
     return DataError(
         f"source='{config.source}' holds {found}: parts of a data set rather than classes. Take one part with "
         f"prefix={prefix}/, or all without labels with labels=none. If these are classes, say labels=folders."

@@ -17,9 +17,9 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from ssl_pipeline.config import Config
-from ssl_pipeline.data_tools.processes import run_in_processes
-from ssl_pipeline.data_tools.ray_engine import run_on_ray
 from ssl_pipeline.files import JSON
+from ssl_pipeline.packing.processes import run_in_processes
+from ssl_pipeline.packing.ray_engine import run_on_ray
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

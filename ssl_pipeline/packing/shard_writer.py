@@ -12,12 +12,12 @@ from webdataset import TarWriter
 from ssl_pipeline.data.decode import DecodeError
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.manifest import ManifestShard
-from ssl_pipeline.data_tools.candidates import Candidate
-from ssl_pipeline.data_tools.conversion import storable
-from ssl_pipeline.data_tools.engine import EngineConfig, Journal, map_tasks
-from ssl_pipeline.data_tools.packing import Packing, pack
-from ssl_pipeline.data_tools.sources import Readable, UnreadableFileError
 from ssl_pipeline.files import sha256_of, sync
+from ssl_pipeline.packing.candidates import Candidate
+from ssl_pipeline.packing.conversion import storable
+from ssl_pipeline.packing.engine import EngineConfig, Journal, map_tasks
+from ssl_pipeline.packing.reduced import Packing, pack
+from ssl_pipeline.packing.sources import Readable, UnreadableFileError
 
 NAME_LETTERS = 60  # of a file's name in its key; at most 240 bytes, since file systems end at 255
 

@@ -71,18 +71,24 @@ def _result_of(ray, reference):  # type: ignore[no-untyped-def]  # Ray may not b
         ) from None
 
 
-@contextmanager
-def _ray(address: str | None, workers: int | None):  # type: ignore[no-untyped-def]
-    """Ray, connected to the cluster; one that is started for the time inside, without an address."""
+def require_ray(address: str | None):  # type: ignore[no-untyped-def]
+    """The package; raises ConfigError without it, or if nothing answers at the address. For the start of a command."""
     try:
         import ray
     except ImportError:
         raise ConfigError("engine=ray needs Ray: pip install 'ssl-pipeline[ray]'. engine=local does without.") from None
+    if address is not None and not ray.is_initialized():
+        _require_answer(address)
+    return ray
+
+
+@contextmanager
+def _ray(address: str | None, workers: int | None):  # type: ignore[no-untyped-def]
+    """Ray, connected to the cluster; one that is started for the time inside, without an address."""
+    ray = require_ray(address)
     if ray.is_initialized():
         yield ray
         return
-    if address is not None:
-        _require_answer(address)
     settings: dict[str, object] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:  # processes of this machine: they import what this one does
         settings |= {"num_cpus": workers, "include_dashboard": False}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
-from ssl_pipeline.data_tools.conversion import CONVERTED_EXTENSIONS, OPTIONAL, is_read
-from ssl_pipeline.data_tools.sources import Rejected, Source
+from ssl_pipeline.packing.conversion import CONVERTED_EXTENSIONS, OPTIONAL, is_read
+from ssl_pipeline.packing.sources import Rejected, Source
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 JPEG_BY_OTHER_NAMES = ("jpe", "jfif")
@@ -37,18 +37,23 @@ class Candidates:
 
 
 def find_candidates(source: Source, *, labels: str | None = None) -> Candidates:
-    """The images of a source; without `labels` or with "folders" the top folders are classes, with "none" none are.
+    """The images of a source; with `labels` "folders" the top folders are classes, with "none" none are.
 
+    Without `labels` they are classes too, but for one that holds everything, as in most zips: then those below it are.
     Classes are sorted, those of empty folders among them. An image that lies beside the class folders is kept, without
     a label; where there are no folders, no image has one.
     """
     images, others = _image_files(source)
     if labels == "none" or all(len(parts) == 1 for parts in images.values()):
         return Candidates([Candidate(name, None) for name in images], None, others)
-    folders = [parts for parts in map(path_parts, source.folders()) if parts and not _is_hidden(parts)]
-    class_names = sorted({parts[0] for parts in images.values() if len(parts) > 1} | {parts[0] for parts in folders})
+    at = 0 if labels == "folders" else _depth_of_classes(list(images.values()))
+    folders = [parts for parts in map(path_parts, source.folders()) if len(parts) > at and not _is_hidden(parts)]
+    named = [parts for parts in images.values() if len(parts) > at + 1]
+    class_names = sorted({parts[at] for parts in (*named, *folders)})
     label_of = {name: label for label, name in enumerate(class_names)}
-    candidates = [Candidate(name, label_of[parts[0]] if len(parts) > 1 else None) for name, parts in images.items()]
+    candidates = [
+        Candidate(name, label_of[parts[at]] if len(parts) > at + 1 else None) for name, parts in images.items()
+    ]
     return Candidates(candidates, class_names, others)
 
 
@@ -68,9 +73,16 @@ def no_images(key: str, source: str, found: Candidates) -> str:
     )
 
 
-def looks_like_splits(class_names: Sequence[str]) -> bool:
-    """Whether folders are parts of a data set: train, test and the like, and nothing else."""
-    return SPLITS.issuperset(name.lower() for name in class_names)
+def parts_of_a_set(found: Candidates) -> list[str]:
+    """The folders that would be classes, where these are parts of a data set (train, test and the like) and no classes;
+    a part for training first.
+    """
+    names = found.class_names or ()
+    used = {names[image.label]: path_parts(image.name) for image in found.images if image.label is not None}
+    if not SPLITS.issuperset(name.lower() for name in used):
+        return []
+    first = sorted(used, key=lambda name: (not name.lower().startswith("train"), name))
+    return ["/".join(used[name][: used[name].index(name) + 1]) for name in first]
 
 
 def path_parts(name: str) -> list[str]:
@@ -95,6 +107,18 @@ def _image_files(source: Source) -> tuple[dict[str, list[str]], list[Rejected]]:
         else:
             images[name] = parts
     return images, others
+
+
+def _depth_of_classes(files: Sequence[Sequence[str]]) -> int:
+    """How many folders, each alone in the one before it and without images of its own, hold everything; 0 unless there
+    are several folders below them.
+    """
+    depth = 0
+    while all(len(parts) > depth + 1 for parts in files):
+        if len({parts[depth] for parts in files}) > 1:
+            return depth
+        depth += 1
+    return 0
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

@@ -14,12 +14,12 @@ from PIL import Image
 from ssl_pipeline.data import decode
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data_tools import conversion
-from ssl_pipeline.data_tools.candidates import find_candidates
-from ssl_pipeline.data_tools.conversion import storable
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
-from ssl_pipeline.data_tools.packed_once import look_at
-from ssl_pipeline.data_tools.sources import open_source
+from ssl_pipeline.packing import conversion
+from ssl_pipeline.packing.candidates import find_candidates
+from ssl_pipeline.packing.conversion import storable
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
+from ssl_pipeline.packing.packed_once import look_at
+from ssl_pipeline.packing.sources import open_source
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (9, 7)) -> Image.Image:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data_tools.candidates import path_parts
+from ssl_pipeline.packing.candidates import path_parts
 
 COLUMNS = ("file", "label")
 

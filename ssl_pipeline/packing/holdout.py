@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data_tools.shard_writer import Accepted
+from ssl_pipeline.packing.shard_writer import Accepted
 from ssl_pipeline.randomness import HOLDOUT, permutation
 
 

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+from ssl_pipeline.config import printable
 from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.open import DataError
-from ssl_pipeline.data_tools.candidates import find_candidates, looks_like_splits, no_images
-from ssl_pipeline.data_tools.conversion import storable
-from ssl_pipeline.data_tools.make_shards import MakeShards, make_shards
-from ssl_pipeline.data_tools.sources import Source, UnreadableFileError, open_source
 from ssl_pipeline.files import write_text
+from ssl_pipeline.packing.candidates import find_candidates, no_images, parts_of_a_set
+from ssl_pipeline.packing.conversion import storable
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
+from ssl_pipeline.packing.sources import Source, UnreadableFileError, open_source
 
 SHARDS = "images"
 LISTING = "images.jsonl"
 NAMES_SHOWN = 3
 LOOKED_AT = 200  # images
-IN_A_RUN = "Put the files back, or choose another output=DIR to train on what is there now."
 
 
 def pack_once(
@@ -27,19 +27,20 @@ def pack_once(
     place: Path,
     *,
     key: str = "images",
-    way_out: str = IN_A_RUN,
+    renewed: bool = False,
     short_side: int | None = None,
     opened: Source | None = None,
 ) -> Path:
     """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
 
-    key: the setting that names the source, for errors. opened: the source, where it is open already.
+    key: the setting that names the source, for errors. renewed: whether a source that has changed is packed anew, which
+    is said, or refused. opened: the source, where it is open already.
     short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
     the shards says it.
 
     LISTING beside it has the name and size of each image file as it was packed; it is written last, so that shards
-    without it are those of a start that was cut short. Raises DataError, which names some files and the way out,
-    if the source has changed.
+    without it are those of a start that was cut short. Raises DataError, which names some files, for a source that has
+    changed.
     """
     shards, listing = place / SHARDS, place / LISTING
     files = opened or open_source(source, key=key)
@@ -47,20 +48,35 @@ def pack_once(
     now = {image.name: files.size(image.name) for image in found.images}
     if listing.exists():
         before = read_listing(listing)
-        if before != now:
-            found_now = differences(before, now)
-            raise DataError(f"{key}='{source}' has changed since it was packed into '{shards}': {found_now}. {way_out}")
-        if shards.exists():
+        if before == now and shards.exists():
             return shards
+        changed = f"{key}='{source}' has changed since it was packed into '{shards}': {differences(before, now)}."
+        if before != now and not renewed:
+            raise DataError(
+                f"{changed} Put the files back, or choose another output=DIR to train on what is there now."
+            )
+        if before != now:
+            print(printable(f"{changed} It is packed anew."), flush=True)
     if not found.images:
         raise DataError(no_images(key, source, found))
     place.mkdir(parents=True, exist_ok=True)
-    # parts of a data set are no classes, and a run without labels takes all of them
-    labels = "none" if looks_like_splits(found.class_names or ("",)) else None
+    parts = parts_of_a_set(found)  # no classes, and a run without labels takes all of them
+    if parts:
+        print(printable(_one_of_all(source, parts, len(found.images), key=key)), flush=True)
+    labels = "none" if parts else None
     settings = MakeShards(source=source, output=shards, labels=labels, short_side=short_side, overwrite=shards.exists())
     make_shards(settings, opened=files)
     write_text(listing, "".join(json.dumps([name, size]) + "\n" for name, size in now.items()))
     return shards
+
+
+def _one_of_all(source: str, parts: Sequence[str], count: int, *, key: str) -> str:
+    """What is said of a source that holds train/ and test/, or the like."""
+    way = f"{key}={source}/{parts[0]}" if Path(source).is_dir() else f"make_shards source={source} prefix={parts[0]}/"
+    return (
+        f"{key}={source} holds {', '.join(f'{name}/' for name in parts)}: parts of a data set. All {count:,} images "
+        f"are packed as one set, without labels. {way} takes one of them, and its folders as classes."
+    )
 
 
 def look_at(files: Source) -> tuple[int, int]:
@@ -81,6 +97,12 @@ def look_at(files: Source) -> tuple[int, int]:
 def is_packed(place: Path) -> bool:
     """Whether `pack_once` has finished in `place`."""
     return (place / LISTING).exists() and (place / SHARDS).exists()
+
+
+def is_current(files: Source, place: Path) -> bool:
+    """Whether what is packed in `place` are the images that a source has now."""
+    now = {image.name: files.size(image.name) for image in find_candidates(files).images}
+    return is_packed(place) and read_listing(place / LISTING) == now
 
 
 def read_listing(path: Path) -> dict[str, int]:

@@ -1,0 +1,86 @@
+"""What the weights that a command begins with tell of the run: their network, its size and colours, as arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ssl_pipeline.backbones import Backbone, BackboneConfig, create_backbone
+from ssl_pipeline.backbones.known import Known, known_of, normalised
+from ssl_pipeline.backbones.networks import batch_norms
+from ssl_pipeline.backbones.weights import is_tag, require_place
+from ssl_pipeline.config import ConfigError, Tree, validate
+from ssl_pipeline.config.printing import note
+
+KEPT = ("drop_path", "frozen_batch_norm")
+
+
+@dataclass(frozen=True)
+class StartingWeights:
+    """Weights as `backbone.weights` takes them, what is known of them, and the arguments that are beside them."""
+
+    weights: str
+    known: Known
+    given: Mapping[str, str]
+
+    @cached_property
+    def network(self) -> Backbone:
+        """The network without its values; ConfigError if neither the weights nor the arguments name it."""
+        network, name = self.known.network, self.given.get("backbone.name")
+        if name is not None and (network is None or network["name"] != name):
+            network = {"name": name}
+        if network is None:
+            raise ConfigError(
+                f"Nothing says which network the weights {self.weights} are of. Set backbone.name=MODEL, a timm model; "
+                "a run and a full name such as resnet18.a1_in1k bring it along."
+            )
+        with torch.device("meta"):
+            return create_backbone(
+                validate(BackboneConfig, {key: json.loads(json.dumps(network[key])) for key in network})
+            )
+
+    def arguments(self, recipe: Tree, *, size_key: str | None = None) -> dict[str, str]:
+        """Network and colours as arguments over those of the recipe, without what is given.
+
+        size_key: where the size of the images goes, if it is told too.
+        """
+        told: dict[str, object] = {}
+        if self.known.network is not None and "backbone.name" not in self.given:
+            told |= {f"backbone.{key}": value for key, value in self.known.network.items()}
+        if self.known.network is not None:  # the colours of another file are for the settings of a run to find
+            told |= {"data.mean": self.known.mean, "data.std": self.known.std}
+            told |= {} if size_key is None else {size_key: self.known.size}
+        if "backbone.name" in told:
+            told |= self._kept(recipe)
+        return {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in told.items()
+            if value is not None and not any(one == key or one.startswith(f"{key}.") for one in self.given)
+        }
+
+    def note_colours(self, arguments: Collection[str]) -> None:
+        """Say whose mean and deviation it is, if they are among the keys of `arguments`."""
+        if self.known.mean is not None and self.known.std is not None and {"data.mean", "data.std"} <= set(arguments):
+            note(f"{normalised(self.known.mean, self.known.std, self.known.of)}.")
+
+    def _kept(self, recipe: Tree) -> dict[str, object]:
+        """What the recipe says of any backbone, for the one of the weights, whose name would drop it."""
+        section = recipe.get("backbone")
+        kept: dict[str, object] = (
+            {f"backbone.{key}": section[key] for key in KEPT if key in section} if isinstance(section, dict) else {}
+        )
+        if not batch_norms(self.network):
+            kept.pop("backbone.frozen_batch_norm", None)
+        return kept
+
+
+def starting_weights(weights: str, given: Mapping[str, str], *, key: str = "backbone.weights") -> StartingWeights:
+    """What is known of the weights that `key` names; ConfigError for a file or a run that is not there."""
+    if not is_tag(weights):
+        require_place(weights, key=key)
+    known = known_of(weights, name=given.get("backbone.name"), which=given.get("backbone.weights_from"))
+    return StartingWeights(weights, known, given)

@@ -1,0 +1,48 @@
+"""How a run on `images=` is measured on these images, where nothing else is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from ssl_pipeline.commands.first_look import Look
+from ssl_pipeline.config import Tree, launched_rank
+from ssl_pipeline.data.shards.listing import shards_may_be_at
+
+WATCHED, WATCHED_K, WATCHED_EVERY = 2000, 20, "20%"  # images of a labelled folder, and how k-NN watches them
+
+
+def watch(look: Look, shards: str, given: Mapping[str, str], recipe: Tree) -> list[str]:
+    """The argument by which a run on images= is measured on these images: by k-NN, if they have labels (class folders),
+    else from weights by the spectrum; none if anything is given of it, or the recipe has images for it that are there.
+    """
+    if look.count <= WATCHED_K or says(given, "knn"):
+        return []
+    if look.labelled:
+        knn = recipe.get("knn")
+        if isinstance(knn, dict) and knn.get("train") is not None and shards_may_be_at(knn["train"]):
+            return []
+        _say_first(
+            f"The images have labels, so the run measures k-NN on up to {WATCHED:,} of them, each by all others, every "
+            f"{WATCHED_EVERY}; it does not learn from them. knn=null leaves that out."
+        )
+        return [
+            f"knn={{every: {WATCHED_EVERY}, train: {json.dumps(shards)}, val: null, images: {WATCHED}, k: {WATCHED_K}}}"
+        ]
+    if given.get("backbone.weights", "null") in ("null", "") or says(given, "spectrum") or recipe.get("spectrum"):
+        return []
+    _say_first(
+        f"The images have no labels, so the run watches RankMe of the features from the weights on, every "
+        f"{WATCHED_EVERY}. spectrum=null leaves that out."
+    )
+    return [f"spectrum={{every: {WATCHED_EVERY}, images: {WATCHED // 2}}}"]
+
+
+def says(given: Mapping[str, str], section: str) -> bool:
+    """Whether anything is given of a section."""
+    return any(key == section or key.startswith(f"{section}.") for key in given)
+
+
+def _say_first(words: str) -> None:
+    if launched_rank() == "0":
+        print(words, flush=True)

@@ -1,0 +1,58 @@
+"""The images that an evaluator is given: shards in any form, or a folder or zip of images, which is packed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from ssl_pipeline.backbones.runs import require_run
+from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.data.shards.catalogue import user_cache
+from ssl_pipeline.data.shards.listing import list_shards, shards_may_be_at
+from ssl_pipeline.files import sha256_of_bytes
+from ssl_pipeline.packing.images_as_shards import holds_images, packed
+
+IMAGES = ("train", "test", "images")
+"""The settings of evaluators that name images."""
+Evaluation = TypeVar("Evaluation", bound=Config)
+
+
+def run_evaluator(schema: type[Evaluation], main: Callable[[Evaluation], int | None], *, command: str) -> int:
+    """`run_command` for an evaluator whose images may be folders or zips."""
+    return run_command(schema, lambda config: main(with_shards(config, _directory(config))), command=command)
+
+
+def with_shards(config: Evaluation, directory: Path | None) -> Evaluation:
+    """The same settings on shards: folders and zips of images are packed, once, and anew where they have changed.
+
+    They are kept in DIRECTORY/eval/images, without one in the user's cache. Raises ConfigError for images, and a run,
+    that are not there, before anything is packed.
+    """
+    given = {key: value for key in IMAGES if isinstance(value := getattr(config, key, None), str)}
+    for key, source in given.items():
+        if not holds_images(source) and not shards_may_be_at(source):
+            if Path(source).expanduser().exists() or set("*?[{") & set(source):
+                list_shards(source)  # says what is there
+            raise ConfigError(f"{key}={source} is not there. Needed: a folder or a zip of images, or shards.")
+    if isinstance(run := getattr(config, "run", None), Path):
+        require_run(run)
+    shards = {
+        key: packed(source, place_of(source, directory), key=key, renewed=True)
+        for key, source in given.items()
+        if holds_images(source)
+    }
+    return config.model_copy(update=shards) if shards else config
+
+
+def place_of(source: str, directory: Path | None) -> Path:
+    """Where the shards of a folder or zip are kept: by its name, and by its place, for names come twice."""
+    path = Path(source).expanduser().resolve()
+    name = f"{path.stem or 'images'}-{sha256_of_bytes(str(path).encode())[:8]}"
+    return (user_cache() if directory is None else directory / "eval") / "images" / name
+
+
+def _directory(config: Config) -> Path | None:
+    """Where an evaluator writes: its output, or the run."""
+    output, run = (getattr(config, name, None) for name in ("output", "run"))
+    return next((Path(place) for place in (output, run) if isinstance(place, Path)), None)
