@@ -51,9 +51,9 @@ class TrainingStep:
         return self.loss(batch).item()
 
 
-def our_step(method: Method, optim: OptimConfig) -> TrainingStep:
-    """A method as the training loop trains it."""
-    optimizer, carry = build_optimizer(method, optim), dict[str, Tensor]()
+def our_step(method: Method, optim: OptimConfig, optimizer: torch.optim.Optimizer | None = None) -> TrainingStep:
+    """A method as the training loop trains it; optimizer: one that is there already."""
+    optimizer, carry = optimizer or build_optimizer(method, optim), dict[str, Tensor]()
 
     def loss(batch: Batch) -> Tensor:
         nonlocal carry

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import ast
+import gc
 from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from ssl_pipeline.config import RECIPES, recipe_files
-from tests.tiny import CLASSES
-
-TYPICAL = {"dino", "simclr", "mae", "fixmatch", "dino_vits16", "simclr_resnet50"}
-"""The methods and recipes that stand for all others while one works."""
-MANY = {"test_image_sizes", "test_layouts", "test_library", "test_number_ranges", "test_trial", "test_which_networks"}
-"""Modules that go through many networks, settings or whole runs."""
-
-torch.set_num_threads(1)  # the machines that run the tests have few cores, and the tests small tensors
+TYPICAL = {"dino", "simclr", "mae", "fixmatch", "dino_vits16", "simclr_resnet50", "caltech_no_label_to_few"}
+"""The methods, recipes and comparisons that stand for all others while one works."""
+MANY = {
+    "test_deduplicate",
+    "test_generated",
+    "test_image_sizes",
+    "test_layouts",
+    "test_library",
+    "test_loading",
+    "test_networks",
+    "test_notebooks",
+    "test_number_ranges",
+    "test_pictures_of_method",
+    "test_self_training",
+    "test_trial",
+    "test_which_networks",
+}
+"""Modules that go through many networks, settings or whole runs; and the benchmarks."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -25,12 +34,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`ddp` for what starts processes by tests/ranks.py or subprocess, `other` for what is about a method or recipe
     that is not `TYPICAL` or about `MANY` things, and a skip for `gpu` where there is none.
     """
-    others = {*CLASSES, *recipe_files(RECIPES)} - TYPICAL
+    import torch  # here: the process that hands the tests to pytest-xdist's workers then begins without it
+
+    from ssl_pipeline.config import COMPARISONS, RECIPES, recipe_files
+    from tests.tiny import CLASSES
+
+    torch.set_num_threads(1)  # wherever OMP_NUM_THREADS is set to another number
+    others = {*CLASSES, *recipe_files(RECIPES), *recipe_files(COMPARISONS)} - TYPICAL
     for item in items:
         parameters = (
             item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
         )
         of_other = item.path.stem.removeprefix("test_") in others or item.path.stem in MANY
+        of_other |= item.path.parent.name == "benchmarks"
         if of_other or any(isinstance(value, str) and value in others for value in parameters):
             item.add_marker("other")
         if getattr(item, "originalname", "") in starting_processes(item.path):
@@ -39,10 +55,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_collection_finish() -> None:
+    """What all tests share is no garbage: looking through a million objects each time takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
 @cache
 def starting_processes(path: Path) -> frozenset[str]:
     """The tests, fixtures and functions of a module that start processes, directly or through each other."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if "subprocess" not in text and "tests.ranks" not in text:  # most modules, and parsing them takes seconds in all
+        return frozenset()
+    tree = ast.parse(text)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "tests.ranks"]
     found = {"subprocess"} | {alias.name for node in imports for alias in node.names}
     used = {node.name: names_in(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

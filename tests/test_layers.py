@@ -75,10 +75,16 @@ def tree_of(module: str) -> ast.Module:
 
 
 @cache
+def nodes_of(module: str) -> tuple[ast.Import | ast.ImportFrom | ast.Call, ...]:
+    """The imports and calls of a module, anywhere in its file."""
+    return tuple(node for node in ast.walk(tree_of(module)) if isinstance(node, ast.Import | ast.ImportFrom | ast.Call))
+
+
+@cache
 def imports_of(module: str) -> frozenset[str]:
-    """The modules of ours that a module imports, anywhere in its file."""
+    """The modules of ours that a module imports."""
     found = set()
-    for node in ast.walk(tree_of(module)):
+    for node in nodes_of(module):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -222,7 +228,7 @@ def test_imports_are_absolute():
     relative = [
         f"{module}:{node.lineno}"
         for module in sources()
-        for node in ast.walk(tree_of(module))
+        for node in nodes_of(module)
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert not relative
@@ -236,10 +242,9 @@ def test_no_grab_bag_module():
 # what would run foreign code
 
 
-def calls(module: str) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(tree_of(module)):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+@cache
+def calls(module: str) -> tuple[tuple[str, ast.Call], ...]:
+    return tuple((ast.unparse(node.func), node) for node in nodes_of(module) if isinstance(node, ast.Call))
 
 
 def keyword(call: ast.Call, name: str) -> str | None:
@@ -268,7 +273,7 @@ def test_nothing_loads_pickles_or_runs_a_shell():
 def test_nothing_imports_a_pickler(package):
     importers = []
     for module in sources():
-        for node in ast.walk(tree_of(module)):
+        for node in nodes_of(module):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             importers += [module for name in names if name.split(".")[0] == package]

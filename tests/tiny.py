@@ -28,7 +28,7 @@ VIT = BackboneConfig(
     name="vit_tiny_patch16_224",
     arguments={"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
 )
-CNN = BackboneConfig(name="resnet10t", arguments={"stem_type": ""}, small_images=True)
+CNN = BackboneConfig(name="test_resnet", arguments={"stem_type": ""}, small_images=True)
 # by the end of a setting's name: a size that takes a CPU a moment
 SMALL = {
     "_dim": 16,

@@ -14,6 +14,7 @@ from benchmarks.gpu_check.settings import Check, Found, Place, StepFigures
 from benchmarks.images import photographs
 from benchmarks.settings import BenchmarkConfig
 from ssl_pipeline.files import JSON
+from ssl_pipeline.training.sharding import OLDEST_TORCH, torch_is_too_old
 
 SAME, SIMILAR = 1e-6, 0.05  # relative gaps between losses: of a resumed run on a CPU, of other formats and layouts
 SAME_ON_GPU = 1e-2  # kernels add in no fixed order, and a few steps let that grow
@@ -23,14 +24,21 @@ RING, COLOURS, NO_SYNC = (
     "tests/augment/test_photometric.py",
     "tests/methods/test_no_sync.py",
 )
+WITHOUT_A_GPU = ("tests/test_machine.py",)
 
 
-def run_tests(place: Place, *, paths: tuple[str, ...], without: tuple[str, ...] = (), tiny: tuple[str, ...]) -> Found:
-    """The tests that need a GPU, or where there is none those that `tiny` names."""
-    selection = ["-m", "gpu", *(f"--ignore={path}" for path in without)]
-    passed, failed, skipped = tests(place, tiny) if place.config.is_tiny else tests(place, paths, *selection)
+def run_tests(place: Place, *, paths: tuple[str, ...], without: tuple[str, ...] = ()) -> Found:
+    """The tests that need a GPU; where there is none those beside them, which do the same on a CPU."""
+    ignored = [f"--ignore={path}" for path in without]
+    if place.config.is_tiny:
+        counts = tests(place, WITHOUT_A_GPU if paths == ("tests",) else paths, "-m", "not gpu and not slow")
+    else:
+        counts = tests(place, paths, "-m", "gpu", *ignored)
+    passed, failed, skipped = counts
     figures: dict[str, JSON] = {"passed": passed, "failed": failed, "skipped": skipped}
     said = f"{passed} passed, {failed} failed, {skipped} skipped"
+    if place.config.is_tiny:
+        said += "; says nothing of a GPU" if paths == ("tests",) else "; on the CPU"
     return Found("failed" if failed else "passed" if passed else "skipped", said, figures)
 
 
@@ -90,8 +98,15 @@ def compile_step(place: Place) -> Found:
 
 
 def fsdp(place: Place) -> Found:
-    """Nothing yet: the checks start one process, which shares nothing out."""
-    return Found("skipped", "needs two processes: torchrun --nproc-per-node 2 pretrain.py ... train.parallel=fsdp")
+    """The step of DINO whole, and shared out over a group of this process alone: the same numbers, and its price."""
+    if torch_is_too_old():
+        return Found("skipped", f"needs torch {'.'.join(map(str, OLDEST_TORCH))}, this is {torch.__version__}")
+    whole, shared = (_step(place, "dino_vits16", sharded=flag) for flag in (False, True))
+    slower = shared.seconds / whole.seconds
+    gap = relative_gap(shared.last_loss, whole.last_loss)
+    figures: dict[str, JSON] = {"slower": slower, "loss_gap": gap, "whole": asdict(whole), "shared": asdict(shared)}
+    said = f"one process takes {slower:.2f} times as long, last loss differs by {gap:.2g}"
+    return Found("passed" if gap <= (SIMILAR if torch.cuda.is_available() else SAME) else "failed", said, figures)
 
 
 def cifar10(place: Place) -> Found:
@@ -148,9 +163,10 @@ def training_step(place: Place, *, recipe: str) -> Found:
     return Found("passed", said, {"step": asdict(step), "runs": runs})
 
 
-def _step(place: Place, recipe: str, *, compiled: bool) -> StepFigures:
+def _step(place: Place, recipe: str, *, compiled: bool = False, sharded: bool = False) -> StepFigures:
     tiny = ["tiny", "precision=no"] if place.config.is_tiny else []
-    return report(place, recipe, f"compile={str(compiled).lower()}", *tiny)
+    flags = {"compile": compiled, "sharded": sharded}
+    return report(place, recipe, *(f"{name}={str(flag).lower()}" for name, flag in flags.items()), *tiny)
 
 
 def _run_on(place: Place, recipe: str, shards: Path, crop_on: str, *more: str) -> list[Row]:
@@ -167,20 +183,16 @@ def relative_gap(value: float, reference: float) -> float:
     return abs(value - reference) / max(abs(reference), 1e-12)
 
 
-NO_SYNC_TINY = f"{NO_SYNC}::test_what_waits_is_noticed"
-RING_TINY = f"{RING}::test_places_are_taken_and_given_back"
-COLOURS_TINY = f"{COLOURS}::test_grayscale_and_solarization_alone_equal_torchvision"
-
 CHECKS = (
     Check(
         "cuda_tests",
         "tests that need a GPU",
         150,
-        partial(run_tests, paths=("tests",), without=(RING, COLOURS, NO_SYNC), tiny=("tests/test_machine.py",)),
+        partial(run_tests, paths=("tests",), without=(RING, COLOURS, NO_SYNC)),
     ),
-    Check("pinned_ring", "page-locked memory", 40, partial(run_tests, paths=(RING,), tiny=(RING_TINY,))),
-    Check("compiled_colours", "compiled colours", 90, partial(run_tests, paths=(COLOURS,), tiny=(COLOURS_TINY,))),
-    Check("no_host_sync", "no step waits", 120, partial(run_tests, paths=(NO_SYNC,), tiny=(NO_SYNC_TINY,))),
+    Check("pinned_ring", "page-locked memory", 40, partial(run_tests, paths=(RING,))),
+    Check("compiled_colours", "compiled colours", 90, partial(run_tests, paths=(COLOURS,))),
+    Check("no_host_sync", "no step waits", 120, partial(run_tests, paths=(NO_SYNC,))),
     Check("kill_and_resume", "killed and resumed", 120, kill_and_resume),
     Check("precision", "bf16 and fp16", 120, precision),
     Check("compile", "compiled DINO ViT-S/16", 180, compile_step),

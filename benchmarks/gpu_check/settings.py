@@ -71,17 +71,20 @@ class Found:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one training step takes. images_per_second: at this `batch`; peak_gb and mfu: None where that is unknown."""
+    """What one training step takes. images_per_second: at this `batch`; peak_gb and mfu: None where that is unknown;
+    loss and last_loss: before and after all steps."""
 
     recipe: str
     batch: int
     precision: str
     compiled: bool
+    sharded: bool
     seconds: float
     images_per_second: float
     seconds_of_first_steps: float
     peak_gb: float | None
     loss: float
+    last_loss: float
     gflops_per_image: float
     mfu: float | None
 

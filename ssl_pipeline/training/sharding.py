@@ -33,10 +33,15 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 Part = TypeVar("Part", bound=nn.Module)
 
 
+def torch_is_too_old() -> bool:
+    """Whether this torch is none that shards rightly."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH
+
+
 def check_sharding(method: Method, *, precision: str, measures_classifier: bool, find_lr: bool) -> None:
     """Raises ConfigError if the method, or what is asked for with it, cannot be sharded."""
     name, backbone = type(method).__name__, method.backbone
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    if torch_is_too_old():
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ConfigError(f"train.parallel=fsdp needs torch {oldest} or newer. This is {torch.__version__}; use ddp.")
     if not isinstance(backbone, TokenBackbone):

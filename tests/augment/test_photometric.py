@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as oracle
 
@@ -241,9 +242,10 @@ def test_the_accelerator_path_compiles_to_one_graph():
     assert_equals_torchvision(image, crops, draws, group)
 
 
+@pytest.mark.other
 def test_a_second_batch_compiles_nothing_new():
     group = ViewGroup(count=3, size=8, jitter_prob=0.0, blur_prob=(0.5, 0.5, 0.0), blur_kernel=3)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     augment = torch.compile(augment_on_accelerator, backend=counter, fullgraph=True, dynamic=False)
     for seed in range(3):
         draws = draw(group, 4, seed)
@@ -252,8 +254,9 @@ def test_a_second_batch_compiles_nothing_new():
     assert counter.frame_count == 2  # one for each kind of view
 
 
+@pytest.mark.other
 def test_views_of_many_sizes_are_compiled_once_each(monkeypatch, recwarn):
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     fused = on_accelerator.Fused()
     for size in [*range(8, 18), *range(8, 18)]:  # torch gives up at the ninth on its own

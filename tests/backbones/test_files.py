@@ -18,7 +18,7 @@ PREPROCESSING = Preprocessing(32, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     "config",
     [
         BackboneConfig(name="vit_tiny_patch16_224", arguments=TINY_VIT, drop_path=0.1),
-        BackboneConfig(name="resnet18", small_images=True),
+        BackboneConfig(name="test_resnet", arguments={"stem_type": ""}, small_images=True),
     ],
 )
 def test_a_saved_backbone_comes_back(tmp_path, config):

@@ -78,7 +78,7 @@ def test_a_vit_inside_another_module_is_found():
 
 def test_networks_without_blocks_or_with_several_rows_of_them_are_refused():
     with pytest.raises(ConfigError, match=r"need one network with blocks.* Got none\.$"):
-        layer_decay_groups(create_backbone(BackboneConfig(name="resnet18")), decay=0.5, weight_decay=0.1)
+        layer_decay_groups(create_backbone(BackboneConfig(name="test_resnet")), decay=0.5, weight_decay=0.1)
     both = nn.ModuleDict({"student": tiny_vit(), "teacher": tiny_vit()})
     with pytest.raises(ConfigError, match=r"Got 'student\.model\.blocks', 'teacher\.model\.blocks'\.$"):
         layer_decay_groups(both, decay=0.5, weight_decay=0.1)

@@ -26,7 +26,7 @@ def test_a_vit_has_the_layers_of_its_learning_rates():
     assert {part.name for part in layers.parts if part.is_token} == {"cls_token", "pos_embed"}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "tf_efficientnet_lite0", "wide_resnet28_2"])
+@pytest.mark.parametrize("name", ["resnet18", "test_convnext", "test_efficientnet", "wide_resnet28_2"])
 def test_a_cnn_has_a_layer_for_each_block(name):
     with torch.device("meta"):
         model = create_backbone(BackboneConfig(name=name)).model

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import checks
 from benchmarks.gpu_check.advice import advice
 from benchmarks.gpu_check.checks import CHECKS
 from benchmarks.gpu_check.processes import CheckError, TookTooLongError, rows_of, run_python
@@ -39,13 +40,13 @@ def test_whatever_one_check_does_the_others_have_their_turn(tmp_path, monkeypatc
     def passes(place: Place) -> Found:
         return Found("passed", "3 passed", {"gain": 1.5})
 
-    checks = [
+    some = [
         Check("cuda_tests", "tests", 60, breaks),
         Check("pinned_ring", "ring", 60, fails),
         Check("precision", "formats", 0.5, takes_long),
         Check("compile", "compiled", 60, passes),
     ]
-    monkeypatch.setattr(gpu_check, "CHECKS", checks)
+    monkeypatch.setattr(gpu_check, "CHECKS", some)
     found = gpu_check.run_checks(GpuCheckConfig(output=tmp_path, size="tiny"))
     assert [one.state for one in found.values()] == ["failed", "failed", "too long", "passed"]
     report = json.loads((tmp_path / "gpu_check.json").read_text())
@@ -118,12 +119,25 @@ def test_where_the_defaults_are_right_nothing_is_advised():
 @pytest.mark.slow
 def test_without_a_gpu_the_checks_run_in_tiny_sizes(tmp_path, capsys):
     config = GpuCheckConfig(
-        output=tmp_path, size="tiny", patience=10, minutes=60, only=("pinned_ring", "kill_and_resume", "dinov2_vits14")
+        output=tmp_path,
+        size="tiny",
+        patience=10,
+        minutes=60,
+        only=("pinned_ring", "kill_and_resume", "fsdp", "dinov2_vits14"),
     )
     found = gpu_check.run_checks(config)
     assert {name: one.state for name, one in found.items()} == dict.fromkeys(config.only, "passed")
+    assert "on the CPU" in found["pinned_ring"].said
     assert found["kill_and_resume"].figures["loss_gap"] == 0
+    assert found["fsdp"].figures["loss_gap"] == 0
+    assert found["fsdp"].figures["shared"]["sharded"]
     assert found["kill_and_resume"].figures["killed_after_step"] < 20
+
+
+def test_fsdp_waits_for_a_torch_that_shards_rightly(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "torch_is_too_old", lambda: True)
+    found = checks.fsdp(place(tmp_path))
+    assert (found.state, found.said.split(",")[0]) == ("skipped", "needs torch 2.13")
 
 
 @pytest.mark.parametrize("recipe", ["dino_vits16", "dinov2_vits14", "dinov2_vitl16_short"])

@@ -36,6 +36,7 @@ def folder(place: Path, count: int, classes: tuple[str, ...]) -> Path:
     return place
 
 
+@pytest.mark.other
 def test_the_commands_at_the_end_of_a_run_work_as_they_stand(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     photos = folder(tmp_path / "my photos", 24, ("cat", "dog"))

@@ -50,6 +50,7 @@ def test_a_run_writes_its_page_at_checkpoints_and_at_its_end(tmp_path: Path) -> 
     assert [image.step for image in events.Images("neighbours")][-1] == 4
 
 
+@pytest.mark.other
 def test_a_page_that_fails_is_said_and_costs_the_run_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,6 +240,7 @@ def refusal_of(action: Callable[[], object]) -> str | None:
     return None
 
 
+@pytest.mark.other
 def test_random_arguments_give_settings_or_sentences(read, schema):
     generator = random.Random(20)
     keys = [*known_keys(schema), *MORE_KEYS.split(), ""]

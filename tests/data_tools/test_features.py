@@ -30,6 +30,7 @@ def shards(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("images") / "shards")
 
 
+@pytest.mark.other
 def test_tasks_of_a_shard_give_the_same_and_are_not_done_twice(shards, tmp_path, monkeypatch):
     """With a stand-in for Ray that runs the tasks here."""
     done, lost = [], [True]

@@ -170,8 +170,8 @@ def test_results_stand_in_the_card_if_they_are_of_these_weights(tmp_path):
 
 
 def test_the_licence_of_timms_weights_is_known(tmp_path):
-    run, _ = run_with(tmp_path, BackboneConfig(name="resnet18"))
-    (run / "config.yaml").write_text("backbone: {weights: a1_in1k}\n")
+    run, _ = run_with(tmp_path, BackboneConfig(name="test_resnet"))
+    (run / "config.yaml").write_text("backbone: {weights: r160_in1k}\n")
     assert "| starting weights | apache-2.0 |" in (exported(run, "timm") / "README.md").read_text()
 
 

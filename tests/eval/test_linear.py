@@ -164,6 +164,7 @@ def test_a_run_is_probed_and_reported(
         assert words in printed
 
 
+@pytest.mark.other
 def test_knn_and_linear_share_their_features(run: Path, train: str, test: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from ssl_pipeline.eval.knn import KnnConfig
     from ssl_pipeline.eval.knn import main as knn_main

@@ -143,6 +143,7 @@ def test_a_logistic_regression_is_called_one(run: Path) -> None:
     assert "linear probe" not in text
 
 
+@pytest.mark.other
 def test_images_through_which_it_is_measured_are_measured_first(run: Path, train: str, test: str) -> None:
     assert call(f"run={run}", f"train={train}", f"test={test}", "images=0") == 0
     assert (run / "eval" / "suite.json").is_file()

@@ -28,6 +28,7 @@ def report(run: Path, name: str) -> dict:
     return json.loads((run / "eval" / f"{name}.json").read_text())
 
 
+@pytest.mark.other
 def test_one_pass_gives_what_the_evaluators_give_alone(
     run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +166,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
         measure_all(broken, config)
 
 
+@pytest.mark.other
 def test_other_evaluators_measure_the_same_features(run: Path, train: str, test: str) -> None:
     sets = [f"run={run}", f"train={train}", f"test={test}"]
     assert call(*sets, "k=5", "also=few_shot,retrieval") == 0

@@ -101,6 +101,7 @@ def test_nt_xent_stays_finite_at_a_tiny_temperature():
     assert z1.grad.isfinite().all()
 
 
+@pytest.mark.other
 def test_nt_xent_compiles_without_a_graph_break():
     z1, z2 = random_pairs(3, 4)
     compiled = torch.compile(lambda a, b: nt_xent(a, b, temperature=0.3), fullgraph=True, backend="aot_eager")

@@ -205,7 +205,7 @@ def test_a_batch_of_one_image_is_refused(settings, sentence):
 @pytest.mark.parametrize(
     ("backbone", "sentence"),
     [
-        (CNN, r"^DINOv2 needs a backbone with patch tokens \(a ViT\)\. 'resnet10t' has none"),
+        (CNN, r"^DINOv2 needs a backbone with patch tokens \(a ViT\)\. 'test_resnet' has none"),
         (
             VIT.model_copy(
                 update={"arguments": {**VIT.arguments, "class_token": False, "global_pool": "avg", "fc_norm": False}}

@@ -194,7 +194,7 @@ def test_a_file_beside_a_model_card_is_a_teacher_with_its_normalisation(tmp_path
 
 def test_a_run_of_another_network_is_refused(tmp_path):
     save_backbone(tmp_path, create_backbone(CNN), Preprocessing(16, HALF, HALF))
-    with pytest.raises(ConfigError, match=r"^method\.teacher must be the network of .*resnet10t.* Got .*vit_tiny"):
+    with pytest.raises(ConfigError, match=r"^method\.teacher must be the network of .*test_resnet.* Got .*vit_tiny"):
         load_teacher(VIT.model_copy(update={"weights": str(tmp_path)}))
 
 

@@ -255,6 +255,7 @@ def test_a_run_with_fewer_labels_than_a_batch_trains_and_resumes_exactly(tmp_pat
         assert torch.equal(tensor, weights(resumed)[name]), name
 
 
+@pytest.mark.other
 def test_the_monitor_measures_the_moving_averages_classifier(tmp_path, shards, labelled):
     config = settings(shards, labelled, tmp_path / "run", "classifier.every=4")
     last = run(config)[-1]
@@ -312,6 +313,7 @@ def write_bare(folder):
     return folder
 
 
+@pytest.mark.other
 def test_methods_without_labels_refuse_them(tmp_path, shards, labelled):
     argv = ["recipe=cifar10_simclr_resnet18", f"data.shards={shards}", f"output={tmp_path / 'run'}", "knn=null"]
     config = load(PretrainConfig, [*argv, f"data.labelled.shards={labelled}"], recipes=RECIPES)

@@ -179,7 +179,7 @@ def test_a_collapse_shows():
 @pytest.mark.parametrize(
     ("backbone", "sentence"),
     [
-        (CNN, r"^iBOT needs a backbone with patch tokens \(a ViT\)\. 'resnet10t' has none"),
+        (CNN, r"^iBOT needs a backbone with patch tokens \(a ViT\)\. 'test_resnet' has none"),
         (
             VIT.model_copy(
                 update={"arguments": {**VIT.arguments, "class_token": False, "global_pool": "avg", "fc_norm": False}}

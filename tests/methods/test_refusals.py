@@ -77,16 +77,17 @@ def test_views_in_which_no_patch_can_be_masked(tmp_path, size, sentence):
 
 
 def test_mae_on_a_cnn(tmp_path):
-    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18")
+    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=test_resnet")
     assert sentence.startswith(
-        "MAE needs a backbone with patch tokens (a ViT). 'resnet18' has none. Networks that have"
+        "MAE needs a backbone with patch tokens (a ViT). 'test_resnet' has none. Networks that have"
     )
 
 
 def test_mae_on_a_cnn_with_the_weights_that_its_recipe_begins_with(tmp_path):
-    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=resnet18", "backbone.initial_weights=mae")
+    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=test_resnet", "backbone.initial_weights=mae")
     assert sentence == (
-        "MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. 'resnet18' has none."
+        "MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. 'test_resnet' has "
+        "none."
     )
 
 

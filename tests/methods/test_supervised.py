@@ -70,7 +70,7 @@ def test_rates_of_a_cnn_shrink_block_by_block():
     found = rates(fine_tuning(CNN, layer_decay=0.5))
     last = [rate for name, (rate, _, _) in found.items() if ".layer4." in name]
     assert set(last) == {0.05}
-    assert found["backbone.model.conv1.weight"][0] == pytest.approx(0.1 * 0.5**5)  # resnet10t: stem and four blocks
+    assert found["backbone.model.conv1.weight"][0] == pytest.approx(0.1 * 0.5**5)  # test_resnet: stem and four blocks
 
 
 def test_one_layer_after_the_other_begins_to_learn():

@@ -343,6 +343,7 @@ def test_everything_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, mon
     assert calls[calls.index("rename") + 1] == "fsync"  # the parent, before anything is pruned
 
 
+@pytest.mark.ddp
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_sigkill_at_any_moment_of_a_save_loses_nothing(tmp_path, monkeypatch, situation):
     before, (step, position) = SITUATIONS[situation]

@@ -15,6 +15,7 @@ from tests.torture.outcome import Outcome
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the hardest most often
 MOST_STARTS = 60
+WAIT, HANGS = 4 * TIMEOUT, "still running"  # seconds for the end of a start
 STEPS = 24
 PROMISE = "ends bit for bit as a run that nobody disturbed"
 
@@ -24,6 +25,7 @@ def torture_kills(folder: Path, *, kills: int, seed: int, method: str = "dino", 
     draws = random.Random(f"{seed} {method} {world_size}")
     recipe = _recipe(folder, method, world_size)
     expected = folder / "expected"
+    start(os.getpid).wait()  # the server that forks the others has imported torch before the clock runs
     began = time.monotonic()
     assert _codes(_start(recipe, expected, world_size)) == {0}
     seconds = time.monotonic() - began
@@ -75,6 +77,8 @@ def _killed_until_done(
             if child is not victim and child.process.exitcode is None:
                 os.kill(child.pid, signal.SIGKILL)  # as a launcher does with the others
         codes = _codes(children)
+        if HANGS in codes:
+            return f"still running {WAIT:.0f} s after {number!r}: {children[0].printed()[-300:]}"
         traces = [child.printed() for child in children if "Traceback" in child.printed()]
         if traces:
             return f"a traceback after {number!r}: {traces[0][-300:]}"
@@ -83,8 +87,15 @@ def _killed_until_done(
     return f"no end after {MOST_STARTS} starts"
 
 
-def _codes(children: list[Child]) -> set[int]:
-    return {child.wait(4 * TIMEOUT) for child in children}
+def _codes(children: list[Child]) -> set[int | str]:
+    """The exit codes; a process that does not end is killed."""
+    codes: set[int | str] = set()
+    for child in children:
+        try:
+            codes.add(child.wait(WAIT))
+        except AssertionError:
+            codes.add(HANGS)
+    return codes
 
 
 def _difference(output: Path, expected: Path) -> str | None:

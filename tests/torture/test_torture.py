@@ -71,6 +71,7 @@ def test_wrong_inputs_are_refused_in_one_sentence(tmp_path):
     assert not [told for outcome in torture_inputs(tmp_path) for told in outcome.broken]
 
 
+@pytest.mark.ddp
 def test_a_wrong_refusal_is_noticed(tmp_path):
     cases = [
         Case("make_shards", ("source={empty}", "output={output}"), "other words"),

@@ -254,6 +254,7 @@ def steps_saved(output: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.other
 def test_late_checks_change_nothing_in_a_run_that_goes_well(tmp_path, shards, monkeypatch):
     at_once = train_alone(tmp_path / "at once", "dino", shards, log_every=5)
     monkeypatch.setattr(loop, "lag_on", lambda device: 1)
@@ -364,6 +365,7 @@ def test_a_run_is_saved_when_due_and_at_the_end(tmp_path, shards):
 # What is measured
 
 
+@pytest.mark.other
 def test_measuring_changes_no_loss(tmp_path, shards):
     settings = {"steps": 9, "log_every": 2}
     plain = train_alone(tmp_path / "plain", "mae", shards, **settings)
@@ -378,6 +380,7 @@ def test_measuring_changes_no_loss(tmp_path, shards):
     assert set(PHASES) <= {event.get("name") for event in events}
 
 
+@pytest.mark.other
 def test_the_log_tells_of_the_start_the_trace_and_the_parts_of_a_step(tmp_path, shards, capsys):
     train_alone(tmp_path / "run", "simclr", shards, steps=7, log_every=3, time_steps=1, profile=1)
     printed = capsys.readouterr().err

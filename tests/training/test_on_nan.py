@@ -104,6 +104,7 @@ class StopAfter:
         return {}
 
 
+@pytest.mark.other
 def test_a_resumed_run_leaves_out_the_same_steps_and_counts_on(tmp_path, shards):
     settings = {"on_nan": "skip", "nan_budget": 2, "save_every": 100, "backbone": CNN}
     whole, parts = tmp_path / "whole", tmp_path / "parts"

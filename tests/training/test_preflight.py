@@ -34,7 +34,7 @@ def test_labels_that_are_identifiers_make_no_classifier_of_billions():
 def test_views_of_which_one_pixel_is_left_are_refused_where_gradients_would_be_wrong():
     method = make_method("simclr", backbone=CNN)
     views, cpu = {"view": ViewGroup(count=2, size=3)}, torch.device("cpu")
-    sentence = r"augment\.view\.size=3 is too small for 'resnet10t' with train\.precision=bf16 on a CPU: .*layer4.*=5"
+    sentence = r"augment\.view\.size=3 is too small for 'test_resnet' with train\.precision=bf16 on a CPU: .*layer4.*=5"
     with pytest.raises(ConfigError, match=sentence):
         check_precision(method, method.backbone, views, TrainConfig(steps=1, precision="bf16"), cpu)
     check_precision(

@@ -363,7 +363,7 @@ ASKED = {"precision": "no", "measures_classifier": False, "find_lr": False}
 @pytest.mark.parametrize(
     ("name", "backbone", "settings", "sentence"),
     [
-        ("simclr", CNN, {}, r"^train\.parallel=fsdp shards the blocks of a ViT\. 'resnet10t' is none.*parallel=ddp"),
+        ("simclr", CNN, {}, r"^train\.parallel=fsdp shards the blocks of a ViT\. 'test_resnet' is none.*parallel=ddp"),
         ("dvae", VIT, {}, r"^DVAE exports more than a backbone, which works with train\.parallel=ddp alone\."),
         (
             "dino",
@@ -388,7 +388,7 @@ def test_an_older_torch_is_refused(monkeypatch):
 
 
 def test_a_refusal_comes_before_anything_is_read_or_written(tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", "simclr", tmp_path / "no shards", backbone={"name": "resnet10t"})
+    recipe = write_recipe(tmp_path / "recipe.yaml", "simclr", tmp_path / "no shards", backbone={"name": "test_resnet"})
     (child,) = start_ranks(
         command, [f"recipe={recipe}", f"output={tmp_path / 'run'}", "train.parallel=fsdp"], world_size=1
     )

@@ -84,7 +84,7 @@ def meta(monkeypatch) -> str:
     return "meta"
 
 
-@pytest.mark.parametrize("crop_on", ["worker", "device"])
+@pytest.mark.parametrize("crop_on", ["worker", pytest.param("device", marks=pytest.mark.other)])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_asks_its_device_for_nothing(tmp_path, shards, meta, name, crop_on):
     run = make_run(tmp_path / "run", name, shards, batch_size=4, optim=LARS)

@@ -217,6 +217,7 @@ def test_accelerators_never_wait_for_a_value():
         augment_on_cpu(image, draws, stages, out=torch.empty_like(image))
 
 
+@pytest.mark.other
 def test_the_accelerator_path_compiles_to_one_graph():
     group = ViewGroup(size=8, rand_augment=1, cutout=(0.5, 0.5), **PLAIN)
     draws = torch.from_numpy(draw(group, 30))[0]

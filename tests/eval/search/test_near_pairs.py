@@ -101,9 +101,10 @@ def test_the_index_finds_copies_among_images_of_the_same_subjects(count, dim):
     began = time.process_time()
     indexed = found_by(features, search="ivf")
     recall = len(planted & indexed.keys()) / len(planted)
-    print(f"\nrecall {recall:.2%} of {len(planted):,} pairs, {time.process_time() - began:.0f} s of processor time")
+    others = len(indexed.keys() - planted)
+    print(f"\nrecall {recall:.3%} of {len(planted):,} pairs, {others} others, {time.process_time() - began:.0f} s")
     assert recall >= 0.97
-    assert len(indexed.keys() - planted) <= 0.001 * len(planted), "images of one subject are no copies"
+    assert others <= 0.001 * len(planted), "images of one subject are no copies"
 
 
 def test_features_may_be_float16_and_are_refused_if_not_finite():
