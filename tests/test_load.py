@@ -33,13 +33,13 @@ RUNS = Path(__file__).parents[1] / "docs" / "runs.md"
 
 
 def backbones_of_recipes() -> dict[str, BackboneConfig]:
-    """Each architecture that a recipe has, once, by the name of the first recipe with it; ViTs with one block."""
+    """Each architecture that a recipe has, once, by the name of the first recipe with it; small ViTs."""
     found: dict[str, BackboneConfig] = {}
     for name, file in recipe_files(RECIPES).items():
         section = read_yaml(file.read_text(), where=name)["backbone"]
         plain = validate(BackboneConfig, {key: section[key] for key in ARCHITECTURE if key in section})
         arguments = {key: value for key, value in plain.arguments.items() if key != "zero_init_last"}
-        arguments |= {"depth": 1} if plain.name.startswith("vit") else {}
+        arguments |= {"depth": max(plain.class_tokens, 1)} if plain.name.startswith("vit") else {}
         config = plain.model_copy(update={"arguments": arguments})
         if config not in found.values():
             found[name] = config

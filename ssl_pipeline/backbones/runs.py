@@ -37,9 +37,11 @@ class BackboneOfRun:
 
 
 def require_run(run: Path) -> None:
-    """Raise ConfigError for what is no directory."""
+    """Raise ConfigError for what is no directory, and for one without an export and a checkpoint."""
     if not run.is_dir():
         raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+    if not any((run / name).exists() for name in ("backbone.safetensors", "checkpoints", "manifest.json")):
+        find_in_run(run)  # says what is missing
 
 
 def load_run(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:

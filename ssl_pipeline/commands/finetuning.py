@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.backbones.weights import is_tag
+from ssl_pipeline.commands.before_packing import check_before_packing
 from ssl_pipeline.commands.finetune import OWN_KEYS
 from ssl_pipeline.commands.known_weights import StartingWeights, starting_weights
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
-from ssl_pipeline.commands.trial import check_before_packing
 from ssl_pipeline.config import (
     RECIPES,
     ConfigError,

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ssl_pipeline.commands.before_packing import check_before_packing
 from ssl_pipeline.commands.first_look import Look, look_at_files, look_at_shards
 from ssl_pipeline.commands.recipe_choice import AUTO, RecipeChoice, without_keys
-from ssl_pipeline.commands.trial import check_before_packing, expected_time
+from ssl_pipeline.commands.trial import expected_time
 from ssl_pipeline.commands.watched_images import watch
 from ssl_pipeline.config import Config, ConfigError, Value, launched_processes, launched_rank, printable
 from ssl_pipeline.config.arguments import keys_of
@@ -52,7 +53,8 @@ def expand(
 
     def refuse_wrong(look: Look, shards: str) -> None:
         if timed is not None and first and not choice.has_begun:
-            check_before_packing(timed, [*choice.arguments(look), *after(shards)], overrides)
+            settings = [*choice.arguments(look), *after(shards)]
+            check_before_packing(timed, settings, overrides, num_images=look.count)
 
     if images is None:
         shards = given["data.shards"]

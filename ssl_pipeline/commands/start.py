@@ -70,11 +70,10 @@ def start(name: str, usage: Callable[[str], str], module: str, *, own: Sequence[
     if first:
         print("Loading torch and timm: some seconds ...", file=sys.stderr, flush=True)
     try:
-        main = import_module(module).main
-    except KeyboardInterrupt:
+        code: int = import_module(module).main(name)
+    except KeyboardInterrupt:  # while torch is imported, images are packed, or a trial is made
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    code: int = main(name)
     if code == INTERRUPTED and launcher is not None and first:
         have_the_last_word(launcher, "Interrupted. The same command goes on from the newest checkpoint.")
     return code

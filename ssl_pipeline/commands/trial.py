@@ -1,6 +1,4 @@
-"""Before a run: whether its settings can be one, and a trial, a few steps in a process of their own, to say how long it
-will take.
-"""
+"""A trial before a run: a few steps of it in a process of their own, to say how long the whole will take."""
 
 from __future__ import annotations
 
@@ -16,7 +14,6 @@ from statistics import median
 
 import yaml
 
-from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.commands.process import start_pretraining
 from ssl_pipeline.config import RECIPES, Config, Tree, Value, dump, load, read_yaml
 from ssl_pipeline.config.arguments import assign
@@ -40,17 +37,6 @@ SHORT: Tree = {  # what a trial has of its own
     "train.log_every": 1,
 }
 LONGEST_OF_UNIT = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (172_800.0, 3600.0, "h"), (float("inf"), 86_400.0, "days"))
-
-
-def check_before_packing(
-    schema: type[Config], arguments: Sequence[str], overrides: Mapping[str, Value] | None = None
-) -> None:
-    """Raise ConfigError for settings that no run can have, and for weights that do not fit their network."""
-    with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
-        settings = load(schema, arguments, recipes=RECIPES, overrides=overrides)
-    backbone = getattr(settings, "backbone", None)
-    if isinstance(backbone, BackboneConfig) and backbone.weights is not None:
-        create_backbone(backbone)
 
 
 def expected_time(

@@ -43,7 +43,7 @@ def measures_within_interval(report: Report, names: Mapping[str, str]) -> list[s
             if key in own and intervals_overlap(own[key].interval, measure.interval)
         ]
         if near:
-            lines.append(f"{WITHIN.capitalize()} to {names.get(name, name)}: {', '.join(near)}.")
+            lines.append(f"{WITHIN.capitalize()} to {names.get(name, name)}: {'; '.join(near)}.")
     return lines
 
 

@@ -35,14 +35,16 @@ def with_shards(config: Evaluation, directory: Path | None) -> Evaluation:
             if Path(source).expanduser().exists() or set("*?[{") & set(source):
                 list_shards(source)  # says what is there
             raise ConfigError(f"{key}={source} is not there. Needed: a folder or a zip of images, or shards.")
-    if isinstance(run := getattr(config, "run", None), Path):
-        require_run(run)
+    folders = {key: source for key, source in given.items() if holds_images(source)}
+    if not folders:
+        return config
+    run = getattr(config, "run", None) or ()
+    for one in (run,) if isinstance(run, Path) else run:
+        require_run(one)
     shards = {
-        key: packed(source, place_of(source, directory), key=key, renewed=True)
-        for key, source in given.items()
-        if holds_images(source)
+        key: packed(source, place_of(source, directory), key=key, renewed=True) for key, source in folders.items()
     }
-    return config.model_copy(update=shards) if shards else config
+    return config.model_copy(update=shards)
 
 
 def place_of(source: str, directory: Path | None) -> Path:

@@ -98,7 +98,8 @@ class VotesConfig(Config):
     headline."""
     search: Search = "auto"
     """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where there are units
-    for it, then in float32; `auto` takes blocks on GPUs and CPUs with such units and for few test images."""
+    for it, then in float32; `auto` takes blocks on GPUs, on CPUs with such units or a single thread, and for few test
+    images."""
 
     @property
     def temperatures(self) -> tuple[float, ...]:

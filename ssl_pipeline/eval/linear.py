@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ssl_pipeline.backbones import TokenBackbone
+from ssl_pipeline.backbones.tokens import NETWORKS_WITH_TOKENS
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed
 from ssl_pipeline.eval.accuracy import ByClass, by_class, top_k_accuracy
 from ssl_pipeline.eval.classes import classes_json, print_classes
@@ -208,6 +209,12 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
     images = open_labelled(config.train, config.test, task="the linear probe")
     kinds: tuple[Kind, ...] = TOKEN_KINDS if config.inputs == "tokens" else ()
     models = open_models(config)
+    network = models.model.backbone
+    if kinds and not isinstance(network, TokenBackbone):
+        raise ConfigError(
+            f"inputs=tokens needs a network with tokens. '{getattr(network, 'name', models.model.label)}' has none; "
+            f"take inputs=pooled. Networks that have: {NETWORKS_WITH_TOKENS}."
+        )
     widest = max(_widest_input(one, kinds) for one in (models.model, *models.baselines.values()))
     config = config.model_copy(update={"solver": solver_for(config, len(images.train) * widest)})  # one for all of them
     measured = measure_models(config, images, measure, kinds=kinds, models=models)

@@ -95,15 +95,21 @@ class Monitor(Protocol):
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]: ...
 
 
-def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clock:
-    """The clock of a run; raises ConfigError if the global batch is larger than the data set."""
-    global_batch = data.batch_size * world_size() * config.accumulate
-    if global_batch > len(index):
+def checked_batch(num_images: int, data: DataConfig, config: TrainConfig, *, num_processes: int) -> int:
+    """The global batch; ConfigError if there are fewer images."""
+    global_batch = data.batch_size * num_processes * config.accumulate
+    if global_batch > num_images:
         raise ConfigError(
-            f"The global batch is larger than the data set: {data.batch_size} per process * {world_size()} processes "
-            f"* {config.accumulate} accumulated = {global_batch}, but {data.shards} has {len(index)} images. "
+            f"The global batch is larger than the data set: {data.batch_size} per process * {num_processes} processes "
+            f"* {config.accumulate} accumulated = {global_batch}, but {data.shards} has {num_images} images. "
             "Lower data.batch_size."
         )
+    return global_batch
+
+
+def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clock:
+    """The clock of a run; raises ConfigError if the global batch is larger than the data set."""
+    global_batch = checked_batch(len(index), data, config, num_processes=world_size())
     if config.steps is not None:
         end = config.steps * global_batch
     else:

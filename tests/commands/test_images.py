@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
-from ssl_pipeline.commands import pretrain
+from ssl_pipeline.commands import first_look, pretrain
 from ssl_pipeline.commands.first_look import Look, largest_view
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.pretrain import PretrainConfig
@@ -182,6 +182,21 @@ def test_what_is_only_shown_is_not_packed(tmp_path, monkeypatch, capsys, labelle
     assert (shown["knn"] is not None) == (config.knn is not None) == labelled
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["recipe=mae_vitb16", "backbone.name=test_resnet"], "needs a backbone with patch tokens"),
+        (["recipe=photos_small", "backbone.name=test_resnet"], "but .*run/images has 3 images. Lower data.batch_size"),
+        (["backbone.name=test_resnet", "data.batch_size=1"], "has batch norm, which needs more than one image"),
+        (["backbone.name=nosuchnet"], "No timm model 'nosuchnet'"),
+    ],
+)
+def test_what_no_images_can_mend_is_told_before_they_are_packed(tmp_path, settings, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        expand([f"images={folder(tmp_path)}", f"output={tmp_path / 'run'}", *settings], timed=PretrainConfig)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("recipe", ["auto", "photos_small"])
 def test_a_wrong_setting_is_told_before_images_are_packed(tmp_path, recipe):
     arguments = [f"images={folder(tmp_path)}", f"recipe={recipe}", f"output={tmp_path}/run", "train.steps=abc"]
@@ -311,3 +326,13 @@ def test_labels_are_watched_where_the_choice_would_leave_k_nn_out(tmp_path):
     assert found[0] == "recipe=cifar10_simclr_resnet18"
     (knn,) = [argument for argument in found if argument.partition("=")[0] == "knn"]
     assert knn.startswith("knn={every")
+
+
+def test_the_images_are_looked_at_once_before_they_are_packed(tmp_path, monkeypatch):
+    looked, look_at = [], first_look.look_at
+    monkeypatch.setattr(first_look, "look_at", lambda files: looked.append(files) or look_at(files))
+    arguments = [f"images={folder(tmp_path)}", f"output={tmp_path / 'run'}", "data.batch_size=2"]
+    expand([*arguments, "train.steps=1"], timed=PretrainConfig)
+    assert len(looked) == 1
+    expand(arguments)
+    assert len(looked) == 1

@@ -70,6 +70,16 @@ def test_a_mistake_is_told_before_torch_is_imported(argv, sentence):
     assert "Loading" not in refused.stderr
 
 
+def test_ctrl_c_while_images_are_packed_is_one_line():
+    stopped = (
+        "import sys, types\ndef main(name):\n    raise KeyboardInterrupt\n"
+        "sys.modules['ssl_pipeline.commands.pretrain'] = types.SimpleNamespace(main=main)\n"
+    )
+    refused = started("images=photos", code=stopped + START)
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (130, "interrupted")
+    assert "Traceback" not in refused.stderr
+
+
 def test_the_wait_for_torch_is_announced():
     code = "import sys\nsys.modules['ssl_pipeline.commands.pretrain'] = None\n" + START
     announced = started("recipe=digits_dino", code=code)

@@ -122,7 +122,7 @@ def test_durations_read_well(seconds, text):
         ([], {"train.steps": 5}, {}, False),
         ([], {}, {"WORLD_SIZE": "2", "RANK": "0"}, True),
         ([], {}, {"WORLD_SIZE": "2", "RANK": "1"}, False),
-        (["recipe=photos_small"], {}, {}, False),
+        (["recipe=photos_small", "data.batch_size=8"], {}, {}, False),
     ],
 )
 def test_a_trial_is_made_by_the_first_process_where_a_choice_is_made(

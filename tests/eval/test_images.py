@@ -89,16 +89,17 @@ def test_they_are_packed_once_and_anew_where_they_have_changed(
     [
         (["run={run}", "test=photoz"], "test=photoz is not there. Needed: a folder or a zip of images, or shards."),
         (["run={run}", "test=photos*.tar"], "'photos*.tar' holds no .tar shard."),
+        (["run={photos}/train", "test={photos}/test"], "has no backbone.safetensors, which pretraining writes when it"),
         (["run={run}/none", "test={photos}/test"], "none must be the directory of a run. There is none."),
     ],
 )
 def test_what_is_not_there_is_told_before_anything_is_packed(
     run: Path, photos: Path, call: Call, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
-    before = sorted(run.rglob("*"))
+    before = sorted([*run.rglob("*"), *photos.rglob("*")])
     assert call(knn, f"train={photos}/train", *(argument.format(run=run, photos=photos) for argument in arguments)) == 2
     assert sentence in capsys.readouterr().err
-    assert sorted(run.rglob("*")) == before
+    assert sorted([*run.rglob("*"), *photos.rglob("*")]) == before
 
 
 def takes_folders(module: str) -> bool:

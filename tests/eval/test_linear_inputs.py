@@ -87,4 +87,5 @@ def test_without_a_place_for_features_they_are_in_memory(train: str, test: str, 
 def test_a_cnn_has_no_tokens_to_sweep(train: str, test: str, capsys):
     given = ["backbone=test_resnet", f"train={train}", f"test={test}", "inputs=tokens", "size=16"]
     assert linear(*given) == 2
-    assert "needs a network with tokens" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "inputs=tokens needs a network with tokens. 'test_resnet' has none; take inputs=pooled." in said

@@ -101,7 +101,7 @@ def call(folder: Path, output: Path, *arguments: str) -> int:
 
 def test_without_ray_its_engine_is_refused_in_a_sentence(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr("ssl_pipeline.data_tools.make_shards.open_source", None)  # before images are looked for
+    monkeypatch.setattr("ssl_pipeline.packing.make_shards.open_source", None)  # before images are looked for
     assert call(folder, tmp_path / "out", "engine=ray") == 2
     assert capsys.readouterr().err == (
         "error: engine=ray needs Ray: pip install 'ssl-pipeline[ray]'. engine=local does without.\n"

@@ -16,6 +16,10 @@ Search = Literal["auto", "faiss", "blocks"]
 ChosenSearch = Literal["faiss", "blocks"]
 
 ENOUGH_QUERIES = 1000  # in a FAISS call; with a few hundred it multiplies vector by vector, 18x slower per query
+# With one of them the float32 products of blocks take 0.27 to 0.49 of FAISS's time (AVX-512, 5,000 to 200,000 images of
+# 128 to 2,048 dimensions), and 2.4 times as long where all features are the same. With more, other processes hold up
+# the many small parallel parts of blocks: on a busy machine they took 2.7 times as long as FAISS.
+ONE_THREAD = 1
 CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
 
@@ -27,7 +31,8 @@ def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int, search: Sea
 
     `faiss` is the flat index of FAISS, on the CPU. `blocks` scores in bfloat16 where there are units for it and in
     float32 elsewhere, then decides in float32 (see `eval.blocks`); of equally similar images the lower number comes
-    first. `auto` takes blocks on a GPU, on CPUs with bfloat16 units, and for fewer than 1,000 queries.
+    first. `auto` takes blocks on a GPU, on CPUs with bfloat16 units or with a single thread, and for fewer than 1,000
+    queries.
     """
     require_k(k, len(train_MD))
     require_finite(train_MD, what="training images")
@@ -54,8 +59,8 @@ def choose_search(search: Search, device: torch.device, *, num_queries: int) -> 
     """What `auto` means on this device; anything else is itself."""
     if search != "auto":
         return search
-    blocks = device.type != "cpu" or has_bfloat16_units(device) or num_queries < ENOUGH_QUERIES
-    return "blocks" if blocks else "faiss"
+    few = num_queries < ENOUGH_QUERIES or torch.get_num_threads() == ONE_THREAD
+    return "blocks" if device.type != "cpu" or has_bfloat16_units(device) or few else "faiss"
 
 
 def faiss_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int) -> tuple[Tensor, Tensor]:

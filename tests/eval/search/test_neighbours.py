@@ -28,19 +28,21 @@ def test_all_searches_find_the_same(num_queries: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "units", "num_queries", "expected"),
+    ("device", "units", "threads", "num_queries", "expected"),
     [
-        (CPU, False, 1000, "faiss"),
-        (CPU, False, 999, "blocks"),  # FAISS would search vector by vector
-        (CPU, True, 50_000, "blocks"),
-        (GPU, True, 50_000, "blocks"),
-        (GPU, False, 50_000, "blocks"),  # faiss-cpu would copy the features to the host
+        (CPU, False, 2, 1000, "faiss"),
+        (CPU, False, 1, 1000, "blocks"),
+        (CPU, False, 2, 999, "blocks"),  # FAISS would search vector by vector
+        (CPU, True, 2, 50_000, "blocks"),
+        (GPU, True, 2, 50_000, "blocks"),
+        (GPU, False, 2, 50_000, "blocks"),  # faiss-cpu would copy the features to the host
     ],
 )
 def test_auto_follows_the_hardware_and_the_number_of_queries(
-    device: torch.device, units: bool, num_queries: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, units: bool, threads: int, num_queries: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "has_bfloat16_units", lambda _: units)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert choose_search("auto", device, num_queries=num_queries) == expected
     assert choose_search("faiss", device, num_queries=num_queries) == "faiss"
     assert choose_search("blocks", device, num_queries=num_queries) == "blocks"

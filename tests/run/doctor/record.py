@@ -51,14 +51,31 @@ SGD: Tree = {"name": "sgd", "lr": {"value": 0.03, "warmup": 10, "final": 0.0}, "
 ADAMW: Tree = {"name": "adamw", "lr": {"value": 2e-3, "warmup": 10, "final": 1e-5}, "weight_decay": 0.04}
 WITH_SGD = {"simclr", "moco", "moco_v3", "byol", "simsiam", "nnclr", "fixmatch"}
 
-# DINOv2 and iBOT collapse at this size, and are among the sick; a dVAE takes ten times as long as the others
+# iBOT collapses at this size, and is among the sick; a dVAE takes ten times as long as the others
 FEW_LABELS = {
     name for name, config in CONFIGS.items() if name != "fixmatch" and any(views.labelled for views in needs(name))
 }
-WITHOUT_HEALTH = {"dinov2", "ibot"}
-HEALTHY: dict[str, tuple[str, list[str]]] = {
-    f"healthy_{name}": (name, []) for name in CONFIGS if name not in WITHOUT_HEALTH
+WITHOUT_HEALTH = {"ibot"}
+# DINOv2 learns in a short run with a sharp teacher, many prototypes and views that share much
+LONGER: dict[str, list[str]] = {
+    "dinov2": [
+        "method.teacher_temperature=0.02",
+        "method.centring=centring",
+        "method.patch_head=shared",
+        "method.num_patch_prototypes=null",
+        "method.num_prototypes=1024",
+        "method.teacher_momentum=0.98",
+        "augment.global.jitter_prob=0.3",
+        "augment.local.jitter_prob=0.3",
+        "augment.global.scale=[0.6,1.0]",
+        "train.steps=400",
+        "train.log_every=16",
+    ]
 }
+FINE_TUNED, BEFORE = "healthy_fine_tuned", "healthy_mae"  # a ViT on all labels, from what MAE has made of it
+HEALTHY: dict[str, tuple[str, list[str]]] = {
+    f"healthy_{name}": (name, LONGER.get(name, [])) for name in CONFIGS if name not in WITHOUT_HEALTH
+} | {FINE_TUNED: ("supervised", [])}
 SICK: dict[str, tuple[str, list[str]]] = {
     "byol_teacher_too_slow": ("byol", ["method.teacher_momentum=0.9999"]),
     "dino_rate_30": ("dino", ["optim={name: sgd, lr: {value: 30.0}}"]),
@@ -82,22 +99,45 @@ CASES = HEALTHY | SICK
 def record(case: str, shards: dict[str, Path], folder: Path) -> dict[str, object]:
     """Run a case in `folder`; its settings and its rows, floats to four digits, without times."""
     name, settings = CASES[case]
-    steps = STEPS_OF_FEW_LABELS if name in FEW_LABELS else STEPS
-    labelled = ["data.labelled.batch_size=32"] if needs_labels(name) else []
-    recipe = write_recipe(
-        folder / f"{case}.yaml",
-        name,
-        shards["train"],
-        method=method_settings(name),
-        optim=SGD if name in WITH_SGD else ADAMW,
-        train={"steps": steps, "save_every": steps, "log_every": steps // 25, "hang_timeout": 0},
+    steps = STEPS_OF_FEW_LABELS if name in FEW_LABELS and case != FINE_TUNED else STEPS
+    labelled = ["data.labelled.batch_size=32"] if needs_labels(name) and case != FINE_TUNED else []
+    sections: dict[str, object] = {
+        "method": method_settings(name),
+        "optim": SGD if name in WITH_SGD else ADAMW,
+        "train": {"steps": steps, "save_every": steps, "log_every": steps // 25, "hang_timeout": 0},
         **(monitors(shards) | network_and_views(name) if name not in FILES else {}),
-    )
+    }
+    if case == FINE_TUNED:
+        if not (folder / BEFORE).exists():
+            record(BEFORE, shards, folder)
+        sections |= fine_tuning(shards["train"], folder / BEFORE)
+    recipe = write_recipe(folder / f"{case}.yaml", name, shards["train"], **sections)
     output = folder / case
     data = ["data.batch_size=64", "data.cache=true", "data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]", *labelled]
     code = _pretrain([f"recipe={recipe}", f"output={output}", *data, *settings])
     config = read_yaml((output / "config.yaml").read_text(), where="config.yaml")
     return {"case": case, "exit_code": code, "config": config, "rows": [shortened(row) for row in rows(output)]}
+
+
+def fine_tuning(shards: Path, weights: Path) -> dict[str, Tree]:
+    """As the recipe finetune_vit_small, at this size."""
+    (view,) = (views for views in needs("supervised") if views.labelled)
+    return {
+        "method": {
+            "name": "supervised",
+            "learns_from": "all",
+            "label_smoothing": 0.1,
+            "mixup_alpha": 0.8,
+            "cutmix_alpha": 1.0,
+            "mixing_share": 0.2,
+            "layer_decay": 0.75,
+            "teacher_momentum": 0.0,
+        },
+        "backbone": VIT | {"drop_path": 0.1, "weights": str(weights)},
+        "augment": {"view": view_settings(view) | {"scale": [0.8, 1.0], "jitter_prob": 0.0}},
+        "optim": ADAMW | {"lr": {"value": 5e-3, "warmup": 10, "final": 1e-5}},
+        "data": {"shards": str(shards), "workers": 0},
+    }
 
 
 def method_settings(name: str) -> dict[str, object]:

@@ -1,0 +1,46 @@
+"""What is wrong with a run whatever its images are: told before they are packed, which may take hours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from typing import Protocol, cast
+
+from ssl_pipeline.augment.views import ViewGroup
+from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.config import RECIPES, Config, Value, launched_processes, load
+from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.methods import MethodConfig, build_method
+from ssl_pipeline.training.preflight import check_batch_norm, check_recipe
+from ssl_pipeline.training.run import TrainConfig, checked_batch
+
+
+class RunSettings(Protocol):
+    """What is looked at of the settings of a run."""
+
+    method: MethodConfig
+    backbone: BackboneConfig
+    augment: dict[str, ViewGroup]
+    data: DataConfig
+    train: TrainConfig
+
+
+def check_before_packing(
+    schema: type[Config],
+    arguments: Sequence[str],
+    overrides: Mapping[str, Value] | None = None,
+    *,
+    num_images: int | None = None,
+) -> None:
+    """Raise ConfigError for settings that no run can have, weights that do not fit their network, and views that do not
+    fit the method. num_images: how many there are at most, where that is known.
+    """
+    with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
+        settings = cast(RunSettings, load(schema, arguments, recipes=RECIPES, overrides=overrides))
+    backbone = create_backbone(settings.backbone)
+    method = build_method(settings.method, backbone)
+    check_recipe(method, backbone, settings.augment, settings.data)
+    check_batch_norm(method, settings.data, settings.train, num_processes=launched_processes())
+    if num_images:
+        checked_batch(num_images, settings.data, settings.train, num_processes=launched_processes())
