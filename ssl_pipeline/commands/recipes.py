@@ -32,6 +32,7 @@ def recipe_headers(only: str | None = None) -> list[RecipeHeader]:
     found = [head for head in headers if only is None or only == head.folder or (only in head.name)]
     if only in folders:
         found = [head for head in found if head.folder == only]
+    found = [head for head in found if head.name == only] or found  # a whole name, which longer ones may contain
     if not found:
         raise ConfigError(
             f"only={only} must be a folder of recipes ({', '.join(folders)}) or a part of a recipe's name. No recipe "
