@@ -29,7 +29,7 @@ from ssl_pipeline.config import (
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.classifier import main as measure
-from ssl_pipeline.packing.images_as_shards import holds_images, packed
+from ssl_pipeline.packing.images_as_shards import holds_images, packed, require_images
 from ssl_pipeline.packing.packed_once import SHARDS, is_packed
 
 OWN = (*OWN_KEYS, "recipe", "output")
@@ -55,6 +55,8 @@ def expand(arguments: Sequence[str], *, packs: bool = True) -> list[str]:
             raise ConfigError(f"{own}= stands for {key}=. Give one of the two.")
     if not given.keys() & {"weights", "backbone.weights", "recipe"}:
         raise ConfigError("weights= is missing. Set weights=RUN, FILE or TAG, or recipe=NAME with weights of its own.")
+    if not given.keys() & {"train", "data.shards", "recipe"}:
+        raise ConfigError("train= is missing. Set train=FOLDER, ZIP or SHARDS, the images with labels.")
     key = "weights" if "weights" in given else "backbone.weights"
     weights = None if key not in given else starting_weights(given[key], given, key=key)
     recipe = given.get("recipe") or _recipe_for(weights)
@@ -73,16 +75,19 @@ def expand(arguments: Sequence[str], *, packs: bool = True) -> list[str]:
     rest = [f"{key}={text}" for key, text in given.items() if key not in OWN and key not in told]
     full = [f"recipe={recipe}", *(f"{key}={text}" for key, text in told.items()), *rest, f"output={output}"]
     if packs:
-        _pack({own: given[own] for own in places if own in given and holds_images(given[own])}, places, full)
+        images = {own: given[own] for own in places if own in given and holds_images(given[own])}
+        for own in [own for own in places if own in given and images]:  # told before hours of packing
+            require_images(given[own], key=own)
+        _pack(images, places, full, has_begun=(output.expanduser() / "config.yaml").exists())
     return full
 
 
-def _pack(images: Mapping[str, str], places: Mapping[str, Path], arguments: Sequence[str]) -> None:
-    """Make shards of folders and zips, once; a wrong setting is told before."""
+def _pack(images: Mapping[str, str], places: Mapping[str, Path], arguments: Sequence[str], *, has_begun: bool) -> None:
+    """Make shards of folders and zips, once, and anew until a run has begun; a wrong setting is told before."""
     if launched_rank() == "0" and not all(is_packed(places[key]) for key in images):
         check_before_packing(FinetuneConfig, arguments)
     for key, source in images.items():
-        packed(source, places[key], key=key)
+        packed(source, places[key], key=key, renewed=not has_begun)
 
 
 def _recipe_for(weights: StartingWeights | None) -> str:

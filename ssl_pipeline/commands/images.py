@@ -17,6 +17,7 @@ from ssl_pipeline.commands.watched_images import watch
 from ssl_pipeline.config import Config, ConfigError, Value, launched_processes, launched_rank, printable
 from ssl_pipeline.config.arguments import keys_of
 from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.packing.candidates import find_candidates, no_images
 from ssl_pipeline.packing.images_as_shards import holds_shards, packed
 from ssl_pipeline.packing.packed_once import SHARDS, is_packed
 from ssl_pipeline.packing.sources import open_source as open_files
@@ -109,7 +110,7 @@ def _as_shards(
 ) -> tuple[str, Look]:
     """Where `images` are as shards, packed now if they are not yet, or would be; and a look at them."""
     if holds_shards(images) or is_packed(output):
-        shards = images if holds_shards(images) else packed(images, output)
+        shards = images if holds_shards(images) else packed(images, output, renewed=not choice.has_begun)
         look = look_at_shards(open_shards(shards))
         refuse_wrong(look, shards)
         return shards, look
@@ -119,6 +120,8 @@ def _as_shards(
         return shards, look_at_shards(open_shards(shards))
     files = open_files(str(Path(images).expanduser()), key="images")
     look = look_at_files(files)
+    if not look.count:
+        raise ConfigError(no_images("images", images, find_candidates(files)))
     refuse_wrong(look, shards)
     short_side, why = choice.short_side(look)
     if short_side is not None:

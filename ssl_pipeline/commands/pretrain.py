@@ -277,7 +277,7 @@ def in_python(run: Path) -> str:
         "    from PIL import Image\n"
         f"    backbone = ssl_pipeline.load({str(run)!r})\n"
         "    image = backbone.transform()(Image.open('photo.jpg'))\n"
-        "    features = backbone(image[None])  # (1, backbone.embed_dim)"
+        "    features = backbone(image[None]).detach()  # (1, backbone.embed_dim)"
     )
 
 

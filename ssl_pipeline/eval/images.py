@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ssl_pipeline.backbones.runs import require_run
-from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.config import Config, run_command
 from ssl_pipeline.data.shards.catalogue import user_cache
-from ssl_pipeline.data.shards.listing import list_shards, shards_may_be_at
 from ssl_pipeline.files import sha256_of_bytes
-from ssl_pipeline.packing.images_as_shards import holds_images, packed
+from ssl_pipeline.packing.images_as_shards import holds_images, packed, require_images
 
 IMAGES = ("train", "test", "images")
 """The settings of evaluators that name images."""
@@ -31,10 +30,7 @@ def with_shards(config: Evaluation, directory: Path | None) -> Evaluation:
     """
     given = {key: value for key in IMAGES if isinstance(value := getattr(config, key, None), str)}
     for key, source in given.items():
-        if not holds_images(source) and not shards_may_be_at(source):
-            if Path(source).expanduser().exists() or set("*?[{") & set(source):
-                list_shards(source)  # says what is there
-            raise ConfigError(f"{key}={source} is not there. Needed: a folder or a zip of images, or shards.")
+        require_images(source, key=key)
     folders = {key: source for key, source in given.items() if holds_images(source)}
     if not folders:
         return config

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ CLASSIFIERS = {
 """What tables and pages call the classifiers whose top-1 they show, in the order in which they are looked for."""
 
 ABOUT_THE_MODEL = {"label", "subject", "mean", "std"}
+OWN = {"size"}  # of each network: that of the images that it was trained on
 ABOUT_THE_PROGRAM = {"torch", "timm", "faiss", "scikit-learn", "search"}  # versions, and ways to the same figures
 PLACES = {"train", "test", "images"}  # of images, which their fingerprints tell better
 
@@ -74,10 +75,13 @@ def protocol_hash(evaluator: str, protocol: Mapping[str, JSON]) -> str:
     return sha256_of_json(without_nan([evaluator, comparable(protocol)]))[:16]
 
 
-def differing(protocols: Mapping[str, Mapping[str, JSON]]) -> list[str]:
-    """The settings in which protocols, by the name of what they measured, differ: `size: a 32, b 64`."""
+def differing(protocols: Mapping[str, Mapping[str, JSON]], *, own: Collection[str] = ()) -> list[str]:
+    """The settings in which protocols, by the name of what they measured, differ: `size: a 32, b 64`.
+
+    own: settings of which each network has its own.
+    """
     shared = {name: _flat(comparable(protocol)) for name, protocol in protocols.items()}
-    keys = dict.fromkeys(key for settings in shared.values() for key in settings)
+    keys = dict.fromkeys(key for settings in shared.values() for key in settings if key not in own)
     found = []
     for key in keys:
         values = {name: _shown(settings.get(key)) for name, settings in shared.items()}

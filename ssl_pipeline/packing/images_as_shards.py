@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from ssl_pipeline.config import ConfigError, launched_rank
+from ssl_pipeline.data.shards.listing import list_shards, shards_may_be_at
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.packing.packed_once import is_current, is_packed, pack_once
 from ssl_pipeline.packing.sources import Source
@@ -24,6 +25,14 @@ def holds_images(source: str) -> bool:
     """Whether a source is a folder or a zip of images, which are to be packed."""
     path = Path(source).expanduser()
     return not holds_shards(source) and (path.is_dir() or path.suffix.lower() == ".zip")
+
+
+def require_images(source: str, *, key: str) -> None:
+    """Raise ConfigError if there are neither images to pack nor shards; key: the setting that names them."""
+    if not holds_images(source) and not shards_may_be_at(source):
+        if Path(source).expanduser().exists() or set("*?[{") & set(source):
+            list_shards(source)  # says what is there
+        raise ConfigError(f"{key}={source} is not there. Needed: a folder or a zip of images, or shards.")
 
 
 def packed(

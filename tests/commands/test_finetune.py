@@ -18,6 +18,7 @@ from ssl_pipeline.commands.finetune import how_to_begin
 from ssl_pipeline.commands.finetuning import FinetuneConfig, expand
 from ssl_pipeline.config import RECIPES, ConfigError, load
 from ssl_pipeline.config.arguments import keys_of
+from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.subset import write_labels
 from ssl_pipeline.eval import table
@@ -93,6 +94,7 @@ def test_what_is_given_stays(tmp_path):
     ("arguments", "sentence"),
     [
         (["train=a.tar"], "weights= is missing"),
+        (["weights=resnet18.a1_in1k"], "train= is missing"),
         (["weights=x.safetensors", "train=a.tar"], r"^weights=x\.safetensors is not there"),
         (["weights=a.pth", "backbone.weights=b.pth"], "weights= stands for backbone.weights=. Give one of the two."),
         (["weights=no_such_tag", "train=a.tar"], "Nothing says which network the weights no_such_tag are of"),
@@ -137,6 +139,15 @@ def test_folders_of_images_are_packed_into_the_run(tmp_path):
     run, photos = save_run(tmp_path / "mine"), tmp_path / "photos"
     config = settings(f"weights={run}", f"train={photos}", f"test={photos}", f"output={tmp_path / 'out'}")
     assert (config.data.shards, config.classifier.val) == (f"{tmp_path}/out/images", f"{tmp_path}/out/test/images")
+    with pytest.raises(ConfigError, match=r"^test=nowhere is not there\. Needed: a folder or a zip"):
+        settings(f"weights={run}", f"train={photos}", "test=nowhere", f"output={tmp_path / 'other'}")
+    assert not (tmp_path / "other").exists()
+    Image.new("RGB", (9, 7)).save(photos / "1.png")  # another folder than was meant: no run has begun on it
+    settings(f"weights={run}", f"train={photos}", f"test={photos}", f"output={tmp_path / 'out'}")
+    (tmp_path / "out" / "config.yaml").touch()
+    (photos / "1.png").unlink()
+    with pytest.raises(DataError, match="has changed since it was packed"):
+        settings(f"weights={run}", f"train={photos}", f"test={photos}", f"output={tmp_path / 'out'}")
     assert list(open_shards(config.classifier.val).class_names) == ["cat", "dog"]
 
 

@@ -205,6 +205,14 @@ def test_a_wrong_setting_is_told_before_images_are_packed(tmp_path, recipe):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("timed", [None, PretrainConfig])
+def test_a_folder_without_an_image_is_told_as_that(tmp_path, timed):
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(ConfigError, match=r"^images='.*' has no image file \(.* among 1 files"):
+        expand([f"images={tmp_path}", f"output={tmp_path / 'run'}"], timed=timed)
+    assert not (tmp_path / "run").exists()
+
+
 def test_fewer_images_than_a_step_takes_get_a_batch_that_fits(tmp_path):
     arguments = [f"images={folder(tmp_path)}", f"output={tmp_path}/run"]
     assert "data.batch_size=2" in expand(arguments)

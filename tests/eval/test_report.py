@@ -319,10 +319,14 @@ def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
     text = Page((evaluated / "report" / "with_other.html").read_text(encoding="utf-8")).text
     assert f"{evaluated.name} is ahead in k-NN top-1 with" in text
     assert "other with 0.0 %." in text, "a difference beyond the intervals"
-    assert (
-        f"other was measured otherwise (size: {evaluated.name} 16, other 32): its figures are not to be compared"
-        in text
-    )
+    assert f"Each network was measured as it was trained (size: {evaluated.name} 16, other 32)" in text
+    assert f"random initialisation of {evaluated.name}" in text
+    path.write_text(json.dumps(report | {"protocol": report["protocol"] | {"precision": "bf16"}}))
+    assert call(f"run={evaluated},{other}", "images=0") == 0
+    text = Page((evaluated / "report" / "with_other.html").read_text(encoding="utf-8")).text
+    assert "not measured alike" in text
+    assert "is ahead" not in text
+    assert f'other was measured otherwise (precision: {evaluated.name} "no", other "bf16"): its figures are not' in text
 
 
 def test_what_the_doctor_finds_is_shown(run: Path) -> None:

@@ -10,7 +10,8 @@ from ssl_pipeline.eval.page.curves import number
 from ssl_pipeline.eval.page.html import Section, Tile, about, finding, section
 from ssl_pipeline.eval.page.metrics import MONITORED, Series
 from ssl_pipeline.eval.page.record import Record
-from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of
+from ssl_pipeline.eval.results import CLASSIFIERS, OWN, Report, classifier_of, differing
+from ssl_pipeline.files import JSON
 
 ON_FEATURES = ("knn", "sgd", "logistic")
 AGAINST = {"random": "at random initialisation", "raw_pixels": "with raw pixels"}
@@ -32,6 +33,7 @@ class Headline:
     own: Accuracy
     baselines: Mapping[str, Accuracy]
     images: str
+    protocol: Mapping[str, JSON]
 
 
 def conclusion(records: Sequence[Record]) -> str:
@@ -75,6 +77,9 @@ def _compared(records: Sequence[Record]) -> str:
     """Which run is ahead by the measure that all of them have, and whether by more than chance."""
     found = {record.name: headline(record) for record in records}
     measured = {name: best for name, best in found.items() if best is not None}
+    otherwise = differing({name: best.protocol for name, best in measured.items()}, own=OWN)
+    if len(measured) == len(records) and otherwise:
+        return "; ".join(f"{record.name}: {_found(record)}" for record in records) + "; not measured alike"
     if len(measured) == len(records) and len({best.classifier for best in measured.values()}) == 1:
         order = sorted(measured, key=lambda name: measured[name].own.top1, reverse=True)
         first, second = (measured[name].own for name in order[:2])
@@ -97,7 +102,7 @@ def headline(record: Record) -> Headline | None:
                     if (found := _accuracy(result, name, key)) is not None
                 }
                 images = "the images, each by all others" if _leaves_one_out(report) else "the test images"
-                return Headline(CLASSIFIERS[key], own, baselines, images)
+                return Headline(CLASSIFIERS[key], own, baselines, images, report["protocol"])
     return None
 
 

@@ -10,7 +10,7 @@ from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.record import Record
-from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, comparable, differing
+from ssl_pipeline.eval.results import CLASSIFIERS, OWN, Report, classifier_of, comparable, differing
 from ssl_pipeline.eval.table import MODELS
 
 PARTS_OF_SUITE = ("knn", "logistic", "sgd")
@@ -60,8 +60,11 @@ def shown_reports(reports: Mapping[str, Report]) -> list[str]:
 
 def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
     """The table of one evaluator over the runs that it measured; the baselines are those of the first."""
-    first = next(iter(reports.values()))
-    baselines = {MODELS.get(key, key): report for key, report in reversed(first.get("baselines", {}).items())}
+    (of_run, first), several = next(iter(reports.items())), len(reports) > 1
+    whose = f" of {of_run}" if several else ""
+    baselines = {
+        f"{MODELS.get(key, key)}{whose}": report for key, report in reversed(first.get("baselines", {}).items())
+    }
     found = {title: figures(name, report) for title, report in {**reports, **baselines}.items()}
     major: list[list[str | Cell]] = []
     minor: list[list[str | Cell]] = []
@@ -81,10 +84,12 @@ def _doubts(reports: Mapping[str, Report]) -> list[str]:
     """What the evaluator warned of, and runs that were measured otherwise than the first."""
     parts, (first, *others) = [], reports.items()
     for title, report in others:
-        otherwise = "; ".join(differing({first[0]: first[1]["protocol"], title: report["protocol"]}))
-        if otherwise:
+        protocols = {first[0]: first[1]["protocol"], title: report["protocol"]}
+        if otherwise := "; ".join(differing(protocols, own=OWN)):
             text = f"{title} was measured otherwise ({otherwise}): its figures are not to be compared with the others."
             parts.append(paragraph(text, kind="warning"))
+        elif sizes := "; ".join(differing(protocols)):
+            parts.append(paragraph(f"Each network was measured as it was trained ({sizes})."))
     for title, report in reports.items():
         of_run = f"{title}: " if others else ""
         warnings = report["protocol"].get("warnings", ())
