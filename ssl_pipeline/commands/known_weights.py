@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import timm
 import torch
 
 from ssl_pipeline.backbones import Backbone, BackboneConfig, create_backbone
 from ssl_pipeline.backbones.known import Known, known_of, normalised
 from ssl_pipeline.backbones.networks import batch_norms
 from ssl_pipeline.backbones.weights import is_tag, require_place
-from ssl_pipeline.config import ConfigError, Tree, validate
+from ssl_pipeline.config import ConfigError, Tree, nearest, validate
 from ssl_pipeline.config.printing import note
 
 KEPT = ("drop_path", "frozen_batch_norm")
@@ -34,6 +35,10 @@ class StartingWeights:
         if name is not None and (network is None or network["name"] != name):
             network = {"name": name}
         if network is None:
+            model, _, tag = self.weights.partition(".")
+            like = nearest(model, timm.list_models()) if tag and is_tag(self.weights) else ""
+            if like:
+                raise ConfigError(f"No timm model '{model}', of which the weights {self.weights} would be.{like}")
             raise ConfigError(
                 f"Nothing says which network the weights {self.weights} are of. Set backbone.name=MODEL, a timm model; "
                 "a run and a full name such as resnet18.a1_in1k bring it along."

@@ -29,6 +29,8 @@ class TableConfig(Config):
 def read_run(run: Path) -> dict[str, Report]:
     """The reports of a run; ConfigError if there is none."""
     reports = read_reports(run)
+    if not reports and "," in str(run) and not run.exists():
+        raise ConfigError(f"eval.table shows one run. Got run={run}; python -m eval.report run={run} compares several.")
     if not reports:
         raise ConfigError(
             f"{run} has no report of an evaluator in eval/. "

@@ -95,6 +95,7 @@ def test_what_is_given_stays(tmp_path):
     [
         (["train=a.tar"], "weights= is missing"),
         (["weights=resnet18.a1_in1k"], "train= is missing"),
+        (["weights=resnet19.a1_in1k", "train=a.tar"], "^No timm model 'resnet19'.* Did you mean 'resnet"),
         (["weights=x.safetensors", "train=a.tar"], r"^weights=x\.safetensors is not there"),
         (["weights=a.pth", "backbone.weights=b.pth"], "weights= stands for backbone.weights=. Give one of the two."),
         (["weights=no_such_tag", "train=a.tar"], "Nothing says which network the weights no_such_tag are of"),

@@ -197,3 +197,8 @@ def test_a_report_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     main(TableConfig(run=tmp_path))
     assert sorted(read) == ["knn.json", "linear.json"]
+
+
+def test_several_runs_are_sent_to_the_report(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^eval\.table shows one run.*eval\.report run=.*a,b compares several"):
+        read_run(tmp_path / "a,b")
