@@ -22,9 +22,10 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.backbones import Backbone, load_run
 from ssl_pipeline.commands import pretrain as command
-from ssl_pipeline.commands.images import expand, leaves
+from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.report import report
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, Value, failure_sentence, is_out_of_memory, load
+from ssl_pipeline.config.arguments import leaves
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import ORIGINS_FILE
 from ssl_pipeline.eval.features.extract import Precision, extract_features

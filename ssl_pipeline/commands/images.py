@@ -6,7 +6,7 @@ what is in them and by the machine. Both are decided at the first start and foun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ssl_pipeline.commands.before_packing import check_before_packing
@@ -15,7 +15,7 @@ from ssl_pipeline.commands.recipe_choice import AUTO, RecipeChoice, without_keys
 from ssl_pipeline.commands.trial import expected_time
 from ssl_pipeline.commands.watched_images import watch
 from ssl_pipeline.config import Config, ConfigError, Value, launched_processes, launched_rank, printable
-from ssl_pipeline.config.arguments import keys_of
+from ssl_pipeline.config.arguments import keys_of, leaves
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.packing.candidates import find_candidates, no_images
 from ssl_pipeline.packing.images_as_shards import holds_shards, packed
@@ -73,15 +73,6 @@ def expand(
     choice.note_colours(own)
     watched = [] if images is None else watch(look, shards, given, choice.settings)
     return [*without_keys(own, keys_of(watched)), *watched, *after(shards)]
-
-
-def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Value]]:
-    """Each value of nested sections by its dotted key."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{start}{name}.")
-        else:
-            yield f"{start}{name}", value
 
 
 def _check_given(given: Mapping[str, str]) -> None:

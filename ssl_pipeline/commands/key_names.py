@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_pipeline.config import Tree, nearest
+from ssl_pipeline.config import Tree
+from ssl_pipeline.config.hints import like_key
 from ssl_pipeline.config.recipes import PACKAGE
 from ssl_pipeline.config.sentences import UNKNOWN_KEY
 
@@ -103,8 +104,8 @@ def _sentence(parts: list[str], known: Mapping[str, str], method: object, sectio
     *above, key = parts
     start = "".join(f"{part}." for part in above)
     told = f"{UNKNOWN_KEY} '{'.'.join(parts)}'."
-    if nearest(key, list(known)):
-        return told + nearest(start + key, [start + name for name in known])
+    if like := like_key(start, key, list(known)):
+        return told + like
     for name, kind in (keys_of(PRETRAIN, sections) or {}).items():
         inside = section_of(kind, method, sections)
         if inside is not None and "dict[" not in kind and key in (keys_of(inside, sections) or {}):

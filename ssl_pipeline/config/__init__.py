@@ -19,7 +19,7 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ssl_pipeline.config.arguments import read_arguments
+from ssl_pipeline.config.arguments import origins, read_arguments
 from ssl_pipeline.config.base import (
     Config,
     ConfigError,
@@ -161,7 +161,7 @@ def run_command(
             return 0
         config = load(schema, arguments, command=command, recipes=recipes)
         if "--print" in flags:
-            print(dump(config), end="")
+            print(f"{dump(config)}{origins(schema, arguments, recipes)}")
             return 0
         running = True
         return run(config) or 0

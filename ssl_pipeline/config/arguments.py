@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from textwrap import fill
 from typing import get_origin
 
 from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value
@@ -58,6 +59,15 @@ def put_over(
     for place in places:
         _drop_replaced(schema, tree, place, places)
     return tree
+
+
+def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Value]]:
+    """Each value of nested sections by its dotted key."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{start}{name}.")
+        else:
+            yield f"{start}{name}", value
 
 
 def _places(location: Location, value: Value) -> Iterator[Location]:
@@ -158,3 +168,19 @@ def assign(tree: Tree, location: Location, value: Value) -> None:
         old["value"] = value
     else:
         tree[last] = value
+
+
+def origins(schema: type[Config], argv: Sequence[str], recipes: Path | None) -> str:
+    """Comments that say where the values of settings come from."""
+    pairs, recipe = pairs_and_recipe(argv, recipes, positional=schema.positional)
+    given = [key for key, _ in pairs]
+    own = [
+        key
+        for key, _ in leaves(recipe)
+        if key != "recipe" and not any(key == other or key.startswith(f"{other}.") for other in given)
+    ]
+    lines = [("the command line", given), (f"recipe {recipe.get('recipe')}", own)]
+    told = [
+        fill(f"# from {source}: {', '.join(keys)}", 110, subsequent_indent="#   ") for source, keys in lines if keys
+    ]
+    return "\n".join([*told, "# all else: defaults, or what these bring along"])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from ssl_pipeline.config.base import Config, Location, Value, nearest
+from ssl_pipeline.config.hints import hint, like_key
 from ssl_pipeline.config.schema import fixed_length, mapping_value, section_of, sections_in, tags_of, walk
 
 BOUNDS = (  # pydantic's words and those of ranges
@@ -24,15 +25,18 @@ TOO_DEEP = "The settings are nested too deeply."
 def mistakes(schema: type[Config], data: Value, error: ValidationError) -> list[str]:
     """One sentence per mistake: where, what is needed, what came, what to try."""
     by_place: dict[str, list[str]] = {}
+    found: dict[str, tuple[_Place, object]] = {}
     for item in error.errors():
         place = _place(schema, data, item["loc"])
+        found.setdefault(place.where, (place, item["input"]))
         sentence = f"{UNKNOWN_KEY} '{place.where}'.{_suggest(schema, data, place)}"
         if item["type"] != "extra_forbidden":
             sentence = _sentence(place, item["type"], item["input"], str(item["msg"]), item.get("ctx", {}))
         by_place.setdefault(place.where, []).append(sentence)
     # a list whose items are wrong is also told to be too short
     items = {place.partition("[")[0] for place in by_place if "[" in place}
-    return [_join_alternatives(sentences) for place, sentences in by_place.items() if place not in items]
+    told = {where: _join_alternatives(sentences) for where, sentences in by_place.items() if where not in items}
+    return [told[where] + hint(where, found[where][0].annotation, found[where][1], told[where]) for where in told]
 
 
 class _Place(NamedTuple):
@@ -136,8 +140,8 @@ def _place(schema: type[Config], data: Value, loc: Sequence[int | str]) -> _Plac
 def _suggest(schema: type[Config], data: Value, place: _Place) -> str:
     known = list(place.section.model_fields) if place.section is not None else []
     prefix = "".join(f"{parent}." for parent in place.parents)
-    if nearest(place.key, known):
-        return nearest(f"{prefix}{place.key}", [f"{prefix}{name}" for name in known])
+    if like := like_key(prefix, place.key, known):
+        return like
     elsewhere = [path for path, _ in walk(schema, data) if path.rpartition(".")[2] == place.key]
     if elsewhere:
         return f" Did you mean '{elsewhere[0]}'?"

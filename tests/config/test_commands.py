@@ -232,4 +232,11 @@ def test_print_shows_what_a_run_would_use(capsys, schema, recipes, tmp_path):
     argv = ["--print", f"recipe={tmp_path / 'printed.yaml'}"]
     assert run_command(schema, lambda config: 1, command="toy", argv=argv, recipes=recipes) == 0
     again = capsys.readouterr().out
-    assert again.splitlines()[1:] == out.splitlines()[1:]
+    values, told = (
+        [line for line in text.splitlines() if line.startswith("#") == comments][not comments :]
+        for text, comments in ((again, False), (out, True))
+    )
+    assert values == [line for line in out.splitlines() if not line.startswith("#")][1:]
+    assert told[0] == "# from the command line: optim.lr, output"
+    assert told[1].startswith("# from recipe distil_small: method.name, ")
+    assert told[-1].startswith("# all else: defaults")

@@ -15,7 +15,7 @@ TYPOS = [
     # keys that do not exist
     ("optm.lr=1e-3", "Unknown key 'optm'. Did you mean 'optim'?"),
     ("optim.lr.valeu=1", "Unknown key 'optim.lr.valeu'. Did you mean 'optim.lr.value'?"),
-    ("optim.learning_rate=1", "Unknown key 'optim.learning_rate'. Known here: name, lr, betas, clip_norm"),
+    ("optim.learning_rate=1", "Unknown key 'optim.learning_rate'. Did you mean 'optim.lr'?"),
     ("lr=1e-3", "Unknown key 'lr'. Did you mean 'optim.lr'?"),
     ("num_prototypes=3", "Unknown key 'num_prototypes'. Did you mean 'method.num_prototypes'?"),
     ("temperature=0.1", f"Unknown key 'temperature'. Known here: {KEYS}"),
@@ -46,7 +46,9 @@ TYPOS = [
     ("optim.lr=.nan", "optim.lr.value must be a finite number. Got nan."),
     ("optim.clip_norm=1e999", "optim.clip_norm must be a finite number. Got inf."),
     ("compile=1", "compile must be a valid boolean. Got 1."),
-    ("precision=fp32", "precision must be one of bf16, no. Got 'fp32'."),
+    ("precision=fp32", "precision must be one of bf16, no. Got 'fp32'. Write no."),
+    ("compile=True", "compile must be a valid boolean. Got 'True'. Write true."),
+    ("compile=off", "compile must be a valid boolean. Got 'off'. Write false."),
     ("optim.name=adam", "optim.name must be one of adamw, sgd. Got 'adam'. Did you mean 'adamw'?"),
     (
         "optim.lr.decay=cosin",
@@ -69,7 +71,10 @@ TYPOS = [
     ("optim.lr.warmup=1.5", "optim.lr.warmup must be a valid integer or a valid string. Got 1.5."),
     ("method.freeze_for=-3", "method.freeze_for: a duration cannot be negative. Got -3."),
     # sections
-    ("optim=adamw", "optim is a section with the keys name, lr, betas, clip_norm. Got 'adamw'."),
+    (
+        "optim=adamw",
+        "optim is a section with the keys name, lr, betas, clip_norm. Got 'adamw'. Write optim.name=adamw.",
+    ),
     ("optim=null", "optim is a section with the keys name, lr, betas, clip_norm. Got None."),
     ("augment=3", "augment is a section with the keys you choose. Got 3."),
     ("augment.global=3", "augment.global is a section with the keys count, size, scale, blur_prob. Got 3."),
