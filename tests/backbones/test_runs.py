@@ -162,6 +162,15 @@ def test_the_export_is_what_is_measured_unless_something_else_is_asked_for(tmp_p
     assert {arguments: measured(output, *arguments) for arguments in expected} == expected
 
 
+def test_an_older_step_than_the_exports_is_said_to_be_that(tmp_path, dino, capsys):
+    output = shutil.copytree(dino.output.path, tmp_path / "run")
+    save_backbone(output, dino.method.backbones()["student"], dino.preprocessing, step=3)
+    assert measured(output, "step=2") == "teacher, step 2"
+    assert capsys.readouterr().out == (
+        f"{output} has an export of step 3; step 2 is measured (step=3 measures the export).\n"
+    )
+
+
 def measured(output: Path, *arguments: str) -> str:
     return open_model(load(ModelConfig, [f"run={output}", *arguments])).label
 

@@ -213,7 +213,9 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         weights = f"{found.name} of {found.path.relative_to(run)}"
     exported = exported_step(run)
     if exported is not None and found.step not in (None, exported):
-        note = f"{run} was trained on after its export, of step {exported}; step {found.step} is measured"
+        older = found.step is not None and found.step < exported
+        why = f"has an export of step {exported}" if older else f"was trained on after its export, of step {exported}"
+        note = f"{run} {why}; step {found.step} is measured"
         print(printable(f"{note} (step={exported} measures the export)."), flush=True)
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
