@@ -31,7 +31,7 @@ def test_a_run_ends_by_naming_its_page_which_shows_what_it_logged(
     assert run_command(ReportConfig, report.main, command="", argv=[line.rpartition(" ")[2]]) == 0
     page = (run / "report" / "index.html").read_text()
     start, *_, last = (row["rankme"] for row in rows(run) if "rankme" in row)
-    for shown in ("loss", "learning rate", "done, step 3", "simclr", f"{start:.4g}", f"{last:.4g}", str(shards)):
+    for shown in ("loss", "learning rate", "done, step 3", "simclr", f"{start:.4g}", f"{last:.4g}", shards.name):
         assert shown in page
 
 

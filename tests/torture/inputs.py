@@ -159,7 +159,7 @@ EVALUATION = [
     other("report", "run={folder}/none", "none"),
     other("export", "run={folder}/none output={output}", "must be the directory of a run"),
     other("embed", "backbone=raw_pixels source={empty} output={output}.npz", "source="),
-    other("embed", "backbone=raw_pixels source={shards} output={output}.csv", "must end in"),
+    other("embed", "backbone=raw_pixels source={shards} output={output}.xls", "must end in"),
     other("make_shards", "source={empty} output={output}", "has no image file"),
     other("make_shards", "source={folder}/none output={output}", "does not exist"),
     other("make_shards", "source={shards} output={output} holdout=100%", "must be a share"),
