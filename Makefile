@@ -32,7 +32,7 @@ quickstart: .venv/installed
 # What the tests compile is kept, whatever the shell says: it is a third of the time that they take to begin.
 test-fast test test-full: export PYTHONDONTWRITEBYTECODE =
 
-# While you work: no test that starts several processes, none that takes long, a few methods for all; about two minutes on 2 cores.
+# While you work: no test that starts several processes, none that takes long, a few methods for all; a minute on 2 cores.
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "not slow and not ddp and not other"
 
