@@ -84,7 +84,8 @@ def expand(arguments: Sequence[str], *, packs: bool = True) -> list[str]:
 
 def _pack(images: Mapping[str, str], places: Mapping[str, Path], arguments: Sequence[str], *, has_begun: bool) -> None:
     """Make shards of folders and zips, once, and anew until a run has begun; a wrong setting is told before."""
-    if launched_rank() == "0" and not all(is_packed(places[key]) for key in images):
+    known = has_begun and all(is_packed(places[key]) for key in images)
+    if images and launched_rank() == "0" and not known:
         check_before_packing(FinetuneConfig, arguments)
     for key, source in images.items():
         packed(source, places[key], key=key, renewed=not has_begun)

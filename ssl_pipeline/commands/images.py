@@ -19,7 +19,7 @@ from ssl_pipeline.config.arguments import keys_of, leaves
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.packing.candidates import find_candidates, no_images
 from ssl_pipeline.packing.images_as_shards import holds_shards, packed
-from ssl_pipeline.packing.packed_once import SHARDS, is_packed
+from ssl_pipeline.packing.packed_once import SHARDS, is_current, is_packed
 from ssl_pipeline.packing.sources import open_source as open_files
 
 
@@ -100,16 +100,15 @@ def _as_shards(
     images: str, output: Path, choice: RecipeChoice, refuse_wrong: Callable[[Look, str], None], *, packs: bool
 ) -> tuple[str, Look]:
     """Where `images` are as shards, packed now if they are not yet, or would be; and a look at them."""
-    if holds_shards(images) or is_packed(output):
-        shards = images if holds_shards(images) else packed(images, output, renewed=not choice.has_begun)
-        look = look_at_shards(open_shards(shards))
-        refuse_wrong(look, shards)
-        return shards, look
+    if holds_shards(images):
+        return _looked_at(images, refuse_wrong)
+    files = open_files(str(Path(images).expanduser()), key="images")
+    if is_packed(output) and (choice.has_begun or is_current(files, output)):
+        return _looked_at(packed(images, output, opened=files), refuse_wrong)
     shards = str(output / SHARDS)
     if launched_rank() != "0" and packs:
-        packed(images, output)
+        packed(images, output, renewed=True, opened=files)
         return shards, look_at_shards(open_shards(shards))
-    files = open_files(str(Path(images).expanduser()), key="images")
     look = look_at_files(files)
     if not look.count:
         raise ConfigError(no_images("images", images, find_candidates(files)))
@@ -120,8 +119,15 @@ def _as_shards(
     if not packs:
         _say(f"{look.count:,} images of {images} would be packed into {shards}; nothing is written now.")
         return shards, look
-    packed(images, output, short_side=short_side, opened=files)
+    packed(images, output, renewed=True, short_side=short_side, opened=files)
     return shards, look_at_shards(open_shards(shards))
+
+
+def _looked_at(shards: str, refuse_wrong: Callable[[Look, str], None]) -> tuple[str, Look]:
+    """Shards that are there, with a look at them."""
+    look = look_at_shards(open_shards(shards))
+    refuse_wrong(look, shards)
+    return shards, look
 
 
 def _say(text: str) -> None:

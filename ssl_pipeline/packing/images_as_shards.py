@@ -51,7 +51,7 @@ def packed(
     source = str(Path(source).expanduser())
     if launched_rank() == "0":
         return str(pack_once(source, place, key=key, renewed=renewed, short_side=short_side, opened=opened))
-    files = open_files(source, key=key)
+    files = opened or open_files(source, key=key)
     while not (is_packed(place) and (not renewed or is_current(files, place))):
         time.sleep(SECONDS_BETWEEN_LOOKS)  # if the first process fails, the launcher ends this one
     return str(pack_once(source, place, key=key, opened=files))

@@ -11,7 +11,7 @@ from ssl_pipeline.config import printable
 from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.open import DataError
 from ssl_pipeline.files import write_text
-from ssl_pipeline.packing.candidates import find_candidates, no_images, parts_of_a_set
+from ssl_pipeline.packing.candidates import Candidates, find_candidates, no_images, parts_of_a_set
 from ssl_pipeline.packing.conversion import storable
 from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 from ssl_pipeline.packing.sources import Source, UnreadableFileError, open_source
@@ -45,7 +45,7 @@ def pack_once(
     shards, listing = place / SHARDS, place / LISTING
     files = opened or open_source(source, key=key)
     found = find_candidates(files)
-    now = {image.name: files.size(image.name) for image in found.images}
+    now = _sizes(files, found)
     if listing.exists():
         before = read_listing(listing)
         if before == now and shards.exists():
@@ -101,8 +101,12 @@ def is_packed(place: Path) -> bool:
 
 def is_current(files: Source, place: Path) -> bool:
     """Whether what is packed in `place` are the images that a source has now."""
-    now = {image.name: files.size(image.name) for image in find_candidates(files).images}
-    return is_packed(place) and read_listing(place / LISTING) == now
+    return is_packed(place) and read_listing(place / LISTING) == _sizes(files, find_candidates(files))
+
+
+def _sizes(files: Source, found: Candidates) -> dict[str, int]:
+    """Image file -> bytes, as LISTING has them."""
+    return {image.name: files.size(image.name) for image in found.images}
 
 
 def read_listing(path: Path) -> dict[str, int]:

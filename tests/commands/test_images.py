@@ -14,6 +14,7 @@ from ssl_pipeline.commands.images import expand
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.commands.recipe_choice import choose_recipe
 from ssl_pipeline.config import RECIPES, ConfigError, load, read_recipe, recipe_files
+from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.packing.packed_once import pack_once
 from tests.commands.test_finetune import save_run
@@ -203,6 +204,24 @@ def test_a_wrong_setting_is_told_before_images_are_packed(tmp_path, recipe):
     with pytest.raises(ConfigError, match=r"train\.steps"):
         expand(arguments, timed=PretrainConfig)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_was_packed_for_no_run_is_packed_anew_in_the_same_way_and_not_by_print(tmp_path, capsys):
+    photos, output = folder(tmp_path, side=3000), tmp_path / "run"
+    arguments = [f"images={photos}", "recipe=photos_small", f"output={output}"]
+    expand(arguments)
+    Image.new("RGB", (3000, 3020)).save(photos / "more.png")
+    capsys.readouterr()
+    expand(arguments, packs=False)
+    assert len(open_shards(str(output / "images"))) == 3
+    expand(arguments)
+    assert "It is packed anew" in capsys.readouterr().out
+    index = open_shards(str(output / "images"))
+    assert (len(index), int(index.sizes().min())) == (4, 256)
+    (output / "config.yaml").write_text("recipe: photos_small")
+    (photos / "more.png").unlink()
+    with pytest.raises(DataError, match="has changed since it was packed"):
+        expand(arguments)
 
 
 @pytest.mark.parametrize("timed", [None, PretrainConfig])
