@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssl_pipeline.config import RunError, failure_sentence, launched_processes
+from ssl_pipeline.config import ConfigError, RunError, failure_sentence, launched_processes
 
+SECONDS_TO_JOIN = 1800.0  # as torch gives processes on CPUs
+SECONDS_BETWEEN_LOOKS = 0.02
 LONGEST_TOLD = 400  # bytes of an error that other processes are told
 
 
@@ -33,11 +38,65 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    join_processes("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def join_processes(backend: str) -> None:
+    """Make the processes that a launcher has started one group; no step where they are one already.
+
+    torchrun's agent keeps a store for them that outlives them. Processes that it starts anew after a lost node would
+    read the addresses that the dead ones left there, and hang (https://github.com/pytorch/pytorch/issues/135712), so
+    each start writes under a name of its own.
+    """
+    if dist.is_initialized():
+        return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    number, host, port = launched_processes(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    own_rank = int(os.environ["RANK"])
+    agents = dist.TCPStore(host, port, number, is_master=False, timeout=timedelta(seconds=SECONDS_TO_JOIN))
+    store = store_of_this_start(agents, own_rank, number)
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=number)
+
+
+def store_of_this_start(
+    store: dist.Store, own_rank: int, number: int, *, seconds: float = SECONDS_TO_JOIN
+) -> dist.PrefixStore:
+    """The store under a name that no earlier start of these processes has used; all ranks return the same.
+
+    Each asks by a name drawn now, and the first answers every name with its own. Names of dead processes are still
+    there: nobody reads their answers, so the first goes on until each rank says that it has one. Raises ConfigError
+    after `seconds`.
+    """
+    own, until = uuid4().hex, time.monotonic() + seconds
+    if own_rank > 0:
+        store.set(f"asks/{own_rank}", own)
+        try:
+            store.wait([f"answer/{own}"], timedelta(seconds=seconds))
+        except dist.DistStoreError:
+            raise ConfigError(
+                f"The first process has not answered rank {own_rank} for {seconds:g} s. Has it been started, and does "
+                "it run?"
+            ) from None
+        first = store.get(f"answer/{own}").decode()
+        store.set(f"joined/{first}/{own_rank}", "")
+        return dist.PrefixStore(first, store)
+    while missing := [other for other in range(1, number) if not store.check([f"joined/{own}/{other}"])]:
+        if time.monotonic() >= until:
+            raise ConfigError(
+                f"{len(missing)} of {number} processes have not come for {seconds:g} s; the first of them is rank "
+                f"{missing[0]}. Have they been started, and do they run?"
+            )
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return dist.PrefixStore(own, store)
 
 
 def processes_here() -> int:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.distributed import join_processes
 from ssl_pipeline.machine import keep_freed_memory
 from ssl_pipeline.training.meeting import require_one_version, wait_for_the_first
 from ssl_pipeline.training.parallel import DDP
@@ -49,6 +50,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         del os.environ[name]
     if launched > 1:
         wait_for_the_first(os.environ)
+        join_processes("gloo" if on_cpu else "nccl")
     AcceleratorState._reset_state()  # the processes stay; precision and plugins are those of this run
     GradientState._reset_state()
     accelerator = Accelerator(
