@@ -76,6 +76,17 @@ def test_without_decoding_the_checksum_still_tells(made: Path, capsys: pytest.Ca
     assert "its checksum differs" in capsys.readouterr().out
 
 
+def test_a_manifest_that_counts_otherwise_is_told(made: Path, capsys: pytest.CaptureFixture) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["shards"][0]["samples"] += 1
+    manifest["samples"] += 1
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    assert checked(made, "decode=false") == 1
+    told = capsys.readouterr().out
+    assert f"has {manifest['shards'][0]['samples'] - 1} samples in" in told
+    assert f"manifest.json says {manifest['shards'][0]['samples']} in" in told
+
+
 def test_no_shards_are_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert checked(tmp_path / "nowhere") == 2
     assert "There is no directory" in capsys.readouterr().err

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.files import write_json
 
 MANIFEST_FILE = "manifest.json"
+OWN_KEYS = {"samples", "bytes", "class_names", "shards", "source", "rejected"}
+LEAST_OWN_KEYS = 2  # of a manifest of ours; a file of that name may be another program's
 
 
 @dataclass(frozen=True)
@@ -66,24 +68,34 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest | None:
         raise DataError(
             f"'{where}' is not valid JSON. Copy it again, or delete it to use the shards without it."
         ) from None
-    try:
-        shards = [ManifestShard(**shard) for shard in content["shards"]]
-        names, source = content["class_names"], content.get("source")
-    except (KeyError, TypeError):
+    if not isinstance(content, dict) or len(OWN_KEYS & content.keys()) < LEAST_OWN_KEYS:
         return None
-    for shard in shards:
-        for value in (shard.name, shard.sha256):
-            if not isinstance(value, str):
-                raise _damaged(where, f"{str(value)[:50]!r} is no name of a shard, nor its SHA-256")
-        for number in (shard.samples, shard.bytes):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-                raise _damaged(where, f"{str(number)[:50]!r} is no number of samples or bytes")
+    listed, names, source = content.get("shards"), content.get("class_names"), content.get("source")
+    if not isinstance(listed, list):
+        raise _damaged(where, "it has no list of shards")
+    shards = [_parse_shard(entry, number, where) for number, entry in enumerate(listed)]
     if len({shard.name for shard in shards}) != len(shards):
         raise _damaged(where, "it lists a shard twice")
-    if names is not None and not isinstance(names, list):
-        raise _damaged(where, "class_names is no list")
-    about = source if isinstance(source, dict) else {}
-    return Manifest(None if names is None else [str(name) for name in names], shards, about)
+    for key in ("samples", "bytes"):
+        total = sum(getattr(shard, key) for shard in shards)
+        if content.get(key, total) != total:
+            raise _damaged(where, f"its shards have {total:,} {key}, and it says {str(content[key])[:50]!r} of all")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise _damaged(where, "class_names is no list of names")
+    return Manifest(names, shards, source if isinstance(source, dict) else {})
+
+
+def _parse_shard(entry: object, number: int, where: Path | str) -> ManifestShard:
+    keys = [one.name for one in fields(ManifestShard)]
+    if not isinstance(entry, dict) or entry.keys() != set(keys):
+        raise _damaged(where, f"shards[{number}] has not the keys {', '.join(keys)}")
+    for key in ("name", "sha256"):
+        if not isinstance(entry[key], str):
+            raise _damaged(where, f"the {key} in shards[{number}] is no text: {str(entry[key])[:50]!r}")
+    for key in ("samples", "bytes"):
+        if not isinstance(entry[key], int) or isinstance(entry[key], bool) or entry[key] < 0:
+            raise _damaged(where, f"{str(entry[key])[:50]!r} in shards[{number}] is no number of {key}")
+    return ManifestShard(**entry)
 
 
 def _damaged(where: Path | str, reason: str) -> DataError:
