@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -36,12 +37,16 @@ def _fails(model: nn.Module, memory_format: torch.memory_format) -> bool:
     """
     shape = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
     fake = FakeTensorMode()
+    own_log = logging.getLogger(FakeTensorMode.__module__)
+    told, own_log.disabled = own_log.disabled, True  # it prints a traceback of what is caught here
     try:
         network = without_values(model, partial(_brought_into, memory_format, fake)).eval()
         with fake:
             network(torch.empty(2, *shape).contiguous(memory_format=memory_format))
     except Exception:  # whatever timm and torch raise
         return True
+    finally:
+        own_log.disabled = told
     return False
 
 

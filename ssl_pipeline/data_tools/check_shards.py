@@ -108,7 +108,8 @@ def check_shard(path: Path, *, decode: bool, image_key: str | None = None) -> Ch
     if len(invalid):
         first = _key(path, int(invalid[0, 3]))
         problems.append(
-            f"Shard '{path.name}', key '{first}': no whole number for a label ({len(invalid):,} such labels)."
+            f"Shard '{path.name}', key '{first}': a label that is no whole number of 64 bits "
+            f"({len(invalid):,} such labels)."
         )
     if decode:
         with path.open("rb") as file:

@@ -67,7 +67,7 @@ class IBOTConfig(Config):
     """Whether patches are masked in rectangles or one by one (`pred_shape`)."""
     mask_probability: float = Field(0.5, ge=0, le=1)
     """Share of the large crops that have a mask; the official `pred_ratio: 0 0.3` is one in two."""
-    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
+    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, lt=1, increasing=True)] = (0.1, 0.5)
     """Smallest and largest share of masked patches of a crop that has a mask, .3 +- .2 in the official code."""
     mask_min_block: int | None = Field(None, ge=1)
     """Smallest area of a block in patches; null: a ninth of the backbone's grid, as the official code."""

@@ -44,7 +44,7 @@ class TokenDistillationConfig(Config):
     """Whether KoLeo looks for neighbours among the images of each process alone, as the official code does."""
     mask_probability: float = Field(0.5, ge=0, le=1)
     """Share of the step's large crops that have a mask."""
-    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, le=1, increasing=True)] = (0.1, 0.5)
+    mask_ratio: Annotated[tuple[float, float], InRange(ge=0, lt=1, increasing=True)] = (0.1, 0.5)
     """Smallest and largest share of masked patches of a crop that has a mask, spread evenly over the step's crops."""
     mask_min_block: int = Field(4, ge=1)
     """Smallest area of a block in patches."""

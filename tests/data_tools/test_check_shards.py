@@ -124,5 +124,5 @@ def test_what_is_passed_over_and_odd_labels_are_problems(tmp_path: Path, capsys:
     first, second, last = capsys.readouterr().out.splitlines()
     assert first.startswith("Shard 'a.tar', key 'b', byte 1024: a sample needs one image")
     assert first.endswith("(2 such samples are passed over)")
-    assert second == "Shard 'a.tar', key 'a': no whole number for a label (1 such labels)."
+    assert second == "Shard 'a.tar', key 'a': a label that is no whole number of 64 bits (1 such labels)."
     assert last.endswith("2 problems")

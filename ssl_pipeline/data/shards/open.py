@@ -178,7 +178,7 @@ class ShardIndex:
         first = int(unlabelled[0])
         shard, _, row = self._row(first)
         invalid = self.overlay.labels is None and row[2] == INVALID_LABEL
-        what = "a label that is no whole number" if invalid else "no label"
+        what = "a label that is no whole number of 64 bits" if invalid else "no label"
         return (
             f"{len(unlabelled):,} of {len(self):,} images have no usable label; the first, shard "
             f"'{self._table.name[shard]}', key '{self.key(first)}', has {what}"

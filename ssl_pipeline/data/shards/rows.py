@@ -19,7 +19,7 @@ from ssl_pipeline.files import sha256_of
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
 LABEL_KEYS = ("label", "cls")  # of a .json member
-NO_LABEL, INVALID_LABEL = -1, -2  # without one; with one that is no whole number
+NO_LABEL, INVALID_LABEL = -1, -2  # without one; with one that is no whole number of 64 bits
 COLUMNS = 6
 SIZE = slice(4, 6)  # the columns of height and width
 MAX_EXAMPLE = 400  # letters
@@ -124,7 +124,7 @@ def index_shard(
 ) -> tuple[ShardEntry, NDArray[np.int64]]:
     """Verify the structure of one shard from end to end and find its samples.
 
-    Rows are int64 (samples, 6): image offset, image size, label (-1: none, -2: no whole number), the byte of the header
+    Rows are int64 (samples, 6): image offset, image size, label (-1: none, -2: unreadable), the byte of the header
     from which the key can be read again, and height and width of the decoded image, 0 and 0 if its head says that it
     will be refused. `name` is the shard's own if the file has another; `image_key` the extension of the images, or
     several with `;` between them. Raises DataError naming the shard and the byte for a file that is damaged.
@@ -200,7 +200,7 @@ def _label(data: TarBytes, members: dict[str, Member]) -> int:
         except (ValueError, RecursionError):
             return INVALID_LABEL
         if value is not None:
-            return value if 0 <= value < 2**63 else NO_LABEL
+            return INVALID_LABEL if value >= 2**63 else max(value, NO_LABEL)
     return NO_LABEL
 
 

@@ -113,11 +113,13 @@ def test_an_image_key_chooses_among_remote_shards(tmp_path: Path, write_tar: Wri
     assert [index.read(0).image for index in indexes] == [encoded(0), encoded(1), encoded(0)]
 
 
+NO_NUMBER = "shard 'a.tar', key '5', has a label that is no whole number of 64 bits"
 LABELS = {
-    "a word": ({"5.cls": b"cat"}, "shard 'a.tar', key '5', has a label that is no whole number"),
-    "damaged JSON": ({"5.json": b"{"}, "shard 'a.tar', key '5', has a label that is no whole number"),
-    "deep JSON": ({"5.json": b"[" * 200_000}, "shard 'a.tar', key '5', has a label that is no whole number"),
-    "a huge member": ({"5.cls": b"1" * 5000}, "shard 'a.tar', key '5', has a label that is no whole number"),
+    "a word": ({"5.cls": b"cat"}, NO_NUMBER),
+    "damaged JSON": ({"5.json": b"{"}, NO_NUMBER),
+    "deep JSON": ({"5.json": b"[" * 200_000}, NO_NUMBER),
+    "a number too large": ({"5.cls": b"9223372036854775808"}, NO_NUMBER),
+    "a huge member": ({"5.cls": b"1" * 5000}, NO_NUMBER),
     "nothing": ({}, "shard 'a.tar', key '5', has no label"),
     "JSON without one": ({"5.json": b'{"label": "cat"}'}, "shard 'a.tar', key '5', has no label"),
 }
