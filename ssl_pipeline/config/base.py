@@ -77,6 +77,13 @@ class Config(BaseModel):
     def _paths_begin_at_home(cls, value: object) -> object:
         return Path(at_home(str(value))) if isinstance(value, Path) else value
 
+    @field_validator("*")
+    @classmethod
+    def _none_is_null(cls, value: object) -> object:
+        if str(value) == "None" and isinstance(value, str | Path):
+            raise ValueError("must not be the word None.")
+        return value
+
 
 @cache
 def _without_top(section: type[Config]) -> tuple[str, ...]:
