@@ -28,7 +28,7 @@ class EmbedConfig(PassChoice, OutputFile):
     suffixes = (".csv", ".parquet", ".npz")
 
     source: PlaceText
-    """A folder or zip of images, packed once into OUTPUT.cache; or shards."""
+    """A folder or zip of images, or one image, packed once into OUTPUT.cache; or shards."""
     output: Path
     """The file that is written: FILE.csv, FILE.parquet or FILE.npz."""
     kind: Literal["pooled", "class", "blocks"] = "pooled"
@@ -58,7 +58,8 @@ def embed(config: EmbedConfig) -> None:
             shutil.rmtree(passes)
             if not any(cache.iterdir()):
                 cache.rmdir()
-            print(printable(f"{len(index):,} rows of {features_ND.shape[1]} features written to {config.output}"))
+            rows = f"{len(index):,} row{'s' * (len(index) != 1)} of {features_ND.shape[1]} features"
+            print(printable(f"{rows} written to {config.output}"))
 
 
 def command(name: str = "python -m eval.embed") -> int:

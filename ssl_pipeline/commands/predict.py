@@ -28,7 +28,7 @@ class PredictConfig(RunClassifierConfig, OutputFile):
     suffixes = (".csv", ".parquet")
 
     source: PlaceText
-    """A folder or zip of images, packed once into OUTPUT.cache; or shards."""
+    """A folder or zip of images, or one image, packed once into OUTPUT.cache; or shards."""
     output: Path
     """The file that is written: FILE.csv or FILE.parquet."""
 

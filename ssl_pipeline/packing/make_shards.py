@@ -58,7 +58,7 @@ class MakeShards(EngineConfig):
     """
 
     source: PlaceText
-    """Folder, zip file, or the word digits."""
+    """Folder, zip file, one image, or the word digits."""
     output: Path
     """Directory to write; it appears when everything is done."""
     prefix: str = ""
@@ -278,8 +278,9 @@ def _report(
         unlabelled = sum(candidate.label is None for candidate, _ in samples)
         classes += f", {unlabelled:,} of them without a label" if unlabelled else ""
     megabytes = sum(shard.bytes for shard in shards) / 1e6
+    count = sum(shard.samples for shard in shards)
     _say(
-        f"{sum(shard.samples for shard in shards):,} images {classes} -> "
+        f"{count:,} image{'s' * (count != 1)} {classes} -> "
         f"{len(shards)} shard{'s' * (len(shards) != 1)}, {megabytes:.1f} MB, "
         f"in {folder} ({ORIGINS_FILE} says which file became which)"
     )

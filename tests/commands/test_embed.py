@@ -50,6 +50,17 @@ def test_rows_lead_back_to_the_files(photos: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out" / "photos.parquet.cache" / "features").exists()
 
 
+@pytest.mark.parametrize("name", ["white.png", "one photo.JPG", "blue.bmp"])
+def test_one_image_is_one_row(name: str, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 18), (255, 255, 255)).save(tmp_path / name)
+    output = tmp_path / "one.csv"
+    assert call("backbone=raw_pixels", "size=2", f"source={tmp_path / name}", f"output={output}") == 0
+    with output.open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["file"], row["label"]) == (name, "")
+    assert [float(row[f"feature_{number}"]) for number in range(12)] == pytest.approx([1.0] * 12, abs=0.01)
+
+
 def test_shards_are_read_as_they_are_and_rows_come_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "VALUES_PER_GROUP", 7 * 12)
     shards = write_shards(tmp_path / "shards")

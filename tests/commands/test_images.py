@@ -241,6 +241,13 @@ def test_fewer_images_than_a_step_takes_get_a_batch_that_fits(tmp_path):
     assert given == ["data.batch_size=3"]
 
 
+def test_one_photograph_is_told_as_that(tmp_path):
+    one = folder(tmp_path) / "0.png"
+    with pytest.raises(ConfigError, match=r"0\.png is one photograph\. Pretraining needs a folder or a zip of many"):
+        expand([f"images={one}", f"output={tmp_path}/run"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_large_photographs_are_packed_small_and_found_again(tmp_path, capsys):
     output, images = tmp_path / "run", folder(tmp_path, side=600)
     arguments = [f"images={images}", "recipe=photos_small", f"output={output}"]

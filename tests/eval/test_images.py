@@ -87,7 +87,7 @@ def test_they_are_packed_once_and_anew_where_they_have_changed(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run={run}", "test=photoz"], "test=photoz is not there. Needed: a folder or a zip of images, or shards."),
+        (["run={run}", "test=photoz"], "test=photoz is not there. Needed: an image, a folder or"),
         (["run={run}", "test=photos*.tar"], "'photos*.tar' holds no .tar shard."),
         (["run={photos}/train", "test={photos}/test"], "has no backbone.safetensors, which pretraining writes when it"),
         (["run={run}/none", "test={photos}/test"], "none must be the directory of a run. There is none."),
@@ -100,6 +100,15 @@ def test_what_is_not_there_is_told_before_anything_is_packed(
     assert call(knn, f"train={photos}/train", *(argument.format(run=run, photos=photos) for argument in arguments)) == 2
     assert sentence in capsys.readouterr().err
     assert sorted([*run.rglob("*"), *photos.rglob("*")]) == before
+
+
+def test_one_image_is_no_set_of_labelled_images(
+    photos: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = photos / "test/cat/0.png"
+    assert call(knn, "backbone=raw_pixels", "size=4", f"train={one}", f"test={photos / 'test'}") == 2
+    assert "has no labels; k-NN needs them" in capsys.readouterr().err
 
 
 def takes_folders(module: str) -> bool:

@@ -283,7 +283,7 @@ def test_an_output_in_use_is_refused(folder: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"source": "nowhere"}, "source='nowhere' does not exist. Needed: a folder of images, a zip of one"),
-        ({"source": __file__}, "is neither a folder nor a zip"),
+        ({"source": __file__}, "is neither a folder nor a zip, and no image"),
         ({"prefix": "trian"}, r"nothing below prefix=trian/\. Did you mean 'train'\? Top folders: train"),
         ({"prefix": "train/../.."}, "nothing below prefix"),
         ({"split": "test"}, "split=test goes with source=digits only"),
