@@ -185,7 +185,7 @@ def _features(
 ) -> Tensor:
     """(N, D), computed on `device`; the backbone is afterwards where it was."""
     if not len(index):
-        raise ConfigError(f"{index.source} has no images.")
+        raise ConfigError(f"{index.called} has no images.")
     preprocessing, home = backbone.transform().preprocessing, next(backbone.parameters()).device
     chosen = choose_device(device)
     try:

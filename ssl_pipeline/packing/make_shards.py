@@ -143,7 +143,7 @@ def make_shards(config: MakeShards, *, opened: Source | None = None) -> int:
         accepted, undecodable = _check(source, found.images, folder, work, config)
         if not accepted:
             raise DataError(
-                f"None of the {len(found.images)} images can be decoded; "
+                f"None of the {len(found.images)} images of '{config.source}' can be decoded; "
                 f"'{undecodable[-1].file}': {undecodable[-1].reason}."
             )
         rejected = found.others + undecodable
