@@ -261,8 +261,8 @@ def _pretrain(config: PretrainConfig) -> int:
         if signal_number == 0 and directory is not None:
             if pages is not None:
                 pages.finish()
-            own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
-            print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
+            own = config.data.shards if isinstance(config.data.shards, str) else None
+            print(f"Done. {measuring(output, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
             if own is not None:
                 print(features_in_python(own))
         accelerator.wait_for_everyone()  # whoever leaves first takes the group from those who still write

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
 from ssl_pipeline.eval.differences import doubts, measures_within_interval, within_interval_of_baselines
+from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import format_table, percent, read_measures
 from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, read_reports
 
@@ -34,7 +36,7 @@ def read_run(run: Path) -> dict[str, Report]:
     if not reports:
         raise ConfigError(
             f"{run} has no report of an evaluator in eval/. "
-            f"Run first: python -m eval.knn run={run} train=SHARDS test=SHARDS baselines=true"
+            f"Run first: python -m eval.knn run={shlex.quote(str(run))} {labelled_sets(run) or UNKNOWN} baselines=true"
         )
     return reports
 

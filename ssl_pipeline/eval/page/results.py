@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ssl_pipeline.eval.intervals import METHOD
+from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.record import Record
@@ -29,7 +30,9 @@ def results_section(records: Sequence[Record]) -> Section:
     names = list(dict.fromkeys(name for record in records for name in shown_reports(record.reports)))
     if not names:
         place = shlex.quote(str(records[0].path))
-        told = f"Nothing was evaluated yet: python -m eval.suite run={place} train=SHARDS test=SHARDS"
+        sets = labelled_sets(records[0].path)
+        images = UNKNOWN if sets is None or sets.train == sets.test else sets  # the suite leaves no image out
+        told = f"Nothing was evaluated yet: python -m eval.suite run={place} {images}"
         return section("Results", paragraph(told))
     parts = [
         about(
