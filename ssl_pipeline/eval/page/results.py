@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ssl_pipeline.eval.columns import WITHIN_SUITE
 from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import Measure, read_measures
@@ -18,7 +19,6 @@ PARTS_OF_SUITE = ("knn", "logistic", "sgd")
 NAMES = {**CLASSIFIERS, "suite": "classifiers and spectrum"}
 MINOR = ("top5", "validation")
 """What names of figures begin with that are looked at second."""
-WITHIN_SUITE = ("knn", "linear")
 TOLD = {"images", "train", "test", "num_images", "num_train", "num_test", "num_classes", "size", "label", "subject"}
 """Parts of a protocol with a sentence of their own; the others are listed."""
 UNTOLD = {"warnings", "mean", "std", "torch", "timm", "faiss", "scikit-learn", "about", "selection", "dtype"}
