@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.config import PlaceText, printable
+from ssl_pipeline.config.output_file import Folder
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.eval.columns import measured_otherwise
 from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
@@ -36,8 +37,8 @@ class ReportConfig(PassConfig):
 
     baselines: bool = False
     """Whether raw pixels and the same backbone at random initialisation are measured too."""
-    output: Path | None = None
-    """Where `eval/` goes with the report and cached features; by default the run, without a run nothing is written."""
+    output: Folder | None = None
+    """Folder in which `eval/` gets the report and cached features; by default the run, without either nothing stays."""
 
     @property
     def directory(self) -> Path | None:

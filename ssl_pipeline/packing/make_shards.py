@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ssl_pipeline.config import PlaceText, Seed, printable, run_command
+from ssl_pipeline.config.output_file import is_a_folder
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
@@ -83,6 +84,11 @@ class MakeShards(EngineConfig):
     engine=ray."""
     overwrite: bool = False
     """Replace shards that an earlier run wrote to the same output."""
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_a_folder(cls, output: Path) -> Path:
+        return output if output.is_file() else is_a_folder(output)  # a file is told with what is needed in its place
 
     @field_validator("labels")
     @classmethod

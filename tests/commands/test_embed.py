@@ -27,6 +27,11 @@ def call(*arguments: str) -> int:
     return run_command(EmbedConfig, embed, command="python -m eval.embed", argv=["workers=0", *arguments])
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def table(path: Path) -> dict[str, list]:
     parquet = pytest.importorskip("pyarrow.parquet")
     return parquet.read_table(path).to_pydict()
@@ -46,8 +51,9 @@ def test_rows_lead_back_to_the_files(photos: Path, tmp_path: Path, capsys: pytes
         np.testing.assert_allclose(pixels, [red] * 4 + [green] * 4 + [blue] * 4, rtol=1e-5)
         assert found["key"][row].startswith(f"{row:08d}-")
         assert found["label"][row] == ["cat", "été"].index(file.split("/")[0])
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["photos.parquet", "photos.parquet.cache"]
-    assert not (tmp_path / "out" / "photos.parquet.cache" / "features").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["photos.parquet"]
+    (place,) = (tmp_path / "cache/ssl_pipeline/images").iterdir()
+    assert place.name.startswith("photos-")
 
 
 @pytest.mark.parametrize("name", ["white.png", "one photo.JPG", "blue.bmp"])
@@ -107,6 +113,7 @@ def test_the_features_are_those_of_the_run(kind: str, dim: int, run: Path, photo
     assert call(*arguments, f"output={tmp_path / 'a.npz'}") == 0
     backbone, preprocessing = load_backbone(run)
     backbone.preprocessing = preprocessing
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "photos", "run"]  # packed in the run
     with np.load(tmp_path / "a.npz", allow_pickle=False) as found, torch.no_grad():
         images = torch.stack([backbone.transform()(Image.open(photos / file)) for file in found["file"]])
         assert found["features"].shape == (3, dim)
@@ -125,6 +132,8 @@ def test_half_precision(run: Path, photos: Path, tmp_path: Path) -> None:
     [
         (["output=a.txt"], "output must end in .csv, .parquet or .npz. Got 'a.txt'"),
         (["output={there}"], "there.npz exists. Choose another name, or set overwrite=true"),
+        (["output={there}/x.npz"], "x.npz cannot be written: '{there}' is a file, and no directory."),
+        (["output={photos}.csv", "overwrite=true"], "photos.csv is a directory, and a file is written."),
         (["output={new}", "kind=class"], "kind=class needs a network with tokens"),
         (["output={new}", "source=nowhere/"], "nowhere"),
     ],
@@ -134,11 +143,13 @@ def test_mistakes_are_told(
 ) -> None:
     there, new = tmp_path / "there.npz", tmp_path / "new.npz"
     there.touch()
-    own = [argument.format(there=there, new=new) for argument in arguments]
+    Path(f"{photos}.csv").mkdir()
+    own = [argument.format(there=there, new=new, photos=photos) for argument in arguments]
     source = [] if any(argument.startswith("source") for argument in own) else [f"source={photos}"]
     assert call("backbone=raw_pixels", *source, *own) == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence.format(there=there) in capsys.readouterr().err
     assert not new.exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_is_packed_once_and_a_changed_one_anew(
@@ -146,7 +157,7 @@ def test_a_folder_is_packed_once_and_a_changed_one_anew(
 ) -> None:
     arguments = ["backbone=raw_pixels", f"source={photos}", f"output={tmp_path / 'a.npz'}", "overwrite=true"]
     assert call(*arguments) == 0
-    (shard,) = (tmp_path / "a.npz.cache" / "images").glob("*.tar")
+    (shard,) = (tmp_path / "cache/ssl_pipeline/images").glob("photos-*/images/*.tar")
     packed = shard.stat().st_mtime_ns
     assert call(*arguments) == 0
     assert shard.stat().st_mtime_ns == packed

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -163,9 +164,13 @@ def test_too_few_images_for_alpha_are_no_error() -> None:
         spectrum(torch.full((4, 4), torch.nan))
 
 
-def test_nothing_is_kept_without_a_place_for_it(train: str, test: str, capsys: pytest.CaptureFixture[str]) -> None:
-    sets = [f"train={train}", f"test={test}", "k=3", "baselines=false"]
-    assert call("backbone=raw_pixels", "size=4", *sets) == 0
+@pytest.mark.parametrize("evaluator", [suite, knn])
+def test_nothing_is_kept_without_a_place_for_it(
+    evaluator: ModuleType, train: str, test: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [f"train={train}", f"test={test}", "k=3", "baselines=false", "workers=0"]
+    monkeypatch.setattr("sys.argv", ["", "backbone=raw_pixels", "size=4", *sets])
+    assert evaluator.command() == 0
     assert "nothing is kept" in capsys.readouterr().err
 
 
