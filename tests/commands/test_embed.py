@@ -42,7 +42,7 @@ def test_rows_lead_back_to_the_files(photos: Path, tmp_path: Path, capsys: pytes
     assert call("backbone=raw_pixels", "size=2", f"source={photos}", f"output={output}") == 0
     assert "3 rows of 12 features written" in capsys.readouterr().out
     found = table(output)
-    assert list(found) == ["key", "sample_id", "file", "label", *(f"feature_{number}" for number in range(12))]
+    assert list(found) == ["key", "sample_id", "file", "label", "name", *(f"feature_{number}" for number in range(12))]
     assert sorted(found["file"]) == sorted(COLOURS)
     assert found["sample_id"] == [0, 1, 2]
     for row, file in enumerate(found["file"]):
@@ -50,10 +50,30 @@ def test_rows_lead_back_to_the_files(photos: Path, tmp_path: Path, capsys: pytes
         pixels = [found[f"feature_{number}"][row] for number in range(12)]
         np.testing.assert_allclose(pixels, [red] * 4 + [green] * 4 + [blue] * 4, rtol=1e-5)
         assert found["key"][row].startswith(f"{row:08d}-")
-        assert found["label"][row] == ["cat", "été"].index(file.split("/")[0])
+        assert found["name"][row] == file.split("/")[0]
+        assert found["label"][row] == ["cat", "été"].index(found["name"][row])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["photos.parquet"]
     (place,) = (tmp_path / "cache/ssl_pipeline/images").iterdir()
     assert place.name.startswith("photos-")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz"])
+def test_classes_have_their_names_and_an_image_beside_them_none(photos: Path, tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (9, 9)).save(photos / "beside.png")
+    output = tmp_path / f"all{suffix}"
+    assert call("backbone=raw_pixels", "size=2", f"source={photos}", f"output={output}") == 0
+    if suffix == ".npz":
+        with np.load(output, allow_pickle=False) as arrays:
+            found = {name: arrays[name].tolist() for name in arrays}
+    elif suffix == ".parquet":
+        found = table(output)
+    else:
+        with output.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        found = {name: [row[name] for row in rows] for name in rows[0]}
+    named = dict(zip(found["file"], found["name"], strict=True))
+    of_none = None if suffix == ".parquet" else ""
+    assert named == {name: name.split("/")[0] for name in COLOURS} | {"beside.png": of_none}
 
 
 @pytest.mark.parametrize("name", ["white.png", "one photo.JPG", "blue.bmp"])
@@ -74,6 +94,7 @@ def test_shards_are_read_as_they_are_and_rows_come_in_groups(tmp_path: Path, mon
         assert call("backbone=raw_pixels", "size=2", f"source={shards}", f"output={tmp_path / name}") == 0
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         found = dict(arrays)
+    assert list(found) == ["key", "sample_id", "file", "label", "features"]  # shards without names of classes
     assert found["features"].shape == (48, 12)
     assert found["key"].tolist() == [f"{number:04d}" for number in range(48)]
     assert found["label"].tolist() == [number % 3 for number in range(48)]
