@@ -144,7 +144,7 @@ ARCHITECTURES: dict[tuple[int, ...], tuple[str, ...]] = {
         *(f"vit_{size}_patch16_{kind}" for size in ("small", "small_plus") for kind in DINOV3),
     ),
     (768, 3, 16, 16): (
-        *("vit_base_patch16_224", "beit_base_patch16_224"),
+        *("vit_base_patch16_224", "beit_base_patch16_224", "vit_base_patch16_clip_224", "vit_base_patch16_siglip_224"),
         *(f"vit_base_patch16_{kind}" for kind in DINOV3),
     ),
     (1024, 3, 16, 16): (
@@ -162,12 +162,32 @@ ARCHITECTURES: dict[tuple[int, ...], tuple[str, ...]] = {
     (768, 3, 8, 8): ("vit_base_patch8_224",),
     (96, 3, 4, 4): (
         *("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"),
-        *("convnext_tiny", "convnext_small"),
+        *("convnext_tiny", "convnext_small", "convnextv2_tiny"),
     ),
-    (128, 3, 4, 4): ("swin_base_patch4_window7_224", "convnext_base"),
-    (192, 3, 4, 4): ("swin_large_patch4_window7_224", "convnext_large"),
-    (64, 3, 7, 7): ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"),
-    (16, 3, 3, 3): ("wide_resnet28_2", "mobilenetv3_large_100"),
-    (32, 3, 3, 3): ("efficientnet_b0", "regnety_016"),
+    (384, 3, 32, 32): ("vit_small_patch32_224",),
+    (768, 3, 32, 32): ("vit_base_patch32_224",),
+    (40, 3, 4, 4): ("convnext_atto", "convnextv2_atto"),
+    (48, 3, 4, 4): ("convnext_femto", "convnextv2_femto"),
+    (64, 3, 4, 4): ("convnext_pico", "convnextv2_pico"),
+    (80, 3, 4, 4): ("convnext_nano", "convnextv2_nano"),
+    (128, 3, 4, 4): ("swin_base_patch4_window7_224", "convnext_base", "convnextv2_base"),
+    (192, 3, 4, 4): ("swin_large_patch4_window7_224", "convnext_large", "convnextv2_large"),
+    (64, 3, 7, 7): (
+        *("resnet18", "resnet26", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2"),
+        *("wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d", "seresnet50", "densenet121"),
+    ),
+    (16, 3, 3, 3): (
+        *("wide_resnet28_2", "test_resnet", "mobilenetv2_050"),
+        *(f"mobilenetv3_{name}" for name in ("small_050", "small_075", "small_100", "large_075", "large_100")),
+    ),
+    (32, 3, 3, 3): (
+        *(f"resnet{depth}d" for depth in (18, 26, 34, 50, 101)),
+        *(f"efficientnet_{name}" for name in ("b0", "b1", "b2", "lite0", "lite1", "lite2", "lite3", "lite4")),
+        *("tf_efficientnetv2_b0", "mobilenetv2_100", "mobilenetv4_conv_small", "mobilenetv4_conv_medium"),
+        *(f"regnet{kind}_{size}" for kind in "xy" for size in ("002", "004", "006", "008", "016", "032")),
+    ),
+    (24, 3, 3, 3): ("tf_efficientnetv2_s",),
+    (40, 3, 3, 3): ("efficientnet_b3",),
+    (48, 3, 3, 3): ("efficientnet_b4", "mobilenetv2_140"),
 }
 """Networks of timm by their first convolution, which are compared with a file that does not fit."""

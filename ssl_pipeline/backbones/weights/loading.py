@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.reversible import MARK
-from ssl_pipeline.backbones.small_stem import SIDE, shrink_stem
+from ssl_pipeline.backbones.small_stem import SIDE, shrink_stem, takes_small_stem
 from ssl_pipeline.backbones.weights.fitting import fit
 from ssl_pipeline.backbones.weights.layouts import ARCHITECTURES
 from ssl_pipeline.backbones.weights.matching import Match, count_parts, find_network, part_of
@@ -106,6 +106,8 @@ def _what_would_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 def _fits(name: str, shapes: Mapping[str, Tensor], *, small_stem: bool = False) -> bool:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
+        if small_stem and not takes_small_stem(model):
+            return False
         if small_stem:
             shrink_stem(model)
     match: Match = find_network(shapes, model, network=None)

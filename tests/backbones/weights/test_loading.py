@@ -12,6 +12,7 @@ import timm
 import torch
 
 from ssl_pipeline.backbones import BackboneConfig, create_backbone, save_backbone
+from ssl_pipeline.backbones.weights.layouts import ARCHITECTURES
 from ssl_pipeline.config import ConfigError
 from tests.backbones.tiny_vit import images, tiny_vit
 from tests.backbones.weights import official
@@ -84,6 +85,10 @@ def test_another_width_names_one_tensor_and_the_number_of_such(tmp_path):
         ("resnet18", "resnet34", "It fits resnet18."),
         ("vit_tiny_patch16_224", "resnet18", "It fits vit_tiny_patch16_224."),
         ("resnet18", "vit_tiny_patch16_224", "It fits resnet18."),
+        ("resnet18", "efficientnet_lite0", "It fits resnet18."),
+        ("efficientnet_lite0", "resnet18", "It fits efficientnet_lite0."),
+        ("mobilenetv3_small_050", "efficientnet_lite0", "It fits mobilenetv3_small_050."),
+        ("convnext_atto", "resnet18", "It fits convnext_atto."),
     ],
 )
 def test_an_error_names_the_architectures_that_would_fit(tmp_path, there, asked, fits):
@@ -218,3 +223,13 @@ def test_the_weights_of_a_real_network_are_loaded():
     image = images(64)
     torch.testing.assert_close(backbone(image), own(image), rtol=1e-3, atol=1e-4)
     assert "left: 2 of the head" in backbone.origin.text
+
+
+def test_the_architectures_that_are_tried_have_the_stems_that_they_are_listed_by():
+    for stem, names in ARCHITECTURES.items():
+        if stem[-1] > 7:
+            continue  # large ViTs, whose names tell their patches
+        name = names[0]  # one of each: all would take long
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+        assert stem in {tuple(value.shape) for value in model.state_dict().values()}, name
