@@ -22,6 +22,7 @@ from PIL import Image
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.commands.before_packing import check_outline
 from ssl_pipeline.commands.compare import CompareConfig
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
 from ssl_pipeline.config import COMPARISONS, RECIPES, ConfigError, dump, load, read_yaml, recipe_files, validate
@@ -252,6 +253,12 @@ def files_of(plain: PretrainConfig, folder: Path) -> list[dict[str, object]]:
         )
         return [{"tokenizer": str(path), "num_masked": 6, "min_block": 2}]
     return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_looked_at_without_memory_as_it_is_shown(name: str) -> None:
+    check_outline(load(PretrainConfig, [f"recipe={name}", "output=x"], recipes=RECIPES))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssl_pipeline.backbones.classifier import NormalisedLinear, classifier_of_run, load_classifier, save_classifier
 from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig, spoken_of_as
-from ssl_pipeline.backbones.create import create_backbone
+from ssl_pipeline.backbones.create import create_backbone, outline_backbone
 from ssl_pipeline.backbones.files import load_backbone, save_backbone
 from ssl_pipeline.backbones.image_sizes import check_image_sizes, smallest_size, starved_convolution
 from ssl_pipeline.backbones.layer_decay import layer_decay_groups, layer_lr_scale
@@ -42,6 +42,7 @@ __all__ = [
     "load_classifier",
     "load_from_checkpoint",
     "load_run",
+    "outline_backbone",
     "require_tokens",
     "save_backbone",
     "save_classifier",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import timm
+import torch
 from timm.models import Beit, VisionTransformer
 from torch import nn
 
@@ -17,10 +19,19 @@ from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
 from ssl_pipeline.backbones.reversible import mark_reversible
 from ssl_pipeline.backbones.small_stem import shrink_stem, takes_small_stem
 from ssl_pipeline.backbones.tokens import has_tokens
-from ssl_pipeline.backbones.weights import Origin, first_line, is_tag, load_source, to_be_fetched
+from ssl_pipeline.backbones.weights import (
+    Origin,
+    file_of,
+    first_line,
+    is_tag,
+    load_source,
+    require_place,
+    to_be_fetched,
+)
 from ssl_pipeline.config import ConfigError, nearest, some_of
 from ssl_pipeline.config.printing import note
 
+LARGEST_READ = 1 << 30  # bytes of a file that is read only to be compared: seconds
 TAKES_A_FILE = "Where that cannot be reached, backbone.weights=FILE takes a file that was fetched elsewhere."
 
 
@@ -29,26 +40,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
 
     Raises ConfigError for a mistake in `config`.
     """
-    if not timm.is_model(config.name):
-        raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
-    tag = config.weights if config.weights is not None and is_tag(config.weights) else None
-    if tag is not None:
-        _check_tag(config.name, tag)
-        if config.reversible:
-            raise ConfigError(
-                f"backbone.weights={tag} are weights of a ViT with one stream of tokens; a reversible one is another "
-                "function. Leave backbone.weights out, or set backbone.reversible=false."
-            )
-    if config.small_images and tag is not None:
-        raise ConfigError(
-            "backbone.small_images replaces the stem that pretrained weights need. Leave backbone.weights out, or set "
-            "backbone.small_images=false."
-        )
-    if config.weights_from is not None and tag is not None:
-        raise ConfigError(
-            f"backbone.weights_from={config.weights_from} is about files and runs, which hold several networks. "
-            f"'{tag}' is a tag of timm; leave weights_from out."
-        )
+    tag = _checked_tag(config)
     model = _create_model(config, tag=tag)
     if config.small_images:
         if not takes_small_stem(model):
@@ -81,6 +73,50 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     if config.checkpoint_activations:
         _checkpoint_activations(backbone, config.name)
     return backbone
+
+
+def outline_backbone(config: BackboneConfig) -> Backbone:
+    """The backbone without memory, on torch's meta device, whose weights are compared with it where a file is there.
+
+    Of a tag the name is looked up, and nothing is fetched. Raises ConfigError as `create_backbone` does.
+    """
+    _checked_tag(config)
+    with torch.device("meta"):
+        backbone = create_backbone(config.model_copy(update={"weights": None, "weights_from": None}))
+    if config.weights is None or is_tag(config.weights):
+        return backbone
+    file = file_of(require_place(config.weights), network=config.weights_from)
+    if file is not None and file.stat().st_size <= LARGEST_READ:
+        with warnings.catch_warnings(action="ignore"):  # torch on values that a network without memory does not take
+            load_source(backbone.model, config.weights, network=config.weights_from)
+    return backbone
+
+
+def _checked_tag(config: BackboneConfig) -> str | None:
+    """The tag of timm that the weights are, if they are one; ConfigError for names and weights that there are not, and
+    for what no tag goes with.
+    """
+    if not timm.is_model(config.name):
+        raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
+    tag = config.weights if config.weights is not None and is_tag(config.weights) else None
+    if tag is not None:
+        _check_tag(config.name, tag)
+        if config.reversible:
+            raise ConfigError(
+                f"backbone.weights={tag} are weights of a ViT with one stream of tokens; a reversible one is another "
+                "function. Leave backbone.weights out, or set backbone.reversible=false."
+            )
+    if config.small_images and tag is not None:
+        raise ConfigError(
+            "backbone.small_images replaces the stem that pretrained weights need. Leave backbone.weights out, or set "
+            "backbone.small_images=false."
+        )
+    if config.weights_from is not None and tag is not None:
+        raise ConfigError(
+            f"backbone.weights_from={config.weights_from} is about files and runs, which hold several networks. "
+            f"'{tag}' is a tag of timm; leave weights_from out."
+        )
+    return tag
 
 
 def _check_tag(name: str, tag: str) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a run whatever its images are: told before they are packed, which may take hours."""
+"""What is wrong with a run whatever its images are: told before they are packed, and where settings are only shown."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import Protocol, cast
 
+import torch
+
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.backbones import BackboneConfig, create_backbone, outline_backbone
 from ssl_pipeline.config import RECIPES, Config, Value, launched_processes, load
 from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.data.stream import DataConfig
@@ -26,6 +28,18 @@ class RunSettings(Protocol):
     augment: dict[str, ViewGroup]
     data: DataConfig
     train: TrainConfig
+
+
+def check_outline(settings: RunSettings) -> None:
+    """Raise ConfigError for a network, weights and views that do not go together, as a run would.
+
+    No image is read, nothing is fetched, and the network has no memory: about a second for one of any size.
+    """
+    backbone = outline_backbone(settings.backbone)
+    with torch.device("meta"):
+        method = build_method(settings.method, backbone)
+    check_recipe(method, backbone, settings.augment, settings.data)
+    check_batch_norm(method, settings.data, settings.train, num_processes=launched_processes())
 
 
 def check_before_packing(

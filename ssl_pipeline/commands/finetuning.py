@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.backbones.weights import is_tag
-from ssl_pipeline.commands.before_packing import check_before_packing
+from ssl_pipeline.commands.before_packing import check_before_packing, check_outline
 from ssl_pipeline.commands.finetune import OWN_KEYS
 from ssl_pipeline.commands.known_weights import StartingWeights, starting_weights
 from ssl_pipeline.commands.pretrain import PretrainConfig, pretrain
@@ -140,4 +140,4 @@ def main(name: str) -> int:
             return refuse(error, running=False)
         if launched_rank() == "0" and "--print" not in flags:
             print(printable(f"as: pretrain.py {' '.join(arguments)}"), flush=True)
-    return run_command(FinetuneConfig, finetune, command=name, argv=arguments, recipes=RECIPES)
+    return run_command(FinetuneConfig, finetune, command=name, argv=arguments, recipes=RECIPES, check=check_outline)

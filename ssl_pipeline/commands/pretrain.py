@@ -25,6 +25,7 @@ from ssl_pipeline.backbones import (
 )
 from ssl_pipeline.backbones.exported import about_weights
 from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_the_run
+from ssl_pipeline.commands.before_packing import check_outline
 from ssl_pipeline.commands.colours import fit_colours
 from ssl_pipeline.commands.find_lr import find_lr
 from ssl_pipeline.commands.images import expand
@@ -361,4 +362,4 @@ def main(name: str) -> int:
             if "--debug" in flags:
                 raise
             return refuse(error, running=False)
-    return run_command(PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES)
+    return run_command(PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES, check=check_outline)

@@ -141,8 +141,12 @@ def run_command(
     command: str,
     argv: Sequence[str] | None = None,
     recipes: Path | None = None,
+    check: Callable[[ConfigType], None] | None = None,
 ) -> int:
     """Read the arguments, call `run` with the config and return the exit code.
+
+    check: raises ConfigError for settings that `run` would refuse before it does anything; `--print` tells its error
+    below the settings.
 
     0 is success, 1 a failed run or a bug, 2 a mistake in settings or data (one `error:` line on stderr for either), 130
     an interrupt. `--help` lists every key, `--help SECTION` some, `--print` shows the resolved settings, `--debug`
@@ -161,7 +165,9 @@ def run_command(
             return 0
         config = load(schema, arguments, command=command, recipes=recipes)
         if "--print" in flags:
-            print(f"{dump(config)}{origins(schema, arguments, recipes)}")
+            print(f"{dump(config)}{origins(schema, arguments, recipes)}", flush=True)
+            if check is not None:
+                check(config)
             return 0
         running = True
         return run(config) or 0

@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 
-from ssl_pipeline.backbones import BackboneConfig, create_backbone
+from ssl_pipeline.backbones import BackboneConfig, create_backbone, outline_backbone
 from ssl_pipeline.backbones.positions import resample_positions
 from ssl_pipeline.backbones.weights import sources, to_be_fetched
 from ssl_pipeline.config import ConfigError, validate
@@ -249,3 +249,42 @@ def test_frozen_statistics_need_weights_and_batch_norm(tmp_path):
     save(create_backbone(BackboneConfig(name="test_convnext")), path)
     with pytest.raises(ConfigError, match="'test_convnext' has none"):
         create_backbone(BackboneConfig(name="test_convnext", weights=str(path), frozen_batch_norm=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"name": "resnet81"}, "No timm model 'resnet81'"),
+        ({"name": "resnet18", "weights": "in2k"}, "no pretrained 'resnet18.in2k'"),
+        ({"name": "resnet18", "weights": "no.pth"}, "backbone.weights=no.pth is not there"),
+        ({"name": "resnet18", "weights": "{file}"}, "does not fit: .* It fits test_resnet"),
+        ({"name": "resnet18", "arguments": {"patch_size": 8}}, "timm cannot create 'resnet18'"),
+        ({"name": "convnext_atto", "small_images": True}, "small_images needs a ResNet"),
+        ({"name": "resnet18", "class_tokens": 4}, "class_tokens needs a ViT"),
+    ],
+)
+def test_an_outline_tells_what_the_network_itself_would(tmp_path, settings, sentence):
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "file.pth")
+    if "weights" in settings:
+        settings = settings | {"weights": settings["weights"].format(file=tmp_path / "file.pth")}
+    config, told = validate(BackboneConfig, settings), []
+    for create in (create_backbone, outline_backbone):
+        with pytest.raises(ConfigError, match=sentence) as error:
+            create(config)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_outline_has_no_memory_and_fetches_nothing(tmp_path, monkeypatch):
+    created = timm.create_model
+    torch.save(created("test_resnet").state_dict(), tmp_path / "file.pth")
+
+    def create_model(name, pretrained=False, **more):
+        assert not pretrained
+        return created(name, pretrained, **more)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    for name, weights in (("resnet18", "a1_in1k"), ("test_resnet", str(tmp_path / "file.pth"))):
+        backbone = outline_backbone(validate(BackboneConfig, {"name": name, "weights": weights}))
+        assert all(parameter.is_meta for parameter in backbone.parameters())

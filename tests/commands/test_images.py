@@ -188,6 +188,29 @@ def test_what_is_only_shown_is_not_packed(tmp_path, monkeypatch, capsys, labelle
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        (["backbone.name=nosuchnet"], "No timm model 'nosuchnet'"),
+        (["backbone.weights=in2k"], "no pretrained 'vit_small_patch16_224.in2k'"),
+        (
+            ["augment.global.size=100"],
+            "augment.global.size must be a multiple of the backbone's patch size 16. Got 100",
+        ),
+        (["backbone.name=resnet18", "data.batch_size=1"], "has batch norm, which needs more than one image"),
+    ],
+)
+def test_what_is_only_shown_tells_what_a_run_would_refuse(tmp_path, monkeypatch, capsys, settings, sentence):
+    for images in ([f"images={folder(tmp_path)}"], ["data.shards=none"]):
+        argv = ["pretrain.py", "recipe=dino_vits16", *images, f"output={tmp_path}/run", "--print", *settings]
+        monkeypatch.setattr("sys.argv", argv)
+        assert pretrain.main("pretrain.py") == 2
+        found = capsys.readouterr()
+        assert yaml.safe_load(found.out)["recipe"] == "dino_vits16"
+        assert sentence in found.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
         (["recipe=mae_vitb16", "backbone.name=test_resnet"], "needs a backbone with patch tokens"),
         (["recipe=photos_small", "backbone.name=test_resnet"], "but .*/photos has 3 images. Lower data.batch_size"),
         (["backbone.name=test_resnet", "data.batch_size=1"], "has batch norm, which needs more than one image"),

@@ -221,6 +221,24 @@ def test_help_of_an_unknown_section_is_told_with_the_nearest(capsys, schema, rec
     assert capsys.readouterr().out.endswith(f"\n{text}  names (list of texts; default: [])\n{text}")
 
 
+def test_print_tells_below_the_settings_what_a_run_would_refuse(capsys):
+    def check(config: CheckConfig) -> None:
+        if config.depth > 2:
+            raise ConfigError("depth must be 2 at most.")
+
+    def shown(*argv: str) -> int:
+        return run_command(
+            CheckConfig, lambda config: 1, command="", argv=["--print", "directory=x", *argv], check=check
+        )
+
+    assert shown("depth=2") == 0
+    assert capsys.readouterr().err == ""
+    assert shown("depth=3") == 2
+    found = capsys.readouterr()
+    assert "depth: 3" in found.out
+    assert found.err == "error: depth must be 2 at most.\n"
+
+
 def test_print_shows_what_a_run_would_use(capsys, schema, recipes, tmp_path):
     argv = ["--print", "recipe=distil_small", "optim.lr=1e-3", "output=5e-4"]
     assert run_command(schema, lambda config: 1, command="toy", argv=argv, recipes=recipes) == 0

@@ -9,6 +9,7 @@ from ssl_pipeline.backbones.weights.reading import first_line, read_tensors
 from ssl_pipeline.backbones.weights.sources import (
     RANDOM,
     Origin,
+    file_of,
     find_in_run,
     is_tag,
     load_source,
@@ -22,6 +23,7 @@ __all__ = [
     "RANDOM",
     "Origin",
     "Taken",
+    "file_of",
     "find_in_run",
     "first_line",
     "is_tag",

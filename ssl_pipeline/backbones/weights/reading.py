@@ -44,7 +44,7 @@ def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(list(SETTINGS)):
+        with torch.device("cpu"), torch.serialization.safe_globals(list(SETTINGS)):  # also inside that of another one
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers have no common error class
         if is_shortage(error):

@@ -70,6 +70,14 @@ def require_place(weights: str, *, key: str = "backbone.weights") -> Path:
     return path
 
 
+def file_of(path: Path, *, network: str | None) -> Path | None:
+    """The file of weights at a place; None for the directory of a run of which a checkpoint is read."""
+    file = next((path / name for name in FILES if (path / name).is_file()), None) if path.is_dir() else path
+    if file is not None and file.name == FILES[0] and path.is_dir() and not takes_export(path, which=network):
+        return None
+    return file
+
+
 def load_source(model: nn.Module, weights: str, *, network: str | None) -> Origin:
     """Fill a timm network from a file, a run or a checkpoint; says where the tensors come from, and how many.
 
@@ -77,8 +85,8 @@ def load_source(model: nn.Module, weights: str, *, network: str | None) -> Origi
     and if there is no such file, run or backbone.
     """
     path = require_place(weights)
-    file = next((path / name for name in FILES if (path / name).is_file()), None) if path.is_dir() else path
-    if file is None or (file.name == FILES[0] and path.is_dir() and not takes_export(path, which=network)):
+    file = file_of(path, network=network)
+    if file is None:
         checkpoint, name, saved = find_in_run(path, which=network)
         tensors = tensors_of(checkpoint, saved.prefix + "model.")
         taken = load_weights(model, tensors, source=str(checkpoint.path))
