@@ -1,41 +1,34 @@
-"""What a run that has ended says of its use: commands to copy, with the run's own shards where they will do."""
+"""What a run that has ended says of its use: commands to copy, with the images that the run knows of."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
-import numpy as np
-
 from ssl_pipeline.backbones.classifier import FILE_NAME as CLASSIFIER_FILE
-from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.eval.knn import KnnConfig
-
-PER_CLASS = 2  # images that a class has at least in the mean: each needs another one to vote for it
+from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets, measured_on
 
 
-def measuring(run: Path, index: ShardIndex, own: str | None) -> str:
-    """The command that measures the run, which trained on `index`: by its own classifier, or else by k-NN.
+def measuring(run: Path, own: str | None) -> str:
+    """The command that measures the run: by its own classifier, or else by k-NN.
 
     With a classifier, the command that writes its labels of images too, as a second line.
-    own: the shards that stand for the run's `images`, None without such. If they have labels that k-NN can be told of,
-    each image is classified by all others; else the shards of labelled images are left to the reader.
+    own: the shards of the run's images, if they can be named by one text. The labelled images are those that the run
+    knows of; where it knows of none they are left to the reader.
     """
     place = shlex.quote(str(run))
-    if (run / CLASSIFIER_FILE).is_file():
-        table = shlex.quote(str(run / "labels.csv"))
-        return (
-            f"Evaluate with: {_command('classifier')} run={place} test=SHARDS\n"
-            f"Its labels for images: {_command('predict')} run={place} source=FOLDER output={table}"
-        )
-    start = f"Evaluate with: {_command('knn')} run={place}"
-    if own is None or not _can_vote(index):
-        return f"{start} train=SHARDS test=SHARDS"
-    return f"{start} train={shlex.quote(own)} test={shlex.quote(own)} leave_one_out=true"
+    if not (run / CLASSIFIER_FILE).is_file():
+        return f"Evaluate with: {_command('knn')} run={place} {labelled_sets(run) or UNKNOWN}"
+    table, test = shlex.quote(str(run / "labels.csv")), measured_on(run)
+    measured, named = (shlex.quote(images) if images else None for images in (test, own or test))
+    return (
+        f"Evaluate with: {_command('classifier')} run={place} test={measured or 'SHARDS'}\n"
+        f"Its labels for images: {_command('predict')} run={place} source={named or 'FOLDER'} output={table}"
+    )
 
 
 def of_the_run(run: Path, own: str | None) -> str:
-    """The commands that show the run as a page and, with images of its own, write their features as a table."""
+    """The commands that show the run as a page and write the features of its own images as a table."""
     place = shlex.quote(str(run))
     page = f"As a page: {_command('report')} run={place}"
     if own is None:
@@ -55,11 +48,3 @@ def features_in_python(shards: str) -> str:
 def _command(name: str) -> str:
     """As this installation calls it from here: a checkout has `eval/`, and without one there is the console command."""
     return f"python -m eval.{name}" if Path("eval", f"{name}.py").is_file() else f"ssl-pipeline {name}"
-
-
-def _can_vote(index: ShardIndex) -> bool:
-    """Whether all images have a label, of two classes or more, and there are enough of them."""
-    if index.num_soft_classes is not None or not index.has_labels:
-        return False
-    (most,) = KnnConfig.model_fields["k"].default
-    return len(index) > most and 2 <= len(np.unique(index.labels())) <= len(index) / PER_CLASS

@@ -8,7 +8,6 @@ import signal
 import tempfile
 import threading
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
 from ssl_pipeline.eval.votes import votes_accuracy
-from ssl_pipeline.packing.images_as_shards import holds_shards
+from ssl_pipeline.packing.images_as_shards import holds_images
 from ssl_pipeline.packing.output import REJECTED_FILE
 from ssl_pipeline.packing.packed_once import pack_once
 
@@ -43,7 +42,7 @@ ARGUMENTS = {"images": "images", "data.shards": "shards", "recipe": "recipe", "o
 KNN, DIGITS = "k-NN", "digits"
 
 Source = str | Path | tuple[str, ...]
-"""Shards in any form of data.shards, or a folder or zip of images."""
+"""Shards in any form of data.shards, a folder or zip of images, or one image."""
 
 
 class KnnAccuracy(TypedDict):
@@ -121,9 +120,10 @@ def embed(
 ) -> tuple[Tensor, list[str]]:
     """Features (N, D) float32 of all images of a source, as the evaluators see them, and the key of each.
 
-    source: shards, whose keys are those of their samples; or a folder or zip of images, whose keys are the names of
-    their files. The latter is packed into temporary shards first (as large as the images), and files that cannot be
-    decoded are left out with a warning. Raises ConfigError for a backbone of no run and for a source without images.
+    source: shards, whose keys are those of their samples; or a folder or zip of images, or one, whose keys are the
+    names of their files. The latter are packed into temporary shards first (as large as the images), and files that
+    cannot be decoded are left out with a warning. Raises ConfigError for a backbone of no run and for a source
+    without images.
     """
     with _explained(), _shards_of(source, "source") as shards:
         index = open_shards(shards)
@@ -185,7 +185,7 @@ def _features(
 ) -> Tensor:
     """(N, D), computed on `device`; the backbone is afterwards where it was."""
     if not len(index):
-        raise ConfigError(f"{index.source} has no images.")
+        raise ConfigError(f"{index.called} has no images.")
     preprocessing, home = backbone.transform().preprocessing, next(backbone.parameters()).device
     chosen = choose_device(device)
     try:
@@ -223,8 +223,7 @@ def _shards_of(source: Source, key: str) -> Iterator[Source]:
 
 
 def _holds_images(source: str | Path) -> bool:
-    path = Path(source).expanduser()
-    return str(source) == DIGITS or ((path.is_dir() or zipfile.is_zipfile(path)) and not holds_shards(str(source)))
+    return str(source) == DIGITS or holds_images(str(source))
 
 
 def _plain(key: str, value: object) -> Value:

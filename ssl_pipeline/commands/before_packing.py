@@ -10,6 +10,7 @@ from typing import Protocol, cast
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.config import RECIPES, Config, Value, launched_processes, load
+from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.training.preflight import check_batch_norm, check_recipe
@@ -19,6 +20,7 @@ from ssl_pipeline.training.run import TrainConfig, checked_batch
 class RunSettings(Protocol):
     """What is looked at of the settings of a run."""
 
+    images: str | None
     method: MethodConfig
     backbone: BackboneConfig
     augment: dict[str, ViewGroup]
@@ -43,4 +45,5 @@ def check_before_packing(
     check_recipe(method, backbone, settings.augment, settings.data)
     check_batch_norm(method, settings.data, settings.train, num_processes=launched_processes())
     if num_images:
-        checked_batch(num_images, settings.data, settings.train, num_processes=launched_processes())
+        called = settings.images or spoken_of(settings.data.shards)
+        checked_batch(num_images, settings.data, settings.train, num_processes=launched_processes(), called=called)

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
 from ssl_pipeline.config import COMPARISONS, Config, Seed, run_command
+from ssl_pipeline.config.output_file import Folder
 from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels
 from ssl_pipeline.eval.differences import interval_of, runs_within_interval
 from ssl_pipeline.eval.intervals import Interval
@@ -60,7 +61,7 @@ class CompareConfig(Config):
     """Shards of labelled training images, which k-NN and the linear probe learn from."""
     test: str
     """Shards of labelled test images, with the same classes."""
-    output: Path
+    output: Folder
     """Directory for the runs (NAME-seedN), compare.json and compare.txt."""
     k: Annotated[int, Field(gt=0)] = 20
     """Neighbours of k-NN."""

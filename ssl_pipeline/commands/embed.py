@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +18,7 @@ from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import open_model
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.features.rows import write_csv, write_npz, write_parquet
+from ssl_pipeline.eval.images import place_of
 from ssl_pipeline.eval.labelled import look_at_first
 from ssl_pipeline.packing.images_as_shards import open_source
 
@@ -28,7 +31,8 @@ class EmbedConfig(PassChoice, OutputFile):
     suffixes = (".csv", ".parquet", ".npz")
 
     source: PlaceText
-    """A folder or zip of images, packed once into OUTPUT.cache; or shards."""
+    """A folder or zip of images, or one image, packed once into RUN/eval/images, without a run in the user's cache; or
+    shards."""
     output: Path
     """The file that is written: FILE.csv, FILE.parquet or FILE.npz."""
     kind: Literal["pooled", "class", "blocks"] = "pooled"
@@ -43,11 +47,10 @@ def embed(config: EmbedConfig) -> None:
     config.begin_output()
     model = open_model(config)
     network = FeatureKinds(model.backbone, (config.kind,), last_blocks=config.last_blocks)
-    cache = config.output.with_name(f"{config.output.name}.cache")
-    shards, index = open_source(config.source, cache)
+    shards, index = open_source(config.source, place_of(config.source, config.run))
     look_at_first(index, model.preprocessing.size)
-    passes = cache / "features"
-    with process_group():
+    passes = config.output.with_name(f".{config.output.name}.features")  # until they are in the file
+    with process_group(), _removed(passes, kept_if_unfinished=config.engine == "ray"):
         if rank() == 0:
             print(printable(f"{model.label}: {model.weights or model.about.get('images')}"), flush=True)
         stored = engine_pass(passes, model, network, index, config, shards=shards, description=model.label)
@@ -55,10 +58,20 @@ def embed(config: EmbedConfig) -> None:
         if rank() == 0:
             features_ND = stored.features[config.kind]
             WRITERS[config.output.suffix](config.output, index, features_ND, stored.labels)
-            shutil.rmtree(passes)
-            if not any(cache.iterdir()):
-                cache.rmdir()
-            print(printable(f"{len(index):,} rows of {features_ND.shape[1]} features written to {config.output}"))
+            rows = f"{len(index):,} row{'s' * (len(index) != 1)} of {features_ND.shape[1]} features"
+            print(printable(f"{rows} written to {config.output}"))
+
+
+@contextmanager
+def _removed(folder: Path, *, kept_if_unfinished: bool) -> Iterator[None]:
+    """The first process removes the folder at the end; or only if that is reached, for the next call to go on."""
+    reached = False
+    try:
+        yield
+        reached = True
+    finally:
+        if rank() == 0 and (reached or not kept_if_unfinished):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def command(name: str = "python -m eval.embed") -> int:

@@ -18,6 +18,7 @@ from ssl_pipeline.config import Config, ConfigError, Value, launched_processes, 
 from ssl_pipeline.config.arguments import keys_of, leaves
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.packing.candidates import find_candidates, no_images
+from ssl_pipeline.packing.conversion import is_image_name
 from ssl_pipeline.packing.images_as_shards import holds_shards, packed
 from ssl_pipeline.packing.packed_once import SHARDS, is_current, is_packed
 from ssl_pipeline.packing.sources import open_source as open_files
@@ -102,6 +103,8 @@ def _as_shards(
     """Where `images` are as shards, packed now if they are not yet, or would be; and a look at them."""
     if holds_shards(images):
         return _looked_at(images, refuse_wrong)
+    if Path(images).expanduser().is_file() and is_image_name(images):
+        raise ConfigError(f"images={images} is one photograph. Pretraining needs a folder or a zip of many.")
     files = open_files(str(Path(images).expanduser()), key="images")
     if is_packed(output) and (choice.has_begun or is_current(files, output)):
         return _looked_at(packed(images, output, opened=files), refuse_wrong)

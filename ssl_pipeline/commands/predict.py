@@ -14,6 +14,7 @@ from ssl_pipeline.config import PlaceText, printable, run_command
 from ssl_pipeline.config.output_file import OutputFile
 from ssl_pipeline.eval.features.classes import RunClassifierConfig, class_probabilities, open_classifier
 from ssl_pipeline.eval.features.rows import names_of
+from ssl_pipeline.eval.images import place_of
 from ssl_pipeline.eval.labelled import look_at_first
 from ssl_pipeline.files import written_whole
 from ssl_pipeline.packing.images_as_shards import open_source
@@ -28,7 +29,7 @@ class PredictConfig(RunClassifierConfig, OutputFile):
     suffixes = (".csv", ".parquet")
 
     source: PlaceText
-    """A folder or zip of images, packed once into OUTPUT.cache; or shards."""
+    """A folder or zip of images, or one image, packed once into RUN/eval/images; or shards."""
     output: Path
     """The file that is written: FILE.csv or FILE.parquet."""
 
@@ -41,7 +42,7 @@ def predict(config: PredictConfig) -> None:
     """
     config.begin_output()
     opened = open_classifier(config)
-    _, index = open_source(config.source, config.output.with_name(f"{config.output.name}.cache"))
+    _, index = open_source(config.source, place_of(config.source, config.run))
     look_at_first(index, opened.preprocessing.size)
     print(printable(f"{opened.label}: {opened.about['weights']}"), flush=True)
     columns = ("key", "sample_id", "file", "label", "name", "probability", *_columns(opened.names_beside(None)))

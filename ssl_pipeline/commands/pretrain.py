@@ -45,6 +45,7 @@ from ssl_pipeline.config import (
 from ssl_pipeline.data.labelled import classes_without_labels, open_labelled_images
 from ssl_pipeline.data.shards.listing import shards_may_be_at
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.data.stream import DataConfig, open_images
 from ssl_pipeline.eval.knn import KnnMonitorConfig
 from ssl_pipeline.eval.monitors import ClassifierMonitorConfig, SpectrumMonitorConfig
@@ -260,8 +261,8 @@ def _pretrain(config: PretrainConfig) -> int:
         if signal_number == 0 and directory is not None:
             if pages is not None:
                 pages.finish()
-            own = config.data.shards if config.images is not None and isinstance(config.data.shards, str) else None
-            print(f"Done. {measuring(output, index, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
+            own = config.data.shards if isinstance(config.data.shards, str) else None
+            print(f"Done. {measuring(output, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
             if own is not None:
                 print(features_in_python(own))
         accelerator.wait_for_everyone()  # whoever leaves first takes the group from those who still write
@@ -288,13 +289,14 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
     labelled, num_processes = "", accelerator.num_processes
     if config.data.labelled is not None:
         beside = config.data.labelled.batch_size * num_processes * config.train.accumulate
-        labelled = f"labelled images in {config.data.labelled.shards}: {beside} of them beside each global batch\n"
+        called = spoken_of(config.data.labelled.shards)
+        labelled = f"labelled images in {called}: {beside} of them beside each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
         f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
         f"{f'{COST}{chr(10)}' if config.train.deterministic else ''}"
-        f"{clock.num_samples} images in {config.data.shards}; global batch {clock.global_batch} = "
+        f"{clock.num_samples} images in {spoken_of(config.data.shards)}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
         f"{labelled}"
         f"{progress.total_steps} steps, {progress.steps_per_epoch:.2f} per epoch; effective learning rate "

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
 from ssl_pipeline.config import SELF_TRAINING, Config, Seed, run_command
+from ssl_pipeline.config.output_file import Folder
 from ssl_pipeline.data_tools.pseudo_label import Counts, PseudoLabelImages, keep_file, pseudo_label_once
 from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels
 from ssl_pipeline.eval.classifier import ClassifierConfig, evaluate_classifier
@@ -62,7 +63,7 @@ class SelfTrainingConfig(Config):
     """Seed of all runs, and of the known images."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Processes that read images for labelling and for measuring."""
-    output: Path
+    output: Folder
     """Directory for the runs (by name), the labels (NAME.npy), self_training.json and self_training.txt."""
 
     @model_validator(mode="after")

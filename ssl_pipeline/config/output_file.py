@@ -1,13 +1,40 @@
-"""A file that a command writes: of which kinds it may be, and that one which is there already stays."""
+"""What `output=` names: a folder that files go into, or one file, of kinds that a command writes.
+
+Either is refused before anything is computed where it cannot be; a file that is there already stays.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import field_validator
+from pydantic import AfterValidator, field_validator
 
-from ssl_pipeline.config.base import Config, ConfigError
+from ssl_pipeline.config.base import Config, ConfigError, at_home
+
+FILE_SUFFIXES = (
+    *(".bin", ".ckpt", ".csv", ".htm", ".html", ".json", ".jsonl", ".md", ".npy", ".npz", ".onnx", ".parquet", ".pdf"),
+    *(".png", ".pt", ".pth", ".safetensors", ".svg", ".tar", ".txt", ".yaml", ".yml", ".zip"),
+)
+"""Endings by which a name is that of a file; a folder may have any other dot in its name, as resnet18.a1_in1k does."""
+
+
+def is_a_folder(place: Path) -> Path:
+    """The same place; ValueError if it has the name of a file, or is one, or lies under one."""
+    at = Path(at_home(str(place)))
+    if at.suffix.lower() in FILE_SUFFIXES and not at.is_dir():
+        raise ValueError(f"must be a directory: files get names of their own in it. Got that of a file, '{at.name}'.")
+    if file := _file_above(at):
+        raise ValueError(f"must be a directory. '{file}' is a file.")
+    return place
+
+
+def _file_above(place: Path) -> Path | None:
+    return next((path for path in (place, *place.parents) if path.is_file()), None)
+
+
+Folder = Annotated[Path, AfterValidator(is_a_folder)]
+"""A directory that a command writes into; it need not be there yet."""
 
 
 def refuse_existing(*files: Path, overwrite: bool) -> None:
@@ -43,6 +70,10 @@ class OutputFile(Config):
         return (self.output,)
 
     def begin_output(self) -> None:
-        """Make the folder of the files; ConfigError if one of them is there and may not be replaced."""
+        """Make the folder of the files; ConfigError if that cannot be, or a file is there and may not be replaced."""
+        if self.output.is_dir():
+            raise ConfigError(f"output={self.output} is a directory, and a file is written. Name one in it.")
+        if file := _file_above(self.output.parent):
+            raise ConfigError(f"output={self.output} cannot be written: '{file}' is a file, and no directory.")
         refuse_existing(*self.files, overwrite=self.overwrite)
         self.output.parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def decode_all(
     labels, ids = torch.empty(shape, dtype=dtype).numpy(), np.empty(len(index), np.int64)
     bad, done = dict[int, list[BadSample]](), 0
     with tqdm(
-        total=len(index), desc=f"decoding {index.source}", unit="image", leave=False, delay=1.0, disable=rank > 0
+        total=len(index), desc=f"decoding {index.called}", unit="image", leave=False, delay=1.0, disable=rank > 0
     ) as bar:
         for tensors, notes in read:
             batch = StreamBatch.over(tensors, notes)
@@ -133,7 +133,7 @@ def _copy_images(batch: StreamBatch, images: ImageTable, index: ShardIndex, *, o
     differs_B = own_B & ((places.heights != found.heights) | (places.widths != found.widths))
     if differs_B.any():
         raise DataError(
-            f"The index of '{index.source}' has another size for image {numbers_B[differs_B][0]} than it has decoded. "
+            f"The index of '{index.called}' has another size for image {numbers_B[differs_B][0]} than it has decoded. "
             "Delete the index; it is made again at the next start."
         )
     if own_B.all():
@@ -160,7 +160,7 @@ def _reserve(index: ShardIndex, device: torch.device, *, needed: int) -> Tensor:
     if free is not None and needed > SHARE * free:
         raise DataError(
             f"data.cache=true needs {needed / 1e9:.3g} GB in each process for the {len(index)} decoded images of "
-            f"'{index.source}', more than half of the {free / 1e9:.3g} GB that one may still take on {device}. "
+            f"'{index.called}', more than half of the {free / 1e9:.3g} GB that one may still take on {device}. "
             "Leave it out: data.crop_on=device takes the cropping off the workers just as well."
         )
     return torch.empty(needed, dtype=torch.uint8, device=device)

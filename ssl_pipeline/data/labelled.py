@@ -12,6 +12,7 @@ from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.data.stream import NO_MASKS, DataConfig, open_images, open_stream
 from ssl_pipeline.randomness import LABELLED, hash64
 
@@ -23,8 +24,8 @@ def open_labelled_images(config: DataConfig) -> ShardIndex | None:
     index = open_images(config, labelled=config.labelled)
     if not index.has_labels:
         raise DataError(
-            f"data.labelled.shards={config.labelled.shards} has images without labels; all of them need one. "
-            f"{index.label_problem()}."
+            f"data.labelled.shards={spoken_of(config.labelled.shards)} has images without labels; "
+            f"all of them need one. {index.label_problem()}."
         )
     return index
 

@@ -158,7 +158,7 @@ def open_stream(
     if micro_batch > len(index) and not repeat:
         processes = f" on {world_size} processes" if world_size > 1 else ""
         raise DataError(
-            f"data.batch_size={config.batch_size}{processes} is larger than the data set: '{index.source}' has "
+            f"data.batch_size={config.batch_size}{processes} is larger than the data set: '{index.called}' has "
             f"{len(index)} images. Take at most {len(index) // world_size}."
         )
     index.check_cache(config.block_shards)

@@ -159,7 +159,7 @@ def _read_description(path: Path, content: Content, index: ShardIndex, *, where:
         )
     if fingerprint != index.fingerprint:
         raise DataError(
-            f"{where} was made for other images than those of '{index.source}' (fingerprint {fingerprint[:8]}, here "
+            f"{where} was made for other images than those of '{index.called}' (fingerprint {fingerprint[:8]}, here "
             f"{index.fingerprint[:8]}). Make it again, or take the shards that it was made for."
         )
     if description.sha256 != sha256_of(path):

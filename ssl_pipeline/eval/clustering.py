@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.config import ConfigError, PlaceText, Seed, printable
 from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import mean_interval
@@ -149,13 +150,13 @@ def evaluate_clustering(config: ClusteringConfig) -> tuple[Measured[Found], dict
     import faiss
 
     index = open_shards(config.images)
-    require_labels(index, config.images, task="clustering", where="")
+    require_labels(index, spoken_of(config.images), task="clustering", where="")
     classes, numbers_N = np.unique(labels_of(index), return_inverse=True)
     num_clusters = config.clusters or len(classes)
     if not 2 <= num_clusters <= len(index):
         raise ConfigError(
             f"Clustering needs between 2 clusters and one for each image ({len(index):,}). Got {num_clusters}; "
-            f"{config.images} has {len(classes)} classes."
+            f"{spoken_of(config.images)} has {len(classes)} classes."
         )
     labels_N = torch.from_numpy(numbers_N)
     model = open_model(config)

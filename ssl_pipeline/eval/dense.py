@@ -21,6 +21,7 @@ from ssl_pipeline.eval.dense_sets import DenseConfig, DenseSets, choose_patches,
 from ssl_pipeline.eval.features.kinds import FeatureKinds
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import feature_pass
+from ssl_pipeline.eval.images import say_what_is_kept
 from ssl_pipeline.eval.labelled import say
 from ssl_pipeline.eval.measures import Found, format_table, percent
 from ssl_pipeline.eval.protocol import Measured, ReportConfig, conclude, pass_protocol
@@ -107,6 +108,7 @@ def class_table(found: Found, heads: tuple[str, ...]) -> str:
 
 
 def main(config: DenseConfig) -> None:
+    say_what_is_kept(config.directory)
     measured, settings = evaluate_dense(config)
     print(class_table(measured.result, config.heads) + "\n")
     conclude(config, "dense", measured, settings)

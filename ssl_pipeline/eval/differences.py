@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ssl_pipeline.eval.columns import evaluator_of
 from ssl_pipeline.eval.intervals import WITHIN, Interval, intervals_overlap
 from ssl_pipeline.eval.measures import read_measures
 from ssl_pipeline.eval.results import Report
@@ -70,9 +71,8 @@ def doubts(reports: Mapping[str, Report], titles: Mapping[str, str]) -> list[str
     for name, title in titles.items():
         solver, baselines = reports[name].get("solver"), reports[name]["baselines"]
         if others := [model for model, result in baselines.items() if result.get("solver", solver) != solver]:
-            said[f"{title} leaves out {', '.join(others)}: another classifier was trained. Run eval.{name} again."] = (
-                None
-            )
+            again = f"another classifier was trained. Run eval.{evaluator_of(name)} again."
+            said[f"{title} leaves out {', '.join(others)}: {again}"] = None
     return list(said)
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from ssl_pipeline.backbones import BackboneOfRun, load_run, save_backbone
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
+from ssl_pipeline.config.output_file import Folder
 from ssl_pipeline.eval.exports.model_card import CARD_FILE, model_card, without_classifier
 from ssl_pipeline.eval.exports.onnx_graph import MODEL_FILE, require_onnx, write_graph
 from ssl_pipeline.eval.exports.plain import require_own_features
@@ -54,7 +55,7 @@ class ExportConfig(Config):
     """For the model card: the licence of the training images."""
     weights_licence: str | None = None
     """For the model card: the licence of the weights that the run started from; timm's own are known."""
-    output: Path
+    output: Folder
     """Directory for the files."""
 
     @model_validator(mode="after")

@@ -162,7 +162,7 @@ def fitted(config: FewShotConfig, images: LabelledImages) -> FewShotConfig:
     fewest = int(counts.min())
     fitting = tuple(count for count in config.per_class if count <= fewest)
     if left_out := [str(count) for count in config.per_class if count > fewest]:
-        said = f"per_class={','.join(left_out)} is more than {config.train} has of one of its classes: {fewest}"
+        said = f"per_class={','.join(left_out)} is more than {images.train.called} has of one of its classes: {fewest}"
         if not fitting and not config.fractions:
             raise ConfigError(f"{said}. Take at most that many.")
         say([f"{said}; left out."])

@@ -9,6 +9,7 @@ from typing import TypeVar
 from ssl_pipeline.backbones.runs import require_run
 from ssl_pipeline.config import Config, run_command
 from ssl_pipeline.data.shards.catalogue import user_cache
+from ssl_pipeline.eval.labelled import say
 from ssl_pipeline.files import sha256_of_bytes
 from ssl_pipeline.packing.images_as_shards import holds_images, packed, require_images
 
@@ -19,7 +20,19 @@ Evaluation = TypeVar("Evaluation", bound=Config)
 
 def run_evaluator(schema: type[Evaluation], main: Callable[[Evaluation], int | None], *, command: str) -> int:
     """`run_command` for an evaluator whose images may be folders or zips."""
-    return run_command(schema, lambda config: main(with_shards(config, _directory(config))), command=command)
+
+    def evaluate(config: Evaluation) -> int | None:
+        directory = _directory(config)
+        say_what_is_kept(directory)
+        return main(with_shards(config, directory))
+
+    return run_command(schema, evaluate, command=command)
+
+
+def say_what_is_kept(directory: Path | None) -> None:
+    """Say that nothing stays of a measure for which there is no directory."""
+    if directory is None:
+        say(["Without run=DIR or output=DIR nothing is kept, neither features nor a report."])
 
 
 def with_shards(config: Evaluation, directory: Path | None) -> Evaluation:

@@ -104,7 +104,7 @@ def evaluate_label_free(config: LabelFreeConfig) -> tuple[Measured[Found], dict[
     samples = evenly_spread(index, config.num_images)
     if len(samples) <= FEWEST_EIGENVALUES:
         raise ConfigError(
-            f"Measures without labels need {FEWEST_EIGENVALUES + 1} images or more. {config.images} has {len(samples)}."
+            f"Measures without labels need {FEWEST_EIGENVALUES + 1} images or more. {index.called} has {len(samples)}."
         )
     model = open_model(config)
     look_at_first(index, model.preprocessing.size, sample=samples[0])

@@ -17,15 +17,17 @@ from torch import Tensor
 from ssl_pipeline.config import ConfigError, printable
 from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.data.shards.origins import packed_from, spoken_of
 from ssl_pipeline.data.shards.shared import shared_images
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.randomness import SPLIT, permutation
 
 NAMED_CLASSES = 5  # that a warning lists
-LABELS_COME_FROM = (
+LABELS_OF_SHARDS = (
     "Pack the labelled images alone, or label the others: make_shards takes labels from class folders or from "
     "labels=FILE.csv."
 )
+LABELS_OF_FILES = "Put each image into the folder of its class; make_shards takes a table too, labels=FILE.csv."
 
 Numbers = NDArray[np.int64]
 
@@ -55,6 +57,7 @@ def open_labelled(train: str, test: str, *, task: str, shared: bool = True) -> L
     Says on stderr, once, what makes it doubtful. Raises ConfigError for what makes it impossible.
     """
     indices = open_shards(train), open_shards(test)
+    train, test = spoken_of(train), spoken_of(test)
     for directory, index in zip((train, test), indices, strict=True):
         require_labels(index, directory, task=task)
     (train_numbers_M, test_numbers_N), names = _same_classes(train, test, *indices)
@@ -84,7 +87,7 @@ def some_of_each_class(images: LabelledImages, count: int, *, seed: int) -> Numb
     fewest = int(images.train_labels.unique(return_counts=True)[1].min())
     if fewest < count:
         raise ConfigError(
-            f"per_class={count} is more than {images.train.source} has of one of its classes: {fewest}. "
+            f"per_class={count} is more than {images.train.called} has of one of its classes: {fewest}. "
             "Take at most that many."
         )
     return draw_per_class(images.train_labels, count, seed=seed)
@@ -110,7 +113,12 @@ def require_labels(index: ShardIndex, directory: str, *, task: str, where: str =
         return
     labelled = int((index.labels() >= 0).sum())
     has = f"has labels for {labelled:,} of {len(index):,} images" if labelled else "has no labels"
-    raise ConfigError(f"{directory} {has}; {task} needs them{where}. {problem}. {LABELS_COME_FROM}")
+    raise ConfigError(f"{directory} {has}; {task} needs them{where}. {problem}. {_labels_come_from(index)}")
+
+
+def _labels_come_from(index: ShardIndex) -> str:
+    """The way to labels: for those who have a folder of images, and for those who have shards."""
+    return LABELS_OF_SHARDS if packed_from(index.folder) is None else LABELS_OF_FILES
 
 
 def look_at_first(index: ShardIndex, size: int, *, sample: int = 0) -> None:
@@ -164,7 +172,8 @@ def classes_of(index: ShardIndex, where: str, *, num_classes: int, names: Sequen
     problem = index.label_problem()
     if problem is not None:
         raise ConfigError(
-            f"{where} needs labels below {num_classes}. It has images without a label: {problem}. {LABELS_COME_FROM}"
+            f"{where} needs labels below {num_classes}. It has images without a label: {problem}. "
+            f"{_labels_come_from(index)}"
         )
     labels_N, own = labels_of(index), index.class_names
     check_named(index, own, where.partition("=")[2] or where)

@@ -13,6 +13,7 @@ from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.eval.accuracy import top_k_accuracy
 from ssl_pipeline.eval.features.extract import Precision, eval_mode, extract_features
 from ssl_pipeline.eval.labelled import (
@@ -74,11 +75,12 @@ class ClassifierMonitor:
         self.precision: Precision = precision
         self.images = open_shards(config.val)
         names = None if labelled is None else labelled.class_names
-        labels = classes_of(self.images, f"classifier.val={config.val}", num_classes=num_classes, names=names)
+        where = f"classifier.val={spoken_of(config.val)}"
+        labels = classes_of(self.images, where, num_classes=num_classes, names=names)
         self.labels = torch.from_numpy(labels)
         look_at_first(self.images, preprocessing.size)
         if labelled is not None:
-            say(shared_warnings(labelled, self.images, train=labelled.source, test=config.val))
+            say(shared_warnings(labelled, self.images, train=labelled.called, test=spoken_of(config.val)))
 
     @torch.no_grad()
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
@@ -133,7 +135,7 @@ class SpectrumMonitor:
         if min(count - 1, embed_dim) < FEWEST_EIGENVALUES:
             raise ConfigError(
                 f"spectrum needs {FEWEST_EIGENVALUES + 1} images and {FEWEST_EIGENVALUES} dimensions or more. Got "
-                f"{count} images of {self.images.source} and {embed_dim} dimensions; leave spectrum out, or raise "
+                f"{count} images of {self.images.called} and {embed_dim} dimensions; leave spectrum out, or raise "
                 "spectrum.images."
             )
         look_at_first(self.images, preprocessing.size, sample=self.samples[0])

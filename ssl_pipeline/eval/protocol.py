@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,14 +16,16 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import TokenBackbone
 from ssl_pipeline.config import PlaceText, printable
+from ssl_pipeline.config.output_file import Folder
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.eval.columns import measured_otherwise
 from ssl_pipeline.eval.features.kinds import FeatureKinds, Kind
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.features.passes import PassConfig, feature_pass, features_in_memory
 from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.labelled import LabelledImages
 from ssl_pipeline.eval.measures import Found, measures_of, measures_table
-from ssl_pipeline.eval.results import Report, add_results, protocol_hash
+from ssl_pipeline.eval.results import RESULTS, Report, add_results, protocol_hash
 from ssl_pipeline.files import JSON, write_json
 
 Result = TypeVar("Result")
@@ -34,8 +37,8 @@ class ReportConfig(PassConfig):
 
     baselines: bool = False
     """Whether raw pixels and the same backbone at random initialisation are measured too."""
-    output: Path | None = None
-    """Where `eval/` goes with the report and cached features; by default the run, without a run nothing is written."""
+    output: Folder | None = None
+    """Folder in which `eval/` gets the report and cached features; by default the run, without either nothing stays."""
 
     @property
     def directory(self) -> Path | None:
@@ -226,9 +229,21 @@ def write_report_to(
     path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     shaped = in_regular_shape(name, report)
+    _say_what_goes(path, shaped)
     write_json(path, shaped)
     add_results(path.parent, shaped)
     print(f"written to {path}")
+
+
+def _say_what_goes(path: Path, report: Report) -> None:
+    """Say that a report of other settings is replaced; its rows of results.csv stay."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["protocol"]
+        otherwise = measured_otherwise(before, report["protocol"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
+        return
+    if otherwise:
+        print(printable(f"{path} had figures of other settings (now {otherwise}); they stay in {RESULTS}."))
 
 
 def in_regular_shape(evaluator: str, report: Report) -> dict[str, JSON]:

@@ -147,7 +147,9 @@ def require_enough(config: RetrievalConfig, images: LabelledImages) -> None:
     if config.leave_one_out:
         _, counts = images.train_labels.unique(return_counts=True)
         if alone := int((counts == 1).sum()):
-            say([f"{alone:,} images of {config.train} are the only ones of their class, and count as not found."])
+            say(
+                [f"{alone:,} images of {images.train.called} are the only ones of their class, and count as not found."]
+            )
 
 
 def retrieval_settings(config: RetrievalConfig) -> dict[str, JSON]:

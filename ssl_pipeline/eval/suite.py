@@ -187,8 +187,6 @@ def _own_measures(result: SuiteResult) -> list[Measure]:
 
 
 def main(config: SuiteConfig) -> None:
-    if config.run is None and config.output is None and rank() == 0:
-        say(["Without run=DIR or output=DIR nothing is kept, neither features nor a report."])
     evaluate_suite(config)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
+from ssl_pipeline.eval.columns import OTHERWISE, evaluator_of, with_the_suite
 from ssl_pipeline.eval.differences import doubts, measures_within_interval, within_interval_of_baselines
+from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import format_table, percent, read_measures
 from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, read_reports
 
@@ -34,14 +37,25 @@ def read_run(run: Path) -> dict[str, Report]:
     if not reports:
         raise ConfigError(
             f"{run} has no report of an evaluator in eval/. "
-            f"Run first: python -m eval.knn run={run} train=SHARDS test=SHARDS baselines=true"
+            f"Run first: python -m eval.knn run={shlex.quote(str(run))} {labelled_sets(run) or UNKNOWN} baselines=true"
         )
     return reports
 
 
 def titles_of(reports: Mapping[str, Report]) -> dict[str, str]:
     """What the columns are called, by evaluator: eval.linear's after the classifier that it has trained."""
-    return {name: f"{CLASSIFIERS[classifier_of(name, reports[name])]} top-1" for name in EVALUATORS if name in reports}
+    return {name: _title(name, reports[name]) for name in _columns(reports)}
+
+
+def _title(name: str, report: Report) -> str:
+    evaluator, _, otherwise = name.partition(OTHERWISE)
+    title = f"{CLASSIFIERS[classifier_of(evaluator, report)]} top-1"
+    return f"{title}, {otherwise}" if otherwise else title
+
+
+def _columns(reports: Mapping[str, Report]) -> list[str]:
+    """The names of the reports with a top-1, those of one evaluator side by side."""
+    return [name for evaluator in EVALUATORS for name in reports if evaluator_of(name) == evaluator]
 
 
 def top1_of(reports: Mapping[str, Report], run: Path) -> dict[str, dict[str, float]]:
@@ -50,9 +64,7 @@ def top1_of(reports: Mapping[str, Report], run: Path) -> dict[str, dict[str, flo
     Without baselines that were measured by another classifier. Raises ConfigError for a report that lacks it.
     """
     found = {}
-    for name in EVALUATORS:
-        if name not in reports:
-            continue
+    for name in _columns(reports):
         report = reports[name]
         try:
             found[name] = {
@@ -67,6 +79,7 @@ def top1_of(reports: Mapping[str, Report], run: Path) -> dict[str, dict[str, flo
 
 
 def _no_report(run: Path, name: str, error: Exception) -> ConfigError:
+    name = evaluator_of(name)
     return ConfigError(
         f"{run}/eval/{name}.json is not a report of eval.{name} ({error}). Run python -m eval.{name} again."
     )
@@ -85,7 +98,7 @@ class Subject:
 
 def subject_of(reports: Mapping[str, Report], run: Path) -> Subject:
     """What the reports in a directory are about; ConfigError if those of the table are about different networks."""
-    found = {name: read for name in EVALUATORS if name in reports and (read := _about(reports[name], run, name))}
+    found = {name: read for name in _columns(reports) if (read := _about(reports[name], run, name))}
     first = next(iter(found), "")
     for name, (network, subject) in found.items():
         if network != found[first][0]:
@@ -138,7 +151,7 @@ def compare_with_raw_pixels(
     top1: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], subject: Subject
 ) -> list[str]:
     """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
-    compared = [name for name in EVALUATORS if "raw_pixels" in top1.get(name, {})]
+    compared = [name for name in top1 if "raw_pixels" in top1[name]]
     if not any(name in top1 for name in WITH_BASELINES):
         return []
     if not compared:
@@ -163,7 +176,7 @@ def other_tables(reports: Mapping[str, Report], run: Path) -> list[str]:
     """A table for each report of another evaluator: a row for each measure, a column for each model."""
     tables = []
     for name, report in reports.items():
-        if name in EVALUATORS or name == "suite" or "measures" not in report:
+        if evaluator_of(name) in EVALUATORS or name == "suite" or "measures" not in report:
             continue  # the suite writes its figures into reports of their own
         try:
             tables.append(_table_of(name, report))
@@ -201,7 +214,7 @@ def _table_of(name: str, report: Report) -> str:
 
 
 def main(config: TableConfig) -> None:
-    reports = read_run(config.run)
+    reports = with_the_suite(read_run(config.run))
     parts = other_tables(reports, config.run)
     if top1 := top1_of(reports, config.run):
         subject = subject_of(reports, config.run)

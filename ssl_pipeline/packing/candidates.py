@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
-from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
-from ssl_pipeline.packing.conversion import CONVERTED_EXTENSIONS, OPTIONAL, is_read
+from ssl_pipeline.packing.conversion import OPTIONAL, extension_of, is_image_name, is_read
 from ssl_pipeline.packing.sources import Rejected, Source
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
-JPEG_BY_OTHER_NAMES = ("jpe", "jfif")
-READ = (*IMAGE_EXTENSIONS, *JPEG_BY_OTHER_NAMES, *CONVERTED_EXTENSIONS)
 NO_IMAGE = "no image file"
 OTHER_FORMATS = ("jp2", "jxl", "ppm")
 WITH_EXTRA = "not read here: .{}; pip install 'ssl-pipeline[heif]' brings the reader"
@@ -95,14 +91,14 @@ def _image_files(source: Source) -> tuple[dict[str, list[str]], list[Rejected]]:
     images, others = dict[str, list[str]](), list(source.left_out())
     for name in source.names():
         parts = path_parts(name)
-        extension = PurePosixPath(parts[-1]).suffix.lower().lstrip(".") if parts else ""
+        extension = extension_of(parts[-1]) if parts else ""
         if not parts or _is_hidden(parts):
             others.append(Rejected(name, "hidden file"))
         elif extension in OPTIONAL and not is_read(extension):
             others.append(Rejected(name, WITH_EXTRA.format(extension)))
         elif extension in OTHER_FORMATS:
             others.append(Rejected(name, f"a format that is not read: .{extension}"))
-        elif extension not in READ and extension not in OPTIONAL:
+        elif not is_image_name(parts[-1]):
             others.append(Rejected(name, NO_IMAGE))
         else:
             images[name] = parts

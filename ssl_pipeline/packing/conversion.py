@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 from functools import cache
+from pathlib import PurePosixPath
 
 from PIL import Image, features
 
 from ssl_pipeline.data.decode import DecodeError, decode_with_pillow, upright
+from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
 
 CONVERTED_EXTENSIONS = ("bmp", "gif", "tif", "tiff")
+JPEG_BY_OTHER_NAMES = ("jpe", "jfif")
+READ = (*IMAGE_EXTENSIONS, *JPEG_BY_OTHER_NAMES, *CONVERTED_EXTENSIONS)
 FORMATS = ("GIF", "BMP", "TIFF")
 STARTS = (b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: files beyond 4 GB
 BRANDS = {  # of ISO base media files, bytes 8 to 12: https://mp4ra.org/registered-types/brands
@@ -19,6 +23,16 @@ BRANDS = {  # of ISO base media files, bytes 8 to 12: https://mp4ra.org/register
 OPTIONAL = {"heic": "HEIF", "heif": "HEIF", "avif": "AVIF"}
 """Extensions of files that are read where Pillow has a reader for their format."""
 ORIENTATION = 0x0112
+
+
+def extension_of(name: str) -> str:
+    """What stands behind the last dot of a file's name, in small letters; empty without one."""
+    return PurePosixPath(name).suffix.lower().lstrip(".")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its name, whether or not its format is read here."""
+    return extension_of(name) in (*READ, *OPTIONAL)
 
 
 @cache

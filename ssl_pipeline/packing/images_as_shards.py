@@ -1,13 +1,15 @@
-"""A folder or zip of images that a command is given, as shards: packed by its first process, once, for all of them."""
+"""Images that a command is given (a folder, a zip, one file) as shards: packed by its first process, once, for all."""
 
 from __future__ import annotations
 
 import time
+import zipfile
 from pathlib import Path
 
 from ssl_pipeline.config import ConfigError, launched_rank
 from ssl_pipeline.data.shards.listing import list_shards, shards_may_be_at
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
+from ssl_pipeline.packing.conversion import is_image_name
 from ssl_pipeline.packing.packed_once import is_current, is_packed, pack_once
 from ssl_pipeline.packing.sources import Source
 from ssl_pipeline.packing.sources import open_source as open_files
@@ -22,9 +24,10 @@ def holds_shards(source: str) -> bool:
 
 
 def holds_images(source: str) -> bool:
-    """Whether a source is a folder or a zip of images, which are to be packed."""
+    """Whether a source is a folder or a zip of images, or one of them, which are to be packed."""
     path = Path(source).expanduser()
-    return not holds_shards(source) and (path.is_dir() or path.suffix.lower() == ".zip")
+    named = path.is_file() and (path.suffix.lower() == ".zip" or is_image_name(path.name))
+    return not holds_shards(source) and (path.is_dir() or named or zipfile.is_zipfile(path))
 
 
 def require_images(source: str, *, key: str) -> None:
@@ -32,7 +35,7 @@ def require_images(source: str, *, key: str) -> None:
     if not holds_images(source) and not shards_may_be_at(source):
         if Path(source).expanduser().exists() or set("*?[{") & set(source):
             list_shards(source)  # says what is there
-        raise ConfigError(f"{key}={source} is not there. Needed: a folder or a zip of images, or shards.")
+        raise ConfigError(f"{key}={source} is not there. Needed: an image, a folder or a zip of images, or shards.")
 
 
 def packed(
@@ -44,7 +47,7 @@ def packed(
     short_side: int | None = None,
     opened: Source | None = None,
 ) -> str:
-    """Where the images of a folder or a zip are as shards, made of them once in `place`.
+    """Where the images of a folder or a zip, or one image, are as shards, made of them once in `place`.
 
     The first process packs them, and the others wait for it. The arguments are those of `pack_once`.
     """
@@ -58,7 +61,7 @@ def packed(
 
 
 def open_source(source: str, cache: Path) -> tuple[str, ShardIndex]:
-    """The images of a folder or a zip, packed once into `cache`, or of shards; ConfigError if there are none.
+    """The images of a folder or a zip, or one, packed once into `cache`, or of shards; ConfigError if there are none.
 
     A folder that has changed is packed anew.
     """

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ssl_pipeline.config import PlaceText, Seed, printable, run_command
+from ssl_pipeline.config.output_file import is_a_folder
 from ssl_pipeline.data.decode import DecodeError, decode_image, image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, ManifestShard, write_manifest
 from ssl_pipeline.data.shards.open import DataError, open_shards
@@ -58,7 +59,7 @@ class MakeShards(EngineConfig):
     """
 
     source: PlaceText
-    """Folder, zip file, or the word digits."""
+    """Folder, zip file, one image, or the word digits."""
     output: Path
     """Directory to write; it appears when everything is done."""
     prefix: str = ""
@@ -83,6 +84,11 @@ class MakeShards(EngineConfig):
     engine=ray."""
     overwrite: bool = False
     """Replace shards that an earlier run wrote to the same output."""
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_a_folder(cls, output: Path) -> Path:
+        return output if output.is_file() else is_a_folder(output)  # a file is told with what is needed in its place
 
     @field_validator("labels")
     @classmethod
@@ -143,7 +149,7 @@ def make_shards(config: MakeShards, *, opened: Source | None = None) -> int:
         accepted, undecodable = _check(source, found.images, folder, work, config)
         if not accepted:
             raise DataError(
-                f"None of the {len(found.images)} images can be decoded; "
+                f"None of the {len(found.images)} images of '{config.source}' can be decoded; "
                 f"'{undecodable[-1].file}': {undecodable[-1].reason}."
             )
         rejected = found.others + undecodable
@@ -278,8 +284,9 @@ def _report(
         unlabelled = sum(candidate.label is None for candidate, _ in samples)
         classes += f", {unlabelled:,} of them without a label" if unlabelled else ""
     megabytes = sum(shard.bytes for shard in shards) / 1e6
+    count = sum(shard.samples for shard in shards)
     _say(
-        f"{sum(shard.samples for shard in shards):,} images {classes} -> "
+        f"{count:,} image{'s' * (count != 1)} {classes} -> "
         f"{len(shards)} shard{'s' * (len(shards) != 1)}, {megabytes:.1f} MB, "
         f"in {folder} ({ORIGINS_FILE} says which file became which)"
     )

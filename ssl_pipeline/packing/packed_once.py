@@ -10,6 +10,7 @@ from statistics import median
 from ssl_pipeline.config import printable
 from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.open import DataError
+from ssl_pipeline.data.shards.origins import LISTING
 from ssl_pipeline.files import write_text
 from ssl_pipeline.packing.candidates import Candidates, find_candidates, no_images, parts_of_a_set
 from ssl_pipeline.packing.conversion import storable
@@ -17,7 +18,6 @@ from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 from ssl_pipeline.packing.sources import Source, UnreadableFileError, open_source
 
 SHARDS = "images"
-LISTING = "images.jsonl"
 NAMES_SHOWN = 3
 LOOKED_AT = 200  # images
 

@@ -1,4 +1,7 @@
-"""Where make_shards takes images from: a folder, a zip, or scikit-learn's digits. Nothing is ever unpacked to disk."""
+"""Where make_shards takes images from: a folder, a zip, one image, or scikit-learn's digits.
+
+Nothing is ever unpacked to disk.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from PIL import Image
 
 from ssl_pipeline.config import nearest
 from ssl_pipeline.data.shards.open import DataError
+from ssl_pipeline.packing.conversion import is_image_name
 
 MAX_FILE_BYTES = 256 << 20  # a larger file is no image of at most 50 megapixels, and may be a zip bomb
 UTF8_FLAG = 0x800
@@ -65,9 +69,13 @@ def open_source(source: str, prefix: str = "", split: str | None = None, *, key:
         found = FolderSource(path)
     elif path.is_file() and zipfile.is_zipfile(path):
         found = ZipSource(path)
+    elif path.is_file() and is_image_name(path.name):
+        found = ImageSource(path)
     else:
-        what = "is neither a folder nor a zip" if path.exists() else "does not exist"
-        raise DataError(f"{key}='{source}' {what}. Needed: a folder of images, a zip of one, or the word digits.")
+        what = "is neither a folder nor a zip, and no image" if path.exists() else "does not exist"
+        raise DataError(
+            f"{key}='{source}' {what}. Needed: a folder of images, a zip of one, an image, or the word digits."
+        )
     return PartOfSource(found, prefix) if prefix.strip("/") else found
 
 
@@ -97,15 +105,7 @@ class FolderSource:
         return list(self._walked[1])
 
     def read(self, name: str) -> bytes:
-        path = self.root / name
-        try:
-            if not path.is_file():
-                raise UnreadableFileError("no regular file")
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise UnreadableFileError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-            return path.read_bytes()
-        except OSError as error:
-            raise UnreadableFileError(error.strerror or str(error)) from None
+        return _read_file(self.root / name)
 
     @cached_property
     def _walked(self) -> tuple[list[tuple[str, list[str]]], list[Rejected]]:
@@ -133,6 +133,39 @@ class FolderSource:
 
     def _relative(self, folder: str) -> str:
         return Path(folder).relative_to(self.root).as_posix()
+
+
+class ImageSource:
+    """One image file, as a folder would hold it that has nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        return [self.path.name]
+
+    def size(self, name: str) -> int:
+        return FolderSource(self.path.parent).size(name)
+
+    def folders(self) -> set[str]:
+        return set()
+
+    def left_out(self) -> list[Rejected]:
+        return []
+
+    def read(self, name: str) -> bytes:
+        return _read_file(self.path)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise UnreadableFileError("no regular file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UnreadableFileError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableFileError(error.strerror or str(error)) from None
 
 
 class ZipSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Literal
 
 from torch import nn
@@ -13,6 +14,7 @@ from ssl_pipeline.distributed import copy_from_first_rank, peer_failure
 from ssl_pipeline.run.doctor.learning import FALL_HELPS, fell_below
 from ssl_pipeline.run.interruption import WithKeepalive
 from ssl_pipeline.schedule import Duration, Progress
+from ssl_pipeline.training.monitor_cost import MonitorCost
 from ssl_pipeline.training.run import Monitor, Run
 
 TOLD = {
@@ -59,6 +61,7 @@ class Monitors:
         self._all = [monitor if isinstance(monitor, Watched) else Watched(monitor) for monitor in run.monitors]
         self.start = dict(start)
         self._told: dict[str, str] = {}
+        self._cost = MonitorCost(run.clock.total_steps)
 
     def are_due(self, position: int) -> bool:
         """Whether one measures after the step that ends at `position`."""
@@ -66,8 +69,14 @@ class Monitors:
 
     def measure(self, position: int) -> Figures:
         """What those that are due add to the row of the step that ends at `position`; all processes call it."""
-        figures = self._measured(self._due(position), position)
+        due, began = self._due(position), perf_counter()
+        figures = self._measured(due, position)
         step = self._run.clock.progress(position).step
+        if due and not self._run.clock.is_last(position):
+            names = [watched.name for watched in due]
+            told = self._cost.observe(names, step=step, began=began, ended=perf_counter())
+            if told is not None:
+                self._say(told)
         self._tell(figures, f"step {step}")
         self._compare(figures, step)
         return figures

@@ -172,7 +172,7 @@ def check_labels(method: Method, index: ShardIndex, data: DataConfig) -> None:
     """Raises ConfigError if the method learns the labels of all images, and some have none."""
     if any(needed.with_labels for needed in method.needs) and not index.has_labels:
         raise ConfigError(
-            f"{type(method).__name__} learns the labels of data.shards={data.shards}, and has images without one: "
+            f"{type(method).__name__} learns the labels of all images, and {index.called} has some without one: "
             f"{index.label_problem()}. make_shards takes labels from class folders or from labels=FILE.csv; data.keep "
             "leaves images out, and data.labelled brings a labelled set beside the others."
         )
@@ -198,12 +198,12 @@ def run_facts(
         num_classes = largest + 1 if names is None else len(names)
         if names is None and soft is None and largest >= max(len(labelled), MOST_CLASSES):
             raise ConfigError(
-                f"The {len(labelled):,} labelled images in {labelled.source} have labels up to {largest:,}; labels "
+                f"The {len(labelled):,} labelled images in {labelled.called} have labels up to {largest:,}; labels "
                 "must count the classes from 0. Are they identifiers? make_shards labels=FILE.csv numbers classes."
             )
         if largest >= num_classes:
             raise ConfigError(
-                f"The labelled images in {labelled.source} have label {largest}, but only {num_classes} classes have a "
+                f"The labelled images in {labelled.called} have label {largest}, but only {num_classes} classes have a "
                 "name. Make the shards anew, or mend the class names in their manifest."
             )
     sizes = {name: group.sizes for name, group in augment.items()}

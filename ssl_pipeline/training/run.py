@@ -17,6 +17,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone, Preprocessing
 from ssl_pipeline.config import Config, ConfigError, MayChange
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.distributed import world_size
 from ssl_pipeline.files import JSON
@@ -95,13 +96,13 @@ class Monitor(Protocol):
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]: ...
 
 
-def checked_batch(num_images: int, data: DataConfig, config: TrainConfig, *, num_processes: int) -> int:
-    """The global batch; ConfigError if there are fewer images."""
+def checked_batch(num_images: int, data: DataConfig, config: TrainConfig, *, num_processes: int, called: str) -> int:
+    """The global batch; ConfigError if there are fewer images, which are `called` so."""
     global_batch = data.batch_size * num_processes * config.accumulate
     if global_batch > num_images:
         raise ConfigError(
             f"The global batch is larger than the data set: {data.batch_size} per process * {num_processes} processes "
-            f"* {config.accumulate} accumulated = {global_batch}, but {data.shards} has {num_images} images. "
+            f"* {config.accumulate} accumulated = {global_batch}, but {called} has {num_images} images. "
             "Lower data.batch_size."
         )
     return global_batch
@@ -109,7 +110,7 @@ def checked_batch(num_images: int, data: DataConfig, config: TrainConfig, *, num
 
 def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clock:
     """The clock of a run; raises ConfigError if the global batch is larger than the data set."""
-    global_batch = checked_batch(len(index), data, config, num_processes=world_size())
+    global_batch = checked_batch(len(index), data, config, num_processes=world_size(), called=spoken_of(data.shards))
     if config.steps is not None:
         end = config.steps * global_batch
     else:

@@ -27,6 +27,11 @@ def call(*arguments: str) -> int:
     return run_command(EmbedConfig, embed, command="python -m eval.embed", argv=["workers=0", *arguments])
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def table(path: Path) -> dict[str, list]:
     parquet = pytest.importorskip("pyarrow.parquet")
     return parquet.read_table(path).to_pydict()
@@ -37,7 +42,7 @@ def test_rows_lead_back_to_the_files(photos: Path, tmp_path: Path, capsys: pytes
     assert call("backbone=raw_pixels", "size=2", f"source={photos}", f"output={output}") == 0
     assert "3 rows of 12 features written" in capsys.readouterr().out
     found = table(output)
-    assert list(found) == ["key", "sample_id", "file", "label", *(f"feature_{number}" for number in range(12))]
+    assert list(found) == ["key", "sample_id", "file", "label", "name", *(f"feature_{number}" for number in range(12))]
     assert sorted(found["file"]) == sorted(COLOURS)
     assert found["sample_id"] == [0, 1, 2]
     for row, file in enumerate(found["file"]):
@@ -45,9 +50,41 @@ def test_rows_lead_back_to_the_files(photos: Path, tmp_path: Path, capsys: pytes
         pixels = [found[f"feature_{number}"][row] for number in range(12)]
         np.testing.assert_allclose(pixels, [red] * 4 + [green] * 4 + [blue] * 4, rtol=1e-5)
         assert found["key"][row].startswith(f"{row:08d}-")
-        assert found["label"][row] == ["cat", "été"].index(file.split("/")[0])
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["photos.parquet", "photos.parquet.cache"]
-    assert not (tmp_path / "out" / "photos.parquet.cache" / "features").exists()
+        assert found["name"][row] == file.split("/")[0]
+        assert found["label"][row] == ["cat", "été"].index(found["name"][row])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["photos.parquet"]
+    (place,) = (tmp_path / "cache/ssl_pipeline/images").iterdir()
+    assert place.name.startswith("photos-")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz"])
+def test_classes_have_their_names_and_an_image_beside_them_none(photos: Path, tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (9, 9)).save(photos / "beside.png")
+    output = tmp_path / f"all{suffix}"
+    assert call("backbone=raw_pixels", "size=2", f"source={photos}", f"output={output}") == 0
+    if suffix == ".npz":
+        with np.load(output, allow_pickle=False) as arrays:
+            found = {name: arrays[name].tolist() for name in arrays}
+    elif suffix == ".parquet":
+        found = table(output)
+    else:
+        with output.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        found = {name: [row[name] for row in rows] for name in rows[0]}
+    named = dict(zip(found["file"], found["name"], strict=True))
+    of_none = None if suffix == ".parquet" else ""
+    assert named == {name: name.split("/")[0] for name in COLOURS} | {"beside.png": of_none}
+
+
+@pytest.mark.parametrize("name", ["white.png", "one photo.JPG", "blue.bmp"])
+def test_one_image_is_one_row(name: str, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 18), (255, 255, 255)).save(tmp_path / name)
+    output = tmp_path / "one.csv"
+    assert call("backbone=raw_pixels", "size=2", f"source={tmp_path / name}", f"output={output}") == 0
+    with output.open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["file"], row["label"]) == (name, "")
+    assert [float(row[f"feature_{number}"]) for number in range(12)] == pytest.approx([1.0] * 12, abs=0.01)
 
 
 def test_shards_are_read_as_they_are_and_rows_come_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +94,7 @@ def test_shards_are_read_as_they_are_and_rows_come_in_groups(tmp_path: Path, mon
         assert call("backbone=raw_pixels", "size=2", f"source={shards}", f"output={tmp_path / name}") == 0
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         found = dict(arrays)
+    assert list(found) == ["key", "sample_id", "file", "label", "features"]  # shards without names of classes
     assert found["features"].shape == (48, 12)
     assert found["key"].tolist() == [f"{number:04d}" for number in range(48)]
     assert found["label"].tolist() == [number % 3 for number in range(48)]
@@ -96,6 +134,7 @@ def test_the_features_are_those_of_the_run(kind: str, dim: int, run: Path, photo
     assert call(*arguments, f"output={tmp_path / 'a.npz'}") == 0
     backbone, preprocessing = load_backbone(run)
     backbone.preprocessing = preprocessing
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "photos", "run"]  # packed in the run
     with np.load(tmp_path / "a.npz", allow_pickle=False) as found, torch.no_grad():
         images = torch.stack([backbone.transform()(Image.open(photos / file)) for file in found["file"]])
         assert found["features"].shape == (3, dim)
@@ -114,6 +153,8 @@ def test_half_precision(run: Path, photos: Path, tmp_path: Path) -> None:
     [
         (["output=a.txt"], "output must end in .csv, .parquet or .npz. Got 'a.txt'"),
         (["output={there}"], "there.npz exists. Choose another name, or set overwrite=true"),
+        (["output={there}/x.npz"], "x.npz cannot be written: '{there}' is a file, and no directory."),
+        (["output={photos}.csv", "overwrite=true"], "photos.csv is a directory, and a file is written."),
         (["output={new}", "kind=class"], "kind=class needs a network with tokens"),
         (["output={new}", "source=nowhere/"], "nowhere"),
     ],
@@ -123,11 +164,13 @@ def test_mistakes_are_told(
 ) -> None:
     there, new = tmp_path / "there.npz", tmp_path / "new.npz"
     there.touch()
-    own = [argument.format(there=there, new=new) for argument in arguments]
+    Path(f"{photos}.csv").mkdir()
+    own = [argument.format(there=there, new=new, photos=photos) for argument in arguments]
     source = [] if any(argument.startswith("source") for argument in own) else [f"source={photos}"]
     assert call("backbone=raw_pixels", *source, *own) == 2
-    assert sentence in capsys.readouterr().err
+    assert sentence.format(there=there) in capsys.readouterr().err
     assert not new.exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_is_packed_once_and_a_changed_one_anew(
@@ -135,7 +178,7 @@ def test_a_folder_is_packed_once_and_a_changed_one_anew(
 ) -> None:
     arguments = ["backbone=raw_pixels", f"source={photos}", f"output={tmp_path / 'a.npz'}", "overwrite=true"]
     assert call(*arguments) == 0
-    (shard,) = (tmp_path / "a.npz.cache" / "images").glob("*.tar")
+    (shard,) = (tmp_path / "cache/ssl_pipeline/images").glob("photos-*/images/*.tar")
     packed = shard.stat().st_mtime_ns
     assert call(*arguments) == 0
     assert shard.stat().st_mtime_ns == packed

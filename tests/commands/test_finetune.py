@@ -140,7 +140,7 @@ def test_folders_of_images_are_packed_into_the_run(tmp_path):
     run, photos = save_run(tmp_path / "mine"), tmp_path / "photos"
     config = settings(f"weights={run}", f"train={photos}", f"test={photos}", f"output={tmp_path / 'out'}")
     assert (config.data.shards, config.classifier.val) == (f"{tmp_path}/out/images", f"{tmp_path}/out/test/images")
-    with pytest.raises(ConfigError, match=r"^test=nowhere is not there\. Needed: a folder or a zip"):
+    with pytest.raises(ConfigError, match=r"^test=nowhere is not there\. Needed: an image, a folder or a zip"):
         settings(f"weights={run}", f"train={photos}", "test=nowhere", f"output={tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
     Image.new("RGB", (9, 7)).save(photos / "1.png")  # another folder than was meant: no run has begun on it
@@ -268,4 +268,4 @@ def test_images_without_a_label_are_refused_where_all_are_learnt(tmp_path, shard
         command, [recipe_of(tmp_path / "recipe.yaml", shards[0]), f"output={tmp_path}/run", f"data.labels={half}"]
     )
     assert child.wait() == 2
-    assert "Supervised learns the labels of data.shards=" in child.printed()
+    assert f"Supervised learns the labels of all images, and {shards[0]} has some without one" in child.printed()

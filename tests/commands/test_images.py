@@ -16,7 +16,9 @@ from ssl_pipeline.commands.recipe_choice import choose_recipe
 from ssl_pipeline.config import RECIPES, ConfigError, load, read_recipe, recipe_files
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.packing.packed_once import pack_once
+from ssl_pipeline.training.run import TrainConfig, start_clock
 from tests.commands.test_finetune import save_run
 from tests.tiny import CNN, VIT, write_shards
 
@@ -187,7 +189,7 @@ def test_what_is_only_shown_is_not_packed(tmp_path, monkeypatch, capsys, labelle
     ("settings", "sentence"),
     [
         (["recipe=mae_vitb16", "backbone.name=test_resnet"], "needs a backbone with patch tokens"),
-        (["recipe=photos_small", "backbone.name=test_resnet"], "but .*run/images has 3 images. Lower data.batch_size"),
+        (["recipe=photos_small", "backbone.name=test_resnet"], "but .*/photos has 3 images. Lower data.batch_size"),
         (["backbone.name=test_resnet", "data.batch_size=1"], "has batch norm, which needs more than one image"),
         (["backbone.name=nosuchnet"], "No timm model 'nosuchnet'"),
     ],
@@ -239,6 +241,24 @@ def test_fewer_images_than_a_step_takes_get_a_batch_that_fits(tmp_path):
     assert "data.batch_size=2" in expand(arguments)
     given = [argument for argument in expand([*arguments, "data.batch_size=3"]) if argument.startswith("data.batch")]
     assert given == ["data.batch_size=3"]
+
+
+def test_too_few_images_are_those_of_the_folder(tmp_path):
+    images = folder(tmp_path)
+    given = [f"images={images}", "recipe=photos_small", "data.batch_size=8", f"output={tmp_path}/run"]
+    with pytest.raises(ConfigError, match=rf"= 8, but {images} has 3 images\."):
+        expand(given, timed=PretrainConfig)
+    expand(given)  # packs, and the run itself would say the same
+    data = DataConfig(shards=str(tmp_path / "run/images"), batch_size=8)
+    with pytest.raises(ConfigError, match=rf"= 8, but {images} has 3 images\."):
+        start_clock(open_shards(data.shards), data, TrainConfig(steps=1))
+
+
+def test_one_photograph_is_told_as_that(tmp_path):
+    one = folder(tmp_path) / "0.png"
+    with pytest.raises(ConfigError, match=r"0\.png is one photograph\. Pretraining needs a folder or a zip of many"):
+        expand([f"images={one}", f"output={tmp_path}/run"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_large_photographs_are_packed_small_and_found_again(tmp_path, capsys):

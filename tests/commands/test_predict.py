@@ -40,7 +40,9 @@ def test_rows_lead_back_to_the_files(classifying: Path, photos: Path, tmp_path: 
         *("probability_cat", "probability_été"),
     ]
     assert sorted(row["file"] for row in rows) == sorted(COLOURS)
-    index = open_shards(output.with_name("photos.csv.cache") / "images")
+    assert [path.name for path in output.parent.iterdir()] == ["photos.csv"]
+    (packed,) = (classifying / "eval/images").glob("photos-*/images")
+    index = open_shards(packed)
     settings = RunClassifierConfig(run=classifying, workers=0)
     (expected,) = class_probabilities(open_classifier(settings), index, settings, description="images")
     for number, row in enumerate(rows):

@@ -12,9 +12,13 @@ from ssl_pipeline.commands.embed import WRITERS as EMBED_WRITERS
 from ssl_pipeline.commands.embed import EmbedConfig
 from ssl_pipeline.commands.predict import WRITERS as PREDICT_WRITERS
 from ssl_pipeline.commands.predict import PredictConfig
-from ssl_pipeline.config import ConfigError, load
+from ssl_pipeline.config import Config, ConfigError, load
 from ssl_pipeline.config.output_file import OutputFile
 from ssl_pipeline.data_tools.pseudo_label import PseudoLabelImages, keep_file
+from ssl_pipeline.eval.dense import DenseConfig
+from ssl_pipeline.eval.export import ExportConfig
+from ssl_pipeline.eval.knn import KnnConfig
+from ssl_pipeline.packing.make_shards import MakeShards
 
 OWN = {
     EmbedConfig: ["backbone=raw_pixels", "source=a"],
@@ -48,3 +52,26 @@ def test_a_file_beside_it_stays_too(tmp_path: Path) -> None:
     keep_file(settings.output).touch()
     with pytest.raises(ConfigError, match=r"labels\.keep\.npy exists"):
         settings.begin_output()
+
+
+FOLDERS = {
+    KnnConfig: ["backbone=raw_pixels", "train=a", "test=b"],
+    DenseConfig: ["backbone=raw_pixels", "source=a"],
+    ExportConfig: ["run=a"],
+    MakeShards: ["source=digits"],
+}
+
+
+@pytest.mark.parametrize("schema", FOLDERS)
+def test_a_folder_is_no_file(schema: type[Config], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = {"x.json": "must be a directory: files get names of their own in it. Got that of a file, 'x.json'"}
+    if schema is not MakeShards:  # which says the same in its own words
+        refused |= {name: rf"must be a directory\. '{tmp_path}/file' is a file" for name in ("file", "file/below")}
+    for name, sentence in refused.items():
+        with pytest.raises(ConfigError, match=f"^output {sentence}"):
+            load(schema, [*FOLDERS[schema], f"output={tmp_path / name}"])
+    (tmp_path / "data.zip").mkdir()
+    for name in ("new", "resnet18.a1_in1k", "data.zip"):
+        assert load(schema, [*FOLDERS[schema], f"output={tmp_path / name}"]).output == tmp_path / name
+    assert schema is not KnnConfig or load(schema, FOLDERS[schema]).output is None

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssl_pipeline.commands.console import COMMANDS
 from ssl_pipeline.config import Config
-from ssl_pipeline.eval import images, knn, label_free
+from ssl_pipeline.eval import clustering, few_shot, images, knn, label_free
 from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
 COLOURS = {"cat": (200, 60, 60), "dog": (60, 60, 200)}
@@ -87,7 +87,7 @@ def test_they_are_packed_once_and_anew_where_they_have_changed(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run={run}", "test=photoz"], "test=photoz is not there. Needed: a folder or a zip of images, or shards."),
+        (["run={run}", "test=photoz"], "test=photoz is not there. Needed: an image, a folder or"),
         (["run={run}", "test=photos*.tar"], "'photos*.tar' holds no .tar shard."),
         (["run={photos}/train", "test={photos}/test"], "has no backbone.safetensors, which pretraining writes when it"),
         (["run={run}/none", "test={photos}/test"], "none must be the directory of a run. There is none."),
@@ -100,6 +100,55 @@ def test_what_is_not_there_is_told_before_anything_is_packed(
     assert call(knn, f"train={photos}/train", *(argument.format(run=run, photos=photos) for argument in arguments)) == 2
     assert sentence in capsys.readouterr().err
     assert sorted([*run.rglob("*"), *photos.rglob("*")]) == before
+
+
+FLAT = "has no labels; {task} needs them{where}. 4 of 4 images have no usable label; the first, '"
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "sentence"),
+    [
+        (knn, ["train={flat}", "test={photos}/test"], FLAT.format(task="k-NN", where=" in train and test")),
+        (clustering, ["images={flat}"], FLAT.format(task="clustering", where="")),
+        (label_free, ["images={flat}"], "need 6 images or more. {flat} has 4."),
+        (
+            few_shot,
+            ["train={photos}/test", "test={photos}/test", "per_class=9"],
+            "than {photos}/test has of one of its",
+        ),
+        (knn, ["train={photos}/test", "test={photos}/test", "k=2"], "images of {photos}/test are in {photos}/test too"),
+    ],
+)
+def test_errors_name_the_folder_that_was_given_and_no_shards(
+    module: object,
+    arguments: list[str],
+    sentence: str,
+    photos: Path,
+    tmp_path: Path,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "flat").mkdir()
+    for number in range(4):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"flat/{number}.png")
+    given = [argument.format(flat=tmp_path / "flat", photos=photos) for argument in arguments]
+    call(module, "backbone=raw_pixels", "size=4", *given)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "warning"))]
+    told = " ".join(lines)
+    assert sentence.format(flat=tmp_path / "flat", photos=photos) in told
+    assert ".tar" not in told
+    assert "cache" not in told
+
+
+def test_one_image_is_no_set_of_labelled_images(
+    photos: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = photos / "test/cat/0.png"
+    assert call(knn, "backbone=raw_pixels", "size=4", f"train={one}", f"test={photos / 'test'}") == 2
+    assert "has no labels; k-NN needs them" in capsys.readouterr().err
 
 
 def takes_folders(module: str) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -64,6 +66,36 @@ def test_one_pass_gives_what_the_evaluators_give_alone(
         assert name in rows
     assert found["suite"]["by_class"]["knn"]["per_class"][0].keys() == {"class", "images", "top1", "precision"}
     assert len(found["suite"]["neighbours"]["train"][0]) == 5
+
+
+def test_a_quick_measure_afterwards_takes_no_place_of_the_suites(
+    run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [f"train={train}", f"test={test}"]
+    assert call(f"run={run}", *sets, "k=[5,10]", "solver=logistic") == 0
+    full = report(run, "knn")["top1"]
+
+    def columns(*quick: str, sets: list[str] = sets) -> tuple[list[str], list[str]]:
+        assert run_command(knn.KnnConfig, knn.main, command="", argv=[f"run={run}", "workers=0", *sets, *quick]) == 0
+        said = capsys.readouterr().out
+        table.main(table.TableConfig(run=run))
+        printed = capsys.readouterr().out.splitlines()
+        assert f"{full:.2f} %" in printed[4]
+        return [re.sub("  +", "|", line.strip()) for line in printed], said.splitlines()
+
+    same, said = columns("k=5")  # no baselines: those of the suite stay
+    assert same[0] == "k-NN top-1|logistic regression top-1"
+    assert "-|" not in same[2]
+    assert not [line for line in said if "other settings" in line]
+    other, said = columns("k=3", "per_class=2")
+    assert other[0] == "k-NN top-1|k-NN top-1, k=3, per_class=2|logistic regression top-1"
+    assert other[2].split("|")[2] == "-"  # raw pixels were not measured with these
+    assert f"{report(run, 'knn')['top1']:.2f} %" in other[4]
+    assert (
+        f"{run}/eval/knn.json had figures of other settings (now k=3, per_class=2); they stay in results.csv." in said
+    )
+    fewer, _ = columns("k=5", sets=[f"train={test}", f"test={train}"])
+    assert fewer[0].startswith("k-NN top-1|k-NN top-1, num_train=")
 
 
 def test_pixels_too_wide_for_the_classifier_that_the_network_has(
@@ -132,9 +164,13 @@ def test_too_few_images_for_alpha_are_no_error() -> None:
         spectrum(torch.full((4, 4), torch.nan))
 
 
-def test_nothing_is_kept_without_a_place_for_it(train: str, test: str, capsys: pytest.CaptureFixture[str]) -> None:
-    sets = [f"train={train}", f"test={test}", "k=3", "baselines=false"]
-    assert call("backbone=raw_pixels", "size=4", *sets) == 0
+@pytest.mark.parametrize("evaluator", [suite, knn])
+def test_nothing_is_kept_without_a_place_for_it(
+    evaluator: ModuleType, train: str, test: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [f"train={train}", f"test={test}", "k=3", "baselines=false", "workers=0"]
+    monkeypatch.setattr("sys.argv", ["", "backbone=raw_pixels", "size=4", *sets])
+    assert evaluator.command() == 0
     assert "nothing is kept" in capsys.readouterr().err
 
 

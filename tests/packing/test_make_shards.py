@@ -283,7 +283,7 @@ def test_an_output_in_use_is_refused(folder: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"source": "nowhere"}, "source='nowhere' does not exist. Needed: a folder of images, a zip of one"),
-        ({"source": __file__}, "is neither a folder nor a zip"),
+        ({"source": __file__}, "is neither a folder nor a zip, and no image"),
         ({"prefix": "trian"}, r"nothing below prefix=trian/\. Did you mean 'train'\? Top folders: train"),
         ({"prefix": "train/../.."}, "nothing below prefix"),
         ({"split": "test"}, "split=test goes with source=digits only"),
@@ -322,7 +322,9 @@ def test_a_source_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no image file .* among 0 files"):
         made(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "empty" / "a.jpg").write_text("text")
-    with pytest.raises(DataError, match=r"None of the 1 images can be decoded; 'a\.jpg': no JPEG, PNG or WebP image"):
+    with pytest.raises(
+        DataError, match=r"None of the 1 images of .* can be decoded; 'a\.jpg': no JPEG, PNG or WebP image"
+    ):
         made(tmp_path / "empty", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 

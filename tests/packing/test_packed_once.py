@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from PIL import Image
 
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.data.shards.open import DataError, open_shards
+from ssl_pipeline.data.shards.origins import LISTING
 from ssl_pipeline.packing.images_as_shards import packed
-from ssl_pipeline.packing.packed_once import LISTING, SHARDS, differences, is_packed, pack_once
+from ssl_pipeline.packing.make_shards import MakeShards, make_shards
+from ssl_pipeline.packing.packed_once import SHARDS, differences, is_packed, pack_once
 from ssl_pipeline.packing.sources import open_source
 from tests.ranks import run_on_ranks
 
@@ -40,6 +43,27 @@ def test_a_zip_is_packed_too(tmp_path, photos):
     archive = shutil.make_archive(str(tmp_path / "photos"), "zip", photos)
     assert len(open_shards(pack_once(archive, tmp_path / "run"))) == 4
     assert pack_once(archive, tmp_path / "run") == tmp_path / "run" / SHARDS
+
+
+def test_images_are_spoken_of_as_their_files_where_no_one_asked_for_shards(tmp_path, photos):
+    index = open_shards(pack_once(str(photos), tmp_path / "run"))
+    assert index.called == str(photos)
+    named = {index.read(number).location for number in range(4)}
+    assert named == {f"'{name}' of {photos}" for name in ("a.png", "deep/er/b.jpg", "deep/c.png", "d.jpg")}
+    unlabelled = "'(a.png|d.jpg)', has no label"
+    assert re.fullmatch(f"2 of 4 images have no usable label; the first, {unlabelled}", index.label_problem())
+    make_shards(MakeShards(source=str(photos), output=tmp_path / "own", workers=1))
+    own = open_shards(tmp_path / "own")  # whoever made shards knows them
+    assert own.called == str(tmp_path / "own")
+    assert "shard 'own-000000.tar', key '" in own.label_problem()
+    assert own.read(0).location.startswith("own-000000.tar, key '")
+
+
+def test_none_that_can_be_decoded_is_told_with_the_folder(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=rf"None of the 1 images of '{tmp_path}/broken' can be decoded; 'a\.jpg': "):
+        pack_once(str(tmp_path / "broken"), tmp_path / "run")
 
 
 def test_a_folder_that_changed_is_refused_by_name(tmp_path, photos):

@@ -18,7 +18,9 @@ from ssl_pipeline.eval.features.extract import extract_features
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.schedule import Duration, Progress
+from ssl_pipeline.training import monitors
 from ssl_pipeline.training.loop import train
+from ssl_pipeline.training.monitor_cost import MonitorCost
 from ssl_pipeline.training.monitors import Watched
 from tests.ranks import run_on_ranks, start
 from tests.runs import command, make_run, rows, write_recipe
@@ -52,9 +54,9 @@ def run(tmp_path, shards) -> Callable[..., list[dict[str, float]]]:
     def start_run(monitor: Scripted, *, steps: int = 4, save_every: int = 2, **watched) -> list[dict[str, float]]:
         output = tmp_path / "run"
         output.mkdir(exist_ok=True)
-        monitors = [Watched(monitor, "mine", **watched)]
         with RunDirectory(output) as directory:
-            options = {"directory": directory, "monitors": monitors, "steps": steps, "save_every": save_every}
+            options = {"directory": directory, "monitors": [Watched(monitor, "mine", **watched)]}
+            options |= {"steps": steps, "save_every": save_every}
             assert train(make_run(output, "simclr", shards, **options)) == 0
         return rows(output)
 
@@ -248,3 +250,46 @@ def test_a_spectrum_of_a_few_images_is_refused_at_the_start(pretrain):
     code, printed, _ = pretrain("spectrum={every: 2, images: 4}")
     assert code == 2
     assert "spectrum needs 6 images and 5 dimensions or more. Got 4 images" in printed
+
+
+@pytest.mark.parametrize(
+    ("measured", "trained", "total", "said"),
+    [
+        (4.0, 1.0, 1000, "knn.every=40 leaves 5 times as long between two"),  # of two steps of half a second
+        (4.0, 1.0, 40, "knn.every=0 measures at the end alone"),
+        (4.0, 5.0, 1000, None),
+        (1.0, 0.5, 1000, None),  # seconds in all
+    ],
+)
+def test_monitors_that_take_longer_than_the_training_between_are_said_once(measured, trained, total, said):
+    cost, now, told = MonitorCost(total), 100.0, []
+    for step in (2, 4, 6, 8):
+        told.append(cost.observe(["knn"], step=step, began=now, ended=now + measured))
+        now += measured + trained
+    assert told[:2] == [None, None]
+    assert told[3] is None
+    if said is None:
+        assert told[2] is None
+    else:
+        start = f"Measuring knn takes {measured:.1f} s each time, the training between {trained:.1f} s. "
+        assert told[2] == f"{start}{said}; the same command goes on with it."
+
+
+class Slow(Scripted):
+    """Takes three seconds of the clock for each figure."""
+
+    def __init__(self, every: int, figures: Sequence[float], clock: list[float]) -> None:
+        super().__init__(every, figures)
+        self.clock = clock
+
+    def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
+        self.clock[0] += 3.0
+        return super().__call__(backbone, progress)
+
+
+def test_a_short_run_says_which_key_measures_less_often(run, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(monitors, "perf_counter", lambda: clock[0])
+    found = run(Slow(1, [1.0] * 6, clock), steps=6, save_every=6)
+    assert [row["figure"] for row in found] == [1.0] * 6
+    assert capsys.readouterr().err.count("Measuring mine takes 3.0 s each time") == 1

@@ -18,7 +18,7 @@ DATA = {"shards": "a", "batch_size": 8}
 
 
 def labelled(labels: list[int]) -> ShardIndex:
-    index = Mock(spec=ShardIndex, class_names=None, num_soft_classes=None, source="few")
+    index = Mock(spec=ShardIndex, class_names=None, num_soft_classes=None, called="few")
     index.labels.return_value = np.array(labels)
     index.__len__ = lambda self: len(labels)
     return index

@@ -13,6 +13,7 @@ from ssl_pipeline.config import ConfigError, at_home
 from ssl_pipeline.data.errors import DataError
 
 MAX_ALTERNATIVES = 1_000_000  # of braces
+OTHER_FILES = {**dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "an image"), ".zip": "a zip"}  # taken for shards
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -100,6 +101,7 @@ def _matching(path: Path) -> list[Path]:
     if path.is_dir():
         return [path / name for name in _in_directory(path)]
     if path.is_file():
+        _refuse_other(path)
         return [path]
     if not (path.parent.is_dir() and any(sign in path.name for sign in "*?[")):
         raise DataError(
@@ -110,6 +112,16 @@ def _matching(path: Path) -> list[Path]:
     if not names:
         raise _no_shard(path, path.parent)
     return [path.parent / name for name in names]
+
+
+def _refuse_other(path: Path) -> None:
+    """Raise DataError for a file that is no shard by its name."""
+    what = OTHER_FILES.get(path.suffix.lower())
+    if what is not None:
+        raise DataError(
+            f"'{path}' is {what}, and shards are needed here: .tar files, or a folder of them. make_shards "
+            "makes some of images; pretrain.py takes them as images=."
+        )
 
 
 def _in_directory(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import Catalogue, find_index, read_rows
 from ssl_pipeline.data.shards.listing import ShardSource, list_shards
 from ssl_pipeline.data.shards.opened import OpenShards
-from ssl_pipeline.data.shards.origins import origin_of
+from ssl_pipeline.data.shards.origins import origin_of, packed_from, spoken_of
 from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, is_labelled
 from ssl_pipeline.data.shards.remote import RemoteShards, is_url, open_remote
 from ssl_pipeline.data.shards.rows import INVALID_LABEL, NO_LABEL, SIZE, pixel_bytes
@@ -48,7 +48,9 @@ class RawSample:
 
     @property
     def location(self) -> str:
-        file = self.index.origin(self.sample)
+        file, images = self.index.origin(self.sample), packed_from(self.index.folder)
+        if file is not None and images is not None:
+            return f"'{file}' of {images}"
         return f"{self.shard}, key '{self.key}', byte {self.byte}" + ("" if file is None else f", from '{file}'")
 
 
@@ -77,6 +79,11 @@ class ShardIndex:
         self._table = catalogue.table
         self._shards = OpenShards(folder, place, catalogue.table, remote)
         self._ends = np.cumsum(self._table.samples)
+
+    @property
+    def called(self) -> str:
+        """What errors call these images: the folder or zip that a command packed for itself, or the shards' folder."""
+        return spoken_of(self.source)
 
     def overlaid(self, overlay: Overlay) -> ShardIndex:
         """The same shards under another overlay."""
@@ -179,10 +186,10 @@ class ShardIndex:
         shard, _, row = self._row(first)
         invalid = self.overlay.labels is None and row[2] == INVALID_LABEL
         what = "a label that is no whole number of 64 bits" if invalid else "no label"
-        return (
-            f"{len(unlabelled):,} of {len(self):,} images have no usable label; the first, shard "
-            f"'{self._table.name[shard]}', key '{self.key(first)}', has {what}"
-        )
+        place = f"shard '{self._table.name[shard]}', key '{self.key(first)}'"
+        if packed_from(self.folder) is not None:
+            place = f"'{self.origin(first)}'"
+        return f"{len(unlabelled):,} of {len(self):,} images have no usable label; the first, {place}, has {what}"
 
     @property
     def num_soft_classes(self) -> int | None:
@@ -285,12 +292,12 @@ def _check_passed_over(index: ShardIndex, budget: float) -> None:
     allowed = max(FEW_PASSED_OVER, int(budget * (samples + passed_over))) if budget > 0 else 0
     if passed_over > min(allowed, samples):
         raise DataError(
-            f"{passed_over:,} of {samples + passed_over:,} samples of '{index.source}' cannot be used, more than "
+            f"{passed_over:,} of {samples + passed_over:,} samples of '{index.called}' cannot be used, more than "
             f"data.bad_sample_budget={budget:g} allows. {example}"
         )
     logger.warning(
         "%s: passed over %d of %d samples and %d files that belong to none.%s",
-        index.source,
+        index.called,
         passed_over,
         samples + passed_over,
         others,

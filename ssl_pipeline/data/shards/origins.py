@@ -2,19 +2,45 @@
 
 make_shards gives image n a key that begins with n in eight digits, and line n (from 0) of `files.jsonl` holds that key
 and the name of the file in the source: {"key": "00000007-cat_été", "file": "cat/été.jpg"}.
+
+Shards that a command packs for itself (packing/packed_once.py) have LISTING beside their folder. Their user knows the
+folder or the zip of images, and no shards: errors speak of what was packed.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 
+from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards.listing import ShardSource
+from ssl_pipeline.data.shards.manifest import read_manifest
 from ssl_pipeline.files import write_text
 
 ORIGINS_FILE = "files.jsonl"
+LISTING = "images.jsonl"
+
+
+def spoken_of(source: ShardSource) -> str:
+    """What errors call the images of shards: the folder, zip or image that a command packed into them for itself, or
+    the shards that were given.
+    """
+    if isinstance(source, str | Path):
+        return packed_from(Path(source)) or str(source)
+    return ", ".join(spoken_of(one) for one in source)
+
+
+def packed_from(shards: Path) -> str | None:
+    """The folder, zip or image that a command packed into these shards for itself; None for any others."""
+    if not (shards.parent / LISTING).is_file():
+        return None
+    with suppress(DataError, OSError):
+        manifest = read_manifest(shards)
+        return None if manifest is None or not manifest.source else str(manifest.source["source"])
+    return None
 
 
 def write_origins(folder: Path, origins: Iterable[tuple[str, str]]) -> None:

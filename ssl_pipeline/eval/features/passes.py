@@ -219,7 +219,7 @@ def _stored_as(values: Tensor, dtype: str, index: ImageSource) -> NDArray:
     half = values.half()
     if (half.isinf() & values.isfinite()).any():
         raise ConfigError(
-            f"dtype=float16 holds numbers up to 65,504. A feature of {index.source} is {values.abs().max():g}; take "
+            f"dtype=float16 holds numbers up to 65,504. A feature of {index.called} is {values.abs().max():g}; take "
             "dtype=float32."
         )
     return half.cpu().numpy()

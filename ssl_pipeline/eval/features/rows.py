@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import tee
 from pathlib import Path
 from zipfile import ZipFile
@@ -23,25 +23,35 @@ NO_LABEL = -1
 
 def write_csv(path: Path, index: ShardIndex, features_ND: Tensor, labels_N: Tensor) -> None:
     """The rows of `write_parquet` as text, with 9 digits of float32 that lose nothing; empty where there is none."""
-    features, names = _array(features_ND), names_of(index)
-    header = ["key", "sample_id", "file", "label", *(f"feature_{number}" for number in range(features.shape[1]))]
+    features, names, classes = _array(features_ND), names_of(index), index.class_names
+    of_class = [] if classes is None else ["name"]
+    header = [
+        "key",
+        "sample_id",
+        "file",
+        "label",
+        *of_class,
+        *(f"feature_{place}" for place in range(features.shape[1])),
+    ]
     with written_whole(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for sample, ((key, origin), label) in enumerate(zip(names, labels_N.tolist(), strict=True)):
             values = (f"{value:.9g}" for value in features[sample].tolist())
-            writer.writerow([key, sample, origin, "" if label == NO_LABEL else label, *values])
+            name = [] if classes is None else [class_of(label, classes)]
+            writer.writerow([key, sample, origin, "" if label == NO_LABEL else label, *name, *values])
 
 
 def write_parquet(path: Path, index: ShardIndex, features_ND: Tensor, labels_N: Tensor) -> None:
-    """A row per image: key, sample_id, file, label, feature_0 ... feature_D-1.
+    """A row per image: key, sample_id, file, label, name, feature_0 ... feature_D-1.
 
-    `file` is what the image was made from, `label` its class; null where there is none. Memory: one group of rows.
+    `file` is what the image was made from, `label` its class by its number; null where there is none. `name` is what
+    the class is called; there is no such column where classes have no names. Memory: one group of rows.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    features, dim = _array(features_ND), features_ND.shape[1]
+    features, dim, classes = _array(features_ND), features_ND.shape[1], index.class_names
     of_feature = pa.float16() if features.dtype == np.float16 else pa.float32()
     schema = pa.schema(
         [
@@ -49,6 +59,7 @@ def write_parquet(path: Path, index: ShardIndex, features_ND: Tensor, labels_N: 
             ("sample_id", pa.int64()),
             ("file", pa.string()),
             ("label", pa.int64()),
+            *([] if classes is None else [("name", pa.string())]),
             *((f"feature_{number}", of_feature) for number in range(dim)),
         ]
     )
@@ -64,13 +75,20 @@ def write_parquet(path: Path, index: ShardIndex, features_ND: Tensor, labels_N: 
                 pa.array(np.arange(first, first + len(names), dtype=np.int64)),
                 pa.array([file for _, file in names], pa.string()),
                 pa.array(labels, pa.int64(), mask=labels == NO_LABEL),
+                *(
+                    []
+                    if classes is None
+                    else [pa.array([class_of(label, classes) for label in labels.tolist()], pa.string())]
+                ),
                 *(pa.array(column) for column in rows),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=group)
 
 
 def write_npz(path: Path, index: ShardIndex, features_ND: Tensor, labels_N: Tensor) -> None:
-    """Arrays key, sample_id, file (empty if unknown) and label (-1 for none), (N,) each, and features (N, D)."""
+    """Arrays key, sample_id, file (empty if unknown), label (-1 for none), (N,) each, features (N, D) and, where
+    classes have names, name (N,), empty for none.
+    """
     names = list(names_of(index))
     arrays: dict[str, NDArray] = {
         "key": np.array([key for key, _ in names], dtype=np.str_),
@@ -79,6 +97,9 @@ def write_npz(path: Path, index: ShardIndex, features_ND: Tensor, labels_N: Tens
         "label": labels_N.numpy(),
         "features": _array(features_ND),
     }
+    if index.class_names is not None:
+        named = [class_of(label, index.class_names) or "" for label in labels_N.tolist()]
+        arrays["name"] = np.array(named, dtype=np.str_)
     with written_whole(path) as aside, ZipFile(aside, "w") as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # numpy's savez takes no array `file`
@@ -89,6 +110,11 @@ def names_of(index: ShardIndex) -> Iterator[tuple[str, str | None]]:
     """Key and file of each image, in order."""
     keys, again = tee(index.key(sample) for sample in range(len(index)))
     return zip(keys, origins_of(index.folder, again), strict=True)
+
+
+def class_of(label: int, names: Sequence[str]) -> str | None:
+    """What the class of a label is called; None without a label, or for one that has no name."""
+    return names[label] if 0 <= label < len(names) else None
 
 
 def _array(features_ND: Tensor) -> NDArray:

@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ssl_pipeline.eval.columns import WITHIN_SUITE
 from ssl_pipeline.eval.intervals import METHOD
+from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.record import Record
@@ -17,7 +19,6 @@ PARTS_OF_SUITE = ("knn", "logistic", "sgd")
 NAMES = {**CLASSIFIERS, "suite": "classifiers and spectrum"}
 MINOR = ("top5", "validation")
 """What names of figures begin with that are looked at second."""
-WITHIN_SUITE = ("knn", "linear")
 TOLD = {"images", "train", "test", "num_images", "num_train", "num_test", "num_classes", "size", "label", "subject"}
 """Parts of a protocol with a sentence of their own; the others are listed."""
 UNTOLD = {"warnings", "mean", "std", "torch", "timm", "faiss", "scikit-learn", "about", "selection", "dtype"}
@@ -29,7 +30,9 @@ def results_section(records: Sequence[Record]) -> Section:
     names = list(dict.fromkeys(name for record in records for name in shown_reports(record.reports)))
     if not names:
         place = shlex.quote(str(records[0].path))
-        told = f"Nothing was evaluated yet: python -m eval.suite run={place} train=SHARDS test=SHARDS"
+        sets = labelled_sets(records[0].path)
+        images = UNKNOWN if sets is None or sets.train == sets.test else sets  # the suite leaves no image out
+        told = f"Nothing was evaluated yet: python -m eval.suite run={place} {images}"
         return section("Results", paragraph(told))
     parts = [
         about(

@@ -101,6 +101,13 @@ def test_what_is_not_there_is_named(
         open_shards(source)
 
 
+@pytest.mark.parametrize(("name", "what"), [("one.JPG", "an image"), ("photos.zip", "a zip")])
+def test_a_photograph_is_no_shard(tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / name).write_bytes(b"...")
+    with pytest.raises(DataError, match=rf"{name}' is {what}, and shards are needed here"):
+        list_shards(tmp_path / name)
+
+
 def test_a_name_with_braces_that_is_there_is_taken(tmp_path: Path, shards: Path) -> None:
     (shards / "part-000000.tar").rename(shards / "a{1,2}.tar")
     assert list_shards(shards / "a{1,2}.tar").names == ["a{1,2}.tar"]
