@@ -264,8 +264,8 @@ class TokenBackbone(Backbone):
 
 
 NEEDS_ALL_PATCHES = (
-    "needs all patches of an image. Networks that take some of them: timm's VisionTransformer and Eva, and a Beit "
-    "without relative positions."
+    "needs all patches of an image. Networks that take some of them: timm's VisionTransformer without a stem of "
+    "convolutions, Eva, and a Beit without relative positions."
 )
 
 

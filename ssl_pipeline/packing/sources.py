@@ -70,7 +70,7 @@ def open_source(source: str, prefix: str = "", split: str | None = None, *, key:
     elif path.is_file() and zipfile.is_zipfile(path):
         found = ZipSource(path)
     elif path.is_file() and is_image_name(path.name):
-        found = ImageSource(path)
+        found = SingleImage(path)
     else:
         what = "is neither a folder nor a zip, and no image" if path.exists() else "does not exist"
         raise DataError(
@@ -135,7 +135,7 @@ class FolderSource:
         return Path(folder).relative_to(self.root).as_posix()
 
 
-class ImageSource:
+class SingleImage:
     """One image file, as a folder would hold it that has nothing else."""
 
     def __init__(self, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.models import Beit, Eva, SwinTransformer, VisionTransformer
 from torch import nn
 
@@ -22,16 +22,19 @@ ADAPTERS: dict[type[nn.Module], type[TokenAdapter]] = {
     SwinTransformer: SwinAdapter,
 }
 NETWORKS_WITH_TOKENS = (
-    "timm's VisionTransformer (vit_*, deit_*), Eva (vit_*_dinov3, eva*), Beit (beit*) and SwinTransformer (swin_*)"
+    "timm's VisionTransformer (vit_*, deit_*, vit_*_r_*), Eva (vit_*_dinov3, eva*), Beit (beit*) and SwinTransformer "
+    "(swin_*)"
 )
 
 
 def has_tokens(model: nn.Module) -> bool:
     """Whether a timm model has an adapter.
 
-    Subclasses and networks with another patch embedding (hybrids) have forward passes of their own, so they have none.
-    An Eva that drops patches by chance (patch_drop_rate) loses count of where the others are.
+    Subclasses and networks with another patch embedding have forward passes of their own, so they have none; a ViT on
+    the stem of a ResNet (vit_*_r_*) differs in nothing else. An Eva that drops patches by chance (patch_drop_rate)
+    loses count of where the others are.
     """
-    if type(model) not in ADAPTERS or type(model.patch_embed) is not PatchEmbed:
+    embeddings = (PatchEmbed, HybridEmbed) if type(model) is VisionTransformer else (PatchEmbed,)
+    if type(model) not in ADAPTERS or type(model.patch_embed) not in embeddings:
         return False
     return type(model) is not Eva or model.patch_drop is None

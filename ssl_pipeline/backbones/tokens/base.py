@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.positions import Grid
@@ -82,19 +82,26 @@ class TokenAdapter(ABC):
         """The parts of the network that take most of the time."""
 
 
-def embed_whole(patch_embed: PatchEmbed, images: Tensor) -> Tensor:
+def embed_whole(patch_embed: PatchEmbed | HybridEmbed, images: Tensor) -> Tensor:
     """Images (N, 3, H, W) -> (N, R, C, D); raises ValueError for sides that the network does not take."""
     check_sides(patch_embed, images.shape[-2], images.shape[-1])
     patches = patch_embed(images)
     return patches if patches.ndim == 4 else patches.unflatten(1, patch_embed.grid_size)
 
 
-def check_sides(patch_embed: PatchEmbed, height: int, width: int) -> None:
+def patch_side(patch_embed: PatchEmbed | HybridEmbed) -> int:
+    """Side in pixels of what becomes one token: of a patch of the image, or of a patch of a CNN's map."""
+    side = patch_embed.feat_ratio()
+    assert isinstance(side, int)
+    return side
+
+
+def check_sides(patch_embed: PatchEmbed | HybridEmbed, height: int, width: int) -> None:
     """Raises ValueError if the network does not take images of this height and width in pixels."""
     if patch_embed.strict_img_size and (height, width) != patch_embed.img_size:
         own = "x".join(map(str, patch_embed.img_size or ()))
         raise ValueError(f"this network takes images of its own size alone, {own}. Got {height}x{width}.")
-    patch_size = patch_embed.patch_size[0]
+    patch_size = patch_side(patch_embed)
     if (height % patch_size or width % patch_size) and not patch_embed.dynamic_img_pad:
         raise ValueError(f"image sides must be multiples of the patch size {patch_size}. Got {height}x{width}.")
 

@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models import checkpoint
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.patches import take_patches
 from ssl_pipeline.backbones.positions import Grid, resample_positions
-from ssl_pipeline.backbones.tokens.base import TimmModel, TokenAdapter, Tokens, embed_whole
+from ssl_pipeline.backbones.tokens.base import TimmModel, TokenAdapter, Tokens, embed_whole, patch_side
 
 # Axes: N images, R rows and C columns of patches, L = R * C patches row by row, P prefix tokens (class token, then
 # registers), T = P + L, D dimensions.
@@ -30,12 +31,12 @@ class FlatAdapter(TokenAdapter):
 
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
-        self.patch_size = self.stride = model.patch_embed.patch_size[0]
+        self.patch_size = self.stride = patch_side(model.patch_embed)
         self.patch_dim = model.embed_dim
         self.grid = model.patch_embed.grid_size
         self.num_blocks = len(model.blocks)
         self.num_prefix_tokens = model.num_prefix_tokens
-        self.takes_some_patches = True
+        self.takes_some_patches = type(model.patch_embed) is PatchEmbed  # convolutions before it need the neighbours
         # position entries that belong to the class token and the registers
         self._num_prefix_positions = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
 

@@ -39,7 +39,8 @@ def packed_from(shards: Path) -> str | None:
         return None
     with suppress(DataError, OSError):
         manifest = read_manifest(shards)
-        return None if manifest is None or not manifest.source else str(manifest.source["source"])
+        source = None if manifest is None else manifest.source.get("source")
+        return None if source is None else str(source)
     return None
 
 

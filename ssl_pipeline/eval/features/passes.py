@@ -18,6 +18,7 @@ from torch import Tensor
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Processes
 from ssl_pipeline.data.samples import ImageSource
+from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.distributed import failing_together, max_over_ranks, rank
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, stored_whole
 from ssl_pipeline.eval.features.extract import (
@@ -219,8 +220,8 @@ def _stored_as(values: Tensor, dtype: str, index: ImageSource) -> NDArray:
     half = values.half()
     if (half.isinf() & values.isfinite()).any():
         raise ConfigError(
-            f"dtype=float16 holds numbers up to 65,504. A feature of {index.called} is {values.abs().max():g}; take "
-            "dtype=float32."
+            f"dtype=float16 holds numbers up to 65,504. A feature of {spoken_of(index.source)} is "
+            f"{values.abs().max():g}; take dtype=float32."
         )
     return half.cpu().numpy()
 

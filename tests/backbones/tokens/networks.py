@@ -1,7 +1,9 @@
 """Small networks of each class of timm's that has tokens, with the flags of real ones; weights far from zero."""
 
 import torch
+from timm.layers import HybridEmbed
 from timm.models import Beit, Eva, SwinTransformer, VisionTransformer
+from torch import nn
 
 from ssl_pipeline.backbones import TokenBackbone
 
@@ -25,6 +27,12 @@ EVA02 = {"swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True, "ref_fe
 MIXED = ROPE_VIT | {"use_abs_pos_emb": False, "rope_type": "mixed", "rope_temperature": 10.0}
 PERCEPTION = ROPE_VIT | {"global_pool": "map", "use_pre_transformer_norm": True, "rope_grid_offset": 1.0}
 
+
+def on_convolutions(**arguments: object) -> HybridEmbed:
+    """Patches of 2 x 2 of a map that is 4 times smaller than the image."""
+    return HybridEmbed(nn.Sequential(nn.Conv2d(3, 8, 5, stride=4, padding=2), nn.ReLU()), **arguments)
+
+
 # name -> (class, arguments, whether it takes images of any size)
 NETWORKS = {
     "vit": (VisionTransformer, {}, True),
@@ -34,6 +42,7 @@ NETWORKS = {
     "vit_siglip": (VisionTransformer, {"class_token": False, "global_pool": "map"}, True),
     "vit_clip": (VisionTransformer, {"pre_norm": True}, True),
     "vit_without_positions": (VisionTransformer, {"pos_embed": "none"}, True),
+    "vit_on_convolutions": (VisionTransformer, {"embed_layer": on_convolutions, "patch_size": 2}, True),
     "vit_of_one_size": (VisionTransformer, {"dynamic_img_size": False}, False),
     "eva": (Eva, {"init_values": 0.3}, True),
     "eva02": (Eva, EVA02, True),
@@ -53,7 +62,7 @@ NETWORKS = {
 }
 SWIN = {"patch_size": 2, "embed_dim": 8, "depths": (2, 1, 2), "num_heads": (1, 2, 2), "window_size": 4}
 FLAT = [name for name in NETWORKS if not name.startswith("swin")]
-SOME_PATCHES = [name for name in FLAT if name not in ("beit", "beit_pretraining")]
+SOME_PATCHES = [name for name in FLAT if name not in ("beit", "beit_pretraining", "vit_on_convolutions")]
 ANY_SIZE = [name for name, (_, _, any_size) in NETWORKS.items() if any_size]
 
 

@@ -230,11 +230,11 @@ def test_networks_that_rotate_tokens_must_know_their_places(name):
         assert_close(backbone.encode(tokens, places.flip(1)), backbone.encode(tokens))
 
 
-@pytest.mark.parametrize("name", ["beit", "beit_pretraining", "swin"])
+@pytest.mark.parametrize("name", ["beit", "beit_pretraining", "swin", "vit_on_convolutions"])
 def test_networks_that_need_all_patches_say_which_do_not(name):
     backbone = network(name)
     assert not backbone.takes_some_patches
-    sentence = "needs all patches of an image. Networks that take some of them: timm's VisionTransformer and Eva"
+    sentence = "needs all patches of an image. Networks that take some of them: timm's VisionTransformer without"
     with pytest.raises(ConfigError, match=sentence):
         backbone.embed(images())
     with pytest.raises(ConfigError, match=sentence):

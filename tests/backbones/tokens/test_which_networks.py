@@ -20,6 +20,8 @@ def on_meta(name: str, **changes: object) -> Backbone:
         ("vit_small_patch16_224", 16, 16, 1, True),
         ("vit_base_patch14_dinov2", 14, 14, 1, True),
         ("vit_small_patch14_reg4_dinov2", 14, 14, 5, True),
+        ("vit_tiny_r_s16_p8_224", 32, 32, 1, False),  # on a ResNet's stem
+        ("vit_small_r26_s32_224", 32, 32, 1, False),  # on a whole one
         ("vit_base_patch16_siglip_224", 16, 16, 0, True),
         ("deit3_small_patch16_224", 16, 16, 1, True),
         ("vit_small_patch16_dinov3", 16, 16, 5, True),
@@ -45,7 +47,6 @@ def test_networks_with_tokens(name, patch_size, stride, num_prefix_tokens, takes
     ("name", "arguments"),
     [
         ("deit_tiny_distilled_patch16_224", {}),  # a subclass with a second class token
-        ("vit_tiny_r_s16_p8_224", {}),  # a ViT on a ResNet's stem
         ("vit_relpos_small_patch16_224", {}),
         ("swinv2_tiny_window8_256", {}),
         ("eva02_tiny_patch14_224", {"patch_drop_rate": 0.5}),
@@ -60,7 +61,8 @@ def test_networks_without_tokens_run_as_timm_runs_them_and_are_refused(name, arg
         require_tokens(backbone, "iBOT")
     assert str(refused.value) == (
         f"iBOT needs a backbone with patch tokens (a ViT). '{name}' has none. Networks that have: timm's "
-        "VisionTransformer (vit_*, deit_*), Eva (vit_*_dinov3, eva*), Beit (beit*) and SwinTransformer (swin_*)."
+        "VisionTransformer (vit_*, deit_*, vit_*_r_*), Eva (vit_*_dinov3, eva*), Beit (beit*) and SwinTransformer "
+        "(swin_*)."
     )
     with pytest.raises(ConfigError, match=f"'{name}' has no patch tokens. Networks that have: timm's"):
         TokenBackbone(backbone.model)
@@ -76,12 +78,12 @@ def test_a_distilled_vit_keeps_its_own_forward_pass():
 
 def test_methods_that_leave_patches_out_refuse_networks_that_need_all():
     assert require_tokens(on_meta("vit_small_patch16_dinov3"), "MAE", some_patches=True).takes_some_patches
-    for name in ("beit_base_patch16_224", "swin_tiny_patch4_window7_224"):
+    for name in ("beit_base_patch16_224", "swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224"):
         with pytest.raises(ConfigError) as refused:
             require_tokens(on_meta(name), "MAE", some_patches=True)
         assert str(refused.value) == (
             f"MAE leaves patches out, but '{name}' needs all patches of an image. Networks that take some of them: "
-            "timm's VisionTransformer and Eva, and a Beit without relative positions."
+            "timm's VisionTransformer without a stem of convolutions, Eva, and a Beit without relative positions."
         )
 
 
