@@ -22,12 +22,18 @@ from ssl_pipeline.training.run import TrainConfig, checked_batch
 class RunSettings(Protocol):
     """What is looked at of the settings of a run."""
 
-    images: str | None
-    method: MethodConfig
-    backbone: BackboneConfig
-    augment: dict[str, ViewGroup]
-    data: DataConfig
-    train: TrainConfig
+    @property
+    def images(self) -> str | None: ...
+    @property
+    def method(self) -> MethodConfig: ...
+    @property
+    def backbone(self) -> BackboneConfig: ...
+    @property
+    def augment(self) -> dict[str, ViewGroup]: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
 
 
 def check_outline(settings: RunSettings) -> None:
