@@ -9,6 +9,7 @@ from statistics import median
 
 from ssl_pipeline.config import printable
 from ssl_pipeline.data.decode import DecodeError, decoded_size
+from ssl_pipeline.data.shards.manifest import read_manifest
 from ssl_pipeline.data.shards.open import DataError
 from ssl_pipeline.data.shards.origins import LISTING
 from ssl_pipeline.files import write_text
@@ -48,15 +49,15 @@ def pack_once(
     now = _sizes(files, found)
     if listing.exists():
         before = read_listing(listing)
-        if before == now and shards.exists():
+        if before == now and _is_whole(shards):
             return shards
         changed = f"{key}='{source}' has changed since it was packed into '{shards}': {differences(before, now)}."
         if before != now and not renewed:
             raise DataError(
                 f"{changed} Put the files back, or choose another output=DIR to train on what is there now."
             )
-        if before != now:
-            print(printable(f"{changed} It is packed anew."), flush=True)
+        told = changed if before != now else f"Shards of {key}='{source}' are gone from '{shards}'."
+        print(printable(f"{told} It is packed anew."), flush=True)
     if not found.images:
         raise DataError(no_images(key, source, found))
     place.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,13 @@ def look_at(files: Source) -> tuple[int, int]:
 
 def is_packed(place: Path) -> bool:
     """Whether `pack_once` has finished in `place`."""
-    return (place / LISTING).exists() and (place / SHARDS).exists()
+    return (place / LISTING).exists() and _is_whole(place / SHARDS)
+
+
+def _is_whole(shards: Path) -> bool:
+    """Whether all shards are there that were written; somebody may have made room."""
+    manifest = read_manifest(shards) if shards.is_dir() else None
+    return manifest is not None and all((shards / shard.name).is_file() for shard in manifest.shards)
 
 
 def is_current(files: Source, place: Path) -> bool:

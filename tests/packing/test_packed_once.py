@@ -90,6 +90,17 @@ def test_a_packing_that_was_cut_short_is_done_again(tmp_path, photos):
     assert len(open_shards(shards)) == 4
 
 
+def test_shards_that_somebody_removed_are_packed_again_with_the_same_images(tmp_path, photos, capsys):
+    shards = pack_once(str(photos), tmp_path / "run")
+    before = open_shards(shards).fingerprint
+    for path in shards.glob("*.tar"):
+        path.unlink()
+    assert not is_packed(tmp_path / "run")
+    assert pack_once(str(photos), tmp_path / "run", key="images") == shards
+    assert f"Shards of images='{photos}' are gone from '{shards}'. It is packed anew." in capsys.readouterr().out
+    assert open_shards(shards).fingerprint == before
+
+
 def test_parts_of_a_data_set_are_all_taken_without_labels_which_is_said(tmp_path, capsys):
     for part in ("train", "test", "annotations"):
         (tmp_path / "set" / part).mkdir(parents=True)
