@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, TypeVar
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from ssl_pipeline.config.base import Config
@@ -68,9 +68,17 @@ def _between(before: object, now: object, key: str, *, allowed: bool) -> Iterato
             old, new = (entries.get(name, ABSENT) for entries in (before, now))
             yield from _between(old, new, _below(key, name), allowed=allowed)
     else:
-        old, new = (to_jsonable_python(value) for value in (before, now))
+        old, new = (_written(value) for value in (before, now))
         if old != new:
             yield Change(key, old, new, allowed)
+
+
+def _written(value: object) -> JsonValue:
+    """A value as settings are written: types of our own, such as Duration, say how."""
+    written: JsonValue = (
+        TypeAdapter(type(value)).dump_python(value, mode="json") if is_dataclass(value) else to_jsonable_python(value)
+    )
+    return written
 
 
 def _below(key: str, name: str) -> str:

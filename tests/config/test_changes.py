@@ -10,6 +10,7 @@ from pydantic import Field
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, Config, MayChange, changes, load, recipe_files
 from ssl_pipeline.config.schema import walk
+from ssl_pipeline.schedule import Duration
 
 
 class Inner(Config):
@@ -41,6 +42,7 @@ class Outer(Config):
     groups: dict[str, Inner] = Field(default_factory=dict)
     either: First | Second = First()
     listed: tuple[int, ...] = (1, 2)
+    every: Duration = Duration("5%")
 
 
 def told(before: Outer, now: Outer) -> list[tuple[str, bool]]:
@@ -54,6 +56,7 @@ def told(before: Outer, now: Outer) -> list[tuple[str, bool]]:
         ({"inner": Inner(kept=4, free=None)}, [("inner.kept: 1 -> 4", False), ("inner.free: 2 -> null", True)]),
         ({"groups": {"a": Inner(free=3)}}, [('groups.a: null -> {"kept": 1, "free": 3}', False)]),
         ({"either": Second(height=9)}, [("either.name: first -> second", False)]),
+        ({"every": Duration("20%")}, [("every: 5% -> 20%", False)]),
         ({"listed": (2, 1)}, [("listed: [1, 2] -> [2, 1]", False)]),
         ({"anyway": Inner()}, [('anyway: null -> {"kept": 1, "free": 2}', True)]),
     ],
