@@ -43,7 +43,8 @@ def labelled_sets(run: Path) -> LabelledSets | None:
     """
     settings = settings_of(run)
     knn, data = (settings.get(name) or {} for name in ("knn", "data"))
-    train, val, own = knn.get("train"), knn.get("val"), data.get("shards")
+    train, val = knn.get("train"), knn.get("val")
+    own = data.get("shards") if data.get("image_key") is None else None  # evaluators take the only image of a sample
     if train is not None and val is not None and all(map(shards_may_be_at, (train, val))):
         return LabelledSets(train, val)
     if isinstance(own, str) and (beside := next(_beside(own), None)) is not None:
@@ -103,11 +104,11 @@ def _classes(folder: Path) -> set[str]:
 
 def _votes(shards: str, *, alone: bool) -> ShardIndex | None:
     """The images, if they have labels that k-NN can be told of; alone: by all others of the same set."""
-    if not shards_may_be_at(shards) or "://" in shards:
-        return None
     try:
+        if "://" in shards or not shards_may_be_at(shards):
+            return None
         index = open_shards(shards)
-    except DataError:
+    except (DataError, OSError):  # a run that has ended well does not fail for a hint
         return None
     if index.label_problem() is not None:
         return None

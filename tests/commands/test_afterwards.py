@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ssl_pipeline.commands.afterwards import features_in_python, measuring
 from ssl_pipeline.commands.embed import EmbedConfig, embed
 from ssl_pipeline.commands.predict import PredictConfig
 from ssl_pipeline.config import ConfigError, load
+from ssl_pipeline.eval import labelled_sets
 from ssl_pipeline.eval.classifier import ClassifierConfig
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.eval.report import ReportConfig, report_page
@@ -81,6 +83,15 @@ def test_where_no_own_label_serves_labelled_shards_are_asked_for(tmp_path, count
     run = run_of(tmp_path, data={"shards": own}, knn=None)
     assert measuring(run, own).endswith(f" run='{run}' train=SHARDS test=SHARDS")
     assert measuring(tmp_path / "none", None).endswith("/none train=SHARDS test=SHARDS")
+
+
+@pytest.mark.parametrize("data", [{"image_key": "input.jpg"}, {}])
+def test_shards_that_an_evaluator_could_not_open_are_not_named(tmp_path, monkeypatch, data):
+    own = shards_of(folder(tmp_path / "x", 24, ("a", "b")), tmp_path / "s")
+    run = run_of(tmp_path, data={"shards": own, **data}, knn=None)
+    if not data:
+        monkeypatch.setattr(labelled_sets, "open_shards", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert measuring(run, own).endswith(" train=SHARDS test=SHARDS")
 
 
 def measured_with(run: Path, own: str | None) -> tuple[str, str, bool]:
