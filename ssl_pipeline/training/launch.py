@@ -37,7 +37,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     says: `ignored_variables` names what it would have changed; call it before.
     """
     launched = _launched(os.environ)
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if launched > 1 and missing:
         raise ConfigError(
             f"The environment has WORLD_SIZE={launched}, but no {', '.join(missing)}. "

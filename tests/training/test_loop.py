@@ -459,10 +459,11 @@ def test_a_launcher_of_which_accelerate_sees_one_process_is_refused(monkeypatch)
         "WORLD_SIZE": "2",
         "RANK": "0",
         "LOCAL_RANK": "0",
-        "MASTER_ADDR": "",
-        "MASTER_PORT": "",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
     }.items():
         monkeypatch.setitem(os.environ, name, value)
+    monkeypatch.setattr(launch, "join_processes", lambda backend: None)
     monkeypatch.setattr(launch, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ConfigError, match="The launcher started 2 processes, but Accelerate sees 1"):
         start_accelerator(TrainConfig(steps=1))
