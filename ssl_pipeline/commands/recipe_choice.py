@@ -19,7 +19,7 @@ from ssl_pipeline.config.arguments import keys_of
 AUTO = "auto"
 TINY = 48  # pixels: below it a network for photographs halves its images away
 SMALL = 96  # pixels: the views of dinov2_small
-SOME, MANY = 2_000, 100_000  # images that a tiny ViT and a ViT-S from scratch need at least
+SOME, MANY = 20_000, 100_000  # images that a tiny ViT and a ViT-S from scratch need at least
 
 
 class RecipeChoice:

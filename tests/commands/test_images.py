@@ -290,7 +290,7 @@ def test_large_photographs_are_packed_small_and_found_again(tmp_path, capsys):
     expanded = expand(arguments)
     said = capsys.readouterr().out
     assert "images of 600 pixels (median of the shorter sides) are packed as JPEG of 256 pixels at most" in said
-    assert "photos_small has views of 64" in said
+    assert "photos_small has views of 96" in said
     index = open_shards(output / "images")
     assert index.sizes().min(axis=1).tolist() == [256, 256, 256]
     assert json.loads((output / "images" / "manifest.json").read_text())["source"]["short_side"] == 256
@@ -313,7 +313,7 @@ def test_what_is_not_twice_as_large_as_needed_is_stored_as_it_is(tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("name", "view"), [("photos_small", 64), ("dino_vits16", 224), ("dinov3_vitl16_highres", 1152)]
+    ("name", "view"), [("photos_small", 96), ("dino_vits16", 224), ("dinov3_vitl16_highres", 1152)]
 )
 def test_the_largest_view_of_a_recipe_is_found(name, view):
     assert largest_view(read_recipe(name, RECIPES), {}) == view
@@ -346,9 +346,9 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
     ("count", "side", "name", "has_gpu", "recipe"),
     [
         (5000, 300, None, False, "photos_small"),
-        (5000, 300, None, True, "dinov2_small"),
-        (1000, 300, None, True, "photos_small"),
-        (5000, 64, None, True, "photos_small"),
+        (5000, 300, None, True, "photos_small"),
+        (50_000, 300, None, True, "dinov2_small"),
+        (50_000, 64, None, True, "photos_small"),
         (500_000, 300, None, False, "photos_small"),
         (500_000, 300, None, True, "dino_vits16"),
         (50_000, 32, None, True, "cifar10_simclr_resnet18"),
