@@ -23,7 +23,7 @@ from ssl_pipeline.backbones import (
     create_backbone,
     save_backbone,
 )
-from ssl_pipeline.commands.pretrain import in_python
+from ssl_pipeline.commands.afterwards import in_python
 from ssl_pipeline.config import RECIPES, ConfigError, read_yaml, recipe_files, validate
 from ssl_pipeline.data.decode import decode_image
 from tests.backbones.tiny_vit import tiny_vit

@@ -37,11 +37,22 @@ def of_the_run(run: Path, own: str | None) -> str:
     return f"{page}\nFeatures of its images: {_command('embed')} run={place} source={shlex.quote(own)} output={table}"
 
 
-def features_in_python(shards: str) -> str:
-    """How a program gets the features of the run's own images, after `in_python`."""
+def in_python(run: Path, own: str | None = None) -> str:
+    """How a program uses the backbone of a finished run, as docs/runs.md shows it.
+
+    own: the run's own images, whose features it gets.
+    """
+    of_all = (
+        "\n    # of all images of the run: (N, embed_dim), and the key of each\n"
+        f"    features, keys = ssl_pipeline.embed(backbone, {own!r})"
+    )
     return (
-        "    # of all images of the run: (N, embed_dim), and the key of each\n"
-        f"    features, keys = ssl_pipeline.embed(backbone, {shards!r})"
+        "In Python:\n"
+        "    import ssl_pipeline\n"
+        "    from PIL import Image\n"
+        f"    backbone = ssl_pipeline.load({str(run)!r})\n"
+        "    image = backbone.transform()(Image.open('photo.jpg'))\n"
+        f"    features = backbone(image[None]).detach()  # (1, backbone.embed_dim){'' if own is None else of_all}"
     )
 
 

@@ -24,7 +24,7 @@ from ssl_pipeline.backbones import (
     create_backbone,
 )
 from ssl_pipeline.backbones.exported import about_weights
-from ssl_pipeline.commands.afterwards import features_in_python, measuring, of_the_run
+from ssl_pipeline.commands.afterwards import in_python, measuring, of_the_run
 from ssl_pipeline.commands.before_packing import check_outline
 from ssl_pipeline.commands.colours import fit_colours
 from ssl_pipeline.commands.find_lr import find_lr
@@ -263,24 +263,10 @@ def _pretrain(config: PretrainConfig) -> int:
             if pages is not None:
                 pages.finish()
             own = config.data.shards if isinstance(config.data.shards, str) else None
-            print(f"Done. {measuring(output, own)}\n{of_the_run(output, own)}\n{in_python(output)}")
-            if own is not None:
-                print(features_in_python(own))
+            print(f"Done. {measuring(output, own)}\n{of_the_run(output, own)}\n{in_python(output, own)}")
         accelerator.wait_for_everyone()  # whoever leaves first takes the group from those who still write
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
-
-
-def in_python(run: Path) -> str:
-    """How a program uses the backbone of a finished run, as docs/runs.md shows it."""
-    return (
-        "In Python:\n"
-        "    import ssl_pipeline\n"
-        "    from PIL import Image\n"
-        f"    backbone = ssl_pipeline.load({str(run)!r})\n"
-        "    image = backbone.transform()(Image.open('photo.jpg'))\n"
-        "    features = backbone(image[None]).detach()  # (1, backbone.embed_dim)"
-    )
 
 
 def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator) -> None:

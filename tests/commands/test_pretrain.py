@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssl_pipeline.backbones import load_backbone, load_classifier
 from ssl_pipeline.backbones.exported import exported_step
-from ssl_pipeline.commands.pretrain import in_python
+from ssl_pipeline.commands.afterwards import in_python
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -117,11 +117,11 @@ def test_a_run_leaves_what_others_read(uninterrupted):
     assert (start["data"]["images"], len(start["data"]["fingerprint"])) == (NUM_IMAGES, 64)
 
 
-def test_the_same_command_gives_the_same_run(tmp_path, recipe, uninterrupted):
+def test_the_same_command_gives_the_same_run(tmp_path, recipe, shards, uninterrupted):
     code, printed = run(recipe, f"output={tmp_path}")
     assert code == 0
     assert "\nweights to begin with: random initialisation\n" in printed
-    assert printed.rstrip().endswith(in_python(tmp_path))
+    assert printed.rstrip().endswith(in_python(tmp_path, str(shards)))
     check_same(tmp_path, uninterrupted)
 
 
