@@ -15,7 +15,7 @@ from PIL import Image
 
 import ssl_pipeline
 from ssl_pipeline.backbones.classifier import save_classifier
-from ssl_pipeline.commands.afterwards import features_in_python, measuring
+from ssl_pipeline.commands.afterwards import in_python, measuring
 from ssl_pipeline.commands.embed import EmbedConfig, embed
 from ssl_pipeline.commands.predict import PredictConfig
 from ssl_pipeline.config import ConfigError, load
@@ -144,7 +144,7 @@ def test_without_a_checkout_the_console_command_is_named(tmp_path, monkeypatch):
     run_of(tmp_path, data={"shards": "s"})
     said = measuring(Path("a run"), "s")
     assert said == "Evaluate with: ssl-pipeline knn run='a run' train=s test=s leave_one_out=true"
-    assert features_in_python("s").endswith("ssl_pipeline.embed(backbone, 's')")
+    assert in_python(Path("run"), "s").endswith("ssl_pipeline.embed(backbone, 's')")
 
 
 @pytest.mark.parametrize("known", [True, False])
