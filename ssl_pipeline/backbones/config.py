@@ -91,7 +91,7 @@ class BackboneConfig(Config):
 
     @model_validator(mode="after")
     def _arguments_are_the_models_own(self) -> BackboneConfig:
-        architecture, _, tag = self.name.partition(".")
+        architecture, _, tag = self.name.removeprefix("hf-hub:timm/").removeprefix("hf_hub:timm/").partition(".")
         if tag:
             raise ValueError(
                 f"backbone.name must be an architecture without a tag of pretrained weights. Got '{self.name}'; write "

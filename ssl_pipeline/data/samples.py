@@ -111,7 +111,8 @@ class Samples:
                 if not self.substitutes:
                     raise DataError(
                         f"Cannot decode {raw.location}: {error}. "
-                        "data.bad_samples=substitute takes another image instead."
+                        "data.bad_samples=substitute takes another image instead, for a share of "
+                        "data.bad_sample_budget of them at most."
                     ) from None
                 substitute = int(hash64(self.seed, SUBSTITUTE, sample, attempt) % np.uint64(len(self.index)))
                 bad.append(BadSample(sample, raw.shard, raw.key, raw.byte, str(error), substitute))

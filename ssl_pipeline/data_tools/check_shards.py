@@ -35,7 +35,7 @@ class CheckShards(Config):
     image_key: str | None = None
     """Extension of the image where samples have several, as data.image_key."""
     write_manifest: bool = False
-    """Write the manifest.json by which shards made by others can be served over http, if there are no problems."""
+    """Write the manifest.json by which shards made by others can be served over http, if nothing in them is damaged."""
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes; by default one per core, at most 16."""
 
@@ -46,6 +46,8 @@ class Checked:
 
     entry: ShardEntry | None
     problems: list[str]
+    passed_over: tuple[str, ...] = ()
+    """What a run passes over and goes on: samples without an image, labels that are no numbers."""
 
 
 def check_shards(config: CheckShards) -> int:
@@ -68,23 +70,27 @@ def check_shards(config: CheckShards) -> int:
     problems = [problem for shard in checked for problem in shard.problems]
     if manifest is not None:
         problems += differences(entries, names, manifest, whole_folder=listed.whole_folder)
-    for problem in problems:
+    passed_over = [problem for shard in checked for problem in shard.passed_over]
+    for problem in (*passed_over, *problems):
         print(printable(problem))
+    count = len(passed_over) + len(problems)
     images = sum(entry.samples for entry in entries)
     labelled = sum(entry.labelled for entry in entries)
     megabytes = sum(entry.bytes for entry in entries) / 1e6
-    depth = "every image decoded" if config.decode else "no image decoded"
+    depth = "images were decoded" if config.decode else "no image was decoded"
     against = f"compared with {MANIFEST_FILE}" if manifest else f"no {MANIFEST_FILE}"
     print(
         f"{len(shards)} shard{'s' * (len(shards) != 1)}, {images:,} image{'s' * (images != 1)} "
         f"({labelled:,} with a label), {megabytes:.1f} MB; {depth}, {against}: "
-        f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"
+        f"{count or 'no'} problem{'s' * (count != 1)}"
     )
     if config.write_manifest and not problems:
         listing = [ManifestShard(entry.name, entry.samples, entry.bytes, entry.sha256) for entry in entries]
         write_manifest(folder, Manifest(shards=listing))
         print(f"wrote {folder / MANIFEST_FILE}")
-    return 1 if problems else 0
+    elif config.write_manifest:
+        print(f"no {MANIFEST_FILE} was written: shards with damage are not listed")
+    return 1 if count else 0
 
 
 def _refuse_manifest(listed: ShardList, manifest: Manifest | None) -> None:
@@ -101,13 +107,13 @@ def check_shard(path: Path, *, decode: bool, image_key: str | None = None) -> Ch
         entry, rows = index_shard(path, image_key=image_key)
     except (DataError, OSError) as error:
         return Checked(None, [str(error)])
-    problems = []
+    problems, passed_over = list[str](), list[str]()
     if entry.passed_over:
-        problems.append(f"{entry.example} ({entry.passed_over:,} such samples are passed over)")
+        passed_over.append(f"{entry.example} ({entry.passed_over:,} such samples are passed over)")
     invalid = rows[rows[:, 2] == INVALID_LABEL]
     if len(invalid):
         first = _key(path, int(invalid[0, 3]))
-        problems.append(
+        passed_over.append(
             f"Shard '{path.name}', key '{first}': a label that is no whole number of 64 bits "
             f"({len(invalid):,} such labels)."
         )
@@ -119,7 +125,7 @@ def check_shard(path: Path, *, decode: bool, image_key: str | None = None) -> Ch
                     decode_image(file.read(size))
                 except DecodeError as error:
                     problems.append(f"Shard '{path.name}', key '{_key(path, start)}', byte {offset}: {error}.")
-    return Checked(entry, problems)
+    return Checked(entry, problems, tuple(passed_over))
 
 
 def _key(path: Path, start: int) -> str:

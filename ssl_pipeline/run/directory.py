@@ -17,6 +17,7 @@ from ssl_pipeline.config import ConfigError, failure_sentence, printable
 from ssl_pipeline.files import JSON, lock, open_no_link, write_json, write_text
 
 SECONDS_BETWEEN_HEARTBEATS = 5.0
+MOST_TRIES = 100  # to make a directory that another start may remove meanwhile
 TRACES = ("config.yaml", "metrics.jsonl", "backbone.safetensors")  # of a run that has begun
 
 State = Literal["running", "done", "preempted", "failed"]
@@ -55,7 +56,7 @@ class RunDirectory:
 
     def _take(self) -> int:
         """The descriptor of the lock; the directory is made anew if another start, refused, removes it meanwhile."""
-        while True:
+        for _ in range(MOST_TRIES):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 descriptor = open_no_link(self.path / ".lock", os.O_RDWR | os.O_CREAT)
@@ -74,6 +75,7 @@ class RunDirectory:
                 if os.path.samestat(os.fstat(descriptor), (self.path / ".lock").stat()):
                     return descriptor
             os.close(descriptor)
+        raise ConfigError(f"output={self.path} cannot be made: its file system has no place for it. Choose another.")
 
     def __enter__(self) -> RunDirectory:
         return self

@@ -22,6 +22,7 @@ LONGEST_WAIT = 2.0  # seconds for the launcher's own last lines
 PROGRAMS = {"accelerate", "accelerate-launch", "torchrun", "deepspeed", "srun", "slurmstepd", "mpirun", "mpiexec"}
 MODULES = ("accelerate.", "torch.distributed.", "deepspeed.")
 LAUNCHED = "SSL_PIPELINE_LAUNCHED"  # set by those commands of ours that start others
+SET_FOR_EVERY_TRAINER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE", LAUNCHED)  # never by a person
 SET_BY_LAUNCHERS = ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", LAUNCHED)
 NUM_WORDS = 4  # of a command line in which a launcher's name stands: python -u -m torch.distributed.run
 
@@ -39,16 +40,23 @@ class Launcher:
         return began(self.pid) == self.began
 
 
+ENDED = Launcher(pid=-1, began=None)
+
+
 def find_launcher(environment: Mapping[str, str]) -> Launcher | None:
     """The nearest ancestor with a launcher's name; else the parent, if the environment has what launchers set.
 
-    None for a process of a shell: `nohup python pretrain.py &` goes on when the shell ends.
+    One that has ended, where the launcher did so before this process had begun to look and the first process of the
+    machine or of the user has taken its place. None for a process of a shell: `nohup python pretrain.py &` goes on
+    when the shell ends.
     """
     parent = pid = os.getppid()
     while pid > 0:
         if _is_launcher(pid):
             return Launcher(pid, began(pid))
         pid = parent_of(pid)
+    if _takes_orphans(parent) and any(name in environment for name in SET_FOR_EVERY_TRAINER):
+        return ENDED
     if parent > 0 and any(name in environment for name in SET_BY_LAUNCHERS):
         return Launcher(parent, began(parent))
     return None
@@ -78,10 +86,21 @@ def _watch(launcher: Launcher) -> None:
 
 
 def _is_launcher(pid: int) -> bool:
+    return any(name in PROGRAMS or name.startswith(MODULES) for name in _names(pid))
+
+
+def _takes_orphans(pid: int) -> bool:
+    """Whether a process is the parent of those that have lost theirs: systemd of a user, or number 1, but for a program
+    in Python there, which in a container may be a launcher of somebody's own."""
+    names = _names(pid)
+    return "systemd" in names[:1] or (pid == 1 and not any(name.startswith("python") for name in names))
+
+
+def _names(pid: int) -> list[str]:
+    """The first words of a command line, without the directories before them; empty where it cannot be read."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return False
+        return []
     words = [*words[0].split()[:1], *words[1:NUM_WORDS]]  # slurmstepd: [123.0]
-    names = [word.rpartition("/")[2].rstrip(":") for word in words]
-    return any(name in PROGRAMS or name.startswith(MODULES) for name in names)
+    return [word.rpartition("/")[2].rstrip(":") for word in words]

@@ -113,6 +113,7 @@ def test_no_manifest_for_shards_with_problems(made: Path, capsys: pytest.Capture
     first = min(made.glob("*.tar"))
     first.write_bytes(first.read_bytes()[:3000])
     assert checked(made, "write_manifest=true") == 1
+    assert "no manifest.json was written" in capsys.readouterr().out
     assert not (made / "manifest.json").exists()
 
 
@@ -120,8 +121,9 @@ def test_what_is_passed_over_and_odd_labels_are_problems(tmp_path: Path, capsys:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for name in ("a.jpg", "a.cls", "b.cls", "c.cls", "README.md"):
             archive.addfile(tarfile.TarInfo(name))
-    assert checked(tmp_path, "decode=false") == 1
-    first, second, last = capsys.readouterr().out.splitlines()
+    assert checked(tmp_path, "decode=false", "write_manifest=true") == 1
+    first, second, last, written = capsys.readouterr().out.splitlines()
+    assert written == f"wrote {tmp_path / 'manifest.json'}"  # a run passes them over too
     assert first.startswith("Shard 'a.tar', key 'b', byte 1024: a sample needs one image")
     assert first.endswith("(2 such samples are passed over)")
     assert second == "Shard 'a.tar', key 'a': a label that is no whole number of 64 bits (1 such labels)."

@@ -164,6 +164,15 @@ def test_a_lock_that_is_removed_while_it_is_taken_holds_nothing(tmp_path, monkey
         assert (tmp_path / ".lock").exists()
 
 
+def test_a_place_where_nothing_can_be_made_is_told(tmp_path, monkeypatch):
+    def none(*_: object, **__: object) -> None:
+        raise FileNotFoundError  # as /proc answers
+
+    monkeypatch.setattr(directory.Path, "mkdir", none)
+    with pytest.raises(ConfigError, match="cannot be made: its file system has no place for it"):
+        RunDirectory(tmp_path / "new")
+
+
 @pytest.mark.parametrize("there", [None, "", "[]", '{"starts": 7}'])
 def test_each_start_is_noted(tmp_path, there):
     if there is not None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ssl_pipeline.run.launcher import LAUNCHED
+from ssl_pipeline.run import launcher as module
+from ssl_pipeline.run.launcher import LAUNCHED, find_launcher
 from tests.runs import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -84,3 +85,23 @@ def test_the_end_of_a_shell_means_nothing(tmp_path):
         shell.wait()
         with pytest.raises(AssertionError, match="did not happen"):
             wait_until(lambda: not runs(trainer), timeout=1.0)
+
+
+@pytest.mark.parametrize(
+    ("parent", "words", "variable", "ended"),
+    [
+        (1, ["init"], "ACCELERATE_DYNAMO_MODE", True),
+        (1, ["init"], "TORCHELASTIC_RUN_ID", True),
+        (900, ["systemd", "--user"], "TORCHELASTIC_RUN_ID", True),
+        (1, ["init"], LAUNCHED, True),
+        (1, ["init"], "ACCELERATE_USE_CPU", None),  # left over in a shell: nohup, and the shell has ended
+        (1, ["python", "own_launcher.py"], "TORCHELASTIC_RUN_ID", False),
+        (1, ["accelerate", "launch"], "ACCELERATE_DYNAMO_MODE", False),
+    ],
+)
+def test_a_launcher_that_ended_before_anybody_looked(monkeypatch, parent, words, variable, ended):
+    monkeypatch.setattr(module.os, "getppid", lambda: parent)
+    monkeypatch.setattr(module, "_names", lambda pid: words if pid == parent else [])
+    monkeypatch.setattr(module, "parent_of", lambda _: 0)
+    found = find_launcher({variable: "1"})
+    assert (None if found is None else not found.is_alive()) == ended

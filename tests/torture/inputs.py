@@ -96,6 +96,7 @@ NUMBERS = [
 ]
 NAMES = [
     pretrain("backbone.name=resnet18.a1_in1k", "write backbone.name=resnet18 backbone.weights=a1_in1k"),
+    pretrain("backbone.name=hf-hub:timm/resnet18.a1_in1k", "write backbone.name=resnet18 backbone.weights=a1_in1k"),
     pretrain("backbone.name=resnet8000", "No timm model"),
     pretrain("backbone.weights={folder}/none.pth", "is not there"),
     pretrain("backbone.weights={shards}", "has no backbone.safetensors"),
