@@ -76,13 +76,13 @@ def store_of_this_start(
     own, until = uuid4().hex, time.monotonic() + seconds
     if own_rank > 0:
         store.set(f"asks/{own_rank}", own)
-        try:
-            store.wait([f"answer/{own}"], timedelta(seconds=seconds))
-        except dist.DistStoreError:
-            raise ConfigError(
-                f"The first process has not answered rank {own_rank} for {seconds:g} s. Has it been started, and does "
-                "it run?"
-            ) from None
+        while not store.check([f"answer/{own}"]):  # store.wait would take no signal meanwhile
+            if time.monotonic() >= until:
+                raise ConfigError(
+                    f"The first process has not answered rank {own_rank} for {seconds:g} s. Has it been started, and "
+                    "does it run?"
+                )
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         first = store.get(f"answer/{own}").decode()
         store.set(f"joined/{first}/{own_rank}", "")
         return dist.PrefixStore(first, store)

@@ -16,6 +16,7 @@ from tests.torture.outcome import Outcome
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # the hardest most often
 MOST_STARTS = 60
 WAIT, HANGS = 4 * TIMEOUT, "still running"  # seconds for the end of a start
+PATIENCE = 30.0  # seconds that torchrun gives the others when one has ended with an error
 STEPS = 24
 PROMISE = "ends bit for bit as a run that nobody disturbed"
 
@@ -73,9 +74,8 @@ def _killed_until_done(
         if victim.process.exitcode is None:
             os.kill(victim.pid, number)
             killed += 1
-        for child in children if number == signal.SIGKILL and world_size > 1 else []:
-            if child is not victim and child.process.exitcode is None:
-                os.kill(child.pid, signal.SIGKILL)  # as a launcher does with the others
+        if world_size > 1:
+            _end_the_others(victim, children, patience=0.0 if number == signal.SIGKILL else PATIENCE)
         codes = _codes(children)
         if HANGS in codes:
             return f"still running {WAIT:.0f} s after {number!r}: {children[0].printed()[-300:]}"
@@ -85,6 +85,19 @@ def _killed_until_done(
         if codes == {0}:
             return killed
     return f"no end after {MOST_STARTS} starts"
+
+
+def _end_the_others(victim: Child, children: list[Child], *, patience: float) -> None:
+    """As a launcher does once a process has ended with an error: one that was stopped before it met the others has
+    told them nothing.
+    """
+    victim.process.join(WAIT)
+    if victim.process.exitcode in (None, 0):
+        return
+    for child in children:
+        child.process.join(patience)
+        if child.process.exitcode is None:
+            child.process.kill()
 
 
 def _codes(children: list[Child]) -> set[int | str]:
