@@ -10,11 +10,11 @@ from typing import Protocol, cast
 import torch
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones import BackboneConfig, create_backbone, outline_backbone
+from ssl_pipeline.backbones import Backbone, BackboneConfig, create_backbone, outline_backbone
 from ssl_pipeline.config import RECIPES, Config, Value, launched_processes, load
 from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.data.stream import DataConfig
-from ssl_pipeline.methods import MethodConfig, build_method
+from ssl_pipeline.methods import Method, MethodConfig, build_method
 from ssl_pipeline.training.preflight import check_batch_norm, check_recipe
 from ssl_pipeline.training.run import TrainConfig, checked_batch
 
@@ -44,6 +44,10 @@ def check_outline(settings: RunSettings) -> None:
     backbone = outline_backbone(settings.backbone)
     with torch.device("meta"):
         method = build_method(settings.method, backbone)
+    _check_method(settings, backbone, method)
+
+
+def _check_method(settings: RunSettings, backbone: Backbone, method: Method) -> None:
     check_recipe(method, backbone, settings.augment, settings.data)
     check_batch_norm(method, settings.data, settings.train, num_processes=launched_processes())
 
@@ -62,8 +66,7 @@ def check_before_packing(
         settings = cast(RunSettings, load(schema, arguments, recipes=RECIPES, overrides=overrides))
     backbone = create_backbone(settings.backbone)
     method = build_method(settings.method, backbone)
-    check_recipe(method, backbone, settings.augment, settings.data)
-    check_batch_norm(method, settings.data, settings.train, num_processes=launched_processes())
+    _check_method(settings, backbone, method)
     if num_images:
         called = settings.images or spoken_of(settings.data.shards)
         checked_batch(num_images, settings.data, settings.train, num_processes=launched_processes(), called=called)

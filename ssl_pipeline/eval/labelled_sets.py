@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import shards_may_be_at
@@ -17,9 +16,9 @@ from ssl_pipeline.data.shards.manifest import read_manifest
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import packed_from
 from ssl_pipeline.eval.knn import KnnConfig
+from ssl_pipeline.packing.candidates import TEST, TRAIN
+from ssl_pipeline.run.doctor.records import settings_of
 
-TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
-"""What the folders of the two parts of a data set are called."""
 PER_CLASS = 2  # images that a class has at least in the mean: each needs another one to vote for it
 UNKNOWN = "train=SHARDS test=SHARDS"
 
@@ -41,7 +40,7 @@ def labelled_sets(run: Path) -> LabelledSets | None:
     """Those of its k-NN monitor, or its own images with the test set beside them, or its own images alone; None if it
     knows of no labels, or of too few for k-NN with its default k.
     """
-    settings = settings_of(run)
+    settings = _settings_in(run)
     knn, data = (settings.get(name) or {} for name in ("knn", "data"))
     train, val = knn.get("train"), knn.get("val")
     own = data.get("shards") if data.get("image_key") is None else None  # evaluators take the only image of a sample
@@ -57,7 +56,7 @@ def labelled_sets(run: Path) -> LabelledSets | None:
 
 def measured_on(run: Path) -> str | None:
     """The labelled images that its classifier is measured on, or the test set beside its own images."""
-    settings = settings_of(run)
+    settings = _settings_in(run)
     val, own = ((settings.get(name) or {}).get(key) for name, key in (("classifier", "val"), ("data", "shards")))
     if isinstance(val, str) and shards_may_be_at(val):
         return val
@@ -65,13 +64,12 @@ def measured_on(run: Path) -> str | None:
     return None if beside is None else beside.test
 
 
-def settings_of(run: Path) -> dict[str, Any]:
+def _settings_in(run: Path) -> dict[str, Any]:
     """The settings in a run's config.yaml; empty without such."""
     try:
-        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        return settings_of((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def _beside(own: str) -> Iterator[LabelledSets]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from ssl_pipeline.packing.conversion import OPTIONAL, extension_of, is_image_name, is_read
 from ssl_pipeline.packing.sources import Rejected, Source
 
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+"""What the folders of the two parts of a data set are called."""
+SPLITS = {*TRAIN, *TEST}
 NO_IMAGE = "no image file"
 OTHER_FORMATS = ("jp2", "jxl", "ppm")
 WITH_EXTRA = "not read here: .{}; pip install 'ssl-pipeline[heif]' brings the reader"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ssl_pipeline.config import ConfigError, at_home
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
 
 MAX_ALTERNATIVES = 1_000_000  # of braces
-OTHER_FILES = {**dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "an image"), ".zip": "a zip"}  # taken for shards
+OTHER_FILES = {**{f".{extension}": "an image" for extension in IMAGE_EXTENSIONS}, ".zip": "a zip"}  # taken for shards
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
