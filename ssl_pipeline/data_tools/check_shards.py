@@ -143,13 +143,13 @@ def differences(
         expected = listed.get(entry.name)
         if expected is None:
             problems.append(f"Shard '{entry.name}' is not in {MANIFEST_FILE}.")
-        elif entry.sha256 == expected.sha256 and (entry.samples, entry.bytes) != (expected.samples, expected.bytes):
+        elif entry.sha256 != expected.sha256:
+            problems.append(f"Shard '{entry.name}' is not the one that {MANIFEST_FILE} lists: its checksum differs.")
+        elif (entry.samples, entry.bytes) != (expected.samples, expected.bytes):
             problems.append(
                 f"Shard '{entry.name}' has {entry.samples:,} samples in {entry.bytes:,} bytes, and {MANIFEST_FILE} "
                 f"says {expected.samples:,} in {expected.bytes:,}."
             )
-        elif entry.sha256 != expected.sha256:
-            problems.append(f"Shard '{entry.name}' is not the one that {MANIFEST_FILE} lists: its checksum differs.")
     if whole_folder:
         missing = sorted(listed.keys() - set(present))
         problems += [f"Shard '{name}' is in {MANIFEST_FILE} and not there." for name in missing]

@@ -24,15 +24,8 @@ NO_LABEL = -1
 def write_csv(path: Path, index: ShardIndex, features_ND: Tensor, labels_N: Tensor) -> None:
     """The rows of `write_parquet` as text, with 9 digits of float32 that lose nothing; empty where there is none."""
     features, names, classes = _array(features_ND), names_of(index), index.class_names
-    of_class = [] if classes is None else ["name"]
-    header = [
-        "key",
-        "sample_id",
-        "file",
-        "label",
-        *of_class,
-        *(f"feature_{place}" for place in range(features.shape[1])),
-    ]
+    header = ["key", "sample_id", "file", "label", *([] if classes is None else ["name"])]
+    header += [f"feature_{place}" for place in range(features.shape[1])]
     with written_whole(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
