@@ -13,16 +13,24 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, create_model
 
 import ssl_pipeline.config
-from ssl_pipeline.commands.key_names import PRETRAIN, Section, keys_of, section_of
-from ssl_pipeline.config import Config, ConfigError, Tree, sentences_of, validate
+from ssl_pipeline.commands.key_names import (
+    METHOD,
+    PRETRAIN,
+    Section,
+    keys_of,
+    methods_in,
+    section_of,
+    takes_bare_value,
+)
+from ssl_pipeline.config import Config, ConfigError, Tree, read_yaml, sentences_of, validate
 from ssl_pipeline.config.arguments import put_over
 from ssl_pipeline.config.recipes import PACKAGE
-from ssl_pipeline.config.schema import annotation_at
+from ssl_pipeline.config.schema import annotation_at, sections_in
 from ssl_pipeline.schedule import Duration, Milestones, Schedule
 
 ALIAS = re.compile(r"^([A-Z]\w*) = (.+)$", re.MULTILINE)
@@ -104,11 +112,28 @@ def wrong_values(
     method = recipe.get("method")
     name = method.get("name") if isinstance(method, dict) else None
     schema = _schema(PRETRAIN, [key.split(".") for key, _ in pairs if key not in own], name, sections, Names())
-    read = [(key, text) for key, text in pairs if annotation_at(schema, {}, tuple(key.split("."))) is not None]
+    read: list[tuple[str, str]] = []
+    mistakes: list[str] = []
+    for key, text in pairs:
+        location = tuple(key.split("."))
+        chooses = location[-1] == "name" and sections_in(annotation_at(schema, recipe, location[:-1]))
+        if chooses or annotation_at(schema, recipe, location) is not None:
+            read.append((key, text))
+        elif key not in own:
+            mistakes += _not_yaml(key, text)
     try:
         validate(schema, put_over(schema, deepcopy(recipe), read))
     except ConfigError as error:
-        return [told for told in sentences_of(error) if told.startswith(tuple(key for key, _ in read))]
+        mistakes += [told for told in sentences_of(error) if told.startswith(tuple(key for key, _ in read))]
+    return mistakes
+
+
+def _not_yaml(key: str, text: str) -> list[str]:
+    """The sentence for a value that is no YAML, of a key whose type is not there: keys that take any text have one."""
+    try:
+        read_yaml(text, where=f"{key}={text}")
+    except ConfigError as error:
+        return [str(error)]
     return []
 
 
@@ -123,6 +148,26 @@ def _schema(
         below = [key[1:] for key in keys if key[0] == part and len(key) > 1]
         if (field := names.field(declared)) is not None:
             fields[part] = field
-        elif below and "dict[" not in declared and (inside := section_of(declared, method, sections)) is not None:
-            fields[part] = (_schema(inside, below, method, sections, names), None)
+        elif "dict[" in declared:
+            continue
+        elif declared.startswith(METHOD) and (not below or method not in methods_in(sections)):
+            fields[part] = (_method_by_name(sections), None)
+        elif (inside := section_of(declared, method, sections)) is not None and (
+            below or not takes_bare_value(inside, sections)
+        ):
+            whole = _schema(inside, below, method, sections, names) if below else _any_of(inside, sections)
+            fields[part] = (whole | None if "| None" in declared else whole, None)
     return create_model(section, __base__=Part, **fields)
+
+
+def _any_of(section: str, sections: Mapping[str, Section]) -> type[Config]:
+    """A section that takes all values of its keys: for what is no section."""
+    keys: dict[str, Any] = {key: (Any, None) for key in keys_of(section, sections) or {}}
+    return create_model(section, __base__=Part, **keys)
+
+
+def _method_by_name(sections: Mapping[str, Section]) -> Any:
+    """The type of the section `method` as far as its name goes."""
+    names: dict[str, Any] = {name: (Literal[name], ...) for name in methods_in(sections)}
+    kinds = [create_model(name, __base__=Part, name=field) for name, field in names.items()]
+    return Annotated[Union[tuple(kinds)], Field(discriminator="name")]  # noqa: UP007

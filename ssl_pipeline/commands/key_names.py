@@ -20,15 +20,20 @@ from ssl_pipeline.config.sentences import UNKNOWN_KEY
 CLASS = re.compile(r"^class (\w+)\(([\w, ]*)\):\n((?:[ ]{4}.*\n|[ ]*\n)*)", re.MULTILINE)
 FIELD = re.compile(r"^    ([a-z]\w*): ((?!ClassVar).*)$", re.MULTILINE)
 DOCSTRING = re.compile(r'""".*?"""', re.DOTALL)
+TAG = re.compile(r'Literal\["(\w+)"\]')
+SHORTHAND = 'shorthand: ClassVar[str | None] = "'
 PRETRAIN, BASE, METHOD = "PretrainConfig", "Config", "MethodConfig"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A class of settings as its source shows it: the classes that it is made from, and its keys with their types."""
+    """A class of settings as its source shows it: the classes that it is made from, its keys with their types, and
+    whether a bare value may stand for it (`shorthand`).
+    """
 
     bases: tuple[str, ...]
     keys: Mapping[str, str]
+    shorthand: bool
 
 
 def sections_in_sources(package: Path = PACKAGE) -> dict[str, Section]:
@@ -36,7 +41,8 @@ def sections_in_sources(package: Path = PACKAGE) -> dict[str, Section]:
     found = {}
     for path in sorted(package.rglob("*.py")):
         for name, bases, body in CLASS.findall(path.read_text(encoding="utf-8")):
-            found[name] = Section(tuple(filter(None, bases.split(", "))), dict(FIELD.findall(DOCSTRING.sub("", body))))
+            keys, made_from = dict(FIELD.findall(DOCSTRING.sub("", body))), tuple(filter(None, bases.split(", ")))
+            found[name] = Section(made_from, keys, SHORTHAND in body)
     return found
 
 
@@ -89,9 +95,20 @@ def section_of(kind: str, method: object, sections: Mapping[str, Section]) -> st
     """The section that a type is, None if it is a value, or one of several."""
     words = set(re.findall(r"\w+", kind.partition(" = ")[0]))
     if METHOD in words:
-        words = {name for name, section in sections.items() if section.keys.get("name") == f'Literal["{method}"]'}
+        words = {methods_in(sections).get(str(method), "")}
     named = [word for word in words if word in sections and BASE in _line_of(word, sections)]
     return named[0] if len(named) == 1 else None
+
+
+def takes_bare_value(name: str, sections: Mapping[str, Section]) -> bool:
+    """Whether a value that is no section may be given for a section."""
+    return any(sections[one].shorthand for one in _line_of(name, sections) if one in sections)
+
+
+def methods_in(sections: Mapping[str, Section]) -> dict[str, str]:
+    """The sections of methods by the names of these, sorted."""
+    found = {match[1]: name for name, one in sections.items() if (match := TAG.fullmatch(one.keys.get("name", "")))}
+    return dict(sorted(found.items()))
 
 
 def _line_of(name: str, sections: Mapping[str, Section]) -> set[str]:

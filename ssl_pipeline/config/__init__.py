@@ -34,7 +34,7 @@ from ssl_pipeline.config.base import (
     some_of,
 )
 from ssl_pipeline.config.changes import Change, MayChange, changes
-from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for
+from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for, without_number
 from ssl_pipeline.config.help import help_page
 from ssl_pipeline.config.printing import launched_processes, launched_rank, printable
 from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, Seed, Width
@@ -81,6 +81,7 @@ __all__ = [
     "some_of",
     "validate",
     "without_flags",
+    "without_number",
 ]
 
 HELP = {"--help", "-h"}

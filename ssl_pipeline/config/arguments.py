@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from textwrap import fill
-from typing import get_origin
+from typing import get_args, get_origin
 
 from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value
 from ssl_pipeline.config.other_name import drop_of_other_name, is_free_mapping
@@ -14,6 +15,8 @@ from ssl_pipeline.config.printing import note
 from ssl_pipeline.config.recipes import read_recipe
 from ssl_pipeline.config.schema import alternatives, annotation_at, section_of
 from ssl_pipeline.config.yaml_text import read_yaml
+
+OUTSIDE_BRACES = re.compile(r",(?![^{}]*\})")
 
 
 def read_arguments(
@@ -141,15 +144,25 @@ def _pairs(positional: str | None, argv: Sequence[str]) -> list[tuple[str, str]]
 def _value(annotation: object, key: str, text: str) -> Value:
     """YAML, but for what only the command line needs: a text key takes the text as it stands, `10,20` is a list."""
     kinds = alternatives(annotation)
-    if kinds and all(kind in (str, Path) for kind in kinds):
-        return None if text in ("", "~", "null") else text
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    if kinds and all(kind in (str, Path) or (kind in lists and get_args(kind)[0] is str) for kind in kinds):
+        return None if text in ("", "~", "null") else _texts(key, text) if lists else text
     value = read_yaml(text, where=f"{key}={text}")
-    if any(get_origin(kind) is tuple for kind in kinds):
+    if lists:
         if isinstance(value, str) and "," in value:
             return [read_yaml(part, where=key) for part in value.split(",")]
         if isinstance(value, int | float | str) and len(kinds) == 1:
             return [value]
     return value
+
+
+def _texts(key: str, text: str) -> Value:
+    """A text as it stands, or several between commas, with or without [ ]; quotes are YAML's, braces keep commas."""
+    if text.startswith("[") and any(quote in text for quote in "'\""):
+        return read_yaml(text, where=f"{key}={text}")
+    bracketed = text.startswith("[") and text.endswith("]")
+    parts = [part.strip() for part in OUTSIDE_BRACES.split(text[1:-1] if bracketed else text)]
+    return list(filter(None, parts)) if bracketed or len(parts) > 1 else text
 
 
 def assign(tree: Tree, location: Location, value: Value) -> None:

@@ -14,6 +14,7 @@ ADVICE = {
     errno.ENFILE: "The whole machine has no open files left; end what holds them.",
     errno.ENOSPC: "Free some space and run the same command again.",
     errno.EDQUOT: "Your quota is used up; free some space and run the same command again.",
+    errno.EFBIG: "Allow this shell larger files: ulimit -f unlimited.",
     errno.EROFS: "Choose a place that can be written.",
     errno.EACCES: "Choose a place that is yours, or ask its owner.",
 }
@@ -33,13 +34,19 @@ def failure_sentence(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"Out of memory{memory_asked_for(error)}. Lower the batch size, or the number of workers."
     if isinstance(error, OSError):
-        return " ".join(filter(None, (text, ADVICE.get(error.errno or 0))))
+        told = without_number(error) or text
+        return f"{told}. {ADVICE[error.errno]}" if error.errno in ADVICE else told
     told = _own_words(text)
     if not isinstance(error, ValueError):
         told = f"unexpected {type(error).__name__}" + (f": {told}" if str(error) else "")
     frames = traceback.extract_tb(error.__traceback__)
     place = f"from {Path(frames[-1].filename).name}:{frames[-1].lineno}; " if frames else ""
     return f"{told} ({place}--debug shows more)"
+
+
+def without_number(error: Exception) -> str:
+    """The text of an error of the system without its number: `No such file or directory: 'x'`."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

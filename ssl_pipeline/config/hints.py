@@ -48,6 +48,8 @@ def hint(where: str, annotation: object, got: object, sentence: str) -> str:
         return " Write null." if takes_none(annotation) else ""
     if "valid boolean" in sentence and text in BOOLEANS:
         return f" Write {BOOLEANS[text]}."
+    if "is a section: set" in sentence and isinstance(got, str) and got in re.split(r"[ ,.]+", sentence):
+        return f" Write {where}.name={got}."
     choices = re.search(r"must be one of (.*?)\. Got ", sentence)
     if choices and CHOICES.get(text) in choices[1].split(", "):
         return f" Write {CHOICES[text]}."

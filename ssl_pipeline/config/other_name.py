@@ -18,9 +18,9 @@ def drop_of_other_name(
     that are `given` anew, by their dotted keys, nothing is said.
     """
     *parents, last = location
-    place, new = (tuple(parents), value) if last == "name" else (location, value)
-    if isinstance(new, dict):
-        new = new.get("name")
+    place, new = (tuple(parents), value) if last == "name" else (location, None)
+    if isinstance(value, dict):
+        new = value.get("name")
     inside: Value = tree
     for key in place:
         inside = inside.get(key) if isinstance(inside, dict) else None

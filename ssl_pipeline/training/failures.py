@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.backbones import BackboneConfig
-from ssl_pipeline.config import RunError, is_out_of_memory, memory_asked_for
+from ssl_pipeline.config import RunError, is_out_of_memory, memory_asked_for, without_number
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.distributed import peer_failure
 from ssl_pipeline.training.determinism import explain_nondeterminism
 from ssl_pipeline.training.run import Run, TrainConfig
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
-FULL_TEXTS = ("No space left on device", "Disk quota exceeded")  # where a library drops the number
+NO_ROOM = {  # what is said, and what to do
+    errno.ENOSPC: ("The disk of the run {} is full", "free some space"),
+    errno.EDQUOT: ("The quota of the disk of the run {} is used up", "free some space"),
+    errno.EFBIG: ("The run {} may not write files as large as it needs", "allow larger ones (ulimit -f unlimited)"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,10 @@ class Failures:
             return told
         if is_out_of_memory(error):
             return RunError(self._out_of_memory(error))
-        if isinstance(error, OSError) and (error.errno in FULL or any(text in str(error) for text in FULL_TEXTS)):
-            return RunError(self._full(error))
+        if isinstance(error, OSError):
+            for number in NO_ROOM:  # a library may drop the number
+                if error.errno == number or os.strerror(number) in str(error):
+                    return RunError(self._no_room(error, *NO_ROOM[number]))
         return error
 
     def _out_of_memory(self, error: Exception) -> str:
@@ -57,12 +63,12 @@ class Failures:
         used += str(self.backbone.checkpoint_activations).lower()
         return f"Out of memory{memory_asked_for(error)} with {used}. Try {', or '.join(ways)}."
 
-    def _full(self, error: OSError) -> str:
+    def _no_room(self, error: OSError, told: str, to_do: str) -> str:
         whole = max((path.name for path in (self.output / "checkpoints").glob("step-????????")), default=None)
         last = f"Its last whole checkpoint is {whole}" if whole else "It has no checkpoint yet"
         return (
-            f"The disk of the run {self.output} is full ({error}). {last}; free some space and run the same command "
-            "again to go on from there."
+            f"{told.format(self.output)} ({without_number(error)}). {last}; {to_do} and run the same command again to "
+            "go on from there."
         )
 
 

@@ -78,4 +78,47 @@ def test_a_right_value_says_nothing_of_what_is_missing_beside_it(given):
 
 
 def test_keys_of_the_command_over_it_are_left_to_it():
-    assert wrong_values([("train", "1"), ("seed", "x")], {}, SECTIONS, own=("seed",)) == []
+    assert wrong_values([("train", "1"), ("seed", "x")], {}, SECTIONS, own=("train", "seed")) == []
+
+
+@pytest.mark.parametrize("recipe", ["digits_simclr", "dino_vits16"])
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ("knn=false", "Write knn=null."),
+        ("backbone=resnet18", "Write backbone.name=resnet18."),
+        ("method=simclr", "Write method.name=simclr."),
+        ("optim=sgd", "Write optim.name=sgd."),
+        ("train=3", "Got 3."),
+        ("data.labelled=x", "Got 'x'."),
+    ],
+)
+def test_a_value_in_place_of_a_section(recipe, given, advice):
+    key, _, text = given.partition("=")
+    tree = read_recipe(recipe, RECIPES)
+    with pytest.raises(ConfigError) as error:
+        load(PretrainConfig, [f"recipe={recipe}", given], recipes=RECIPES)
+    (told,) = wrong_values([(key, text)], tree, SECTIONS)
+    assert told.endswith(advice)
+    if "keys" in told:  # of a section that is put together at import the sources show some
+        assert told.partition(" with the keys ")[0] == sentences_of(error.value)[0].partition(" with the keys ")[0]
+    else:
+        assert told == sentences_of(error.value)[0]
+
+
+def test_an_unknown_method_is_told():
+    tree = read_recipe("dino_vits16", RECIPES) | {"method": {"name": "simclrr"}}  # as `start` puts it there
+    (told,) = wrong_values([("method.name", "simclrr")], tree, SECTIONS)
+    assert told.startswith("method.name must be one of adamatch, barlow_twins, ")
+    assert told.endswith("Got 'simclrr'. Did you mean 'simclr'?")
+
+
+@pytest.mark.parametrize("given", [("knn", "null"), ("optim.lr", "0.1"), ("optim", "{name: sgd}"), ("knn", "{k: 3}")])
+def test_a_section_takes_null_a_shorthand_and_keys(given):
+    assert wrong_values([given], read_recipe("dino_vits16", RECIPES), SECTIONS) == []
+
+
+@pytest.mark.parametrize("key", ["augment.global.size", "augment", "backbone.arguments.img_size"])
+def test_what_is_no_yaml_is_told_of_keys_whose_types_need_torch(key):
+    (told,) = wrong_values([(key, "[8")], read_recipe("dino_vits16", RECIPES), SECTIONS)
+    assert told.startswith(f"{key}=[8, line 1: not valid YAML")

@@ -48,7 +48,7 @@ def test_success_is_zero(capsys):
         (
             FileNotFoundError(2, "No such file or directory", "x"),
             2,
-            "error: [Errno 2] No such file or directory: 'x'\n",
+            "error: No such file or directory: 'x'\n",
         ),
         (RunError("The loss is nan."), 1, "error: The loss is nan.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),

@@ -82,7 +82,11 @@ TYPOS = [
     ("augment.global=3", "augment.global is a section with the keys count, size, scale, blur_prob. Got 3."),
     ("augment.more.count=2", "augment.more.size is missing: set augment.more.size=..."),
     ("method.name=distill", "method.name must be one of distil, contrast. Got 'distill'. Did you mean 'distil'?"),
-    ("method=contrast", "method is a section: set method.name to one of distil, contrast. Got 'contrast'."),
+    (
+        "method=contrast",
+        "method is a section: set method.name to one of distil, contrast. Got 'contrast'. Write method.name=contrast.",
+    ),
+    ("method=else", "method is a section: set method.name to one of distil, contrast. Got 'else'."),
     # two keys that do not go together
     ("augment.global.count=3", "augment.global.blur_prob must have one value or one per view (count=3)."),
     # no key=value

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from ssl_pipeline.config import ConfigError, dump, load, read_yaml, validate
+from ssl_pipeline.config import Config, ConfigError, dump, load, read_yaml, validate
+
+
+class PlacesConfig(Config):
+    shards: str | tuple[str, ...] | None
 
 
 def test_scientific_notation_is_a_number(read):
@@ -69,6 +73,28 @@ def test_only_true_and_false_are_boolean(refusal, text):
 
 def test_no_is_text(read):
     assert read("precision=no").precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a,b", ("a", "b")),
+        ("[a, b-{0..3}.tar]", ("a", "b-{0..3}.tar")),
+        ("{x,y}/*-{000..003}.tar,~/z", ("{x,y}/*-{000..003}.tar", "~/z")),
+        ('["a,b", c: d]', None),
+        ('["a,b", "{c"]', ("a,b", "{c")),
+        ("{x,y}", "{x,y}"),
+        ("[a]", ("a",)),
+        ("2024", "2024"),
+    ],
+)
+def test_lists_of_places_need_no_quotes_and_braces_keep_their_commas(text, parts):
+    if parts is None:
+        with pytest.raises(ConfigError, match=r"shards"):
+            load(PlacesConfig, [f"shards={text}"])
+    else:
+        assert load(PlacesConfig, [f"shards={text}"]).shards == parts
+    assert load(PlacesConfig, ["shards=null"]).shards is None
 
 
 def test_comma_lists_are_tuples(read):

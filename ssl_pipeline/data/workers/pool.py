@@ -210,7 +210,7 @@ def _died(process: BaseProcess) -> DataError:
     code = process.exitcode
     how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
     if code == -signal.SIGKILL:
-        why = "The machine may have run out of memory; try fewer data.workers or a smaller data.prefetch."
+        why = "The machine may have run out of memory; try fewer data.workers or a smaller data.prefetch or batch_size."
     else:
         why = "What it printed last may say why; data.workers=0 reads without workers, and shows where."
     return DataError(f"A data worker died: {how}. {why}")

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ssl_pipeline.config import without_number
 from ssl_pipeline.data.errors import DataError
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor of a batch
@@ -51,8 +52,8 @@ class Ring:
             memory = mmap.mmap(-1, max(size, 1))  # lives as long as a view of it
         except (OSError, OverflowError) as error:
             raise DataError(
-                f"Cannot reserve {size / 1e9:.3g} GB for {most} batches: {error}. "
-                "Try fewer data.workers or a smaller data.prefetch."
+                f"Cannot reserve {size / 1e9:.3g} GB for {most} batches: {without_number(error)}. "
+                "Try a smaller data.batch_size, fewer data.workers or a smaller data.prefetch."
             ) from None
         self.block = torch.frombuffer(memory, dtype=torch.uint8)
         self.most = most

@@ -248,7 +248,7 @@ def test_a_killed_worker_is_an_error_at_once(busy: bool) -> None:
             assert time.monotonic() - started < 5
     assert str(error.value) == (
         "A data worker died: killed by signal 9. The machine may have run out of memory; "
-        "try fewer data.workers or a smaller data.prefetch."
+        "try fewer data.workers or a smaller data.prefetch or batch_size."
     )
     assert time.monotonic() - started < 5
     assert children() == before
