@@ -14,9 +14,12 @@ from ssl_pipeline.files import lock, open_no_link
 
 @dataclass(frozen=True)
 class BadSample:
-    """An image that cannot be decoded, and the sample that took its place."""
+    """An image that cannot be decoded, the file that it was made from if that is known, and the sample that took its
+    place.
+    """
 
     sample: int
+    file: str | None
     shard: str
     key: str
     byte: int

@@ -115,7 +115,8 @@ class Samples:
                         "data.bad_sample_budget of them at most."
                     ) from None
                 substitute = int(hash64(self.seed, SUBSTITUTE, sample, attempt) % np.uint64(len(self.index)))
-                bad.append(BadSample(sample, raw.shard, raw.key, raw.byte, str(error), substitute))
+                file = self.index.origin(sample)
+                bad.append(BadSample(sample, file, raw.shard, raw.key, raw.byte, str(error), substitute))
                 sample = substitute
                 continue
             return pixels_HWC, -1 if raw.label is None else raw.label, sample

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from ssl_pipeline.config import Config, Seed, run_command
-from ssl_pipeline.config.output_file import refuse_existing
+from ssl_pipeline.config.output_file import is_a_folder, refuse_existing
 from ssl_pipeline.data.decode import image_extension
 from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
@@ -50,6 +50,11 @@ class SplitLabels(Config):
     """Images per shard."""
     overwrite: bool = False
     """Replace what an earlier run wrote to the same output."""
+
+    @field_validator("output")
+    @classmethod
+    def _folder_or_numbers(cls, output: Path) -> Path:
+        return output if output.suffix == ".npy" else is_a_folder(output)
 
     @field_validator("fraction", mode="before")
     @classmethod

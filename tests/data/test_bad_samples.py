@@ -8,7 +8,7 @@ from ssl_pipeline.data.errors import DataError
 
 
 def bad(sample: int) -> BadSample:
-    return BadSample(sample, "a.tar", f"{sample:04d}", 512, "truncated", 99)
+    return BadSample(sample, "cat/1.jpg", "a.tar", f"{sample:04d}", 512, "truncated", 99)
 
 
 def test_each_bad_sample_is_one_line(tmp_path: Path) -> None:
@@ -21,6 +21,7 @@ def test_each_bad_sample_is_one_line(tmp_path: Path) -> None:
     assert [line["sample"] for line in lines] == [3, 4, 5]
     assert lines[0] == {
         "sample": 3,
+        "file": "cat/1.jpg",
         "shard": "a.tar",
         "key": "0003",
         "byte": 512,

@@ -283,7 +283,8 @@ def test_a_cache_that_fills_gives_keepalives_and_shows_how_far_it_is(
 
 def test_chains_of_substitutes_belong_to_the_sample_that_was_asked_for() -> None:
     entries = [
-        device_cache.BadSample(sample, "", "", 0, "", to) for sample, to in ((3, 9), (9, 4), (7, 3), (3, 5), (8, 2))
+        device_cache.BadSample(sample, None, "", "", 0, "", to)
+        for sample, to in ((3, 9), (9, 4), (7, 3), (3, 5), (8, 2))
     ]
     bad = dict[int, list[device_cache.BadSample]]()
     device_cache._add_chains(bad, entries)

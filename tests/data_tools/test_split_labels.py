@@ -99,6 +99,11 @@ def test_shards_without_labels_are_refused(folder: Path, tmp_path: Path) -> None
         split(flat, tmp_path / "few", 1)
 
 
+def test_a_file_of_another_kind_is_no_output() -> None:
+    with pytest.raises(ValueError, match=r"must be a directory: .* Got that of a file, 'few\.json'"):
+        SplitLabels(shards="all", output=Path("few.json"), labels_per_class=1)
+
+
 def test_an_output_in_use_stays_unless_it_is_to_be_replaced(shards: Path, tmp_path: Path) -> None:
     output = split(shards, tmp_path / "few", 2)
     with pytest.raises(DataError, match="overwrite=true"):

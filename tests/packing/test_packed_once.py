@@ -101,6 +101,24 @@ def test_shards_that_somebody_removed_are_packed_again_with_the_same_images(tmp_
     assert open_shards(shards).fingerprint == before
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_packed_shard_that_is_damaged_is_told_with_the_folder_and_packed_anew(tmp_path, photos, known):
+    shards = pack_once(str(photos), tmp_path / "run")
+    if known:
+        before = open_shards(shards).fingerprint
+    shard = next(shards.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:700])
+    told = (
+        rf"What was packed from {photos} is damaged: .*\. Delete the folder '{shards}' and run the same command again"
+    )
+    with pytest.raises(DataError, match=told) as error:
+        open_shards(shards)
+    assert "opy" not in str(error.value)
+    shutil.rmtree(shards)
+    again = open_shards(pack_once(str(photos), tmp_path / "run"))
+    assert not known or again.fingerprint == before
+
+
 def test_parts_of_a_data_set_are_all_taken_without_labels_which_is_said(tmp_path, capsys):
     for part in ("train", "test", "annotations"):
         (tmp_path / "set" / part).mkdir(parents=True)

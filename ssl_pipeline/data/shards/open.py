@@ -274,7 +274,15 @@ def open_shards(
     else:
         listed = list_shards(source)
         place = find_index(listed, image_key)
-        catalogue = verified_catalogue(listed, place, image_key=image_key)
+        try:
+            catalogue = verified_catalogue(listed, place, image_key=image_key)
+        except DataError as error:
+            images = packed_from(listed.folder)
+            if images is None:
+                raise
+            again = f"Delete the folder '{listed.folder}' and run the same command again: {images} is packed anew."
+            told = str(error).partition(". ")[0]  # without what to do with shards of others
+            raise DataError(f"What was packed from {images} is damaged: {told}. {again}") from None
         index = ShardIndex(listed.folder, place, catalogue, image_key=image_key)
     _check_passed_over(index, budget)
     return index
