@@ -109,7 +109,7 @@ def test_a_packed_shard_that_is_damaged_is_told_with_the_folder_and_packed_anew(
     shard = next(shards.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:700])
     told = (
-        rf"What was packed from {photos} is damaged: .*\. Delete the folder '{shards}' and run the same command again"
+        rf"What was packed from {photos} is damaged: .*\. Delete the folder '{shards}' and run the same command"
     )
     with pytest.raises(DataError, match=told) as error:
         open_shards(shards)
