@@ -36,7 +36,7 @@ from ssl_pipeline.config.base import (
 from ssl_pipeline.config.changes import Change, MayChange, changes
 from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for, without_number
 from ssl_pipeline.config.help import help_page
-from ssl_pipeline.config.printing import launched_processes, launched_rank, printable
+from ssl_pipeline.config.printing import bar_interval, launched_processes, launched_rank, printable
 from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, Seed, Width
 from ssl_pipeline.config.recipes import COMPARISONS, LISTED_BY, RECIPES, SELF_TRAINING, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
@@ -62,6 +62,7 @@ __all__ = [
     "Value",
     "Width",
     "at_home",
+    "bar_interval",
     "changes",
     "dump",
     "failure_sentence",

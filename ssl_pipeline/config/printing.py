@@ -45,6 +45,13 @@ def note(text: str) -> None:
         print(printable(f"note: {text}"), file=sys.stderr, flush=True)
 
 
+def bar_interval() -> float:
+    """Seconds between two states of a progress bar on stderr: a terminal shows one in place of the other, a file keeps
+    them all.
+    """
+    return 0.1 if sys.stderr.isatty() else 30.0
+
+
 def _escaped(character: str) -> str:
     if character.isprintable() or unicodedata.category(character) not in CONTROLS:
         return character

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_pipeline.augment.draw import ViewSampler
+from ssl_pipeline.config import bar_interval
 from ssl_pipeline.data.bad_samples import BadSample
 from ssl_pipeline.data.batches import DecodedImages, ImageTable, StreamBatch
 from ssl_pipeline.data.decode_reader import DecodedReader
@@ -110,7 +111,13 @@ def decode_all(
     labels, ids = torch.empty(shape, dtype=dtype).numpy(), np.empty(len(index), np.int64)
     bad, done = dict[int, list[BadSample]](), 0
     with tqdm(
-        total=len(index), desc=f"decoding {index.called}", unit="image", leave=False, delay=1.0, disable=rank > 0
+        total=len(index),
+        desc=f"decoding {index.called}",
+        unit="image",
+        leave=False,
+        delay=1.0,
+        mininterval=bar_interval(),
+        disable=rank > 0,
     ) as bar:
         for tensors, notes in read:
             batch = StreamBatch.over(tensors, notes)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from ssl_pipeline.config import bar_interval
 from ssl_pipeline.distributed import rank
 
 Item = TypeVar("Item")
@@ -17,7 +18,8 @@ Bar = tqdm
 
 def progress_bar(total: int, description: str, *, unit: str) -> Bar:
     """A bar that appears after a second, and goes when its block is left."""
-    return tqdm(total=total, desc=description, unit=unit, leave=False, delay=1.0, disable=rank() > 0)
+    hidden, interval = rank() > 0, bar_interval()
+    return tqdm(total=total, desc=description, unit=unit, leave=False, delay=1.0, mininterval=interval, disable=hidden)
 
 
 def counted(items: Sequence[Item], description: str, *, unit: str) -> Iterator[Item]:

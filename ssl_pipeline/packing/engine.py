@@ -16,7 +16,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, bar_interval
 from ssl_pipeline.files import JSON
 from ssl_pipeline.packing.processes import run_in_processes
 from ssl_pipeline.packing.ray_engine import run_on_ray
@@ -102,7 +102,8 @@ def map_tasks(
     """
     results = {} if journal is None else journal.read()
     left = [number for number in range(len(tasks)) if number not in results]
-    with tqdm(total=sum(sizes), initial=sum(sizes[number] for number in results), desc=description, unit=unit) as bar:
+    done = sum(sizes[number] for number in results)
+    with tqdm(total=sum(sizes), initial=done, desc=description, unit=unit, mininterval=bar_interval()) as bar:
         for place, result in _outcomes(function, [tasks[number] for number in left], engine, gpus):
             number = left[place]
             results[number] = result

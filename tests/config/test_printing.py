@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from ssl_pipeline.config import Config, ConfigError, run_command
+from ssl_pipeline.config import Config, ConfigError, bar_interval, run_command
 from ssl_pipeline.config.printing import LONGEST_LINE, printable
 from ssl_pipeline.run.tracking import ProgressLines
 
@@ -74,3 +74,9 @@ def test_progress_lines_are_escaped():
     stream = io.StringIO()
     ProgressLines(stream, total_steps=1, first_step=0).message(f"Reading {EVIL}")
     assert stream.getvalue() == f"Reading {TAMED}\n"
+
+
+def test_a_bar_in_a_file_is_shown_now_and_then(monkeypatch):
+    assert bar_interval() >= 10  # the stream of a test is no terminal
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert bar_interval() < 1

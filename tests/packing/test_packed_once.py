@@ -108,9 +108,7 @@ def test_a_packed_shard_that_is_damaged_is_told_with_the_folder_and_packed_anew(
         before = open_shards(shards).fingerprint
     shard = next(shards.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:700])
-    told = (
-        rf"What was packed from {photos} is damaged: .*\. Delete the folder '{shards}' and run the same command"
-    )
+    told = rf"What was packed from {photos} is damaged: .*\. Delete the folder '{shards}' and run the same command"
     with pytest.raises(DataError, match=told) as error:
         open_shards(shards)
     assert "opy" not in str(error.value)

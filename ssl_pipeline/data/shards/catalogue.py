@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ssl_pipeline.config import bar_interval
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.listing import ShardList
 from ssl_pipeline.data.shards.rows import COLUMNS, ShardEntry, index_shard
@@ -147,9 +148,11 @@ def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
 def map_shards(function: Callable[[Path], Result], shards: Sequence[Path], *, description: str) -> list[Result]:
     """`function` of every shard, several at a time, with a progress bar where there is something to wait for."""
     total = sum(shard.stat().st_size for shard in shards)
-    threads = min(8, os.cpu_count() or 1)
+    threads, interval = min(8, os.cpu_count() or 1), bar_interval()
     with (
-        tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, delay=1.0) as bar,
+        tqdm(
+            total=total, desc=description, unit="B", unit_scale=True, leave=False, delay=1.0, mininterval=interval
+        ) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         futures = [pool.submit(function, shard) for shard in shards]

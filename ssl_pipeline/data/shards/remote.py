@@ -20,6 +20,7 @@ import fsspec
 from fsspec.callbacks import Callback
 from tqdm import tqdm
 
+from ssl_pipeline.config import bar_interval
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import (
     Catalogue,
@@ -150,7 +151,8 @@ class RemoteShards:
         say_if_made_again(self.place)
         entries = []
         total = sum(shard.bytes for shard in shards)
-        with tqdm(total=total, desc="fetching and indexing shards", unit="B", unit_scale=True, leave=False) as bar:
+        description, interval = "fetching and indexing shards", bar_interval()
+        with tqdm(total=total, desc=description, unit="B", unit_scale=True, leave=False, mininterval=interval) as bar:
             for shard in shards:
                 with self.open(shard):
                     entry, rows = index_shard(self._path(shard), shard.name, image_key=self.image_key)
