@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.exported import takes_export
-from ssl_pipeline.backbones.weights import find_in_run, tensors_of
+from ssl_pipeline.backbones.weights import find_in_run, require_floats, tensors_of
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import write_tensors
 
@@ -75,6 +75,7 @@ def load_classifier(directory: Path) -> tuple[nn.Linear, tuple[str, ...] | None]
         raise ConfigError(f"{directory} holds no {FILE_NAME}: the run's method learnt no classifier.") from None
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is no linear classifier ({str(error).splitlines()[0]}).") from None
+    require_floats(state.items(), source=str(path))
     return classifier, tuple(names) if names is not None else None
 
 

@@ -14,7 +14,7 @@ from ssl_pipeline.backbones.exported import exported_step, takes_export
 from ssl_pipeline.backbones.files import load_backbone
 from ssl_pipeline.backbones.networks import Backbone
 from ssl_pipeline.backbones.preprocessing import Preprocessing
-from ssl_pipeline.backbones.weights import Origin, find_in_run, tensors_of
+from ssl_pipeline.backbones.weights import Origin, find_in_run, require_floats, tensors_of
 from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoint_files import Checkpoint
@@ -82,10 +82,13 @@ def load_from_checkpoint(run: Path, *, which: str | None = None, step: int | Non
 def _build(checkpoint: Checkpoint, saved: SavedBackbone) -> Backbone:
     """The network that its config describes, with the tensors of the checkpoint in place of those it began with."""
     backbone = create_backbone(validate(BackboneConfig, architecture_of(saved.config)))
+    tensors = tensors_of(checkpoint, saved.prefix)
     try:
-        backbone.load_state_dict(tensors_of(checkpoint, saved.prefix))
+        backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise ConfigError(
             f"{checkpoint.path} holds a backbone that this version builds otherwise: {' '.join(str(error).split())}."
         ) from None
+    weights = ((name, tensors[name]) for name, own in backbone.state_dict().items() if own.is_floating_point())
+    require_floats(weights, source=str(checkpoint.path))
     return backbone

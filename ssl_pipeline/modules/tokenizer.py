@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import ARCHITECTURE, Backbone, BackboneConfig, create_backbone
 from ssl_pipeline.backbones.dalle_encoder import ResidualBlock, initialise_convolutions
+from ssl_pipeline.backbones.weights import require_floats
 from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.files import JSON, write_tensors
 
@@ -129,6 +130,8 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, Channels, Channels]:
         std_red, std_green, std_blue = map(float, about["std"])
         tokenizer.encoder.model.load_state_dict(_under(state, "encoder."))
         tokenizer.head.load_state_dict(_under(state, "head."))
+        counters = "num_batches_tracked"
+        require_floats((item for item in state.items() if not item[0].endswith(counters)), source=str(path))
     except FileNotFoundError:
         raise ConfigError(f"There is no tokenizer {path}. {TRAIN}") from None
     except ConfigError:

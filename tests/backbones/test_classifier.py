@@ -45,3 +45,16 @@ def test_a_truncated_file_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(ConfigError, match="is no linear classifier"):
         load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.full((2, 3), float("nan")), "weight is not finite"),
+        (torch.ones(2, 3, dtype=torch.int8), "weight is int8"),
+    ],
+)
+def test_a_classifier_that_is_no_finite_floats_is_refused(tmp_path, weight, said):
+    safetensors.torch.save_file({"weight": weight}, tmp_path / "classifier.safetensors")
+    with pytest.raises(ConfigError, match=said):
+        load_classifier(tmp_path)

@@ -10,8 +10,16 @@ import pytest
 import torch
 
 import ssl_pipeline
-from ssl_pipeline.backbones import BackboneConfig, create_backbone, load_backbone, load_from_checkpoint, save_backbone
+from ssl_pipeline.backbones import (
+    BackboneConfig,
+    create_backbone,
+    load_backbone,
+    load_from_checkpoint,
+    runs,
+    save_backbone,
+)
 from ssl_pipeline.backbones.exported import about_weights, exported_step
+from ssl_pipeline.backbones.weights import tensors_of
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval import knn
@@ -273,3 +281,12 @@ def test_what_is_picked_has_a_report_of_its_own(tmp_path, dino, shards):
         "knn-student-step-2.json": "student of checkpoints/step-00000002",
     }
     assert len(list((output / "eval" / "cache").iterdir())) == 3, "teacher and student have features of their own"
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_measured(dino, monkeypatch):
+    def broken(checkpoint, prefix):
+        return {name: tensor * float("nan") for name, tensor in tensors_of(checkpoint, prefix).items()}
+
+    monkeypatch.setattr(runs, "tensors_of", broken)
+    with pytest.raises(ConfigError, match=r"\S+3: \S+ is not finite"):
+        load_from_checkpoint(dino.output.path)

@@ -47,6 +47,15 @@ def test_a_file_brings_the_tokenizer_back(backbone, tmp_path):
     assert torch.equal(loaded.eval()(images), network(images))
 
 
+def test_a_tokenizer_that_is_not_finite_is_refused(tmp_path):
+    network, path = tokenizer(CNN), tmp_path / "tokenizer.safetensors"
+    with torch.no_grad():
+        next(network.head.parameters()).fill_(float("nan"))
+    save_tokenizer(path, network, mean=MEAN, std=STD)
+    with pytest.raises(ConfigError, match=r"head\.\S+ is not finite"):
+        load_tokenizer(path)
+
+
 def official_encoder(state, images, num_blocks=8):
     """DALL-E's encoder from the released names, without `.w`'s module: the paper's residual blocks, written out."""
 

@@ -1,6 +1,6 @@
 """Weights of any origin into a timm network: `sources` (tag, file or run), `reading` (a file's tensors), `layouts` (the
-names that others use, as tables), `matching` (which network in the file, under which layout), `fitting` (values),
-`loading` (all tensors, or an error)."""
+names that others use, as tables), `matching` (which network in the file, under which layout), `fitting` (shapes),
+`values` (their numbers), `loading` (all tensors, or an error)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ssl_pipeline.backbones.weights.sources import (
     to_be_fetched,
     without_name,
 )
+from ssl_pipeline.backbones.weights.values import require_floats
 
 __all__ = [
     "RANDOM",
@@ -30,6 +31,7 @@ __all__ = [
     "load_source",
     "load_weights",
     "read_tensors",
+    "require_floats",
     "require_place",
     "tensors_of",
     "to_be_fetched",

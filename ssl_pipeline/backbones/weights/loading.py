@@ -14,6 +14,7 @@ from ssl_pipeline.backbones.small_stem import SIDE, shrink_stem, takes_small_ste
 from ssl_pipeline.backbones.weights.fitting import fit
 from ssl_pipeline.backbones.weights.layouts import ARCHITECTURES
 from ssl_pipeline.backbones.weights.matching import Match, count_parts, find_network, part_of
+from ssl_pipeline.backbones.weights.values import require_floats
 from ssl_pipeline.config import ConfigError
 
 SHOWN = 3  # names in an error
@@ -39,7 +40,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
 
     source: names the file in errors. network: "teacher" or "student", where there are both; by default the one that the
     method's authors evaluate. A position table of another size is resampled. What is left must be a known part beside
-    the network (a head, a decoder, ...). Raises ConfigError otherwise, with the network unchanged.
+    the network (a head, a decoder, ...), and what is taken must be finite floats, but for the network's counters.
+    Raises ConfigError otherwise, with the network unchanged.
     """
     try:
         match = find_network(tensors, model, network=network)
@@ -57,8 +59,24 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     if problems:
         hint = _hint(fitted, own) or _what_would_fit(tensors, own)
         raise ConfigError(f"{source} does not fit: {'; '.join(problems)}.{hint}")
+    unused = set(left)
+    require_floats(
+        (
+            (original, tensors[original])
+            for name, original in match.original_of.items()
+            if original not in unused and _is_weight(name, own)
+        ),
+        source=source,
+    )
     model.load_state_dict({name: fitted[name] for name in own})
     return Taken(len(tensors) - len(left), len(tensors), count_parts(left, match.root))
+
+
+def _is_weight(name: str, own: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor becomes one of the network's numbers, or a part of one; counters and masks do not."""
+    if name in own:
+        return own[name].is_floating_point()
+    return not name.endswith("bias_mask")
 
 
 def _problems(fitted: Mapping[str, Tensor], own: Mapping[str, Tensor], unknown: list[str]) -> list[str]:

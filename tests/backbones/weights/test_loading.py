@@ -175,6 +175,64 @@ def test_a_half_precision_file_fills_a_network_of_full_precision(tmp_path):
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
 
 
+def quantised(value: torch.Tensor) -> torch.Tensor:
+    return (value * 100).to(torch.int8)
+
+
+def with_one(number: float, dtype: torch.dtype = torch.float32):
+    def change(value: torch.Tensor) -> torch.Tensor:
+        value = value.to(dtype)
+        value.view(-1)[7] = number
+        return value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (quantised, "is int8"),
+        (lambda value: value.to(torch.complex64), "is complex64"),
+        (lambda value: value.to(torch.float8_e4m3fn), "is float8_e4m3fn"),
+        (with_one(float("nan")), "is not finite"),
+        (with_one(float("-inf"), torch.bfloat16), "is not finite"),
+        (with_one(1e300, torch.float64), "is not finite"),  # in float32
+    ],
+)
+def test_weights_that_are_no_finite_floats_are_refused_by_name(tmp_path, change, said):
+    state = dict(random_network(RESNET, **RESNET_ARGUMENTS).state_dict())
+    name = next(name for name in state if name.endswith("conv2.weight"))
+    changed = {f"module.{own}": change(value) if own == name else value for own, value in state.items()}
+    text = error_of(write(tmp_path / "w.pth", changed), name=RESNET, arguments=RESNET_ARGUMENTS)
+    assert f"module.{name} {said}" in text
+
+
+def test_a_part_of_what_is_joined_has_the_name_that_the_file_gives_it(tmp_path):
+    state = official.hugging_face_vit(random_network(NAME, **VIT).state_dict())
+    name = next(name for name in state if name.endswith("key.weight"))
+    text = error_of(write(tmp_path / "w.pth", dict(state) | {name: with_one(float("nan"))(state[name])}))
+    assert f"{name} is not finite" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_any_width_and_whole_numbers_that_count_are_taken(tmp_path, dtype):
+    state = random_network(RESNET, **RESNET_ARGUMENTS).state_dict()
+    wide = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    assert {value.dtype for value in wide.values()} == {dtype, torch.int64}  # batch norm's counters
+    file = write(tmp_path / "w.pth", wide)
+    taken = start_from(file, name=RESNET, arguments=RESNET_ARGUMENTS)
+    assert taken.origin.text.endswith(f"took {len(wide)} of {len(wide)} tensors")
+
+
+def test_what_is_left_in_a_file_may_be_anything(tmp_path):
+    state = random_network(RESNET, **RESNET_ARGUMENTS).state_dict()
+    head = {"fc.weight": torch.full((3, 4), float("nan")), "fc.bias": torch.zeros(3, dtype=torch.int8)}
+    assert (
+        "2 of the head"
+        in start_from(write(tmp_path / "w.pth", state | head), name=RESNET, arguments=RESNET_ARGUMENTS).origin.text
+    )
+
+
 def test_nothing_is_changed_by_a_file_that_does_not_fit(tmp_path):
     from ssl_pipeline.backbones.weights import load_weights
 
