@@ -109,7 +109,9 @@ def check_shard(path: Path, *, decode: bool, image_key: str | None = None) -> Ch
         return Checked(None, [str(error)])
     problems, passed_over = list[str](), list[str]()
     if entry.passed_over:
-        passed_over.append(f"{entry.example} ({entry.passed_over:,} such samples are passed over)")
+        passed_over.append(
+            f"{entry.example} ({entry.passed_over:,} of {entry.samples + entry.passed_over:,} samples are passed over)"
+        )
     invalid = rows[rows[:, 2] == INVALID_LABEL]
     if len(invalid):
         first = _key(path, int(invalid[0, 3]))

@@ -125,6 +125,6 @@ def test_what_is_passed_over_and_odd_labels_are_problems(tmp_path: Path, capsys:
     first, second, last, written = capsys.readouterr().out.splitlines()
     assert written == f"wrote {tmp_path / 'manifest.json'}"  # a run passes them over too
     assert first.startswith("Shard 'a.tar', key 'b', byte 1024: a sample needs one image")
-    assert first.endswith("(2 such samples are passed over)")
+    assert first.endswith("It has .cls. The same is wrong with 1 more. (2 of 3 samples are passed over)")
     assert second == "Shard 'a.tar', key 'a': a label that is no whole number of 64 bits (1 such labels)."
     assert last.endswith("2 problems")

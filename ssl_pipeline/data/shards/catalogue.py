@@ -102,7 +102,7 @@ def say_if_made_again(place: Path) -> None:
 
 
 def no_samples(source: str, entries: Sequence[ShardEntry]) -> DataError:
-    example = next((entry.example for entry in entries if entry.example), "")
+    example = max(entries, key=lambda entry: entry.passed_over).example
     several = "s" * (len(entries) != 1)
     return DataError(f"'{source}' holds {len(entries)} shard{several} and no sample.{f' {example}' if example else ''}")
 

@@ -296,7 +296,7 @@ def _check_passed_over(index: ShardIndex, budget: float) -> None:
     )
     if not passed_over and not others:
         return
-    example = next((text for text in table.example if text), "")
+    example = table.example[int(table.passed_over.argmax())] if passed_over else ""
     allowed = max(FEW_PASSED_OVER, int(budget * (samples + passed_over))) if budget > 0 else 0
     if passed_over > min(allowed, samples):
         raise DataError(

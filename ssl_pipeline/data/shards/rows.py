@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,8 @@ LABEL_KEYS = ("label", "cls")  # of a .json member
 NO_LABEL, INVALID_LABEL = -1, -2  # without one; with one that is no whole number of 64 bits
 COLUMNS = 6
 SIZE = slice(4, 6)  # the columns of height and width
-MAX_EXAMPLE = 400  # letters
+MAX_EXAMPLE, MAX_HINT = 300, 100  # letters
+MAX_REASONS = 100  # why samples are passed over, counted apart
 MAX_LABEL_BYTES = 1 << 24
 
 
@@ -31,8 +34,9 @@ class ShardEntry:
     """One shard as it was when it was indexed.
 
     image_bytes: of its image files. pixel_bytes: of the images when they are decoded, three per pixel. widest: pixels
-    of its longest row. passed_over: samples without an image, or with several; example: what is wrong with the first.
-    other_files: single files that belong to no sample, such as a README.
+    of its longest row. passed_over: samples without an image, or with several. other_files: single files that belong to
+    no sample, such as a README. example: what is wrong with most of what is passed over, by the first such sample; of a
+    shard of other files alone, what they are.
     """
 
     name: str
@@ -58,7 +62,8 @@ class ShardRows:
         self.image_keys = None if image_key is None else image_key.lower().split(";")
         self.rows = list[tuple[int, ...]]()
         self.passed_over = self.other_files = 0
-        self.example = ""
+        self._reasons = dict[tuple[str, ...], tuple[int, str, str]]()  # how often, and the example in two parts
+        self._others = Counter[str]()
 
     def read(self) -> None:
         """Adjacent members of one key are a sample, in the order of the file."""
@@ -67,12 +72,26 @@ class ShardRows:
         for member in walk(self.data, shard=self.shard):
             key, extension = split_name(member.name)
             if not key:
+                self._count_other(member.name)
                 continue
             if key != current:
                 self._add(current, members, seen)
                 current, members = key, []
             members.append((extension, member))
         self._add(current, members, seen)
+
+    def example(self) -> str:
+        """What is wrong with most of the samples that are passed over, with their number; "" where nothing is."""
+        if self._reasons:
+            count, what, hint = max(self._reasons.values(), key=lambda reason: reason[0])
+            more = f" The same is wrong with {count - 1:,} more." if count > 1 else ""
+            return f"{what}{more}{hint}"
+        if self.rows:
+            return ""
+        if not self._others:
+            return f"Shard '{self.shard}' holds no file."
+        held = ", ".join(f"{count:,} {extension}" for extension, count in self._others.most_common(5))
+        return f"Shard '{self.shard}' holds no image ({_dotted(self.image_keys or IMAGE_EXTENSIONS)}), but {held}."
 
     def _add(self, key: str, members: list[tuple[str, Member]], seen: set[str]) -> None:
         if not members:
@@ -82,16 +101,19 @@ class ShardRows:
             found.setdefault(extension, member)
         images = self._images(found)
         if key in seen:
-            self._pass_over(f"Shard '{self.shard}' has the key '{key}' twice, again at byte {start}.")
+            self._pass_over(("key",), f"Shard '{self.shard}' has the key '{key}' twice, again at byte {start}.")
         elif len(found) != len(members):
             twice = next(member for number, (name, member) in enumerate(members) if name in dict(members[:number]))
-            self._pass_over(f"Shard '{self.shard}' has the member {twice.name!r} twice, again at byte {twice.start}.")
+            what = f"Shard '{self.shard}' has the member {twice.name!r} twice, again at byte {twice.start}."
+            self._pass_over(("member",), what)
         elif (
             not images and len(members) == 1 and members[0][0] not in LABEL_EXTENSIONS and not _is_image(members[0][0])
         ):
             self.other_files += 1
+            self._count_other(members[0][1].name)
         elif len(images) != 1:
-            self._pass_over(self._what_is_wrong(key, start, found))
+            reason = ("extensions", *sorted(found))
+            self._pass_over(reason, *self._what_is_wrong(key, start, found))
         else:
             (image,) = images
             size = decoded_size(self.data, image.offset, image.offset + image.size)
@@ -104,19 +126,30 @@ class ShardRows:
             return [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
         return [members[name] for name in self.image_keys if name in members][:1]
 
-    def _what_is_wrong(self, key: str, start: int, members: dict[str, Member]) -> str:
-        needed = self.image_keys or IMAGE_EXTENSIONS
+    def _what_is_wrong(self, key: str, start: int, members: dict[str, Member]) -> tuple[str, str]:
         choices = [extension for extension in members if _is_image(extension)]
         hint = f" Choose by data.image_key={choices[0]}." if choices and self.image_keys is None else ""
         return (
             f"Shard '{self.shard}', key '{key}', byte {start}: a sample needs one image "
-            f"({', '.join('.' + extension for extension in needed)}). It has "
-            f"{', '.join('.' + extension for extension in list(members)[:10])}.{hint}"
-        )
+            f"({_dotted(self.image_keys or IMAGE_EXTENSIONS)}). It has {_dotted(list(members)[:10])}."
+        ), hint
 
-    def _pass_over(self, reason: str) -> None:
+    def _pass_over(self, reason: tuple[str, ...], what: str, hint: str = "") -> None:
+        """Count a sample that is passed over; of each reason the first one is kept in words."""
         self.passed_over += 1
-        self.example = self.example or reason[:MAX_EXAMPLE]
+        if reason in self._reasons:
+            count, *told = self._reasons[reason]
+            self._reasons[reason] = (count + 1, told[0], told[1])
+        elif len(self._reasons) < MAX_REASONS:
+            self._reasons[reason] = (1, what[:MAX_EXAMPLE], hint[:MAX_HINT])
+
+    def _count_other(self, name: str) -> None:
+        """Count a file that belongs to no sample by the end of its name."""
+        extension = (
+            f".{name.rpartition('.')[2].lower()[:20]}" if "." in name.rpartition("/")[2] else "without extension"
+        )
+        if extension in self._others or len(self._others) < MAX_REASONS:
+            self._others[extension] += 1
 
 
 def index_shard(
@@ -151,7 +184,7 @@ def index_shard(
         widest=int(array[:, SIZE.stop - 1].max(initial=0)),
         passed_over=found.passed_over,
         other_files=found.other_files,
-        example=found.example,
+        example=found.example(),
     )
     return entry, array
 
@@ -179,6 +212,10 @@ def split_name(name: str) -> tuple[str, str]:
     if not (stem and dot and extension) or any(part.startswith("__") for part in name.split("/")):
         return "", ""
     return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _dotted(extensions: Sequence[str]) -> str:
+    return ", ".join(f".{extension}" for extension in extensions)
 
 
 def _is_image(extension: str) -> bool:

@@ -87,6 +87,45 @@ def test_shards_of_samples_without_an_image_say_why(tmp_path: Path, write_tar: W
         open_shards(f"{tmp_path}/*.tar")
 
 
+def test_the_commonest_reason_is_told_with_its_count_and_its_hint(tmp_path: Path, write_tar: WriteTar) -> None:
+    pairs = {f"s{number:02d}.{side}.jpg": b"1" for number in range(40) for side in "ab"}
+    write_tar(tmp_path / "a.tar", {"README.md": b"1", "info.json": b"{}"} | pairs)
+    with pytest.raises(DataError) as error:
+        open_shards(tmp_path)
+    assert str(error.value) == (
+        f"'{tmp_path}' holds 1 shard and no sample. Shard 'a.tar', key 's00', byte 2048: a sample needs one image "
+        "(.jpg, .jpeg, .png, .webp). It has .a.jpg, .b.jpg. The same is wrong with 39 more. "
+        "Choose by data.image_key=a.jpg."
+    )
+    assert len(open_shards(tmp_path, image_key="a.jpg")) == 40
+
+
+def test_the_shard_with_most_of_what_is_passed_over_tells_why(tmp_path: Path, write_tar: WriteTar) -> None:
+    write_tar(tmp_path / "a.tar", {"info.json": b"{}"})
+    write_tar(tmp_path / "b.tar", {f"{number}.a.jpg": b"1" for number in range(3)})
+    with pytest.raises(DataError, match=r"2 shards and no sample\. Shard 'b\.tar'.* with 2 more\. Choose"):
+        open_shards(tmp_path)
+    write_tar(tmp_path / "c.tar", {f"{number}.jpg": b"1" for number in range(3)})
+    with pytest.raises(DataError, match=r"4 of 7 samples .* allows\. Shard 'b\.tar'"):
+        open_shards(f"{tmp_path}/*.tar")
+
+
+@pytest.mark.parametrize(
+    ("names", "held"),
+    [
+        ([f"{number}.txt" for number in range(40)], ", but 40 .txt."),
+        (["a.txt", "b.txt", "folder/Name", "d.JSON.gz"], ", but 2 .txt, 1 without extension, 1 .gz."),
+        ([], "holds no file."),
+    ],
+)
+def test_shards_of_other_files_say_what_they_hold(
+    tmp_path: Path, write_tar: WriteTar, names: list[str], held: str
+) -> None:
+    write_tar(tmp_path / "a.tar", dict.fromkeys(names, b"1"))
+    with pytest.raises(DataError, match=f"no sample. Shard 'a.tar' .*{re.escape(held)}$"):
+        open_shards(tmp_path)
+
+
 def test_the_image_key_chooses(tmp_path: Path, write_tar: WriteTar, encoded: Encoded) -> None:
     members = {}
     for number in range(4):
