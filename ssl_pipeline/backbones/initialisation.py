@@ -81,6 +81,11 @@ def fix_positions(model: VisionTransformer, *, first_half: Literal["column", "ro
     positions: nn.Parameter | None = getattr(model, "pos_embed", None)
     if positions is None:
         raise ConfigError("backbone.fixed_positions needs a ViT with a position table, and this one has none.")
+    if model.embed_dim % 4:
+        raise ConfigError(
+            "backbone.fixed_positions needs a ViT whose width is a multiple of 4, for sines and cosines of rows and "
+            f"columns. Got {model.embed_dim}; set backbone.arguments.embed_dim, or backbone.fixed_positions=false."
+        )
     grid = model.patch_embed.grid_size
     positions.zero_()
     table = sincos_position_embedding(model.embed_dim, grid, class_token=False, first_half=first_half)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import InRange
+from ssl_pipeline.config import Depth, InRange
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead
@@ -38,7 +38,7 @@ class DINOv2Config(TokenDistillationConfig):
     name: Literal["dinov2"]
     patch_head: Literal["shared", "separate"] = "shared"
     """Whether patches have a head of their own (`ibot.separate_head` of the official code)."""
-    patch_head_layers: int | None = Field(None, ge=1)
+    patch_head_layers: Depth | None = None
     """Linear layers of a patch head of its own; null: as the class head's."""
     fixed_prototype_scale: bool = False
     """Whether all prototypes have length 1; the official code trains their lengths."""

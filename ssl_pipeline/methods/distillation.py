@@ -29,7 +29,7 @@ from ssl_pipeline.backbones.known import known_of
 from ssl_pipeline.backbones.tokens.base import TimmModel
 from ssl_pipeline.backbones.weights.sources import is_tag
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError
+from ssl_pipeline.config import Config, ConfigError, Depth, Width
 from ssl_pipeline.losses import feature_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.heads import MLPHead
@@ -54,9 +54,9 @@ class DistillationConfig(Config):
     """What the loss on the features of an image measures."""
     patch_distance: Distance = "cosine"
     """What the loss on the features of patches measures."""
-    projector_layers: int = Field(1, ge=1)
+    projector_layers: Depth = 1
     """Linear layers from the student's width to the teacher's, for images and for patches on their own."""
-    projector_hidden_dim: int = Field(2048, gt=0)
+    projector_hidden_dim: Width = 2048
     """Width of the projectors' hidden layers."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rate from one block of a ViT to the one before it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, TokenBackbone, require_tokens
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, ConfigError, InRange
+from ssl_pipeline.config import Config, ConfigError, Depth, InRange, Width
 from ssl_pipeline.distributed import mean_over_ranks
 from ssl_pipeline.losses import gumbel_softmax, logit_laplace_loss, uniform_kl_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
@@ -39,11 +39,11 @@ class DVAEConfig(Config):
     """Weight of the divergence of a cell's codes from evenly used ones."""
     average_momentum: float = Field(0.999, ge=0, lt=1)
     """Share of the averaged tokenizer, the one that is exported, that an update keeps."""
-    decoder_hidden_dim: int = Field(256, gt=0)
+    decoder_hidden_dim: Width = 256
     """Width of the decoder's last blocks; each group before them is twice as wide."""
-    decoder_first_dim: int = Field(128, gt=0)
+    decoder_first_dim: Width = 128
     """Width of what the decoder makes of a mixture of codes."""
-    decoder_blocks: int = Field(2, ge=1)
+    decoder_blocks: Depth = 2
     """Blocks in each group of the decoder."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, TokenBackbone
 from ssl_pipeline.batch import Batch, MaskRule, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config import Config, Depth, InRange, Width
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import PrototypeHead, WeightNormLinear
@@ -37,11 +37,11 @@ class IBOTConfig(Config):
     own behind its MLP (the official code without it), or a head of their own."""
     num_patch_prototypes: int | None = Field(None, gt=1)
     """Prototypes for patches where they have their own; null: as many as for class tokens."""
-    head_hidden_dim: int = Field(2048, gt=0)
+    head_hidden_dim: Width = 2048
     """Width of the heads' hidden layers."""
-    head_bottleneck_dim: int = Field(256, gt=0)
+    head_bottleneck_dim: Width = 256
     """Width of the heads' normalised bottleneck."""
-    head_layers: int = Field(3, ge=1)
+    head_layers: Depth = 3
     """Linear layers before the prototypes."""
     fixed_prototype_scale: bool = True
     """Whether all prototypes have length 1 (`norm_last_layer` of the official code; false for its ViT-S)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, require_tokens
@@ -32,6 +33,16 @@ class MAEConfig(Config):
     """Blocks of the decoder."""
     decoder_heads: Depth = 16
     """Attention heads of the decoder."""
+
+    @model_validator(mode="after")
+    def _sizes_fit_together(self) -> MAEConfig:
+        step = math.lcm(self.decoder_heads, 4)  # positions are sines and cosines of rows and of columns
+        if self.decoder_dim % step:
+            raise ValueError(
+                f"decoder_dim must be a multiple of 4 and of decoder_heads={self.decoder_heads}. "
+                f"Got {self.decoder_dim}; try decoder_dim={max(round(self.decoder_dim / step), 1) * step}."
+            )
+        return self
 
 
 class MAE(Method):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config import Config, Depth, InRange, Width
 from ssl_pipeline.schedule import Duration
 
 
@@ -16,17 +16,17 @@ class TokenDistillationConfig(Config):
     name: str
     num_prototypes: int = Field(65536, gt=1)
     """Width of the output that student and teacher agree on for class tokens; with a shared head for patches too."""
-    head_hidden_dim: int = Field(2048, gt=0)
+    head_hidden_dim: Width = 2048
     """Width of the class head's hidden layers."""
-    head_bottleneck_dim: int = Field(256, gt=0)
+    head_bottleneck_dim: Width = 256
     """Width of the class head's normalised bottleneck."""
-    head_layers: int = Field(3, ge=1)
+    head_layers: Depth = 3
     """Linear layers of the class head before the prototypes."""
     num_patch_prototypes: int | None = Field(None, gt=1)
     """Prototypes of a patch head of its own; null: as many as for class tokens."""
-    patch_head_hidden: int | None = Field(None, gt=0)
+    patch_head_hidden: Width | None = None
     """Width of its hidden layers; null: as the class head's."""
-    patch_head_bottleneck: int | None = Field(None, gt=0)
+    patch_head_bottleneck: Width | None = None
     """Width of its bottleneck; null: as the class head's."""
     freeze_prototypes_for: Duration = Duration("1ep")
     """How long the student's last layers stay as they were initialised."""

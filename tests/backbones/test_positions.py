@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ssl_pipeline.backbones.positions import resample_positions, sincos_position_embedding
+from ssl_pipeline.config import ConfigError
 from tests.backbones.tiny_vit import tiny_vit
 
 
@@ -81,3 +82,8 @@ def test_positions_stay_in_full_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         inside = resample_positions(table, (4, 4), (3, 3))
     assert torch.equal(inside, resample_positions(table, (4, 4), (3, 3)))
+
+
+def test_fixed_positions_of_a_width_without_quarters_name_the_settings():
+    with pytest.raises(ConfigError, match=r"backbone\.fixed_positions needs .* multiple of 4.* Got 18"):
+        tiny_vit(fixed_positions=True, arguments={"embed_dim": 18, "num_heads": 3})
