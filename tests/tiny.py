@@ -198,14 +198,19 @@ def progress_at(step: int) -> Progress:
     return Progress(step=step, total_steps=10, steps_per_epoch=5)
 
 
-def write_shards(folder: Path, counts: tuple[int, ...] = (20, 17, 11), *, corrupt: tuple[int, ...] = ()) -> Path:
-    """Labelled PNG images of noise in one tar per count; the bytes of the samples in `corrupt` are none."""
+def write_shards(
+    folder: Path, counts: tuple[int, ...] = (20, 17, 11), *, corrupt: tuple[int, ...] = (), cut: tuple[int, ...] = ()
+) -> Path:
+    """Labelled PNG images of noise in one tar per count.
+
+    The bytes of the samples in `corrupt` are none, and those of the samples in `cut` end in the midst of their pixels.
+    """
     folder.mkdir(parents=True)
     sample = 0
     for number, count in enumerate(counts):
         with tarfile.open(folder / f"part-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
             for _ in range(count):
-                image = b"no image at all" if sample in corrupt else _png(sample)
+                image = b"no image at all" if sample in corrupt else _png(sample)[: 100 if sample in cut else None]
                 for name, content in ((f"{sample:04d}.png", image), (f"{sample:04d}.cls", str(sample % 3).encode())):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)

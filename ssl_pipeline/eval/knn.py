@@ -19,9 +19,9 @@ from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
-from ssl_pipeline.eval.labelled import look_at_first, open_labelled, some_of_each_class
+from ssl_pipeline.eval.labelled import open_labelled, some_of_each_class
 from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
-from ssl_pipeline.eval.monitors import MonitorConfig
+from ssl_pipeline.eval.monitors import MonitorConfig, readable_images
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
@@ -265,12 +265,13 @@ class KnnMonitor:
         self.precision: Precision = precision
         val = config.train if config.val is None else config.val
         self.images = open_labelled(config.train, val, task="k-NN", shared=config.val is not None)
-        total = len(self.images.train)
-        count = min(config.images or total, total)
-        self.used: list[int] = [number * total // count for number in range(count)]
+        readable = readable_images(config, "knn", self.images.train, preprocessing.size)
+        count = min(config.images or len(readable), len(readable))
+        self.used = [readable[number * len(readable) // count] for number in range(count)]
+        self.tested = self.used
+        if config.val is not None:
+            self.tested = readable_images(config, "knn", self.images.test, preprocessing.size)
         require_k(config.k, count - (config.val is None))
-        for index in {id(index): index for index in (self.images.train, self.images.test)}.values():
-            look_at_first(index, preprocessing.size)
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""
@@ -279,8 +280,8 @@ class KnnMonitor:
         if self.config.val is None:
             val_ND, val_labels_N = train_MD, train_labels_M
         else:
-            val_ND = self._features(backbone, self.images.test, "validation", None)
-            val_labels_N = self.images.test_labels
+            val_ND = self._features(backbone, self.images.test, "validation", self.tested)
+            val_labels_N = self.images.test_labels[self.tested]
         require_finite(train_MD, what="training images")
         require_finite(val_ND, what="validation images")
         with failing_together(self.device):
@@ -297,7 +298,7 @@ class KnnMonitor:
         percents = mean_over_ranks(hits.float().to(self.device)) * world_size() * 100.0 / len(val_ND)
         return {"knn_top1": percents[0].item(), "knn_top5": percents[1].item()}
 
-    def _features(self, backbone: torch.nn.Module, index: ShardIndex, name: str, samples: list[int] | None) -> Tensor:
+    def _features(self, backbone: torch.nn.Module, index: ShardIndex, name: str, samples: list[int]) -> Tensor:
         return extract_features(
             backbone,
             index,

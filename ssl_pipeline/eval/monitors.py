@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError
+from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import spoken_of
 from ssl_pipeline.eval.accuracy import top_k_accuracy
@@ -37,7 +40,32 @@ class MonitorConfig(Config):
     weights."""
     on_error: Literal["skip", "stop"] = "skip"
     """What happens when it fails during training: `skip` says so in one line, the row says why, and training goes on;
-    `stop` ends the run, which is saved before. What is wrong at the start is always an error."""
+    `stop` ends the run, which is saved before. Images whose head says that they cannot be decoded are left out, and
+    named as the run begins; `stop` refuses them. What else is wrong at the start is always an error."""
+
+
+def readable_images(
+    config: MonitorConfig, name: str, index: ShardIndex, size: int, samples: Sequence[int] | None = None
+) -> list[int]:
+    """The numbers of the images (all, or these `samples`) that the monitor `name` measures, the first one decoded.
+
+    Left out, and named by the first of them, are those whose head says that they cannot be decoded. Raises DataError if
+    `on_error` is stop and there are some, if all are such, and if the first that is left cannot be decoded.
+    """
+    wanted_N = np.arange(len(index)) if samples is None else np.asarray(samples, dtype=np.int64)
+    is_readable_N = index.sizes(wanted_N).all(axis=1)
+    broken = wanted_N[~is_readable_N].tolist()
+    if broken:
+        what = (
+            f"{len(broken):,} of {len(wanted_N):,} images of {index.called} cannot be decoded; the first: "
+            f"{index.read(broken[0]).location}"
+        )
+        if config.on_error == "stop" or len(broken) == len(wanted_N):
+            raise DataError(f"{name}: {what}. Take them out, or set {name}.on_error=skip, which leaves out some.")
+        say([f"{name} leaves out what it cannot measure: {what}."])
+    readable = wanted_N[is_readable_N].tolist()
+    look_at_first(index, size, sample=readable[0])
+    return readable
 
 
 class ClassifierMonitorConfig(MonitorConfig):
@@ -77,8 +105,8 @@ class ClassifierMonitor:
         names = None if labelled is None else labelled.class_names
         where = f"classifier.val={spoken_of(config.val)}"
         labels = classes_of(self.images, where, num_classes=num_classes, names=names)
-        self.labels = torch.from_numpy(labels)
-        look_at_first(self.images, preprocessing.size)
+        self.samples = readable_images(config, "classifier", self.images, preprocessing.size)
+        self.labels = torch.from_numpy(labels)[self.samples]
         if labelled is not None:
             say(shared_warnings(labelled, self.images, train=labelled.called, test=spoken_of(config.val)))
 
@@ -94,6 +122,7 @@ class ClassifierMonitor:
             device=self.device,
             precision=self.precision,
             description="classifier, validation images",
+            samples=self.samples,
         )
         with eval_mode(self.classifier):
             scores = self.classifier(features.to(self.device)).cpu()
@@ -138,7 +167,10 @@ class SpectrumMonitor:
                 f"{count} images of {self.images.called} and {embed_dim} dimensions; leave spectrum out, or raise "
                 "spectrum.images."
             )
-        look_at_first(self.images, preprocessing.size, sample=self.samples[0])
+        if config.val is None:  # what cannot be decoded of the training images is the training's matter
+            look_at_first(self.images, preprocessing.size, sample=self.samples[0])
+        else:
+            readable_images(config, "spectrum", self.images, preprocessing.size)
 
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
         """`rankme`, the same in percent of the largest possible one (`rankme_percent`), and `alpha`."""

@@ -13,8 +13,15 @@ from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.eval import knn, linear
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled
-from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
+from ssl_pipeline.eval.monitors import (
+    ClassifierMonitor,
+    ClassifierMonitorConfig,
+    SpectrumMonitorConfig,
+    readable_images,
+)
 from ssl_pipeline.eval.votes import voted_hits
+from ssl_pipeline.schedule import Progress
+from tests.tiny import write_shards as write_tiny_shards
 
 WriteShards = Callable[..., Path]
 IDENTIFIERS = [3_000_000_000, 7, 9_000_000_000_000]
@@ -123,6 +130,22 @@ def test_the_classifiers_classes_are_compared_by_name(
     assert capsys.readouterr().err == ""
     classifier_monitor(labelled, labelled)
     assert "3 of 3 images" in capsys.readouterr().err
+
+
+def test_a_classifiers_images_that_are_none_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_tiny_shards(tmp_path / "images", (5,), corrupt=(1, 3))
+    monitor = classifier_monitor(images, write_tiny_shards(tmp_path / "labelled", (3,)))
+    assert monitor.labels.tolist() == [0, 2, 1]
+    assert "classifier leaves out what it cannot measure: 2 of 5 images" in capsys.readouterr().err
+    means = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    assert monitor(means, Progress(0, 1, 1.0)).keys() == {"classifier_top1", "classifier_top5"}
+
+
+def test_images_of_which_all_are_none_are_refused(tmp_path: Path) -> None:
+    images = write_tiny_shards(tmp_path / "images", (2,), corrupt=(0, 1))
+    config = SpectrumMonitorConfig(every="1ep", val=str(images))
+    with pytest.raises(DataError, match=r"spectrum: 2 of 2 images of .* cannot be decoded; the first: part-0"):
+        readable_images(config, "spectrum", open_shards(images), 16)
 
 
 def test_the_first_image_is_decoded_before_training(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def knn(train: Path, val: Path) -> list[str]:
 
 
 def test_a_validation_image_that_is_broken_costs_no_checkpoint(tmp_path, shards, pretrain):
-    val = write_shards(tmp_path / "val", (6,), corrupt=(4,))
+    val = write_shards(tmp_path / "val", (6,), cut=(4,))
     code, printed, found = pretrain(*knn(shards, val))
     assert code == 0, printed
     assert "knn is skipped at step 2 (on_error=skip): Cannot decode part-000000.tar, key '0004'" in printed
@@ -211,7 +211,7 @@ def test_a_validation_image_that_is_broken_costs_no_checkpoint(tmp_path, shards,
 
 
 def test_a_failing_monitor_may_stop_the_run_which_is_saved(tmp_path, shards, pretrain):
-    val = write_shards(tmp_path / "val", (6,), corrupt=(4,))
+    val = write_shards(tmp_path / "val", (6,), cut=(4,))
     code, printed, found = pretrain(*knn(shards, val), "knn.on_error=stop", "train.save_every=2")
     assert code == 2
     assert "error: Cannot decode part-000000.tar, key '0004'" in printed
@@ -220,10 +220,25 @@ def test_a_failing_monitor_may_stop_the_run_which_is_saved(tmp_path, shards, pre
 
 
 def test_validation_images_are_looked_at_before_training(tmp_path, shards, pretrain):
-    val = write_shards(tmp_path / "val", (6,), corrupt=(0,))
+    val = write_shards(tmp_path / "val", (6,), cut=(0,))
     code, printed, found = pretrain(*knn(shards, val))
     assert (code, found) == (2, [])
     assert "error: Cannot decode part-000000.tar, key '0000'" in printed
+
+
+def test_validation_images_that_are_none_are_left_out_and_named_at_the_start(tmp_path, shards, pretrain):
+    val = write_shards(tmp_path / "val", (6,), corrupt=(0, 4))
+    code, printed, found = pretrain(*knn(shards, val))
+    assert code == 0, printed
+    what = f"2 of 6 images of {val} cannot be decoded; the first: part-000000.tar, key '0000'"
+    assert f"warning: knn leaves out what it cannot measure: {what}" in printed
+    assert printed.count("leaves out") == 1
+    assert "knn_error" not in found[1]
+    assert found[1]["knn_top1"] % 25 == 0, "of four images"
+    (tmp_path / "run").rename(tmp_path / "first")
+    code, printed, found = pretrain(*knn(shards, val), "knn.on_error=stop")
+    assert code == 2
+    assert f"error: knn: {what}" in printed
 
 
 def test_a_run_from_weights_begins_its_log_with_the_start(tmp_path, shards, pretrain):
