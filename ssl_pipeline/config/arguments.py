@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import get_args, get_origin
 
-from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value
+from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value, is_there
 from ssl_pipeline.config.other_name import drop_of_other_name, is_free_mapping
 from ssl_pipeline.config.printing import note
 from ssl_pipeline.config.recipes import read_recipe
@@ -157,12 +157,23 @@ def _value(annotation: object, key: str, text: str) -> Value:
 
 
 def _texts(key: str, text: str) -> Value:
-    """A text as it stands, or several between commas, with or without [ ]; quotes are YAML's, braces keep commas."""
+    """A text as it stands, or several between commas, with or without [ ]; quotes are YAML's, braces keep commas.
+
+    What there is by this name, or in a folder of such a name, is one path, whatever letters it has.
+    """
+    if _is_one_place(text):
+        return text
     if text.startswith("[") and any(quote in text for quote in "'\""):
         return read_yaml(text, where=f"{key}={text}")
     bracketed = text.startswith("[") and text.endswith("]")
     parts = [part.strip() for part in OUTSIDE_BRACES.split(text[1:-1] if bracketed else text)]
     return list(filter(None, parts)) if bracketed or len(parts) > 1 else text
+
+
+def _is_one_place(text: str) -> bool:
+    """Whether a text with commas or brackets is a path: one that there is, or a pattern in a folder of such a name."""
+    folder = str(Path(text).parent)
+    return bool(re.search(r"[,\[]", text)) and (is_there(text) or ("," in folder and is_there(folder)))
 
 
 def assign(tree: Tree, location: Location, value: Value) -> None:

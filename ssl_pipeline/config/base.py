@@ -102,6 +102,14 @@ def at_home(place: str) -> str:
         raise ConfigError(f"There is no home directory for the ~ in '{place}'. Write the whole path.") from None
 
 
+def is_there(place: str) -> bool:
+    """Whether there is a file or directory of this name; what is too long for a path is none."""
+    try:
+        return Path(at_home(place)).exists()
+    except OSError:
+        return False
+
+
 PlaceText = Annotated[str, AfterValidator(at_home)]
 """A path in a setting that may also hold another word, such as `digits`; settings of type Path need no more."""
 

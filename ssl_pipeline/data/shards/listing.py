@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_pipeline.config import ConfigError, at_home
+from ssl_pipeline.config import ConfigError, at_home, is_there
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.rows import IMAGE_EXTENSIONS
 
@@ -80,7 +80,7 @@ def shards_may_be_at(source: object) -> bool:
 def _alternatives(text: str) -> Iterator[str]:
     """The texts that braces stand for: `{a,b}`, and `{000..012}` with as many digits."""
     match = BRACES.search(text)
-    if match is None or Path(text).exists():
+    if match is None or is_there(text):
         yield text
         return
     numbers = RANGE.fullmatch(match[1])

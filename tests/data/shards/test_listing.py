@@ -31,6 +31,33 @@ def test_files_braces_and_lists(shards: Path) -> None:
     assert open_shards([f"{shards}/part-000002.tar", f"{shards}/part-000000.tar"]).key(7) == "0012"
 
 
+@pytest.mark.parametrize("name", ["com,ma", "[set]", "{a,b}", "{a"])
+def test_a_place_that_there_is_is_one_whatever_its_letters(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(shards, folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for text in (str(folder), f"~/{name}", name, f"{folder}/part-000001.tar"):
+        read = load(DataConfig, [f"shards={text}", "batch_size=2"]).shards
+        assert read == text
+        assert counts(read) == ([5] if text.endswith(".tar") else [7, 5, 8])
+
+
+def test_patterns_in_a_folder_with_a_comma(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "com,ma")
+    for pattern, found in (("part-*1.tar", [5]), ("part-{000000..000001}.tar", [7, 5])):
+        assert counts(load(DataConfig, [f"shards={tmp_path}/com,ma/{pattern}", "batch_size=2"]).shards) == found
+    two = load(DataConfig, [f"shards={shards}/part-000000.tar,{shards}/part-000001.tar", "batch_size=2"]).shards
+    assert counts(two) == [7, 5], "between commas there are two"
+
+
+def test_braces_may_be_longer_than_a_path(shards: Path) -> None:
+    names = ",".join(f"part-{number:06d}" for number in (0, 2) for _ in range(400))
+    assert counts(f"{shards}/{{{names}}}.tar") == [7, 8]
+
+
 def test_the_home_directory(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(shards.parent))
     assert counts("~/shards") == [7, 5, 8]
