@@ -12,6 +12,7 @@ from ssl_pipeline.files import write_json
 
 MANIFEST_FILE = "manifest.json"
 OWN_KEYS = {"samples", "bytes", "class_names", "shards", "source", "rejected"}
+MAKE_MANIFEST = "python -m data_tools.check_shards DIR write_manifest=true makes one where the shards lie."
 LEAST_OWN_KEYS = 2  # of a manifest of ours; a file of that name may be another program's
 
 
@@ -65,38 +66,50 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest | None:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        raise DataError(
-            f"'{where}' is not valid JSON. Copy it again, or delete it to use the shards without it."
-        ) from None
+        raise DataError(f"'{where}' is not valid JSON. {_advice(where)}") from None
     if not isinstance(content, dict) or len(OWN_KEYS & content.keys()) < LEAST_OWN_KEYS:
         return None
     listed, names, source = content.get("shards"), content.get("class_names"), content.get("source")
     if not isinstance(listed, list):
-        raise _damaged(where, "it has no list of shards")
+        raise damaged_manifest(where, "it has no list of shards")
     shards = [_parse_shard(entry, number, where) for number, entry in enumerate(listed)]
     if len({shard.name for shard in shards}) != len(shards):
-        raise _damaged(where, "it lists a shard twice")
+        raise damaged_manifest(where, "it lists a shard twice")
     for key in ("samples", "bytes"):
         total = sum(getattr(shard, key) for shard in shards)
         if content.get(key, total) != total:
-            raise _damaged(where, f"its shards have {total:,} {key}, and it says {str(content[key])[:50]!r} of all")
+            raise damaged_manifest(
+                where, f"its shards have {total:,} {key}, and it says {str(content[key])[:50]!r} of all"
+            )
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise _damaged(where, "class_names is no list of names")
+        raise damaged_manifest(where, "class_names is no list of names")
     return Manifest(names, shards, source if isinstance(source, dict) else {})
 
 
 def _parse_shard(entry: object, number: int, where: Path | str) -> ManifestShard:
     keys = [one.name for one in fields(ManifestShard)]
     if not isinstance(entry, dict) or entry.keys() != set(keys):
-        raise _damaged(where, f"shards[{number}] has not the keys {', '.join(keys)}")
+        raise damaged_manifest(where, f"shards[{number}] has not the keys {', '.join(keys)}")
     for key in ("name", "sha256"):
         if not isinstance(entry[key], str):
-            raise _damaged(where, f"the {key} in shards[{number}] is no text: {str(entry[key])[:50]!r}")
+            raise damaged_manifest(where, f"the {key} in shards[{number}] is no text: {str(entry[key])[:50]!r}")
     for key in ("samples", "bytes"):
         if not isinstance(entry[key], int) or isinstance(entry[key], bool) or entry[key] < 0:
-            raise _damaged(where, f"{str(entry[key])[:50]!r} in shards[{number}] is no number of {key}")
+            raise damaged_manifest(where, f"{str(entry[key])[:50]!r} in shards[{number}] is no number of {key}")
     return ManifestShard(**entry)
 
 
-def _damaged(where: Path | str, reason: str) -> DataError:
-    return DataError(f"'{where}' is damaged: {reason}. Copy it again, or delete it to use the shards without it.")
+def damaged_manifest(where: Path | str, reason: str) -> DataError:
+    """What is wrong with the manifest at a path or address, with what to do."""
+    return DataError(f"'{where}' is damaged: {reason}. {_advice(where)}")
+
+
+def needs_manifest(url: str) -> bool:
+    """Whether the shards at an address are known by their manifest alone: http lists no files."""
+    return url.partition("://")[0].lower() in ("http", "https")
+
+
+def _advice(where: Path | str) -> str:
+    if needs_manifest(str(where)):
+        return f"Over http it is needed: copy it there again, or delete it there. {MAKE_MANIFEST}"
+    return "Copy it again, or delete it to use the shards without it."

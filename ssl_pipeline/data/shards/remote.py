@@ -31,7 +31,15 @@ from ssl_pipeline.data.shards.catalogue import (
     write_catalogue,
     write_rows,
 )
-from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestShard, parse_manifest
+from ssl_pipeline.data.shards.manifest import (
+    MAKE_MANIFEST,
+    MANIFEST_FILE,
+    Manifest,
+    ManifestShard,
+    damaged_manifest,
+    needs_manifest,
+    parse_manifest,
+)
 from ssl_pipeline.data.shards.rows import ShardEntry, index_shard
 from ssl_pipeline.data.shards.table import ShardTable
 from ssl_pipeline.data.shards.verification import shard_changed
@@ -118,14 +126,15 @@ class RemoteShards:
     def _listed(self, content: bytes | None) -> tuple[Sequence[ManifestShard], Manifest | None]:
         """What the manifest names, else (not over http) the .tar files there; sha256 is "" where it is unknown."""
         manifest = None if content is None else parse_manifest(content, f"{self.url}/{MANIFEST_FILE}")
-        if manifest is None and _protocol(self.url) in ("http", "https"):
+        if manifest is None and needs_manifest(self.url):
             raise DataError(
-                f"'{self.url}' has no {MANIFEST_FILE} of make_shards; over http it is needed to know the shards."
+                f"'{self.url}' has no {MANIFEST_FILE} of make_shards; over http it is needed to know the shards. "
+                f"{MAKE_MANIFEST}"
             )
         shards = self._attempt(self.url, self._listing) if manifest is None else manifest.shards
         for shard in shards:
             if not (_is_plain(shard.name) and isinstance(shard.bytes, int) and isinstance(shard.sha256, str)):
-                raise DataError(f"'{self.url}/{MANIFEST_FILE}' lists {shard.name!r}, which is no shard. Copy it again.")
+                raise damaged_manifest(f"{self.url}/{MANIFEST_FILE}", f"it lists {shard.name!r}, which is no shard")
         if not shards:
             raise DataError(f"'{self.url}' holds no .tar shard. Make some: python -m data_tools.make_shards --help")
         return sorted(shards, key=lambda shard: shard.name), manifest

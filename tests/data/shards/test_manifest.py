@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from ssl_pipeline.data.errors import DataError
-from ssl_pipeline.data.shards.manifest import MANIFEST_FILE, Manifest, ManifestShard, read_manifest, write_manifest
+from ssl_pipeline.data.shards.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    ManifestShard,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
 
 SHARDS = [ManifestShard("a.tar", 3, 900, "0" * 64), ManifestShard("b.tar", 2, 600, "1" * 64)]
 NO_KEYS = "has not the keys name, samples, bytes, sha256"
@@ -26,6 +33,20 @@ def test_a_written_manifest_is_read_as_it_was(tmp_path: Path) -> None:
 def test_what_another_program_wrote_is_no_manifest(tmp_path: Path, of_others: object) -> None:
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(of_others))
     assert read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", [b"{", b'{"samples": 1, "bytes": 2}'])
+@pytest.mark.parametrize(
+    ("place", "advice"),
+    [
+        ("HTTPS://host/set/manifest.json", "Over http it is needed: copy it there again, .* write_manifest=true makes"),
+        ("s3://bucket/set/manifest.json", "Copy it again, or delete it to use the shards without it."),
+        (Path("set") / "manifest.json", "Copy it again, or delete it to use the shards without it."),
+    ],
+)
+def test_the_way_out_of_a_damaged_one_is_one_that_there_is(text: bytes, place: Path | str, advice: str) -> None:
+    with pytest.raises(DataError, match=rf"manifest\.json' is (damaged|not valid JSON).*\. {advice}"):
+        parse_manifest(text, place)
 
 
 @pytest.mark.parametrize(
