@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from ssl_pipeline.config import Config
+from ssl_pipeline.config import Config, InRange
 
 LONGEST = 10**9  # steps or epochs of a duration
 
@@ -267,3 +267,13 @@ class Schedule(Config):
         scaled = self.model_copy(update={"value": self.value * factor})
         scaled._check_arc()
         return scaled
+
+
+def _moves(momentum: Schedule) -> Schedule:
+    if all(number == 1 for number in momentum.numbers().values()):
+        raise ValueError("value must be below 1: an average that keeps all of itself never moves. Only final may be 1.")
+    return momentum
+
+
+Momentum = Annotated[Schedule, InRange(ge=0, le=1), AfterValidator(_moves)]
+"""Share of itself that a moving average keeps at an update: 1 at the end of a run, as in DINO, but not throughout."""

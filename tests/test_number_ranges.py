@@ -8,6 +8,7 @@ from functools import cache
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from benchmarks.settings import BenchmarkConfig
@@ -32,7 +33,7 @@ from ssl_pipeline.eval.suite_measures import SuiteConfig
 from ssl_pipeline.eval.table import TableConfig
 from ssl_pipeline.packing.make_shards import MakeShards
 from ssl_pipeline.schedule import Progress, Schedule
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, tiny_settings
 
 PROBES = (FewShotConfig, RetrievalConfig, LabelFreeConfig, DenseConfig, ClusteringConfig, RobustnessConfig)
 EVALUATORS = (KnnConfig, LinearConfig, *PROBES, SuiteConfig, EmbedConfig, TableConfig, CompareConfig)
@@ -181,9 +182,29 @@ def test_random_numbers_anywhere_give_settings_or_a_sentence(seed):
     assert accepted
 
 
+MOMENTA = [
+    (name, setting) for name, config in CONFIGS.items() for setting in config.model_fields if "momentum" in setting
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), MOMENTA)
+def test_an_average_that_never_moves_is_refused(name, setting):
+    assert len(MOMENTA) > 20
+    is_schedule = isinstance(getattr(CONFIGS[name](**tiny_settings(name)), setting), Schedule)
+    still = ({"value": 1}, {"value": 1, "final": 1}) if is_schedule else (1,)
+    moving = ({"value": 0.9, "final": 1}, {"value": 1, "warmup": 5}, {"value": 0}) if is_schedule else (0.999, 0)
+    for value in still:
+        with pytest.raises(ValidationError, match=r"below 1|less than 1"):
+            CONFIGS[name](**tiny_settings(name) | {setting: value})
+    for value in moving:
+        CONFIGS[name](**tiny_settings(name) | {setting: value})
+
+
 BAD = [
     ("method.teacher_momentum=1.5", "method.teacher_momentum.value must be between 0 and 1. Got 1.5."),
     ("method.teacher_momentum.final=1.001", "method.teacher_momentum.final must be between 0 and 1. Got 1.001."),
+    ("method.teacher_momentum=1", "method.teacher_momentum.value must be below 1: an average that keeps all of itself"),
+    ("method.centre_momentum=1", "method.centre_momentum must be below 1. Got 1."),
     ("method.teacher_temperature=-1", "method.teacher_temperature.value must be above 0. Got -1."),
     ("method.teacher_temperature=0", "method.teacher_temperature.value must be above 0. Got 0."),
     ("method.student_temperature=0", "method.student_temperature must be above 0. Got 0."),

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config, InRange, Width
+from ssl_pipeline.config import Config, Width
 from ssl_pipeline.losses import byol_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import MLPHead
 from ssl_pipeline.modules.teacher import Teacher
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
 
 class BYOLConfig(Config):
     """BYOL: each view predicts what the teacher makes of the other view; there are no negatives."""
 
     name: Literal["byol"]
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.996, final=1.0)
+    teacher_momentum: Momentum = Schedule(value=0.996, final=1.0)
     """Share of the teacher that an update keeps."""
     projector_hidden_dim: Width = 4096
     """Width of the projector's hidden layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone, create_backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config import Config
 from ssl_pipeline.losses import pseudo_label_loss, weighted_cross_entropy
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.classifier import ClassifierPair, accuracy
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
 
 class CoTrainingConfig(Config):
@@ -28,7 +28,7 @@ class CoTrainingConfig(Config):
     """Smallest probability of a class that makes it a pseudo-label; the original has none (0)."""
     unlabelled_weight: float = Field(1.0, ge=0)
     """Weight of the loss on pseudo-labels of both networks beside their losses on labels (the original: 1.5)."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
+    teacher_momentum: Momentum = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps."""
 
 

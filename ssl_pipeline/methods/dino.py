@@ -19,7 +19,7 @@ from ssl_pipeline.modules.heads import PrototypeHead
 from ssl_pipeline.modules.memory import Centre
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.optim.rules import ParamRule
-from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
 
 class DINOConfig(Config):
@@ -44,9 +44,9 @@ class DINOConfig(Config):
     """Temperature of the student's softmax."""
     teacher_temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(value=0.04)
     """Temperature of the teacher's softmax."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.996, final=1.0)
+    teacher_momentum: Momentum = Schedule(value=0.996, final=1.0)
     """Share of the teacher that an update keeps."""
-    centre_momentum: float = Field(0.9, ge=0, le=1)
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the centre that an update keeps."""
 
 

@@ -29,7 +29,7 @@ from ssl_pipeline.modules.token_distillation import (
 from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
 from ssl_pipeline.modules.token_heads import TokenHeads
 from ssl_pipeline.optim.rules import ParamRule
-from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
 
 class DINOv2Config(TokenDistillationConfig):
@@ -46,11 +46,11 @@ class DINOv2Config(TokenDistillationConfig):
         value=0.07, start=0.04, warmup=Duration("30ep"), inclusive=True
     )
     """Temperature of the teacher's softmax, or of Sinkhorn-Knopp."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.992, final=1.0)
+    teacher_momentum: Momentum = Schedule(value=0.992, final=1.0)
     """Share of the teacher that an update keeps."""
     centring: Literal["centring", "sinkhorn_knopp"] = "centring"
     """How the teacher's outputs are spread over the prototypes (`train.centering`)."""
-    centre_momentum: float = Field(0.9, ge=0, le=1)
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the centres that an update keeps."""
     layer_decay: float = Field(0.9, gt=0, le=1)
     """Factor on the learning rate from each block to the one before it."""

@@ -28,7 +28,7 @@ from ssl_pipeline.modules.token_distillation import (
 from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
 from ssl_pipeline.modules.token_heads import TokenHeads
 from ssl_pipeline.optim.rules import ParamRule
-from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
 
 class DINOv3Config(TokenDistillationConfig):
@@ -39,7 +39,7 @@ class DINOv3Config(TokenDistillationConfig):
         value=0.07, start=0.04, warmup=Duration("10%"), inclusive=True
     )
     """Smoothness of Sinkhorn-Knopp over the teacher's outputs."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.994)
+    teacher_momentum: Momentum = Schedule(value=0.994)
     """Share of the teacher that an update keeps."""
     leave_out_same_crop: bool = True
     """Whether a large crop is not compared with itself at the teacher (`global_ignore_diagonal`)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import RunFacts, Views
-from ssl_pipeline.config import Config, InRange
+from ssl_pipeline.config import Config
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.modules.classifier import ClassifierPair
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
 WEAK = (Views("weak", count=1, evaluated=True), Views("weak", count=1, labelled=True))
 TWO_WEAK = (Views("weak", count=2, evaluated=True), Views("weak", count=2, labelled=True))
@@ -31,7 +31,7 @@ class FewLabelsConfig(Config):
     name: str
     num_classes: int | None = Field(None, gt=1, le=2**20)
     """Classes of the labelled images; null takes as many as their shards have."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
+    teacher_momentum: Momentum = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps; 0 evaluates the weights themselves."""
 
 

@@ -21,7 +21,7 @@ from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.modules.token_distillation import Comparison, compare, distillation_rules, update_centres
 from ssl_pipeline.modules.token_heads import TokenHeads
 from ssl_pipeline.optim.rules import ParamRule
-from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
 WARM_TEMPERATURE = Schedule(value=0.07, start=0.04, warmup=Duration("30ep"), inclusive=True, every="epoch")
 
@@ -53,11 +53,11 @@ class IBOTConfig(Config):
     """Temperature of the teacher's softmax for class tokens."""
     patch_teacher_temperature: Annotated[Schedule, InRange(gt=0)] = WARM_TEMPERATURE
     """Temperature of the teacher's softmax for patches; `delay` it where masking starts later."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.996, final=1.0)
+    teacher_momentum: Momentum = Schedule(value=0.996, final=1.0)
     """Share of the teacher that an update keeps."""
-    centre_momentum: float = Field(0.9, ge=0, le=1)
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the class tokens' centre that an update keeps."""
-    patch_centre_momentum: float = Field(0.9, ge=0, le=1)
+    patch_centre_momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the patches' centre that an update keeps."""
     class_weight: float = Field(1.0, ge=0)
     """Weight of the class tokens' loss (`lambda1`)."""

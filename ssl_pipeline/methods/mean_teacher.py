@@ -16,7 +16,7 @@ from ssl_pipeline.methods.base import StepOutput, feature_std
 from ssl_pipeline.methods.few_labels import TWO_WEAK, FewLabels, FewLabelsConfig
 from ssl_pipeline.modules.classifier import accuracy
 from ssl_pipeline.modules.teacher import averaging_momentum
-from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
 
 class MeanTeacherConfig(FewLabelsConfig):
@@ -31,7 +31,7 @@ class MeanTeacherConfig(FewLabelsConfig):
     """Weight of the consistency beside the loss on labels."""
     consistency_on: Literal["all", "unlabelled"] = "all"
     """Whose consistency counts: all images (the authors), or the unlabelled ones alone (Google, USB)."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.99)
+    teacher_momentum: Momentum = Schedule(value=0.99)
     """Share of the teacher that an update keeps, once it has seen enough: a true average at first."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
-from ssl_pipeline.config import Config, Depth, InRange, Width
+from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import info_nce
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
@@ -22,7 +22,7 @@ from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import MLPHead
 from ssl_pipeline.modules.memory import FeatureQueue, check_queue_size
 from ssl_pipeline.modules.teacher import Teacher
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
 
 class MoCoConfig(Config):
@@ -36,7 +36,7 @@ class MoCoConfig(Config):
     """Earlier keys that serve as negatives."""
     temperature: float = Field(0.2, gt=0)
     """Temperature of InfoNCE."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
+    teacher_momentum: Momentum = Schedule(value=0.999)
     """Share of the teacher that an update keeps."""
     projector_hidden_dim: Width = 2048
     """Width of the projector's hidden layers (official code: that of the backbone's features)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, Views
-from ssl_pipeline.config import Config, Depth, InRange, Width
+from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import moco_v3_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
 from ssl_pipeline.modules.teacher import Teacher
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
 
 class MoCoV3Config(Config):
@@ -31,7 +31,7 @@ class MoCoV3Config(Config):
     name: Literal["moco_v3"]
     temperature: float = Field(0.2, gt=0)
     """Temperature of the contrastive loss, which is multiplied by twice this."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.99, final=1.0)
+    teacher_momentum: Momentum = Schedule(value=0.99, final=1.0)
     """Share of the teacher that an update keeps."""
     projector_hidden_dim: Width = 4096
     """Width of the projector's hidden layers."""

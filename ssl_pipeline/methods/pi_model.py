@@ -12,7 +12,7 @@ from ssl_pipeline.losses import consistency_loss, pi_model_loss, weighted_cross_
 from ssl_pipeline.methods.base import StepOutput, feature_std
 from ssl_pipeline.methods.few_labels import TWO_WEAK, FewLabels, FewLabelsConfig
 from ssl_pipeline.modules.classifier import accuracy
-from ssl_pipeline.schedule import Duration, Progress, Schedule
+from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
 
 class PiModelConfig(FewLabelsConfig):
@@ -26,7 +26,7 @@ class PiModelConfig(FewLabelsConfig):
         value=8.0, delay=Duration("1ep"), warmup=Duration("79ep"), rise="exponential"
     )
     """Weight of the consistency; the authors' is 100 * labelled / all images: 8 with 4,000 of CIFAR-10."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.999)
+    teacher_momentum: Momentum = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps; the authors have none: 0."""
 
 

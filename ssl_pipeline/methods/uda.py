@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.config import InRange
 from ssl_pipeline.losses import annealed_cross_entropy, uda_loss, weighted_cross_entropy
 from ssl_pipeline.methods.base import StepOutput, feature_std
 from ssl_pipeline.methods.few_labels import WEAK_AND_STRONG, FewLabels, FewLabelsConfig
 from ssl_pipeline.modules.classifier import accuracy, are_right
-from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
 
 class UDAConfig(FewLabelsConfig):
@@ -28,7 +27,7 @@ class UDAConfig(FewLabelsConfig):
     """How the limit rises above which a labelled image's right probability takes it out of the loss."""
     unlabelled_weight: float = Field(1.0, ge=0)
     """Weight of the loss on unlabelled images beside the loss on labels."""
-    teacher_momentum: Annotated[Schedule, InRange(ge=0, le=1)] = Schedule(value=0.9999)
+    teacher_momentum: Momentum = Schedule(value=0.9999)
     """Share of the evaluated moving average that an update keeps."""
 
 
