@@ -11,7 +11,7 @@ import timm
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from timm.models import is_model_in_modules
 
-from ssl_pipeline.backbones.weights import without_name
+from ssl_pipeline.backbones.weights import without_hub, without_name
 from ssl_pipeline.config import Config, ConfigError, MayChange, PlaceText
 
 RESERVED_ARGUMENTS = {
@@ -91,7 +91,12 @@ class BackboneConfig(Config):
 
     @model_validator(mode="after")
     def _arguments_are_the_models_own(self) -> BackboneConfig:
-        architecture, _, tag = self.name.removeprefix("hf-hub:timm/").removeprefix("hf_hub:timm/").partition(".")
+        architecture, _, tag = without_hub(self.name).partition(".")
+        if architecture != self.name and not tag:
+            raise ValueError(
+                "backbone.name must be an architecture of timm without the place where it lies. "
+                f"Got '{self.name}'; write backbone.name={architecture}"
+            )
         if tag:
             raise ValueError(
                 f"backbone.name must be an architecture without a tag of pretrained weights. Got '{self.name}'; write "

@@ -224,6 +224,49 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda content: b"", "it is empty (0 bytes). Copy it again."),
+        (lambda content: content[: len(content) // 2], "it is truncated or damaged, or no {kind}. Copy it again."),
+        (lambda content: content[:40], "it is truncated or damaged, or no {kind}. Copy it again."),
+        (lambda content: b"\n<!doctype html><title>404</title>", "it is a web page and no weights. Fetch it again"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Fetch them: git lfs pull."),
+    ],
+)
+def test_a_damaged_file_of_weights_is_told_in_our_words(tmp_path, suffix, change, sentence):
+    path = tmp_path / f"cut{suffix}"
+    whole = tiny_vit()
+    save(whole, path) if suffix == ".safetensors" else torch.save(weights_of(whole), path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ConfigError) as error:
+        start_from(path)
+    kind = "checkpoint of PyTorch" if suffix == ".pt" else "file of safetensors"
+    assert str(error.value).startswith(f"cannot read weights from {path}: ")
+    assert sentence.format(kind=kind) in str(error.value)
+
+
+def test_a_file_of_the_other_kind_names_its_ending(tmp_path):
+    save(tiny_vit(), tmp_path / "a.pth")
+    with pytest.raises(ConfigError, match=r"it is a file of safetensors\. Name it \.safetensors\.$"):
+        start_from(tmp_path / "a.pth")
+    torch.save(weights_of(tiny_vit()), tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match=r"it is a checkpoint of PyTorch\. Name it \.pt\.$"):
+        start_from(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("hub", ["timm/", "hf-hub:timm/", "hf_hub:timm/", "https://huggingface.co/timm/"])
+def test_a_name_as_on_the_hub_is_answered_with_one_that_is_taken(hub):
+    with pytest.raises(ValueError, match=r"write backbone\.name=resnet18 backbone\.weights=a1_in1k\b"):
+        BackboneConfig(name=f"{hub}resnet18.a1_in1k")
+    with pytest.raises(ValueError, match=r"write backbone\.name=resnet18(?!\S)"):
+        BackboneConfig(name=f"{hub}resnet18")
+    BackboneConfig(name="resnet18", weights="a1_in1k")
+    with pytest.raises(ConfigError, match=r"timm's own are backbone\.weights=resnet18\.a1_in1k\.$"):
+        create_backbone(BackboneConfig(name="resnet18", weights=f"{hub}resnet18.a1_in1k"))
+
+
 def save(backbone, path):
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights_of(backbone).items()}, path)
 

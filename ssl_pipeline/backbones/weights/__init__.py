@@ -16,6 +16,7 @@ from ssl_pipeline.backbones.weights.sources import (
     require_place,
     tensors_of,
     to_be_fetched,
+    without_hub,
     without_name,
 )
 from ssl_pipeline.backbones.weights.values import require_floats
@@ -35,5 +36,6 @@ __all__ = [
     "require_place",
     "tensors_of",
     "to_be_fetched",
+    "without_hub",
     "without_name",
 ]

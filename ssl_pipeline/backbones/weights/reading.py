@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import is_shortage
 
+HEAD = 64  # bytes, by which a file of another kind is told
 OF_THE_TRAINING = ("optim", "scaler", "amp", "lr_sched", "scheduler")  # how the names of what is no network begin
 
 
@@ -41,22 +42,51 @@ def first_line(error: Exception) -> str:
 
 
 def _read(path: Path) -> object:
+    head = _head(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.device("cpu"), torch.serialization.safe_globals(list(SETTINGS)):  # also inside that of another one
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers have no common error class
+    except Exception as error:  # the readers have no common error class, and their words are about their own insides
         if is_shortage(error):
             raise
-        if type(error).__name__ == "UnpicklingError":  # torch's advice is to trust the file
+        kind = "file of safetensors" if path.suffix == ".safetensors" else "checkpoint of PyTorch"
+        other = _other_file(head, kind)
+        if other is None and type(error).__name__ == "UnpicklingError":  # torch's advice is to trust the file
             raise ConfigError(
                 f"cannot read weights from {path}: it holds more than tensors, or is damaged; pickled objects are not "
                 "read. Save its state dict alone, best as .safetensors."
             ) from None
-        kind = "file of safetensors" if path.suffix == ".safetensors" else "checkpoint of PyTorch"
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError(f"cannot read weights from {path}: it is no {kind}, or damaged ({reason}).") from error
+        damaged = f"it is truncated or damaged, or no {kind}. Copy it again."
+        raise ConfigError(f"cannot read weights from {path}: {other or damaged}") from error
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; ConfigError for one that is empty, or that cannot be read at all."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        raise ConfigError(f"cannot read weights from {path}: {error.strerror}.") from None
+    if not head:
+        raise ConfigError(f"cannot read weights from {path}: it is empty (0 bytes). Copy it again.")
+    return head
+
+
+def _other_file(head: bytes, kind: str) -> str | None:
+    """What a file is that is not of its kind, by how it begins."""
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS and no weights. Fetch them: git lfs pull."
+    if head.lstrip().startswith(b"<"):
+        return "it is a web page and no weights. Fetch it again from where the weights are."
+    if kind == "file of safetensors" and head.startswith(b"PK"):
+        return "it is a checkpoint of PyTorch. Name it .pt."
+    if kind == "checkpoint of PyTorch" and head[8:10] == b'{"':
+        return "it is a file of safetensors. Name it .safetensors."
+    return None
 
 
 def _flat(table: Mapping[object, object], before: str) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.state import SavedBackbone
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+ON_THE_HUB = re.compile(r"^(https://)?(hf[-_]hub:|huggingface\.co/)?timm/")
 FILES = ("backbone.safetensors", "model.safetensors", "pytorch_model.bin")
 """What is read of a directory: a run's export, or a model of Hugging Face."""
 
@@ -44,6 +46,11 @@ def is_tag(weights: str) -> bool:
     return not (path.exists() or weights.endswith(WEIGHT_SUFFIXES) or "/" in weights)
 
 
+def without_hub(name: str) -> str:
+    """A name of timm's without what stands before it on its hub, such as `timm/` and `hf-hub:timm/`."""
+    return ON_THE_HUB.sub("", name)
+
+
 def without_name(weights: str, name: str) -> str:
     """The tag alone where a tag is given with the architecture before it: a1_in1k of resnet18.a1_in1k."""
     return weights.removeprefix(f"{name}.") if is_tag(weights) else weights
@@ -66,7 +73,13 @@ def require_place(weights: str, *, key: str = "backbone.weights") -> Path:
     """The file or directory that `key` names; ConfigError if there is none."""
     path = Path(weights).expanduser()
     if not path.exists():
-        raise ConfigError(f"{key}={weights} is not there. Needed: a file, the directory of a run, or a tag of timm.")
+        tagged = without_hub(weights)
+        hint = (
+            f" timm's own are {key}={tagged}." if tagged != weights and timm.is_model(tagged.partition(".")[0]) else ""
+        )
+        raise ConfigError(
+            f"{key}={weights} is not there. Needed: a file, the directory of a run, or a tag of timm.{hint}"
+        )
     return path
 
 
