@@ -9,7 +9,14 @@ import pytest
 import timm
 import torch
 
-from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone, save_backbone
+from ssl_pipeline.backbones import (
+    Backbone,
+    BackboneConfig,
+    Preprocessing,
+    create_backbone,
+    load_backbone,
+    save_backbone,
+)
 from ssl_pipeline.backbones.classifier import save_classifier
 from ssl_pipeline.config import ConfigError, RunError, load
 from ssl_pipeline.eval.export import ExportConfig, export
@@ -69,6 +76,20 @@ def test_networks_that_timm_cannot_build_are_refused(tmp_path):
     own, _ = run_with(tmp_path / "own", BackboneConfig(name="wide_resnet28_2"))
     with pytest.raises(ConfigError, match="this library's own network"):
         exported(own, "huggingface")
+
+
+@pytest.mark.parametrize("format", ["timm", "huggingface", "onnx"])
+def test_a_reversible_network_is_refused_before_anything_is_written(tmp_path, monkeypatch, format):
+    monkeypatch.setattr("ssl_pipeline.eval.export.require_onnx", lambda: None)
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    run, backbone = run_with(
+        tmp_path, BackboneConfig(name="vit_tiny_patch16_224", arguments=arguments, reversible=True), size=16
+    )
+    with pytest.raises(ConfigError, match=r"two streams .*\. format=backbone works"):
+        exported(run, format)
+    assert not (tmp_path / format).exists()
+    written = load_backbone(exported(run, "backbone"))[0].eval()
+    torch.testing.assert_close(written(images(16)), backbone(images(16)))
 
 
 def test_nothing_appears_if_a_reader_computes_something_else(tmp_path, monkeypatch):
