@@ -39,7 +39,7 @@ def expand(
     which all others wait; else nothing is written. Raises ConfigError or DataError.
     """
     overrides = overrides or {}
-    given = keys_of(arguments) | {key: str(value) for key, value in leaves(overrides) if value is not None}
+    given = keys_of(arguments) | {key: "null" if value is None else str(value) for key, value in leaves(overrides)}
     _check_given(given)
     images, recipe, first = given.get("images"), given.get("recipe", ""), launched_rank() == "0"
     if images is None and recipe != AUTO:

@@ -85,6 +85,9 @@ def test_labels_of_folders_are_watched(tmp_path, capsys, recipe):
     assert (config.knn.train, config.knn.val, config.knn.images) == (f"{tmp_path}/run/images", None, 2000)
     for given in ("knn=null", "knn.every=10%"):
         assert not any(argument.startswith("knn={") for argument in expand([*arguments, given]))
+    capsys.readouterr()
+    assert not any(argument.startswith("knn={") for argument in expand(arguments, {"knn": None}))
+    assert "each by all others" not in capsys.readouterr().out
 
 
 def test_knn_of_a_recipe_is_kept_where_its_images_are(tmp_path, monkeypatch, capsys):
@@ -110,7 +113,22 @@ def test_images_without_labels_are_watched_from_weights_on(tmp_path, capsys):
     from_weights = [*arguments, "backbone.weights=tf_efficientnet_lite0.in1k"]
     assert "spectrum={every: 20%, images: 1000}" in expand(from_weights)
     assert "watches RankMe of the features from the weights on" in capsys.readouterr().out
-    assert not any(argument.startswith("spectrum={") for argument in expand([*from_weights, "spectrum=null"]))
+    capsys.readouterr()
+    for without in (expand([*from_weights, "spectrum=null"]), expand(from_weights, {"spectrum": None})):
+        assert not any(argument.startswith("spectrum={") for argument in without)
+    assert "RankMe" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["knn", "spectrum", "train.steps", "backbone.weights", "data.batch_size"])
+def test_none_in_overrides_is_null_on_the_command_line(tmp_path, capsys, name):
+    folders_of_classes(tmp_path)
+    arguments = [f"images={tmp_path}/photos", f"output={tmp_path}/run"]
+    expand(arguments)  # packs
+    capsys.readouterr()
+    expected = [argument for argument in expand([*arguments, f"{name}=null"]) if argument != f"{name}=null"]
+    said = capsys.readouterr().out
+    assert expand(arguments, {name: None}) == expected
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("place", ["mine", "mine/backbone.safetensors"])
