@@ -219,6 +219,19 @@ def test_mistakes_of_images_are_told(finished, tmp_path):
         ssl_pipeline.embed(finished.backbone, finished.shards, device="tpu?")
 
 
+@pytest.mark.parametrize("call", ["embed", "knn"])
+def test_what_is_no_backbone_is_told_with_what_to_write(finished, call):
+    function = getattr(ssl_pipeline, call)
+    for given in ("runs/photos", Path("runs/photos")):
+        with pytest.raises(ssl_pipeline.ConfigError) as error:
+            function(given, "photos")
+        assert str(error.value).endswith(f"Write {call}(ssl_pipeline.load('runs/photos'), ...).")
+    with pytest.raises(ssl_pipeline.ConfigError, match=rf"Got Run\. Write {call}\(run\.backbone, \.\.\.\)\."):
+        function(finished, "photos")
+    with pytest.raises(ssl_pipeline.ConfigError, match=r"Got Linear\. ssl_pipeline\.load\(RUN\) gives one\."):
+        function(torch.nn.Linear(1, 1), "photos")
+
+
 def test_nothing_is_left_behind(finished, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     os.mkdir(tmp_path / "temporary")  # noqa: PTH102
