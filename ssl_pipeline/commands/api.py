@@ -30,7 +30,7 @@ from ssl_pipeline.data.shards.origins import ORIGINS_FILE
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.intervals import share_interval
-from ssl_pipeline.eval.labelled import open_labelled
+from ssl_pipeline.eval.labelled import open_labelled, require_company
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
 from ssl_pipeline.eval.votes import votes_accuracy
@@ -161,6 +161,8 @@ def knn(
         test_shards = train_shards if test is None else opened.enter_context(_shards_of(test, "test"))
         images = open_labelled(str(train_shards), str(test_shards), task=KNN, shared=not alone)
         require_k(k, len(images.train) - alone)
+        if alone:
+            require_company(images.train_labels, task=KNN)
         settings = batch_size, workers, device, precision
         train_MD = normalize(_features(backbone, images.train, *settings), dim=1)
         test_ND = train_MD if alone else normalize(_features(backbone, images.test, *settings), dim=1)

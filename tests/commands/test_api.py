@@ -215,6 +215,12 @@ def test_mistakes_of_images_are_told(finished, tmp_path):
         ssl_pipeline.embed(finished.backbone, tmp_path / "nowhere")
     with pytest.raises(ssl_pipeline.ConfigError, match=r"k-NN needs k between 1 and .* \(47\)\. Got k=48"):
         ssl_pipeline.knn(finished.backbone, finished.shards, k=48, workers=0)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / str(number)).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / "photos" / str(number) / "one.png")
+    with pytest.raises(ssl_pipeline.ConfigError, match=r"needs two images of a class\. Got 3 images"):
+        ssl_pipeline.knn(finished.backbone, tmp_path / "photos", k=1, workers=0)
     with pytest.raises(ssl_pipeline.ConfigError, match="device must be auto, cpu or cuda"):
         ssl_pipeline.embed(finished.backbone, finished.shards, device="tpu?")
 

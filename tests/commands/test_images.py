@@ -90,6 +90,23 @@ def test_labels_of_folders_are_watched(tmp_path, capsys, recipe):
     assert "each by all others" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("per_class", "watched"), [(1, False), (2, True)])
+def test_classes_of_one_image_are_not_watched(tmp_path, capsys, per_class, watched):
+    for number in range(24):
+        path = tmp_path / "photos" / str(number // per_class) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (number * 10, 0, 0)).save(path)
+    arguments = [f"images={tmp_path}/photos", f"output={tmp_path}/run"]
+    for _ in range(2):  # by the names of the files, and by the shards
+        assert any(argument.startswith("knn=") for argument in expand(arguments)) == watched
+        told = capsys.readouterr().out
+        assert (
+            "are of 24 classes, too many for k-NN on 24 of them, so the run does not measure it." in told
+        ) != watched
+    expanded = expand([*arguments, "backbone.weights=tf_efficientnet_lite0.in1k"])
+    assert ("spectrum={every: 20%, images: 1000}" in expanded) != watched
+
+
 def test_knn_of_a_recipe_is_kept_where_its_images_are(tmp_path, monkeypatch, capsys):
     folders_of_classes(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -379,7 +396,7 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
 def test_the_choice_is_a_shipped_recipe(count, side, name, has_gpu, recipe):
     with torch.device("meta"):
         network = None if name is None else create_backbone(BackboneConfig(name=name))
-    arguments, why = choose_recipe(Look(count, side, False), network, has_gpu=has_gpu)
+    arguments, why = choose_recipe(Look(count, side, 0), network, has_gpu=has_gpu)
     assert arguments[0] == f"recipe={recipe}"
     assert recipe in recipe_files(RECIPES)
     assert f"{count:,} images of {side} pixels" in why
