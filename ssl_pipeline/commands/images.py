@@ -105,6 +105,8 @@ def _as_shards(
         return _looked_at(images, refuse_wrong)
     if Path(images).expanduser().is_file() and is_image_name(images):
         raise ConfigError(f"images={images} is one photograph. Pretraining needs a folder or a zip of many.")
+    if not Path(images).expanduser().exists() and is_packed(output):
+        return _looked_at(_packed_before(images, output, choice), refuse_wrong)
     files = open_files(str(Path(images).expanduser()), key="images")
     if is_packed(output) and (choice.has_begun or is_current(files, output)):
         return _looked_at(packed(images, output, opened=files), refuse_wrong)
@@ -124,6 +126,20 @@ def _as_shards(
         return shards, look
     packed(images, output, renewed=True, short_side=short_side, opened=files)
     return shards, look_at_shards(open_shards(shards))
+
+
+def _packed_before(images: str, output: Path, choice: RecipeChoice) -> str:
+    """The shards of a run whose folder is gone; ConfigError, with what works, unless it is the folder of this run."""
+    shards = str(output / SHARDS)
+    if choice.images is None or Path(choice.images) != Path(images).expanduser():
+        of_it = "" if choice.images is None else f" of {choice.images}"
+        raise ConfigError(
+            f"images='{images}' does not exist. {output} has the images{of_it} that were packed into it: "
+            f"images={shards} output={output} trains on those."
+        )
+    if launched_rank() == "0":
+        _say(f"images={images} is gone. The run goes on with its images as they were packed, in {shards}.")
+    return shards
 
 
 def _looked_at(shards: str, refuse_wrong: Callable[[Look, str], None]) -> tuple[str, Look]:

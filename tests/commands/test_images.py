@@ -1,12 +1,14 @@
 """What `images=FOLDER` and `recipe=auto` stand for."""
 
 import json
+import re
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+import ssl_pipeline
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.commands import first_look, pretrain
 from ssl_pipeline.commands.first_look import Look, largest_view
@@ -20,6 +22,7 @@ from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.packing.packed_once import pack_once
 from ssl_pipeline.training.run import TrainConfig, start_clock
 from tests.commands.test_finetune import save_run
+from tests.runs import rows, write_recipe
 from tests.tiny import CNN, VIT, write_shards
 
 
@@ -52,6 +55,35 @@ def test_the_recipe_that_a_run_has_is_kept(tmp_path):
     expand([f"images={images}", f"output={output}"])
     (output / "config.yaml").write_text("recipe: digits_simclr\nknn: null\n")
     assert expand([f"images={images}", f"output={output}"])[:2] == ["recipe=digits_simclr", "knn=null"]
+
+
+def test_a_run_goes_on_from_its_packed_images_where_the_folder_is_gone(tmp_path, capsys):
+    folders_of_classes(tmp_path)
+    recipe = write_recipe(tmp_path / "tiny.yaml", "simclr", tmp_path, train={"steps": 2, "save_every": 1})
+    known = {"images": tmp_path / "photos", "recipe": recipe, "output": tmp_path / "run"}
+    settings = {"data.workers": 0, "knn": None, "report": False}
+    ssl_pipeline.pretrain(**known, overrides={**settings, "train.steps": 1})
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    capsys.readouterr()
+    ssl_pipeline.pretrain(**known, overrides=settings)
+    told = capsys.readouterr().out
+    assert f"images={tmp_path}/photos is gone. The run goes on with its images as they were packed, in " in told
+    assert [row["step"] for row in rows(tmp_path / "run")][-1] == 2
+    typo = [f"images={tmp_path}/photso", f"output={tmp_path}/run"]
+    with pytest.raises(
+        ConfigError, match=r"photso' does not exist\..* the images of .*photos that were packed"
+    ) as error:
+        expand(typo)
+    works = re.search(r"into it: (images=\S+) (output=\S+) trains on those", str(error.value))
+    assert f"data.shards={tmp_path}/run/images" in expand(works.groups())
+
+
+def test_packed_images_of_no_run_are_named_where_the_folder_is_gone(tmp_path):
+    arguments = [f"images={folder(tmp_path)}", f"output={tmp_path}/run"]
+    expand(arguments)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"photos' does not exist\. .*/run has the images that were packed into it"):
+        expand(arguments)
 
 
 def test_a_recipe_of_ones_own_stays_and_names_the_directory(tmp_path, monkeypatch):
