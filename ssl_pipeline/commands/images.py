@@ -21,7 +21,10 @@ from ssl_pipeline.packing.candidates import find_candidates, no_images
 from ssl_pipeline.packing.conversion import is_image_name
 from ssl_pipeline.packing.images_as_shards import holds_shards, packed
 from ssl_pipeline.packing.packed_once import SHARDS, is_current, is_packed
+from ssl_pipeline.packing.sources import DIGITS
 from ssl_pipeline.packing.sources import open_source as open_files
+
+NEEDED = "a folder or a zip of images, or shards"
 
 
 def expand(
@@ -105,9 +108,9 @@ def _as_shards(
         return _looked_at(images, refuse_wrong)
     if Path(images).expanduser().is_file() and is_image_name(images):
         raise ConfigError(f"images={images} is one photograph. Pretraining needs a folder or a zip of many.")
-    if not Path(images).expanduser().exists() and is_packed(output):
+    if images != DIGITS and not Path(images).expanduser().exists() and is_packed(output):
         return _looked_at(_packed_before(images, output, choice), refuse_wrong)
-    files = open_files(str(Path(images).expanduser()), key="images")
+    files = open_files(str(Path(images).expanduser()), key="images", needed=NEEDED)
     if is_packed(output) and (choice.has_begun or is_current(files, output)):
         return _looked_at(packed(images, output, opened=files), refuse_wrong)
     shards = str(output / SHARDS)

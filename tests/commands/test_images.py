@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -76,6 +77,23 @@ def test_a_run_goes_on_from_its_packed_images_where_the_folder_is_gone(tmp_path,
         expand(typo)
     works = re.search(r"into it: (images=\S+) (output=\S+) trains on those", str(error.value))
     assert f"data.shards={tmp_path}/run/images" in expand(works.groups())
+
+
+def test_digits_are_packed_and_found_again(tmp_path):
+    for _ in range(2):
+        found = expand(["images=digits", f"output={tmp_path}/run", "recipe=digits_dino"])
+        assert f"data.shards={tmp_path}/run/images" in found
+
+
+def test_a_folder_of_zips_is_told_as_that(tmp_path):
+    photos = folder(tmp_path)
+    (tmp_path / "zips").mkdir()
+    for name in ("a", "b"):
+        shutil.make_archive(str(tmp_path / "zips" / name), "zip", photos)
+    with pytest.raises(ConfigError, match=r"but 2 archives \(a\.zip, \.\.\.\), which are not looked into") as error:
+        expand([f"images={tmp_path}/zips", f"output={tmp_path}/run"])
+    works = re.search(r"or set (images=\S+)\.$", str(error.value))[1]
+    assert f"data.shards={tmp_path}/run/images" in expand([works, f"output={tmp_path}/run"])
 
 
 def test_packed_images_of_no_run_are_named_where_the_folder_is_gone(tmp_path):
@@ -398,7 +416,7 @@ def test_other_arguments_are_left_alone():
         (["images="], r"^images= is empty\."),
         (["recipe=auto"], r"Set images=FOLDER, or data\.shards=SHARDS\."),
         (["images=a", "images=b"], "images is given twice"),
-        (["images=nowhere"], r"^images='nowhere' does not exist\."),
+        (["images=nowhere"], r"^images='nowhere' does not exist\. Needed: a folder or a zip of images, or shards\.$"),
         (["images=[a,b]"], r"^images= takes one folder or zip\. Got the list \[a,b\]"),
     ],
 )
