@@ -50,17 +50,17 @@ def join_processes(backend: str) -> None:
 
     torchrun's agent keeps a store for them that outlives them. Processes that it starts anew after a lost node would
     read the addresses that the dead ones left there, and hang (https://github.com/pytorch/pytorch/issues/135712), so
-    each start writes under a name of its own.
+    each start writes under a name of its own. Under another launcher the first process keeps the store. Signals are
+    taken while processes are waited for, which torch does not do.
     """
     if dist.is_initialized():
         return
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend)
-        return
     number, host, port = launched_processes(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     own_rank = int(os.environ["RANK"])
-    agents = dist.TCPStore(host, port, number, is_master=False, timeout=timedelta(seconds=SECONDS_TO_JOIN))
-    store = store_of_this_start(agents, own_rank, number)
+    keeps_it = own_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    until = timedelta(seconds=SECONDS_TO_JOIN)
+    shared = dist.TCPStore(host, port, number, is_master=keeps_it, timeout=until, wait_for_workers=False)
+    store = store_of_this_start(shared, own_rank, number)
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=number)
 
 
@@ -184,6 +184,20 @@ def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+@torch.no_grad()
+def bytes_of_first_rank(own: bytes, device: torch.device | str) -> bytes:
+    """What rank 0 calls this with, on all ranks."""
+    if world_size() == 1:
+        return own
+    length = torch.tensor([len(own)], device=device)
+    copy_from_first_rank([length])
+    content = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if rank() == 0:
+        content.copy_(torch.tensor([*own], dtype=torch.uint8))
+    copy_from_first_rank([content])
+    return bytes(content.tolist())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from ssl_pipeline import __version__
+from ssl_pipeline.commands.interrupts import answer_interrupts
 from ssl_pipeline.config import nearest
 
 PROGRAM = "ssl-pipeline"
@@ -44,6 +45,7 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command that the first argument names; returns the exit code."""
+    answer_interrupts()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         sys.argv[1:] = arguments

@@ -63,6 +63,7 @@ from ssl_pipeline.training.determinism import COST, deterministic
 from ssl_pipeline.training.failures import Failures
 from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
 from ssl_pipeline.training.loop import train
+from ssl_pipeline.training.meeting import require_same_images, require_same_settings
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
     check_labels,
@@ -172,6 +173,7 @@ def _pretrain(config: PretrainConfig) -> int:
         ignored = ignored_variables(os.environ, config.train)
         stack.enter_context(deterministic(config.train.deterministic))
         accelerator = start_accelerator(config.train)
+        require_same_settings(config, accelerator.device)
         if ignored and accelerator.is_main_process:
             print(printable(f"Ignored, because the recipe decides: {', '.join(ignored)}"), flush=True)
         output = config.run_directory
@@ -203,9 +205,11 @@ def _pretrain(config: PretrainConfig) -> int:
         weights = _about_weights(backbone)
         if weights is not None:
             identity[STARTING_WEIGHTS] = str(weights["sha256"])
+        require_same_images(index.fingerprint, spoken_of(config.data.shards), accelerator.device)
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
+            require_same_images(labelled_index.fingerprint, spoken_of(labelled_index.source), accelerator.device)
         clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
         batches = {
             "global_batch": clock.global_batch,

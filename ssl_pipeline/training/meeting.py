@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Mapping
@@ -11,14 +12,17 @@ from pathlib import Path
 import torch
 
 from ssl_pipeline import __version__
-from ssl_pipeline.config import ConfigError, launched_rank
-from ssl_pipeline.distributed import gather, world_size
+from ssl_pipeline.config import Config, ConfigError, launched_rank
+from ssl_pipeline.config.arguments import leaves
+from ssl_pipeline.distributed import bytes_of_first_rank, failing_together, gather, rank, world_size
 from ssl_pipeline.files import sha256_of_bytes
 
 PACKAGE = Path(__file__).parents[1]
 SECONDS_FOR_THE_FIRST = 300.0  # it may still be importing torch from a slow file system
 SECONDS_BETWEEN_TRIES = 1.0
 LONGEST_VERSION = 120  # bytes
+OF_A_NODE = {"recipe", "images", "output", "data.cache_dir", "data.cache_gb", "data.workers", "data.prefetch"}
+PLACES = {"shards", "keep", "labels", "weights", "tokenizer", "train", "val"}  # the same images by another name
 
 
 def wait_for_the_first(environment: Mapping[str, str], *, seconds: float = SECONDS_FOR_THE_FIRST) -> None:
@@ -63,6 +67,39 @@ def require_one_version(device: torch.device) -> None:
             f"All processes must run the same code. Rank {others[0]} has {versions[others[0]]}, rank 0 has "
             f"{versions[0]} ({len(others)} of {world_size()} processes differ). Install the same version on all nodes."
         )
+
+
+def require_same_settings(config: Config, device: torch.device) -> None:
+    """Raise on all processes if one has other settings than the first, but for those that a node may have its own of.
+
+    ConfigError where they differ, RunError with its words elsewhere.
+    """
+    own = {key: value for key, value in leaves(config.model_dump(mode="json")) if not _is_of_a_node(key)}
+    first = json.loads(bytes_of_first_rank(json.dumps(own).encode(), device))
+    differing = [key for key in {**first, **own} if first.get(key) != own.get(key)]
+    with failing_together(device):
+        if differing:
+            key = differing[0]
+            more = f" ({len(differing)} settings differ)" if len(differing) > 1 else ""
+            raise ConfigError(
+                f"All processes must have the same settings. {key} is {json.dumps(own.get(key))} on rank {rank()} and "
+                f"{json.dumps(first.get(key))} on rank 0{more}. Start all nodes with the same command."
+            )
+
+
+def require_same_images(fingerprint: str, shards: str, device: torch.device) -> None:
+    """Raise on all processes if the shards of one are not those of the first, told by their fingerprint."""
+    first = bytes_of_first_rank(fingerprint.encode(), device).decode()
+    with failing_together(device):
+        if first != fingerprint:
+            raise ConfigError(
+                f"All processes must have the same images. {shards} on rank {rank()} has the fingerprint "
+                f"{fingerprint[:8]}, on rank 0 {first[:8]}. Copy the shards to this node again."
+            )
+
+
+def _is_of_a_node(key: str) -> bool:
+    return key in OF_A_NODE or key.rpartition(".")[2] in PLACES
 
 
 def version() -> str:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
+from pydantic import Field
 
 from ssl_pipeline import distributed
-from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config import Config, ConfigError, RunError
 from ssl_pipeline.training import meeting
-from ssl_pipeline.training.meeting import require_one_version, version, wait_for_the_first
+from ssl_pipeline.training.meeting import (
+    require_one_version,
+    require_same_images,
+    require_same_settings,
+    version,
+    wait_for_the_first,
+)
 from tests.ranks import run_on_ranks
 
 
@@ -92,6 +100,57 @@ def test_processes_of_one_version_go_on():
     first, second = run_on_ranks(same)
     assert first == second
     assert len(first) <= meeting.LONGEST_VERSION
+
+
+class Settings(Config):
+    """Some of a run's."""
+
+    lr: float = 0.1
+    steps: int = 3
+    data: dict[str, str | int] = Field(default_factory=dict)
+
+
+def differing(*all_ranks: Settings) -> str:
+    return raised(lambda: require_same_settings(all_ranks[distributed.rank()], torch.device("cpu")))
+
+
+def raised(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except (ConfigError, RunError) as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_node_with_other_settings_is_named_on_all_ranks():
+    sentence = (
+        "All processes must have the same settings. lr is 0.5 on rank 1 and 0.1 on rank 0 (2 settings differ). "
+        "Start all nodes with the same command."
+    )
+    others = [Settings(), Settings(lr=0.5, steps=4)]
+    assert run_on_ranks(differing, *others) == [f"On rank 1: {sentence}", sentence]
+
+
+def test_a_node_may_have_its_own_places_and_workers():
+    own = [Settings(data={"shards": f"/local{rank}/x", "workers": rank, "cache_dir": str(rank)}) for rank in range(2)]
+    assert run_on_ranks(differing, *own) == ["nothing", "nothing"]
+
+
+def test_a_key_that_one_node_lacks_is_named():
+    first, second = run_on_ranks(differing, Settings(data={"a": 1}), Settings())
+    assert "data.a is null on rank 1 and 1 on rank 0." in first
+    assert first.endswith(second)
+
+
+def other_images() -> str:
+    rank = distributed.rank()
+    return raised(lambda: require_same_images(f"{rank}2345678abc", f"/local{rank}/x", torch.device("cpu")))
+
+
+def test_a_node_with_other_images_is_named_on_all_ranks():
+    first, second = run_on_ranks(other_images)
+    assert "/local1/x on rank 1 has the fingerprint 12345678, on rank 0 02345678." in second
+    assert first == f"On rank 1: {second}"
 
 
 def test_another_file_is_another_version(tmp_path):
