@@ -15,12 +15,13 @@ from ssl_pipeline.backbones import (
     Preprocessing,
     create_backbone,
     load_backbone,
+    load_run,
     save_backbone,
 )
 from ssl_pipeline.backbones.classifier import save_classifier
 from ssl_pipeline.config import ConfigError, RunError, load
 from ssl_pipeline.eval.export import ExportConfig, export
-from ssl_pipeline.eval.exports import comparison, timm_folder
+from ssl_pipeline.eval.exports import comparison, onnx_graph, timm_folder
 from ssl_pipeline.files import sha256_of
 from tests.tiny import VIT
 
@@ -99,6 +100,15 @@ def test_nothing_appears_if_a_reader_computes_something_else(tmp_path, monkeypat
     with pytest.raises(RunError, match=r"timm computes other features than the backbone: they differ by 0\.001"):
         exported(run, "timm")
     assert list((tmp_path / "timm").iterdir()) == []
+
+
+def test_a_graph_that_may_take_minutes_is_announced(tmp_path, monkeypatch, capsys):
+    run, _ = run_with(tmp_path, CNN)
+    said_before: list[str] = []
+    monkeypatch.setattr(onnx_graph, "_export", lambda *_: said_before.append(capsys.readouterr().err))
+    monkeypatch.setattr(onnx_graph, "_difference", lambda *_: 0.0)
+    onnx_graph.write_graph(tmp_path, load_run(run))
+    assert said_before == ["Making the ONNX graph: seconds for most networks, minutes for deep CNNs ...\n"]
 
 
 def test_features_of_another_shape_are_refused():
