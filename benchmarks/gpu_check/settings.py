@@ -47,7 +47,7 @@ class GpuCheckConfig(Config):
     output: Path = Path("runs/gpu_check")
     """Directory for gpu_check.json and the runs of the checks."""
     cifar10: Path = Path("data/cifar10")
-    """Directory with the shards train and test of CIFAR-10, as the README makes them."""
+    """Directory with the shards train and test of CIFAR-10, as docs/images.md makes them."""
     imagenet: Path | None = None
     """Folder or zip of photographs as JPEG; by default parts of the two that come with scikit-learn."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 8

@@ -27,14 +27,17 @@ def measuring(run: Path, own: str | None) -> str:
     )
 
 
-def of_the_run(run: Path, own: str | None) -> str:
-    """The commands that show the run as a page and write the features of its own images as a table."""
+def of_the_run(run: Path, own: str | None, page: Path | None = None) -> str:
+    """Where the page of the run is, or the command that writes it, and the command that writes the features of its own
+    images as a table."""
     place = shlex.quote(str(run))
-    page = f"As a page: {_command('report')} run={place}"
+    as_page = f"As a page: {page or _command('report') + ' run=' + place}"
     if own is None:
-        return page
+        return as_page
     table = shlex.quote(str(run / "features.npz"))
-    return f"{page}\nFeatures of its images: {_command('embed')} run={place} source={shlex.quote(own)} output={table}"
+    return (
+        f"{as_page}\nFeatures of its images: {_command('embed')} run={place} source={shlex.quote(own)} output={table}"
+    )
 
 
 def in_python(run: Path, own: str | None = None) -> str:

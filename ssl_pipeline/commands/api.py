@@ -30,7 +30,7 @@ from ssl_pipeline.data.shards.origins import ORIGINS_FILE
 from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.intervals import share_interval
-from ssl_pipeline.eval.labelled import open_labelled
+from ssl_pipeline.eval.labelled import open_labelled, require_company
 from ssl_pipeline.eval.report import ReportConfig
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours, require_finite, require_k
 from ssl_pipeline.eval.votes import votes_accuracy
@@ -125,6 +125,7 @@ def embed(
     cannot be decoded are left out with a warning. Raises ConfigError for a backbone of no run and for a source
     without images.
     """
+    _require_backbone(backbone, "embed")
     with _explained(), _shards_of(source, "source") as shards:
         index = open_shards(shards)
         features = _features(backbone, index, batch_size, workers, device, precision)
@@ -152,13 +153,16 @@ def knn(
 
     train, test: shards with labels, or folders (zips) of class folders. Without test each image of train is classified
     by all others. Doubts about the images (test images that are training images too) are printed on stderr. Raises
-    ConfigError if there are no labels, or fewer than k training images.
+    ConfigError for a backbone of no run, and if there are no labels, or fewer than k training images.
     """
+    _require_backbone(backbone, "knn")
     with _explained(), ExitStack() as opened:
         alone, train_shards = test is None, opened.enter_context(_shards_of(train, "train"))
         test_shards = train_shards if test is None else opened.enter_context(_shards_of(test, "test"))
         images = open_labelled(str(train_shards), str(test_shards), task=KNN, shared=not alone)
         require_k(k, len(images.train) - alone)
+        if alone:
+            require_company(images.train_labels, task=KNN)
         settings = batch_size, workers, device, precision
         train_MD = normalize(_features(backbone, images.train, *settings), dim=1)
         test_ND = train_MD if alone else normalize(_features(backbone, images.test, *settings), dim=1)
@@ -178,6 +182,18 @@ def knn(
         )[k]
     interval = share_interval(found["top1"], len(images.test))
     return {"top1": found["top1"], "top5": found["top5"], "top1_interval": interval}
+
+
+def _require_backbone(backbone: object, call: str) -> None:
+    """Raises ConfigError, with what to write, for what is no backbone: a run, its place, another library's network."""
+    if isinstance(backbone, Backbone):
+        return
+    if isinstance(backbone, str | Path):
+        raise ConfigError(
+            f"{call}() takes a backbone, not the place of one. Write {call}(ssl_pipeline.load({str(backbone)!r}), ...)."
+        )
+    instead = f"Write {call}(run.backbone, ...)" if isinstance(backbone, Run) else "ssl_pipeline.load(RUN) gives one"
+    raise ConfigError(f"{call}() takes a backbone. Got {type(backbone).__name__}. {instead}.")
 
 
 def _features(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from ssl_pipeline import __version__
+from ssl_pipeline.commands.interrupts import answer_interrupts
 from ssl_pipeline.config import nearest
 
 PROGRAM = "ssl-pipeline"
@@ -43,11 +45,15 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command that the first argument names; returns the exit code."""
+    answer_interrupts()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         sys.argv[1:] = arguments
         return import_module(COMMANDS[name]).command(f"{PROGRAM} {name}")
-    print(f"usage: {PROGRAM} COMMAND [key=value ...] [--help]\n\ncommands: {', '.join(COMMANDS)}")
+    if name == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    print(f"usage: {PROGRAM} COMMAND [key=value ...] [--help] | --version\n\ncommands: {', '.join(COMMANDS)}")
     if name in ("--help", "-h"):
         return 0
     print(f"error: There is no command '{name}'.{nearest(name, list(COMMANDS))}", file=sys.stderr)

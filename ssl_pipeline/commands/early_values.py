@@ -22,6 +22,7 @@ from ssl_pipeline.commands.key_names import (
     METHOD,
     PRETRAIN,
     Section,
+    is_by_name,
     keys_of,
     methods_in,
     section_of,
@@ -148,8 +149,10 @@ def _schema(
         below = [key[1:] for key in keys if key[0] == part and len(key) > 1]
         if (field := names.field(declared)) is not None:
             fields[part] = field
-        elif "dict[" in declared:
-            continue
+        elif is_by_name(declared):
+            inside = section_of(declared, method, sections)
+            if inside is not None and below:
+                fields[part] = (_by_name(inside, below, sections, names), None)
         elif declared.startswith(METHOD) and (not below or method not in methods_in(sections)):
             fields[part] = (_method_by_name(sections), None)
         elif (inside := section_of(declared, method, sections)) is not None and (
@@ -157,6 +160,18 @@ def _schema(
         ):
             whole = _schema(inside, below, method, sections, names) if below else _any_of(inside, sections)
             fields[part] = (whole | None if "| None" in declared else whole, None)
+    return create_model(section, __base__=Part, **fields)
+
+
+def _by_name(
+    section: str, keys: Sequence[Sequence[str]], sections: Mapping[str, Section], names: Names
+) -> type[Config]:
+    """Sections under names that are chosen freely, the first part of each key."""
+    fields: dict[str, Any] = {}
+    for name in dict.fromkeys(key[0] for key in keys):
+        inside = [key[1:] for key in keys if key[0] == name and len(key) > 1]
+        entry = _schema(section, inside, None, sections, names) if inside else _any_of(section, sections)
+        fields[name] = (entry | None, None)
     return create_model(section, __base__=Part, **fields)
 
 

@@ -20,19 +20,19 @@ ROOM = 2  # packed images are at least so many times the largest view, and worth
 
 @dataclass(frozen=True)
 class Look:
-    """How many images there are, the median of their shorter sides in pixels, and whether their labels can be told
-    apart: each has one, and there are two classes or more.
+    """How many images there are, the median of their shorter sides in pixels, and the number of their classes: 0 unless
+    each has a label.
     """
 
     count: int
     side: int
-    labelled: bool
+    classes: int
 
 
 def look_at_shards(index: ShardIndex) -> Look:
     """A look at images that are packed."""
-    labelled = index.label_problem() is None and len(np.unique(index.labels())) > 1
-    return Look(len(index), int(np.median(index.sizes().min(axis=1))) if len(index) else 0, labelled)
+    classes = len(np.unique(index.labels())) if index.label_problem() is None else 0
+    return Look(len(index), int(np.median(index.sizes().min(axis=1))) if len(index) else 0, classes)
 
 
 def look_at_files(files: Source) -> Look:
@@ -40,7 +40,7 @@ def look_at_files(files: Source) -> Look:
     count, side = look_at(files)
     found = find_candidates(files)
     labels = {image.label for image in found.images}
-    return Look(count, side, None not in labels and len(labels) > 1 and not parts_of_a_set(found))
+    return Look(count, side, 0 if None in labels or parts_of_a_set(found) else len(labels))
 
 
 def reduced_side(side: int, view: int) -> int | None:

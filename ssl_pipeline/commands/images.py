@@ -21,7 +21,10 @@ from ssl_pipeline.packing.candidates import find_candidates, no_images
 from ssl_pipeline.packing.conversion import is_image_name
 from ssl_pipeline.packing.images_as_shards import holds_shards, packed
 from ssl_pipeline.packing.packed_once import SHARDS, is_current, is_packed
+from ssl_pipeline.packing.sources import DIGITS
 from ssl_pipeline.packing.sources import open_source as open_files
+
+NEEDED = "a folder or a zip of images, or shards"
 
 
 def expand(
@@ -39,7 +42,7 @@ def expand(
     which all others wait; else nothing is written. Raises ConfigError or DataError.
     """
     overrides = overrides or {}
-    given = keys_of(arguments) | {key: str(value) for key, value in leaves(overrides) if value is not None}
+    given = keys_of(arguments) | {key: "null" if value is None else str(value) for key, value in leaves(overrides)}
     _check_given(given)
     images, recipe, first = given.get("images"), given.get("recipe", ""), launched_rank() == "0"
     if images is None and recipe != AUTO:
@@ -105,7 +108,9 @@ def _as_shards(
         return _looked_at(images, refuse_wrong)
     if Path(images).expanduser().is_file() and is_image_name(images):
         raise ConfigError(f"images={images} is one photograph. Pretraining needs a folder or a zip of many.")
-    files = open_files(str(Path(images).expanduser()), key="images")
+    if images != DIGITS and not Path(images).expanduser().exists() and is_packed(output):
+        return _looked_at(_packed_before(images, output, choice), refuse_wrong)
+    files = open_files(str(Path(images).expanduser()), key="images", needed=NEEDED)
     if is_packed(output) and (choice.has_begun or is_current(files, output)):
         return _looked_at(packed(images, output, opened=files), refuse_wrong)
     shards = str(output / SHARDS)
@@ -124,6 +129,20 @@ def _as_shards(
         return shards, look
     packed(images, output, renewed=True, short_side=short_side, opened=files)
     return shards, look_at_shards(open_shards(shards))
+
+
+def _packed_before(images: str, output: Path, choice: RecipeChoice) -> str:
+    """The shards of a run whose folder is gone; ConfigError, with what works, unless it is the folder of this run."""
+    shards = str(output / SHARDS)
+    if choice.images is None or Path(choice.images) != Path(images).expanduser():
+        of_it = "" if choice.images is None else f" of {choice.images}"
+        raise ConfigError(
+            f"images='{images}' does not exist. {output} has the images{of_it} that were packed into it: "
+            f"images={shards} output={output} trains on those."
+        )
+    if launched_rank() == "0":
+        _say(f"images={images} is gone. The run goes on with its images as they were packed, in {shards}.")
+    return shards
 
 
 def _looked_at(shards: str, refuse_wrong: Callable[[Look, str], None]) -> tuple[str, Look]:

@@ -22,6 +22,7 @@ FIELD = re.compile(r"^    ([a-z]\w*): ((?!ClassVar).*)$", re.MULTILINE)
 DOCSTRING = re.compile(r'""".*?"""', re.DOTALL)
 TAG = re.compile(r'Literal\["(\w+)"\]')
 SHORTHAND = 'shorthand: ClassVar[str | None] = "'
+VIEW, VIEW_OPERATIONS = "ViewSettings", "_operation_settings"  # what is put together at import from those of operations
 PRETRAIN, BASE, METHOD = "PretrainConfig", "Config", "MethodConfig"
 
 
@@ -43,7 +44,8 @@ def sections_in_sources(package: Path = PACKAGE) -> dict[str, Section]:
         for name, bases, body in CLASS.findall(path.read_text(encoding="utf-8")):
             keys, made_from = dict(FIELD.findall(DOCSTRING.sub("", body))), tuple(filter(None, bases.split(", ")))
             found[name] = Section(made_from, keys, SHORTHAND in body)
-    return found
+    operations = [name for name, section in found.items() if VIEW in section.bases]
+    return found | {VIEW_OPERATIONS: Section(tuple(operations), {}, shorthand=False)}
 
 
 def unknown_keys(
@@ -60,8 +62,11 @@ def unknown_keys(
 
 
 def _unknown(parts: list[str], method: object, sections: Mapping[str, Section], own: Sequence[str]) -> str | None:
-    section = PRETRAIN
+    section, named_freely = PRETRAIN, False
     for depth, part in enumerate(parts):
+        if named_freely:
+            named_freely = False
+            continue
         known = keys_of(section, sections)
         if known is None:
             return None
@@ -70,9 +75,9 @@ def _unknown(parts: list[str], method: object, sections: Mapping[str, Section], 
             return _sentence(parts[: depth + 1], known, method, sections)
         kind = known[part]
         inside = section_of(kind, method, sections)
-        if inside is None or "dict[" in kind:
+        if inside is None:
             return None
-        section = inside
+        section, named_freely = inside, is_by_name(kind)
     return None
 
 
@@ -100,6 +105,11 @@ def section_of(kind: str, method: object, sections: Mapping[str, Section]) -> st
     return named[0] if len(named) == 1 else None
 
 
+def is_by_name(kind: str) -> bool:
+    """Whether a type is a mapping of names that are chosen freely."""
+    return "dict[" in kind
+
+
 def takes_bare_value(name: str, sections: Mapping[str, Section]) -> bool:
     """Whether a value that is no section may be given for a section."""
     return any(sections[one].shorthand for one in _line_of(name, sections) if one in sections)
@@ -125,6 +135,6 @@ def _sentence(parts: list[str], known: Mapping[str, str], method: object, sectio
         return told + like
     for name, kind in (keys_of(PRETRAIN, sections) or {}).items():
         inside = section_of(kind, method, sections)
-        if inside is not None and "dict[" not in kind and key in (keys_of(inside, sections) or {}):
+        if inside is not None and not is_by_name(kind) and key in (keys_of(inside, sections) or {}):
             return f"{told} Did you mean '{name}.{key}'?"
     return f"{told} Known here: {', '.join(known)}"

@@ -1,7 +1,8 @@
-"""The page of a run while it trains: after each checkpoint another process writes it, which costs training little."""
+"""The page of a run at its end, and while it trains: another process writes it, which costs training little."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import IO
 
 from ssl_pipeline.config import printable
 
-WRITER = "ssl_pipeline.commands.report"
+WRITER, PAGE = "ssl_pipeline.commands.report", Path("report", "index.html")
 NICENESS = 19  # training goes first
 IMAGES = 200  # through the backbone: a first look, eval.report takes more
 SECONDS_AT_THE_END = 120.0
@@ -19,7 +20,8 @@ OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PagesOnTheWay:
-    """Starts a writer when it is called, unless the one before still writes; it never ends or holds up the run.
+    """Starts a writer when it is called, unless the one before still writes; it never ends or holds up the run, and at
+    the end, by `finish`, for SECONDS_AT_THE_END at most.
 
     What goes wrong is said once it is known, at the next call or at `finish`.
     """
@@ -34,18 +36,17 @@ class PagesOnTheWay:
             self._look_back()
             self._start()
 
-    def finish(self) -> None:
-        """Write the page of the run as it ended; waits for it, for a while."""
+    def finish(self, *, is_new: bool) -> Path | None:
+        """The page of the run as it ended, written now unless the run was complete before (not is_new) and has one;
+        None, once the reason is told, if it cannot be written."""
         self._look_back()
         self.stop()
-        self._start()
-        if self._writer is not None:
-            try:
-                self._writer.wait(SECONDS_AT_THE_END)
-            except subprocess.TimeoutExpired:
-                self.stop()
-                _skipped(f"it is not there after {SECONDS_AT_THE_END:.0f} s")
-        self._look_back()
+        place = self._run / PAGE
+        if is_new or not place.is_file():
+            print("Writing the page of the run: some seconds ...", file=sys.stderr, flush=True)
+            self._start(threads=None)
+            return place if self._is_written() else None
+        return place
 
     def stop(self) -> None:
         """End a writer that still writes."""
@@ -54,10 +55,10 @@ class PagesOnTheWay:
             writer.kill()
             writer.wait()
 
-    def _start(self) -> None:
-        settings = [f"run={self._run}", f"images={IMAGES}", "device=cpu", "tensorboard=true"]
+    def _start(self, *, threads: str | None = "1") -> None:
+        settings = [f"run={json.dumps([str(self._run)])}", f"images={IMAGES}", "device=cpu", "tensorboard=true"]
         environment = {key: value for key, value in os.environ.items() if key not in OF_RANKS}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""} | ({} if threads is None else {"OMP_NUM_THREADS": threads})
         self._told = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the writer writes
         try:
             self._writer = subprocess.Popen(
@@ -72,16 +73,29 @@ class PagesOnTheWay:
         except OSError as error:
             _skipped(str(error))
 
-    def _look_back(self) -> None:
-        """Say how the last writer failed, if it has ended and did."""
+    def _is_written(self) -> bool:
+        """Whether the writer, which is waited for, ends well."""
+        if self._writer is None:
+            return False
+        try:
+            self._writer.wait(SECONDS_AT_THE_END)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            _skipped(f"it is not there after {SECONDS_AT_THE_END:.0f} s")
+            return False
+        return self._look_back()
+
+    def _look_back(self) -> bool:
+        """Whether a writer has ended and done its work; how it failed is said."""
         if self._writer is None or self._writer.poll() is None:
-            return
+            return False
         code, self._writer = self._writer.returncode, None
         if code and self._told is not None:
             self._told.seek(0)
             lines = self._told.read().decode(errors="replace").split("\n")
             _skipped(next((line for line in reversed(lines) if line.strip()), f"exit code {code}"))
+        return code == 0
 
 
 def _skipped(reason: str) -> None:
-    print(printable(f"The page of the run (report=true) is skipped: {reason}"), file=sys.stderr, flush=True)
+    print(printable(f"The page of the run is skipped: {reason}"), file=sys.stderr, flush=True)

@@ -54,7 +54,7 @@ from ssl_pipeline.files import JSON
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
-from ssl_pipeline.run.directory import RunDirectory
+from ssl_pipeline.run.directory import RunDirectory, read_status
 from ssl_pipeline.run.interruption import StopAtOnce, Stopped
 from ssl_pipeline.run.provenance import describe_start
 from ssl_pipeline.run.watchdog import Watchdog
@@ -115,8 +115,9 @@ class PretrainConfig(Config):
     into the run's directory, suggests optim.lr, and begins no run."""
     wandb: MayChange[bool] = False
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
-    report: MayChange[bool] = False
-    """Whether another process writes the run's page, report/index.html, after each checkpoint, at low priority."""
+    report: MayChange[bool | None] = None
+    """Whether another process writes the run's page, report/index.html, at the end and after each checkpoint, at low
+    priority; null: with images at the end alone, else not."""
 
     @model_validator(mode="after")
     def _output_is_known(self) -> PretrainConfig:
@@ -239,9 +240,11 @@ def _pretrain(config: PretrainConfig) -> int:
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights
         starting.close()
-        pages = PagesOnTheWay(output) if config.report and directory is not None else None
+        wants_page = config.images is not None if config.report is None else config.report
+        pages = PagesOnTheWay(output) if wants_page and directory is not None else None
         if pages is not None:
             stack.callback(pages.stop)
+        on_the_way = pages if pages is not None and config.report else lambda: None
         run = Run(
             method=method,
             preprocessing=preprocessing,
@@ -254,20 +257,19 @@ def _pretrain(config: PretrainConfig) -> int:
             train=config.train,
             seed=config.seed,
             accelerator=accelerator,
-            output=Output(output, directory, config, identity, config.wandb, about, saved=pages or (lambda: None)),
+            output=Output(output, directory, config, identity, config.wandb, about, saved=on_the_way),
             monitors=monitors,
             start=Start(started, index_seconds),
         )
-        signal_number = 0
+        signal_number, before = 0, read_status(output)
         if config.find_lr:
             find_lr(run)
         else:
             signal_number = train(run)
         if signal_number == 0 and directory is not None:
-            if pages is not None:
-                pages.finish()
+            page = pages.finish(is_new=read_status(output) != before) if pages is not None else None
             own = config.data.shards if isinstance(config.data.shards, str) else None
-            print(f"Done. {measuring(output, own)}\n{of_the_run(output, own)}\n{in_python(output, own)}")
+            print(f"Done. {measuring(output, own)}\n{of_the_run(output, own, page)}\n{in_python(output, own)}")
         accelerator.wait_for_everyone()  # whoever leaves first takes the group from those who still write
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0

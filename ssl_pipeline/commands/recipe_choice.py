@@ -47,15 +47,27 @@ class RecipeChoice:
         """Those of a recipe that is named, else none."""
         return {} if self.recipe == AUTO else read_recipe(self.recipe, RECIPES)
 
+    @property
+    def images(self) -> str | None:
+        """The `images=` that the run was begun with; None without any."""
+        images = self._settings_of_the_run.get("images")
+        return images if isinstance(images, str) else None
+
     @cached_property
     def _of_the_run(self) -> list[str]:
         """The recipe that the run has, as arguments; none if it has not begun."""
-        if self.has_begun:
-            path = self.output / "config.yaml"
-            tree = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
-            if isinstance(tree, dict) and isinstance(tree.get("recipe"), str):
-                return [f"recipe={tree['recipe']}", *(["knn=null"] if tree.get("knn") is None else [])]
+        tree = self._settings_of_the_run
+        if isinstance(tree.get("recipe"), str):
+            return [f"recipe={tree['recipe']}", *(["knn=null"] if tree.get("knn") is None else [])]
         return []
+
+    @cached_property
+    def _settings_of_the_run(self) -> Tree:
+        if not self.has_begun:
+            return {}
+        path = self.output / "config.yaml"
+        tree = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
+        return tree if isinstance(tree, dict) else {}
 
     def arguments(self, look: Look) -> list[str]:
         """`recipe=`, and what images and weights bring beside it, without what is given."""

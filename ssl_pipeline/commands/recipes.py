@@ -35,8 +35,8 @@ def recipe_headers(only: str | None = None) -> list[RecipeHeader]:
     found = [head for head in found if head.name == only] or found  # a whole name, which longer ones may contain
     if not found:
         raise ConfigError(
-            f"only={only} must be a folder of recipes ({', '.join(folders)}) or a part of a recipe's name. No recipe "
-            f"has it.{nearest(str(only), [head.name for head in headers])}"
+            f"No recipe has '{only}' in its name, and no folder of recipes is called so ({', '.join(folders)})."
+            f"{nearest(str(only), [head.name for head in headers])}"
         )
     return found
 

@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from ssl_pipeline.commands.first_look import Look
 from ssl_pipeline.config import Tree, launched_rank
 from ssl_pipeline.data.shards.listing import shards_may_be_at
+from ssl_pipeline.eval.labelled_sets import PER_CLASS
 
 WATCHED, WATCHED_K, WATCHED_EVERY = 2000, 20, "20%"  # images of a labelled folder, and how k-NN watches them
 
 
 def watch(look: Look, shards: str, given: Mapping[str, str], recipe: Tree) -> list[str]:
-    """The argument by which a run on images= is measured on these images: by k-NN, if they have labels (class folders),
-    else from weights by the spectrum; none if anything is given of it, or the recipe has images for it that are there.
+    """The argument by which a run on images= is measured on these images: by k-NN, if they have labels (class folders)
+    of which others of the same set can vote, else from weights by the spectrum; none if anything is given of it, or the
+    recipe has images for it that are there.
     """
     if look.count <= WATCHED_K or says(given, "knn"):
         return []
-    if look.labelled:
+    compared = min(look.count, WATCHED)
+    if 1 < look.classes <= compared / PER_CLASS:  # so that some class has two of them, however they are chosen
         knn = recipe.get("knn")
         if isinstance(knn, dict) and knn.get("train") is not None and shards_may_be_at(knn["train"]):
             return []
@@ -29,11 +32,18 @@ def watch(look: Look, shards: str, given: Mapping[str, str], recipe: Tree) -> li
         return [
             f"knn={{every: {WATCHED_EVERY}, train: {json.dumps(shards)}, val: null, images: {WATCHED}, k: {WATCHED_K}}}"
         ]
+    why = (
+        "have no labels"
+        if look.classes < 2
+        else f"are of {look.classes:,} classes, too many for k-NN on {compared:,} of them"
+    )
     if given.get("backbone.weights", "null") in ("null", "") or says(given, "spectrum") or recipe.get("spectrum"):
+        if look.classes > 1:
+            _say_first(f"The images {why}, so the run does not measure it.")
         return []
     _say_first(
-        f"The images have no labels, so the run watches RankMe of the features from the weights on, every "
-        f"{WATCHED_EVERY}. spectrum=null leaves that out."
+        f"The images {why}, so the run watches RankMe of the features from the weights on, every {WATCHED_EVERY}. "
+        "spectrum=null leaves that out."
     )
     return [f"spectrum={{every: {WATCHED_EVERY}, images: {WATCHED // 2}}}"]
 

@@ -41,6 +41,11 @@ class Change:
     def __str__(self) -> str:
         return f"{self.key}: {short(self.before)} -> {short(self.now)}"
 
+    @property
+    def kept(self) -> str:
+        """What is said where the value before stands, whatever is given now."""
+        return f"{self.key}={short(self.before)} (given now: {short(self.now)})"
+
 
 def short(value: JsonValue) -> str:
     """A value as it is written on the command line, but of a long one only the beginning."""

@@ -19,7 +19,9 @@ ADVICE = {
     errno.EACCES: "Choose a place that is yours, or ask its owner.",
 }
 NO_MEMORY = re.compile(  # of torch's CPU and GPU allocators, CUDA's libraries and the system
-    r"out of memory|can't allocate memory|cannot allocate memory|unable to allocate|_ALLOC_FAILED", re.IGNORECASE
+    r"out of memory|can't allocate memory|cannot allocate memory|unable to allocate|_ALLOC_FAILED|"
+    r"can't start new thread|unable to start watchdog thread",  # of a thread there is no room for
+    re.IGNORECASE,
 )
 ASKED = re.compile(r"(?:tried to allocate|unable to allocate) ([\d.]+ ?\w+)", re.IGNORECASE)
 FOREIGN_ADVICE = re.compile(r"weights_only|PYTORCH_\w+|please (?:file|report|open)|https?://", re.IGNORECASE)

@@ -71,9 +71,11 @@ def write_keep(path: Path, index: ShardIndex, samples: ArrayLike, *, origin: JSO
     set. `origin` says where the choice comes from. Raises DataError for what could not be read again.
     """
     places = np.unique(np.asarray(samples))
-    if len(places) and places.dtype.kind not in "iu":
+    if not len(places):
+        raise DataError(f"No image of {index.called} is left to keep, so '{path}' is not written.")
+    if places.dtype.kind not in "iu":
         raise DataError(f"The images to keep must be given by their numbers, no mask. Got {places.dtype}.")
-    if len(places) and not (places[0] >= 0 and places[-1] < len(index)):
+    if not (places[0] >= 0 and places[-1] < len(index)):
         raise DataError(f"The images to keep must lie in [0, {len(index)}). Got {places[0]} to {places[-1]}.")
     whole = index.overlaid(NO_OVERLAY)
     numbers = index.in_whole_set(places.astype(np.int64))

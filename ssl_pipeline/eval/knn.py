@@ -19,7 +19,7 @@ from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
-from ssl_pipeline.eval.labelled import open_labelled, some_of_each_class
+from ssl_pipeline.eval.labelled import open_labelled, require_company, some_of_each_class
 from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
 from ssl_pipeline.eval.monitors import MonitorConfig, readable_images
 from ssl_pipeline.eval.protocol import (
@@ -149,6 +149,8 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
     if config.per_class is not None:
         voters_M = torch.from_numpy(some_of_each_class(images, config.per_class, seed=config.seed))
     require_k(max(config.k), len(voters_M) - config.leave_one_out)
+    if config.leave_one_out:
+        require_company(images.train_labels, task="k-NN")
 
     def measure(features: LabelledFeatures) -> ByTemperature:
         device, most = search_device(features.train, features.test, choose_device(config.device)), max(config.k)
@@ -272,6 +274,8 @@ class KnnMonitor:
         if config.val is not None:
             self.tested = readable_images(config, "knn", self.images.test, preprocessing.size)
         require_k(config.k, count - (config.val is None))
+        if config.val is None:
+            require_company(self.images.train_labels[self.used], task="k-NN")
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""

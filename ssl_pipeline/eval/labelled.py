@@ -121,6 +121,15 @@ def _labels_come_from(index: ShardIndex) -> str:
     return LABELS_OF_SHARDS if packed_from(index.folder) is None else LABELS_OF_FILES
 
 
+def require_company(labels_N: Tensor, *, task: str) -> None:
+    """Raise ConfigError if no class has two images: each by all others, all would be wrong whatever was learnt."""
+    if len(labels_N.unique()) == len(labels_N):
+        raise ConfigError(
+            f"{task} of each image by all others needs two images of a class. Got {len(labels_N)} images of as many "
+            "classes, so that none could be right. Put images of one kind into one class folder, or give a test set."
+        )
+
+
 def look_at_first(index: ShardIndex, size: int, *, sample: int = 0) -> None:
     """Decode the first image that a measure takes, as it will; DataError if that fails."""
     EvaluationSet(index, size)[sample]

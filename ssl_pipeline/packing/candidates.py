@@ -13,6 +13,7 @@ TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "valida
 """What the folders of the two parts of a data set are called."""
 SPLITS = {*TRAIN, *TEST}
 NO_IMAGE = "no image file"
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".7z", ".rar", ".parquet")
 OTHER_FORMATS = ("jp2", "jxl", "ppm")
 WITH_EXTRA = "not read here: .{}; pip install 'ssl-pipeline[heif]' brings the reader"
 
@@ -64,6 +65,14 @@ def label_candidates(source: Source, labels: Mapping[str, int], class_names: Seq
 
 def no_images(key: str, source: str, found: Candidates) -> str:
     """What is said of a source without an image file; key: the setting that names it."""
+    archives = [other.file for other in found.others if other.file.lower().endswith(ARCHIVES)]
+    if archives:
+        one = f", or set {key}={source}/{archives[0]}" if archives[0].lower().endswith(".zip") else ""
+        named = archives[0] if len(archives) == 1 else f"{archives[0]}, ..."
+        return (
+            f"{key}='{source}' has no image file, but {len(archives):,} archives ({named}), which are not looked into. "
+            f"Unpack them into the folder{one}."
+        )
     reasons = Counter(other.reason for other in found.others).most_common(1)
     most = f": {reasons[0][0]} ({reasons[0][1]:,})" if reasons and reasons[0][0] != NO_IMAGE else ""
     return (

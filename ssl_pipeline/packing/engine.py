@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from ssl_pipeline.config import Config, bar_interval
 from ssl_pipeline.files import JSON
 from ssl_pipeline.packing.processes import run_in_processes
-from ssl_pipeline.packing.ray_engine import run_on_ray
+from ssl_pipeline.packing.ray_engine import NO_RAY, run_on_ray
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,9 +35,11 @@ class EngineChoice(Config):
     """With engine=ray: HOST:PORT or ray://HOST:PORT of the cluster, or auto: the one this machine is part of."""
 
     @model_validator(mode="after")
-    def _address_is_of_ray(self) -> EngineChoice:
+    def _ray_is_there(self) -> EngineChoice:
         if self.ray_address is not None and self.engine != "ray":
             raise ValueError(f"ray_address={self.ray_address} goes with engine=ray.")
+        if self.engine == "ray" and find_spec("ray") is None:
+            raise ValueError(NO_RAY)
         return self
 
 

@@ -41,7 +41,7 @@ def pack_once(
 
     LISTING beside it has the name and size of each image file as it was packed; it is written last, so that shards
     without it are those of a start that was cut short. Raises DataError, which names some files, for a source that has
-    changed.
+    changed: contents and times are not compared, so that a copy is the same and no file is read.
     """
     shards, listing = place / SHARDS, place / LISTING
     files = opened or open_source(source, key=key)

@@ -13,6 +13,7 @@ from typing import TypeVar
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.errors import DataError
 
+NO_RAY = "engine=ray needs Ray: pip install 'ssl-pipeline[ray]'. engine=local does without."
 AHEAD = 2  # tasks per worker that Ray holds at once: memory does not grow with their number
 RETRIES = 3  # of a task whose process or node was lost
 SECONDS_TO_ANSWER = 10.0
@@ -69,6 +70,10 @@ def _result_of(ray, reference):  # type: ignore[no-untyped-def]  # Ray may not b
             f"A process of Ray died {RETRIES + 1} times at the same task; it may have run out of memory. "
             "Try fewer workers."
         ) from None
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"Ray lost a part of itself ({type(error).__name__}). The same command goes on with what is not done."
+        ) from None
 
 
 def require_ray(address: str | None):  # type: ignore[no-untyped-def]
@@ -76,7 +81,7 @@ def require_ray(address: str | None):  # type: ignore[no-untyped-def]
     try:
         import ray
     except ImportError:
-        raise ConfigError("engine=ray needs Ray: pip install 'ssl-pipeline[ray]'. engine=local does without.") from None
+        raise ConfigError(NO_RAY) from None
     if address is not None and not ray.is_initialized():
         _require_answer(address)
     return ray

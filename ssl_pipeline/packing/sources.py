@@ -22,6 +22,8 @@ from ssl_pipeline.packing.conversion import is_image_name
 
 MAX_FILE_BYTES = 256 << 20  # a larger file is no image of at most 50 megapixels, and may be a zip bomb
 UTF8_FLAG = 0x800
+DIGITS = "digits"
+NEEDED = "a folder of images, a zip of one, an image, or the word digits"
 
 
 class UnreadableFileError(Exception):
@@ -55,11 +57,13 @@ class Source(Readable, Protocol):
     def left_out(self) -> list[Rejected]: ...
 
 
-def open_source(source: str, prefix: str = "", split: str | None = None, *, key: str = "source") -> Source:
-    """The source that the setting `key` names; DataError if there is none."""
-    if source != "digits" and split is not None:
+def open_source(
+    source: str, prefix: str = "", split: str | None = None, *, key: str = "source", needed: str = NEEDED
+) -> Source:
+    """The source that the setting `key` names; DataError if there is none, which says what is needed."""
+    if source != DIGITS and split is not None:
         raise DataError(f"split={split} goes with source=digits only. Choose a part of '{source}' by prefix=.")
-    if source == "digits":
+    if source == DIGITS:
         if prefix:
             raise DataError(f"source=digits has no folders. Choose split=train or split=test, not prefix={prefix}.")
         return DigitsSource(split or "train")
@@ -73,9 +77,7 @@ def open_source(source: str, prefix: str = "", split: str | None = None, *, key:
         found = SingleImage(path)
     else:
         what = "is neither a folder nor a zip, and no image" if path.exists() else "does not exist"
-        raise DataError(
-            f"{key}='{source}' {what}. Needed: a folder of images, a zip of one, an image, or the word digits."
-        )
+        raise DataError(f"{key}='{source}' {what}. Needed: {needed}.")
     return PartOfSource(found, prefix) if prefix.strip("/") else found
 
 

@@ -105,7 +105,7 @@ def begin_or_keep(run: Run, directory: RunDirectory, *, position: int, global_ba
     point that an unfinished run has reached.
     """
     changed, step = _changes(directory, run.output.settings), run.clock.steps_made(position)
-    shown = "; ".join(map(str, changed))
+    shown = "; ".join(change.kept for change in changed)
     directory.checkpoint = step
     if run.clock.is_last(position):
         status = read_status(directory.path)
@@ -116,7 +116,7 @@ def begin_or_keep(run: Run, directory: RunDirectory, *, position: int, global_ba
                 f"own ({shown}). Choose another output=DIR, or its own settings."
             )
         if changed:
-            _say(f"This run was made with other settings, which stand: {shown}")
+            _say(f"The run keeps the settings that it was made with: {shown}")
         if not done:
             return
         if not (directory.path / "backbone.safetensors").is_file():

@@ -16,6 +16,7 @@ from benchmarks.gpu_check.processes import CheckError, TookTooLongError, rows_of
 from benchmarks.gpu_check.settings import Check, Found, GpuCheckConfig, Place
 from benchmarks.gpu_check.step_report import setting_of
 from benchmarks.recipes import settings_of
+from ssl_pipeline.config import RunError
 
 
 def place(folder: Path, seconds: float = 60.0) -> Place:
@@ -58,6 +59,31 @@ def test_whatever_one_check_does_the_others_have_their_turn(tmp_path, monkeypatc
     assert "not done in 0 s" in printed
     only = gpu_check.run_checks(GpuCheckConfig(output=tmp_path, size="tiny", only=("compile",), minutes=1e-9))
     assert {name: one.state for name, one in only.items()} == {"compile": "no time"}
+
+
+@pytest.mark.parametrize("state", ["failed", "too long", "no time"])
+def test_what_has_not_passed_is_told_by_the_exit_code(tmp_path, monkeypatch, state):
+    found = {"compile": Found("passed", ""), "precision": Found("skipped", ""), "fsdp": Found(state, "")}
+    monkeypatch.setattr(gpu_check, "run_checks", lambda config: found)
+    with pytest.raises(RunError, match=rf"Not passed: fsdp \({state}\)\."):
+        gpu_check.main(GpuCheckConfig(output=tmp_path, size="tiny"))
+    del found["fsdp"]
+    gpu_check.main(GpuCheckConfig(output=tmp_path, size="tiny"))
+
+
+@pytest.mark.parametrize(("last", "state"), [(34.0, "failed"), (60.0, "passed")])
+def test_a_run_that_learns_nothing_has_not_passed(tmp_path, monkeypatch, last, state):
+    def pretrain(place: Place, name: str, *settings: str) -> list[dict[str, float]]:
+        rows = [{"epoch": 0.0, "knn_top1": 30.0}, {"epoch": 3.0, "knn_top1": last}]
+        return rows if name == "run" else [{"images_per_second": 1e5}]
+
+    for part in ("train", "test"):
+        (tmp_path / "cifar10" / part).mkdir(parents=True)
+    config = GpuCheckConfig(output=tmp_path, size="large", cifar10=tmp_path / "cifar10")
+    monkeypatch.setattr(checks, "pretrain", pretrain)
+    found = checks.cifar10(Place(config, tmp_path / "run", time.monotonic() + 60))
+    assert found.state == state
+    assert f"k-NN {last} %" in found.said
 
 
 def test_a_process_ends_with_its_time_and_with_its_children(tmp_path):

@@ -215,8 +215,27 @@ def test_mistakes_of_images_are_told(finished, tmp_path):
         ssl_pipeline.embed(finished.backbone, tmp_path / "nowhere")
     with pytest.raises(ssl_pipeline.ConfigError, match=r"k-NN needs k between 1 and .* \(47\)\. Got k=48"):
         ssl_pipeline.knn(finished.backbone, finished.shards, k=48, workers=0)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / str(number)).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / "photos" / str(number) / "one.png")
+    with pytest.raises(ssl_pipeline.ConfigError, match=r"needs two images of a class\. Got 3 images"):
+        ssl_pipeline.knn(finished.backbone, tmp_path / "photos", k=1, workers=0)
     with pytest.raises(ssl_pipeline.ConfigError, match="device must be auto, cpu or cuda"):
         ssl_pipeline.embed(finished.backbone, finished.shards, device="tpu?")
+
+
+@pytest.mark.parametrize("call", ["embed", "knn"])
+def test_what_is_no_backbone_is_told_with_what_to_write(finished, call):
+    function = getattr(ssl_pipeline, call)
+    for given in ("runs/photos", Path("runs/photos")):
+        with pytest.raises(ssl_pipeline.ConfigError) as error:
+            function(given, "photos")
+        assert str(error.value).endswith(f"Write {call}(ssl_pipeline.load('runs/photos'), ...).")
+    with pytest.raises(ssl_pipeline.ConfigError, match=rf"Got Run\. Write {call}\(run\.backbone, \.\.\.\)\."):
+        function(finished, "photos")
+    with pytest.raises(ssl_pipeline.ConfigError, match=r"Got Linear\. ssl_pipeline\.load\(RUN\) gives one\."):
+        function(torch.nn.Linear(1, 1), "photos")
 
 
 def test_nothing_is_left_behind(finished, photos, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def test_a_command_is_run_under_its_name(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: ssl-pipeline table [key=value ...]")
     assert run(monkeypatch, "table", "rnu=x") == 2
     assert "See: ssl-pipeline table --help" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"ssl-pipeline {version('ssl-pipeline')}\n"
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])

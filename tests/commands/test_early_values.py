@@ -19,7 +19,7 @@ OWN_TYPES = ("data.mean", "data.std", "augment.NAME.")
 
 
 def leaves(tree: Value, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(tree, dict) and prefix not in ("backbone.arguments.", "augment."):
+    if isinstance(tree, dict) and prefix != "backbone.arguments.":
         for name, value in tree.items():
             yield from leaves(value, f"{prefix}{name}.")
     elif prefix:
@@ -118,7 +118,36 @@ def test_a_section_takes_null_a_shorthand_and_keys(given):
     assert wrong_values([given], read_recipe("dino_vits16", RECIPES), SECTIONS) == []
 
 
-@pytest.mark.parametrize("key", ["augment.global.size", "augment", "backbone.arguments.img_size"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "augment.global.flip_prob=1.5",
+        "augment.global.scale=[1.0,0.4]",
+        "augment.local.count=0",
+        "augment.global.size=abc",
+        "augment.global.blur_kernel=x",
+        "augment.global.jitter_prob=[0.5,2]",
+        "augment.global.crop=center",
+        "augment.global=2",
+    ],
+)
+def test_values_of_views(given):
+    key, _, text = given.partition("=")
+    tree = read_recipe("dino_vits16", RECIPES)
+    (told,) = wrong_values([(key, text)], tree, SECTIONS)
+    with pytest.raises(ConfigError) as error:
+        load(PretrainConfig, ["recipe=dino_vits16", given], recipes=RECIPES)
+    (later,) = sentences_of(error.value)
+    assert told.partition(" keys ")[0] == later.partition(" keys ")[0]
+    assert (told == later) == (" keys " not in told)
+
+
+def test_views_that_are_right_say_nothing():
+    given = [("augment.global.size", "96"), ("augment.local", "null"), ("augment.else.blur_prob", "[0.1,0.2]")]
+    assert wrong_values(given, read_recipe("dino_vits16", RECIPES), SECTIONS) == []
+
+
+@pytest.mark.parametrize("key", ["augment.global.mean", "augment", "backbone.arguments.img_size"])
 def test_what_is_no_yaml_is_told_of_keys_whose_types_need_torch(key):
     (told,) = wrong_values([(key, "[8")], read_recipe("dino_vits16", RECIPES), SECTIONS)
     assert told.startswith(f"{key}=[8, line 1: not valid YAML")

@@ -1,12 +1,15 @@
 """What `images=FOLDER` and `recipe=auto` stand for."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+import ssl_pipeline
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.commands import first_look, pretrain
 from ssl_pipeline.commands.first_look import Look, largest_view
@@ -20,6 +23,7 @@ from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.packing.packed_once import pack_once
 from ssl_pipeline.training.run import TrainConfig, start_clock
 from tests.commands.test_finetune import save_run
+from tests.runs import rows, write_recipe
 from tests.tiny import CNN, VIT, write_shards
 
 
@@ -54,6 +58,52 @@ def test_the_recipe_that_a_run_has_is_kept(tmp_path):
     assert expand([f"images={images}", f"output={output}"])[:2] == ["recipe=digits_simclr", "knn=null"]
 
 
+def test_a_run_goes_on_from_its_packed_images_where_the_folder_is_gone(tmp_path, capsys):
+    folders_of_classes(tmp_path)
+    recipe = write_recipe(tmp_path / "tiny.yaml", "simclr", tmp_path, train={"steps": 2, "save_every": 1})
+    known = {"images": tmp_path / "photos", "recipe": recipe, "output": tmp_path / "run"}
+    settings = {"data.workers": 0, "knn": None, "report": False}
+    ssl_pipeline.pretrain(**known, overrides={**settings, "train.steps": 1})
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    capsys.readouterr()
+    ssl_pipeline.pretrain(**known, overrides=settings)
+    told = capsys.readouterr().out
+    assert f"images={tmp_path}/photos is gone. The run goes on with its images as they were packed, in " in told
+    assert [row["step"] for row in rows(tmp_path / "run")][-1] == 2
+    typo = [f"images={tmp_path}/photso", f"output={tmp_path}/run"]
+    with pytest.raises(
+        ConfigError, match=r"photso' does not exist\..* the images of .*photos that were packed"
+    ) as error:
+        expand(typo)
+    works = re.search(r"into it: (images=\S+) (output=\S+) trains on those", str(error.value))
+    assert f"data.shards={tmp_path}/run/images" in expand(works.groups())
+
+
+def test_digits_are_packed_and_found_again(tmp_path):
+    for _ in range(2):
+        found = expand(["images=digits", f"output={tmp_path}/run", "recipe=digits_dino"])
+        assert f"data.shards={tmp_path}/run/images" in found
+
+
+def test_a_folder_of_zips_is_told_as_that(tmp_path):
+    photos = folder(tmp_path)
+    (tmp_path / "zips").mkdir()
+    for name in ("a", "b"):
+        shutil.make_archive(str(tmp_path / "zips" / name), "zip", photos)
+    with pytest.raises(ConfigError, match=r"but 2 archives \(a\.zip, \.\.\.\), which are not looked into") as error:
+        expand([f"images={tmp_path}/zips", f"output={tmp_path}/run"])
+    works = re.search(r"or set (images=\S+)\.$", str(error.value))[1]
+    assert f"data.shards={tmp_path}/run/images" in expand([works, f"output={tmp_path}/run"])
+
+
+def test_packed_images_of_no_run_are_named_where_the_folder_is_gone(tmp_path):
+    arguments = [f"images={folder(tmp_path)}", f"output={tmp_path}/run"]
+    expand(arguments)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"photos' does not exist\. .*/run has the images that were packed into it"):
+        expand(arguments)
+
+
 def test_a_recipe_of_ones_own_stays_and_names_the_directory(tmp_path, monkeypatch):
     images = folder(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -85,6 +135,26 @@ def test_labels_of_folders_are_watched(tmp_path, capsys, recipe):
     assert (config.knn.train, config.knn.val, config.knn.images) == (f"{tmp_path}/run/images", None, 2000)
     for given in ("knn=null", "knn.every=10%"):
         assert not any(argument.startswith("knn={") for argument in expand([*arguments, given]))
+    capsys.readouterr()
+    assert not any(argument.startswith("knn={") for argument in expand(arguments, {"knn": None}))
+    assert "each by all others" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("per_class", "watched"), [(1, False), (2, True)])
+def test_classes_of_one_image_are_not_watched(tmp_path, capsys, per_class, watched):
+    for number in range(24):
+        path = tmp_path / "photos" / str(number // per_class) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (number * 10, 0, 0)).save(path)
+    arguments = [f"images={tmp_path}/photos", f"output={tmp_path}/run"]
+    for _ in range(2):  # by the names of the files, and by the shards
+        assert any(argument.startswith("knn=") for argument in expand(arguments)) == watched
+        told = capsys.readouterr().out
+        assert (
+            "are of 24 classes, too many for k-NN on 24 of them, so the run does not measure it." in told
+        ) != watched
+    expanded = expand([*arguments, "backbone.weights=tf_efficientnet_lite0.in1k"])
+    assert ("spectrum={every: 20%, images: 1000}" in expanded) != watched
 
 
 def test_knn_of_a_recipe_is_kept_where_its_images_are(tmp_path, monkeypatch, capsys):
@@ -110,7 +180,22 @@ def test_images_without_labels_are_watched_from_weights_on(tmp_path, capsys):
     from_weights = [*arguments, "backbone.weights=tf_efficientnet_lite0.in1k"]
     assert "spectrum={every: 20%, images: 1000}" in expand(from_weights)
     assert "watches RankMe of the features from the weights on" in capsys.readouterr().out
-    assert not any(argument.startswith("spectrum={") for argument in expand([*from_weights, "spectrum=null"]))
+    capsys.readouterr()
+    for without in (expand([*from_weights, "spectrum=null"]), expand(from_weights, {"spectrum": None})):
+        assert not any(argument.startswith("spectrum={") for argument in without)
+    assert "RankMe" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["knn", "spectrum", "train.steps", "backbone.weights", "data.batch_size"])
+def test_none_in_overrides_is_null_on_the_command_line(tmp_path, capsys, name):
+    folders_of_classes(tmp_path)
+    arguments = [f"images={tmp_path}/photos", f"output={tmp_path}/run"]
+    expand(arguments)  # packs
+    capsys.readouterr()
+    expected = [argument for argument in expand([*arguments, f"{name}=null"]) if argument != f"{name}=null"]
+    said = capsys.readouterr().out
+    assert expand(arguments, {name: None}) == expected
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("place", ["mine", "mine/backbone.safetensors"])
@@ -331,7 +416,7 @@ def test_other_arguments_are_left_alone():
         (["images="], r"^images= is empty\."),
         (["recipe=auto"], r"Set images=FOLDER, or data\.shards=SHARDS\."),
         (["images=a", "images=b"], "images is given twice"),
-        (["images=nowhere"], r"^images='nowhere' does not exist\."),
+        (["images=nowhere"], r"^images='nowhere' does not exist\. Needed: a folder or a zip of images, or shards\.$"),
         (["images=[a,b]"], r"^images= takes one folder or zip\. Got the list \[a,b\]"),
     ],
 )
@@ -361,7 +446,7 @@ def test_mistakes_are_told(arguments, sentence, tmp_path, monkeypatch):
 def test_the_choice_is_a_shipped_recipe(count, side, name, has_gpu, recipe):
     with torch.device("meta"):
         network = None if name is None else create_backbone(BackboneConfig(name=name))
-    arguments, why = choose_recipe(Look(count, side, False), network, has_gpu=has_gpu)
+    arguments, why = choose_recipe(Look(count, side, 0), network, has_gpu=has_gpu)
     assert arguments[0] == f"recipe={recipe}"
     assert recipe in recipe_files(RECIPES)
     assert f"{count:,} images of {side} pixels" in why

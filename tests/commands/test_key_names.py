@@ -30,7 +30,17 @@ def test_no_key_of_a_method_is_unknown(method):
 
 @pytest.mark.parametrize(
     "key",
-    ["imags", "optm.lr", "optim.learning_rate", "optim.lr.valeu", "batch_size", "method.tempratur", "lr", "a.b.c"],
+    [
+        "imags",
+        "optm.lr",
+        "optim.learning_rate",
+        "optim.lr.valeu",
+        "batch_size",
+        "method.tempratur",
+        "lr",
+        "a.b.c",
+        "augment.view.sise",
+    ],
 )
 def test_a_typo_is_told_in_the_words_of_the_schema(key):
     (told,) = unknown_keys([key], read_recipe("digits_simclr", RECIPES), SECTIONS)

@@ -99,6 +99,7 @@ GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ... see https:/
         (RuntimeError("CUDA error: out of memory\nCompile with ..."), ""),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ""),
+        (RuntimeError("can't start new thread"), ""),
     ],
 )
 def test_out_of_memory_is_one_sentence_whoever_says_it(capsys, error, asked):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
+INCLUDED = runpy.run_path(str(DOCS / "included.py"))
+NO_PAGES = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["exclude_docs"].split()
 NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers")
 
 
@@ -38,6 +41,24 @@ def test_links_between_files_lead_somewhere(page):
         if part:
             titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert part[1:] in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], part
+
+
+def test_included_files_have_links_from_docs():
+    text = "[a](docs/few_labels.md#x) [b](CONTRIBUTING.md) ![c](docs/pictures/report.png) [d](https://x.org/docs/A.md)"
+    there = "[a](few_labels.md#x) [b](contributing.md) ![c](pictures/report.png) [d](https://x.org/docs/A.md)"
+    assert INCLUDED["with_links_from_docs"](text) == there
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_links_of_a_page_as_it_is_built_stay_below_docs(page):
+    text = INCLUDED["on_page_markdown"](page.read_text(encoding="utf-8"), page=None)
+    assert '--8<-- "' not in text
+    assert text.count("\n") > 5
+    for name, _ in LINK.findall(text):
+        target = (page.parent / name).resolve()
+        assert target.is_file(), name
+        parts = target.relative_to(DOCS).parts  # ValueError where it leads out of docs/
+        assert not {target.name, *(f"{part}/" for part in parts)} & set(NO_PAGES), name
 
 
 @pytest.mark.slow

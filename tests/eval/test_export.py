@@ -9,11 +9,19 @@ import pytest
 import timm
 import torch
 
-from ssl_pipeline.backbones import Backbone, BackboneConfig, Preprocessing, create_backbone, save_backbone
+from ssl_pipeline.backbones import (
+    Backbone,
+    BackboneConfig,
+    Preprocessing,
+    create_backbone,
+    load_backbone,
+    load_run,
+    save_backbone,
+)
 from ssl_pipeline.backbones.classifier import save_classifier
 from ssl_pipeline.config import ConfigError, RunError, load
 from ssl_pipeline.eval.export import ExportConfig, export
-from ssl_pipeline.eval.exports import comparison, timm_folder
+from ssl_pipeline.eval.exports import comparison, onnx_graph, timm_folder
 from ssl_pipeline.files import sha256_of
 from tests.tiny import VIT
 
@@ -71,6 +79,20 @@ def test_networks_that_timm_cannot_build_are_refused(tmp_path):
         exported(own, "huggingface")
 
 
+@pytest.mark.parametrize("format", ["timm", "huggingface", "onnx"])
+def test_a_reversible_network_is_refused_before_anything_is_written(tmp_path, monkeypatch, format):
+    monkeypatch.setattr("ssl_pipeline.eval.export.require_onnx", lambda: None)
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    run, backbone = run_with(
+        tmp_path, BackboneConfig(name="vit_tiny_patch16_224", arguments=arguments, reversible=True), size=16
+    )
+    with pytest.raises(ConfigError, match=r"two streams .*\. format=backbone works"):
+        exported(run, format)
+    assert not (tmp_path / format).exists()
+    written = load_backbone(exported(run, "backbone"))[0].eval()
+    torch.testing.assert_close(written(images(16)), backbone(images(16)))
+
+
 def test_nothing_appears_if_a_reader_computes_something_else(tmp_path, monkeypatch):
     run, _ = run_with(tmp_path, VIT, size=16)
     original = comparison.expected_features
@@ -78,6 +100,15 @@ def test_nothing_appears_if_a_reader_computes_something_else(tmp_path, monkeypat
     with pytest.raises(RunError, match=r"timm computes other features than the backbone: they differ by 0\.001"):
         exported(run, "timm")
     assert list((tmp_path / "timm").iterdir()) == []
+
+
+def test_a_graph_that_may_take_minutes_is_announced(tmp_path, monkeypatch, capsys):
+    run, _ = run_with(tmp_path, CNN)
+    said_before: list[str] = []
+    monkeypatch.setattr(onnx_graph, "_export", lambda *_: said_before.append(capsys.readouterr().err))
+    monkeypatch.setattr(onnx_graph, "_difference", lambda *_: 0.0)
+    onnx_graph.write_graph(tmp_path, load_run(run))
+    assert said_before == ["Making the ONNX graph: seconds for most networks, minutes for deep CNNs ...\n"]
 
 
 def test_features_of_another_shape_are_refused():

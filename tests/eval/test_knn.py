@@ -199,6 +199,14 @@ def test_leaving_one_out_is_the_loop_over_all_others(run: Path, train: str, caps
     assert found["top1_interval"][0] < found["top1"] < found["top1_interval"][1]
 
 
+def test_classes_of_one_image_cannot_be_left_out_one_by_one(
+    run: Path, write_shards: WriteShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = write_shards(tmp_path / "alone", list(range(6)))
+    assert knn(f"run={run}", f"train={alone}", f"test={alone}", "k=3", "leave_one_out=true") == 2
+    assert "needs two images of a class. Got 6 images of as many classes" in capsys.readouterr().err
+
+
 def test_an_image_with_many_copies_is_left_out_too() -> None:
     similarities, neighbours = other_neighbours(torch.ones(5, 2), k=2)
     assert similarities.shape == neighbours.shape == (5, 2)
@@ -365,6 +373,10 @@ def test_the_monitor_finds_mistakes_before_training_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=r"training images \(72\). Got k=100"):
         monitor(train, test, k=100)
+    alone = str(write_shards(tmp_path / "alone", list(range(6))))
+    with pytest.raises(ConfigError, match=r"two images of a class\. Got 6 images of as many classes"):
+        monitor(alone, None, k=1)
+    assert monitor(alone, alone, k=1).used == list(range(6))
     unlabelled = str(write_shards(tmp_path / "unlabelled", [None] * 5))
     with pytest.raises(ConfigError, match="has no labels"):
         monitor(train, unlabelled)

@@ -76,6 +76,14 @@ def test_a_folder_that_changed_is_refused_by_name(tmp_path, photos):
         pack_once(str(photos), tmp_path / "run")
 
 
+def test_a_copy_of_the_folder_is_the_same_whatever_its_times(tmp_path, photos):
+    shards = pack_once(str(photos), tmp_path / "run")
+    shutil.copytree(photos, tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in (tmp_path / "copy").rglob("*"):
+        os.utime(path, (0, 0))
+    assert pack_once(str(tmp_path / "copy"), tmp_path / "run") == shards
+
+
 def test_what_is_no_image_may_change(tmp_path, photos):
     shards = pack_once(str(photos), tmp_path / "run")
     (photos / "notes.txt").write_text("other words")

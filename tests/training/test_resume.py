@@ -180,7 +180,8 @@ def test_a_complete_run_keeps_all_that_it_has(run: Run, capsys: pytest.CaptureFi
     (directory.path / "backbone.safetensors").write_bytes(b"exported")
     before = {path: path.read_bytes() for path in directory.path.iterdir() if path.is_file() and path.name != ".lock"}
     begin_or_keep(with_settings(run, lr=0.2, train=Length(steps=4)), directory, position=96)
-    assert "made with other settings, which stand: lr: 0.1 -> 0.2; train.steps: 9 -> 4" in capsys.readouterr().out
+    kept = "keeps the settings that it was made with: lr=0.1 (given now: 0.2); train.steps=9 (given now: 4)\n"
+    assert kept in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -194,7 +195,7 @@ def test_an_export_that_is_gone_is_made_again(run: Run) -> None:
 def test_settings_that_end_before_an_unfinished_run_are_refused(run: Run) -> None:
     directory = run.output.directory
     directory.status("preempted", step=12)
-    with pytest.raises(ConfigError, match=r"unfinished run that is past the end .*train.steps: 9 -> 4"):
+    with pytest.raises(ConfigError, match=r"unfinished run that is past the end .*train.steps=9 \(given now: 4\)"):
         begin_or_keep(with_settings(run, train=Length(steps=4)), directory, position=96)
     assert "steps: 9" in directory.config_path.read_text()
 

@@ -114,11 +114,25 @@ def _what_would_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
     asked_small = "conv1.weight" in own and own["conv1.weight"].shape[-1] == SIDE
     said = " with backbone.small_images=false" if asked_small else ""
     plain = {name for shape in first for name in ARCHITECTURES.get(shape, ())}
-    found = [f"{name}{said}" for name in sorted(plain) if timm.is_model(name) and _fits(name, shapes)]
+    fitting = {name for name in plain if timm.is_model(name) and _fits(name, shapes)}
+    twins = {twin for name in fitting for twin in _twins(name) if timm.is_model(twin)} - fitting
+    found = [f"{name}{said}" for name in sorted(fitting | {twin for twin in twins if _fits(twin, shapes)})]
     if SMALL_STEM in first:
         small = [name for name in ARCHITECTURES[USUAL_STEM] if _fits(name, shapes, small_stem=True)]
         found += [f"{name} with backbone.small_images=true" for name in small]
-    return f" It fits {', '.join(found[:5])}." if found else ""
+    if not found:
+        return ""
+    several = (
+        " They have the same tensors, but may differ in padding, activations and the colours they expect: set that of "
+        "which the weights are."
+    )
+    return f" It fits {', '.join(found)}.{several if len(found) > 1 else ''}"
+
+
+def _twins(name: str) -> list[str]:
+    """What timm calls networks of the same tensors: TensorFlow's pad otherwise, DeiT's expect other colours."""
+    rest = name.removeprefix("tf_")
+    return [rest, f"tf_{rest}", *([f"deit_{rest[4:]}"] if rest.startswith("vit_") else [])]
 
 
 def _fits(name: str, shapes: Mapping[str, Tensor], *, small_stem: bool = False) -> bool:

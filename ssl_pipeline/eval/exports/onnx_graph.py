@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def write_graph(folder: Path, found: BackboneOfRun) -> str:
     be made of it, or if one computes something else.
     """
     path, size = folder / MODEL_FILE, found.preprocessing.size
+    print("Making the ONNX graph: seconds for most networks, minutes for deep CNNs ...", file=sys.stderr, flush=True)
     batch = torch.export.Dim("batch", min=1, max=8192)
     if not isinstance(found.backbone, TokenBackbone):  # whose positions are a table for one size
         rows, columns = (torch.export.Dim(name, min=1, max=8192) for name in ("rows", "columns"))

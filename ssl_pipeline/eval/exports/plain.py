@@ -18,6 +18,11 @@ from ssl_pipeline.config import ConfigError
 def require_own_features(found: BackboneOfRun) -> None:
     """Raises ConfigError for a network whose features are not those of timm's."""
     config = found.backbone.config
+    if config.reversible:
+        raise ConfigError(
+            f"'{config.name}' with reversible=true has two streams through its blocks, which timm's does not have. "
+            "format=backbone works, with ssl_pipeline.load."
+        )
     if config.class_tokens:
         raise ConfigError(
             f"'{config.name}' with class_tokens={config.class_tokens} has the tokens of its blocks as features, which "

@@ -73,7 +73,7 @@ def compare_with_timm(folder: Path, found: BackboneOfRun) -> str:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.no_grad():
             features = model(images)
-    except Exception as error:  # of whatever timm does not take, or is too old for (1.0.16 brought local-dir)
+    except Exception as error:  # of whatever timm does not take
         raise RunError(f"timm {timm.__version__} does not read what was written: {error}. Update timm.") from error
     return _told("timm", require_same(features, expected_features(found, images), reader="timm"))
 

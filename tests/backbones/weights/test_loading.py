@@ -83,10 +83,16 @@ def test_another_width_names_one_tensor_and_the_number_of_such(tmp_path):
     ("there", "asked", "fits"),
     [
         ("resnet18", "resnet34", "It fits resnet18."),
-        ("vit_tiny_patch16_224", "resnet18", "It fits vit_tiny_patch16_224."),
+        ("vit_tiny_patch16_224", "resnet18", "It fits deit_tiny_patch16_224, vit_tiny_patch16_224. They"),
         ("resnet18", "vit_tiny_patch16_224", "It fits resnet18."),
         ("resnet18", "efficientnet_lite0", "It fits resnet18."),
-        ("efficientnet_lite0", "resnet18", "It fits efficientnet_lite0."),
+        (
+            "efficientnet_lite0",
+            "resnet18",
+            "It fits efficientnet_lite0, tf_efficientnet_lite0. They have the same tensors",
+        ),
+        ("tf_efficientnet_lite0", "resnet18", "It fits efficientnet_lite0, tf_efficientnet_lite0. They have the same"),
+        ("tf_efficientnetv2_s", "resnet18", "It fits efficientnetv2_s, tf_efficientnetv2_s. They"),
         ("mobilenetv3_small_050", "efficientnet_lite0", "It fits mobilenetv3_small_050."),
         ("convnext_atto", "resnet18", "It fits convnext_atto."),
     ],
