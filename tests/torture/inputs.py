@@ -84,6 +84,8 @@ NUMBERS = [
     pretrain("augment.global.scale=[0.5,0.1]", "augment.global.scale must be"),
     pretrain("augment.global.flip_prob=2", "augment.global.flip_prob must be"),
     pretrain("method.teacher_momentum=1.0001", "method.teacher_momentum.value must be"),
+    pretrain("method.teacher_momentum.value=1 method.teacher_momentum.final=1", "value must be below 1"),
+    pretrain("method.centre_momentum=1", "method.centre_momentum must be"),
     pretrain("method.student_temperature=0", "method.student_temperature must be"),
     pretrain("backbone.drop_path=1", "backbone.drop_path must be"),
     pretrain("backbone.arguments.depth=0", "backbone.arguments.depth must be at least 1"),
@@ -97,6 +99,7 @@ NUMBERS = [
 NAMES = [
     pretrain("backbone.name=resnet18.a1_in1k", "write backbone.name=resnet18 backbone.weights=a1_in1k"),
     pretrain("backbone.name=hf-hub:timm/resnet18.a1_in1k", "write backbone.name=resnet18 backbone.weights=a1_in1k"),
+    pretrain("backbone.name=timm/resnet18", "write backbone.name=resnet18"),
     pretrain("backbone.name=resnet8000", "No timm model"),
     pretrain("backbone.weights={folder}/none.pth", "is not there"),
     pretrain("backbone.weights={shards}", "has no backbone.safetensors"),
