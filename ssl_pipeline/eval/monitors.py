@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -44,26 +43,22 @@ class MonitorConfig(Config):
     named as the run begins; `stop` refuses them. What else is wrong at the start is always an error."""
 
 
-def readable_images(
-    config: MonitorConfig, name: str, index: ShardIndex, size: int, samples: Sequence[int] | None = None
-) -> list[int]:
-    """The numbers of the images (all, or these `samples`) that the monitor `name` measures, the first one decoded.
+def readable_images(config: MonitorConfig, name: str, index: ShardIndex, size: int) -> list[int]:
+    """The numbers of the images that the monitor `name` measures, of which the first one is decoded.
 
     Left out, and named by the first of them, are those whose head says that they cannot be decoded. Raises DataError if
     `on_error` is stop and there are some, if all are such, and if the first that is left cannot be decoded.
     """
-    wanted_N = np.arange(len(index)) if samples is None else np.asarray(samples, dtype=np.int64)
-    is_readable_N = index.sizes(wanted_N).all(axis=1)
-    broken = wanted_N[~is_readable_N].tolist()
+    is_readable_N = index.sizes().all(axis=1)
+    broken, readable = (np.flatnonzero(chosen_N).tolist() for chosen_N in (~is_readable_N, is_readable_N))
     if broken:
         what = (
-            f"{len(broken):,} of {len(wanted_N):,} images of {index.called} cannot be decoded; the first: "
+            f"{len(broken):,} of {len(index):,} images of {index.called} cannot be decoded; the first: "
             f"{index.read(broken[0]).location}"
         )
-        if config.on_error == "stop" or len(broken) == len(wanted_N):
+        if config.on_error == "stop" or not readable:
             raise DataError(f"{name}: {what}. Take them out, or set {name}.on_error=skip, which leaves out some.")
         say([f"{name} leaves out what it cannot measure: {what}."])
-    readable = wanted_N[is_readable_N].tolist()
     look_at_first(index, size, sample=readable[0])
     return readable
 
