@@ -99,8 +99,8 @@ def measure_checkpoint(folder: Path, megabytes: int) -> dict[str, float]:
 def count_state(recipe: str, *, backbone: str | None = None, mb_per_s: float) -> Row:
     """Bytes of the trained weights, of a checkpoint (all weights and two moments), and seconds to write it.
 
-    sharded_mb: what a process of many receives at most in a step with train.parallel=fsdp in bf16: the trained weights for the
-    forward and again for the backward pass, those of the teacher once, and the gradients' sums in float32.
+    sharded_mb: what a process of many receives at most in a step with train.parallel=fsdp in bf16: the trained weights
+    for the forward and again for the backward pass, those of the teacher once, and the gradients' sums in float32.
     """
     config = settings_of(recipe)
     architecture = config.backbone
