@@ -97,7 +97,11 @@ def measure_checkpoint(folder: Path, megabytes: int) -> dict[str, float]:
 
 
 def count_state(recipe: str, *, backbone: str | None = None, mb_per_s: float) -> Row:
-    """Bytes of the trained weights, of a checkpoint (all weights and two moments), and seconds to write it."""
+    """Bytes of the trained weights, of a checkpoint (all weights and two moments), and seconds to write it.
+
+    sharded_mb: what a process of many receives at most in a step with train.parallel=fsdp in bf16: the trained weights
+    for the forward and again for the backward pass, those of the teacher once, and the gradients' sums in float32.
+    """
     config = settings_of(recipe)
     architecture = config.backbone
     if backbone is not None:
@@ -105,6 +109,7 @@ def count_state(recipe: str, *, backbone: str | None = None, mb_per_s: float) ->
     with torch.device("meta"):
         method = build_method(config.method, create_backbone(architecture))
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in method.parameters()) - trained
     state = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
     moments = 1 if config.optim.name != "adamw" else 2
     checkpoint = (state + 4 * moments * trained) / 1e9
@@ -114,6 +119,7 @@ def count_state(recipe: str, *, backbone: str | None = None, mb_per_s: float) ->
         "checkpoint_gb": checkpoint,
         "checkpoint_s": 1000 * checkpoint / mb_per_s,
         "gradients_mb": 4 * trained / 1e6,
+        "sharded_mb": (2 * (2 * trained + frozen) + 4 * trained) / 1e6,
     }
 
 
