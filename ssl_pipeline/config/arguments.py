@@ -146,7 +146,8 @@ def _value(annotation: object, key: str, text: str) -> Value:
     kinds = alternatives(annotation)
     lists = [kind for kind in kinds if get_origin(kind) is tuple]
     if kinds and all(kind in (str, Path) or (kind in lists and get_args(kind)[0] is str) for kind in kinds):
-        return None if text in ("", "~", "null") else _texts(key, text) if lists else text
+        found = None if text in ("", "~", "null") else _texts(key, text) if lists else text
+        return [found] if isinstance(found, str) and len(lists) == len(kinds) else found
     value = read_yaml(text, where=f"{key}={text}")
     if lists:
         if isinstance(value, str) and "," in value:

@@ -11,6 +11,10 @@ class PlacesConfig(Config):
     shards: str | tuple[str, ...] | None
 
 
+class SharesConfig(Config):
+    shares: tuple[str, ...]
+
+
 def test_scientific_notation_is_a_number(read):
     assert read().optim.lr.value == 5e-4
     assert read("optim.lr=2e-3").optim.lr.value == 2e-3
@@ -95,6 +99,11 @@ def test_lists_of_places_need_no_quotes_and_braces_keep_their_commas(text, parts
     else:
         assert load(PlacesConfig, [f"shards={text}"]).shards == parts
     assert load(PlacesConfig, ["shards=null"]).shards is None
+
+
+def test_a_list_of_texts_takes_a_single_one():
+    assert load(SharesConfig, ["shares=1%"]).shares == ("1%",)
+    assert load(SharesConfig, ["shares=1%,10%"]).shares == ("1%", "10%")
 
 
 def test_comma_lists_are_tuples(read):
