@@ -43,6 +43,7 @@ def test_tasks_of_a_shard_give_the_same_and_are_not_done_twice(shards, tmp_path,
             yield number, function(task)
 
     monkeypatch.setattr(engine, "run_on_ray", here)
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)
     whole = call(shards, tmp_path / "whole.npz")
     output = tmp_path / "parts.npz"
     argv = [*MODEL, f"source={shards}", f"output={output}", "engine=ray"]
@@ -57,6 +58,7 @@ def test_tasks_of_a_shard_give_the_same_and_are_not_done_twice(shards, tmp_path,
 
 def test_torchrun_and_an_engine_are_one_too_many(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "world_size", lambda: 2)
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)  # as where Ray is installed
     argv = [*MODEL, f"source={shards}", f"output={tmp_path / 'out.npz'}", "engine=ray"]
     assert run_command(EmbedConfig, embed, command="embed", argv=argv) != 0
     assert "engine=ray starts processes of its own. Leave torchrun out." in capsys.readouterr().err
