@@ -99,8 +99,9 @@ def measure_checkpoint(folder: Path, megabytes: int) -> dict[str, float]:
 def count_state(recipe: str, *, backbone: str | None = None, mb_per_s: float) -> Row:
     """Bytes of the trained weights, of a checkpoint (all weights and two moments), and seconds to write it.
 
-    sharded_mb: what a process of many receives at most in a step with train.parallel=fsdp in bf16: the trained weights
-    for the forward and again for the backward pass, those of the teacher once, and the gradients' sums in float32.
+    sharded_mb: what a process of many receives in a step with train.parallel=fsdp in bf16, but for a few percent of
+    padding: the trained weights for the forward and again for the backward pass of each group of views, those of the
+    teacher once, and the gradients' sums in float32. (Heads, which are gathered once a step, are counted so too.)
     """
     config = settings_of(recipe)
     architecture = config.backbone
@@ -119,7 +120,7 @@ def count_state(recipe: str, *, backbone: str | None = None, mb_per_s: float) ->
         "checkpoint_gb": checkpoint,
         "checkpoint_s": 1000 * checkpoint / mb_per_s,
         "gradients_mb": 4 * trained / 1e6,
-        "sharded_mb": (2 * (2 * trained + frozen) + 4 * trained) / 1e6,
+        "sharded_mb": (2 * (2 * len(config.augment) * trained + frozen) + 4 * trained) / 1e6,
     }
 
 

@@ -111,6 +111,11 @@ def test_a_job_that_fails_three_times_in_a_row_without_a_new_checkpoint_is_given
     assert again == [0, 0, 0, 0]
 
 
+def test_a_state_that_an_earlier_start_has_left_is_not_taken_for_this_one(tmp_path):
+    submit(tmp_path, state="done", code=1).wait()
+    assert told(tmp_path).endswith("requeue 17\n")
+
+
 def test_settings_that_are_refused_are_not_tried(tmp_path):
     assert submit(tmp_path, refused=2).wait() == 2
     assert told(tmp_path) == f"read pretrain.py recipe=x output={tmp_path / 'run'} --print\n"

@@ -91,6 +91,10 @@ def pretrain(
     """
     if threading.current_thread() is not threading.main_thread():
         raise ConfigError("pretrain() must be called from the main thread, where signals arrive. Got another one.")
+    if not isinstance(overrides, Mapping | None):
+        raise ConfigError(f"overrides must be a dict of settings by their keys. Got {type(overrides).__name__}.")
+    if images is shards is recipe is None:
+        raise ConfigError("pretrain() needs images=FOLDER or shards=DIR, or a recipe that names shards.")
     values = {key: _plain(key, value) for key, value in (overrides or {}).items()}
     taken = dict(leaves(values))
     for key, name in ARGUMENTS.items():
@@ -160,9 +164,9 @@ def knn(
         alone, train_shards = test is None, opened.enter_context(_shards_of(train, "train"))
         test_shards = train_shards if test is None else opened.enter_context(_shards_of(test, "test"))
         images = open_labelled(str(train_shards), str(test_shards), task=KNN, shared=not alone)
-        require_k(k, len(images.train) - alone)
         if alone:
             require_company(images.train_labels, task=KNN)
+        require_k(k, len(images.train) - alone)
         settings = batch_size, workers, device, precision
         train_MD = normalize(_features(backbone, images.train, *settings), dim=1)
         test_ND = train_MD if alone else normalize(_features(backbone, images.test, *settings), dim=1)
@@ -188,7 +192,7 @@ def _require_backbone(backbone: object, call: str) -> None:
     """Raises ConfigError, with what to write, for what is no backbone: a run, its place, another library's network."""
     if isinstance(backbone, Backbone):
         return
-    if isinstance(backbone, str | Path):
+    if isinstance(backbone, str | Path) and (Path(backbone).expanduser() / "backbone.json").is_file():
         raise ConfigError(
             f"{call}() takes a backbone, not the place of one. Write {call}(ssl_pipeline.load({str(backbone)!r}), ...)."
         )

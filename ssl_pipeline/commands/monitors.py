@@ -17,6 +17,7 @@ from ssl_pipeline.eval.monitors import (
     SpectrumMonitorConfig,
 )
 from ssl_pipeline.methods.base import Method
+from ssl_pipeline.training.meeting import require_same
 from ssl_pipeline.training.monitors import Watched
 from ssl_pipeline.training.run import Monitor
 
@@ -46,6 +47,8 @@ def open_monitors(
 
     if knn is not None:
         of_knn = KnnMonitor(knn, preprocessing, batch_size=data.batch_size, workers=data.workers, device=device)
+        for images in (of_knn.images.train, of_knn.images.test):
+            require_same("images of knn", images.called, images.fingerprint, device)
         watch(of_knn, "knn", knn, KNN)
     if spectrum is not None:
         of_spectrum = SpectrumMonitor(
@@ -72,5 +75,7 @@ def open_monitors(
             workers=data.workers,
             device=device,
         )
+        measured = of_classifier.images
+        require_same("images of classifier", measured.called, measured.fingerprint, device)
         watch(of_classifier, "classifier", classifier, {})
     return monitors

@@ -63,7 +63,7 @@ from ssl_pipeline.training.determinism import COST, deterministic
 from ssl_pipeline.training.failures import Failures
 from ssl_pipeline.training.launch import describe_launch, ignored_variables, start_accelerator
 from ssl_pipeline.training.loop import train
-from ssl_pipeline.training.meeting import require_same_images, require_same_settings
+from ssl_pipeline.training.meeting import require_same, require_same_settings
 from ssl_pipeline.training.preflight import (
     check_batch_norm,
     check_labels,
@@ -77,6 +77,7 @@ from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 from ssl_pipeline.training.sharding import check_sharding
 
+NO_WEIGHTS = "random initialisation"
 NAMED_CLASSES = 5  # that a warning lists
 
 
@@ -203,13 +204,15 @@ def _pretrain(config: PretrainConfig) -> int:
         index_seconds = time.perf_counter() - asked
         identity = {"images": _images(index)}
         weights = _about_weights(backbone)
+        read = NO_WEIGHTS if weights is None else str(weights["sha256"])
+        require_same("weights", config.backbone.weights or NO_WEIGHTS, read, accelerator.device)
         if weights is not None:
             identity[STARTING_WEIGHTS] = str(weights["sha256"])
-        require_same_images(index.fingerprint, spoken_of(config.data.shards), accelerator.device)
+        require_same("images", spoken_of(config.data.shards), index.fingerprint, accelerator.device)
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
-            require_same_images(labelled_index.fingerprint, spoken_of(labelled_index.source), accelerator.device)
+            require_same("labelled images", labelled_index.called, labelled_index.fingerprint, accelerator.device)
         clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
         batches = {
             "global_batch": clock.global_batch,

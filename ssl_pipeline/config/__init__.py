@@ -201,10 +201,11 @@ def _is_argument(word: str) -> bool:
 def refuse(error: Exception, *, running: bool) -> int:
     """Print an error as the user reads it, a line per sentence; returns the exit code of its kind.
 
-    The first rank prints what comes before the run, for it is the same on all; what happens later each tells itself.
+    The first process of a machine prints what comes before the run, for it is the same on all of it; what happens later
+    each tells itself.
     """
     rank = launched_rank()
-    if rank == "0" or running:
+    if rank == "0" or running or os.environ.get("LOCAL_RANK", "0") == "0":
         sentences = error.sentences if isinstance(error, SettingsError) else [failure_sentence(error)]
         text = "\n".join(printable(sentence) for sentence in sentences)
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {text}", file=sys.stderr, flush=True)

@@ -148,9 +148,9 @@ def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
     voters_M = torch.arange(len(images.train))
     if config.per_class is not None:
         voters_M = torch.from_numpy(some_of_each_class(images, config.per_class, seed=config.seed))
-    require_k(max(config.k), len(voters_M) - config.leave_one_out)
     if config.leave_one_out:
         require_company(images.train_labels, task="k-NN")
+    require_k(max(config.k), len(voters_M) - config.leave_one_out)
 
     def measure(features: LabelledFeatures) -> ByTemperature:
         device, most = search_device(features.train, features.test, choose_device(config.device)), max(config.k)
@@ -273,9 +273,9 @@ class KnnMonitor:
         self.tested = self.used
         if config.val is not None:
             self.tested = readable_images(config, "knn", self.images.test, preprocessing.size)
-        require_k(config.k, count - (config.val is None))
         if config.val is None:
             require_company(self.images.train_labels[self.used], task="k-NN")
+        require_k(config.k, count - (config.val is None))
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""

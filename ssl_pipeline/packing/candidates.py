@@ -70,8 +70,8 @@ def no_images(key: str, source: str, found: Candidates) -> str:
         one = f", or set {key}={source}/{archives[0]}" if archives[0].lower().endswith(".zip") else ""
         named = archives[0] if len(archives) == 1 else f"{archives[0]}, ..."
         return (
-            f"{key}='{source}' has no image file, but {len(archives):,} archives ({named}), which are not looked into. "
-            f"Unpack them into the folder{one}."
+            f"{key}='{source}' has no image file, but archives, which are not looked into ({len(archives):,}: "
+            f"{named}). Unpack them into the folder{one}."
         )
     reasons = Counter(other.reason for other in found.others).most_common(1)
     most = f": {reasons[0][0]} ({reasons[0][1]:,})" if reasons and reasons[0][0] != NO_IMAGE else ""

@@ -11,7 +11,7 @@ from ssl_pipeline.config import printable
 from ssl_pipeline.data.decode import DecodeError, decoded_size
 from ssl_pipeline.data.shards.manifest import read_manifest
 from ssl_pipeline.data.shards.open import DataError
-from ssl_pipeline.data.shards.origins import LISTING
+from ssl_pipeline.data.shards.origins import LISTING, packed_from
 from ssl_pipeline.files import write_text
 from ssl_pipeline.packing.candidates import Candidates, find_candidates, no_images, parts_of_a_set
 from ssl_pipeline.packing.conversion import storable
@@ -53,6 +53,12 @@ def pack_once(
             return shards
         changed = f"{key}='{source}' has changed since it was packed into '{shards}': {differences(before, now)}."
         if before != now and not renewed:
+            original = packed_from(shards)
+            if original is not None and Path(original).resolve() != Path(source).expanduser().resolve():
+                raise DataError(
+                    f"{key}='{source}' is not what was packed into '{shards}', which is of '{original}': "
+                    f"{differences(before, now)}. Choose another output=DIR, or set {key}={original}."
+                )
             raise DataError(
                 f"{changed} Put the files back, or choose another output=DIR to train on what is there now."
             )

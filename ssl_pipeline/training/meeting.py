@@ -87,14 +87,17 @@ def require_same_settings(config: Config, device: torch.device) -> None:
             )
 
 
-def require_same_images(fingerprint: str, shards: str, device: torch.device) -> None:
-    """Raise on all processes if the shards of one are not those of the first, told by their fingerprint."""
+def require_same(what: str, place: str, fingerprint: str, device: torch.device) -> None:
+    """Raise on all processes if the images or the weights of one are not those of the first, by their fingerprint.
+
+    what: what they are called; place: where this process has them.
+    """
     first = bytes_of_first_rank(fingerprint.encode(), device).decode()
     with failing_together(device):
         if first != fingerprint:
             raise ConfigError(
-                f"All processes must have the same images. {shards} on rank {rank()} has the fingerprint "
-                f"{fingerprint[:8]}, on rank 0 {first[:8]}. Copy the shards to this node again."
+                f"All processes must have the same {what}. Those of {place} on rank {rank()} have the fingerprint "
+                f"{fingerprint[:8]}, on rank 0 it is {first[:8]}. Copy them to this node again."
             )
 
 

@@ -116,7 +116,7 @@ def begin_or_keep(run: Run, directory: RunDirectory, *, position: int, global_ba
                 f"own ({shown}). Choose another output=DIR, or its own settings."
             )
         if changed:
-            _say(f"The run keeps the settings that it was made with: {shown}")
+            _say(f"The run keeps the settings of its last start: {shown}")
         if not done:
             return
         if not (directory.path / "backbone.safetensors").is_file():

@@ -225,13 +225,22 @@ def test_mistakes_of_images_are_told(finished, tmp_path):
         ssl_pipeline.embed(finished.backbone, finished.shards, device="tpu?")
 
 
+def test_what_pretrain_cannot_begin_with_is_told():
+    with pytest.raises(ssl_pipeline.ConfigError, match=r"pretrain\(\) needs images=FOLDER or shards=DIR"):
+        ssl_pipeline.pretrain()
+    with pytest.raises(ssl_pipeline.ConfigError, match=r"overrides must be a dict of settings .*Got list"):
+        ssl_pipeline.pretrain(images="photos", overrides=["train.steps=2"])
+
+
 @pytest.mark.parametrize("call", ["embed", "knn"])
 def test_what_is_no_backbone_is_told_with_what_to_write(finished, call):
     function = getattr(ssl_pipeline, call)
-    for given in ("runs/photos", Path("runs/photos")):
+    for given in (str(finished.path), finished.path):
         with pytest.raises(ssl_pipeline.ConfigError) as error:
             function(given, "photos")
-        assert str(error.value).endswith(f"Write {call}(ssl_pipeline.load('runs/photos'), ...).")
+        assert str(error.value).endswith(f"Write {call}(ssl_pipeline.load('{finished.path}'), ...).")
+    with pytest.raises(ssl_pipeline.ConfigError, match=r"Got str\. ssl_pipeline\.load\(RUN\) gives one\."):
+        function("photos", "photos")  # no run
     with pytest.raises(ssl_pipeline.ConfigError, match=rf"Got Run\. Write {call}\(run\.backbone, \.\.\.\)\."):
         function(finished, "photos")
     with pytest.raises(ssl_pipeline.ConfigError, match=r"Got Linear\. ssl_pipeline\.load\(RUN\) gives one\."):

@@ -139,13 +139,17 @@ def test_a_warning_is_one_line_and_names_its_place_with_debug(capsys, monkeypatc
     assert warnings.formatwarning("Little memory.", UserWarning, "workers.py", 3) == "warning: Little memory.\n"
 
 
-def test_other_ranks_leave_mistakes_in_arguments_to_the_first(capsys, monkeypatch):
+def test_other_processes_leave_mistakes_in_arguments_to_the_first_of_their_machine(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")  # a RANK alone is left over from something else
     assert run(None, "directory=x", "dept=3") == 2
     assert capsys.readouterr().err == ""
     assert run(RunError("The loss is nan."), "directory=x") == 1
     assert capsys.readouterr().err == "error on rank 1: The loss is nan.\n"
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of another machine, where the command may be another
+    assert run(None, "directory=x", "dept=3") == 2
+    assert capsys.readouterr().err.startswith("error on rank 1: Unknown key 'dept'.")
 
 
 def test_an_argument_without_a_key_sets_the_positional_field(capsys):

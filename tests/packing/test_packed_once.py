@@ -84,6 +84,16 @@ def test_a_copy_of_the_folder_is_the_same_whatever_its_times(tmp_path, photos):
     assert pack_once(str(tmp_path / "copy"), tmp_path / "run") == shards
 
 
+def test_another_folder_is_told_by_both_names(tmp_path, photos):
+    pack_once(str(photos), tmp_path / "run")
+    other = shutil.copytree(photos, tmp_path / "other")
+    assert pack_once(str(other), tmp_path / "run") == tmp_path / "run" / SHARDS  # the same images
+    (other / "a.png").unlink()
+    told = rf"images='{other}' is not what was packed into '.*', which is of '{photos}': 1 gone \(a\.png\)\. Choose"
+    with pytest.raises(DataError, match=told):
+        pack_once(str(other), tmp_path / "run")
+
+
 def test_what_is_no_image_may_change(tmp_path, photos):
     shards = pack_once(str(photos), tmp_path / "run")
     (photos / "notes.txt").write_text("other words")

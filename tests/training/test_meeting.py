@@ -16,7 +16,7 @@ from ssl_pipeline.config import Config, ConfigError, RunError
 from ssl_pipeline.training import meeting
 from ssl_pipeline.training.meeting import (
     require_one_version,
-    require_same_images,
+    require_same,
     require_same_settings,
     version,
     wait_for_the_first,
@@ -144,12 +144,12 @@ def test_a_key_that_one_node_lacks_is_named():
 
 def other_images() -> str:
     rank = distributed.rank()
-    return raised(lambda: require_same_images(f"{rank}2345678abc", f"/local{rank}/x", torch.device("cpu")))
+    return raised(lambda: require_same("images", f"/local{rank}/x", f"{rank}2345678abc", torch.device("cpu")))
 
 
 def test_a_node_with_other_images_is_named_on_all_ranks():
     first, second = run_on_ranks(other_images)
-    assert "/local1/x on rank 1 has the fingerprint 12345678, on rank 0 02345678." in second
+    assert "Those of /local1/x on rank 1 have the fingerprint 12345678, on rank 0 it is 02345678." in second
     assert first == f"On rank 1: {second}"
 
 

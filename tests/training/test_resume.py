@@ -180,7 +180,7 @@ def test_a_complete_run_keeps_all_that_it_has(run: Run, capsys: pytest.CaptureFi
     (directory.path / "backbone.safetensors").write_bytes(b"exported")
     before = {path: path.read_bytes() for path in directory.path.iterdir() if path.is_file() and path.name != ".lock"}
     begin_or_keep(with_settings(run, lr=0.2, train=Length(steps=4)), directory, position=96)
-    kept = "keeps the settings that it was made with: lr=0.1 (given now: 0.2); train.steps=9 (given now: 4)\n"
+    kept = "keeps the settings of its last start: lr=0.1 (given now: 0.2); train.steps=9 (given now: 4)\n"
     assert kept in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ssl_pipeline.eval.columns import WITHIN_SUITE
 from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
+from ssl_pipeline.eval.page.places import shortened
 from ssl_pipeline.eval.page.record import Record
 from ssl_pipeline.eval.results import CLASSIFIERS, OWN, Report, classifier_of, comparable, differing
 from ssl_pipeline.eval.table import MODELS
@@ -29,11 +31,7 @@ def results_section(records: Sequence[Record]) -> Section:
     """A table for each evaluator that measured one of the runs, or how to measure."""
     names = list(dict.fromkeys(name for record in records for name in shown_reports(record.reports)))
     if not names:
-        place = shlex.quote(str(records[0].path))
-        sets = labelled_sets(records[0].path)
-        images = UNKNOWN if sets is None or sets.train == sets.test else sets  # the suite leaves no image out
-        told = f"Nothing was evaluated yet: python -m eval.suite run={place} {images}"
-        return section("Results", paragraph(told))
+        return section("Results", paragraph(_how_to_measure(records[0].path)))
     parts = [
         about(
             "Each row is a figure, each column a network. What counts is the distance to the same network at random "
@@ -44,6 +42,18 @@ def results_section(records: Sequence[Record]) -> Section:
     for name in names:
         parts += _tables(name, {record.name: record.reports[name] for record in records if name in record.reports})
     return section("Results", *parts)
+
+
+def _how_to_measure(run: Path) -> str:
+    """The command that measures a run, with places that the page shows as they are; DIR for one that it shortens."""
+    sets = labelled_sets(run)
+    one = sets is not None and sets.train == sets.test  # the suite leaves no image out
+    images = UNKNOWN if sets is None or shortened(str(sets)) != str(sets) else str(sets)
+    images += " leave_one_out=true" if one and images == UNKNOWN else ""
+    place = shlex.quote(str(run))
+    command = f"python -m eval.{'knn' if one else 'suite'}"
+    called, where = (place, "") if shortened(place) == place else ("DIR", ", where DIR is the run's directory")
+    return f"Nothing was evaluated yet: {command} run={called} {images}{where}"
 
 
 def shown_reports(reports: Mapping[str, Report]) -> list[str]:
