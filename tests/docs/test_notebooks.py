@@ -83,7 +83,7 @@ def test_own_photographs_are_only_read(place):
 @pytest.mark.slow
 def test_own_photographs_end_in_a_report(place):
     names = run("own_photographs")
-    assert (place / "runs" / "photos" / "report" / "index.html").read_text().startswith("<!")
+    assert (place / "runs" / "drawn" / "report" / "index.html").read_text().startswith("<!")
     assert names["features"].shape == (48, names["run"].backbone.embed_dim)
     assert 0 <= names["accuracy"]["top1"] <= 100
     assert sorted(path.name for path in place.iterdir()) == ["drawn", "runs"]
