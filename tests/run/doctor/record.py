@@ -80,7 +80,7 @@ SICK: dict[str, tuple[str, list[str]]] = {
     "byol_teacher_too_slow": ("byol", ["method.teacher_momentum=0.9999"]),
     "dino_rate_30": ("dino", ["optim={name: sgd, lr: {value: 30.0}}"]),
     "dino_teacher_too_warm": ("dino", ["method.teacher_temperature=1.0"]),
-    "dino_without_centring": ("dino", ["method.centre_momentum=1.0", "method.teacher_temperature=0.02"]),
+    "dino_without_centring": ("dino", ["method.centre_momentum=0.99999", "method.teacher_temperature=0.02"]),
     "mae_rate_1": ("mae", ["optim.lr.value=1.0"]),
     "mae_rate_climbs": (
         "mae",
