@@ -77,7 +77,6 @@ from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 from ssl_pipeline.training.sharding import check_sharding
 
-NO_WEIGHTS = "random initialisation"
 NAMED_CLASSES = 5  # that a warning lists
 
 
@@ -204,8 +203,8 @@ def _pretrain(config: PretrainConfig) -> int:
         index_seconds = time.perf_counter() - asked
         identity = {"images": _images(index)}
         weights = _about_weights(backbone)
-        read = NO_WEIGHTS if weights is None else str(weights["sha256"])
-        require_same("weights", config.backbone.weights or NO_WEIGHTS, read, accelerator.device)
+        read = "none" if weights is None else str(weights["sha256"])
+        require_same("weights", config.backbone.weights or "a random network", read, accelerator.device)
         if weights is not None:
             identity[STARTING_WEIGHTS] = str(weights["sha256"])
         require_same("images", spoken_of(config.data.shards), index.fingerprint, accelerator.device)
