@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Annotated, Union, get_args, get_origin
 
 from ssl_pipeline.config.base import nearest
-from ssl_pipeline.config.schema import sections_in
+from ssl_pipeline.config.schema import sections_in, tags_of
 
 BOOLEANS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 NONE = {"none", "nil", "null"}
@@ -48,7 +48,7 @@ def hint(where: str, annotation: object, got: object, sentence: str) -> str:
         return " Write null." if takes_none(annotation) else ""
     if "valid boolean" in sentence and text in BOOLEANS:
         return f" Write {BOOLEANS[text]}."
-    if "is a section: set" in sentence and isinstance(got, str) and got in re.split(r"[ ,.]+", sentence):
+    if "is a section: set" in sentence and any(got in tags_of(section) for section in sections_in(annotation)):
         return f" Write {where}.name={got}."
     choices = re.search(r"must be one of (.*?)\. Got ", sentence)
     if choices and CHOICES.get(text) in choices[1].split(", "):

@@ -87,6 +87,7 @@ TYPOS = [
         "method is a section: set method.name to one of distil, contrast. Got 'contrast'. Write method.name=contrast.",
     ),
     ("method=else", "method is a section: set method.name to one of distil, contrast. Got 'else'."),
+    ("method=one", "method is a section: set method.name to one of distil, contrast. Got 'one'."),
     # two keys that do not go together
     ("augment.global.count=3", "augment.global.blur_prob must have one value or one per view (count=3)."),
     # no key=value
