@@ -104,12 +104,12 @@ def damaged_manifest(where: Path | str, reason: str) -> DataError:
     return DataError(f"'{where}' is damaged: {reason}. {_advice(where)}")
 
 
-def needs_manifest(url: str) -> bool:
-    """Whether the shards at an address are known by their manifest alone: http lists no files."""
+def is_http(url: str) -> bool:
+    """Whether an address is one of http, which lists no files: shards there are known by their manifest alone."""
     return url.partition("://")[0].lower() in ("http", "https")
 
 
 def _advice(where: Path | str) -> str:
-    if needs_manifest(str(where)):
+    if is_http(str(where)):
         return f"Over http it is needed: copy it there again, or delete it there. {MAKE_MANIFEST}"
     return "Copy it again, or delete it to use the shards without it."

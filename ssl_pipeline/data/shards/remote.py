@@ -37,7 +37,7 @@ from ssl_pipeline.data.shards.manifest import (
     Manifest,
     ManifestShard,
     damaged_manifest,
-    needs_manifest,
+    is_http,
     parse_manifest,
 )
 from ssl_pipeline.data.shards.rows import ShardEntry, index_shard
@@ -126,7 +126,7 @@ class RemoteShards:
     def _listed(self, content: bytes | None) -> tuple[Sequence[ManifestShard], Manifest | None]:
         """What the manifest names, else (not over http) the .tar files there; sha256 is "" where it is unknown."""
         manifest = None if content is None else parse_manifest(content, f"{self.url}/{MANIFEST_FILE}")
-        if manifest is None and needs_manifest(self.url):
+        if manifest is None and is_http(self.url):
             raise DataError(
                 f"'{self.url}' has no {MANIFEST_FILE} of make_shards; over http it is needed to know the shards. "
                 f"{MAKE_MANIFEST}"
@@ -192,7 +192,7 @@ class RemoteShards:
 
     def _fetch(self, shard: ShardEntry | ManifestShard, path: Path) -> FileIO:
         system, folder = _connect(self.url, os.getpid())
-        name = quote(shard.name) if _protocol(self.url) in ("http", "https") else shard.name
+        name = quote(shard.name) if is_http(self.url) else shard.name
         with written_whole(path, durable=False) as aside:
             _download(system, f"{folder}/{name}", aside, shard.bytes)
             if (size := aside.stat().st_size) != shard.bytes:
@@ -282,7 +282,7 @@ def _connect(url: str, process: int) -> tuple[fsspec.AbstractFileSystem, str]:
     Here, and not in fsspec's own cache, because a fork that dropped its parent's would wait a second to close it.
     """
     options: dict[str, object] = {"skip_instance_cache": True}
-    if _protocol(url) in ("http", "https"):
+    if is_http(url):
         import aiohttp  # type: ignore[import-not-found, unused-ignore]
 
         # aiohttp's own limit is five minutes for the whole of a shard
