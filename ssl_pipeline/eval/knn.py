@@ -19,7 +19,7 @@ from ssl_pipeline.eval.features.extract import Precision, extract_features
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
-from ssl_pipeline.eval.labelled import open_labelled, require_company, some_of_each_class
+from ssl_pipeline.eval.labelled import evenly_spread, open_labelled, require_company, some_of_each_class
 from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
 from ssl_pipeline.eval.monitors import MonitorConfig, readable_images
 from ssl_pipeline.eval.protocol import (
@@ -268,14 +268,12 @@ class KnnMonitor:
         val = config.train if config.val is None else config.val
         self.images = open_labelled(config.train, val, task="k-NN", shared=config.val is not None)
         readable = readable_images(config, "knn", self.images.train, preprocessing.size)
-        count = min(config.images or len(readable), len(readable))
-        self.used = [readable[number * len(readable) // count] for number in range(count)]
-        self.tested = self.used
+        self.used = self.tested = evenly_spread(self.images.train, config.images or len(readable))
         if config.val is not None:
             self.tested = readable_images(config, "knn", self.images.test, preprocessing.size)
         if config.val is None:
             require_company(self.images.train_labels[self.used], task="k-NN")
-        require_k(config.k, count - (config.val is None))
+        require_k(config.k, len(self.used) - (config.val is None))
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""

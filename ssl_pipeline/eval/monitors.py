@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -49,12 +48,12 @@ def readable_images(config: MonitorConfig, name: str, index: ShardIndex, size: i
     Left out, and named by the first of them, are those whose head says that they cannot be decoded. Raises DataError if
     `on_error` is stop and there are some, if all are such, and if the first that is left cannot be decoded.
     """
-    is_readable_N = index.sizes().all(axis=1)
-    broken, readable = (np.flatnonzero(chosen_N).tolist() for chosen_N in (~is_readable_N, is_readable_N))
-    if broken:
+    readable = evenly_spread(index, len(index))
+    if len(readable) < len(index):
+        first = int(index.sizes().all(axis=1).argmin())
         what = (
-            f"{len(broken):,} of {len(index):,} images of {index.called} cannot be decoded; the first: "
-            f"{index.read(broken[0]).location}"
+            f"{len(index) - len(readable):,} of {len(index):,} images of {index.called} cannot be decoded; the first: "
+            f"{index.read(first).location}"
         )
         if config.on_error == "stop" or not readable:
             raise DataError(f"{name}: {what}. Take them out, or set {name}.on_error=skip, which leaves out some.")
