@@ -23,6 +23,7 @@ NUMBERS = {
     "images_per_second": "{:.0f} images/s",
     "data_wait": "data wait {:.0%}",
 }
+EVENTS = "events.out.tfevents."
 COMPARED = ("loss", "knn_top1", "rankme_percent")
 """Metrics that TensorBoard shows beside the settings."""
 FEW_NUMBERS = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "wait {:.0%}"}
@@ -142,6 +143,7 @@ class TensorBoard:
     def __init__(self, directory: Path, *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
 
+        sort_before(int(time.time()), directory)
         self._writer = SummaryWriter(str(directory), purge_step=first_step)
         settings = directory / "config.yaml"
         if settings.is_file():
@@ -165,6 +167,19 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def sort_before(second: int, directory: Path) -> None:
+    """Rename events files that would not sort before one that is begun in this `second` (Unix time).
+
+    TensorBoard reads files in the order of their names, and hides only what it has read. A name begins with the second
+    of its start, followed by host, process and a counter, none of which says what came first: two starts in one second,
+    or a clock that went back, would show the steps that were done again twice.
+    """
+    earlier = sorted(directory.glob(f"{EVENTS}*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    late = [path for path in earlier if path.name >= f"{EVENTS}{second:010d}"]
+    for number, path in enumerate(late, start=len(earlier)):
+        path.rename(directory / f"{EVENTS}{second - 1:010d}.{number:06d}")
 
 
 def flat_settings(tree: Value, above: str = "") -> dict[str, bool | float | str]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.run import tracking
@@ -111,6 +112,20 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     tracker.close()
     assert scalars(tmp_path, "loss") == [(1, 1.0), (2, 0.5), (3, 7.0)]
     assert scalars(tmp_path, "epoch") == [(1, 0.25), (2, 0.5), (3, 0.75)]
+
+
+@pytest.mark.parametrize("clock", [(1000, 1000, 1000), (3000, 2000, 1000)], ids=["one second", "the clock goes back"])
+def test_the_events_of_a_later_start_are_read_later(tmp_path, monkeypatch, clock):
+    """The names of TensorBoard's files end with a counter, so ".10" sorted before ".9"."""
+    for start, now in enumerate(clock):
+        monkeypatch.setattr(tracking.time, "time", partial(float, now))
+        monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9 + start))
+        tracker = make_tracker(tmp_path, resumed_position=20)
+        for step in (3, 4):
+            tracker.log(row(step) | {"loss": float(10 * start + step)})
+        tracker.close()
+    assert scalars(tmp_path, "loss") == [(3, 23.0), (4, 24.0)]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 3
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
