@@ -296,3 +296,4 @@ def test_the_runs_of_a_comparison_are_valid_and_build(name):
         config = load(PretrainConfig, [*arguments, "seed=0", "output=out"], recipes=RECIPES)
         method = on_meta(config)
         check_recipe(method, method.backbone, config.augment, config.data)
+        assert Path(config.data.shards).parent == Path(comparison.test).parent, "it trains on images of another set"

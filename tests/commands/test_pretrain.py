@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssl_pipeline.backbones import load_backbone, load_classifier
 from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.commands.afterwards import in_python
+from ssl_pipeline.commands.pretrain import warn_of_other_classes
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -662,3 +663,21 @@ def test_a_refusal_on_the_first_rank_is_no_traceback_on_the_others(tmp_path, rec
     assert "is in use by another run" in printed
     assert "error on rank 1: Another process of this run has ended" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "labelled", "said"),
+    [
+        (("cat", "dog", "cow"), ("cow", "hen"), ""),
+        (None, ("cow",), ""),
+        (("cat",), None, ""),
+        (
+            ("cat", "dog"),
+            ("hen", "ox"),
+            "warning: data/a has images of cat, dog, and none of the labelled classes (hen, ox): is data.shards the right set?\n",
+        ),
+    ],
+)
+def test_unlabelled_images_of_other_classes_are_told(unlabelled, labelled, said, capsys):
+    warn_of_other_classes(*(mock.Mock(class_names=names, called="data/a") for names in (unlabelled, labelled)))
+    assert capsys.readouterr().out == said
