@@ -674,7 +674,8 @@ def test_a_refusal_on_the_first_rank_is_no_traceback_on_the_others(tmp_path, rec
         (
             ("cat", "dog"),
             ("hen", "ox"),
-            "warning: data/a has images of cat, dog, and none of the labelled classes (hen, ox): is data.shards the right set?\n",
+            "warning: data/a has images of cat, dog, and none of the labelled classes (hen, ox): "
+            "is data.shards the right set?\n",
         ),
     ],
 )

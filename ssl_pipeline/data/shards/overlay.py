@@ -111,9 +111,9 @@ def _check_soft(labels: NDArray[np.float32], class_names: Sequence[str] | None, 
                 f"{start + row}."
             )
         sums = rows.sum(axis=1, dtype=np.float64)
-        wrong = np.flatnonzero((np.abs(sums - 1) > OF_ONE) & (sums != 0))
-        if len(wrong):
-            row = wrong[0]
+        unequal = np.flatnonzero((np.abs(sums - 1) > OF_ONE) & (sums != 0))
+        if len(unequal):
+            row = unequal[0]
             raise DataError(
                 f"{where} must hold soft labels that sum to 1, or all 0 for an image without one. Got a sum of "
                 f"{sums[row]:g} for image {start + row}. Divide each row by its sum."
