@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
 from ssl_pipeline.config import COMPARISONS, Config, Seed, run_command
 from ssl_pipeline.config.output_file import Folder
-from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels
+from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels_once
 from ssl_pipeline.eval.differences import interval_of, runs_within_interval
 from ssl_pipeline.eval.intervals import Interval
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
@@ -224,10 +224,9 @@ def _filling(config: CompareConfig, seed: int) -> Callable[[str], str]:
     if config.draw_from is not None:
         drawn = config.output / f"labels{config.labels_per_class}-seed{seed}"
         stands_for["{labels}"] = str(drawn)
-        if not drawn.exists():
-            split_labels(
-                SplitLabels(shards=config.draw_from, output=drawn, labels_per_class=config.labels_per_class, seed=seed)
-            )
+        split_labels_once(
+            SplitLabels(shards=config.draw_from, output=drawn, labels_per_class=config.labels_per_class, seed=seed)
+        )
 
     def fill(text: str) -> str:
         for token, value in stands_for.items():

@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
 from ssl_pipeline.config import SELF_TRAINING, Config, Seed, run_command
 from ssl_pipeline.config.output_file import Folder
+from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data_tools.pseudo_label import Counts, PseudoLabelImages, keep_file, pseudo_label_once
-from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels
+from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels_once
 from ssl_pipeline.eval.classifier import ClassifierConfig, evaluate_classifier
 from ssl_pipeline.eval.measures import format_table, percent, with_interval
 from ssl_pipeline.eval.protocol import write_report_to
@@ -143,20 +144,29 @@ def _round(name: str, counts: Counts | None, report: dict[str, JSON], known: Pat
 
 
 def _known(config: SelfTrainingConfig) -> Path:
-    """The file of the known images, drawn if that is asked for and they are not there yet."""
+    """The file of the known images, drawn if that is asked for and they are not there yet.
+
+    Raises DataError if what is in the output has learnt others. Those of another file than `known` was are refused by
+    pretraining, which knows its labelled images.
+    """
+    drawn, taught = config.output / "known.npy", (config.output / TEACHER).exists()
     if config.known is not None:
+        if drawn.exists():
+            raise DataError(
+                f"{drawn} was drawn for the runs of this output, and now known={config.known} is given. Set "
+                "labels_per_class as it was to go on, or choose another output."
+            )
         return config.known
-    drawn = config.output / "known.npy"
-    if not drawn.exists():
-        drawn.parent.mkdir(parents=True, exist_ok=True)
-        split = SplitLabels(
-            shards=config.shards,
-            output=drawn,
-            labels_per_class=config.labels_per_class,
-            seed=config.seed,
-            overwrite=True,  # what is left of an interrupted draw
+    if taught and not drawn.exists():
+        raise DataError(
+            f"{config.output / TEACHER} has learnt the images of a file known=FILE.npy, and now "
+            f"labels_per_class={config.labels_per_class} is given. Set known as it was to go on, or choose another "
+            "output."
         )
-        split_labels(split)
+    drawn.parent.mkdir(parents=True, exist_ok=True)
+    split_labels_once(
+        SplitLabels(shards=config.shards, output=drawn, labels_per_class=config.labels_per_class, seed=config.seed)
+    )
     return drawn
 
 

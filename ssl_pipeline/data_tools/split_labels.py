@@ -5,6 +5,7 @@ python -m data_tools.split_labels shards=DIR output=DIR|FILE.npy labels_per_clas
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from ssl_pipeline.config import Config, Seed, run_command
 from ssl_pipeline.config.output_file import is_a_folder, refuse_existing
 from ssl_pipeline.data.decode import image_extension
-from ssl_pipeline.data.shards.manifest import Manifest, write_manifest
+from ssl_pipeline.data.shards.manifest import Manifest, read_manifest, write_manifest
 from ssl_pipeline.data.shards.open import DataError, ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import write_origins
 from ssl_pipeline.data.shards.overlay import Labels
@@ -107,13 +108,7 @@ def split_labels(config: SplitLabels) -> int:
         raise DataError(f"output='{config.output}' holds the shards to choose from. Choose another output.")
     labels_N = index.labels()
     chosen = choose(labels_N, config, index.class_names)
-    about: About = {
-        "shards": config.shards,
-        "labels_per_class": config.labels_per_class,
-        "fraction": config.fraction,
-        "seed": config.seed,
-    }
-    about = {name: value for name, value in about.items() if value is not None}
+    about = _origin(config, index)
     if config.writes_numbers:
         _write_numbers(config, index, chosen, about)
     else:
@@ -123,9 +118,54 @@ def split_labels(config: SplitLabels) -> int:
     return 0
 
 
-def _write_numbers(
-    config: SplitLabels, index: ShardIndex, chosen: list[int], about: dict[str, str | int | None]
-) -> None:
+def split_labels_once(config: SplitLabels) -> None:
+    """The same, or what it has written before; DataError if that was drawn from other images or with other settings."""
+    there = _drawn_before(config.output) if config.writes_numbers else _copied_before(config.output)
+    if there is None:  # maybe there is what an interrupted one has left
+        split_labels(config.model_copy(update={"overwrite": config.writes_numbers}))
+        return
+    wanted = _origin(config, open_shards(config.shards))
+    images = "fingerprint" if "fingerprint" in there else "shards"  # wherever the same images lie
+    if any(there.get(key) != wanted.get(key) for key in ("labels_per_class", "fraction", "seed", images)):
+        raise DataError(
+            f"{config.output} holds labelled images that were drawn with {_in_words(there)}; this command draws with "
+            f"{_in_words(wanted)}. Set all as it was to go on, or choose another output: what was trained there has "
+            "learnt the old ones."
+        )
+
+
+def _origin(config: SplitLabels, index: ShardIndex) -> About:
+    """What the choice depends on, as it is written beside it."""
+    about: About = {
+        "shards": config.shards,
+        "fingerprint": index.fingerprint,
+        "labels_per_class": config.labels_per_class,
+        "fraction": config.fraction,
+        "seed": config.seed,
+    }
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def _in_words(about: About) -> str:
+    keys = ("shards", "labels_per_class", "fraction", "seed")
+    images = f" (images {str(about['fingerprint'])[:8]})" if "fingerprint" in about else ""
+    return ", ".join(f"{key}={about[key]}{images if key == 'shards' else ''}" for key in keys if key in about)
+
+
+def _drawn_before(output: Path) -> About | None:
+    """The origin of numbers that are there as a whole: the rest is written last."""
+    if not output.with_suffix(".rest.json").exists():
+        return None
+    origin: About = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["origin"]
+    return origin
+
+
+def _copied_before(output: Path) -> About | None:
+    manifest = read_manifest(output)
+    return None if manifest is None else manifest.source
+
+
+def _write_numbers(config: SplitLabels, index: ShardIndex, chosen: list[int], about: About) -> None:
     """FILE.npy and FILE.rest.npy for `keep`."""
     rest = np.setdiff1d(np.arange(len(index)), chosen)
     files = {config.output: np.array(chosen), config.output.with_suffix(".rest.npy"): rest}
@@ -136,9 +176,7 @@ def _write_numbers(
         write_keep(path, index, numbers, origin={"command": "split_labels", **about})
 
 
-def _write_shards(
-    config: SplitLabels, index: ShardIndex, chosen: list[int], about: dict[str, str | int | None]
-) -> None:
+def _write_shards(config: SplitLabels, index: ShardIndex, chosen: list[int], about: About) -> None:
     """The images in shards of their own, with manifest and index."""
     source, labels_N = ShardSource(index), index.labels()
     with output_in_the_making(config.output, overwrite=config.overwrite) as folder:

@@ -10,7 +10,7 @@ import pytest
 
 from ssl_pipeline.commands.compare import CompareConfig, Comparison, compare, summary
 from ssl_pipeline.config import ConfigError, load
-from ssl_pipeline.data.shards.open import open_shards
+from ssl_pipeline.data.shards.open import DataError, open_shards
 
 Pretrain = Callable[[Sequence[str]], None]
 
@@ -200,6 +200,12 @@ def test_each_seed_draws_labels_of_its_own_and_a_run_may_begin_from_another(
     assert measured == [str(out / f"labels2-seed{seed}") for seed in (0, 1)] * 2
     assert [call[1] for call in calls[:2]] == [f"data.labelled.shards={out}/labels2-seed{seed}" for seed in (0, 1)]
     assert [call[1] for call in calls[2:]] == [f"backbone.weights={out}/alone-seed{seed}" for seed in (0, 1)]
+    others = settings.model_copy(update={"draw_from": test})
+    with pytest.raises(
+        DataError, match=rf"labels2-seed0 holds .* drawn with shards={train} .* draws with shards={test} "
+    ):
+        compare(others, record)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize(

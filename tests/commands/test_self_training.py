@@ -14,7 +14,7 @@ from torch import nn
 from ssl_pipeline.backbones import BackboneConfig, create_backbone, save_backbone, save_classifier
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.commands.self_training import SelfTrainingConfig, main, self_training, summary
-from ssl_pipeline.config import RECIPES, SELF_TRAINING, ConfigError, load, recipe_files
+from ssl_pipeline.config import RECIPES, SELF_TRAINING, ConfigError, RunError, load, recipe_files
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.subset import open_subset, write_keep
@@ -130,6 +130,45 @@ def test_labels_of_other_settings_are_not_taken(tmp_path: Path, train: str, test
         self_training(config(out, train, test, "threshold=0.25"), pretrain)
 
 
+@pytest.mark.parametrize("changed", ["labels_per_class=1", "seed=3", "shards"])
+def test_known_images_of_another_draw_are_not_taken(
+    tmp_path: Path, train: str, test: str, pretrain: Pretrain, calls: list[dict[str, str]], changed: str
+) -> None:
+    out = tmp_path / "rounds"
+    self_training(config(out, train, test), pretrain)
+    before = (out / "known.npy").read_bytes()
+    argument = f"shards={test}" if changed == "shards" else changed
+    with pytest.raises(
+        DataError, match=r"known\.npy holds .* drawn with .*labels_per_class=2, seed=0; this command"
+    ) as told:
+        self_training(config(out, train, test, argument), pretrain)
+    assert argument in str(told.value)
+    assert len(calls) == len(RUNS)
+    assert (out / "known.npy").read_bytes() == before
+
+
+def test_drawn_and_given_known_images_do_not_follow_each_other(
+    tmp_path: Path, train: str, test: str, pretrain: Pretrain, calls: list[dict[str, str]]
+) -> None:
+    known = tmp_path / "mine.npy"
+    write_keep(known, open_shards(train), [1, 2, 3], origin=None)
+    given = ("labels_per_class=null", f"known={known}")
+    self_training(config(tmp_path / "drawn", train, test), pretrain)
+    with pytest.raises(DataError, match=r"known\.npy was drawn for the runs of this output, and now known=.*mine\.npy"):
+        self_training(config(tmp_path / "drawn", train, test, *given), pretrain)
+    self_training(config(tmp_path / "given", train, test, *given), pretrain)
+    with pytest.raises(DataError, match=r"teacher has learnt .* a file known=FILE\.npy, and now labels_per_class=2"):
+        self_training(config(tmp_path / "given", train, test), pretrain)
+    assert len(calls) == 2 * len(RUNS)
+
+
+def test_a_draw_that_was_interrupted_is_drawn_again(tmp_path: Path, train: str, test: str, pretrain: Pretrain) -> None:
+    out = tmp_path / "rounds"
+    out.mkdir()
+    (out / "known.npy").write_bytes(b"half")
+    assert self_training(config(out, train, test), pretrain)[0].known == 2 * NUM_CLASSES
+
+
 def test_known_images_may_be_given(
     tmp_path: Path, train: str, test: str, pretrain: Pretrain, calls: list[dict[str, str]]
 ) -> None:
@@ -203,3 +242,10 @@ def test_real_runs_learn_from_each_other_and_go_on(tmp_path: Path) -> None:
         "done"
     ] * 3
     assert self_training(settings) == rounds
+    other = tmp_path / "other.npy"
+    write_keep(other, open_shards(shards), [1, 2, 3, 4], origin=None)
+    mine = settings.model_copy(update={"labels_per_class": None, "output": tmp_path / "mine"})
+    write_keep(tmp_path / "known.npy", open_shards(shards), [0, 1, 2], origin=None)
+    self_training(mine.model_copy(update={"known": tmp_path / "known.npy"}))
+    with pytest.raises(RunError):  # pretraining knows its labelled images
+        self_training(mine.model_copy(update={"known": other}))
