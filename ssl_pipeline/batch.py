@@ -149,11 +149,6 @@ class RunFacts:
         found = self.num_classes
         if found is None:
             raise ConfigError("The number of classes is not known without labelled images. Set data.labelled.")
-        if found < 2 and (wanted is None or self.class_names is not None):
-            raise ConfigError(
-                "The labelled images are all of one class; there must be two or more to tell apart. Label images of "
-                "others too, or set method.num_classes where the names of the classes are not known."
-            )
         if wanted is None or wanted == found or (self.class_names is None and wanted > found):
             return wanted or found
         raise ConfigError(

@@ -30,14 +30,19 @@ def open_labelled_images(config: DataConfig) -> ShardIndex | None:
     return index
 
 
+def classes_with_labels(index: ShardIndex) -> list[int]:
+    """The classes that a labelled image is of, ascending; soft labels count where they are above 0."""
+    labels = index.labels()
+    found: list[int] = (np.unique(labels) if labels.ndim == 1 else np.flatnonzero((labels > 0).any(axis=0))).tolist()
+    return found
+
+
 def classes_without_labels(index: ShardIndex, num_classes: int) -> list[str]:
-    """The classes, by name where they have one, that no labelled image is of; soft labels count where they are above 0.
+    """The classes, by name where they have one, that no labelled image is of, as `classes_with_labels` counts.
 
     A method never learns what these look like: its guesses are of the others.
     """
-    labels = index.labels()
-    found = np.unique(labels) if labels.ndim == 1 else np.flatnonzero(labels.any(axis=0))
-    missing = np.setdiff1d(np.arange(num_classes), found).tolist()
+    missing = np.setdiff1d(np.arange(num_classes), classes_with_labels(index)).tolist()
     return [str(number) if index.class_names is None else index.class_names[number] for number in missing]
 
 

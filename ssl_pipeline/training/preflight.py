@@ -12,6 +12,7 @@ from ssl_pipeline.backbones import Backbone, TokenBackbone, check_image_sizes, s
 from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.config.ranges import plain
+from ssl_pipeline.data.labelled import classes_with_labels
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.machine import free_host_bytes
@@ -187,7 +188,7 @@ def run_facts(
     global_batch: int,
     micro_batch: int | None = None,
 ) -> RunFacts:
-    """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes.
+    """What `Method.prepare` is told; raises ConfigError for a label beyond the names of the classes, and for one class.
 
     labelled: the images whose labels the method learns, which may be `index` itself.
     """
@@ -206,6 +207,7 @@ def run_facts(
                 f"The labelled images in {labelled.called} have label {largest}, but only {num_classes} classes have a "
                 "name. Make the shards anew, or mend the class names in their manifest."
             )
+        _check_several_classes(labelled)
     sizes = {name: group.sizes for name, group in augment.items()}
     return RunFacts(
         len(index),
@@ -219,6 +221,18 @@ def run_facts(
         {name: group.mean for name, group in augment.items() if group.mean is not None},
         {name: group.std for name, group in augment.items() if group.std is not None},
     )
+
+
+def _check_several_classes(labelled: ShardIndex) -> None:
+    """Raises ConfigError if all labelled images are of one class, however many the shards or the settings name."""
+    found = classes_with_labels(labelled)
+    if len(found) < 2:
+        names = labelled.class_names
+        named = f" ({found[0] if names is None else names[found[0]]})" if found else ""
+        raise ConfigError(
+            f"The {len(labelled):,} labelled images in {labelled.called} are all of one class{named}; there must be "
+            "two or more to tell apart. Label images of others too."
+        )
 
 
 def check_batch_norm(method: Method, data: DataConfig, train: TrainConfig, *, num_processes: int) -> None:

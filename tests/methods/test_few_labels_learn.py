@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from ssl_pipeline.batch import Batch, RunFacts
-from ssl_pipeline.config import ConfigError
 from ssl_pipeline.schedule import Progress
 from tests.methods.toys import descend, toy_method
-from tests.tiny import CLASSES, CONFIGS, make_batch, make_method, needs, tiny_settings
+from tests.tiny import CLASSES, CONFIGS, make_batch, make_method, needs
 
 FEW_LABELS = sorted(name for name in CONFIGS if any(views.labelled for views in needs(name)))
 STEPS = 150
@@ -88,11 +87,3 @@ def test_images_of_unknown_classes_count_as_wrong_in_metrics_alone(name: str, la
     assert torch.equal(*losses)
     told = [key for key in metrics[1] if key.endswith("_right")]
     assert [float(metrics[1][key]) for key in told] == [0.0] * len(told)
-
-
-@pytest.mark.parametrize("name", ["fixmatch", "mean_teacher", "supervised"])
-def test_one_class_is_refused(name: str) -> None:
-    method = toy_method(CLASSES[name], CONFIGS[name](**{**tiny_settings(name), "num_classes": None}))
-    facts = RunFacts(60, 1, 24, {"weak": (2,), "strong": (2,)}, (0.5,) * 3, (0.5,) * 3, ("cat",))
-    with pytest.raises(ConfigError, match="are all of one class; there must be two or more"):
-        method.prepare(facts)

@@ -31,6 +31,23 @@ def test_labels_that_are_identifiers_make_no_classifier_of_billions():
         run_facts(labelled([7]), labelled([5, 3_000_000_000]), {}, data, global_batch=8)
 
 
+@pytest.mark.parametrize(
+    ("labels", "names", "named"),
+    [
+        ([1, 1, 1], ("cat", "dog", "owl"), r" \(dog\)"),
+        ([4, 4], None, r" \(4\)"),
+        ([[0.0, 1.0], [0.0, 0.5]], ("cat", "dog"), r" \(dog\)"),
+    ],
+)
+def test_labelled_images_of_one_class_are_refused_however_many_are_named(labels, names, named):
+    index = labelled(labels)
+    index.class_names = names
+    index.num_soft_classes = None if index.labels().ndim == 1 else 2
+    data = validate(DataConfig, DATA)
+    with pytest.raises(ConfigError, match=rf"labelled images in few are all of one class{named}; there must be two"):
+        run_facts(labelled([7]), index, {}, data, global_batch=8)
+
+
 def test_views_of_which_one_pixel_is_left_are_refused_where_gradients_would_be_wrong():
     method = make_method("simclr", backbone=CNN)
     views, cpu = {"view": ViewGroup(count=2, size=3)}, torch.device("cpu")
