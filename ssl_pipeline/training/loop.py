@@ -32,7 +32,7 @@ from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
-from ssl_pipeline.training.compiling import compile_decision
+from ssl_pipeline.training.compiling import compile_decision, compile_part
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.rank_checks import RankChecks
@@ -80,7 +80,7 @@ def train(run: Run) -> int:
         )
     elif compiles:
         for part in method.parts_to_compile():
-            part.compile(dynamic=False)  # each crop size is compiled once; else the second would be dynamic
+            compile_part(part)
     network, optimizer = wrap(run.accelerator, method, optimizer, sharded=sharded)
     if saved is not None and saved.state.scaler is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(saved.state.scaler)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.training import compiling
-from ssl_pipeline.training.compiling import compile_decision
+from ssl_pipeline.training.compiling import compile_decision, compile_part, past_half_written
 from ssl_pipeline.training.copying import Copies
 from tests.runs import make_run
-from tests.tiny import write_shards
+from tests.tiny import VIT, write_shards
 from tests.training.test_step import batches
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -23,6 +26,61 @@ def fresh():
     compiling._failure_on.cache_clear()
     yield
     compiling._failure_on.cache_clear()
+
+
+def inductor_says(file: Path) -> RuntimeError:
+    return RuntimeError(f"ImportError: {file}: file too short\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+
+
+def compiling_to(monkeypatch: pytest.MonkeyPatch, *files: Path) -> nn.Linear:
+    """A compiled layer of which torch's cache has these files, cut short, until they are removed."""
+
+    def backend(graph, inputs):
+        for file in files:
+            if file.exists():
+                raise inductor_says(file)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    part = nn.Linear(3, 2)
+    compile_part(part)
+    return part
+
+
+@pytest.mark.parametrize("place", ["torchinductor_me/ab", "mine"])
+def test_what_a_killed_start_has_left_of_a_library_is_made_anew(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    files = [tmp_path / place / name for name in ("main.so", "second.so")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    part = compiling_to(monkeypatch, *files)
+    images = torch.ones(1, 3)
+    torch.testing.assert_close(part(images), nn.functional.linear(images, part.weight, part.bias))
+    assert not any(file.exists() for file in files)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" in torch.compile's cache was cut short")[0] for line in lines] == list(map(str, files))
+
+
+def test_a_library_of_others_stays_and_the_error_is_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    other = tmp_path / "libother.so"
+    other.write_bytes(b"half")
+    part = compiling_to(monkeypatch, other)
+    with pytest.raises(Exception, match="file too short"):
+        part(torch.ones(1, 3))
+    assert other.exists()
+
+
+def test_compiled_parts_of_a_compiled_network_are_traced_through():
+    network = create_backbone(VIT)
+    graphs = []
+    network.compile(dynamic=False, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for part in network.modules():
+        if part is not network and part._compiled_call_impl is not None:
+            part._compiled_call_impl = past_half_written(part._compiled_call_impl)
+    network(torch.zeros(1, 3, 16, 16))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("setting", [True, False])
