@@ -35,7 +35,7 @@ from ssl_pipeline.losses import (
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.modules.memory import FeatureQueue
 from ssl_pipeline.modules.sync_batch_norm import synchronize_batch_norm
-from ssl_pipeline.training.remarks import about_accumulation
+from ssl_pipeline.training.remarks import about_accumulation, about_batch_norm
 from tests.ranks import run_on_ranks
 from tests.tiny import CLASSES, CNN, CONFIGS, VIT, make_batch, make_method, progress_at, share_of
 
@@ -339,3 +339,16 @@ def test_the_log_says_what_a_micro_batch_does_not_see(name):
         assert told.startswith("train.accumulate=4: ")
         assert told.endswith("are those of a micro-batch of 16 images, not of the global batch of 64.")
     assert about_accumulation(make_method(name), accumulate=1, micro_batch=16) is None
+
+
+@pytest.mark.parametrize(("name", "backbone", "said"), [("supervised", CNN, True), ("supervised", VIT, False)])
+def test_the_log_says_where_batch_norm_is_of_one_process(name, backbone, said):
+    method = make_method(name, backbone=backbone)
+    told = about_batch_norm(method, shared=False, num_processes=2, batch_size=16)
+    assert (told is not None) == said
+    if told is not None:
+        assert told.startswith(
+            "train.sync_batch_norm=false: batch norm of Supervised takes its statistics from the 16 "
+        )
+    assert about_batch_norm(method, shared=True, num_processes=2, batch_size=16) is None
+    assert about_batch_norm(method, shared=False, num_processes=1, batch_size=16) is None

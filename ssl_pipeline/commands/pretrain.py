@@ -72,7 +72,7 @@ from ssl_pipeline.training.preflight import (
     evaluation_size,
     run_facts,
 )
-from ssl_pipeline.training.remarks import about_accumulation, remarks
+from ssl_pipeline.training.remarks import about_accumulation, about_batch_norm, remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 from ssl_pipeline.training.sharding import check_sharding
@@ -303,8 +303,14 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
     told = about_accumulation(
         method, accumulate=config.train.accumulate, micro_batch=clock.global_batch // config.train.accumulate
     )
-    if told is not None:
-        print(printable(told), flush=True)
+    alone = about_batch_norm(
+        method,
+        shared=config.train.sync_batch_norm,
+        num_processes=num_processes,
+        batch_size=config.data.batch_size,
+    )
+    for line in filter(None, (told, alone)):
+        print(printable(line), flush=True)
     for remark in remarks(config.method, config.optim, config.augment, clock):
         print(printable(f"warning: {remark}"), flush=True)
 

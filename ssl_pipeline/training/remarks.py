@@ -43,6 +43,20 @@ def about_accumulation(method: Method, *, accumulate: int, micro_batch: int) -> 
     )
 
 
+def about_batch_norm(method: Method, *, shared: bool, num_processes: int, batch_size: int) -> str | None:
+    """What of the global batch batch norm does not see on several processes; None where there is nothing to say.
+
+    shared: train.sync_batch_norm. batch_size: images per process and micro-batch.
+    """
+    if shared or num_processes == 1 or not any(part.training for part in batch_norms(method)):
+        return None
+    return (
+        f"train.sync_batch_norm=false: batch norm of {type(method).__name__} takes its statistics from the "
+        f"{batch_size} images of each process alone, so {num_processes} processes train a little differently from one. "
+        "true shares them."
+    )
+
+
 def _beyond_the_end(name: str, section: Config, progress: Progress) -> Iterator[str]:
     for field in type(section).model_fields:
         key, value = f"{name}.{field}", getattr(section, field)
