@@ -72,7 +72,7 @@ from ssl_pipeline.training.preflight import (
     evaluation_size,
     run_facts,
 )
-from ssl_pipeline.training.remarks import about_accumulation, about_batch_norm, remarks
+from ssl_pipeline.training.remarks import about_accumulation, about_batch_norm, about_soft_labels, remarks
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 from ssl_pipeline.training.sharding import check_sharding
@@ -239,6 +239,8 @@ def _pretrain(config: PretrainConfig) -> int:
             if labelled_index is not None and method.classifier is not None:
                 warn_of_classes_without_labels(labelled_index, method.classifier.out_features)
                 warn_of_other_classes(index, labelled_index)
+                if (told := about_soft_labels(method, labelled_index)) is not None:
+                    print(printable(f"warning: {told}"), flush=True)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights

@@ -53,6 +53,9 @@ class Method(nn.Module):
     classifier: nn.Linear | None = None
     """Features (B, D) of `backbone` -> (B, classes), where a method learns to classify; evaluated with it."""
 
+    hardens_labels: bool = False
+    """Whether of a soft label (classes,) the likeliest class alone is learnt; a run with soft labels says so."""
+
     def prepare(self, facts: RunFacts) -> None:
         """Take in what is known of the run; called once, before the optimizer is built.
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.config import InRange
 from ssl_pipeline.losses import consistency_loss, pi_model_loss, weighted_cross_entropy
@@ -20,7 +21,8 @@ class PiModelConfig(FewLabelsConfig):
 
     name: Literal["pi_model"]
     form: Literal["authors", "detached"] = "authors"
-    """authors: all images count, both branches learn, and the loss on labels is divided by all images. detached
+    """authors: all images count, both branches learn, the loss on labels is divided by all images, and soft labels are
+    learnt as their likeliest class. detached
     (Google, USB): unlabelled images alone, the second branch is a target, the loss on labels is the mean of theirs."""
     consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
         value=8.0, delay=Duration("1ep"), warmup=Duration("79ep"), rise="exponential"
@@ -36,6 +38,10 @@ class PiModel(FewLabels):
     config_class = PiModelConfig
     config: PiModelConfig
     needs = TWO_WEAK
+
+    def __init__(self, config: PiModelConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.hardens_labels = config.form == "authors"
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.losses import annealed_cross_entropy, uda_loss, weighted_cross_entropy
 from ssl_pipeline.methods.base import StepOutput, feature_std
@@ -24,7 +25,8 @@ class UDAConfig(FewLabelsConfig):
     temperature: float = Field(0.4, gt=0, le=1)
     """Temperature that the weak views' predictions are sharpened with."""
     annealing: Literal["none", "linear", "log", "exp"] = "none"
-    """How the limit rises above which a labelled image's right probability takes it out of the loss."""
+    """How the limit rises above which a labelled image's right probability takes it out of the loss.
+    With any but `none` soft labels are learnt as their likeliest class."""
     unlabelled_weight: float = Field(1.0, ge=0)
     """Weight of the loss on unlabelled images beside the loss on labels."""
     teacher_momentum: Momentum = Schedule(value=0.9999)
@@ -38,6 +40,10 @@ class UDA(FewLabels):
     config: UDAConfig
     needs = WEAK_AND_STRONG
     coupled_by = "the mean over the labels that count"
+
+    def __init__(self, config: UDAConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.hardens_labels = config.annealing != "none"
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         assert batch.labelled is not None

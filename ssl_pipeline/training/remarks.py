@@ -8,6 +8,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones.networks import batch_norms
 from ssl_pipeline.config import Config
 from ssl_pipeline.config.ranges import plain
+from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.schedule import Duration, Progress, Schedule
@@ -54,6 +55,16 @@ def about_batch_norm(method: Method, *, shared: bool, num_processes: int, batch_
         f"train.sync_batch_norm=false: batch norm of {type(method).__name__} takes its statistics from the "
         f"{batch_size} images of each process alone, so {num_processes} processes train a little differently from one. "
         "true shares them."
+    )
+
+
+def about_soft_labels(method: Method, labelled: ShardIndex) -> str | None:
+    """What is not learnt of soft labels; None of hard ones, and where all of it is."""
+    if not method.hardens_labels or labelled.num_soft_classes is None:
+        return None
+    return (
+        f"The labels of {labelled.called} are soft, and {type(method).__name__} with these settings learns the "
+        "likeliest class of each alone."
     )
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 
 from ssl_pipeline.batch import Batch, RunFacts
+from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.schedule import Progress
+from ssl_pipeline.training.remarks import about_soft_labels
+from tests import tiny
 from tests.methods.toys import descend, toy_method
 from tests.tiny import CLASSES, CONFIGS, make_batch, make_method, needs
 
@@ -73,6 +78,29 @@ def test_a_class_without_a_label_stops_nothing(name: str) -> None:
     output = method(fewer, Progress(1, 10, 5))
     output.loss.backward()
     assert all(math.isfinite(value) for value in (output.loss.item(), *map(float, output.metrics.values())))
+
+
+OTHER_SETTINGS = {"pi_model": {"form": "detached"}, "uda": {"annealing": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [*((name, {}) for name in FEW_LABELS), *OTHER_SETTINGS.items()], ids=lambda part: str(part)
+)
+def test_a_method_says_whether_it_learns_more_of_soft_labels_than_their_class(
+    name: str, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny.OWN, name, tiny.OWN.get(name, {}) | settings)
+    batch, losses = make_batch(name), []
+    assert batch.labelled is not None
+    hard = nn.functional.one_hot(batch.labelled.labels, 3).float()
+    for labels in (hard, 0.7 * hard + 0.1):
+        torch.manual_seed(5)
+        method = make_method(name)
+        losses.append(method(replace(batch, labelled=replace(batch.labelled, labels=labels)), Progress(1, 10, 5)).loss)
+    assert torch.equal(*losses) == method.hardens_labels
+    soft = Mock(spec=ShardIndex, num_soft_classes=3, called="few")
+    assert (about_soft_labels(method, soft) is not None) == method.hardens_labels
+    assert about_soft_labels(method, Mock(spec=ShardIndex, num_soft_classes=None, called="few")) is None
 
 
 @pytest.mark.parametrize("name", FEW_LABELS)
