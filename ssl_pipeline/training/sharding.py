@@ -98,8 +98,8 @@ class Sharding:
         policy = BF16 if precision == "bf16" else MixedPrecisionPolicy()
         for block in blocks_of(self._method):
             if compiled:
-                compiled = torch.compile(block.forward, dynamic=False)
-                block.forward = past_half_written(compiled)  # inside of the hooks that gather
+                own = torch.compile(block.forward, dynamic=False)
+                block.forward = past_half_written(own)  # inside of the hooks that gather
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self._method, mesh=mesh, mp_policy=policy)
         self._method.to(device)  # buffers, and networks that are no part of the method's state
