@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from tqdm import tqdm
+
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.errors import DataError
 
@@ -98,11 +100,17 @@ def _ray(address: str | None, workers: int | None):  # type: ignore[no-untyped-d
     if address is None:  # processes of this machine: they import what this one does
         settings |= {"num_cpus": workers, "include_dashboard": False}
         settings["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}}
+        tqdm.write("Starting Ray on this machine ...", file=sys.stderr)  # above the bar of the work
     try:
         ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = "Ray does not start here" if address is None else f"ray_address={address} does not answer"
-        raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # a start that takes too long is no type of its own
+        told = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if address is not None:
+            raise ConfigError(f"ray_address={address} does not answer: {told}") from None
+        raise ConfigError(
+            f"Ray does not start here: {told.rstrip('.')}. Is the machine too busy? Try again when its load is lower, "
+            "ray_address=HOST:PORT of a cluster that is up, or engine=local, which does without Ray."
+        ) from None
     try:
         yield ray
     finally:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -107,6 +109,28 @@ def test_without_ray_its_engine_is_refused_in_a_sentence(folder, tmp_path, monke
     assert capsys.readouterr().err.startswith(told)
     assert call(folder, tmp_path / "out", "ray_address=auto") == 2
     assert "ray_address=auto goes with engine=ray." in capsys.readouterr().err
+
+
+class StuckRay(ModuleType):
+    """Stands in for the package on a machine that is too busy: the type of the error is Ray's."""
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **settings: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...\nmore")
+
+
+def test_ray_that_does_not_start_in_time_is_told_with_the_ways_around(monkeypatch, capsys):
+    stuck = StuckRay("ray")
+    stuck.__spec__ = ModuleSpec("ray", None)  # it is looked for before it is imported
+    monkeypatch.setitem(sys.modules, "ray", stuck)
+    with pytest.raises(ConfigError) as told:
+        on_ray([1])
+    assert "The current node timed out during startup" in str(told.value)
+    assert all(way in str(told.value) for way in ("load", "ray_address=HOST:PORT", "engine=local"))
+    assert "\n" not in str(told.value)
+    assert "Starting Ray on this machine ...\n" in capsys.readouterr().err
 
 
 # with Ray
