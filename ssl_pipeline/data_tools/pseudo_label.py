@@ -96,7 +96,7 @@ def pseudo_label(config: PseudoLabelImages) -> Counts:
     if not len(labelled):
         raise DataError(
             f"No image of {config.shards} reaches threshold={config.threshold:g}: the surest has "
-            f"{probabilities.max(initial=0):.3f}. Take a smaller one, or another run."
+            f"{_below(probabilities.max(initial=0), config.threshold)}. Take a smaller one, or another run."
         )
     origin = _origin(config, opened, counts)
     write_labels(config.output, index, labels, class_names=opened.class_names, origin=origin)
@@ -167,6 +167,12 @@ def summary(counts: Counts, names: Sequence[str]) -> str:
     ]
     right = "" if counts.right is None else f"\nof those taken {counts.right:.2f} % are of the class in the shards"
     return "\n".join(lines) + right
+
+
+def _below(value: np.float32, limit: float) -> str:
+    """The value in the fewest digits, three or more, that show that it is below the limit."""
+    texts = (f"{value:.{digits}g}" for digits in range(3, 10))
+    return next((text for text in texts if float(text) < limit), f"{value:.9g}")
 
 
 def _known_labels(config: PseudoLabelImages, index: ShardIndex, opened: OpenedClassifier) -> NDArray[np.int64]:

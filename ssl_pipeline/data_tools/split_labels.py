@@ -34,7 +34,8 @@ class SplitLabels(Config):
 
     The images are stored as they are, with their labels and the class names of the whole set. FixMatch reads them
     beside the whole set: data.shards=ALL data.labelled.shards=OUTPUT. With output=FILE.npy nothing is copied: the file
-    holds their numbers for data.labelled.shards=ALL data.labelled.keep=FILE.npy, FILE.rest.npy those of all others.
+    holds their numbers for data.labelled.shards=ALL data.labelled.keep=FILE.npy, FILE.rest.npy those of all others, if
+    there are others. For several draws give each call its seed and its output; eval.compare draws for each seed itself.
     """
 
     shards: str
@@ -153,10 +154,11 @@ def _in_words(about: About) -> str:
 
 
 def _drawn_before(output: Path) -> About | None:
-    """The origin of numbers that are there as a whole: the rest is written last."""
-    if not output.with_suffix(".rest.json").exists():
+    """The origin of numbers that are there as a whole; they are written after the rest."""
+    description = output.with_suffix(".json")
+    if not description.exists():
         return None
-    origin: About = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["origin"]
+    origin: About = json.loads(description.read_text(encoding="utf-8"))["origin"]
     return origin
 
 
@@ -168,12 +170,15 @@ def _copied_before(output: Path) -> About | None:
 def _write_numbers(config: SplitLabels, index: ShardIndex, chosen: list[int], about: About) -> None:
     """FILE.npy and FILE.rest.npy for `keep`."""
     rest = np.setdiff1d(np.arange(len(index)), chosen)
-    files = {config.output: np.array(chosen), config.output.with_suffix(".rest.npy"): rest}
-    refuse_existing(*files, overwrite=config.overwrite)
-    if not len(rest):
-        raise DataError(f"All {len(index):,} images are chosen, none is left for the rest. Choose fewer.")
+    files = {config.output.with_suffix(".rest.npy"): rest, config.output: np.array(chosen)}
+    refuse_existing(*reversed(files), overwrite=config.overwrite)
     for path, numbers in files.items():
-        write_keep(path, index, numbers, origin={"command": "split_labels", **about})
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        if len(numbers):
+            write_keep(path, index, numbers, origin={"command": "split_labels", **about})
+    if not len(rest):
+        print(f"all {len(index):,} images are chosen, so there is no {config.output.with_suffix('.rest.npy').name}")
 
 
 def _write_shards(config: SplitLabels, index: ShardIndex, chosen: list[int], about: About) -> None:
@@ -210,6 +215,11 @@ def choose(labels_N: Labels, config: SplitLabels, class_names: tuple[str, ...] |
         count = config.count_of(len(of_class))
         if len(of_class) < count:
             name = label if class_names is None else f"{label} ({class_names[label]})"
+            if config.fraction is not None:
+                raise DataError(
+                    f"fraction={config.fraction} takes one image of each class at least, and shards='{config.shards}' "
+                    f"has none of class {name}. Pack the images again without that class, or with images of it."
+                )
             raise DataError(
                 f"labels_per_class={count} is more than shards='{config.shards}' has of class "
                 f"{name}: {len(of_class)}. Take at most that many."

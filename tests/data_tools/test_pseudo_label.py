@@ -19,6 +19,7 @@ from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.data.subset import open_subset, write_keep
 from ssl_pipeline.data_tools.pseudo_label import (
     PseudoLabelImages,
+    _below,
     choose,
     keep_file,
     labels_of,
@@ -124,6 +125,14 @@ def test_of_a_subset_the_others_have_no_label(teacher: Path, train: str, tmp_pat
     pseudo_label(settings(teacher, train, output, threshold=0.0, keep=subset))
     assert np.load(keep_file(output), allow_pickle=False).tolist() == [5, 6, 7]
     np.testing.assert_allclose(open_subset(train, labels=output).labels()[5:8], said_by(teacher, train)[5:8], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("surest", "threshold", "told"),
+    [(0.45234, 0.9, "0.452"), (0.99999994, 1.0, "0.9999999"), (0.94999, 0.95, "0.94999")],
+)
+def test_the_surest_is_never_said_to_reach_what_it_does_not(surest: float, threshold: float, told: str) -> None:
+    assert _below(np.float32(surest), threshold) == told
 
 
 def test_nothing_is_written_where_no_image_is_sure(teacher: Path, train: str, tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ def test_classes_that_have_a_name_but_no_image_are_too_few() -> None:
         choose(np.zeros(5, dtype=np.int64), config, ("cat", "dog"))
 
 
+def test_a_fraction_of_a_class_without_images_is_told_in_its_own_words() -> None:
+    config = SplitLabels(shards="x", output=Path("y"), fraction="50%")
+    with pytest.raises(DataError, match=r"fraction=50% takes one image .*='x' has none of class 1 \(dog\)"):
+        choose(np.zeros(5, dtype=np.int64), config, ("cat", "dog"))
+
+
 def test_shards_without_labels_are_refused(folder: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     make_shards(MakeShards(source=str(folder / "train" / "cat"), output=flat, workers=1))
@@ -147,14 +153,15 @@ def test_a_fraction_is_rounded_in_each_class_and_never_none(shards: Path, tmp_pa
         assert Counter(open_subset(str(shards), keep=config.output).labels().tolist()) == counts
 
 
-def test_numbers_are_not_replaced_unasked_and_leave_a_rest(shards: Path, tmp_path: Path) -> None:
+def test_numbers_are_not_replaced_unasked_and_of_all_images_there_is_no_rest(shards: Path, tmp_path: Path) -> None:
     file = split(shards, tmp_path / "few.npy", 2)
     with pytest.raises(ConfigError, match=r"few\.npy exists\. Choose another name, or set overwrite=true"):
         split(shards, file, 3)
     split(shards, file, 3, overwrite=True)
     assert len(np.load(file)) == 9
-    with pytest.raises(DataError, match="All 22 images are chosen"):
-        split_labels(SplitLabels(shards=str(shards), output=tmp_path / "all.npy", fraction="100%"))
+    split_labels(SplitLabels(shards=str(shards), output=file, fraction="100%", overwrite=True))
+    assert np.load(file).tolist() == list(range(22))
+    assert sorted(path.name for path in tmp_path.glob("few*")) == ["few.json", "few.npy"]  # the old rest is wrong now
 
 
 @pytest.mark.parametrize(
