@@ -51,7 +51,7 @@ def dino_loss(method: DINO) -> nn.Module:
     """lightly's loss, with the teacher's temperature at its end."""
     from lightly.loss import DINOLoss
 
-    return DINOLoss(output_dim=method.config.num_prototypes, teacher_temp=0.04).to(method.centre.device)
+    return DINOLoss(output_dim=method.config.num_prototypes, teacher_temp=0.04).to(next(method.parameters()).device)
 
 
 def _head(kind: str, own: nn.Module, *widths: int, **options: int) -> nn.Module:

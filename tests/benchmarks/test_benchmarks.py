@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
@@ -18,10 +20,13 @@ from benchmarks import input as input_benchmark
 from benchmarks import step as step_benchmark
 from benchmarks.__main__ import BENCHMARKS, run_benchmarks
 from benchmarks.images import load_images, views_of
+from benchmarks.lightly_steps import dino_loss
 from benchmarks.settings import BenchmarkConfig
 from benchmarks.step import SETTINGS, Steps, compare_losses
+from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, read_recipe, validate
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.methods import build_method
 
 METHODS = {"dino", "mae", "simclr", "moco", "swav", "ibot", "dinov2"}
 PEERS = {name for name in ("lightly", "kornia") if find_spec(name)}
@@ -222,3 +227,13 @@ def test_the_hardware_is_named():
     assert hardware["versions"]["torch"]
     assert config.peak_flops() is None
     assert BenchmarkConfig(device="cpu", peak_tflops=2.0).peak_flops() == 2e12
+
+
+def test_losses_of_lightly_are_where_the_method_is(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    stub = SimpleNamespace(DINOLoss=lambda **settings: made.append(settings) or torch.nn.Linear(1, 1))
+    monkeypatch.setitem(sys.modules, "lightly.loss", stub)
+    setting = next(one for one in measured_steps().sizes["tiny"] if one.method.name == "dino")
+    method = build_method(setting.method, create_backbone(setting.backbone)).to("meta")
+    assert dino_loss(method).weight.is_meta
+    assert made == [{"output_dim": 64, "teacher_temp": 0.04}]
