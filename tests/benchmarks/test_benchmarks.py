@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import benchmarks.__main__ as command
-from benchmarks import end_to_end, evaluation, rounds, streams
+from benchmarks import evaluation, rounds, streams
 from benchmarks import input as input_benchmark
 from benchmarks import step as step_benchmark
 from benchmarks.__main__ import BENCHMARKS, run_benchmarks
@@ -65,7 +65,7 @@ def test_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("benchmarks.end_to_end.RECIPES", {"mae": "mae_vitb16"})
+    monkeypatch.setattr(input_benchmark, "TO_THE_END", ("mae",))
     comparison = run(tmp_path, "end_to_end", workers=1)["end to end mae"]
     assert {"official", "webdataset", "ours, crops", "decode and drop"} <= contestants(comparison)
 
@@ -73,8 +73,8 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(streams, "START", "fork")  # nothing to import again
-    monkeypatch.setattr(end_to_end, "num_cores", lambda: 2)
-    monkeypatch.setattr(end_to_end, "PLACES", ("device",))
+    monkeypatch.setattr(streams, "num_cores", lambda: 2)
+    monkeypatch.setattr(streams, "PLACES", {"device": streams.PLACES["device"]})
     compared = run(tmp_path, "scaling", workers=1)
     assert contestants(compared["scaling workers, decode only"]) == {"workers=1", "workers=2"}
     assert contestants(compared["scaling processes, decode only"]) == {"processes=1", "processes=2"}
