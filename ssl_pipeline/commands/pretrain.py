@@ -382,4 +382,6 @@ def main(name: str) -> int:
             if "--debug" in flags:
                 raise
             return refuse(error, running=False)
-    return run_command(PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES, check=check_outline)
+    return run_command(
+        PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES, check=check_outline, shared=True
+    )

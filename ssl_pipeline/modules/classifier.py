@@ -91,7 +91,7 @@ class ClassifierPair(nn.Module):
 
 @torch.no_grad()
 def are_right(guesses_N: Tensor, labels: Tensor) -> Tensor:
-    """(N,) bool: whether each guess is the label; labels are (N,) classes, -1 for none, or soft (N, C), all 0 for none."""
+    """(N,) bool: whether each guess is the label; labels are (N,), -1 for none, or soft (N, C), a row of 0 for none."""
     if labels.ndim == 2:
         weights, labels = labels.max(dim=1)
         return (guesses_N == labels) & (weights > 0)

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import time
 from functools import partial
 from itertools import chain
@@ -577,6 +578,28 @@ def run_together(*argv: str, happening: Happening | None = None) -> tuple[list[i
     children = start_ranks(command, list(argv), happening)
     codes = [child.wait() for child in children]
     return codes, "".join(child.printed() for child in children)
+
+
+def test_monitors_refuse_images_that_are_others_on_another_node(tmp_path, recipe):
+    """A node may name its images otherwise; they must be the same: half of each would be measured."""
+    sizes = {"a": (9,), "b": (6, 3), "c": (7,)}
+    places = {name: str(write_shards(tmp_path / name, of)) for name, of in sizes.items()}
+    for other in ("b", "c"):
+        children = [
+            Child(command, [*argv, f"spectrum.val={places[val]}"], environment=environment)
+            for val, (argv, environment) in zip(("a", other), ranked(recipe, tmp_path / f"run-{other}"), strict=True)
+        ]
+        assert sorted(child.wait() for child in children) == [1, 2]
+        assert "All processes must have the same images of spectrum.val. " in children[1].printed()
+
+
+def ranked(recipe: str, output: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """The arguments and the environment of two ranks."""
+    argv = [recipe, f"output={output}", "data.batch_size=4", "spectrum.every=1", "spectrum.at_start=true"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [(argv, {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
 
 
 def test_a_signal_that_one_rank_gets_stops_all_in_the_same_step(tmp_path, recipe):

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -24,15 +24,16 @@ class CheckConfig(Config):
     depth: int = 1
     """How deep; 1 is the folder itself."""
     names: tuple[str, ...] = ()
+    kinds: tuple[Literal["few", "many"], ...] = ()
 
 
-def run(outcome, *argv: str) -> int:
+def run(outcome, *argv: str, shared: bool = False) -> int:
     def check(config: CheckConfig) -> int | None:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    return run_command(CheckConfig, check, command="python -m check", argv=argv)
+    return run_command(CheckConfig, check, command="python -m check", argv=argv, shared=shared)
 
 
 def test_success_is_zero(capsys):
@@ -145,16 +146,31 @@ def test_other_processes_leave_mistakes_in_arguments_to_the_first_of_their_machi
     monkeypatch.setenv("WORLD_SIZE", "2")  # a RANK alone is left over from something else
     assert run(None, "directory=x", "dept=3") == 2
     assert capsys.readouterr().err == ""
-    assert run(RunError("The loss is nan."), "directory=x") == 1
+    assert run(RunError("The loss is nan."), "directory=x", shared=True) == 1
     assert capsys.readouterr().err == "error on rank 1: The loss is nan.\n"
     monkeypatch.setenv("LOCAL_RANK", "0")  # of another machine, where the command may be another
     assert run(None, "directory=x", "dept=3") == 2
     assert capsys.readouterr().err.startswith("error on rank 1: Unknown key 'dept'.")
 
 
+def test_a_command_that_several_processes_do_not_share_refuses_them(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert run(None, "directory=x", shared=True) == 0
+    assert run(RunError("not reached"), "directory=x") == 2
+    assert capsys.readouterr().err.startswith(
+        "error: python -m check takes one process, and a launcher started more (WORLD_SIZE=2). Run it without"
+    )
+
+
 def test_an_argument_without_a_key_sets_the_positional_field(capsys):
     assert run(None, "--print", "some/where", "depth=2") == 0
-    assert read_yaml(capsys.readouterr().out, where="out") == {"directory": "some/where", "depth": 2, "names": []}
+    assert read_yaml(capsys.readouterr().out, where="out") == {
+        "directory": "some/where",
+        "depth": 2,
+        "names": [],
+        "kinds": [],
+    }
     assert run(None, "a", "b") == 2
     assert capsys.readouterr().err == "error: directory is given twice: 'a' and 'b'.\n"
     assert run(None) == 2
@@ -171,6 +187,7 @@ def test_help_lists_every_key_with_its_text(capsys):
         "  depth (whole number; default: 1)\n"
         "      How deep; 1 is the folder itself.\n"
         "  names (list of texts; default: [])\n"
+        "  kinds (list of one of few, many; default: [])\n"
     )
 
 
@@ -223,7 +240,8 @@ def test_help_of_an_unknown_section_is_told_with_the_nearest(capsys, schema, rec
     assert run(None, "--help", "some/where") == 0  # a value of a positional key is no section
     assert run(None, "--help", "depth") == 0
     text = "  depth (whole number; default: 1)\n      How deep; 1 is the folder itself.\n"
-    assert capsys.readouterr().out.endswith(f"\n{text}  names (list of texts; default: [])\n{text}")
+    lists = "  names (list of texts; default: [])\n  kinds (list of one of few, many; default: [])\n"
+    assert capsys.readouterr().out.endswith(f"\n{text}{lists}{text}")
 
 
 def test_print_tells_below_the_settings_what_a_run_would_refuse(capsys):
