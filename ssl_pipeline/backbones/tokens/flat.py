@@ -27,7 +27,7 @@ class FlatAdapter(TokenAdapter):
     antialias: ClassVar[bool]
     """How the position table is resampled for images of another size, see `resample_positions`."""
     rotates = False
-    """Whether attention must be told where each token is."""
+    """Whether attention needs the position of each token."""
 
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
@@ -46,7 +46,7 @@ class FlatAdapter(TokenAdapter):
 
     @abstractmethod
     def block_arguments(self, grid: Grid, places_NK: Tensor | None) -> Sequence[Mapping[str, Tensor | None]]:
-        """What each block is told besides the tokens, for K patches at `places_NK`, or all of the grid."""
+        """What each block is given besides the tokens, for K patches at `places_NK`, or all of the grid."""
 
     def patches(self, images: Tensor) -> Tensor:
         return embed_whole(self.model.patch_embed, images)
