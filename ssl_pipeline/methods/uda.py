@@ -16,7 +16,7 @@ from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
 
 class UDAConfig(FewLabelsConfig):
-    """UDA: a strong view of an image is told the sharpened prediction for a weak one."""
+    """UDA: the target of an image's strong view is the sharpened prediction for a weak one."""
 
     name: Literal["uda"]
     threshold: float = Field(0.8, ge=0, le=1)
@@ -24,9 +24,9 @@ class UDAConfig(FewLabelsConfig):
     temperature: float = Field(0.4, gt=0, le=1)
     """Temperature that the weak views' predictions are sharpened with."""
     annealing: Literal["none", "linear", "log", "exp"] = "none"
-    """How the limit rises above which a labelled image's right probability takes it out of the loss."""
+    """Schedule of the limit above which the probability of a labelled image's class takes it out of the loss."""
     unlabelled_weight: float = Field(1.0, ge=0)
-    """Weight of the loss on unlabelled images beside the loss on labels."""
+    """Weight of the loss on unlabelled images relative to the loss on labels."""
     teacher_momentum: Momentum = Schedule(value=0.9999)
     """Share of the evaluated moving average that an update keeps."""
 
