@@ -127,7 +127,7 @@ def test_of_a_subset_the_others_have_no_label(teacher: Path, train: str, tmp_pat
 
 
 def test_nothing_is_written_where_no_image_is_sure(teacher: Path, train: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"No image of .* reaches threshold=1: the surest has 0\.\d+"):
+    with pytest.raises(DataError, match=r"No image of .* reaches threshold=1: the most confident has 0\.\d+"):
         pseudo_label(settings(teacher, train, tmp_path / "labels.npy", threshold=1.0))
     assert list(tmp_path.glob("labels*")) == []
 
