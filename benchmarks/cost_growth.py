@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -21,9 +22,9 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from benchmarks.recipes import settings_of
-from benchmarks.report import table_of
-from benchmarks.settings import BenchmarkConfig
+from benchmarks.memory import method_without_values, trained_of
+from benchmarks.report import Row, table_of
+from benchmarks.settings import BenchmarkConfig, settings_of
 from benchmarks.start_up import measure_start_up
 from benchmarks.step import StepSetting, make_batch
 from benchmarks.training_steps import PROGRESS
@@ -31,16 +32,14 @@ from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.config import Config, run_command
 from ssl_pipeline.data.order import Order
 from ssl_pipeline.data.shards.rows import COLUMNS
-from ssl_pipeline.files import JSON, sha256_of, write_json, write_tensors
+from ssl_pipeline.files import sha256_of, write_json, write_tensors
 from ssl_pipeline.methods import build_method
 
 IMAGES_PER_SHARD = 1000
 MEGABYTES = 256  # of the checkpoint that is written
-VIT_G = "vit_giant_patch14_dinov2"
+LARGEST, VIT_G = "dinov2_vitl16_short", "vit_giant_patch14_dinov2"
 SIDE, FEW_IMAGES = 64, 4  # of the batch by which collectives are counted; what prototypes need depends on neither
 TINY_VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": SIDE}
-
-Row = dict[str, JSON]
 
 
 class CostGrowthConfig(Config):
@@ -52,7 +51,7 @@ class CostGrowthConfig(Config):
     """Numbers of shards that are opened; made-up ones, which take a name each on the disk."""
     processes: tuple[Annotated[int, Field(ge=1, le=2**20)], ...] = (1, 8, 64, 1024)
     """Numbers of processes for which collectives are counted."""
-    recipes: tuple[str, ...] = ("simclr_resnet50", "dino_vits16", "dinov2_vits14", "dinov2_vitl16_short")
+    recipes: tuple[str, ...] = ("simclr_resnet50", "dino_vits16", "dinov2_vits14", LARGEST)
     """Recipes whose weights and collectives are counted."""
     megabytes: Annotated[int, Field(ge=1, le=10**5)] = MEGABYTES
     """Size of the checkpoint that is written and read."""
@@ -104,18 +103,17 @@ def count_state(recipe: str, *, backbone: str | None = None, mb_per_s: float) ->
     teacher once, and the gradients' sums in float32. (Heads, which are gathered once a step, are counted so too.)
     """
     config = settings_of(recipe)
-    architecture = config.backbone
     if backbone is not None:
-        architecture = BackboneConfig(name=backbone, arguments=architecture.arguments)
-    with torch.device("meta"):
-        method = build_method(config.method, create_backbone(architecture))
-    trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+        larger = BackboneConfig(name=backbone, arguments=config.backbone.arguments)
+        config = config.model_copy(update={"backbone": larger})
+    method = method_without_values(config)
+    trained = sum(parameter.numel() for parameter in trained_of(method))
     frozen = sum(parameter.numel() for parameter in method.parameters()) - trained
     state = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
     moments = 1 if config.optim.name != "adamw" else 2
     checkpoint = (state + 4 * moments * trained) / 1e9
     return {
-        "network": f"{config.method.name}, {architecture.name}",
+        "network": f"{config.method.name}, {config.backbone.name}",
         "trained_m": trained / 1e6,
         "checkpoint_gb": checkpoint,
         "checkpoint_s": 1000 * checkpoint / mb_per_s,
@@ -131,17 +129,15 @@ def count_collectives(recipe: str, processes: int) -> Row:
     """
     config = settings_of(recipe)
     is_vit = config.backbone.name.startswith("vit")
-    tiny = (
-        BackboneConfig(name="vit_tiny_patch16_224", arguments={**TINY_VIT})
-        if is_vit
-        else BackboneConfig(name="test_resnet")
-    )
+    tiny = BackboneConfig(name="test_resnet")
+    if is_vit:
+        tiny = BackboneConfig(name="vit_tiny_patch16_224", arguments={**TINY_VIT})
     views = {name: (group.count, SIDE) for name, group in config.augment.items()}
     batch_size = FEW_IMAGES if is_vit else config.data.batch_size
     setting = StepSetting(method=config.method, backbone=tiny, views=views, batch_size=batch_size)
     with group_of(processes) as sent:
         torch.manual_seed(0)
-        method = build_method(setting.method, create_backbone(tiny))
+        method = build_method(config.method, create_backbone(tiny))
         output = method(make_batch(setting, method.needs, torch.device("cpu")), PROGRESS)
         output.loss.backward()
         with torch.no_grad():
@@ -157,16 +153,13 @@ def group_of(processes: int) -> Iterator[list[int]]:
     sent: list[int] = []
 
     def reduced(tensor: Tensor, *_: object, **__: object) -> None:
-        sent.append(tensor.numel() * tensor.element_size())
+        sent.append(tensor.nbytes)
 
     def gathered(parts: list[Tensor], tensor: Tensor, *_: object, **__: object) -> None:
         for part in parts:
             part.copy_(tensor)
-        sent.append(len(parts) * tensor.numel() * tensor.element_size())
+        sent.append(len(parts) * tensor.nbytes)
 
-    if processes == 1:
-        yield sent
-        return
     dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
     try:
         with patch.object(dist, "all_reduce", reduced), patch.object(dist, "all_gather", gathered):
@@ -175,44 +168,26 @@ def group_of(processes: int) -> Iterator[list[int]]:
         dist.destroy_process_group()
 
 
-def measure(config: CostGrowthConfig) -> dict[str, list[Row]]:
-    """All tables."""
+def main(config: CostGrowthConfig) -> None:
     with TemporaryDirectory() as name:
         checkpoint = measure_checkpoint(Path(name), config.megabytes)
         opened = measure_start_up(Path(name), config.shards, rounds=1)
-    rate = checkpoint["write_mb_per_s"]
-    state = [count_state(recipe, mb_per_s=rate) for recipe in config.recipes]
-    if "dinov2_vitl16_short" in config.recipes:
-        state.append(count_state("dinov2_vitl16_short", backbone=VIT_G, mb_per_s=rate))
-    return {
+    count = partial(count_state, mb_per_s=checkpoint["write_mb_per_s"])
+    largest = [count(LARGEST, backbone=VIT_G)] if LARGEST in config.recipes else []
+    tables: dict[str, list[Row]] = {
         "order": [measure_order(images) for images in config.images],
-        "index": [{**row} for row in opened],
+        "index": opened,
         "checkpoint": [{**checkpoint}],
-        "state": state,
+        "state": [*map(count, config.recipes), *largest],
         "collectives": [count_collectives(recipe, number) for recipe in config.recipes for number in config.processes],
     }
-
-
-def main(config: CostGrowthConfig) -> None:
-    tables = measure(config)
     hardware = BenchmarkConfig().hardware()
     print(f"{hardware['cpu']}, {hardware['cores']} cores")
     for title, rows in tables.items():
-        texts = {_text(next(iter(row.values()))) + f" #{place}": _cells(row) for place, row in enumerate(rows)}
-        print(f"\n{title}\n{table_of(next(iter(rows[0])), texts)}")
+        print(f"\n{table_of(title, rows, numbered=True)}")
     config.output.mkdir(parents=True, exist_ok=True)
     write_json(config.output / "cost_growth.json", {"hardware": hardware, **tables})
     print(f"\n{config.output / 'cost_growth.json'}")
-
-
-def _cells(row: Row) -> dict[str, str]:
-    return {name: _text(value) for name, value in list(row.items())[1:]}
-
-
-def _text(value: JSON) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.images import SMALL, photographs, small_images
+from benchmarks.images import SMALL, images_for
 from benchmarks.rounds import Comparison
 from benchmarks.settings import BenchmarkConfig, Size, num_cores
 from benchmarks.views import MEAN, STD
@@ -70,9 +70,7 @@ def compare_knn(config: BenchmarkConfig) -> Iterator[Comparison]:
     setting = f"{num_train} x {DIM} training features, {num_queries} queries, k={K}"
     comparison = Comparison("knn", "queries", setting, references=("DINO's evaluator", "FAISS"))
 
-    def ours(queries: Tensor) -> Tensor:
-        return weighted_knn(train, labels, queries, k=K, temperature=TEMPERATURE, num_classes=CLASSES)
-
+    ours = partial(weighted_knn, train, labels, k=K, temperature=TEMPERATURE, num_classes=CLASSES)
     expected = ours(queries[: min(num_queries, 200)]).argmax(dim=1)
 
     def add(name: str, scores: Callable[[Tensor], Tensor], note: str, *, asked: Tensor = queries) -> None:
@@ -120,9 +118,9 @@ def compare_linear(config: BenchmarkConfig) -> Iterator[Comparison]:
     Alone, because a sweep may add less than one extraction differs from the next.
     """
     setting, device = LINEAR[config.chosen_size()], config.torch_device()
-    images = (small_images if setting.pixels == min(SMALL) else photographs)(config, setting.num_images)
+    images = images_for(config, setting.num_images, small=setting.pixels == min(SMALL))
     about = f"{setting.backbone.name}, {setting.pixels} pixels, {config.dtype()}; {len(RATES)} learning rates"
-    about = f"{about}, {setting.epochs} epochs; {images.source}"
+    about += f", {setting.epochs} epochs; {images.source}"
     comparison = Comparison("linear", "images", about, setting.num_images, ("extraction",))
     with images.in_shards() as shards:
         extract = partial(
@@ -141,18 +139,16 @@ def compare_linear(config: BenchmarkConfig) -> Iterator[Comparison]:
             labels = torch.arange(setting.num_images, device=device) % count
             sweep = partial(_sweep, labels, setting.epochs)
             one_by_one = partial(_one_by_one, features, labels, setting.epochs)
-            comparison.add(f"extraction and sweep, {count} classes", partial(_extract_and, extract, sweep))
-            comparison.add(f"sweep, {count} classes", partial(sweep, features), "ssl_pipeline.eval.linear.linear_probe")
+            comparison.add(f"extraction and sweep, {count} classes", partial(sweep, extract))
+            note = "ssl_pipeline.eval.linear.linear_probe"
+            comparison.add(f"sweep, {count} classes", partial(sweep, lambda: (features, None)), note)
             comparison.add(f"one by one, {count} classes", one_by_one, same_heads(features, labels))
         yield comparison
 
 
-def _extract_and(extract: Callable[[], tuple[Tensor, Tensor]], work: Callable[[Tensor], None]) -> None:
-    work(extract()[0])
-
-
-def _sweep(labels: Tensor, epochs: int, features: Tensor) -> None:
+def _sweep(labels: Tensor, epochs: int, extract: Callable[[], tuple[Tensor, Tensor | None]]) -> None:
     """What `python -m eval.linear` does: fit all rates on a part at once, choose on the rest, refit, test."""
+    features, _ = extract()
     config = ProbeConfig(solver="sgd", learning_rates=RATES, weight_decays=(0.0,), epochs=epochs)
     data = LabelledFeatures(features, labels, features, labels, int(labels.max()) + 1)
     linear_probe(data, config, device=labels.device)
@@ -160,12 +156,11 @@ def _sweep(labels: Tensor, epochs: int, features: Tensor) -> None:
 
 def _one_by_one(features: Tensor, labels: Tensor, epochs: int) -> None:
     """The same with a training for each rate."""
-    features = features.to(labels.device)
-    fraction = ProbeConfig().validation_fraction
+    features, fraction = features.to(labels.device), ProbeConfig().validation_fraction
     kept, held_out = (rows.to(labels.device) for rows in stratified_split(labels.cpu(), fraction=fraction, seed=0))
 
     def scores(rate: float, rows: Tensor, test: Tensor) -> Tensor:
-        weights, biases = _heads(features[rows], labels[rows], (rate,), epochs=epochs)
+        weights, biases = _heads(features[rows], labels[rows], (rate,), epochs)
         return test @ weights[0] + biases[0]
 
     best, _ = choose((scores(rate, kept, features[held_out]) for rate in RATES), labels[held_out])
@@ -175,23 +170,14 @@ def _one_by_one(features: Tensor, labels: Tensor, epochs: int) -> None:
 
 def same_heads(features: Tensor, labels: Tensor) -> str:
     """A note that both ways train the same heads, once that is seen; raises ValueError if they do not."""
-    features = features.to(labels.device)
-    together, _ = _heads(features, labels, RATES, epochs=SAME_EPOCHS)
-    alone = torch.cat([_heads(features, labels, (rate,), epochs=SAME_EPOCHS)[0] for rate in RATES])
+    heads_for = partial(_heads, features.to(labels.device), labels, epochs=SAME_EPOCHS)
+    together, alone = heads_for(RATES)[0], torch.cat([heads_for((rate,))[0] for rate in RATES])
     gap = max(((one - other).norm() / other.norm()).item() for one, other in zip(together, alone, strict=True))
     if gap > SAME_HEADS:
         raise ValueError(f"The linear heads at once and one by one differ by {gap:.1e}: not the same work")
     return f"the same heads as at once after {SAME_EPOCHS} epochs"
 
 
-def _heads(features: Tensor, labels: Tensor, rates: tuple[float, ...], *, epochs: int) -> tuple[Tensor, Tensor]:
-    return train_linear_heads(
-        features,
-        labels,
-        learning_rates=rates,
-        weight_decays=(0.0,) * len(rates),
-        num_classes=int(labels.max()) + 1,
-        epochs=epochs,
-        batch_size=ProbeConfig().sgd_batch_size,
-        seed=0,
-    )
+def _heads(features: Tensor, labels: Tensor, rates: tuple[float, ...], epochs: int) -> tuple[Tensor, Tensor]:
+    train = partial(train_linear_heads, features, labels, num_classes=int(labels.max()) + 1, epochs=epochs, seed=0)
+    return train(learning_rates=rates, weight_decays=(0.0,) * len(rates), batch_size=ProbeConfig().sgd_batch_size)

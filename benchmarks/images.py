@@ -63,14 +63,10 @@ class Images:
             yield self.write_shards(Path(folder) / "shards")
 
 
-def photographs(config: BenchmarkConfig, count: int) -> Images:
-    """`count` photographs of some 500 x 375 pixels."""
-    return load_images(config.imagenet, pixels=PHOTOGRAPH).spread_out(count)
-
-
-def small_images(config: BenchmarkConfig, count: int) -> Images:
-    """`count` images of 32 x 32 pixels."""
-    return load_images(config.cifar10, pixels=SMALL).spread_out(count)
+def images_for(config: BenchmarkConfig, count: int, *, small: bool = False) -> Images:
+    """`count` photographs of some 500 x 375 pixels, or images of 32 x 32."""
+    source, pixels = (config.cifar10, SMALL) if small else (config.imagenet, PHOTOGRAPH)
+    return load_images(source, pixels=pixels).spread_out(count)
 
 
 def load_images(source: Path | None, *, pixels: tuple[int, int], most: int = 512) -> Images:

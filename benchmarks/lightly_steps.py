@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.training_steps import TrainingStep, adamw, copy_of_model, copy_of_vit, sgd
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.methods.dino import DINO
-from ssl_pipeline.methods.mae import MAE
-from ssl_pipeline.methods.moco import MoCo
-from ssl_pipeline.methods.simclr import SimCLR
+from ssl_pipeline.methods import DINO, MAE, MoCo, SimCLR
 from ssl_pipeline.modules.encoder import Encoder
 
 
@@ -24,7 +21,7 @@ def lightly_dino(method: DINO) -> TrainingStep:
     """DINOProjectionHead, DINOLoss and update_momentum around a timm ViT; every crop in a pass of its own."""
     from lightly.models.utils import update_momentum
 
-    student, teacher = (nn.Sequential(copy_of_vit(method.student.backbone), dino_head(method)) for _ in range(2))
+    student, teacher = (nn.Sequential(copy_of_model(method.student.backbone), dino_head(method)) for _ in range(2))
     teacher.requires_grad_(False)
     criterion = dino_loss(method)
 
@@ -51,7 +48,7 @@ def dino_loss(method: DINO) -> nn.Module:
     """lightly's loss, with the teacher's temperature at its end."""
     from lightly.loss import DINOLoss
 
-    return DINOLoss(output_dim=method.config.num_prototypes, teacher_temp=0.04).to(method.centre.device)
+    return DINOLoss(output_dim=method.config.num_prototypes, teacher_temp=0.04).to(next(method.parameters()).device)
 
 
 def _head(kind: str, own: nn.Module, *widths: int, **options: int) -> nn.Module:
@@ -72,11 +69,10 @@ class LightlyMae(nn.Module):
         super().__init__()
         from lightly.models.modules import MaskedVisionTransformerDecoderTIMM, MaskedVisionTransformerTIMM
 
-        vit, decoder, config = copy_of_vit(method.encoder), method.decoder, method.config
+        vit, decoder, config = copy_of_vit(method.encoder)[0], method.decoder, method.config
         self.mask_ratio, self.patch_size = config.mask_ratio, method.encoder.patch_size
-        self.encoder = MaskedVisionTransformerTIMM(
-            vit=vit, weight_initialization="skip", pos_embed_initialization="skip"
-        )
+        kept = {"weight_initialization": "skip", "pos_embed_initialization": "skip"}
+        self.encoder = MaskedVisionTransformerTIMM(vit=vit, **kept)
         self.embed, self.predict = deepcopy(decoder.embed), deepcopy(decoder.predict)
         self.decoder = MaskedVisionTransformerDecoderTIMM(
             num_patches=vit.patch_embed.num_patches,
@@ -113,12 +109,7 @@ def lightly_simclr(method: SimCLR) -> TrainingStep:
 
     network = _contrastive_network("SimCLRProjectionHead", method.encoder, method.config.projector_layers)
     criterion = NTXentLoss(temperature=method.config.temperature)
-
-    def loss(batch: Batch) -> Tensor:
-        first, second = batch.two("view")
-        return criterion(network(first), network(second))
-
-    return TrainingStep(loss, sgd(network))
+    return TrainingStep(lambda batch: criterion(*map(network, batch.two("view"))), sgd(network))
 
 
 def lightly_moco(method: MoCo) -> TrainingStep:

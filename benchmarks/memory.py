@@ -11,10 +11,11 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.backbones.memory_format import without_values
 from ssl_pipeline.backbones.positions import _cached_matrix
-from ssl_pipeline.batch import Batch, MaskRule
+from ssl_pipeline.batch import Batch
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, ConfigError, load
+from ssl_pipeline.eval.measures import format_table
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.schedule import Progress
@@ -48,10 +50,6 @@ class Held:
     """What is put together of sharded weights at once, with its gradients: all outside of blocks, and two blocks."""
     activations: int
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.averages + self.gathered + self.activations
-
 
 def method_without_values(config: PretrainConfig) -> Method:
     """The recipe's method on the meta device."""
@@ -62,8 +60,7 @@ def method_without_values(config: PretrainConfig) -> Method:
 def held(method: Method, *, activations: int, num_processes: int, sharded: bool, bf16: bool) -> Held:
     """What each of `num_processes` holds of a method; `activations`: of `kept_for_backward`."""
     share = num_processes if sharded else 1
-    of_all = sum(_rows(parameter, share) for parameter in method.parameters())
-    of_trained = sum(_rows(parameter, share) for parameter in _trained(method))
+    of_all, of_trained = (sum(_rows(p, share) for p in of) for of in (method.parameters(), trained_of(method)))
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in method.buffers())
     gathered = 0
     if share > 1:
@@ -82,7 +79,7 @@ def held(method: Method, *, activations: int, num_processes: int, sharded: bool,
     )
 
 
-def _trained(method: nn.Module) -> list[nn.Parameter]:
+def trained_of(method: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in method.parameters() if parameter.requires_grad]
 
 
@@ -136,17 +133,11 @@ def batch_of(method: Method, config: PretrainConfig) -> Batch:
         views[needed.name] = torch.zeros(group.count, size, 3, side, side)
         if needed.mask is not None:
             shape = (group.count, size, (side // needed.mask.patch_size) ** 2)
-            count = round(math.prod(shape) * _masked_share(needed.mask))
+            count = round(math.prod(shape) * needed.mask.probability * np.mean(needed.mask.ratio))
             masks[needed.name] = (torch.arange(math.prod(shape)) < count).view(shape)
             masked[needed.name] = torch.arange(count)
     numbers = torch.zeros(size, dtype=torch.long)
     return Batch(views, numbers, numbers, masks, None, masked)
-
-
-def _masked_share(rule: MaskRule) -> float:
-    """Of all patches, on average."""
-    low, high = rule.ratio if isinstance(rule.ratio, tuple) else (rule.ratio, rule.ratio)
-    return rule.probability * (low + high) / 2
 
 
 class _Fused(torch.autograd.Function):
@@ -177,20 +168,18 @@ def table(config: PretrainConfig, processes: Sequence[int]) -> str:
     method = method_without_values(config)
     bf16 = config.train.precision == "bf16"
     activations = kept_for_backward(method, config)
-    trained, every = (sum(p.numel() for p in of) / 1e6 for of in (_trained(method), list(method.parameters())))
-    lines = [
-        f"{config.method.name}, {config.backbone.name}: {trained:.0f} M trained parameters, {every:.0f} M in all; "
-        f"{config.data.batch_size} images on each process, precision {config.train.precision}",
-        "processes  layout  weights  gradients  averages  gathered  activations   total (GB on each)",
-    ]
+    trained, every = (sum(p.numel() for p in of) / 1e6 for of in (trained_of(method), method.parameters()))
+    rows = []
     for number, sharded in [(1, False)] + [(n, s) for n in processes if n > 1 for s in (False, True)]:
-        of = held(method, activations=activations, num_processes=number, sharded=sharded, bf16=bf16)
+        of = astuple(held(method, activations=activations, num_processes=number, sharded=sharded, bf16=bf16))
         layout = "fsdp" if sharded else "ddp" if number > 1 else "-"
-        lines.append(
-            f"{number:9}  {layout:>6}  {of.weights / GB:7.2f}  {of.gradients / GB:9.2f}  {of.averages / GB:8.2f}  "
-            f"{of.gathered / GB:8.2f}  {of.activations / GB:11.2f}  {of.total / GB:6.2f}"
-        )
-    return "\n".join(lines)
+        rows.append([str(number), layout, *(f"{size / GB:.2f}" for size in (*of, sum(of)))])
+    about = (
+        f"{config.method.name}, {config.backbone.name}: {trained:.0f} M trained parameters, {every:.0f} M in all; "
+        f"{config.data.batch_size} images on each process, precision {config.train.precision}"
+    )
+    titles = ["processes", "layout", *(field.name for field in fields(Held)), "total (GB on each)"]
+    return f"{about}\n{format_table(titles, rows)}"
 
 
 def main(arguments: Sequence[str]) -> None:

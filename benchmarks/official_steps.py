@@ -8,103 +8,108 @@ them. Mixed precision is bfloat16 here, where their code has float16 with a grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.training_steps import (
-    TrainingStep,
-    adamw,
-    class_token_and_positions,
-    copy_of_model,
-    copy_of_vit,
-    follow_in_a_loop,
-    sgd,
-)
+from benchmarks.training_steps import TrainingStep, adamw, copy_of_model, copy_of_vit, follow_in_a_loop, sgd
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.backbones.patches import patchify
 from ssl_pipeline.backbones.positions import sincos_position_embedding
 from ssl_pipeline.batch import Batch
-from ssl_pipeline.methods.dino import DINO
-from ssl_pipeline.methods.mae import MAE
-from ssl_pipeline.methods.moco import MoCo
-from ssl_pipeline.methods.simclr import SimCLR
-from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import PrototypeHead
+from ssl_pipeline.methods import DINO, MAE, MoCo, SimCLR
 
-TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.04, 0.1
+STUDENT_TEMPERATURE = 0.1
 
 
 class MultiCropViT(nn.Module):
-    """A ViT; its position table is interpolated in every forward pass that needs another size."""
+    """A ViT, whose position table is interpolated in every forward pass that needs another size, and its head."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module, mask_token: Tensor | None = None) -> None:
         super().__init__()
-        self.model = copy_of_vit(backbone)
+        self.model, self.first, self.table = copy_of_vit(backbone)
+        self.head = deepcopy(head)
+        self.mask_token = None if mask_token is None else nn.Parameter(mask_token.detach().clone())
 
-    def tokens(self, images: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """(N, 1 + L, D), the class token first; `mask_token` takes the place of `masked` patches (N, L)."""
+    def tokens(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
+        """(N, 1 + L, D), the class token first; the mask token takes the place of `masked` patches (N, L)."""
         tokens = self.model.patch_embed(images)
         rows, columns = tokens.shape[1:3]
         tokens = tokens.flatten(1, 2)
-        if masked is not None and mask_token is not None:
-            tokens = torch.where(masked[..., None], mask_token.to(tokens.dtype), tokens)
-        first = class_token_and_positions(self.model)[0].expand(len(images), -1, -1)
-        tokens = torch.cat([first, tokens], dim=1) + self.positions(rows, columns)
+        if masked is not None and self.mask_token is not None:
+            tokens = torch.where(masked[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = torch.cat([self.first.expand(len(images), -1, -1), tokens], dim=1) + self.positions(rows, columns)
         return self.model.norm(self.model.blocks(tokens))
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        table, side = class_token_and_positions(self.model)[1], self.model.patch_embed.grid_size[0]
+        side = self.model.patch_embed.grid_size[0]
         if rows == columns == side:
-            return table
-        patches = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            return self.table
+        patches = self.table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         scale = ((rows + 0.1) / side, (columns + 0.1) / side)
         patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
-        return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+        return torch.cat([self.table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-class MultiCrop(MultiCropViT):
-    """DINO's wrapper: the backbone once per size of crops, the head once for all."""
+class TeacherTargets:
+    """A teacher's probabilities, by logits of which a moving average of their mean is subtracted."""
 
-    def __init__(self, encoder: Encoder[PrototypeHead]) -> None:
-        super().__init__(encoder.backbone)
-        self.head = deepcopy(encoder.head)
+    def __init__(self, temperature: float) -> None:
+        self.temperature, self.centre = temperature, torch.zeros(())
 
-    def forward(self, groups: Iterable[Tensor]) -> Tensor:
-        return self.head(torch.cat([self.tokens(views.flatten(0, 1))[:, 0] for views in groups]))
+    def of(self, logits: Tensor) -> Tensor:
+        return F.softmax((logits - self.centre) / self.temperature, dim=-1)
+
+    def update(self, logits: Tensor) -> None:
+        self.centre = self.centre * 0.9 + logits.mean(dim=tuple(range(logits.ndim - 1)), keepdim=True) * 0.1
+
+
+def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
+    return torch.sum(-targets * F.log_softmax(logits, dim=-1), dim=-1)
+
+
+def pairs(targets: Sequence[Tensor], crops: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each target with each crop but its own, which has its number."""
+    for number, target in enumerate(targets):
+        yield from ((target, crop) for crop in (*crops[:number], *crops[number + 1 :]))
+
+
+def mean_of(losses: Iterable[Tensor]) -> Tensor:
+    """Summed up one by one, the mean of each."""
+    means = [loss.mean() for loss in losses]
+    return reduce(torch.add, means) / len(means)
 
 
 def dino_loss() -> Callable[[Tensor, Tensor], Tensor]:
     """Whole logits; a softmax for each pair of crops; the centre is updated with the loss."""
-    centre = torch.zeros(())
+    targets = TeacherTargets(temperature=0.04)
 
     def loss(teacher: Tensor, student: Tensor) -> Tensor:
-        nonlocal centre
         crops = (student / STUDENT_TEMPERATURE).split(len(teacher) // 2)
-        targets = F.softmax((teacher - centre) / TEACHER_TEMPERATURE, dim=-1).detach().chunk(2)
-        total, pairs = student.new_zeros(()), 0
-        for number, target in enumerate(targets):
-            for crop in (*crops[:number], *crops[number + 1 :]):
-                total = total + torch.sum(-target * F.log_softmax(crop, dim=-1), dim=-1).mean()
-                pairs += 1
-        centre = centre * 0.9 + teacher.detach().mean(dim=0, keepdim=True) * 0.1
-        return total / pairs
+        total = mean_of(cross_entropy(*pair) for pair in pairs(targets.of(teacher).detach().chunk(2), crops))
+        targets.update(teacher.detach())
+        return total
 
     return loss
 
 
 def official_dino(method: DINO) -> TrainingStep:
-    """main_dino.py's step."""
-    student, teacher = MultiCrop(method.student), MultiCrop(method.student).requires_grad_(False)
+    """main_dino.py's step: the backbone once per size of crops, the head once for all."""
+    student = MultiCropViT(method.student.backbone, method.student.head)
+    teacher = deepcopy(student).requires_grad_(False)
     criterion = dino_loss()
+
+    def logits(network: MultiCropViT, groups: Iterable[Tensor]) -> Tensor:
+        return network.head(torch.cat([network.tokens(views.flatten(0, 1))[:, 0] for views in groups]))
 
     def loss(batch: Batch) -> Tensor:
         with torch.no_grad():
-            targets = teacher([batch.views["global"]])
-        return criterion(targets, student(batch.views.values()))
+            targets = logits(teacher, [batch.views["global"]])
+        return criterion(targets, logits(student, batch.views.values()))
 
     def clip() -> None:
         for parameter in student.parameters():
@@ -127,27 +132,26 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, method: MAE, *, encode_all: bool) -> None:
         super().__init__()
-        self.model, self.decoder, self.encode_all = copy_of_vit(method.encoder), deepcopy(method.decoder), encode_all
+        self.model, self.first, self.table = copy_of_vit(method.encoder)
+        self.decoder, self.encode_all = deepcopy(method.decoder), encode_all
         self.mask_ratio, self.patch_size = method.config.mask_ratio, method.encoder.patch_size
         dim = self.decoder.mask_token.shape[-1]
         positions = sincos_position_embedding(dim, method.encoder.grid, class_token=True)
         self.register_buffer("decoder_positions", positions[None].to(self.decoder.mask_token))
-        self.encoder_mask = nn.Parameter(torch.zeros_like(class_token_and_positions(self.model)[0]))
-        self.encoder_mask.requires_grad_(encode_all)
+        self.encoder_mask = nn.Parameter(torch.zeros_like(self.first), requires_grad=encode_all)
 
     def forward(self, images: Tensor, removed: Tensor) -> Tensor:
-        token, positions = class_token_and_positions(self.model)
-        tokens = self.model.patch_embed(images).flatten(1, 2) + positions[:, 1:]
+        tokens = self.model.patch_embed(images).flatten(1, 2) + self.table[:, 1:]
         noise = torch.rand(removed.shape, device=removed.device) + removed  # their draw, but the patches that we remove
         shuffled = torch.argsort(noise, dim=1)
         restore = torch.argsort(shuffled, dim=1)
         num_kept = int(tokens.shape[1] * (1 - self.mask_ratio))
         mask = (restore >= num_kept).float()
         if self.encode_all:
-            tokens = torch.where(mask[..., None] > 0, self.encoder_mask + positions[:, 1:], tokens)
+            tokens = torch.where(mask[..., None] > 0, self.encoder_mask + self.table[:, 1:], tokens)
         else:
             tokens = tokens.gather(1, shuffled[:, :num_kept, None].expand(-1, -1, tokens.shape[2]))
-        first = (token + positions[:, :1]).expand(len(tokens), -1, -1)
+        first = (self.first + self.table[:, :1]).expand(len(tokens), -1, -1)
         encoded = self.model.norm(self.model.blocks(torch.cat([first, tokens], dim=1)))
         target = patchify(images, self.patch_size)
         target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
@@ -176,12 +180,8 @@ def official_mae(method: MAE, *, encode_all: bool = False) -> TrainingStep:
 def plain_simclr(method: SimCLR) -> TrainingStep:
     """Both views in one pass and the whole matrix of similarities, in torch's default memory layout."""
     network = nn.Sequential(copy_of_model(method.backbone), deepcopy(method.encoder.head))
-
-    def loss(batch: Batch) -> Tensor:
-        z1, z2 = network(torch.cat(batch.two("view"))).chunk(2)
-        return whole_nt_xent(z1, z2, temperature=method.config.temperature)
-
-    return TrainingStep(loss, sgd(network))
+    loss = partial(whole_nt_xent, temperature=method.config.temperature)
+    return TrainingStep(lambda batch: loss(*network(torch.cat(batch.two("view"))).chunk(2)), sgd(network))
 
 
 def whole_nt_xent(z1: Tensor, z2: Tensor, *, temperature: float) -> Tensor:

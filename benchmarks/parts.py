@@ -64,15 +64,12 @@ def compare_ema(config: BenchmarkConfig) -> Iterator[Comparison]:
     yield comparison
 
 
-class _Features(nn.Module):
+class _Features(nn.Flatten):
     """Stands in for a timm model: its images are features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
 
 
 def compare_head(config: BenchmarkConfig) -> Iterator[Comparison]:
@@ -85,9 +82,9 @@ def compare_head(config: BenchmarkConfig) -> Iterator[Comparison]:
     settings = DINOConfig(name="dino", num_prototypes=num_prototypes, head_hidden_dim=min(2048, 8 * dim))
     method = DINO(settings, Backbone(_Features(dim))).to(device)
     features = torch.randn(CROPS, num_images, dim, device=device)
-    views = {"global": features[:GLOBAL_CROPS, ..., None, None], "local": features[GLOBAL_CROPS:, ..., None, None]}
+    crops = {"global": features[:GLOBAL_CROPS, ..., None, None], "local": features[GLOBAL_CROPS:, ..., None, None]}
     nowhere = torch.zeros(num_images, dtype=torch.long, device=device)
-    batch = Batch(views, nowhere, nowhere)
+    batch = Batch(crops, nowhere, nowhere)
 
     def ours() -> Tensor:
         return method(batch, PROGRESS).loss
@@ -103,9 +100,7 @@ def compare_head(config: BenchmarkConfig) -> Iterator[Comparison]:
 
         comparison.add(name, work, compare_losses(loss().item(), expected, ""), counted=work)
 
-    def of_peer(
-        head: Callable[[], nn.Module], loss: Callable, apply: Callable[[nn.Module, Tensor], object]
-    ) -> Callable:
+    def of_peer(head: Callable[[], nn.Module], loss: Callable, apply: Callable) -> Callable[[], Tensor]:
         student, teacher = head(), head()
 
         def step() -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from traceback import format_exception_only
 
 import numpy as np
 import torch
@@ -39,12 +40,26 @@ class Contestant:
     warm_ups: int = 1
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One unit: wall time and this process's own CPU time in seconds, and what it needed on top of what was held."""
+
+    items: int
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int | None = None
+
+    @property
+    def seconds_per_item(self) -> float:
+        return self.seconds / self.items
+
+
 @dataclass
 class Comparison:
-    """Contestants at the same work; `references` are those that the others are divided by.
+    """Contestants at the same work, and their samples, one per round; `references` divide those of the others.
 
     items: how many a unit is; None where that is what `work` returns. threads: of torch, None for all cores.
-    left_out: contestants that could not take part, each with the reason.
+    left_out: contestants that could not take part, failed: those that raised, each with the reason.
     """
 
     name: str
@@ -55,6 +70,9 @@ class Comparison:
     threads: int | None = None
     contestants: list[Contestant] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    flops_per_item: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, work: Work, note: str = "", *, counted: Work | None = None) -> None:
         """One more contestant, whose row comes last."""
@@ -74,33 +92,9 @@ class Comparison:
             self.contestants.append(Contestant("ours, compiled", work, note, counted, warm_ups=3))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One unit: wall time and this process's own CPU time in seconds, and what it needed on top of what was held."""
-
-    items: int
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int | None = None
-
-    @property
-    def seconds_per_item(self) -> float:
-        return self.seconds / self.items
-
-
-@dataclass
-class Outcome:
-    """The samples of a comparison by contestant, one per round."""
-
-    comparison: Comparison
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
-    flops_per_item: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-
 def run_rounds(
     comparison: Comparison, *, rounds: int, seconds: float, device: torch.device, shortest: float = 0.0
-) -> Outcome:
+) -> Comparison:
     """Warm up, then measure `rounds` rounds; after three of them no round begins that would end past `seconds`.
 
     Units that take less than `shortest` seconds are repeated within a sample. A contestant that raises while it warms
@@ -110,44 +104,42 @@ def run_rounds(
     torch.set_num_threads(comparison.threads or threads)
     try:
         started = time.perf_counter()
-        outcome = Outcome(comparison)
-        contestants = list(_warmed_up(outcome, device, shortest))
+        contestants = list(_warmed_up(comparison, device, shortest))
         for number in range(rounds if contestants else 0):
             elapsed = time.perf_counter() - started
-            round_seconds = sum(samples[-1].seconds for samples in outcome.samples.values() if samples)
+            round_seconds = sum(samples[-1].seconds for samples in comparison.samples.values() if samples)
             if number >= MIN_ROUNDS and elapsed + round_seconds > seconds:
                 break
             first = number % len(contestants)
             for contestant, repeats in (*contestants[first:], *contestants[:first]):
                 with contestant.session():
                     sample = measure_unit(contestant, comparison.items, number, device, repeats)
-                outcome.samples[contestant.name].append(sample)
+                comparison.samples[contestant.name].append(sample)
     finally:
         torch.set_num_threads(threads)
-    return outcome
+    return comparison
 
 
-def _warmed_up(outcome: Outcome, device: torch.device, shortest: float) -> Iterator[tuple[Contestant, int]]:
+def _warmed_up(comparison: Comparison, device: torch.device, shortest: float) -> Iterator[tuple[Contestant, int]]:
     """The contestants that work, each with how often its unit is repeated in a sample."""
-    items = outcome.comparison.items
-    for contestant in outcome.comparison.contestants:
+    items = comparison.items
+    for contestant in comparison.contestants:
         try:
             for _ in range(contestant.warm_ups):
                 with contestant.session():
                     taken = measure_unit(contestant, items, 0, device).seconds
             if contestant.counted is not None and items is not None:
-                outcome.flops_per_item[contestant.name] = count_flops(contestant.counted) / items
+                comparison.flops_per_item[contestant.name] = count_flops(contestant.counted) / items
         except Exception as error:  # a peer of another version must not cost the figures of all others
-            outcome.failed[contestant.name] = describe(error)
-            continue
-        outcome.samples[contestant.name] = []
-        yield contestant, max(1, round(shortest / taken))
+            comparison.failed[contestant.name] = describe(error)
+        else:
+            comparison.samples[contestant.name] = []
+            yield contestant, max(1, round(shortest / taken))
 
 
 def describe(error: Exception) -> str:
     """Type and first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return "".join(format_exception_only(error)).splitlines()[0]
 
 
 def measure_unit(

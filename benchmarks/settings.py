@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -13,9 +12,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from ssl_pipeline.config import Config
+from ssl_pipeline.commands.pretrain import PretrainConfig
+from ssl_pipeline.config import RECIPES, Config, load
 from ssl_pipeline.eval.search.neighbours import has_bfloat16_units
 from ssl_pipeline.files import JSON
+from ssl_pipeline.run.provenance import cpu_name, version_of
 
 OfInput = Literal["input", "end_to_end", "scaling", "photometric"]
 OfTraining = Literal["step", "ema", "head", "nt_xent"]
@@ -108,12 +109,12 @@ class BenchmarkConfig(Config):
         """Names and counts of what the figures depend on."""
         device = self.torch_device()
         hardware: dict[str, JSON] = {
-            "cpu": cpu_model(),
+            "cpu": cpu_name(),
             "cores": num_cores(),
             "threads": torch.get_num_threads(),
             "bf16_units": has_bfloat16_units(device),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": {name: version_of(name) for name in PACKAGES},
         }
         if device.type == "cuda":
             hardware["gpu"] = torch.cuda.get_device_name(device)
@@ -126,15 +127,6 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def cpu_model() -> str:
-    """The processor's name as Linux knows it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def settings_of(recipe: str) -> PretrainConfig:
+    """What `pretrain.py recipe=NAME --print` shows."""
+    return load(PretrainConfig, [f"recipe={recipe}"], recipes=RECIPES)

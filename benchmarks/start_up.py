@@ -15,19 +15,17 @@ from pathlib import Path
 from shutil import rmtree
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from benchmarks.images import small_images, views_of
-from benchmarks.report import table_of
+from benchmarks.images import images_for, views_of
+from benchmarks.made_up_shards import BATCH_SIZE, batches_of, write_made_up_shards
+from benchmarks.report import Row, table_of
 from benchmarks.rounds import Comparison
 from benchmarks.settings import BenchmarkConfig
-from benchmarks.shard_reports import BATCH_SIZE, batches_of
 from benchmarks.streams import OurInput
-from benchmarks.synthetic_shards import write_synthetic_shards
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig
-from ssl_pipeline.files import JSON
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "digits_dino"
@@ -45,13 +43,11 @@ class Growth(NamedTuple):
 
 TINY, USUAL = Growth((4, 20), (2_000, 4_000), 3), Growth((10, 1_000, 100_000), (16_000, 16_000_000), 300)
 
-Row = dict[str, float]
-
 
 def compare_start_up(config: BenchmarkConfig) -> Iterator[Comparison]:
     """Seconds from a command to what one waits for; the imports of torch and timm are the floor."""
     comparison = Comparison("start-up", "starts", items=1)
-    with TemporaryDirectory() as run, small_images(config, 256).in_shards() as shards:
+    with TemporaryDirectory() as run, images_for(config, 256, small=True).in_shards() as shards:
         settings = DataConfig(shards=str(shards), batch_size=64, workers=config.workers)
         keys = (f"recipe={RECIPE}", f"output={run}", f"data.shards={shards}", "knn=null")
 
@@ -78,48 +74,42 @@ def run_python(*arguments: str) -> str:
     return done.stdout
 
 
-def measure_growth(config: BenchmarkConfig) -> dict[str, JSON]:
+def measure_growth(config: BenchmarkConfig) -> dict[str, list[Row]]:
     """The figures of each set, from the smallest to the largest."""
     sets = TINY if config.chosen_size() == "tiny" else USUAL
     with TemporaryDirectory() as name:
         start_up = measure_start_up(Path(name), sets.shards, rounds=min(config.rounds, MOST_ROUNDS))
-        memory = measure_memory(Path(name), sets.samples, batches=sets.batches)
+        memory: list[Row] = []  # megabytes of a worker that has read from more than one block
+        for samples in sets.samples:
+            place = Path(name, f"{samples}-samples")
+            write_made_up_shards(place, shards=samples // 1000, samples=1000)
+            memory.append({"samples": samples, **_in_new_process("report_memory", place, sets.batches)})
         ranks = [count_reads(Path(name), world_size) for world_size in PROCESSES]
     return {"start_up": start_up, "worker_memory": memory, "ranks": ranks}
 
 
 def measure_start_up(folder: Path, shard_counts: Sequence[int], *, rounds: int) -> list[Row]:
     """Medians per set: `seconds` from nothing to an open set, imports included, and what of them opening took."""
-    taken: dict[int, list[Row]] = {shards: [] for shards in shard_counts}
-    for shards in shard_counts:
-        write_synthetic_shards(folder / f"{shards}-shards", shards=shards, samples=BATCH_SIZE // 4)
-    for number in range(rounds + 1):
-        for shards, rows in taken.items():
-            row = _in_new_process("report_start_up", folder / f"{shards}-shards", time.monotonic())
-            if number:  # the first start compares with the manifest and keeps the outcome
-                rows.append(row)
+    sets = {shards: folder / f"{shards}-shards" for shards in shard_counts}
+    for shards, place in sets.items():
+        write_made_up_shards(place, shards=shards, samples=BATCH_SIZE // 4)
+    starts = [
+        [_in_new_process("report_start_up", place, time.monotonic()) for place in sets.values()]
+        for _ in range(rounds + 1)
+    ]
+    of_sets = zip(*starts[1:], strict=True)  # the first start compares with the manifest and keeps the outcome
     return [
         {"shards": shards, **{name: median(row[name] for row in rows) for name in rows[0]}}
-        for shards, rows in taken.items()
+        for shards, rows in zip(sets, of_sets, strict=True)
     ]
 
 
-def measure_memory(folder: Path, sample_counts: Sequence[int], *, batches: int) -> list[Row]:
-    """Megabytes of a worker that has read from more than one block, per number of samples."""
-    rows: list[Row] = []
-    for samples in sample_counts:
-        place = folder / f"{samples}-samples"
-        write_synthetic_shards(place, shards=samples // 1000, samples=1000)
-        rows.append({"samples": samples, **_in_new_process("report_memory", place, batches)})
-    return rows
-
-
-def count_reads(folder: Path, world_size: int) -> dict[str, JSON]:
+def count_reads(folder: Path, world_size: int) -> Row:
     """How many images each rank reads in an epoch, counted, and how many of all are read."""
     place, samples = folder / "ranks", 4 * BATCH_SIZE * max(PROCESSES)
     if not place.exists():
-        write_synthetic_shards(place, shards=16, samples=samples // 16)
-    reads: list[JSON] = []
+        write_made_up_shards(place, shards=16, samples=samples // 16)
+    reads: list[Any] = []
     seen: set[int] = set()
     for rank in range(world_size):
         index = open_shards(place)
@@ -131,17 +121,12 @@ def count_reads(folder: Path, world_size: int) -> dict[str, JSON]:
     return {"world_size": world_size, "samples": samples, "samples_read": len(seen), "reads_of_ranks": reads}
 
 
-def _in_new_process(function: str, *arguments: object) -> Row:
-    command = f"import sys; from benchmarks import shard_reports; shard_reports.{function}(*sys.argv[1:])"
+def _in_new_process(function: str, *arguments: object) -> dict[str, float]:
+    command = f"import sys; from benchmarks import made_up_shards; made_up_shards.{function}(*sys.argv[1:])"
     return json.loads(run_python("-c", command, *map(str, arguments)))
 
 
-def growth_table(figures: Mapping[str, JSON]) -> str:
+def growth_table(figures: Mapping[str, Sequence[Row]]) -> str:
     """Start-up and memory, one row per size of the data set."""
-    tables = []
-    for title, part, item in (("start-up", "start_up", "shards"), ("memory of a worker", "worker_memory", "samples")):
-        rows = figures[part]
-        assert isinstance(rows, list)
-        texts = {f"{row[item]:,}": {key: f"{value:.4g}" for key, value in row.items() if key != item} for row in rows}
-        tables.append(f"cost growth: {title}\n{table_of(item, texts)}")
-    return "\n\n".join(tables)
+    titles = {"cost growth: start-up": "start_up", "cost growth: memory of a worker": "worker_memory"}
+    return "\n\n".join(table_of(title, figures[part]) for title, part in titles.items())

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import lightly_steps as lightly
 from benchmarks import official_steps as official
@@ -21,7 +20,7 @@ from benchmarks.training_steps import TrainingStep, our_step
 from ssl_pipeline.augment.masks import draw_counts, draw_masks
 from ssl_pipeline.backbones import BackboneConfig, create_backbone
 from ssl_pipeline.backbones.attention import choose_attention
-from ssl_pipeline.batch import Batch, MaskRule, Views
+from ssl_pipeline.batch import Batch, Views
 from ssl_pipeline.config import RECIPES, BatchSize, Config, InRange, read_recipe, validate
 from ssl_pipeline.methods import MethodConfig, build_method
 from ssl_pipeline.optim.optimizer import OptimConfig
@@ -29,13 +28,11 @@ from ssl_pipeline.optim.optimizer import OptimConfig
 SETTINGS = Path(__file__).with_name("steps.yaml")
 SAME = 1e-4  # largest relative gap between losses that are called the same
 SAME_BY = "copies of our weights, one batch, float32"
+REFERENCES = ("official", "plain PyTorch", "lightly", "encode all")
 RESAMPLED = "timm resamples positions with antialiasing, and the example clips no gradients"
 ENCODE_ALL = partial(official.official_mae, encode_all=True)
 PEERS: Mapping[str, Sequence[tuple[str, Callable[..., TrainingStep], str]]] = {
-    "dino": (
-        ("official", official.official_dino, ""),
-        ("lightly", lightly.lightly_dino, RESAMPLED),
-    ),
+    "dino": (("official", official.official_dino, ""), ("lightly", lightly.lightly_dino, RESAMPLED)),
     "mae": (
         ("official", official.official_mae, ""),
         ("encode all", ENCODE_ALL, "mask tokens go through the encoder"),
@@ -77,14 +74,14 @@ def compare_steps(config: BenchmarkConfig) -> Iterator[Comparison]:
     """Images per second of one step for each method of steps.yaml, all at one batch, dtype and attention."""
     steps = validate(Steps, read_recipe(str(SETTINGS), RECIPES))
     for setting in steps.sizes[config.chosen_size()]:
-        references = ("official", "plain PyTorch", "lightly", "encode all")
         about = f"{setting}, {config.dtype()}"
-        comparison = Comparison(f"step {setting.method.name}", "images", about, setting.batch_size, references)
+        comparison = Comparison(f"step {setting.method.name}", "images", about, setting.batch_size, REFERENCES)
         _add_contestants(comparison, config, setting, steps.optim[setting.method.name])
         yield comparison
 
 
 def _add_contestants(comparison: Comparison, config: BenchmarkConfig, setting: StepSetting, optim: OptimConfig) -> None:
+    """On its own, so that nothing of a method is held when the next one is made."""
     device = config.torch_device()
     torch.manual_seed(0)
     method = build_method(setting.method, create_backbone(setting.backbone)).to(device)
@@ -109,28 +106,18 @@ def _add_contestants(comparison: Comparison, config: BenchmarkConfig, setting: S
 
 def make_batch(setting: StepSetting, needs: tuple[Views, ...], device: torch.device) -> Batch:
     """Noise of the setting's shapes, and masks as the method wants them."""
-    num_images = setting.batch_size
-    views = {
-        group: torch.randn(count, num_images, 3, pixels, pixels, device=device)
-        for group, (count, pixels) in setting.views.items()
-    }
-    masks = {
-        group.name: draw(group.mask, setting.views[group.name], num_images).to(device)
-        for group in needs
-        if group.mask is not None
-    }
+    num_images, views, masks = setting.batch_size, {}, {}
+    for name, (count, pixels) in setting.views.items():
+        views[name] = torch.randn(count, num_images, 3, pixels, pixels, device=device)
+    for name, rule in ((group.name, group.mask) for group in needs if group.mask is not None):
+        count, pixels = setting.views[name]
+        states = np.arange(count * num_images, dtype=np.uint64).reshape(count, num_images)
+        counts = None
+        if rule.stratified:
+            counts = draw_counts(rule, pixels, states.size, np.zeros((), np.uint64)).reshape(states.shape)
+        masks[name] = torch.from_numpy(draw_masks(rule, pixels, states, counts_VB=counts)).to(device)
     sample_ids = torch.arange(num_images, device=device)
     return Batch(views, torch.full_like(sample_ids, -1), sample_ids, masks)
-
-
-def draw(rule: MaskRule, views: tuple[int, int], num_images: int) -> Tensor:
-    """(count, num_images, patches) for `views` = (count, pixels)."""
-    count, pixels = views
-    states = np.arange(count * num_images, dtype=np.uint64).reshape(count, num_images)
-    counts = None
-    if rule.stratified:
-        counts = draw_counts(rule, pixels, states.size, np.zeros((), np.uint64)).reshape(states.shape)
-    return torch.from_numpy(draw_masks(rule, pixels, states, counts_VB=counts))
 
 
 def compare_losses(theirs: float, ours: float, difference: str) -> str:

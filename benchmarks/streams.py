@@ -1,4 +1,7 @@
-"""Our input as a trainer takes it, measured in its steady state, and that of several trainers at once."""
+"""Streams of batches as a trainer takes them, measured in their steady state, and those of several trainers at once.
+
+`scaling` is our input alone, against the number of worker and of training processes.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,28 @@ from typing import Literal
 
 import torch
 
-from benchmarks.settings import Size
+from benchmarks.images import images_for, total_views, views_of
+from benchmarks.rounds import Comparison, Contestant
+from benchmarks.settings import BenchmarkConfig, Size, num_cores
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.data.batches import StreamBatch, make_batch
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
 
+BATCH_SIZE: dict[Size, int] = {"tiny": 2, "small": 64, "large": 64}
+NUM_IMAGES: dict[Size, int] = {"tiny": 8, "small": 128, "large": 512}
+Batches = Callable[[], Iterator[object]]
+
 UNIT_SECONDS: dict[Size, float] = {"tiny": 0.01, "small": 1.5, "large": 4.0}
 # Imports once, then forks processes that know nothing of this one's threads and GPU.
 START: Literal["forkserver"] = "forkserver"
 
-PLACES: tuple[Literal["worker", "device"], ...] = ("worker", "device")
-WORK = {"worker": "8-bit crops; colours are left to the device", "device": "crops and colours are left to the device"}
-"""What is done before a batch is there, by the place of the crop."""
-TITLES = {"worker": "crops", "device": "decode only"}
+PLACES: dict[Literal["worker", "device"], tuple[str, str]] = {
+    "worker": ("crops", "8-bit crops; colours are left to the device"),
+    "device": ("decode only", "crops and colours are left to the device"),
+}
+"""By the place of the crop: what that is called, and what is done before a batch is there."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Steady:
     is as many batches as there are workers: those of one turn tend to arrive together.
     """
 
-    def __init__(self, batches: Callable[[], Iterator[object]], *, batch_size: int, turn: int, seconds: float) -> None:
+    def __init__(self, batches: Batches, *, batch_size: int, turn: int, seconds: float) -> None:
         self.batches, self.batch_size, self.turn, self.seconds = batches, batch_size, turn, seconds
         self.stream: Iterator[object] = iter(())
 
@@ -87,6 +97,47 @@ class Steady:
         return turns * self.turn * self.batch_size
 
 
+def add_steady(comparison: Comparison, size: Size, name: str, batches: Batches, note: str = "", *, turn: int) -> None:
+    """One more contestant, which draws batches of BATCH_SIZE images."""
+    source = Steady(batches, batch_size=BATCH_SIZE[size], turn=turn, seconds=UNIT_SECONDS[size])
+    comparison.contestants.append(Contestant(name, source.draw, note, session=source.opened))
+
+
+def compare_scaling(config: BenchmarkConfig) -> Iterator[Comparison]:
+    """Images per second, steady state, for DINO: one trainer with more and more workers, then more and more trainers.
+
+    Workers up to the number of cores, and as many trainers as have cores for their workers; two at least.
+    """
+    size, device, groups = config.chosen_size(), config.torch_device(), views_of("dino_vits16")
+    worker_counts = doublings(max(num_cores(), 2))
+    process_counts = doublings(max(num_cores() // config.workers, 2))
+    images = images_for(config, max(NUM_IMAGES[size], BATCH_SIZE[size] * process_counts[-1]))
+
+    def comparison(of: str, title: str, setting: str) -> Comparison:
+        setting = f"{total_views(groups)}, {setting}; {images.source}"
+        return Comparison(f"scaling {of}, {title}", "images", setting, references=(f"{of}=1",), threads=1)
+
+    with images.in_shards() as shards:
+        for place, (title, _) in PLACES.items():
+            read = DataConfig(shards=str(shards), batch_size=BATCH_SIZE[size], workers=config.workers, crop_on=place)
+            trainer = comparison("workers", title, "one process")
+            for count in worker_counts:
+                source = OurInput(groups, read.model_copy(update={"workers": count}), device)
+                add_steady(trainer, size, f"workers={count}", source.as_trained, turn=count)
+            yield trainer
+            world = comparison("processes", title, f"workers={config.workers} each")
+            for count in process_counts:
+                ranks = partial(batches_of_world, OurInput(groups, read, device), count)
+                note = "all together; the CPU time is that of the measuring process, which counts their batches"
+                add_steady(world, size, f"processes={count}", ranks, note, turn=count * config.workers)
+            yield world
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [2**power for power in range(most.bit_length())]
+
+
 def batches_of_world(source: OurInput, world_size: int) -> Iterator[None]:
     """One item per batch that any rank of a world got, as they come, once each rank's workers could deliver once.
 
@@ -95,10 +146,8 @@ def batches_of_world(source: OurInput, world_size: int) -> Iterator[None]:
     context = multiprocessing.get_context(START)
     context.set_forkserver_preload([__name__])
     end, (ours, theirs) = context.Event(), context.Pipe(duplex=False)
-    ranks = [
-        context.Process(target=_take_batches, args=(source, rank, world_size, theirs, end))
-        for rank in range(world_size)
-    ]
+    take = partial(_take_batches, source, world_size, theirs, end)
+    ranks = [context.Process(target=take, args=(rank,)) for rank in range(world_size)]
     delivered = [0] * world_size
     try:
         for process in ranks:
@@ -115,7 +164,7 @@ def batches_of_world(source: OurInput, world_size: int) -> Iterator[None]:
             process.join()
 
 
-def _take_batches(source: OurInput, rank: int, world_size: int, connection: Connection, end: Event) -> None:
+def _take_batches(source: OurInput, world_size: int, connection: Connection, end: Event, rank: int) -> None:
     """One rank: its number for each batch, until the measurement ends."""
     torch.set_num_threads(1)
     if torch.device(source.device).type == "cuda":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from timm.models import VisionTransformer
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones import Backbone
@@ -20,18 +21,14 @@ from ssl_pipeline.schedule import Progress
 PROGRESS = Progress(step=5000, total_steps=10000, steps_per_epoch=100.0)
 
 
-def nothing() -> None:
-    """For steps without this part."""
-
-
 @dataclass(frozen=True)
 class TrainingStep:
     """Forward (with the loss), what happens to the gradients, the optimizer, and what follows its update."""
 
     loss: Callable[[Batch], Tensor]
     optimizer: torch.optim.Optimizer
-    prepare: Callable[[], object] = nothing
-    follow: Callable[[], object] = nothing
+    prepare: Callable[[], object] = lambda: None
+    follow: Callable[[], object] = lambda: None
 
     def __call__(self, batch: Batch, autocast: torch.autocast) -> None:
         """Make one step."""
@@ -70,19 +67,13 @@ def our_step(method: Method, optim: OptimConfig, optimizer: torch.optim.Optimize
 
 def adamw(network: nn.Module, *, lr: float, weight_decay: float, second_beta: float = 0.999) -> torch.optim.Optimizer:
     """AdamW with decay on matrices alone, as DINO's and MAE's code makes it."""
-    matrices = {"params": [p for p in trained(network) if p.ndim > 1], "weight_decay": weight_decay}
-    others = {"params": [p for p in trained(network) if p.ndim <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, others], lr=lr, betas=(0.9, second_beta))
+    return torch.optim.AdamW(param_groups_weight_decay(network, weight_decay), lr=lr, betas=(0.9, second_beta))
 
 
 def sgd(network: nn.Module) -> torch.optim.Optimizer:
     """SGD as MoCo's code has it."""
-    return torch.optim.SGD(trained(network), lr=0.03, momentum=0.9, weight_decay=5e-4)
-
-
-def trained(network: nn.Module) -> list[nn.Parameter]:
-    """Its trained parameters."""
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=0.03, momentum=0.9, weight_decay=5e-4)
 
 
 @torch.no_grad()
@@ -92,29 +83,15 @@ def follow_in_a_loop(student: nn.Module, teacher: nn.Module, momentum: float) ->
         old.data.mul_(momentum).add_((1 - momentum) * new.detach().data)
 
 
-@torch.no_grad()
-def follow_at_once(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
-    """The moving average as DINOv2's code has it: two calls for all parameters."""
-    old: list[Tensor] = list(teacher.parameters())
-    new: list[Tensor] = list(student.parameters())
-    torch._foreach_mul_(old, momentum)
-    torch._foreach_add_(old, new, alpha=1 - momentum)
-
-
 def copy_of_model(backbone: Backbone) -> nn.Module:
     """The timm model in a backbone, copied into torch's default memory layout."""
     return deepcopy(backbone.model).to(memory_format=torch.contiguous_format)
 
 
-def copy_of_vit(backbone: Backbone) -> VisionTransformer:
-    """The timm ViT in a backbone, copied."""
+def copy_of_vit(backbone: Backbone) -> tuple[VisionTransformer, nn.Parameter, nn.Parameter]:
+    """The timm ViT in a backbone, copied; its class token (1, 1, D) and its positions (1, 1 + patches, D)."""
     model = copy_of_model(backbone)
     assert isinstance(model, VisionTransformer)
-    return model
-
-
-def class_token_and_positions(model: VisionTransformer) -> tuple[Tensor, Tensor]:
-    """The class token (1, 1, D) and the positions (1, 1 + patches, D) of a ViT that has both."""
     assert model.cls_token is not None
     assert model.pos_embed is not None
-    return model.cls_token, model.pos_embed
+    return model, model.cls_token, model.pos_embed

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from types import ModuleType
 
 import numpy as np
@@ -24,67 +26,49 @@ from ssl_pipeline.augment.views import ViewGroup
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-FINISH = (v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD))
-
+Groups = Mapping[str, ViewGroup]
 ViewsOf = Callable[[Image.Image], list[Tensor]]
 """An image -> its views, (3, S, S) each, those of all groups in one list."""
 
 
-def official_views(groups: Mapping[str, ViewGroup]) -> ViewsOf:
-    """torchvision's first transforms on Pillow images, as the official repositories have them."""
-    return _torchvision_views(
-        groups, v1, partial(partial, _pillow_blur), finish=(v1.ToTensor(), v1.Normalize(MEAN, STD))
-    )
+@dataclass(frozen=True)
+class Torchvision:
+    """One way to use torchvision: its module, a group's blur, and what comes before and after the transforms."""
 
+    module: ModuleType
+    blur: Callable[[ViewGroup], Callable]
+    begin: tuple[Callable, ...]
+    finish: tuple[Callable, ...]
+    white: int = 255
 
-def v2_pillow_views(groups: Mapping[str, ViewGroup]) -> ViewsOf:
-    """The same with torchvision's transforms v2 on Pillow images."""
-    return _torchvision_views(groups, v2, partial(partial, _pillow_blur), finish=(v2.ToImage(), *FINISH))
+    def views(self, groups: Groups) -> ViewsOf:
+        t, transforms = self.module, []
+        for group in groups.values():
+            interpolation = t.InterpolationMode(group.interpolation)
+            crop = t.RandomResizedCrop(group.size, scale=group.scale, ratio=group.aspect, interpolation=interpolation)
+            for view, flip in enumerate(group.per_view(group.flip_prob)):
+                steps = [*self.begin, crop, t.RandomHorizontalFlip(flip), *self.colours(group, view)]
+                transforms.append(t.Compose(steps))
+        return partial(_each, transforms)
 
+    def colours(self, group: ViewGroup, view: int) -> list[Callable]:
+        """What follows crop and flip, step by step."""
+        t, (strengths, probabilities) = self.module, _numbers(group, view)
+        jitter, gray, blur, solarize = probabilities
+        steps = [
+            t.RandomApply([t.ColorJitter(*strengths)], jitter),
+            t.RandomGrayscale(gray),
+            t.RandomApply([self.blur(group)], blur),
+            t.RandomSolarize(group.solarize_threshold * self.white, solarize),
+        ]
+        return [*compress(steps, probabilities), *self.finish]
 
-def v2_tensor_views(groups: Mapping[str, ViewGroup]) -> ViewsOf:
-    """The same with torchvision's transforms v2 on 8-bit tensors, blur and solarization included."""
-    return _torchvision_views(groups, v2, _tensor_blur, begin=(v2.ToImage(),), finish=FINISH)
-
-
-def v2_colours(group: ViewGroup, view: int) -> nn.Module:
-    """What follows crop and flip, on one float image (3, S, S) in [0, 1] -> a normalised one."""
-    return v2.Compose([*_torchvision_colours(v2, group, view, _tensor_blur, white=1), v2.Normalize(MEAN, STD)])
-
-
-def _torchvision_views(
-    groups: Mapping[str, ViewGroup],
-    t: ModuleType,
-    blur_of: Callable[[ViewGroup], Callable],
-    *,
-    begin: Sequence[Callable] = (),
-    finish: Sequence[Callable],
-) -> ViewsOf:
-    transforms = []
-    for group in groups.values():
-        interpolation = t.InterpolationMode(group.interpolation)
-        crop = t.RandomResizedCrop(group.size, scale=group.scale, ratio=group.aspect, interpolation=interpolation)
-        for view, flip in enumerate(group.per_view(group.flip_prob)):
-            colours = _torchvision_colours(t, group, view, blur_of, white=255)
-            transforms.append(t.Compose([*begin, crop, t.RandomHorizontalFlip(flip), *colours, *finish]))
-    return partial(_each, transforms)
+    def composed(self, group: ViewGroup, view: int) -> nn.Module:
+        return self.module.Compose(self.colours(group, view))
 
 
 def _each(transforms: Sequence[Callable[[Image.Image], Tensor]], image: Image.Image) -> list[Tensor]:
     return [transform(image) for transform in transforms]
-
-
-def _torchvision_colours(
-    t: ModuleType, group: ViewGroup, view: int, blur_of: Callable[[ViewGroup], Callable], *, white: int
-) -> list[Callable]:
-    return _colours(
-        group,
-        view,
-        jitter=lambda *strengths, p: t.RandomApply([t.ColorJitter(*strengths)], p=p),
-        gray=t.RandomGrayscale,
-        blur=partial(t.RandomApply, [blur_of(group)]),
-        solarize=partial(t.RandomSolarize, group.solarize_threshold * white),
-    )
 
 
 def _pillow_blur(group: ViewGroup, image: Image.Image) -> Image.Image:
@@ -96,18 +80,22 @@ def _tensor_blur(group: ViewGroup) -> Callable[[Tensor], Tensor]:
     return v2.GaussianBlur(group.blur_kernel_size(group.size), group.blur_sigma)
 
 
-def _colours(
-    group: ViewGroup, view: int, *, jitter: Callable, gray: Callable, blur: Callable, solarize: Callable
-) -> list:
-    """The steps that a view has, each made for its probability `p`."""
+AFTER_V2 = (v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD))
+PILLOW_BLUR = partial(partial, _pillow_blur)
+TORCHVISION = {
+    "official": Torchvision(v1, PILLOW_BLUR, (), (v1.ToTensor(), v1.Normalize(MEAN, STD))),
+    "torchvision v2, Pillow": Torchvision(v2, PILLOW_BLUR, (), (v2.ToImage(), *AFTER_V2)),
+    "torchvision v2, tensors": Torchvision(v2, _tensor_blur, (v2.ToImage(),), AFTER_V2),
+}
+"""The transforms of the official repositories on Pillow images; v2's on those, and on 8-bit tensors, blur included."""
+FLOAT = Torchvision(v2, _tensor_blur, (), (v2.Normalize(MEAN, STD),), white=1)  # on one image (3, S, S) in [0, 1]
 
-    def of_view(name: str) -> float:
-        return group.per_view(getattr(group, name))[view]
 
-    strengths = map(of_view, ("brightness", "contrast", "saturation", "hue"))
-    probabilities = [of_view(f"{name}_prob") for name in ("jitter", "gray", "blur", "solarize")]
-    makers: list[Callable] = [partial(jitter, *strengths), gray, blur, solarize]
-    return [make(p=probability) for make, probability in zip(makers, probabilities, strict=True) if probability]
+def _numbers(group: ViewGroup, view: int) -> tuple[list[float], list[float]]:
+    """What a view has: strengths of the jitter; probabilities of jitter, grey, blur and solarization."""
+    names = ("brightness", "contrast", "saturation", "hue", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob")
+    numbers = [group.per_view(getattr(group, name))[view] for name in names]
+    return numbers[:4], numbers[4:]
 
 
 def open_pillow(content: bytes) -> Image.Image:
@@ -122,7 +110,7 @@ def one_by_one(views: ViewsOf, files: Sequence[bytes]) -> list[Tensor]:
         return [torch.stack(view) for view in zip(*samples, strict=True)]
 
 
-def lightly_views(groups: Mapping[str, ViewGroup]) -> ViewsOf:
+def lightly_views(groups: Groups) -> ViewsOf:
     """lightly's transform for these groups, with the groups' own numbers."""
     from lightly import transforms
 
@@ -153,7 +141,7 @@ def _lightly_jitter(group: ViewGroup, *, strength: float) -> dict[str, float]:
     return {**numbers, "cj_prob": group.per_view(group.jitter_prob)[0], "cj_strength": strength}
 
 
-def kornia_views(groups: Mapping[str, ViewGroup]) -> Callable[[Sequence[bytes]], list[Tensor]]:
+def kornia_views(groups: Groups) -> Callable[[Sequence[bytes]], list[Tensor]]:
     """Encoded images -> each view of all of them: crops one by one, since images differ in size, then batched.
 
     kornia resizes without antialiasing and its fixed blur kernel is drawn per image.
@@ -182,12 +170,12 @@ def kornia_colours(group: ViewGroup, view: int) -> nn.Module:
     """What follows crop and flip: float images (N, 3, S, S) in [0, 1] -> normalised ones."""
     from kornia import augmentation
 
-    steps = _colours(
-        group,
-        view,
-        jitter=augmentation.ColorJitter,
-        gray=augmentation.RandomGrayscale,
-        blur=partial(augmentation.RandomGaussianBlur, (group.blur_kernel_size(group.size),) * 2, group.blur_sigma),
-        solarize=partial(augmentation.RandomSolarize, 0.0, 0.0),
-    )
-    return nn.Sequential(*steps, augmentation.Normalize(MEAN, STD))
+    strengths, probabilities = _numbers(group, view)
+    jitter, gray, blur, solarize = probabilities
+    steps = [
+        augmentation.ColorJitter(*strengths, p=jitter),
+        augmentation.RandomGrayscale(p=gray),
+        augmentation.RandomGaussianBlur((group.blur_kernel_size(group.size),) * 2, group.blur_sigma, p=blur),
+        augmentation.RandomSolarize(0.0, 0.0, p=solarize),
+    ]
+    return nn.Sequential(*compress(steps, probabilities), augmentation.Normalize(MEAN, STD))

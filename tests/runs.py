@@ -110,7 +110,9 @@ def trained(argv: list[str], happening: Happening | None = None) -> dict[str, Te
 
 
 def _pretrain(argv: list[str]) -> int:
-    return run_command(pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv, recipes=RECIPES)
+    return run_command(
+        pretrain.PretrainConfig, pretrain.pretrain, command="pretrain.py", argv=argv, recipes=RECIPES, shared=True
+    )
 
 
 def needs_labels(name: str) -> bool:

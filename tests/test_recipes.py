@@ -30,7 +30,7 @@ from ssl_pipeline.files import write_tensors
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.modules.tokenizer import Tokenizer, save_tokenizer
-from ssl_pipeline.schedule import Progress
+from ssl_pipeline.schedule import Duration, Progress, Schedule
 from ssl_pipeline.training.preflight import check_recipe
 from tests.tiny import write_shards
 
@@ -289,6 +289,30 @@ def test_a_recipe_takes_a_few_steps(name, shards, labelled, tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
 
 
+def test_a_schedule_in_a_recipe_is_what_is_written_there() -> None:
+    """A method's own schedule by default, which rises for example, adds nothing to `{value: 1.0}`."""
+    own = Schedule.model_construct().model_dump(mode="json")
+    seen = 0
+    for name, path in recipe_files(RECIPES).items():
+        written = read_yaml(path.read_text(encoding="utf-8"), where=name)["method"]
+        method = load(PretrainConfig, [f"recipe={name}"], recipes=RECIPES).method
+        for key, value in written.items():
+            resolved = getattr(method, key, None)
+            if isinstance(resolved, Schedule):
+                given = value if isinstance(value, dict) else {"value": value}
+                assert resolved == Schedule.model_validate_json(json.dumps(own | given)), f"{name}: method.{key}"
+                seen += 1
+    assert seen > 50
+
+
+def test_a_key_of_a_schedule_that_no_recipe_mentions_changes_the_methods_own(tmp_path: Path) -> None:
+    lines = FILES["cifar10_adamatch_wrn28_2"].read_text().splitlines()
+    path = tmp_path / "silent.yaml"
+    path.write_text("\n".join(line for line in lines if "unlabelled_weight:" not in line))
+    method = load(PretrainConfig, [f"recipe={path}", "method.unlabelled_weight.value=2"], recipes=RECIPES).method
+    assert method.unlabelled_weight == Schedule(value=2.0, warmup=Duration("50%"), rise="cosine")
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in COMPARISONS.glob("*.yaml")))
 def test_the_runs_of_a_comparison_are_valid_and_build(name):
     comparison = load(CompareConfig, [f"recipe={name}"], recipes=COMPARISONS)
@@ -296,3 +320,4 @@ def test_the_runs_of_a_comparison_are_valid_and_build(name):
         config = load(PretrainConfig, [*arguments, "seed=0", "output=out"], recipes=RECIPES)
         method = on_meta(config)
         check_recipe(method, method.backbone, config.augment, config.data)
+        assert Path(config.data.shards).parent == Path(comparison.test).parent, "it trains on images of another set"

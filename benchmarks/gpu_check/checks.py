@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu_check.processes import Row, pretrain, report, rows_of, run_python, tests
 from benchmarks.gpu_check.settings import Check, Found, Place, StepFigures
-from benchmarks.images import photographs
+from benchmarks.images import images_for
 from benchmarks.settings import BenchmarkConfig
 from ssl_pipeline.files import JSON
 from ssl_pipeline.training.sharding import OLDEST_TORCH, torch_is_too_old
@@ -150,7 +150,7 @@ def training_step(place: Place, *, recipe: str) -> Found:
     shutil.rmtree(place.folder, ignore_errors=True)
     step = _step(place, recipe, compiled=False)
     runs: dict[str, JSON] = {}
-    with photographs(
+    with images_for(
         BenchmarkConfig(imagenet=place.config.imagenet), 64 if place.config.is_tiny else 512
     ).in_shards() as shards:
         crops = {"worker": (), "device": (), "device, copy_stream": ("train.copy_stream=true",)}

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu_check.settings import StepFigures
-from benchmarks.recipes import settings_of
 from benchmarks.rounds import count_flops
-from benchmarks.settings import BenchmarkConfig
+from benchmarks.settings import BenchmarkConfig, settings_of
 from benchmarks.step import SETTINGS, Steps, StepSetting, make_batch
 from benchmarks.training_steps import our_step
 from ssl_pipeline.backbones import create_backbone

@@ -179,4 +179,4 @@ def _some(samples: Numbers, most: int = 16) -> list[int]:
 
 def command(name: str = "python -m data_tools.curate") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(CurateConfig, curate, command=name)
+    return run_command(CurateConfig, curate, command=name, shared=True)

@@ -194,4 +194,4 @@ def _warn_of_chains(members: Sequence[Numbers], num_images: int, config: Dedupli
 
 def command(name: str = "python -m data_tools.deduplicate") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(DeduplicateConfig, deduplicate, command=name)
+    return run_command(DeduplicateConfig, deduplicate, command=name, shared=True)

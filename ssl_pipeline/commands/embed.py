@@ -76,4 +76,4 @@ def _removed(folder: Path, *, kept_if_unfinished: bool) -> Iterator[None]:
 
 def command(name: str = "python -m eval.embed") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(EmbedConfig, embed, command=name)
+    return run_command(EmbedConfig, embed, command=name, shared=True)

@@ -139,4 +139,6 @@ def main(name: str) -> int:
             return refuse(error, running=False)
         if launched_rank() == "0" and "--print" not in flags:
             print(printable(f"as: pretrain.py {' '.join(arguments)}"), flush=True)
-    return run_command(FinetuneConfig, finetune, command=name, argv=arguments, recipes=RECIPES, check=check_outline)
+    return run_command(
+        FinetuneConfig, finetune, command=name, argv=arguments, recipes=RECIPES, check=check_outline, shared=True
+    )

@@ -47,8 +47,8 @@ def open_monitors(
 
     if knn is not None:
         of_knn = KnnMonitor(knn, preprocessing, batch_size=data.batch_size, workers=data.workers, device=device)
-        for images in (of_knn.images.train, of_knn.images.test):
-            require_same("images of knn", images.called, images.fingerprint, device)
+        for name, images in (("knn.train", of_knn.images.train), ("knn.val", of_knn.images.test)):
+            require_same(f"images of {name}", images.called, images.fingerprint, device)
         watch(of_knn, "knn", knn, KNN)
     if spectrum is not None:
         of_spectrum = SpectrumMonitor(
@@ -60,6 +60,7 @@ def open_monitors(
             workers=data.workers,
             device=device,
         )
+        require_same("images of spectrum.val", of_spectrum.images.called, of_spectrum.images.fingerprint, device)
         watch(of_spectrum, "spectrum", spectrum, SPECTRUM)
     if classifier is not None:
         if method.classifier is None:
@@ -76,6 +77,6 @@ def open_monitors(
             device=device,
         )
         measured = of_classifier.images
-        require_same("images of classifier", measured.called, measured.fingerprint, device)
+        require_same("images of classifier.val", measured.called, measured.fingerprint, device)
         watch(of_classifier, "classifier", classifier, {})
     return monitors

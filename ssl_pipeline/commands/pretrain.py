@@ -238,6 +238,7 @@ def _pretrain(config: PretrainConfig) -> int:
             describe(config, method, clock, accelerator)
             if labelled_index is not None and method.classifier is not None:
                 warn_of_classes_without_labels(labelled_index, method.classifier.out_features)
+                warn_of_other_classes(index, labelled_index)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights
@@ -317,6 +318,23 @@ def warn_of_classes_without_labels(labelled: ShardIndex, num_classes: int) -> No
         print(printable(f"warning: no labelled image is of class {named}{more}: it cannot be learnt."), flush=True)
 
 
+def warn_of_other_classes(unlabelled: ShardIndex, labelled: ShardIndex) -> None:
+    """Say where no class of the unlabelled images, by its name, is one of the labelled: they may be of another set."""
+    found, learnt = unlabelled.class_names, labelled.class_names
+    if found is not None and learnt is not None and not set(found) & set(learnt):
+        print(
+            printable(
+                f"warning: {unlabelled.called} has images of {_first_names(found)}, and none of the labelled classes "
+                f"({_first_names(learnt)}): is data.shards the right set?"
+            ),
+            flush=True,
+        )
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED_CLASSES]) + (", ..." if len(names) > NAMED_CLASSES else "")
+
+
 def _images(index: ShardIndex) -> str:
     """How many images there are, and which: packed or labelled again they are others."""
     return f"{len(index)} ({index.fingerprint[:8]})"
@@ -356,4 +374,6 @@ def main(name: str) -> int:
             if "--debug" in flags:
                 raise
             return refuse(error, running=False)
-    return run_command(PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES, check=check_outline)
+    return run_command(
+        PretrainConfig, pretrain, command=name, argv=arguments, recipes=RECIPES, check=check_outline, shared=True
+    )

@@ -138,6 +138,16 @@ def validate(schema: type[ConfigType], tree: Tree, *, command: str = "") -> Conf
     raise SettingsError(*sentences, *([f"See: {command} --help"] if command else []))
 
 
+def _require_one_process(command: str) -> None:
+    """Raise ConfigError where a launcher has started several: each would do all the work, and write the same files."""
+    if launched_processes() > 1:
+        raise ConfigError(
+            f"{command} takes one process, and a launcher started more (WORLD_SIZE={launched_processes()}). Run it "
+            "without a launcher. Processes share the work of pretrain.py, finetune.py, eval.suite, eval.embed, "
+            "data_tools.deduplicate and data_tools.curate."
+        )
+
+
 def run_command(
     schema: type[ConfigType],
     run: Callable[[ConfigType], int | None],
@@ -146,9 +156,11 @@ def run_command(
     argv: Sequence[str] | None = None,
     recipes: Path | None = None,
     check: Callable[[ConfigType], None] | None = None,
+    shared: bool = False,
 ) -> int:
     """Read the arguments, call `run` with the config and return the exit code.
 
+    shared: whether several processes, started by a launcher, share the work; other commands refuse to be started so.
     check: raises ConfigError for settings that `run` would refuse before it does anything; `--print` shows its error
     below the settings.
 
@@ -173,6 +185,8 @@ def run_command(
             if check is not None:
                 check(config)
             return 0
+        if not shared:
+            _require_one_process(command)
         running = True
         return run(config) or 0
     except BrokenPipeError:  # the reader of our output (`--help | head`) closed the pipe

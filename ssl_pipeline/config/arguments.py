@@ -13,7 +13,7 @@ from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsErro
 from ssl_pipeline.config.other_name import drop_of_other_name, is_free_mapping
 from ssl_pipeline.config.printing import note
 from ssl_pipeline.config.recipes import read_recipe
-from ssl_pipeline.config.schema import alternatives, annotation_at, section_of
+from ssl_pipeline.config.schema import alternatives, annotation_at, section_of, state_in_full
 from ssl_pipeline.config.yaml_text import read_yaml
 
 OUTSIDE_BRACES = re.compile(r",(?![^{}]*\})")
@@ -26,7 +26,9 @@ def read_arguments(
 
     overrides: values by their dotted keys, which count like arguments and come after them.
     """
-    pairs, tree = pairs_and_recipe(argv, recipes, positional=schema.positional)
+    pairs, recipe = pairs_and_recipe(argv, recipes, positional=schema.positional)
+    tree = state_in_full(schema, recipe)
+    assert isinstance(tree, dict)
     return put_over(schema, tree, pairs, overrides)
 
 

@@ -87,6 +87,28 @@ def complete(annotation: object, data: Value, default: object = None) -> Value:
     return completed
 
 
+def state_in_full(annotation: object, data: Value) -> Value:
+    """Give what a recipe says of a schedule (a section with a shorthand) all keys, by the defaults of its class.
+
+    So a schedule in a recipe is what is written there, whatever schedule a method has by default.
+    """
+    section = section_of(annotation, data)
+    if section is None:
+        item_type = mapping_value(annotation)
+        if not isinstance(data, dict) or item_type is None:
+            return data
+        return {name: state_in_full(item_type, item) for name, item in data.items()}
+    if section.shorthand and data is not None:
+        given = data if isinstance(data, dict) else {section.shorthand: data}
+        return section.model_construct().model_dump(mode="json") | given
+    if not isinstance(data, dict):
+        return data
+    fields = section.model_fields
+    return {
+        name: state_in_full(fields[name].annotation, item) if name in fields else item for name, item in data.items()
+    }
+
+
 def walk(schema: type[Config], data: Value, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every leaf key of the schema with its field; in a union only the member that `data` names."""
     for name, field in schema.model_fields.items():

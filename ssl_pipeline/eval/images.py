@@ -18,7 +18,9 @@ IMAGES = ("train", "test", "images")
 Evaluation = TypeVar("Evaluation", bound=Config)
 
 
-def run_evaluator(schema: type[Evaluation], main: Callable[[Evaluation], int | None], *, command: str) -> int:
+def run_evaluator(
+    schema: type[Evaluation], main: Callable[[Evaluation], int | None], *, command: str, shared: bool = False
+) -> int:
     """`run_command` for an evaluator whose images may be folders or zips."""
 
     def evaluate(config: Evaluation) -> int | None:
@@ -26,7 +28,7 @@ def run_evaluator(schema: type[Evaluation], main: Callable[[Evaluation], int | N
         say_what_is_kept(directory)
         return main(with_shards(config, directory))
 
-    return run_command(schema, evaluate, command=command)
+    return run_command(schema, evaluate, command=command, shared=shared)
 
 
 def say_what_is_kept(directory: Path | None) -> None:

@@ -192,4 +192,4 @@ def main(config: SuiteConfig) -> None:
 
 def command(name: str = "python -m eval.suite") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_evaluator(SuiteConfig, main, command=name)
+    return run_evaluator(SuiteConfig, main, command=name, shared=True)

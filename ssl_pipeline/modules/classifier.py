@@ -91,8 +91,11 @@ class ClassifierPair(nn.Module):
 
 @torch.no_grad()
 def are_right(guesses_N: Tensor, labels: Tensor) -> Tensor:
-    """(N,) bool: whether each guess is the label; labels are (N,) classes, -1 for none, or soft (N, C)."""
-    return guesses_N == (labels if labels.ndim == 1 else labels.argmax(dim=1))
+    """(N,) bool: whether each guess is the label; labels are (N,), -1 for none, or soft (N, C), a row of 0 for none."""
+    if labels.ndim == 2:
+        weights, labels = labels.max(dim=1)
+        return (guesses_N == labels) & (weights > 0)
+    return guesses_N == labels
 
 
 @torch.no_grad()

@@ -31,13 +31,13 @@ def describe_start(*, num_processes: int) -> dict[str, JSON]:
             "ssl-pipeline": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: _version(name) for name in PACKAGES},
+            **{name: version_of(name) for name in PACKAGES},
             "cuda": torch.version.cuda,
         },
         "hardware": {
             "processes": num_processes,
             "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
         },
     }
@@ -55,13 +55,14 @@ def commit_of(checkout: Path) -> str | None:
     return None
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None without it."""
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The name of the processor, as Linux reports it."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
@@ -13,15 +15,18 @@ import torch
 from PIL import Image
 
 import benchmarks.__main__ as command
-from benchmarks import end_to_end, evaluation, rounds, streams
+from benchmarks import evaluation, rounds, streams
 from benchmarks import input as input_benchmark
 from benchmarks import step as step_benchmark
 from benchmarks.__main__ import BENCHMARKS, run_benchmarks
 from benchmarks.images import load_images, views_of
+from benchmarks.lightly_steps import dino_loss
 from benchmarks.settings import BenchmarkConfig
 from benchmarks.step import SETTINGS, Steps, compare_losses
+from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.config import RECIPES, ConfigError, RunError, read_recipe, validate
 from ssl_pipeline.data.errors import DataError
+from ssl_pipeline.methods import build_method
 
 METHODS = {"dino", "mae", "simclr", "moco", "swav", "ibot", "dinov2"}
 PEERS = {name for name in ("lightly", "kornia") if find_spec(name)}
@@ -60,7 +65,7 @@ def test_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("benchmarks.end_to_end.RECIPES", {"mae": "mae_vitb16"})
+    monkeypatch.setattr(input_benchmark, "TO_THE_END", ("mae",))
     comparison = run(tmp_path, "end_to_end", workers=1)["end to end mae"]
     assert {"official", "webdataset", "ours, crops", "decode and drop"} <= contestants(comparison)
 
@@ -68,8 +73,8 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(streams, "START", "fork")  # nothing to import again
-    monkeypatch.setattr(end_to_end, "num_cores", lambda: 2)
-    monkeypatch.setattr(end_to_end, "PLACES", ("device",))
+    monkeypatch.setattr(streams, "num_cores", lambda: 2)
+    monkeypatch.setattr(streams, "PLACES", {"device": streams.PLACES["device"]})
     compared = run(tmp_path, "scaling", workers=1)
     assert contestants(compared["scaling workers, decode only"]) == {"workers=1", "workers=2"}
     assert contestants(compared["scaling processes, decode only"]) == {"processes=1", "processes=2"}
@@ -222,3 +227,13 @@ def test_the_hardware_is_named():
     assert hardware["versions"]["torch"]
     assert config.peak_flops() is None
     assert BenchmarkConfig(device="cpu", peak_tflops=2.0).peak_flops() == 2e12
+
+
+def test_losses_of_lightly_are_where_the_method_is(monkeypatch: pytest.MonkeyPatch):
+    made = []
+    stub = SimpleNamespace(DINOLoss=lambda **settings: made.append(settings) or torch.nn.Linear(1, 1))
+    monkeypatch.setitem(sys.modules, "lightly.loss", stub)
+    setting = next(one for one in measured_steps().sizes["tiny"] if one.method.name == "dino")
+    method = build_method(setting.method, create_backbone(setting.backbone)).to("meta")
+    assert dino_loss(method).weight.is_meta
+    assert made == [{"output_dim": 64, "teacher_temp": 0.04}]

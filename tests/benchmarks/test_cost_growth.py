@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import start_up
+from benchmarks.made_up_shards import report_start_up, write_made_up_shards
 from benchmarks.settings import BenchmarkConfig
-from benchmarks.shard_reports import report_start_up
 from benchmarks.start_up import count_reads
-from benchmarks.synthetic_shards import write_synthetic_shards
 from ssl_pipeline.data.decode import decode_image
 from ssl_pipeline.data.shards import verification
 from ssl_pipeline.data.shards.open import open_shards
 
 
 def test_made_up_shards_open_like_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.synthetic_shards.LINKS", 2)
-    write_synthetic_shards(tmp_path / "set", shards=5, samples=30)
+    monkeypatch.setattr("benchmarks.made_up_shards.LINKS", 2)
+    write_made_up_shards(tmp_path / "set", shards=5, samples=30)
     index = open_shards(tmp_path / "set")
     assert index.shard_counts.tolist() == [30] * 5
     assert index.class_names == ("only",)
@@ -32,7 +31,7 @@ def test_made_up_shards_open_like_real_ones(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_start_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_synthetic_shards(tmp_path / "set", shards=2, samples=64)
+    write_made_up_shards(tmp_path / "set", shards=2, samples=64)
     report_start_up(str(tmp_path / "set"), str(time.monotonic()))
     row = json.loads(capsys.readouterr().out)
     assert row["seconds"] >= row["open_seconds"] > 0

@@ -15,7 +15,7 @@ from benchmarks.gpu_check.checks import CHECKS
 from benchmarks.gpu_check.processes import CheckError, TookTooLongError, rows_of, run_python
 from benchmarks.gpu_check.settings import Check, Found, GpuCheckConfig, Place
 from benchmarks.gpu_check.step_report import setting_of
-from benchmarks.recipes import settings_of
+from benchmarks.settings import settings_of
 from ssl_pipeline.config import RunError
 
 

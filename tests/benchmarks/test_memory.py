@@ -80,4 +80,4 @@ def test_methods_with_labels_are_refused():
 def test_the_table_has_a_line_for_each_layout(capsys):
     main([*TINY, "processes=1,2"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[2:]] == [["1", "-"], ["2", "ddp"], ["2", "fsdp"]]
+    assert [line.split()[:2] for line in lines[3:]] == [["1", "-"], ["2", "ddp"], ["2", "fsdp"]]

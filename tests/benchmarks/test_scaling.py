@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import streams
-from benchmarks.end_to_end import doublings
 from benchmarks.images import load_images
-from benchmarks.streams import OurInput, Steady, batches_of_world
+from benchmarks.streams import OurInput, Steady, batches_of_world, doublings
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.data.stream import DataConfig
 

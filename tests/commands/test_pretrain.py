@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import time
 from functools import partial
 from itertools import chain
@@ -23,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssl_pipeline.backbones import load_backbone, load_classifier
 from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.commands.afterwards import in_python
+from ssl_pipeline.commands.pretrain import warn_of_other_classes
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
 from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoints import Checkpoints
@@ -578,6 +580,28 @@ def run_together(*argv: str, happening: Happening | None = None) -> tuple[list[i
     return codes, "".join(child.printed() for child in children)
 
 
+def test_monitors_refuse_images_that_are_others_on_another_node(tmp_path, recipe):
+    """A node may name its images otherwise; they must be the same: half of each would be measured."""
+    sizes = {"a": (9,), "b": (6, 3), "c": (7,)}
+    places = {name: str(write_shards(tmp_path / name, of)) for name, of in sizes.items()}
+    for other in ("b", "c"):
+        children = [
+            Child(command, [*argv, f"spectrum.val={places[val]}"], environment=environment)
+            for val, (argv, environment) in zip(("a", other), ranked(recipe, tmp_path / f"run-{other}"), strict=True)
+        ]
+        assert sorted(child.wait() for child in children) == [1, 2]
+        assert "All processes must have the same images of spectrum.val. " in children[1].printed()
+
+
+def ranked(recipe: str, output: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """The arguments and the environment of two ranks."""
+    argv = [recipe, f"output={output}", "data.batch_size=4", "spectrum.every=1", "spectrum.at_start=true"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [(argv, {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+
+
 def test_a_signal_that_one_rank_gets_stops_all_in_the_same_step(tmp_path, recipe):
     argv = [recipe, f"output={tmp_path}", "data.batch_size=4"]
     codes, _ = run_together(*argv, happening=Happening("SIGTERM", at=5, on_rank=1))
@@ -662,3 +686,22 @@ def test_a_refusal_on_the_first_rank_is_no_traceback_on_the_others(tmp_path, rec
     assert "is in use by another run" in printed
     assert "error on rank 1: Another process of this run has ended" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "labelled", "said"),
+    [
+        (("cat", "dog", "cow"), ("cow", "hen"), ""),
+        (None, ("cow",), ""),
+        (("cat",), None, ""),
+        (
+            ("cat", "dog"),
+            ("hen", "ox"),
+            "warning: data/a has images of cat, dog, and none of the labelled classes (hen, ox): "
+            "is data.shards the right set?\n",
+        ),
+    ],
+)
+def test_unlabelled_images_of_other_classes_are_told(unlabelled, labelled, said, capsys):
+    warn_of_other_classes(*(mock.Mock(class_names=names, called="data/a") for names in (unlabelled, labelled)))
+    assert capsys.readouterr().out == said

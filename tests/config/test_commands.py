@@ -26,13 +26,13 @@ class CheckConfig(Config):
     names: tuple[str, ...] = ()
 
 
-def run(outcome, *argv: str) -> int:
+def run(outcome, *argv: str, shared: bool = False) -> int:
     def check(config: CheckConfig) -> int | None:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    return run_command(CheckConfig, check, command="python -m check", argv=argv)
+    return run_command(CheckConfig, check, command="python -m check", argv=argv, shared=shared)
 
 
 def test_success_is_zero(capsys):
@@ -145,11 +145,21 @@ def test_other_processes_leave_mistakes_in_arguments_to_the_first_of_their_machi
     monkeypatch.setenv("WORLD_SIZE", "2")  # a RANK alone is left over from something else
     assert run(None, "directory=x", "dept=3") == 2
     assert capsys.readouterr().err == ""
-    assert run(RunError("The loss is nan."), "directory=x") == 1
+    assert run(RunError("The loss is nan."), "directory=x", shared=True) == 1
     assert capsys.readouterr().err == "error on rank 1: The loss is nan.\n"
     monkeypatch.setenv("LOCAL_RANK", "0")  # of another machine, where the command may be another
     assert run(None, "directory=x", "dept=3") == 2
     assert capsys.readouterr().err.startswith("error on rank 1: Unknown key 'dept'.")
+
+
+def test_a_command_that_several_processes_do_not_share_refuses_them(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert run(None, "directory=x", shared=True) == 0
+    assert run(RunError("not reached"), "directory=x") == 2
+    assert capsys.readouterr().err.startswith(
+        "error: python -m check takes one process, and a launcher started more (WORLD_SIZE=2). Run it without"
+    )
 
 
 def test_an_argument_without_a_key_sets_the_positional_field(capsys):

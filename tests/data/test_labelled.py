@@ -116,6 +116,6 @@ def test_classes_that_no_labelled_image_is_of_are_named(shards: Path, tmp_path: 
     assert classes_without_labels(index, 4) == []
     assert classes_without_labels(index, 6) == ["4", "5"]
     soft = np.zeros((20, 3), np.float32)
-    soft[:, 0], soft[3, 2] = 0.7, 0.3
+    soft[:, 0], soft[3] = 1.0, (0.7, 0.0, 0.3)
     write_labels(tmp_path / "soft.npy", index, soft, class_names=("ant", "bee", "cat"), origin=None)
     assert classes_without_labels(open_subset(shards, labels=tmp_path / "soft.npy"), 3) == ["bee"]

@@ -25,7 +25,7 @@ MODES = [{}, {"workers": 1}, {"crop_on": "device"}, {"cache": True}]
 
 
 def soft_labels(rows: int = 20) -> np.ndarray:
-    return np.random.default_rng(0).random((rows, 3), dtype=np.float32)
+    return np.random.default_rng(0).dirichlet((1.0, 1.0, 1.0), rows).astype(np.float32)
 
 
 @pytest.fixture
@@ -268,6 +268,7 @@ def with_value(value: float) -> np.ndarray:
         (with_value(np.nan), r"must hold finite soft labels that are not negative\. Got nan for image 7\."),
         (with_value(np.inf), r"Got inf for image 7\."),
         (with_value(-0.5), r"Got -0\.5 for image 7\."),
+        (100 * soft_labels(), r"must hold soft labels that sum to 1, or all 0 for .* Got a sum of 100 for image 0\."),
         (np.array([object()] * 20), r"is not an array of numbers in numpy's format \(pickles are not read\)\."),
     ],
 )

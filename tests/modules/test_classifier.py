@@ -97,3 +97,4 @@ def test_guesses_are_compared_with_labels_of_either_kind():
         True,
         False,
     ]
+    assert are_right(torch.tensor([0, 0, 1]), torch.zeros(3, 3)).tolist() == [False] * 3, "a row of 0 is no label"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ssl_pipeline.data.errors import DataError
 
 ROWS_CHECKED = 65_536  # soft labels at a time
+OF_ONE = 0.01  # what a row of soft labels may be off, rounded to few digits
 
 Labels = NDArray[np.int64] | NDArray[np.float32]  # (N,), -1 = none; or soft ones (N, C), a row of zeros = none
 
@@ -108,4 +109,12 @@ def _check_soft(labels: NDArray[np.float32], class_names: Sequence[str] | None, 
             raise DataError(
                 f"{where} must hold finite soft labels that are not negative. Got {rows[row, column]} for image "
                 f"{start + row}."
+            )
+        sums = rows.sum(axis=1, dtype=np.float64)
+        unequal = np.flatnonzero((np.abs(sums - 1) > OF_ONE) & (sums != 0))
+        if len(unequal):
+            row = unequal[0]
+            raise DataError(
+                f"{where} must hold soft labels that sum to 1, or all 0 for an image without one. Got a sum of "
+                f"{sums[row]:g} for image {start + row}. Divide each row by its sum."
             )
