@@ -167,7 +167,7 @@ def _planted(
     }
     precision = _percent(right)
     told = ", ".join(f"{alteration} {share} %" for alteration, share in shares.items())
-    say(f"planted copies of {len(samples):,} images: found {_percent(found_M)} % ({told}); right are {precision} %")
+    say(f"planted copies of {len(samples):,} images: found {_percent(found_M)} % ({told}); precision {precision} %")
     return {"images": len(samples), "recall": _percent(found_M), "recall_by_kind": shares, "precision": precision}
 
 

@@ -427,7 +427,9 @@ def test_the_cache_is_the_users_by_default(listed: Path, tmp_path: Path, monkeyp
 
 def test_a_server_cannot_send_more_than_the_manifest_says(server: Server, cache: Path) -> None:
     server.endless = "part-000001.tar"
-    with pytest.raises(DataError, match=r"^Cannot fetch '.*part-000001\.tar': it sends more than [\d,]+ bytes"):
+    with pytest.raises(
+        DataError, match=r"^Cannot fetch '.*part-000001\.tar': it sends more than the limit of [\d,]+ bytes"
+    ):
         open_shards(server.url, cache_dir=cache)
     assert server.asked.count("/part-000001.tar") == 1
     assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 20e6
