@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.models import VisionTransformer
+from torch import Tensor, nn
 
 Grid = tuple[int, int]  # rows, columns of patches
 
@@ -35,6 +36,14 @@ def sincos_position_embedding(
     if class_token:
         table = torch.cat([table.new_zeros(1, dim), table])
     return table.float()
+
+
+def is_antialiased(model: nn.Module) -> bool:
+    """Whether the position table of a timm network is resampled with antialiasing, as timm does.
+
+    DINO's and DINOv2's official code does it without, for all of timm's VisionTransformer but those with registers.
+    """
+    return not isinstance(model, VisionTransformer) or model.num_reg_tokens > 0
 
 
 def resample_positions(table: Tensor, old: Grid, new: Grid, *, antialias: bool = False) -> Tensor:

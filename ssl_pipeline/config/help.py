@@ -118,7 +118,8 @@ def _type_in_words(annotation: object) -> str:
     if get_origin(annotation) is tuple:
         words = _type_in_words(alternatives(get_args(annotation)[0])[0])
         count = fixed_length(annotation)
-        return f"{count} {words}s" if count else f"list of {words}s"
+        several = words if words.startswith("one of ") else f"{words}s"
+        return f"{count} {several}" if count else f"list of {several}"
     kind = get_origin(annotation) or annotation
     return next((words for known, words in WORDS.items() if kind is known), getattr(kind, "__name__", "").lower())
 

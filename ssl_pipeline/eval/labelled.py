@@ -152,13 +152,17 @@ def _same_classes(
     labels = labels_of(train_index), labels_of(test_index)
     if names is None or test_names is None or names == test_names:
         return labels, names or test_names
-    if not (set(names) <= set(test_names) or set(test_names) <= set(names)):
+    if not set(names) & set(test_names):
         raise ConfigError(
-            f"{train} and {test} must name the same classes. Got {len(names)} and {len(test_names)} names; only one "
-            f"has {min(set(names) ^ set(test_names))!r}."
+            f"{train} and {test} must have classes in common. The first has {_first_of(names)}, the second "
+            f"{_first_of(test_names)}. Name the folders of a class alike in both."
         )
     both = list(dict.fromkeys((*names, *test_names)))
     return (by_name(labels[0], names, both), by_name(labels[1], test_names, both)), both
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def labels_of(index: ShardIndex) -> Numbers:

@@ -87,7 +87,7 @@ def uniformity(features: Tensor, *, t: float = 2.0) -> float:
     """How evenly features (N, D) cover the sphere (Wang & Isola, 2020, https://arxiv.org/abs/2005.10242, section 4).
 
     log of the mean over pairs i != j of exp(-t |x_i - x_j|^2), x the features at length 1. 0 where all are the same;
-    about -2 t for many that lie evenly in many dimensions.
+    about -2 t for many that lie evenly in many dimensions. Features of length 0 lie at the origin.
 
     Raises ValueError for another shape, fewer than two features, or features that are not finite.
     """
@@ -97,7 +97,8 @@ def uniformity(features: Tensor, *, t: float = 2.0) -> float:
         raise ValueError("uniformity needs two features or more. Got one.")
     total = unit_ND.new_zeros(())
     for first in range(0, count, ROWS_AT_ONCE):
-        squares_RN = 2 - 2 * unit_ND[first : first + ROWS_AT_ONCE] @ unit_ND.T
+        rows_RD = unit_ND[first : first + ROWS_AT_ONCE]
+        squares_RN = rows_RD.square().sum(dim=1, keepdim=True) + unit_ND.square().sum(dim=1) - 2 * rows_RD @ unit_ND.T
         total += (-t * squares_RN.clamp(min=0)).exp().sum()
     return ((total - count) / (count * (count - 1))).log().item()  # each is a pair with itself, which counts 1
 

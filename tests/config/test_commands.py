@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ class CheckConfig(Config):
     depth: int = 1
     """How deep; 1 is the folder itself."""
     names: tuple[str, ...] = ()
+    kinds: tuple[Literal["few", "many"], ...] = ()
 
 
 def run(outcome, *argv: str, shared: bool = False) -> int:
@@ -164,7 +165,12 @@ def test_a_command_that_several_processes_do_not_share_refuses_them(capsys, monk
 
 def test_an_argument_without_a_key_sets_the_positional_field(capsys):
     assert run(None, "--print", "some/where", "depth=2") == 0
-    assert read_yaml(capsys.readouterr().out, where="out") == {"directory": "some/where", "depth": 2, "names": []}
+    assert read_yaml(capsys.readouterr().out, where="out") == {
+        "directory": "some/where",
+        "depth": 2,
+        "names": [],
+        "kinds": [],
+    }
     assert run(None, "a", "b") == 2
     assert capsys.readouterr().err == "error: directory is given twice: 'a' and 'b'.\n"
     assert run(None) == 2
@@ -181,6 +187,7 @@ def test_help_lists_every_key_with_its_text(capsys):
         "  depth (whole number; default: 1)\n"
         "      How deep; 1 is the folder itself.\n"
         "  names (list of texts; default: [])\n"
+        "  kinds (list of one of few, many; default: [])\n"
     )
 
 
@@ -233,7 +240,8 @@ def test_help_of_an_unknown_section_is_told_with_the_nearest(capsys, schema, rec
     assert run(None, "--help", "some/where") == 0  # a value of a positional key is no section
     assert run(None, "--help", "depth") == 0
     text = "  depth (whole number; default: 1)\n      How deep; 1 is the folder itself.\n"
-    assert capsys.readouterr().out.endswith(f"\n{text}  names (list of texts; default: [])\n{text}")
+    lists = "  names (list of texts; default: [])\n  kinds (list of one of few, many; default: [])\n"
+    assert capsys.readouterr().out.endswith(f"\n{text}{lists}{text}")
 
 
 def test_print_tells_below_the_settings_what_a_run_would_refuse(capsys):

@@ -283,8 +283,13 @@ def test_missing_labels_name_the_shards(
 def test_class_names_must_agree(write_shards: WriteShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cats = write_shards(tmp_path / "cats", [0, 1] * 3, names=("cat", "dog"))
     birds = write_shards(tmp_path / "birds", [0, 1] * 3, names=("bird", "dog"))
-    assert knn("backbone=raw_pixels", f"train={cats}", f"test={birds}", "k=1") == 2
-    assert "must name the same classes. Got 2 and 2 names; only one has 'bird'" in capsys.readouterr().err
+    assert knn("backbone=raw_pixels", f"train={cats}", f"test={birds}", "k=1") == 0
+    assert "3 of 6" in capsys.readouterr().err, "a class that training lacks is a warning"
+    others = write_shards(tmp_path / "others", [0, 1] * 3, names=("owl", "cow"))
+    assert knn("backbone=raw_pixels", f"train={cats}", f"test={others}", "k=1") == 2
+    assert (
+        "must have classes in common. The first has 'cat', 'dog', the second 'owl', 'cow'." in capsys.readouterr().err
+    )
 
 
 def test_labels_beyond_the_class_names_are_refused(

@@ -122,6 +122,7 @@ def test_uniformity_is_that_of_the_loop_over_pairs(monkeypatch: pytest.MonkeyPat
 
 def test_uniformity_is_zero_for_one_point_and_lowest_for_opposite_ones() -> None:
     assert uniformity(torch.ones(6, 4)) == pytest.approx(0, abs=1e-6)
+    assert uniformity(torch.zeros(6, 4)) == 0, "a full collapse"
     assert uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])) == pytest.approx(-8)
 
 

@@ -14,8 +14,6 @@ from ssl_pipeline.backbones.tokens.flat import FlatAdapter
 class BeitAdapter(FlatAdapter):
     """Images of the network's own size; the biases, of each block or shared by all, need all patches."""
 
-    antialias = False  # there is one size
-
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
         of_blocks = any(block.attn.relative_position_bias_table is not None for block in model.blocks)

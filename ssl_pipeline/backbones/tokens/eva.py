@@ -15,8 +15,6 @@ from ssl_pipeline.backbones.tokens.flat import FlatAdapter
 class EvaAdapter(FlatAdapter):
     """Patches are rotated in attention by where they are (RoPE), in addition to or instead of a position table."""
 
-    antialias = True
-
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
         self.rotates = model.rope is not None

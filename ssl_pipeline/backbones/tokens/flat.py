@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from ssl_pipeline.backbones.patches import take_patches
-from ssl_pipeline.backbones.positions import Grid, resample_positions
+from ssl_pipeline.backbones.positions import Grid, is_antialiased, resample_positions
 from ssl_pipeline.backbones.tokens.base import TimmModel, TokenAdapter, Tokens, embed_whole, patch_side
 
 # Axes: N images, R rows and C columns of patches, L = R * C patches row by row, P prefix tokens (class token, then
@@ -24,8 +23,6 @@ from ssl_pipeline.backbones.tokens.base import TimmModel, TokenAdapter, Tokens, 
 class FlatAdapter(TokenAdapter):
     """A position table that is added to the patches, if any; prefix tokens; blocks in a row; a final norm."""
 
-    antialias: ClassVar[bool]
-    """How the position table is resampled for images of another size, see `resample_positions`."""
     rotates = False
     """Whether attention needs the position of each token."""
 
@@ -36,6 +33,7 @@ class FlatAdapter(TokenAdapter):
         self.grid = model.patch_embed.grid_size
         self.num_blocks = len(model.blocks)
         self.num_prefix_tokens = model.num_prefix_tokens
+        self._antialias = is_antialiased(model)
         self.takes_some_patches = type(model.patch_embed) is PatchEmbed  # convolutions before it need the neighbours
         # position entries that belong to the class token and the registers
         self._num_prefix_positions = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
@@ -57,7 +55,7 @@ class FlatAdapter(TokenAdapter):
         tokens = patches_NRCD.flatten(1, 2)
         if self.model.pos_embed is None:
             return tokens
-        return tokens + resample_positions(self._patch_positions(), self.grid, grid, antialias=self.antialias)
+        return tokens + resample_positions(self._patch_positions(), self.grid, grid, antialias=self._antialias)
 
     def embed_some(self, pixels_NKE: Tensor, places_NK: Tensor) -> Tensor:
         """Pixels of some patches of images of the network's own size -> (N, K, D), with their positions."""

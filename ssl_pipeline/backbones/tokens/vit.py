@@ -15,9 +15,7 @@ from ssl_pipeline.backbones.tokens.flat import FlatAdapter
 
 
 class ViTAdapter(FlatAdapter):
-    """The position table is resampled as DINO does it, which timm's own forward does not."""
-
-    antialias = False
+    """The position table is resampled as official code does, which timm's forward does not; see `is_antialiased`."""
 
     def prepare(self, tokens_NTD: Tensor) -> Tensor:
         model = self.model

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from timm.layers import resize_rel_pos_bias_table
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from ssl_pipeline.backbones.positions import Grid, resample_positions
+from ssl_pipeline.backbones.positions import Grid, is_antialiased, resample_positions
 
 Tensors = dict[str, Tensor]
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -110,8 +109,7 @@ def _fit_positions(found: Tensors, model: nn.Module, own: Mapping[str, Tensor]) 
 def _resampled(table_1LD: Tensor, side: int, grid: Grid, model: nn.Module) -> Tensor:
     if table_1LD.is_meta:
         return table_1LD.new_empty(1, grid[0] * grid[1], table_1LD.shape[2])
-    antialias = not isinstance(model, VisionTransformer)  # as the networks themselves do for larger images
-    return resample_positions(table_1LD.float(), (side, side), grid, antialias=antialias)
+    return resample_positions(table_1LD.float(), (side, side), grid, antialias=is_antialiased(model))
 
 
 def _split_rows(rows: int, own_prefix: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from statistics import median
 
@@ -111,7 +112,8 @@ def teacher_too_slow(case: Case) -> Finding | None:
         f"with a momentum from {momentum(replace(progress, step=0)):g} on, {progress.total_steps} steps renew the "
         f"teacher {max(renewals, 0):.1f} times: it hardly changes."
     )
-    helps = "Lower method.teacher_momentum for a run of this length (0.99 suits some 1,000 steps), or train for longer."
+    suits = max(0, math.floor(1000 * (1 - 2 * FEWEST_RENEWALS / progress.total_steps))) / 1000
+    helps = f"Lower method.teacher_momentum (to {suits:g} or below for a run of this length), or train for longer."
     return Finding("teacher_too_slow", 0, seen, helps, ("method.teacher_momentum", "train.epochs"))
 
 

@@ -199,6 +199,7 @@ def test_a_teacher_too_slow_for_the_run():
     settings = with_settings(method__teacher_momentum={"value": 0.999})
     finding = found(rows_of(loss=1.0), settings)["teacher_too_slow"]
     assert "1000 steps renew the teacher 1.0 times" in finding.seen
+    assert "to 0.996 or below" in finding.helps
     assert found(rows_of(loss=1.0), with_settings(method__teacher_momentum=0.996)) == {}
     risen = with_settings(method__teacher_momentum={"value": 0.997, "final": 1.0})
     assert "1.5 times" in found(rows_of(loss=1.0), risen)["teacher_too_slow"].seen, "half of 3 with a cosine to 1"
