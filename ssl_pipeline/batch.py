@@ -37,7 +37,7 @@ class MaskRule:
     """Share of the views that get a mask at all."""
     stratified: bool = False
     """Whether the optimizer step's whole global batch has exactly that share of masked views, with ratios spread evenly
-    (DINOv2); else each view draws for itself."""
+    (DINOv2); otherwise each view draws independently."""
     unit: int = 1
     """units only: side of a unit in patches."""
     min_block: int = 4
@@ -49,10 +49,10 @@ class MaskRule:
     max_aspect: float | None = None
     """blocks only: largest height / width of a block; null: 1 / min_aspect."""
     exact: bool = False
-    """blocks only: whether patches at random make up for what the blocks leave (BEiT v2)."""
+    """blocks only: whether random patches fill up what the blocks leave (BEiT v2)."""
 
     def num_kept(self, num_patches: int) -> int:
-        """random with one ratio: how many patches of a view are not masked, a number that the host knows."""
+        """For kind random with one ratio: how many patches of a view are not masked, a number that the host knows."""
         assert self.kind == "random"
         assert isinstance(self.ratio, float)
         return int(num_patches * (1 - self.ratio))
@@ -101,10 +101,10 @@ class Views:
     mask: MaskRule | None = None
     """How its views are masked; None: not at all."""
     crops_of: str | None = None
-    """The group whose crops they must be, at a size of their own; None: a recipe may say so or not."""
+    """The group whose crops they must be, at a size of their own; None: the recipe decides."""
     for_backbone: bool = True
-    """Whether the backbone is shown the views, so that they must have a size that it takes; False where another network
-    alone is (the tokenizer of BEiT)."""
+    """Whether the backbone sees the views, so that they need a size that it takes; False where only another network
+    does (the tokenizer of BEiT)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class RunFacts:
         return self.group_mean.get(group, self.mean), self.group_std.get(group, self.std)
 
     def require_normalisation(self, group: str, mean: Sequence[float], std: Sequence[float], *, why: str) -> None:
-        """Raises ConfigError if the images of augment.GROUP are normalised otherwise; `why` begins the sentence."""
+        """Raises ConfigError if the images of augment.GROUP are normalised differently; `why` begins the sentence."""
         own = self.normalisation(group)
         if any(abs(a - b) > 1e-4 for a, b in zip((*own[0], *own[1]), (*mean, *std), strict=True)):
             raise ConfigError(
@@ -179,7 +179,7 @@ class Batch:
     def masked_patches(self, name: str) -> Tensor:
         """(M,) int64, where the flattened masks (V * B * L,) of a group are True, in order.
 
-        A batch of the data path has them; for one made by hand they are looked for, and the host waits for the device.
+        A batch of the data path has them; for one made by hand they are searched, and the host waits for the device.
         """
         return self.masked[name] if name in self.masked else self.masks[name].flatten().nonzero().flatten()
 

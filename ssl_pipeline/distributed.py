@@ -17,7 +17,7 @@ from ssl_pipeline.config import ConfigError, RunError, failure_sentence, launche
 
 SECONDS_TO_JOIN = 1800.0  # as torch gives processes on CPUs
 SECONDS_BETWEEN_LOOKS = 0.02
-LONGEST_TOLD = 400  # bytes of an error that other processes are told
+LONGEST_TOLD = 400  # bytes of an error that other processes receive
 
 
 def rank() -> int:
@@ -32,7 +32,7 @@ def world_size() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Inside the block the processes that torchrun has started are one group; a process alone is none."""
+    """Inside the block the processes that torchrun has started are one group; a single process has none."""
     if launched_processes() < 2 or dist.is_initialized():
         yield
         return
@@ -46,9 +46,9 @@ def process_group() -> Iterator[None]:
 
 
 def join_processes(backend: str) -> None:
-    """Make the processes that a launcher has started one group; no step where they are one already.
+    """Make the processes that a launcher has started one group; does nothing where they are one already.
 
-    torchrun's agent keeps a store for them that outlives them. Processes that it starts anew after a lost node would
+    torchrun's agent keeps a store for them that outlives them. Processes that it restarts after a lost node would
     read the addresses that the dead ones left there, and hang (https://github.com/pytorch/pytorch/issues/135712), so
     each start writes under a name of its own. Under another launcher the first process keeps the store. Signals are
     taken while processes are waited for, which torch does not do.
@@ -70,7 +70,7 @@ def store_of_this_start(
     """The store under a name that no earlier start of these processes has used; all ranks return the same.
 
     Each asks by a name drawn now, and the first answers every name with its own. Names of dead processes are still
-    there: nobody reads their answers, so the first goes on until each rank says that it has one. Raises ConfigError
+    there: their answers are never read, so the first goes on until each rank says that it has one. Raises ConfigError
     after `seconds`.
     """
     own, until = uuid4().hex, time.monotonic() + seconds
@@ -79,8 +79,8 @@ def store_of_this_start(
         while not store.check([f"answer/{own}"]):  # store.wait would take no signal meanwhile
             if time.monotonic() >= until:
                 raise ConfigError(
-                    f"The first process has not answered rank {own_rank} for {seconds:g} s. Has it been started, and "
-                    "does it run?"
+                    f"The first process has not answered rank {own_rank} for {seconds:g} s. Was it started, and is it "
+                    "running?"
                 )
             time.sleep(SECONDS_BETWEEN_LOOKS)
         first = store.get(f"answer/{own}").decode()
@@ -90,7 +90,7 @@ def store_of_this_start(
         if time.monotonic() >= until:
             raise ConfigError(
                 f"{len(missing)} of {number} processes have not come for {seconds:g} s; the first of them is rank "
-                f"{missing[0]}. Have they been started, and do they run?"
+                f"{missing[0]}. Were they started, and are they running?"
             )
         for other in missing:
             if store.check([f"asks/{other}"]):
@@ -202,7 +202,7 @@ def bytes_of_first_rank(own: bytes, device: torch.device | str) -> bytes:
 
 @contextmanager
 def failing_together(device: torch.device | str) -> Iterator[None]:
-    """An error that one process meets inside is raised by all of them behind the block: nobody waits for a process that
+    """An error that one process meets inside is raised by all of them after the block: none waits for a process that
     gave up. The others raise a RunError with its words. The block must hold no collective.
     """
     if world_size() == 1:

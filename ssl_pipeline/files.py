@@ -1,4 +1,4 @@
-"""Files that are whole or absent (write aside, fsync, rename), their SHA-256, and locks on them."""
+"""Files that are complete or absent (write aside, fsync, rename), their SHA-256, and locks on them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 
 @contextmanager
 def written_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A path to write to, which takes the name `path` at the end; nothing is left of it if that is not reached.
-
-    Whoever reads `path` meanwhile sees the old content or the new one. `durable=False` leaves out the fsync: a power
-    cut may then lose the file, which is acceptable for a heartbeat.
+    """A path to write to, which takes the name `path` at the end; on failure nothing is left. Readers of `path` see the
+    old content or the new one. `durable=False` leaves out the fsync: a power cut may then lose the file, which is
+    acceptable for a heartbeat.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.unlink(missing_ok=True)  # maybe a link to somewhere else
@@ -72,13 +71,12 @@ def write_array(path: Path, array: NDArray, *, durable: bool = True) -> None:
 
 
 def read_array(path: Path, *, mapped: bool) -> NDArray | None:
-    """The array of an .npy file, mapped or read; None if it holds none (a pickle is none).
-
-    A shortage (`is_shortage`) is raised: it says nothing of the file.
+    """The array of an .npy file, mapped or read; None if it holds none (a pickle does not count). A shortage
+    (`is_shortage`) is raised: it says nothing about the file.
     """
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except Exception as error:  # a damaged header is Python code to numpy, which raises what Python does
+    except Exception as error:  # numpy parses a header as Python code, so damage raises Python's errors
         if is_shortage(error):
             raise
         return None
@@ -124,7 +122,8 @@ def without_nan(value: JSON) -> JSON:
 
 
 def is_shortage(error: Exception) -> bool:
-    """Whether an error says nothing of the file it was met at: no open files, no memory, no rights, no network."""
+    """Whether an error says nothing about the file where it occurred: no open files, no memory, no rights, no
+    network."""
     return isinstance(error, OSError) and error.errno in SHORTAGES
 
 
@@ -145,7 +144,7 @@ def open_no_link(path: Path, flags: int) -> int:
 
 
 def sha256_of(file: Path | BufferedReader | FileIO) -> str:
-    """Of the content of a file; of an open one from where it stands."""
+    """Of the content of a file; of an open one from its position."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return sha256_of(opened)
@@ -172,14 +171,14 @@ def lock(file: int | IO, *, shared: bool = False, wait: bool = True, inherited: 
     """Lock an open file or directory against other processes until it is closed; whether that was possible.
 
     With `inherited` (flock) forks hold the lock too, until all of them have closed the file. Without (POSIX, fcntl) it
-    is this process's alone: free at once when this process dies, whatever becomes of its forks, but also when it closes
-    any other descriptor of that file; and the file must be open for writing. OSError where there are no locks.
+    belongs only to this process: free at once when this process dies, whatever becomes of its forks, but also when it
+    closes any other descriptor of that file; and the file must be open for writing. OSError where there are no locks.
     """
     take = fcntl.flock if inherited else fcntl.lockf
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         take(file, kind if wait else kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX allows either for "somebody has it"
+    except (BlockingIOError, PermissionError):  # POSIX allows either for "locked"
         return False
     return True
 

@@ -13,13 +13,13 @@ from ssl_pipeline.distributed import processes_here
 
 ROOT = Path("/")
 LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # control groups v2, v1
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt: more free bytes go back, larger blocks are mapped alone
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt: more free bytes go back, larger blocks are mapped separately
 ALL_KEPT, AS_BY_DEFAULT = 2**31 - 1, 2**25  # bytes: all that mallopt takes, and where the C library itself ends
-RECLAIMABLE = ("inactive_file", "active_file")  # read from disk, and given up for whoever needs the memory
+RECLAIMABLE = ("inactive_file", "active_file")  # read from disk, and given up when memory is needed
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of a GPU what nothing uses, of the host this process's share; None for other devices, of which nobody knows."""
+    """Of a GPU what nothing uses, of the host this process's share; None for other devices, where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_host_bytes() if device.type == "cpu" else None

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone, from SplitMix64 (Steele et al., OOPSLA 2014)."""
+"""Random numbers that depend only on a key, from SplitMix64 (Steele et al., OOPSLA 2014)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def uniforms(
 ) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) with 53 random bits: (V, B, U), V = views, U = count.
 
-    Those of a sample depend on (seed, stream, epoch, sample id) alone, never on its neighbours in the batch;
+    Those of a sample depend only on (seed, stream, epoch, sample id), never on its neighbours in the batch;
     `epochs_B` is one epoch or one per sample. View v reads numbers v*U to (v+1)*U of the sample's own generator.
     """
     states_B = hash64(seed, AUGMENTATION, stream, epochs_B, samples_B)
@@ -70,7 +70,7 @@ def seed_everything(*key: int) -> None:
 def uniform_noise(keys_NA: torch.Tensor, count: int, *, dtype: torch.dtype) -> torch.Tensor:
     """Uniform numbers in (0, 1), exclusive, with 23 random bits, on the device of the keys: (N, count).
 
-    Row n follows from the integers keys_NA[n] alone: no generator, and the same on any process. Nothing waits for the
+    Row n follows only from the integers keys_NA[n]: no generator, and the same on any process. Nothing waits for the
     device. A multiplicative hash of 32 bits, twice for each number; for noise, not for secrets.
     """
     state_N = torch.zeros_like(keys_NA[:, 0])

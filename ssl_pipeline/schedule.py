@@ -177,10 +177,10 @@ class Schedule(Config):
             )
         if self.decay == "steps":
             if not self.milestones:
-                raise ValueError("milestones are missing: decay=steps needs one at least, for instance ['100ep'].")
+                raise ValueError("milestones are missing: decay=steps needs at least one, for instance ['100ep'].")
             if self.final is not None:
                 raise ValueError(
-                    "final has no part in decay=steps: milestones and factor define the decay. Leave it out."
+                    "final has no effect with decay=steps: milestones and factor define the decay. Leave it out."
                 )
         elif self.milestones or self.factor != DEFAULT_FACTOR:
             setting = "milestones" if self.milestones else "factor"
@@ -188,7 +188,9 @@ class Schedule(Config):
         decays = self.decay == "cosine_7_16" or self.final is not None
         for setting, is_set in (("decay_for", self.decay_for is not None), ("reach_final", self.reach_final)):
             if is_set and self.decay == "steps":
-                raise ValueError(f"{setting} has no part in decay=steps, whose milestones say when. Leave it out.")
+                raise ValueError(
+                    f"{setting} has no effect with decay=steps, whose milestones set the steps. Leave it out."
+                )
             if is_set and not decays:
                 raise ValueError(
                     f"{setting} applies to the way to final, but final is not set. Set it, or leave this out."

@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds but a part of the tensor."""
+    """Whether this process holds only a part of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in place: its rows of a sharded one, maybe none; else the tensor itself."""
+    """What this process holds of a tensor, in place: its rows of a sharded one, maybe none; otherwise the tensor
+    itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -31,7 +32,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shared_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that each process holds whole, shared out over the processes as `like`, of the same shape, is.
+    """A tensor that each process holds whole, sharded over the processes like `like`, of the same shape.
 
     Nothing is sent: process r of n keeps the rows from r * ceil(rows / n) on, as torch.chunk counts them.
     """

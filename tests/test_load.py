@@ -104,7 +104,7 @@ def test_what_is_no_image_is_refused(tmp_path):
 
 
 def test_a_backbone_of_no_run_has_no_transform():
-    with pytest.raises(ConfigError, match=r"comes from no run, .* ssl_pipeline\.load\(run\) brings that along"):
+    with pytest.raises(ConfigError, match=r"does not come from a run, .* ssl_pipeline\.load\(run\) knows them"):
         tiny_vit().transform()
 
 
@@ -124,7 +124,7 @@ def test_arguments_of_another_type_are_refused(tmp_path, asked, sentence):
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"must be the directory of a run\. There is none"):
+    with pytest.raises(ConfigError, match=r"must be the directory of a run\. There is no such directory"):
         ssl_pipeline.load(tmp_path / "rnu")
     with pytest.raises(ConfigError, match=r"has no backbone.safetensors, .* and no checkpoint"):
         ssl_pipeline.load(tmp_path)

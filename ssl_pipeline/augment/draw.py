@@ -110,7 +110,7 @@ def num_draws(group: ViewGroup) -> int:
 
 
 def _slices(group: ViewGroup) -> dict[Operation, slice]:
-    """Where the uniforms of each operation stand among those of a view."""
+    """The slice of each operation's uniforms among those of a view."""
     slices, first = {}, NUM_CROP_UNIFORMS
     for operation in group.operations:
         slices[operation] = slice(first, first := first + operation.num_uniforms(group))

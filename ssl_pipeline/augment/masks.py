@@ -113,7 +113,7 @@ def mask_counts(
 def draw_masks(
     rule: MaskRule, size: int, states_VB: NDArray[np.uint64], *, counts_VB: NDArray[np.int64] | None = None
 ) -> NDArray[np.bool_]:
-    """(V, B, L) for views of `size` pixels; each follows from its own state of SplitMix64 alone.
+    """(V, B, L) for views of `size` pixels; each follows only from its own state of SplitMix64.
 
     counts_VB: how many patches of each view are masked, where a view does not decide for itself (`rule.stratified`).
     """

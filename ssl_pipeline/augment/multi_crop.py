@@ -1,4 +1,4 @@
-"""The views of a run for somebody's own training loop: decoded images in, multi-crop views out."""
+"""The views of a run for your own training loop: decoded images in, multi-crop views out."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class MultiCrop:
     """Groups of views of some images: cropped, flipped, their colours changed, normalised; those that a run makes.
 
-    groups: what the views of each name are like, in the words of a recipe's `augment` section.
-    Nothing is drawn from a state: seed, epoch and the id of an image say what becomes of it, in any process. Raises
-    ConfigError for a group of several sizes, which a run draws anew in each step.
+    groups: the settings of the views of each name, as in a recipe's `augment` section. There is no random state: views
+    follow from the seed, the epoch and the image's id, in any process. Raises ConfigError for a group of several sizes,
+    which a run draws again in each step.
     """
 
     def __init__(

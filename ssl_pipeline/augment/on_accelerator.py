@@ -29,7 +29,7 @@ class Fused:
     """The same compiled, and as it is from the moment that torch.compile fails on this machine."""
 
     def __init__(self) -> None:
-        # shapes stay the same from batch to batch; a second size is no reason for code that takes any
+        # shapes stay the same from batch to batch; a second size does not call for code that takes any
         self.augment = torch.compile(augment_on_accelerator, fullgraph=True, dynamic=False)
         self.known: set[tuple[torch.Size, torch.dtype, Stages]] = set()
 
@@ -38,7 +38,7 @@ class Fused:
             return self._augment(crops_NCHW, draws_NP, stages)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of no common type: no triton, no C compiler, a fault of the compiler's
+        except Exception as error:  # they share no type: no triton, no C compiler, a compiler bug
             if self.augment is augment_on_accelerator:
                 raise
             views_NCHW = augment_on_accelerator(crops_NCHW, draws_NP, stages)  # which raises if the fault lies there

@@ -143,8 +143,8 @@ def _gather(
     start_NH = offset_N[:, None] + 3 * (row_NH * image_width_N[:, None] + left_N[:, None])
     # a view in which row i is the bytes from i on: whole rows are copied, and only their beginnings are looked up;
     # not by index_select, which on a GPU counts the elements of the view, and those need 64 bits
-    everywhere = pixels.unfold(0, 3 * widest, 1)
-    interleaved_NHW3 = everywhere[start_NH].view(len(offset_N), tallest, widest, 3)
+    windows = pixels.unfold(0, 3 * widest, 1)
+    interleaved_NHW3 = windows[start_NH].view(len(offset_N), tallest, widest, 3)
     return interleaved_NHW3.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
 
 

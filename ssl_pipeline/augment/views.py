@@ -17,9 +17,8 @@ class CropSettings(ViewSettings):
     """How views are cut out of their image."""
 
     crops_of: str | None = None
-    """Another group, whose boxes and flips these views have at a size of their own (BEiT's tokens, DINOv3's Gram
-    teacher). An operation draws the same numbers for both groups where it takes as many
-    of them in both."""
+    """Another group whose boxes and flips these views share, at their own size (BEiT's tokens, DINOv3's Gram
+    teacher). An operation draws the same numbers for both groups if it needs equally many in both."""
     crop: Literal["random_resized", "pad"] = "random_resized"
     """random_resized: a random part of the image, resized. pad: the whole image, shifted by up to `padding` of its
     size and reflected where it runs out (FixMatch's weak view)."""
@@ -39,7 +38,7 @@ class CropSettings(ViewSettings):
     """What red, green and blue are divided by after that; by default data.std."""
 
 
-BOX_KEYS = ("crop", "scale", "aspect", "padding", "flip_prob")  # without meaning beside crops_of
+BOX_KEYS = ("crop", "scale", "aspect", "padding", "flip_prob")  # no effect with crops_of
 
 # all keys of the operations; of several bases pydantic takes the fields of the last one first
 _operation_settings: Any = create_model(
@@ -89,7 +88,7 @@ class ViewGroup(_operation_settings, CropSettings):
         given = [key for key in BOX_KEYS if getattr(self, key) != CropSettings.model_fields[key].default]
         defaults = {key: json.dumps(CropSettings.model_fields[key].default) for key in given}
         return [
-            f"{key} has no effect with crops_of={self.crops_of}. Leave it out; over a recipe that has it, set "
+            f"{key} has no effect with crops_of={self.crops_of}. Leave it out; if the recipe sets it, write "
             f"{key}={default.strip(chr(34))}."
             for key, default in defaults.items()
         ]
@@ -111,11 +110,11 @@ def check_crops_of(groups: Mapping[str, ViewGroup]) -> None:
             )
         if source.crops_of is not None:
             raise ConfigError(
-                f"augment.{name}.crops_of must be a group with crops of its own. Got '{group.crops_of}', which has "
+                f"augment.{name}.crops_of must be a group with crops of its own. Got '{group.crops_of}', which uses "
                 f"those of '{source.crops_of}'."
             )
         if source.count != group.count:
             raise ConfigError(
-                f"augment.{name}.count must be that of augment.{group.crops_of}, {source.count}, whose crops it has. "
-                f"Got {group.count}."
+                f"augment.{name}.count must equal that of augment.{group.crops_of}, {source.count}, whose crops it "
+                f"uses. Got {group.count}."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssl_pipeline.backbones.classifier import NormalisedLinear, classifier_of_run, load_classifier, save_classifier
-from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig, spoken_of_as
+from ssl_pipeline.backbones.config import ARCHITECTURE, Argument, BackboneConfig, errors_name_setting
 from ssl_pipeline.backbones.create import create_backbone, outline_backbone
 from ssl_pipeline.backbones.files import load_backbone, save_backbone
 from ssl_pipeline.backbones.image_sizes import check_image_sizes, smallest_size, starved_convolution
@@ -35,6 +35,7 @@ __all__ = [
     "check_image_sizes",
     "classifier_of_run",
     "create_backbone",
+    "errors_name_setting",
     "layer_decay_groups",
     "layer_lr_scale",
     "layers_of",
@@ -48,7 +49,6 @@ __all__ = [
     "save_classifier",
     "sincos_position_embedding",
     "smallest_size",
-    "spoken_of_as",
     "starved_convolution",
     "without_drop_path",
 ]

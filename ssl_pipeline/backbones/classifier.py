@@ -1,4 +1,4 @@
-"""A linear classifier on a backbone's features, in one file beside the backbone's: classifier.safetensors."""
+"""A linear classifier on a backbone's features, in one file next to the backbone's: classifier.safetensors."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def load_classifier(directory: Path) -> tuple[nn.Linear, tuple[str, ...] | None]
         classifier = nn.Linear(dim, num_classes, bias="bias" in state)
         classifier.load_state_dict(state)
     except FileNotFoundError:
-        raise ConfigError(f"{directory} holds no {FILE_NAME}: the run's method learnt no classifier.") from None
+        raise ConfigError(f"{directory} holds no {FILE_NAME}: the run's method does not train a classifier.") from None
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{path} is no linear classifier ({str(error).splitlines()[0]}).") from None
+        raise ConfigError(f"{path} is not a linear classifier ({str(error).splitlines()[0]}).") from None
     require_floats(state.items(), source=str(path))
     return classifier, tuple(names) if names is not None else None
 
@@ -89,5 +89,5 @@ def classifier_of_run(run: Path, *, step: int | None = None) -> tuple[nn.Linear,
     checkpoint, _, _ = find_in_run(run, step=step)
     saved = checkpoint.state.classifier
     if saved is None:
-        raise ConfigError(f"{checkpoint.path} holds no classifier: the run's method learns none.")
+        raise ConfigError(f"{checkpoint.path} holds no classifier: the run's method does not train one.")
     return plain_linear(tensors_of(checkpoint, saved.prefix)), saved.class_names

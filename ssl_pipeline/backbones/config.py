@@ -1,4 +1,4 @@
-"""What a recipe may say of a backbone."""
+"""The settings of a backbone in a recipe."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ RESERVED_ARGUMENTS = {
     "exportable": "a backbone is trained and evaluated as it is",
 }
 SIZES = {"depth", "depths", "dims", "embed_dim", "img_size", "layers", "num_heads", "patch_size", "window_size"}
-"""Arguments that count something there must be some of."""
+"""Arguments that count something and must be at least 1."""
 Argument = bool | int | float | str | list[bool | int | float | str]
-"""What a timm model may be told: a value, or a list of them (the depths of a Swin's stages)."""
+"""Values of a timm model's arguments: a value, or a list of values (the depths of a Swin's stages)."""
 ARCHITECTURE = ("name", "arguments", "small_images", "reversible", "class_tokens", "patch_mean")
-"""What shapes the tensors, and what is computed with them; the rest is how they begin and train."""
+"""Keys that decide the tensors' shapes and what is computed; the others are about initial weights and training."""
 CAME_LATER = {"reversible", "class_tokens", "patch_mean"}
-"""What files of before do not say: it was not there."""
+"""Keys that older files lack."""
 
 
 class BackboneConfig(Config):
@@ -50,32 +50,32 @@ class BackboneConfig(Config):
     """ResNets only: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels."""
     weights: MayChange[PlaceText | None] = None  # to another place of the same bytes: `resume` looks at these
     """Weights to start from: a file (.safetensors, .pth, .pt), a run's directory or that of one of its checkpoints, or
-    the tag of a pretrained timm model, alone or with the model's name before it."""
+    the tag of a pretrained timm model, with or without the model's name before it."""
     weights_from: str | None = None
     """Which network of the weights: `teacher` or `student` of a file, a backbone of a run by name; by default the one
     that is usually evaluated."""
     initial_weights: Literal["mae", "moco_v3", "beit"] | None = None
-    """ViTs only: how the weights begin, as in the official code of MAE, MoCo v3 or BEiT (SimMIM's too); null leaves it
-    to timm."""
+    """ViTs only: how the weights are initialised, as in the official code of MAE, MoCo v3 or BEiT (SimMIM's too); null
+    leaves it to timm."""
     fixed_positions: bool = False
-    """ViTs only: a table of sines that is not trained, instead of learnt positions: MAE's, and MoCo v3's with its
+    """ViTs only: a fixed table of sines instead of learnt positions: MAE's, and MoCo v3's with its
     initial_weights."""
     frozen_patch_embed: bool = False
-    """ViTs only: whether the patch embedding stays as it begins (MoCo v3)."""
+    """ViTs only: whether the patch embedding stays as initialised (MoCo v3)."""
     frozen_batch_norm: bool = False
-    """Whether batch norm keeps the statistics of the weights. Those of some hundred augmented images, which it would
-    take on in training, cost a good network more than training on few images wins."""
+    """Whether batch norm keeps the statistics of the weights. Replacing them by those of a few hundred augmented images
+    costs a good network more than training on few images gains."""
     reversible: bool = False
     """ViTs of timm's VisionTransformer only: two streams of tokens, so that the backward pass computes activations from
-    outputs (Mangalam et al., 2022), in memory that does not grow with depth. Another function of the same parameters:
-    released weights do not fit it."""
+    outputs (Mangalam et al., 2022), in memory that does not grow with depth. It computes another function of the same
+    parameters, so released weights do not fit."""
     class_tokens: int = Field(default=0, ge=0, le=1000)
-    """ViTs only: the features are the class tokens of the last so many blocks, each after the final norm, one after the
-    other, instead of the network's own (DINO's linear evaluation: 4 of a ViT-S, 1 of a ViT-B); 0: its own."""
+    """ViTs only: the features are the class tokens of the last N blocks, each after the final norm, concatenated,
+    instead of the network's own (DINO's linear evaluation: 4 of a ViT-S, 1 of a ViT-B); 0: its own."""
     patch_mean: bool = False
-    """With class_tokens: whether the mean of the last block's patches stands behind them (DINO's ViT-B)."""
+    """With class_tokens: whether the mean of the last block's patches is appended to them (DINO's ViT-B)."""
     checkpoint_activations: MayChange[bool] = False
-    """Whether the backward pass computes the blocks again instead of keeping what they computed: the same results in a
+    """Whether the backward pass recomputes the blocks instead of keeping their activations: the same results in a
     fraction of the memory, about a quarter slower. Not for networks with batch norm."""
 
     @classmethod
@@ -94,7 +94,7 @@ class BackboneConfig(Config):
         architecture, _, tag = without_hub(self.name).partition(".")
         if architecture != self.name and not tag:
             raise ValueError(
-                "backbone.name must be an architecture of timm without the place where it lies. "
+                "backbone.name must be a timm architecture without its location. "
                 f"Got '{self.name}'; write backbone.name={architecture}"
             )
         if tag:
@@ -122,18 +122,18 @@ class BackboneConfig(Config):
             )
         if self.weights_from and not self.weights:
             raise ValueError(
-                f"backbone.weights_from={self.weights_from} says which network of backbone.weights is taken. Set both."
+                f"backbone.weights_from={self.weights_from} chooses a network of backbone.weights. Set both."
             )
         if self.weights and self.initial_weights:
             raise ValueError(
-                "backbone.weights and initial_weights both say how the weights begin. Leave one of them out."
+                "backbone.weights and initial_weights both set the initial weights. Leave one of them out."
             )
         if self.reversible and self.checkpoint_activations:
             raise ValueError(
-                "backbone.reversible and checkpoint_activations both save the memory of activations. Leave one out."
+                "backbone.reversible and checkpoint_activations both save activation memory. Leave one out."
             )
         if self.patch_mean and not self.class_tokens:
-            raise ValueError("backbone.patch_mean stands behind class tokens. Set backbone.class_tokens too.")
+            raise ValueError("backbone.patch_mean needs class tokens. Set backbone.class_tokens too.")
         if self.frozen_batch_norm and not self.weights:
             raise ValueError("backbone.frozen_batch_norm keeps the statistics of weights. Set backbone.weights too.")
         return self
@@ -152,10 +152,10 @@ KEYS = re.compile(rf"(?<![\w./-])backbone\.({'|'.join(BackboneConfig.model_field
 
 
 @contextmanager
-def spoken_of_as(section: str | None) -> Iterator[None]:
-    """Errors in the block name the keys of a network that does not stand in `backbone`.
+def errors_name_setting(section: str | None) -> Iterator[None]:
+    """Errors in the block name the keys of a network that is set outside of `backbone`.
 
-    section: where it stands (method.teacher); None for an evaluator's, whose keys are backbone, weights and so on.
+    section: where it is set (method.teacher); None for an evaluator's, whose keys are backbone, weights and so on.
     """
 
     def here(found: re.Match[str]) -> str:

@@ -32,7 +32,7 @@ from ssl_pipeline.config import ConfigError, nearest, some_of
 from ssl_pipeline.config.printing import note
 
 LARGEST_READ = 1 << 30  # bytes of a file that is read only to be compared: seconds
-TAKES_A_FILE = "Where that cannot be reached, backbone.weights=FILE takes a file that was fetched elsewhere."
+TAKES_A_FILE = "If it cannot be reached, set backbone.weights=FILE to a file downloaded elsewhere."
 
 
 def create_backbone(config: BackboneConfig) -> Backbone:
@@ -45,8 +45,8 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     if config.small_images:
         if not takes_small_stem(model):
             raise ConfigError(
-                f"backbone.small_images needs a ResNet with a single stem convolution. '{config.name}' is none; try "
-                "resnet18, or backbone.small_images=false over a recipe that has it."
+                f"backbone.small_images needs a ResNet with a single stem convolution. '{config.name}' is not one; try "
+                "resnet18, or backbone.small_images=false if the recipe sets it."
             )
         shrink_stem(model)
     if config.reversible:
@@ -63,7 +63,7 @@ def create_backbone(config: BackboneConfig) -> Backbone:
     _prepare_vit(backbone, config)
     if config.class_tokens:
         if not isinstance(backbone, TokenBackbone):
-            raise ConfigError(f"backbone.class_tokens needs a ViT. '{config.name}' is none.")
+            raise ConfigError(f"backbone.class_tokens needs a ViT. '{config.name}' is not one.")
         backbone.take_class_tokens(config.class_tokens, patch_mean=config.patch_mean)
     if config.frozen_batch_norm:
         if not batch_norms(backbone):
@@ -76,9 +76,9 @@ def create_backbone(config: BackboneConfig) -> Backbone:
 
 
 def outline_backbone(config: BackboneConfig) -> Backbone:
-    """The backbone without memory, on torch's meta device, whose weights are compared with it where a file is there.
+    """The backbone without memory, on torch's meta device; weights are compared with it if their file exists.
 
-    Of a tag the name is looked up, and nothing is fetched. Raises ConfigError as `create_backbone` does.
+    For a tag only the name is looked up; nothing is fetched. Raises ConfigError as `create_backbone` does.
     """
     _checked_tag(config)
     with torch.device("meta"):
@@ -87,14 +87,14 @@ def outline_backbone(config: BackboneConfig) -> Backbone:
         return backbone
     file = file_of(require_place(config.weights), network=config.weights_from)
     if file is not None and file.stat().st_size <= LARGEST_READ:
-        with warnings.catch_warnings(action="ignore"):  # torch on values that a network without memory does not take
+        with warnings.catch_warnings(action="ignore"):  # torch rejects the values even for a network without memory
             load_source(backbone.model, config.weights, network=config.weights_from)
     return backbone
 
 
 def _checked_tag(config: BackboneConfig) -> str | None:
-    """The tag of timm that the weights are, if they are one; ConfigError for names and weights that there are not, and
-    for what no tag goes with.
+    """The tag of timm that the weights are, if they are one; Raises ConfigError for an unknown model or tag, and for
+    settings that exclude pretrained weights.
     """
     if not timm.is_model(config.name):
         raise ConfigError(f"No timm model '{config.name}'.{nearest(config.name, timm.list_models())}")
@@ -103,8 +103,8 @@ def _checked_tag(config: BackboneConfig) -> str | None:
         _check_tag(config.name, tag)
         if config.reversible:
             raise ConfigError(
-                f"backbone.weights={tag} are weights of a ViT with one stream of tokens; a reversible one is another "
-                "function. Leave backbone.weights out, or set backbone.reversible=false."
+                f"backbone.weights={tag} are weights of a ViT with one stream of tokens; a reversible one computes "
+                "another function. Leave backbone.weights out, or set backbone.reversible=false."
             )
     if config.small_images and tag is not None:
         raise ConfigError(
@@ -113,7 +113,7 @@ def _checked_tag(config: BackboneConfig) -> str | None:
         )
     if config.weights_from is not None and tag is not None:
         raise ConfigError(
-            f"backbone.weights_from={config.weights_from} is about files and runs, which hold several networks. "
+            f"backbone.weights_from={config.weights_from} is for files and runs, which hold several networks. "
             f"'{tag}' is a tag of timm; leave weights_from out."
         )
     return tag
@@ -123,7 +123,7 @@ def _check_tag(name: str, tag: str) -> None:
     known = timm.list_pretrained(f"{name}.*")
     if f"{name}.{tag}" not in known:
         raise ConfigError(
-            f"backbone.weights: no file, no run and no pretrained '{name}.{tag}'. Known: {some_of(known, tag)}"
+            f"backbone.weights: there is no file, run or pretrained '{name}.{tag}'. Known: {some_of(known, tag)}"
         )
 
 
@@ -158,7 +158,7 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
 
 
 def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
-    """How the weights of a ViT begin and which of them stay as they are."""
+    """Initialise the weights of a ViT and freeze those that stay fixed."""
     if config.initial_weights == "mae" and not isinstance(backbone, TokenBackbone):
         raise ConfigError(
             f"MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. "
@@ -166,15 +166,15 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
         )
     for setting in ("initial_weights", "fixed_positions", "frozen_patch_embed"):
         if getattr(config, setting) and not isinstance(backbone, TokenBackbone):
-            raise ConfigError(f"backbone.{setting} needs a ViT. '{config.name}' is none.")
+            raise ConfigError(f"backbone.{setting} needs a ViT. '{config.name}' is not one.")
     if isinstance(backbone, TokenBackbone):
         if config.initial_weights is not None:
             as_beit = config.initial_weights == "beit"
             if not isinstance(backbone.model, (VisionTransformer, Beit) if as_beit else VisionTransformer):
                 raise ConfigError(
-                    f"backbone.initial_weights={config.initial_weights} is about timm's VisionTransformer (vit_*)"
-                    f"{' and Beit (beit_*)' if as_beit else ''}. "
-                    f"'{config.name}' is one of its {type(backbone.model).__name__}s; leave it out."
+                    f"backbone.initial_weights={config.initial_weights} works only with timm's VisionTransformer "
+                    f"(vit_*){' and Beit (beit_*)' if as_beit else ''}. '{config.name}' is one of its "
+                    f"{type(backbone.model).__name__}s; leave it out."
                 )
             initialise(backbone.model, config.initial_weights)
         if config.fixed_positions:
@@ -186,8 +186,8 @@ def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
 def _checkpoint_activations(backbone: Backbone, name: str) -> None:
     if batch_norms(backbone):
         raise ConfigError(
-            f"backbone.checkpoint_activations needs a network without batch norm, which would count each batch twice. "
-            f"'{name}' has some."
+            "backbone.checkpoint_activations needs a network without batch norm, which would count each batch twice. "
+            f"'{name}' has batch norm."
         )
     try:
         backbone.model.set_grad_checkpointing()  # type: ignore[operator]

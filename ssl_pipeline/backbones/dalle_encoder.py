@@ -1,6 +1,6 @@
 """The convolutional encoder of DALL-E's discrete VAE (Ramesh et al., 2021, https://arxiv.org/abs/2102.12092) for timm.
 
-Its parameters are called as in the released encoder, with `weight` and `bias` in place of `w` and `b`.
+Its parameters are named as in the released encoder, with `weight` and `bias` in place of `w` and `b`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import relu
 class DalleEncoder(nn.Module):
     """(B, 3, H, W) -> a map (B, 8 * hidden_dim, H / 8, W / 8): four groups of residual blocks, halved after three.
 
-    num_groups: another number of them; a cell of the map stands for 2^(num_groups - 1) pixels.
+    num_groups: another number of them; a cell of the map covers 2^(num_groups - 1) pixels.
     """
 
     def __init__(

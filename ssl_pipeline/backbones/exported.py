@@ -1,4 +1,4 @@
-"""What a run has exported, and whether that is the newest that it has: runs are extended, and some fail then."""
+"""What a run has exported, and whether it has anything newer: runs are extended, and may fail after that."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def exported_step(run: Path) -> int | None:
 
 
 def takes_export(run: Path, *, which: str | None = None, step: int | None = None) -> bool:
-    """Whether what is asked for of a run is its backbone.safetensors, and not in a checkpoint.
+    """Whether the requested backbone of a run is its backbone.safetensors, not one in a checkpoint.
 
     Without `which` and `step` it is the newest backbone: the export, unless the run was extended after it and has a
     newer checkpoint.
@@ -46,9 +46,9 @@ def takes_export(run: Path, *, which: str | None = None, step: int | None = None
 def about_weights(
     weights: str, *, which: str | None, sha256: str | None, tensors: Mapping[str, Tensor]
 ) -> dict[str, JSON]:
-    """What run.json tells of the weights that a run starts from: the setting, a SHA-256, and the run they are of.
+    """What run.json says about the weights that a run starts from: the setting, a SHA-256, and their run.
 
-    sha256: of the file; of a tag, which has none here, that of the `tensors` is told.
+    sha256: of the file; for a tag, which has no file here, that of the `tensors`.
     """
     if sha256 is None:
         sha256 = sha256_of_bytes(*(part for item in tensors.items() for part in _bytes_of(*item)))

@@ -1,4 +1,4 @@
-"""A finished backbone's directory: backbone.json and backbone.safetensors, which timm alone can read."""
+"""A finished backbone's directory: backbone.json and backbone.safetensors, which timm can read on its own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def save_backbone(
 ) -> None:
     """Write backbone.json and backbone.safetensors, for timm.create_model(name, num_classes=0, **arguments).
 
-    A reversible ViT is none of timm's, which refuses its tensors; `load_backbone` makes it again.
+    timm has no reversible ViT and refuses its tensors; `load_backbone` makes it again.
     `step` is the number of optimizer steps that made it (`exported_step`). Nothing describes tensors of another step:
-    the description of those before goes first.
+    the old description is removed first.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     description: dict[str, JSON] = {
@@ -47,7 +47,7 @@ def load_backbone(directory: Path) -> tuple[Backbone, Preprocessing]:
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no backbone.json: is it the directory of a finished run?") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no description of a backbone ({first_line(error)}).") from error
+        raise ConfigError(f"{path} does not describe a backbone ({first_line(error)}).") from error
     backbone = create_backbone(config)
     backbone.origin = load_source(backbone.model, str(directory / "backbone.safetensors"), network=None)
     backbone.preprocessing = preprocessing

@@ -1,4 +1,4 @@
-"""Which images a backbone takes, found out before the run by a forward pass that computes no numbers.
+"""Which images a backbone takes, found before the run by a forward pass that computes no numbers.
 
 It runs on a copy without memory (torch's meta device), so that it costs milliseconds for a network of any size and
 changes neither weights nor statistics nor random state.
@@ -22,7 +22,7 @@ from ssl_pipeline.config import ConfigError
 NUM_IMAGES, NUM_CHANNELS = 2, 3
 STEPS = (2, 4, 7, 8, 14, 16, 28, 32)  # in pixels: what the sizes that networks take are multiples of
 USUAL = (32, 64, 96, 128, 160, 192, 224, 256)
-LONGEST_REASON = 160  # characters of what a network says
+LONGEST_REASON = 160  # characters of a network's error
 
 
 def check_image_sizes(
@@ -43,7 +43,7 @@ def check_image_sizes(
             if reason is not None:
                 given = ", ".join(map(str, sides))
                 raise ConfigError(
-                    f"{key}={given} does not suit the backbone '{backbone.config.name}': it takes no images of "
+                    f"{key}={given} does not suit the backbone '{backbone.config.name}': it does not take images of "
                     f"{NUM_CHANNELS} channels and {size}x{size} pixels ({reason}). "
                     f"{_advice(meta, sizes, key, size, arguments)}"
                 )
@@ -84,7 +84,7 @@ def _fails(backbone: Backbone, size: int) -> str | None:
     if isinstance(features, Tensor) and features.shape == wanted:
         return None
     got = f"of shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
-    return f"what it makes of {NUM_IMAGES} of them is {got}, not {wanted}"
+    return f"its output for {NUM_IMAGES} of them is {got}, not {wanted}"
 
 
 def _advice(meta: Backbone, sizes: Mapping[str, Sequence[int]], key: str, size: int, arguments: str | None) -> str:

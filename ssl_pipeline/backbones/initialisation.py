@@ -1,7 +1,7 @@
-"""How the weights of a ViT begin in official code.
+"""How official code initialises the weights of a ViT.
 
 MAE (He et al., 2021, https://arxiv.org/abs/2111.06377), MoCo v3 (Chen et al., 2021, https://arxiv.org/abs/2104.02057)
-and BEiT (Bao et al., 2021, https://arxiv.org/abs/2106.08254), whose way SimMIM has too.
+and BEiT (Bao et al., 2021, https://arxiv.org/abs/2106.08254), which SimMIM follows too.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def initialise_as_mae(module: nn.Module) -> None:
 
 @torch.no_grad()
 def fix_positions(model: VisionTransformer, *, first_half: Literal["column", "row"] = "column") -> None:
-    """Put sines into the position table and train it no more; class token and registers have position zero.
+    """Put sines into the position table and stop training it; class token and registers have position zero.
 
     first_half: as in `sincos_position_embedding`.
     """

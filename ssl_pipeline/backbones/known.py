@@ -22,19 +22,19 @@ class Known:
     """What is known of weights; None: nothing."""
 
     network: dict[str, object] | None = None
-    """The architecture as BackboneConfig has it: name, arguments, small_images; of a run, an export, a tag."""
+    """The architecture in BackboneConfig's keys name, arguments, small_images; from a run, an export or a tag."""
     size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     of: str = ""
-    """Who says the mean and the standard deviation."""
+    """Where the mean and the standard deviation come from."""
 
 
 def known_of(weights: str, *, name: str | None, which: str | None = None) -> Known:
     """What is known of `weights`: a tag of timm, a run or its export, a model of Hugging Face, or another file.
 
     name: the architecture, where it is known; a tag may have it before it (resnet18.a1_in1k). which: the network of a
-    run. Of a file that says nothing of itself, the
+    run. For a file that says nothing about itself, the
     mean and deviation are those of timm's weights of the architecture, if all of them have the same: a ViT's differ
     between supervised (0.5) and self-supervised ones (ImageNet's). Raises ConfigError for a run without a checkpoint.
     """
@@ -69,7 +69,7 @@ def names_its_network(weights: str) -> bool:
 def _of_tag(name: str, tag: str) -> Known:
     try:
         published = timm.get_pretrained_cfg(f"{name}.{tag}", allow_unregistered=False)
-    except RuntimeError:  # no such tag, or no such model: told by those who look for the weights
+    except RuntimeError:  # no such tag or model: reported where the weights are looked up
         published = None
     if published is None or not published.architecture:
         return Known({"name": name}) if timm.is_model(name) else Known()
@@ -87,7 +87,7 @@ def _of_architecture(name: str) -> Known:
 
 
 def _of_model(folder: Path) -> tuple[Sequence[float] | None, Sequence[float] | None, Path | None]:
-    """Mean and deviation that a model of Hugging Face brings, of timm or of transformers, and the file with them."""
+    """Mean and deviation of a Hugging Face model, of timm or of transformers, and the file with them."""
     for name, section, keys in (
         ("config.json", "pretrained_cfg", ("mean", "std")),
         ("preprocessor_config.json", None, ("image_mean", "image_std")),

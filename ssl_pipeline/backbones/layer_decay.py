@@ -36,7 +36,7 @@ def layer_decay_groups(
 ) -> list[dict[str, object]]:
     """The trained parameters of a ViT as optimizer groups {"params", "lr_scale", "weight_decay"}, for fine-tuning.
 
-    The ViT may lie inside `model`; what is beside it (a classifier) has the factor 1. The number of blocks is read from
+    The ViT may lie inside `model`; everything else (a classifier) has the factor 1. The number of blocks is read from
     the names. 1-D tensors, biases, class, mask and register tokens and the position table are not decayed. Raises
     ConfigError if there are no blocks, or those of several networks.
     """
@@ -56,7 +56,7 @@ def layer_decay_groups(
 
 
 def find_blocks(model: nn.Module) -> tuple[str, int]:
-    """What stands before `blocks.` in the names of a ViT's parameters, and the number of its blocks."""
+    """What comes before `blocks.` in the names of a ViT's parameters, and the number of its blocks."""
     found: dict[str, set[str]] = {}
     for name, _ in model.named_parameters():
         if parts := re.match(r"((?:\w+\.)*?)blocks\.(\d+)\.", name):

@@ -14,12 +14,13 @@ from ssl_pipeline.config import ConfigError
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a network that lies in one layer: its name begins its parameters' names. The first layer is 0."""
+    """A part of a network that belongs to one layer: its name is the prefix of its parameters' names. The first layer
+    is 0."""
 
     name: str
     layer: int
     is_token: bool = False
-    """Whether it is a class, mask or register token or a position table, which fine-tuning spares weight decay."""
+    """Whether it is a class, mask or register token or a position table, which have no weight decay in fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Layers:
 
 
 def layers_of(model: nn.Module) -> Layers:
-    """The layers of a timm network, those of its trained parameters; ConfigError if timm does not tell them."""
+    """The layers of a timm network, those of its trained parameters; ConfigError if timm does not know them."""
     numbers, after = _numbers(model)
     return Layers(tuple(_largest_parts(model, "", numbers)), after)
 
@@ -50,8 +51,8 @@ def _numbers(model: nn.Module) -> tuple[dict[str, int], int]:
     matcher = getattr(model, "group_matcher", None)
     if matcher is None:
         raise ConfigError(
-            f"Nothing says which layers {type(model).__name__} has: it is no ViT and has no group_matcher as most of "
-            "timm's networks have. Leave layer-wise settings out."
+            f"The layers of {type(model).__name__} are unknown: it is not a ViT and has no group_matcher, unlike most "
+            "timm networks. Leave layer-wise settings out."
         )
     known: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
     return {name: known[name] for name in trained}, max(known.values()) + 1

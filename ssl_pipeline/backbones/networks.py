@@ -42,7 +42,7 @@ class Backbone(nn.Module):
         self.keeps_statistics = False
         """Whether batch norm never leaves evaluation mode."""
         self.is_frozen = False
-        """Whether nothing of it is trained, and it never leaves evaluation mode."""
+        """Whether it is not trained and always stays in evaluation mode."""
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         return getattr(self.model, "default_cfg", {}).get("architecture", type(self.model).__name__)
 
     def train(self, mode: bool = True) -> Self:
-        """As `torch.nn.Module.train`; what is frozen, batch norm's statistics or all, stays in evaluation mode."""
+        """As `torch.nn.Module.train`; frozen parts (batch norm's statistics, or everything) stay in evaluation mode."""
         super().train(mode and not self.is_frozen)
         if self.keeps_statistics:
             for part in batch_norms(self):
@@ -58,7 +58,7 @@ class Backbone(nn.Module):
         return self
 
     def freeze(self) -> None:
-        """Keep it as it is for good: no gradient, no new statistics, no drop path."""
+        """Freeze it permanently: no gradient, no new statistics, no drop path."""
         self.requires_grad_(False)
         self.is_frozen = True
         self.eval()
@@ -66,12 +66,12 @@ class Backbone(nn.Module):
     def transform(self) -> ImageTransform:
         """Makes an image into what this backbone expects: (3, size, size), as the evaluators see it.
 
-        Raises ConfigError if the backbone comes from no run, so that nobody knows.
+        Raises ConfigError if the backbone comes from no run, so that this is unknown.
         """
         if self.preprocessing is None:
             raise ConfigError(
-                f"this '{self.name}' comes from no run, so nothing says which images it expects. "
-                "ssl_pipeline.load(run) brings that along; else set backbone.preprocessing."
+                f"this '{self.name}' does not come from a run, so the images it expects are unknown. "
+                "ssl_pipeline.load(run) knows them; otherwise set backbone.preprocessing."
             )
         return ImageTransform(self.preprocessing)
 
@@ -88,9 +88,7 @@ class Backbone(nn.Module):
         if inner.ndim == 4 and network.num_features in (inner.shape[1], inner.shape[3]):
             channels_first = inner.shape[1] == network.num_features
             return network.forward_head(inner), inner if channels_first else inner.movedim(3, 1)
-        raise ConfigError(
-            f"'{self.name}' has no map of features. Networks that have: CNNs, and {NETWORKS_WITH_TOKENS}."
-        )
+        raise ConfigError(f"'{self.name}' has no feature map. Networks with one: CNNs, and {NETWORKS_WITH_TOKENS}.")
 
     def map_shape(self, size: int) -> tuple[int, Grid]:
         """Dimensions and grid of `features_and_map` for images of `size` pixels; nothing is computed."""
@@ -103,7 +101,7 @@ class Backbone(nn.Module):
 class TokenBackbone(Backbone):
     """A timm ViT that can also be entered and left at its tokens; `create_backbone` makes one wherever it can.
 
-    Which networks there are, and how each is run, say the adapters in `tokens`. A position table is learnt for `grid`
+    The adapters in `tokens` define which networks there are and how each is run. A position table is learnt for `grid`
     patches and resampled for images of another size.
     """
 
@@ -112,32 +110,31 @@ class TokenBackbone(Backbone):
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
         if not has_tokens(model):
-            raise ConfigError(f"'{self.name}' has no patch tokens. Networks that have: {NETWORKS_WITH_TOKENS}.")
+            raise ConfigError(f"'{self.name}' has no patch tokens. Networks with patch tokens: {NETWORKS_WITH_TOKENS}.")
         self._adapter = adapter = ADAPTERS[type(model)](model)
         self.patch_size = adapter.patch_size
-        """Side in pixels of the patches that are embedded, and that a mask is about."""
+        """Side in pixels of the patches that are embedded and masked."""
         self.patch_dim = adapter.patch_dim
-        """Width of a mask token: `embed_dim`, but for a Swin."""
+        """Width of a mask token: `embed_dim`, except for a Swin."""
         self.grid: Grid = adapter.grid
         """Rows and columns of patches in an image of the network's own size."""
         self.stride = adapter.stride
-        """Side in pixels of what a token stands for: `patch_size`, but for a Swin."""
+        """Side in pixels of what a token stands for: `patch_size`, except for a Swin."""
         self.num_blocks = adapter.num_blocks
         self.num_prefix_tokens = adapter.num_prefix_tokens
         """Class token and registers together."""
         self.token_dim = self.embed_dim
-        """Width of its tokens: `embed_dim`, but where features are several of them."""
+        """Width of its tokens: `embed_dim`, unless the features are several of them."""
         self.class_tokens = 0
-        """Of how many blocks the class tokens are the features; 0: they are the network's own."""
+        """The features are the class tokens of this many last blocks; 0: the network's own features."""
         self.has_patch_mean = False
-        """Whether the mean of the patches stands behind the class tokens."""
+        """Whether the mean of the patches is appended to the class tokens."""
         self.takes_some_patches = adapter.takes_some_patches
         """Whether `embed`, `embed_patches` and `encode` work: for some of an image's patches, as MAE needs it."""
 
     def take_class_tokens(self, blocks: int, *, patch_mean: bool) -> None:
-        """From now on the features are class tokens, of the last so many blocks, and the mean of the patches.
-
-        Raises ConfigError if the network does not have so many.
+        """From now on the features are the class tokens of the last N blocks, and the mean of the patches. Raises
+        ConfigError if the network has fewer.
         """
         if getattr(self.model, "cls_token", None) is None:
             raise ConfigError(f"backbone.class_tokens needs a ViT with a class token. '{self.name}' has none.")
@@ -202,8 +199,8 @@ class TokenBackbone(Backbone):
     def embed_patches(self, patches: Tensor, places: Tensor) -> Tensor:
         """Some patches (N, K, p * p * C) of images of the backbone's own size -> their tokens (N, K, embed_dim).
 
-        patches: pixels in the order of `patchify`. places: (N, K), where in its image each patch is, counted by rows.
-        The tokens are those of `embed`.
+        patches: pixels in the order of `patchify`. places: (N, K), where in its image each patch is, counted row by
+        row. The tokens are those of `embed`.
         """
         return self._for_some_patches().embed_some(patches, places)
 
@@ -211,13 +208,13 @@ class TokenBackbone(Backbone):
         """Patch tokens (N, L, D), all or some of them -> encoded and normalised (N, 1 + L, D), class token first.
 
         A model with registers puts them after the class token, one without class token leaves it out: there are
-        `num_prefix_tokens` before the patches. places: as of `embed_patches`; networks that rotate tokens by where they
-        are (DINOv3's) need it unless the tokens are those of a whole image of the backbone's own size.
+        `num_prefix_tokens` before the patches. places: as of `embed_patches`; networks that rotate tokens by their
+        position (DINOv3's) need it unless the tokens are those of a whole image of the backbone's own size.
         """
         adapter, num_patches = self._for_some_patches(), self.grid[0] * self.grid[1]
         if places is None and adapter.rotates and tokens.shape[1] != num_patches:
             raise ValueError(
-                f"encode needs the places of these tokens: '{self.name}' rotates each by where it is. "
+                f"encode needs the positions of these tokens: '{self.name}' rotates each by its position. "
                 f"Got {tokens.shape[1]} tokens of {num_patches} patches."
             )
         encoded, _ = adapter.through(tokens, self.grid, places_NK=places)
@@ -246,7 +243,7 @@ class TokenBackbone(Backbone):
         dynamic: bool | None = None,
         backend: str | Callable[..., object] = "inductor",
     ) -> None:
-        """As `torch.nn.Module.compile`; also for those who enter and leave at the tokens."""
+        """As `torch.nn.Module.compile`; also for calls that enter or leave at the tokens."""
         super().compile(fullgraph=fullgraph, dynamic=dynamic, backend=backend)
         of_parts = dynamic if self._adapter.compiles_for_any_size else False
         for part in self._adapter.parts_to_compile():
@@ -274,13 +271,13 @@ def require_tokens(
 ) -> TokenBackbone:
     """`backbone`, if it has the tokens that `method` works on.
 
-    some_patches: whether it must take some of an image's patches alone. no_pooling: whether all that it trains must
-    come before the pooling of its tokens. Raises ConfigError that says which networks do.
+    some_patches: whether it must be able to take only some of an image's patches. no_pooling: whether all that it
+    trains must come before the pooling of its tokens. Raises ConfigError that says which networks do.
     """
     if not isinstance(backbone, TokenBackbone):
         raise ConfigError(
             f"{method} needs a backbone with patch tokens (a ViT). '{backbone.name}' has none. "
-            f"Networks that have: {NETWORKS_WITH_TOKENS}."
+            f"Networks with patch tokens: {NETWORKS_WITH_TOKENS}."
         )
     if backbone.class_tokens:
         raise ConfigError(f"{method} works on the tokens of the network itself. Leave backbone.class_tokens out.")
@@ -302,7 +299,7 @@ def _has_weights(part: nn.Module | None) -> bool:
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """The parts that normalise by statistics of a batch."""
+    """The modules that normalise by batch statistics."""
     return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 

@@ -64,7 +64,7 @@ def resample_positions(table: Tensor, old: Grid, new: Grid, *, antialias: bool =
 def _resampling_matrix(old: Grid, new: Grid, antialias: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     return _cached_matrix(
         old, new, antialias, device, dtype
-    )  # the compiler looks through a cache, so it stands behind this
+    )  # the compiler looks through a cache, so it is behind this
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""What a backbone expects of images, and how an image becomes that."""
+"""What a backbone expects of images, and the transform to it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ImageTransform:
     preprocessing: Preprocessing
 
     def __call__(self, image: Image.Image | NDArray[np.uint8] | Tensor) -> Tensor:
-        """image: of Pillow, turned upright by its EXIF data; or 8-bit RGB (H, W, 3), an array or a tensor.
+        """image: a Pillow image, turned upright by its EXIF data; or 8-bit RGB (H, W, 3), an array or a tensor.
 
         Raises ValueError for anything else.
         """

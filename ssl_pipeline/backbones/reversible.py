@@ -6,8 +6,8 @@ Two streams of tokens, both the embedded tokens at first, go through the blocks 
     y2 = x2 + mlp(norm2(y1))              x1 = y1 - attention(norm1(x2))
 
 and their mean leaves them (the paper's networks for classification put both side by side, which would double the width
-of the features). The equations on the right give a block's inputs back, so the backward pass needs the outputs of the
-last block alone, and memory does not grow with depth; it computes each block twice, as activation checkpointing does.
+of the features). The equations on the right give a block's inputs back, so the backward pass needs only the outputs of
+the last block, and memory does not grow with depth; it computes each block twice, as activation checkpointing does.
 Parameters have the names of timm's network, and are those of another function: `MARK` among its tensors keeps one from
 being loaded as the other.
 """
@@ -35,7 +35,8 @@ def mark_reversible(model: nn.Module, name: str) -> None:
     blocks = getattr(model, "blocks", ())
     if not blocks or any(type(block) is not Block for block in blocks):
         raise ConfigError(
-            f"backbone.reversible is about the blocks of timm's VisionTransformer (vit_*, deit_*). '{name}' has none."
+            f"backbone.reversible works only with the blocks of timm's VisionTransformer (vit_*, deit_*). '{name}' has "
+            "none."
         )
     model.register_buffer(MARK, torch.tensor(True))
 
@@ -155,7 +156,8 @@ def _seed(seeds: Sequence[int] | None, number: int) -> int | None:
 
 @contextmanager
 def _drawing(seed: int | None, which: int, device: torch.device) -> Iterator[None]:
-    """Draw the same numbers whenever this is entered with the same seed; other draws go on as if nothing had been."""
+    """Draw the same numbers whenever this is entered with the same seed; other draws continue as if nothing had
+    happened."""
     if seed is None:
         yield
         return

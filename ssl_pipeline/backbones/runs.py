@@ -23,9 +23,9 @@ from ssl_pipeline.run.state import SavedBackbone
 
 @dataclass(frozen=True)
 class BackboneOfRun:
-    """A backbone with its place: the path and the SHA-256 of the file that it stands in.
+    """A backbone with its place: the path and the SHA-256 of its file.
 
-    name: that of a checkpoint; None for the exported one. step: None where an export does not tell it.
+    name: that of a checkpoint; None for the exported one. step: None where an export does not state it.
     """
 
     name: str | None
@@ -37,9 +37,9 @@ class BackboneOfRun:
 
 
 def require_run(run: Path) -> None:
-    """Raise ConfigError for what is no directory, and for one without an export and a checkpoint."""
+    """Raise ConfigError for what is not a directory, and for one without an export and a checkpoint."""
     if not run.is_dir():
-        raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+        raise ConfigError(f"run={run} must be the directory of a run. There is no such directory.")
     if not any((run / name).exists() for name in ("backbone.safetensors", "checkpoints", "manifest.json")):
         find_in_run(run)  # says what is missing
 
@@ -47,7 +47,7 @@ def require_run(run: Path) -> None:
 def load_run(run: Path, *, which: str | None = None, step: int | None = None) -> BackboneOfRun:
     """The newest backbone of the run, be it exported or in a checkpoint, or that of one step, or another one by name.
 
-    Raises ConfigError as `load_from_checkpoint` does, and for a directory that is none.
+    Raises ConfigError as `load_from_checkpoint` does, and if there is no such directory.
     """
     require_run(run)
     if run.parent.name == "checkpoints" and (run / "manifest.json").is_file():
@@ -87,7 +87,7 @@ def _build(checkpoint: Checkpoint, saved: SavedBackbone) -> Backbone:
         backbone.load_state_dict(tensors)
     except RuntimeError as error:
         raise ConfigError(
-            f"{checkpoint.path} holds a backbone that this version builds otherwise: {' '.join(str(error).split())}."
+            f"{checkpoint.path} holds a backbone that this version builds differently: {' '.join(str(error).split())}."
         ) from None
     weights = ((name, tensors[name]) for name, own in backbone.state_dict().items() if own.is_floating_point())
     require_floats(weights, source=str(checkpoint.path))

@@ -1,4 +1,4 @@
-"""Wide ResNet (Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146) as FixMatch's official code has it, under
+"""Wide ResNet (Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146) as in FixMatch's official code, under
 the name `wide_resnet28_2` in timm's registry."""
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class WideResNet(nn.Module):
         return leaky_relu(self.norm(self.blocks(self.stem(images))), NEGATIVE_SLOPE).mean(dim=(2, 3))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
-        """Its layers, as timm's networks tell them."""
+        """Its layers, in the form of timm's networks."""
         return {"stem": r"^stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     @torch.no_grad()

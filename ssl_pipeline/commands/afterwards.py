@@ -1,4 +1,4 @@
-"""What a run that has ended says of its use: commands to copy, with the images that the run knows of."""
+"""What a finished run says about its use: commands to copy, with the images that the run knows of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets, measured_on
 
 
 def measuring(run: Path, own: str | None) -> str:
-    """The command that measures the run: by its own classifier, or else by k-NN.
+    """The command that measures the run: by its own classifier, otherwise by k-NN.
 
     With a classifier, the command that writes its labels of images too, as a second line.
     own: the shards of the run's images, if they can be named by one text. The labelled images are those that the run
@@ -60,5 +60,5 @@ def in_python(run: Path, own: str | None = None) -> str:
 
 
 def _command(name: str) -> str:
-    """As this installation calls it from here: a checkout has `eval/`, and without one there is the console command."""
+    """The command as called in this installation: from a checkout `eval/`, otherwise the console command."""
     return f"python -m eval.{name}" if Path("eval", f"{name}.py").is_file() else f"ssl-pipeline {name}"

@@ -126,8 +126,8 @@ def embed(
 
     source: shards, whose keys are those of their samples; or a folder or zip of images, or one, whose keys are the
     names of their files. The latter are packed into temporary shards first (as large as the images), and files that
-    cannot be decoded are left out with a warning. Raises ConfigError for a backbone of no run and for a source
-    without images.
+    cannot be decoded are left out with a warning. Raises ConfigError for a backbone that is not from a run and for a
+    source without images.
     """
     _require_backbone(backbone, "embed")
     with _explained(), _shards_of(source, "source") as shards:
@@ -156,8 +156,8 @@ def knn(
     """Weighted k-NN accuracy of labelled images, as `eval.knn` measures it.
 
     train, test: shards with labels, or folders (zips) of class folders. Without test each image of train is classified
-    by all others. Doubts about the images (test images that are training images too) are printed on stderr. Raises
-    ConfigError for a backbone of no run, and if there are no labels, or fewer than k training images.
+    by all others. Warnings about the images (test images that are training images too) are printed on stderr. Raises
+    ConfigError for a backbone that is not from a run, and if there are no labels, or fewer than k training images.
     """
     _require_backbone(backbone, "knn")
     with _explained(), ExitStack() as opened:
@@ -189,12 +189,12 @@ def knn(
 
 
 def _require_backbone(backbone: object, call: str) -> None:
-    """Raises ConfigError, with what to write, for what is no backbone: a run, its place, another library's network."""
+    """Raises ConfigError, with what to write, for what is not a backbone: a run, a path, another library's network."""
     if isinstance(backbone, Backbone):
         return
     if isinstance(backbone, str | Path) and (Path(backbone).expanduser() / "backbone.json").is_file():
         raise ConfigError(
-            f"{call}() takes a backbone, not the place of one. Write {call}(ssl_pipeline.load({str(backbone)!r}), ...)."
+            f"{call}() takes a backbone, not a path. Write {call}(ssl_pipeline.load({str(backbone)!r}), ...)."
         )
     instead = f"Write {call}(run.backbone, ...)" if isinstance(backbone, Run) else "ssl_pipeline.load(RUN) gives one"
     raise ConfigError(f"{call}() takes a backbone. Got {type(backbone).__name__}. {instead}.")
@@ -203,7 +203,7 @@ def _require_backbone(backbone: object, call: str) -> None:
 def _features(
     backbone: Backbone, index: ShardIndex, batch_size: int, workers: int, device: str, precision: Precision
 ) -> Tensor:
-    """(N, D), computed on `device`; the backbone is afterwards where it was."""
+    """(N, D), computed on `device`; the backbone is moved back afterwards."""
     if not len(index):
         raise ConfigError(f"{index.called} has no images.")
     preprocessing, home = backbone.transform().preprocessing, next(backbone.parameters()).device
@@ -231,12 +231,11 @@ def _shards_of(source: Source, key: str) -> Iterator[Source]:
         return
     text = str(Path(source).expanduser())
     with tempfile.TemporaryDirectory(prefix="ssl_pipeline-") as place:
-        with redirect_stdout(io.StringIO()):  # it names a place that is soon gone
+        with redirect_stdout(io.StringIO()):  # it names a temporary path
             shards = pack_once(text, Path(place), key=key)
         if left_out := len((shards / REJECTED_FILE).read_text(encoding="utf-8").splitlines()):
             warnings.warn(
-                f"{left_out:,} files of {source} are no images that can be decoded, and are left out; make_shards "
-                "lists them.",
+                f"{left_out:,} files of {source} cannot be decoded as images and are left out; make_shards lists them.",
                 stacklevel=4,
             )
         yield str(shards)

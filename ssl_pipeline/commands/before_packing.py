@@ -1,4 +1,4 @@
-"""What is wrong with a run whatever its images are: told before they are packed, and where settings are only shown."""
+"""What is wrong with a run whatever its images are: reported before packing, and when settings are only shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone, BackboneConfig, create_backbone, outline_backbone
 from ssl_pipeline.config import RECIPES, Config, Value, launched_processes, load
-from ssl_pipeline.data.shards.origins import spoken_of
+from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.methods import Method, MethodConfig, build_method
 from ssl_pipeline.training.preflight import check_batch_norm, check_recipe
@@ -20,7 +20,7 @@ from ssl_pipeline.training.run import TrainConfig, checked_batch
 
 
 class RunSettings(Protocol):
-    """What is looked at of the settings of a run."""
+    """The settings of a run that are checked."""
 
     @property
     def images(self) -> str | None: ...
@@ -37,7 +37,7 @@ class RunSettings(Protocol):
 
 
 def check_outline(settings: RunSettings) -> None:
-    """Raise ConfigError for a network, weights and views that do not go together, as a run would.
+    """Raise ConfigError for a network, weights and views that do not fit together, as a run would.
 
     No image is read, nothing is fetched, and the network has no memory: about a second for one of any size.
     """
@@ -62,11 +62,11 @@ def check_before_packing(
     """Raise ConfigError for settings that no run can have, weights that do not fit their network, and views that do not
     fit the method. num_images: how many there are at most, where that is known.
     """
-    with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
+    with redirect_stderr(io.StringIO()):  # the notes of this reading appear when the run reads them
         settings = cast(RunSettings, load(schema, arguments, recipes=RECIPES, overrides=overrides))
     backbone = create_backbone(settings.backbone)
     method = build_method(settings.method, backbone)
     _check_method(settings, backbone, method)
     if num_images:
-        called = settings.images or spoken_of(settings.data.shards)
+        called = settings.images or display_name(settings.data.shards)
         checked_batch(num_images, settings.data, settings.train, num_processes=launched_processes(), called=called)

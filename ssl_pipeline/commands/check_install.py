@@ -26,11 +26,11 @@ MARKS: dict[str, str] = {"ok": "ok      ", "note": "note    ", "wrong": "WRONG  
 class CheckInstallConfig(Config):
     """Look at torch, GPUs, collectives, image decoders, memory, shared memory and disk: what is wrong, what to try.
 
-    Takes some seconds and writes nothing that stays. Exits with 1 if training would fail.
+    Takes a few seconds and leaves no files behind. Exits with 1 if training would fail.
     """
 
     show: Literal["all", "problems"] = "all"
-    """What is listed: everything, or what is wrong or worth a note."""
+    """What is listed: everything, or only problems and notes."""
 
 
 def check_install(config: CheckInstallConfig) -> int:
@@ -43,7 +43,7 @@ def check_install(config: CheckInstallConfig) -> int:
                 print(printable(f"{MARKS[finding.state]}{finding.what}: {finding.told}"), flush=True)
                 if finding.advice:
                     print(printable(f"        {finding.advice}"), flush=True)
-    print(f"{wrong} of these must be mended before training." if wrong else "This installation can train.")
+    print(f"{wrong} of these must be fixed before training." if wrong else "This installation can train.")
     return 1 if wrong else 0
 
 

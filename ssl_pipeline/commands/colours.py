@@ -30,7 +30,7 @@ def fit_colours(tree: Tree, given: Collection[str], recipe: Tree) -> list[str]:
     known = Known(of=f"ImageNet, as always without weights; those of the recipe are of {old['name']}")
     if isinstance(weights, str):
         if not is_tag(weights) and not Path(weights).expanduser().exists():
-            return []  # told by those who look for the weights
+            return []  # reported where the weights are looked up
         which = new.get("weights_from")
         known = known_of(weights, name=name, which=which if isinstance(which, str) else None)
     values = dict(zip(KEYS, (known.mean, known.std), strict=True))
@@ -43,8 +43,8 @@ def fit_colours(tree: Tree, given: Collection[str], recipe: Tree) -> list[str]:
     tree["data"] = data
     mean, std = (_numbers(data.get(key, DataConfig.model_fields[key].default)) for key in KEYS)
     if mean is None or std is None:
-        return []  # told by the section, as what was given cannot be read
-    of = known.of or f"ImageNet: nothing says those of {weights}"
+        return []  # reported by the section, as the given value cannot be read
+    of = known.of or f"ImageNet, as those of {weights} are not known"
     keys = " and ".join(f"data.{key}" for key in free)
     return [f"{normalised(mean, std, of)}. Set {keys} for other values."]
 

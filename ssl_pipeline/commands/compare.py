@@ -1,6 +1,6 @@
-"""Several recipes, several seeds, one table: what each method's backbone is worth at the same budget.
+"""Several recipes, several seeds, one table: how good each method's backbone is at the same budget.
 
-It stands here because it puts together two rooms that do not know each other: pretraining and evaluation.
+It is here because it combines two rooms that do not import each other: pretraining and evaluation.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class CompareConfig(Config):
     """Pretrain several recipes with several seeds and measure all of them, at the end of each run, in one table.
 
     Runs that are there already, in whole or in part, are reused or resumed. In arguments and in `train` {seed} and
-    {output} stand for those of the comparison, and {labels} for the labelled images that the seed has drawn: a run may
-    begin from one that stands above it, `backbone.weights={output}/NAME-seed{seed}`.
+    {output} are those of the comparison, and {labels} the labelled images that the seed has drawn: a run may begin from
+    one that is listed before it, `backbone.weights={output}/NAME-seed{seed}`.
     """
 
     recipe: str | None = None
@@ -52,9 +52,9 @@ class CompareConfig(Config):
     seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     """One run of each recipe for each seed."""
     settings: tuple[str, ...] = ()
-    """Arguments for every run that has no own: `settings=train.epochs=5,knn=null`, or a list in brackets."""
+    """Arguments for every run without its own: `settings=train.epochs=5,knn=null`, or a list in brackets."""
     draw_from: str | None = None
-    """Shards of which each seed draws labelled images of its own, {labels}: OUTPUT/labelsN-seedS."""
+    """Shards from which each seed draws its own labelled images, {labels}: OUTPUT/labelsN-seedS."""
     labels_per_class: Annotated[int, Field(ge=1)] | None = None
     """With draw_from: how many of each class."""
     train: str
@@ -103,13 +103,13 @@ class CompareConfig(Config):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured: top-1 in percent by run and evaluator, and its course while the runs lasted."""
+    """What was measured: top-1 in percent by run and evaluator, and its course during the runs."""
 
     top1: dict[str, Scores]
     classifier: dict[str, list[float]]
     """Of methods that learn to classify: the last top-1 of their own classifier, one per seed."""
     curves: dict[str, dict[str, list[tuple[float, float]]]]
-    """Metric of a monitor -> run that has this monitor -> epoch and top-1 while it lasted, mean over seeds."""
+    """Metric of a monitor -> run that has this monitor -> epoch and top-1 during training, mean over seeds."""
     titles: dict[str, dict[str, str]]
     """Run -> evaluator -> what it is called: linear classifiers have two protocols."""
     intervals: dict[str, dict[str, Interval]]
@@ -177,19 +177,22 @@ def summary(found: Comparison, seeds: int) -> str:
     lines += _near(found)
     for metric, curves in found.curves.items():
         if curves:
-            lines += ["", f"{COURSES[metric]} top-1 in percent during the runs, as its monitor has it (epoch: top-1):"]
+            lines += [
+                "",
+                f"{COURSES[metric]} top-1 in percent during the runs, as its monitor measured it (epoch: top-1):",
+            ]
             lines += [f"  {name}: {_curve(points)}" for name, points in curves.items()]
     for evaluator, settings in found.protocols.items():
         lines += [
             "",
-            f"warning: The protocols of eval.{evaluator} differ, so its figures say less of the methods:",
+            f"warning: The protocols of eval.{evaluator} differ, so its figures say less about the methods:",
         ]
         lines += [f"  {setting}" for setting in settings]
     return "\n".join(lines)
 
 
 def _near(found: Comparison) -> list[str]:
-    """For each protocol the runs that are not told apart from the best one."""
+    """For each protocol the runs that do not differ from the best one."""
     ranked: dict[str, dict[str, tuple[float, Interval | None]]] = {}
     for name, scores in found.top1.items():
         for evaluator in WITH_BASELINES:
@@ -219,7 +222,7 @@ def _curve(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _filling(config: CompareConfig, seed: int) -> Callable[[str], str]:
-    """What puts in the things that {seed}, {output} and {labels} stand for; draws the labels if they are not there."""
+    """Fills in {seed}, {output} and {labels}; draws the labels if they are not there."""
     stands_for = {"{seed}": str(seed), "{output}": str(config.output)}
     if config.draw_from is not None:
         drawn = config.output / f"labels{config.labels_per_class}-seed{seed}"

@@ -1,4 +1,4 @@
-"""A part of many images to train on: those like a seed set, or a balanced share of all. No shard is copied.
+"""Choose images to train on: those similar to a seed set, or a balanced share of all. No shard is copied.
 
 python -m data_tools.curate shards=DIR run=DIR|backbone=NAME output=FILE.npy seeds=SHARDS|clusters=1000,100 images=N
 """
@@ -41,9 +41,9 @@ class CurateConfig(CurationConfig):
     """
 
     seeds: PlaceText | None = None
-    """Shards of images like which there shall be more."""
+    """Shards with images of the kind that you want more of."""
     per_seed: Annotated[int, Field(ge=1, le=10_000)] = 4
-    """With seeds: images that one seed brings at most, as DINOv2 has it; what two seeds bring counts once."""
+    """With seeds: most images per seed, as in DINOv2; an image that two seeds bring counts once."""
     similarity: Annotated[float, Field(ge=-1, le=1)] = -1.0
     """With seeds: least cosine similarity to the seed."""
     clusters: tuple[Level, ...] | None = None
@@ -51,11 +51,11 @@ class CurateConfig(CurationConfig):
     images: Annotated[int, Field(ge=1)] | None = None
     """With clusters: how many images to choose."""
     rounds: Annotated[int, Field(ge=0, le=100)] = 10
-    """With clusters: how often each level is clustered anew from the images nearest to its centroids."""
+    """With clusters: how often each level is clustered again from the images nearest to its centroids."""
     nearest: Annotated[int, Field(ge=1, le=10_000)] = 15
     """With clusters: images of each cluster that the next round is made from."""
     seed: Seed = 0
-    """Another number makes other clusters, and another choice of their images."""
+    """Another number gives other clusters and another choice of their images."""
 
     @model_validator(mode="after")
     def _one_way(self) -> CurateConfig:
@@ -66,7 +66,7 @@ class CurateConfig(CurationConfig):
         if self.seeds is not None and self.images is not None:
             raise ValueError("images belongs to clusters=. With seeds= the number comes from per_seed and similarity.")
         if self.clusters is not None and any(np.diff(self.clusters) >= 0):
-            raise ValueError(f"clusters must fall from level to level, such as 1000,100. Got {self.clusters}.")
+            raise ValueError(f"clusters must decrease from level to level, such as 1000,100. Got {self.clusters}.")
         return self
 
 
@@ -169,7 +169,7 @@ def _write_balanced(config: CurateConfig, index: ShardIndex, features_ND: Tensor
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most so many of range(count), evenly."""
+    """At most this many of range(count), evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist() if count and most else []
 
 

@@ -28,7 +28,7 @@ MOST_SHOWN = 16  # pictures of one group
 
 
 class CurationConfig(PassChoice, OutputFile):
-    """Shards, a model that says what is alike, and the file to write."""
+    """Shards, a model that measures similarity, and the file to write."""
 
     suffixes = (".npy",)
 
@@ -37,9 +37,9 @@ class CurationConfig(PassChoice, OutputFile):
     keep: Path | None = None
     """FILE.npy of an earlier choice: only its images are looked at, and may stay."""
     output: Path
-    """FILE.npy for data.keep; FILE.json beside it has the counts, FILE.html shows some of the choice."""
+    """FILE.npy for data.keep; FILE.json next to it has the counts, FILE.html shows some of the choice."""
     cache: Path | None = None
-    """Where features are kept for the next call: by default RUN/eval/cache, or FILE.features beside the output."""
+    """Where features are kept for the next call: by default RUN/eval/cache, or FILE.features next to the output."""
     shown: int = Field(100, ge=0, le=2000)
     """Groups of pictures in FILE.html; 0 leaves it out."""
 
@@ -49,7 +49,7 @@ class CurationConfig(PassChoice, OutputFile):
 
 
 def open_images(config: CurationConfig) -> tuple[ShardIndex, EvaluatedModel]:
-    """The images and the model; refuses, before anything is computed, what would fail at the end."""
+    """The images and the model; refuses up front what would fail at the end."""
     config.begin_output()
     index = open_subset(config.shards, keep=config.keep)
     if not len(index):
@@ -72,7 +72,7 @@ def features_of(
 ) -> Tensor:
     """Features (N, D) of the images of `shards`, memory-mapped; computed the first time, by all processes.
 
-    Those of images without a place (shards=None) are computed by this process alone, in memory.
+    Those of images without a place (shards=None) are computed only by this process, in memory.
     """
     if shards is not None:
         network, place = FeatureKinds(model.backbone), config.cache_directory
@@ -94,7 +94,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Shown:
-    """A group of pictures beside each other, under a heading."""
+    """A group of pictures side by side, under a heading."""
 
     heading: str
     pictures: Sequence[Picture]

@@ -48,16 +48,16 @@ class DeduplicateConfig(CurationConfig):
     threshold: Annotated[float, Field(gt=0, le=1)]
     """Least cosine similarity of a pair. It depends on the backbone: planted=200 measures what it finds."""
     pixels: Annotated[float, Field(ge=0, le=1)] = 0.97
-    """Least correlation of the pixels of a pair, whole, cut or mirrored; 0 leaves that to the features alone."""
+    """Least correlation of the pixels of a pair, whole, cut or mirrored; 0 uses only the features."""
     against: PlaceText | None = None
-    """Shards of a test set: groups with an image that is near to one of them go as a whole."""
+    """Shards of a test set: groups with an image near one of them are removed as a whole."""
     against_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     """Least cosine similarity to an image of `against`; by default as threshold."""
     search: PairSearch = "auto"
     """How pairs are found: exact (below 1 M images) or ivf, which misses some."""
     planted: Annotated[int, Field(ge=0, le=100_000)] = 0
-    """Copies of so many images are made (smaller, encoded anew, 90 % cut out, mirrored), and the share that the
-    threshold finds is told. They are not written anywhere."""
+    """Copies of this many images are made (smaller, encoded again, 90 % cut out, mirrored), and the share that the
+    threshold finds is reported. They are not written anywhere."""
 
 
 def deduplicate(config: DeduplicateConfig) -> None:
@@ -135,7 +135,7 @@ def _matches(features_ND: Tensor, others_MD: Tensor, threshold: float, check: Pi
 
 
 def _kept(index: ShardIndex, groups: Groups, matched: Matched | None) -> tuple[Numbers, int]:
-    """The images that stay, ascending, and how many went because of the test set."""
+    """The images that stay, ascending, and how many were removed because of the test set."""
     quality_N2 = np.stack([index.sizes().prod(axis=1), index.lengths()], axis=1)
     kept = best_of_each(groups.number_of, quality_N2)
     if matched is None:
@@ -147,7 +147,7 @@ def _kept(index: ShardIndex, groups: Groups, matched: Matched | None) -> tuple[N
 def _planted(
     index: ShardIndex, groups: Groups, model: EvaluatedModel, features_ND: Tensor, config: DeduplicateConfig
 ) -> dict[str, JSON]:
-    """Of altered copies the share that is found, by alteration, and of what is found the share that is right.
+    """The share of altered copies that is found, by alteration, and the precision of what is found.
 
     A copy is found if the image nearest to it is near enough, and is right if that is what it was made from, or of the
     same group.
@@ -167,7 +167,7 @@ def _planted(
     }
     precision = _percent(right)
     told = ", ".join(f"{alteration} {share} %" for alteration, share in shares.items())
-    say(f"planted copies of {len(samples):,} images: found {_percent(found_M)} % ({told}); right are {precision} %")
+    say(f"planted copies of {len(samples):,} images: found {_percent(found_M)} % ({told}); precision {precision} %")
     return {"images": len(samples), "recall": _percent(found_M), "recall_by_kind": shares, "precision": precision}
 
 
@@ -187,8 +187,8 @@ def _warn_of_chains(members: Sequence[Numbers], num_images: int, config: Dedupli
     largest = max(map(len, members), default=0)
     if largest > max(LARGE_GROUP * num_images, 20):
         say(
-            f"warning: the largest group has {largest:,} images. Chains of pairs may have joined what is not alike: "
-            f"look at the sheet, and raise threshold={config.threshold:g}."
+            f"warning: the largest group has {largest:,} images. Chains of pairs may have joined images that are not "
+            f"alike: look at the sheet, and raise threshold={config.threshold:g}."
         )
 
 

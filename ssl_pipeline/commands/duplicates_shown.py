@@ -27,7 +27,7 @@ class Matched:
 
 
 def shown_matches(index: ShardIndex, test: ShardIndex | None, matched: Matched | None, count: int) -> Iterator[Shown]:
-    """Images that the test set has too, beside it: the least similar first, for there mistakes are."""
+    """Images that the test set has too, next to their match: the least similar first, as mistakes are there."""
     if test is None or matched is None:
         return
     for place in np.argsort(matched.similarity, kind="stable")[:count].tolist():
@@ -73,7 +73,7 @@ class Compared:
 
 def _of_a_group(group: Numbers, kept: Numbers, features_ND: Tensor) -> Compared:
     stays = np.isin(group, kept)
-    first = int(group[int(stays.argmax())])  # of a group that goes as a whole any will do
+    first = int(group[int(stays.argmax())])  # in a group that is removed as a whole any will do
     rest = group[group != first]
     similarity = (unit_rows(features_ND, rest) @ unit_rows(features_ND, np.array([first])).T)[:, 0].numpy()
     order = np.argsort(similarity, kind="stable")

@@ -1,8 +1,8 @@
-"""A wrong value, told before torch is there.
+"""A wrong value, reported before torch is imported.
 
-The type and the range of a key stand in the source of its section (`key_names`). Where all that they name can be had
+The type and the range of a key are in the source of its section (`key_names`). Where all that they name can be had
 without torch, they are evaluated from there, and the given keys make a small schema, which reads the values and words
-the mistakes as the whole one does. What is left out here, and what must fit together, the whole schema tells later.
+the mistakes as the whole one does. What is left out here, and what must fit together, the whole schema checks later.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Part(Config, extra="ignore"):
 
 
 class Names(dict[str, object]):
-    """What a type in a source can name: `KNOWN`, and what a module of the package calls so in one line of its own."""
+    """What a type in a source can name: `KNOWN`, and what a module of the package defines in one line."""
 
     def __init__(self, package: Path = PACKAGE) -> None:
         super().__init__(KNOWN)
@@ -95,7 +95,7 @@ class Names(dict[str, object]):
         raise NameError(ast.unparse(node))
 
     def field(self, declared: str) -> Any | None:
-        """Type and default of a key, as pydantic takes them; None if they name what is not there without torch."""
+        """Type and default of a key, as pydantic takes them; None if they name something that needs torch."""
         kind, _, default = declared.partition(" = ")
         try:
             return self.value_of(kind), self.value_of(default) if default else None
@@ -130,7 +130,8 @@ def wrong_values(
 
 
 def _not_yaml(key: str, text: str) -> list[str]:
-    """The sentence for a value that is no YAML, of a key whose type is not there: keys that take any text have one."""
+    """The sentence for a value that is not YAML, of a key whose type is unknown here: keys that take any text have
+    one."""
     try:
         read_yaml(text, where=f"{key}={text}")
     except ConfigError as error:
@@ -176,7 +177,7 @@ def _by_name(
 
 
 def _any_of(section: str, sections: Mapping[str, Section]) -> type[Config]:
-    """A section that takes all values of its keys: for what is no section."""
+    """A section that takes all values of its keys: for what is not a section."""
     keys: dict[str, Any] = {key: (Any, None) for key in keys_of(section, sections) or {}}
     return create_model(section, __base__=Part, **keys)
 

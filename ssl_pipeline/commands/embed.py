@@ -64,7 +64,7 @@ def embed(config: EmbedConfig) -> None:
 
 @contextmanager
 def _removed(folder: Path, *, kept_if_unfinished: bool) -> Iterator[None]:
-    """The first process removes the folder at the end; or only if that is reached, for the next call to go on."""
+    """The first process removes the folder at the end; or only on success, so that the next call can resume."""
     reached = False
     try:
         yield

@@ -1,4 +1,4 @@
-"""`find_lr=true`: the learning-rate range test of a run, as find_lr.json and a plot; no run is begun by it."""
+"""`find_lr=true`: the learning-rate range test of a run, as find_lr.json and a plot; it starts no run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def find_lr(run: Run) -> None:
     write_json(folder / FILE, report(found, run, own))
     if found.rates:
         write_text(folder / PLOT, plot(found, own))
-    print(printable(f"{conclusion(found, run.optim.lr.value)} Written to {folder / FILE} and {PLOT} beside it."))
+    print(printable(f"{conclusion(found, run.optim.lr.value)} Written to {folder / FILE} and {PLOT} next to it."))
 
 
 def report(found: RangeTest, run: Run, own: float) -> dict[str, JSON]:

@@ -12,7 +12,7 @@ A run's backbone, or weights of timm or from a file, on labelled images (shards,
   {call} weights=tf_efficientnet_lite0.in1k train=photos/
   {call} weights=model.safetensors backbone.name=vit_small_patch16_224 train=data/train
 
-A classifier alone, on a backbone that stays as it is:
+Only a classifier, on a frozen backbone:
   {call} weights=runs/photos train=data/train recipe=feature_extraction_small
 
 Every key of pretrain.py works here; the same command resumes. With test= the accuracy on these images is measured

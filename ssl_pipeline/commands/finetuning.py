@@ -1,7 +1,7 @@
 """Fine-tune a backbone: `python finetune.py weights=RUN train=SHARDS test=SHARDS [key=value ...]`.
 
-It is `pretrain.py` with the method `supervised`: `weights`, `train` and `test` stand for keys of a run, and what the
-weights are of (network, size, colours) is read from where they come from. At the end the classifier is measured.
+It is `pretrain.py` with the method `supervised`: `weights`, `train` and `test` set keys of a run, and what the weights
+belong to (network, size, colours) is read from where they come from. At the end the classifier is measured.
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ class FinetuneConfig(PretrainConfig):
 
 
 def expand(arguments: Sequence[str], *, packs: bool = True) -> list[str]:
-    """Arguments with what `weights=`, `train=` and `test=` stand for, and the recipe that suits the weights.
+    """Arguments with what `weights=`, `train=` and `test=` set, and the recipe that suits the weights.
 
-    packs: whether folders of images are packed; else nothing is written.
-
-    Raises ConfigError for two keys that say the same, and for weights of which nothing tells the network.
+    packs: whether folders of images are packed; otherwise nothing is written. Raises ConfigError for two keys that say
+    the same, and for weights whose network is unknown.
     """
     given = keys_of(arguments)
     for own, key in STANDS_FOR.items():
@@ -76,14 +75,14 @@ def expand(arguments: Sequence[str], *, packs: bool = True) -> list[str]:
     full = [f"recipe={recipe}", *(f"{key}={text}" for key, text in told.items()), *rest, f"output={output}"]
     if packs:
         images = {own: given[own] for own in places if own in given and holds_images(given[own])}
-        for own in [own for own in places if own in given and images]:  # told before hours of packing
+        for own in [own for own in places if own in given and images]:  # reported before hours of packing
             require_images(given[own], key=own)
         _pack(images, places, full, has_begun=(output.expanduser() / "config.yaml").exists())
     return full
 
 
 def _pack(images: Mapping[str, str], places: Mapping[str, Path], arguments: Sequence[str], *, has_begun: bool) -> None:
-    """Make shards of folders and zips, once, and anew until a run has begun; a wrong setting is told before."""
+    """Make shards of folders and zips, once, and again until a run has begun; a wrong setting is reported first."""
     known = has_begun and all(is_packed(places[key]) for key in images)
     if images and launched_rank() == "0" and not known:
         check_before_packing(FinetuneConfig, arguments)
@@ -97,7 +96,7 @@ def _recipe_for(weights: StartingWeights | None) -> str:
 
 
 def _stem(weights: StartingWeights | None) -> str:
-    """What the run is called by the weights: a run by its directory, a file by its name, a tag by its network."""
+    """The run's name from the weights: a run by its directory, a file by its name, a tag by its network."""
     if weights is None:
         return ""
     if is_tag(weights.weights):

@@ -15,7 +15,7 @@ from ssl_pipeline.packing.packed_once import look_at
 from ssl_pipeline.packing.sources import Source
 
 SMALLEST_PACKED = 256  # pixels of the shorter side
-ROOM = 2  # packed images are at least so many times the largest view, and worth it from so many times that
+ROOM = 2  # packed images are at least this many times the largest view, and worth it from this many times that
 
 
 @dataclass(frozen=True)

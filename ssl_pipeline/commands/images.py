@@ -1,4 +1,4 @@
-"""`images=FOLDER` and `recipe=auto`: what they stand for, as the arguments that pretraining knows.
+"""`images=FOLDER` and `recipe=auto`: what they mean, as the arguments that pretraining knows.
 
 The folder (or zip) is packed into shards in the run's directory by the first process, once; the recipe is chosen by
 what is in them and by the machine. Both are decided at the first start and found again by every later one.
@@ -34,12 +34,12 @@ def expand(
     timed: type[Config] | None = None,
     packs: bool = True,
 ) -> list[str]:
-    """`key=value` arguments with what `images=` and `recipe=auto` stand for; without these, as they are.
+    """`key=value` arguments with what `images=` and `recipe=auto` set; without these, as they are.
 
     overrides: values by dotted keys that the run will have too. timed: the settings of a run, if wrong ones are to be
-    told before images are packed, and a choice is to come with its expected time, for which a part of it is run by the
-    first process alone; never if train.steps is given. packs: whether images are packed, by the first process, for
-    which all others wait; else nothing is written. Raises ConfigError or DataError.
+    reported before images are packed, and a choice is to come with its expected time, for which a part of it is run
+    only by the first process; never if train.steps is given. packs: whether images are packed, by the first process,
+    for which all others wait; otherwise nothing is written. Raises ConfigError or DataError.
     """
     overrides = overrides or {}
     given = keys_of(arguments) | {key: "null" if value is None else str(value) for key, value in leaves(overrides)}
@@ -80,14 +80,14 @@ def expand(
 
 
 def _check_given(given: Mapping[str, str]) -> None:
-    """Raise ConfigError for keys that say nothing, or too much, of where the images are."""
+    """Raise ConfigError if the keys do not say where the images are, or say it twice."""
     images = given.get("images")
     if images == "":
         raise ConfigError("images= is empty. Set it to a folder or a zip of images.")
     if images is not None and images.startswith("[") and not Path(images).exists():
         raise ConfigError(
-            f"images= takes one folder or zip. Got the list {images}. Put them into one folder (links will "
-            "do), or make shards of each and set data.shards=[A,B]."
+            f"images= takes one folder or zip. Got the list {images}. Put them into one folder (links work too), or "
+            "make shards of each and set data.shards=[A,B]."
         )
     if images is not None and "data.shards" in given:
         raise ConfigError("images= packs a folder into shards and data.shards= names some. Give one of the two.")

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command is imported, which takes seconds with torch: a word in place of a traceback."""
+"""Ctrl-C while a command is imported, which takes seconds with torch: a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 def answer_interrupts() -> None:
-    """From here on a Ctrl-C that nobody takes ends this process with the word that `run_command` has for it."""
+    """From here on an unhandled Ctrl-C ends this process with the message of `run_command`."""
     sys.excepthook = _told
 
 

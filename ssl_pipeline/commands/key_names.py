@@ -1,8 +1,8 @@
-"""A mistyped key, told before torch is there.
+"""A mistyped key, reported before torch is imported.
 
-The schema stands beside the classes that read it, and those import torch, which takes seconds. The names of its keys
-stand in the sources, which are read here as text. What this finds is certain, and worded as the schema words it; what
-a section that is put together at import holds, the schema tells later. Values: `early_values`.
+The schema is next to the classes that read it, and those import torch, which takes seconds. The names of its keys are
+read here from the sources, as text. What this finds is certain, and worded as the schema words it; what a section that
+is put together at import holds, the schema checks later. Values: `early_values`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PRETRAIN, BASE, METHOD = "PretrainConfig", "Config", "MethodConfig"
 @dataclass(frozen=True)
 class Section:
     """A class of settings as its source shows it: the classes that it is made from, its keys with their types, and
-    whether a bare value may stand for it (`shorthand`).
+    whether a bare value may set it (`shorthand`).
     """
 
     bases: tuple[str, ...]
@@ -38,7 +38,7 @@ class Section:
 
 
 def sections_in_sources(package: Path = PACKAGE) -> dict[str, Section]:
-    """All classes of the package by name; other classes do no harm."""
+    """All classes of the package by name; other classes are harmless."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         for name, bases, body in CLASS.findall(path.read_text(encoding="utf-8")):
@@ -53,7 +53,7 @@ def unknown_keys(
 ) -> list[str]:
     """A sentence for each key of `pretrain.py` that no section can have.
 
-    recipe: it says which method's keys count. own: keys that a command over it has beside them (`finetune.py`).
+    recipe: it says which method's keys count. own: further keys of a command over it (`finetune.py`).
     """
     method = recipe.get("method")
     name = method.get("name") if isinstance(method, dict) else None
@@ -82,7 +82,7 @@ def _unknown(parts: list[str], method: object, sections: Mapping[str, Section], 
 
 
 def keys_of(name: str, sections: Mapping[str, Section]) -> dict[str, str] | None:
-    """All keys of a section with their types; None unless all that it is made from stands in the sources."""
+    """All keys of a section with their types; None unless all that it is made from is in the sources."""
     if name == BASE:
         return {}
     if name not in sections:
@@ -111,7 +111,7 @@ def is_by_name(kind: str) -> bool:
 
 
 def takes_bare_value(name: str, sections: Mapping[str, Section]) -> bool:
-    """Whether a value that is no section may be given for a section."""
+    """Whether a value that is not a section may be given for a section."""
     return any(sections[one].shorthand for one in _line_of(name, sections) if one in sections)
 
 

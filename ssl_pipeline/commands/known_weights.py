@@ -1,4 +1,4 @@
-"""What the weights that a command begins with tell of the run: their network, its size and colours, as arguments."""
+"""What a command's starting weights say about the run: their network, its size and colours, as arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT = ("drop_path", "frozen_batch_norm")
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """Weights as `backbone.weights` takes them, what is known of them, and the arguments that are beside them."""
+    """Weights as `backbone.weights` takes them, what is known of them, and the other arguments."""
 
     weights: str
     known: Known
@@ -38,10 +38,10 @@ class StartingWeights:
             model, _, tag = self.weights.partition(".")
             like = nearest(model, timm.list_models()) if tag and is_tag(self.weights) else ""
             if like:
-                raise ConfigError(f"No timm model '{model}', of which the weights {self.weights} would be.{like}")
+                raise ConfigError(f"No timm model '{model}'for the weights {self.weights}.{like}")
             raise ConfigError(
-                f"Nothing says which network the weights {self.weights} are of. Set backbone.name=MODEL, a timm model; "
-                "a run and a full name such as resnet18.a1_in1k bring it along."
+                f"It is not known which network the weights {self.weights} belong to. Set backbone.name=MODEL, a timm "
+                "model; a run and a full name such as resnet18.a1_in1k include it."
             )
         with torch.device("meta"):
             return create_backbone(
@@ -51,12 +51,12 @@ class StartingWeights:
     def arguments(self, recipe: Tree, *, size_key: str | None = None) -> dict[str, str]:
         """Network and colours as arguments over those of the recipe, without what is given.
 
-        size_key: where the size of the images goes, if it is told too.
+        size_key: where the size of the images goes, if it is set too.
         """
         told: dict[str, object] = {}
         if self.known.network is not None and "backbone.name" not in self.given:
             told |= {f"backbone.{key}": value for key, value in self.known.network.items()}
-        if self.known.network is not None:  # the colours of another file are for the settings of a run to find
+        if self.known.network is not None:  # for other files the settings of a run find the colours
             told |= {"data.mean": self.known.mean, "data.std": self.known.std}
             told |= {} if size_key is None else {size_key: self.known.size}
         if "backbone.name" in told:

@@ -1,4 +1,4 @@
-"""The monitors of a recipe, opened and looked at before training, with the way in which the run calls them."""
+"""The monitors of a recipe, opened and checked before training, and how the run calls them."""
 
 from __future__ import annotations
 

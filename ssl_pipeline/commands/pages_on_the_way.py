@@ -1,4 +1,4 @@
-"""The page of a run at its end, and while it trains: another process writes it, which costs training little."""
+"""The page of a run at its end, and while it trains: another process writes it, which slows training little."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PagesOnTheWay:
-    """Starts a writer when it is called, unless the one before still writes; it never ends or holds up the run, and at
-    the end, by `finish`, for SECONDS_AT_THE_END at most.
-
-    What goes wrong is said once it is known, at the next call or at `finish`.
+    """Starts a writer when it is called, unless the previous one is still running. It never stops or delays the run;
+    `finish` waits at most SECONDS_AT_THE_END. Failures are reported at the next call or at `finish`.
     """
 
     def __init__(self, run: Path) -> None:
@@ -38,18 +36,18 @@ class PagesOnTheWay:
 
     def finish(self, *, is_new: bool) -> Path | None:
         """The page of the run as it ended, written now unless the run was complete before (not is_new) and has one;
-        None, once the reason is told, if it cannot be written."""
+        None, after saying why, if it cannot be written."""
         self._look_back()
         self.stop()
         place = self._run / PAGE
         if is_new or not place.is_file():
-            print("Writing the page of the run: some seconds ...", file=sys.stderr, flush=True)
+            print("Writing the page of the run: a few seconds ...", file=sys.stderr, flush=True)
             self._start(threads=None)
             return place if self._is_written() else None
         return place
 
     def stop(self) -> None:
-        """End a writer that still writes."""
+        """Stop a writer that is still running."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.kill()
@@ -74,19 +72,19 @@ class PagesOnTheWay:
             _skipped(str(error))
 
     def _is_written(self) -> bool:
-        """Whether the writer, which is waited for, ends well."""
+        """Wait for the writer; whether it succeeds."""
         if self._writer is None:
             return False
         try:
             self._writer.wait(SECONDS_AT_THE_END)
         except subprocess.TimeoutExpired:
             self.stop()
-            _skipped(f"it is not there after {SECONDS_AT_THE_END:.0f} s")
+            _skipped(f"it is not finished after {SECONDS_AT_THE_END:.0f} s")
             return False
         return self._look_back()
 
     def _look_back(self) -> bool:
-        """Whether a writer has ended and done its work; how it failed is said."""
+        """Whether a writer has finished successfully; a failure is reported."""
         if self._writer is None or self._writer.poll() is None:
             return False
         code, self._writer = self._writer.returncode, None

@@ -1,4 +1,4 @@
-"""What a run's method is shown, and what it paints: the views of the run's own augmentation, reconstructions.
+"""What a run's method sees, and what it reconstructs: the views of the run's own augmentation, reconstructions.
 
 The method is built from the run's config.yaml, and its weights are those of the newest checkpoint.
 """
@@ -21,7 +21,7 @@ from ssl_pipeline.data.labelled import open_labelled_images, open_labelled_strea
 from ssl_pipeline.data.stream import open_images, open_stream
 from ssl_pipeline.eval.features.extract import eval_mode
 from ssl_pipeline.eval.page.html import Section, about, heading, picture, pictures, rows_of, section
-from ssl_pipeline.eval.page.pictures import address, as_pixels, at_least, thumbnail
+from ssl_pipeline.eval.page.pictures import as_pixels, at_least, data_url, thumbnail
 from ssl_pipeline.eval.page.record import Record
 from ssl_pipeline.eval.report import shown
 from ssl_pipeline.methods import build_method
@@ -36,17 +36,17 @@ GREY = 128.0  # of patches that are masked
 
 @dataclass(frozen=True)
 class Seen:
-    """A method with the first images of its run, as it was shown them."""
+    """A method with the first images of its run, as it saw them."""
 
     config: PretrainConfig
     method: Method
     batch: Batch
     images: list[str]
-    """As they are stored, as addresses; those of the labelled batch behind the others."""
+    """As stored, as data URLs; those of the labelled batch come last."""
 
 
 def method_sections(record: Record) -> list[Section]:
-    """The views, and reconstructions of a method that paints; nothing where the settings are not known."""
+    """The views, and reconstructions if the method makes them; nothing where the settings are unknown."""
     if not record.text:
         return []
     seen: list[Seen] = []
@@ -115,8 +115,8 @@ def views_section(seen: Seen) -> Section:
     """A row for each image, its views by group."""
     parts = [
         about(
-            "The first images of the run (left) and what the method is shown of them. Are they still recognisable, and "
-            "do the views of one image share what matters? Grey squares are patches that are masked."
+            "The first images of the run (left) and what the method sees of them. Are they still recognisable, and "
+            "do the views of one image share what matters? Gray squares are patches that are masked."
         )
     ]
     originals = iter(seen.images)
@@ -132,7 +132,7 @@ def views_section(seen: Seen) -> Section:
             pictures(
                 [
                     picture(next(originals), "image", kind="query"),
-                    *(picture(address(at_least(views[image], SIDE)), caption) for caption, views in captioned),
+                    *(picture(data_url(at_least(views[image], SIDE)), caption) for caption, views in captioned),
                 ]
             )
             for image in range(len(batch.sample_ids))
@@ -142,7 +142,7 @@ def views_section(seen: Seen) -> Section:
 
 
 def _as_shown(seen: Seen, name: str, views_VBCHW: Tensor, batch: Batch) -> Tensor:
-    """(V, B, 3, S, S) in [0, 255], masked patches grey."""
+    """(V, B, 3, S, S) in [0, 255], masked patches gray."""
     group, data = seen.config.augment[name], seen.config.data
     pixels = as_pixels(views_VBCHW, group.mean or data.mean, group.std or data.std)
     if name not in batch.masks:
@@ -155,14 +155,14 @@ def _as_shown(seen: Seen, name: str, views_VBCHW: Tensor, batch: Batch) -> Tenso
 
 
 def with_grey(pixels_NCHW: Tensor, masks_NL: Tensor, patch_size: int) -> Tensor:
-    """Images whose masked patches are grey."""
+    """Images whose masked patches are gray."""
     patches_NLD = patchify(pixels_NCHW, patch_size).masked_fill(masks_NL[..., None], GREY)
     grid = (pixels_NCHW.shape[-2] // patch_size, pixels_NCHW.shape[-1] // patch_size)
     return unpatchify(patches_NLD, patch_size, grid=grid)
 
 
 def reconstructions_section(record: Record, seen: Seen) -> Section:
-    """What the method paints of its own views, by its newest checkpoint."""
+    """The method's reconstructions of its own views, by its newest checkpoint."""
     saved = Checkpoints(record.path / "checkpoints").load_latest(files=["method"])
     if saved is None:
         raise ValueError("it comes with the run's first checkpoint.")
@@ -183,13 +183,13 @@ def reconstructions_section(record: Record, seen: Seen) -> Section:
         del columns["seen"]
     rows = [
         pictures(
-            [picture(address(at_least(images_NCHW[number], SIDE)), title) for title, images_NCHW in columns.items()],
+            [picture(data_url(at_least(images_NCHW[number], SIDE)), title) for title, images_NCHW in columns.items()],
             kind="large",
         )
         for number in range(len(painted_NCHW))
     ]
     words = (
-        f"What the network is shown, what it paints at step {saved.state.step:,}, and the image itself. Colours and "
+        f"What the network sees, what it reconstructs at step {saved.state.step:,}, and the image itself. Colours and "
         "large shapes come first; what stays blurred cannot be guessed from the rest."
     )
     return section("Reconstructions", about(words), rows_of(rows))

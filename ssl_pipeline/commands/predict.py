@@ -1,6 +1,6 @@
 """Labels and probabilities of images by a run's own classifier as a table: a row for each, with its key and its file.
 
-It stands here because it packs a folder of images as pretraining does.
+It is here because it packs a folder of images as pretraining does.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def predict(config: PredictConfig) -> None:
     """Write the file: key, sample_id, file; label, name and probability of the guess; the probability of each class.
 
     `label` is the guessed class by its number, `name` what it is called, if the run knew that. `file` is what the image
-    was made from, if that is known. A file is there whole or not at all.
+    was made from, if that is known. The file is written completely or not at all.
     """
     config.begin_output()
     opened = open_classifier(config)

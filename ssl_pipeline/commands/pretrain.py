@@ -1,6 +1,6 @@
 """Pretrain a backbone: `accelerate launch pretrain.py recipe=NAME [key=value ...]`.
 
-The composition root: it puts together what training and evaluation do not know of each other.
+The composition root: it combines training and evaluation, which do not import each other.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from ssl_pipeline.config import (
 from ssl_pipeline.data.labelled import classes_without_labels, open_labelled_images
 from ssl_pipeline.data.shards.listing import shards_may_be_at
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.data.shards.origins import spoken_of
+from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.data.stream import DataConfig, open_images
 from ssl_pipeline.eval.knn import KnnMonitorConfig
 from ssl_pipeline.eval.monitors import ClassifierMonitorConfig, SpectrumMonitorConfig
@@ -109,7 +109,7 @@ class PretrainConfig(Config):
     classifier: MayChange[ClassifierMonitorConfig | None] = None
     """Accuracy of the method's own classifier during training, for methods that have one."""
     spectrum: MayChange[SpectrumMonitorConfig | None] = None
-    """RankMe and alpha-ReQ of the features during training: what can be told without labels."""
+    """RankMe and alpha-ReQ of the features during training: what can be measured without labels."""
     find_lr: MayChange[bool] = False
     """Whether only a learning-rate range test is made, of at most 100 steps: it writes find_lr.json and find_lr.svg
     into the run's directory, suggests optim.lr, and begins no run."""
@@ -117,7 +117,7 @@ class PretrainConfig(Config):
     """Whether metrics go to Weights & Biases too (extra `wandb`)."""
     report: MayChange[bool | None] = None
     """Whether another process writes the run's page, report/index.html, at the end and after each checkpoint, at low
-    priority; null: with images at the end alone, else not."""
+    priority; null: only at the end, and only with images=."""
 
     @model_validator(mode="after")
     def _output_is_known(self) -> PretrainConfig:
@@ -141,7 +141,7 @@ class PretrainConfig(Config):
             if missing:
                 tree[name] = None
                 notes.append(
-                    f"{name}.{missing}={monitor[missing]} of the recipe is not there, so this run goes on without "
+                    f"{name}.{missing}={monitor[missing]} of the recipe does not exist, so this run goes on without "
                     f"{name}. Set {' and '.join(theirs)} to measure on your own labelled images."
                 )
         return notes
@@ -207,7 +207,7 @@ def _pretrain(config: PretrainConfig) -> int:
         require_same("weights", config.backbone.weights or "a random network", read, accelerator.device)
         if weights is not None:
             identity[STARTING_WEIGHTS] = str(weights["sha256"])
-        require_same("images", spoken_of(config.data.shards), index.fingerprint, accelerator.device)
+        require_same("images", display_name(config.data.shards), index.fingerprint, accelerator.device)
         labelled_index = open_labelled_images(config.data)
         if labelled_index is not None:
             identity["labelled images"] = _images(labelled_index)
@@ -287,14 +287,14 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
     labelled, num_processes = "", accelerator.num_processes
     if config.data.labelled is not None:
         beside = config.data.labelled.batch_size * num_processes * config.train.accumulate
-        called = spoken_of(config.data.labelled.shards)
-        labelled = f"labelled images in {called}: {beside} of them beside each global batch\n"
+        called = display_name(config.data.labelled.shards)
+        labelled = f"labelled images in {called}: {beside} of them with each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
-        f"{printable(f'weights to begin with: {method.backbone.origin}')}\n"
+        f"{printable(f'initial weights: {method.backbone.origin}')}\n"
         f"{describe_launch(accelerator, config.train)}\n"
         f"{f'{COST}{chr(10)}' if config.train.deterministic else ''}"
-        f"{clock.num_samples} images in {spoken_of(config.data.shards)}; global batch {clock.global_batch} = "
+        f"{clock.num_samples} images in {display_name(config.data.shards)}; global batch {clock.global_batch} = "
         f"{config.data.batch_size} per process * {num_processes} processes * {config.train.accumulate} accumulated\n"
         f"{labelled}"
         f"{progress.total_steps} steps, {progress.steps_per_epoch:.2f} per epoch; effective learning rate "
@@ -344,7 +344,7 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def _images(index: ShardIndex) -> str:
-    """How many images there are, and which: packed or labelled anew they are others."""
+    """How many images there are, and which: packed or labelled again they are others."""
     return f"{len(index)} ({index.fingerprint[:8]})"
 
 
@@ -364,7 +364,7 @@ def _about_weights(backbone: Backbone) -> dict[str, JSON] | None:
 
 
 def _expanded(pairs: Sequence[str], *, only_shown: bool) -> list[str]:
-    """`expand` for a run, or for its settings on stdout: these are told no time, and nothing is written."""
+    """`expand` for a run, or for its settings on stdout: these get no expected time, and nothing is written."""
     if not only_shown:
         return expand(pairs, timed=PretrainConfig)
     with redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Pretraining as a process of its own: what a comparison, a round of self-training and a trial start."""
+"""Pretraining in a separate process: started by a comparison, a round of self-training and a trial."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssl_pipeline.run.launcher import LAUNCHED
 START = "ssl_pipeline.commands.start"  # by its name: it imports what imports this
 
 OF_LAUNCHERS = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
-"""Variables by which a process finds the others of its group, which a process of its own has not."""
+"""Variables by which a process finds the others of its group, which a separate process must not have."""
 
 
 def start_pretraining(arguments: Sequence[str], *, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
@@ -27,7 +27,7 @@ def start_pretraining(arguments: Sequence[str], *, output: IO[bytes] | None = No
 
 
 def run_pretraining(arguments: Sequence[str]) -> None:
-    """The same to its end; RunError if it fails."""
+    """The same, waiting for its end; RunError if it fails."""
     with start_pretraining(arguments) as process:
         try:
             code = process.wait()

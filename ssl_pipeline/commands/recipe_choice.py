@@ -70,12 +70,12 @@ class RecipeChoice:
         return tree if isinstance(tree, dict) else {}
 
     def arguments(self, look: Look) -> list[str]:
-        """`recipe=`, and what images and weights bring beside it, without what is given."""
+        """`recipe=`, and what images and weights add to it, without what is given."""
         own, _ = self._suggested(look)
         return without_keys([*own, *self._of_weights(own)], self.given)
 
     def why(self, look: Look) -> str:
-        """What was chosen, and why, for the reader."""
+        """What was chosen, and why, for the user."""
         own, why = self._suggested(look)
         return f"{' '.join(own)}: {why}"
 
@@ -122,7 +122,7 @@ def choose_recipe(look: Look, network: Backbone | None, *, has_gpu: bool) -> tup
         name = network.config.name
         family = next((kind for kind in ("DINOv2", "DINOv3") if kind.lower() in name), "")
         kind = family or ("ViT" if isinstance(network, TokenBackbone) else "CNN")
-        return [f"recipe=continue_{kind.lower()}_small"], f"{found}, and weights of a {kind} ({name}) to go on from"
+        return [f"recipe=continue_{kind.lower()}_small"], f"{found}, and weights of a {kind} ({name}) to continue from"
     if look.side < TINY:
         return ["recipe=cifar10_simclr_resnet18", "knn=null"], f"{found}: a network that keeps small images whole"
     if has_gpu and look.count >= MANY:

@@ -1,4 +1,4 @@
-"""The shipped recipes in a table: what each trains, what that took its authors, their figures and ours."""
+"""The shipped recipes in a table: what each trains, its authors' cost and figures, and ours."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`python -m eval.report`: a run's page, with what only its method can show: views as it sees them, what it paints.
+"""`python -m eval.report`: a run's page, with what only its method can show: its views and what it reconstructs.
 
-It stands here because it puts together two rooms that do not know each other: methods and evaluation.
+It is here because it combines two rooms that do not import each other: methods and evaluation.
 """
 
 from __future__ import annotations

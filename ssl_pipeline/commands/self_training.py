@@ -1,7 +1,7 @@
 """Self-training in rounds: a teacher labels images, a student learns them under noise and is the next teacher.
 
-Noisy Student (Xie et al., 2019, https://arxiv.org/abs/1911.04252). It stands here because it puts together
-pretraining, labelling and evaluation, which do not know each other.
+Noisy Student (Xie et al., 2019, https://arxiv.org/abs/1911.04252). It is here because it combines pretraining,
+labelling and evaluation, which do not import each other.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ OWN_KEYS = ("seed", "output", "data.shards", "data.labelled.shards", "data.label
 class SelfTrainingConfig(Config):
     """Train a teacher on few labels, let it label the other images, and train students on both, round by round.
 
-    Each student is new. Runs, labels and figures that are there already are taken as they are, and a run that was
+    Each student is new. Runs, labels and figures that exist already are used as they are, and a run that was
     interrupted goes on: the same command again goes on as a whole.
     """
 
     recipe: str | None = None
     """What these settings come from: a name in recipes/self_training/, or a path to a YAML file."""
     shards: str
-    """Shards of all images; labels are taken of the known ones alone."""
+    """Shards of all images; only the labels of the known ones are used."""
     labels_per_class: Annotated[int, Field(ge=1)] | None = None
     """How many images of each class are known, drawn by `seed`: OUTPUT/known.npy."""
     known: Path | None = None
-    """Or which: a file for data.keep, as split_labels writes it."""
+    """Or which images are known: a file for data.keep, as split_labels writes it."""
     test: str
     """Shards of labelled test images, with the same classes."""
     teacher: tuple[str, ...] = Field(min_length=1)
     """Arguments of the first run: `[recipe=NAME, ...]`, of a method that learns to classify from data.labelled."""
     student: tuple[str, ...] = ()
-    """Arguments for every later run that has no own: with noise."""
+    """Arguments for every later run without its own: with noise."""
     students: dict[str, tuple[str, ...]] = Field(min_length=1)
     """The later runs by name, in their order, with arguments of their own: as large as their teacher or larger."""
     settings: tuple[str, ...] = ()
-    """Arguments for every run that has no own."""
+    """Arguments for every run without its own."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.3
     """As in data_tools.pseudo_label."""
     soft: bool = True
@@ -123,7 +123,7 @@ def self_training(
 
 
 def summary(rounds: Sequence[Round]) -> str:
-    """One row for each run: what it learnt from, and what it is worth."""
+    """One row for each run: what it learnt from, and its figures."""
     header = ("run", "known", "guessed", "of these right", "top-1", "balanced", "ECE")
     return format_table(header, [_row(found) for found in rounds])
 

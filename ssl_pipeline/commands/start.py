@@ -1,6 +1,6 @@
 """The start of `pretrain.py`: what must not wait for torch, whose import takes seconds.
 
-Here arguments are read as far as that goes without the schema, whose classes import torch: their form, the recipe's
+Here arguments are read as far as possible without the schema, whose classes import torch: their form, the recipe's
 name, the recipe itself, the names of the keys, and the values of those whose types need no torch.
 """
 
@@ -26,7 +26,7 @@ BEGIN = """usage: {call} images=FOLDER [recipe=NAME] [key=value ...] [--help] [-
 To begin, with your own images (a folder of any depth, or a zip):
   {call} images=photos/
 
-With images that come along:
+With images that are included:
   {make} source=digits split=train output=data/digits/train
   {make} source=digits split=test output=data/digits/test
   {call} recipe=digits_dino
@@ -45,7 +45,7 @@ def start(name: str, usage: Callable[[str], str], module: str, *, own: Sequence[
     """Read what needs no torch, then call `main(name)` of `module`; returns the exit code.
 
     usage: what a call without arguments shows, for the name that the command is called by. own: keys that the command
-    has beside those of a run.
+    has in addition to those of a run.
     """
     launcher, first = watch_launcher(), launched_rank() == "0"
     arguments = sys.argv[1:]
@@ -68,14 +68,14 @@ def start(name: str, usage: Callable[[str], str], module: str, *, own: Sequence[
     except Exception as error:
         return refuse(error, running=False)
     if first:
-        print("Loading torch and timm: some seconds ...", file=sys.stderr, flush=True)
+        print("Loading torch and timm: a few seconds ...", file=sys.stderr, flush=True)
     try:
         code: int = import_module(module).main(name)
     except KeyboardInterrupt:  # while torch is imported, images are packed, or a trial is made
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     if code == INTERRUPTED and launcher is not None and first:
-        have_the_last_word(launcher, "Interrupted. The same command goes on from the newest checkpoint.")
+        have_the_last_word(launcher, "Interrupted. The same command resumes from the newest checkpoint.")
     return code
 
 

@@ -1,4 +1,4 @@
-"""A trial before a run: a few steps of it in a process of their own, to say how long the whole will take."""
+"""A trial before a run: a few of its steps in a separate process, to estimate how long all of it will take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ssl_pipeline.config.yaml_text import YamlDumper
 
 STEPS, SECONDS = 20, 30.0
 SECONDS_BETWEEN_LOOKS = 0.2
-SHORT: Tree = {  # what a trial has of its own
+SHORT: Tree = {  # the trial's own settings
     "recipe": None,
     "output": None,
     "images": None,
@@ -47,14 +47,14 @@ def expected_time(
     num_images: int,
     num_processes: int = 1,
 ) -> str:
-    """What a trial of the run with these arguments says: its expected time, or that there is none to tell.
+    """What a trial of the run with these arguments says: its expected time, or that it is unknown.
 
     At most STEPS steps, and SECONDS with the start of the process. overrides: values by dotted keys, over the
-    arguments. Monitors and checkpoints are left out of it. One process is timed, on the first GPU; of `num_processes`
-    it is told that they share the work, and nothing of what they lose by waiting for each other. Raises ConfigError
-    for settings that no run can have.
+    arguments. Monitors and checkpoints are left out of it. One process is timed, on the first GPU; with `num_processes`
+    the work is divided by their number, without what they lose by waiting for each other. Raises ConfigError for
+    settings that no run can have.
     """
-    with redirect_stderr(io.StringIO()):  # what the reading notes is told when the run reads them
+    with redirect_stderr(io.StringIO()):  # the notes of this reading appear when the run reads them
         settings = dump(load(schema, arguments, recipes=RECIPES, overrides=overrides))
     tree = read_yaml(settings, where="the settings")
     assert isinstance(tree, dict)
@@ -70,9 +70,9 @@ def expected_time(
         failure = _run([f"recipe={recipe}", f"output={run}"])
         rows = _rows(run / "metrics.jsonl")[1:]  # the first step prepares what the others find ready
     if failure:
-        return f"No time can be told, as a trial of {STEPS} steps failed ({failure.rstrip('.')})"
+        return f"No time estimate: a trial of {STEPS} steps failed ({failure.rstrip('.')})"
     if not rows:
-        return f"No step was timed in {SECONDS:.0f} s, so no time can be told"
+        return f"No step was timed in {SECONDS:.0f} s, so there is no time estimate"
     per_second, global_batch = median(row["images_per_second"] for row in rows), rows[0]["images"] / rows[0]["step"]
     images = (
         epochs * num_images if isinstance(epochs, int | float) else float(str(steps)) * global_batch * num_processes
@@ -105,7 +105,7 @@ def _run(arguments: Sequence[str]) -> str:
 
 
 def error_in(printed: str) -> str:
-    """The line by which a command tells why it ends, without the word before it; "" where there is none."""
+    """The line in which a command says why it ends, without the word before it; "" where there is none."""
     told = [line for line in printed.splitlines() if line.startswith("error: ")]
     return told[-1].removeprefix("error: ") if told else ""
 

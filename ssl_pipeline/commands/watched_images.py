@@ -42,8 +42,8 @@ def watch(look: Look, shards: str, given: Mapping[str, str], recipe: Tree) -> li
             _say_first(f"The images {why}, so the run does not measure it.")
         return []
     _say_first(
-        f"The images {why}, so the run watches RankMe of the features from the weights on, every {WATCHED_EVERY}. "
-        "spectrum=null leaves that out."
+        f"The images {why}, so the run watches RankMe of the features from the initial weights on, every "
+        f"{WATCHED_EVERY}. spectrum=null leaves that out."
     )
     return [f"spectrum={{every: {WATCHED_EVERY}, images: {WATCHED // 2}}}"]
 

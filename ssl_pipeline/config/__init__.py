@@ -161,7 +161,7 @@ def run_command(
     """Read the arguments, call `run` with the config and return the exit code.
 
     shared: whether several processes, started by a launcher, share the work; other commands refuse to be started so.
-    check: raises ConfigError for settings that `run` would refuse before it does anything; `--print` tells its error
+    check: raises ConfigError for settings that `run` would refuse before it does anything; `--print` shows its error
     below the settings.
 
     0 is success, 1 a failed run or a bug, 2 a mistake in settings or data (one `error:` line on stderr for either), 130
@@ -202,7 +202,7 @@ def run_command(
 
 
 def without_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
-    """The arguments, and the flags among them that every command knows; beside `--help` words name sections."""
+    """The arguments, and the flags among them that every command knows; after `--help` words name sections."""
     flags = {flag for flag in FLAGS if flag in argv}
     arguments = [argument for argument in argv if argument not in flags]
     return [argument for argument in arguments if not flags & HELP or _is_argument(argument)], flags
@@ -215,8 +215,8 @@ def _is_argument(word: str) -> bool:
 def refuse(error: Exception, *, running: bool) -> int:
     """Print an error as the user reads it, a line per sentence; returns the exit code of its kind.
 
-    The first process of a machine prints what comes before the run, for it is the same on all of it; what happens later
-    each tells itself.
+    The first process of a machine prints what comes before the run, for it is the same on all of it; later errors each
+    process prints itself.
     """
     rank = launched_rank()
     if rank == "0" or running or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -76,7 +76,7 @@ def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Va
 
 
 def _places(location: Location, value: Value) -> Iterator[Location]:
-    """The location, and those of all values in a section that is given as a whole; null is no value."""
+    """The location, and those of all values in a section that is given as a whole; null is not a value."""
     if value is not None:
         yield location
     for name, item in value.items() if isinstance(value, dict) else ():
@@ -144,7 +144,7 @@ def _pairs(positional: str | None, argv: Sequence[str]) -> list[tuple[str, str]]
 
 
 def _value(annotation: object, key: str, text: str) -> Value:
-    """YAML, but for what only the command line needs: a text key takes the text as it stands, `10,20` is a list."""
+    """YAML, but for what only the command line needs: a text key takes the text as it is, `10,20` is a list."""
     kinds = alternatives(annotation)
     lists = [kind for kind in kinds if get_origin(kind) is tuple]
     if kinds and all(kind in (str, Path) or (kind in lists and get_args(kind)[0] is str) for kind in kinds):
@@ -160,7 +160,7 @@ def _value(annotation: object, key: str, text: str) -> Value:
 
 
 def _texts(key: str, text: str) -> Value:
-    """A text as it stands, or several between commas, with or without [ ]; quotes are YAML's, braces keep commas.
+    """A text as it is, or several between commas, with or without [ ]; quotes are YAML's, braces keep commas.
 
     What there is by this name, or in a folder of such a name, is one path, whatever letters it has.
     """

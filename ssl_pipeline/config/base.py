@@ -1,4 +1,4 @@
-"""What every settings class is, and the one kind of error that a user can mend."""
+"""What every settings class is, and the one kind of error that a user can fix."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NAMES_SHOWN = 8  # of a long list in an error
 
 
 class ConfigError(ValueError):
-    """A mistake in a setting or an input that the user can mend; commands print it as one line and exit with code 2."""
+    """A mistake in a setting or an input that the user can fix; commands print it as one line and exit with code 2."""
 
 
 class SettingsError(ConfigError):
-    """Several sentences, one to a line: no name from outside makes a line of its own."""
+    """Several sentences, one to a line: no external name can add a line."""
 
     def __init__(self, *sentences: str) -> None:
         super().__init__("\n".join(sentences))
@@ -66,7 +66,8 @@ class Config(BaseModel):
 
     @classmethod
     def fit_recipe(cls, tree: Tree, given: Collection[str], recipe: Tree) -> list[str]:
-        """Change in the settings of a recipe what those `given` on the command line make useless; what to say of it.
+        """Change in the settings of a recipe what those `given` on the command line make useless; returns what to say
+        about it.
 
         tree: the recipe with what is given over it; recipe: as it is without.
         """
@@ -93,7 +94,7 @@ def _without_top(section: type[Config]) -> tuple[str, ...]:
 
 
 def at_home(place: str) -> str:
-    """A path with the home directory for a `~` at its beginning, which a shell leaves as it is in key=~/x."""
+    """A path with the home directory for a leading `~`, which a shell does not expand in key=~/x."""
     if not place.startswith("~"):
         return place
     try:
@@ -103,7 +104,7 @@ def at_home(place: str) -> str:
 
 
 def is_there(place: str) -> bool:
-    """Whether there is a file or directory of this name; what is too long for a path is none."""
+    """Whether there is a file or directory of this name; what is too long for a path does not exist."""
     try:
         return Path(at_home(place)).exists()
     except OSError:

@@ -1,7 +1,7 @@
-"""What two settings of one command differ in, and which of it a run that goes on may have otherwise.
+"""How two settings of one command differ, and which differences a resumed run may have.
 
-Each field says so where it is declared: `workers: MayChange[int] = 2`. A field that says nothing may not change; what
-is said of a section holds for all of it.
+Each field says so where it is declared: `workers: MayChange[int] = 2`. A field that says nothing may not change; a
+section's mark holds for all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ssl_pipeline.config.base import Config
 
 @dataclass(frozen=True)
 class _MayChange:
-    """The mark of a field; it stands around the whole type: `MayChange[int | None]`, not `MayChange[int] | None`."""
+    """The mark of a field; it goes around the whole type: `MayChange[int | None]`, not `MayChange[int] | None`."""
 
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Change:
 
     @property
     def kept(self) -> str:
-        """What is said where the value before stands, whatever is given now."""
+        """What is shown in place of the old value, whatever is given now."""
         return f"{self.key}={short(self.before)} (given now: {short(self.now)})"
 
 

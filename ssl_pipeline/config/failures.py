@@ -1,4 +1,4 @@
-"""What is said of an error, whatever raised it: one sentence, and no advice of a library that is not ours."""
+"""The message for any error: one sentence, without advice from other libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssl_pipeline.config.base import ConfigError, RunError
 
 ADVICE = {
     errno.EMFILE: "Allow this shell more open files: ulimit -n 65536.",
-    errno.ENFILE: "The whole machine has no open files left; end what holds them.",
+    errno.ENFILE: "The whole machine has no open files left; close what holds them.",
     errno.ENOSPC: "Free some space and run the same command again.",
     errno.EDQUOT: "Your quota is used up; free some space and run the same command again.",
     errno.EFBIG: "Allow this shell larger files: ulimit -f unlimited.",
@@ -20,7 +20,7 @@ ADVICE = {
 }
 NO_MEMORY = re.compile(  # of torch's CPU and GPU allocators, CUDA's libraries and the system
     r"out of memory|can't allocate memory|cannot allocate memory|unable to allocate|_ALLOC_FAILED|"
-    r"can't start new thread|unable to start watchdog thread",  # of a thread there is no room for
+    r"can't start new thread|unable to start watchdog thread",  # of a thread that could not start
     re.IGNORECASE,
 )
 ASKED = re.compile(r"(?:tried to allocate|unable to allocate) ([\d.]+ ?\w+)", re.IGNORECASE)
@@ -29,7 +29,7 @@ LONGEST_FOREIGN = 250  # characters of a message that is not ours
 
 
 def failure_sentence(error: BaseException) -> str:
-    """The sentence for a user; of what nobody foresaw the kind, the message and the place, for a report."""
+    """The sentence for a user; for an unexpected error its kind, message and place, for a report."""
     text = str(error) or type(error).__name__
     if isinstance(error, ConfigError | RunError) or not isinstance(error, Exception):
         return text
@@ -52,7 +52,7 @@ def without_number(error: Exception) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the machine or of a GPU was refused: each library has its own class, or none."""
+    """Whether memory of the machine or of a GPU was refused: libraries have different error classes, or none."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError | OSError) and NO_MEMORY.search(str(error)) is not None

@@ -18,7 +18,7 @@ from ssl_pipeline.config.schema import alternatives, fixed_length, sections_in, 
 from ssl_pipeline.config.yaml_text import YamlDumper
 
 WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path", dict: "section"}
-ANY = "NAME"  # stands for the names that a user chooses, of groups of views for instance
+ANY = "NAME"  # placeholder for names that a user chooses, of groups of views for instance
 
 
 class _Key(NamedTuple):
@@ -35,7 +35,7 @@ def help_page(
 ) -> str:
     """All keys, or those of the `places` asked for: sections, groups or single keys.
 
-    Raises ConfigError for a place that there is not.
+    Raises ConfigError for an unknown place.
     """
     tree = read_arguments(schema, argv, recipes)
     keys = list(_keys(schema, tree))

@@ -1,4 +1,4 @@
-"""What to write in place of what came, where other programs say it otherwise: True, None, fp32, learning_rate."""
+"""What to write instead, where other programs use another word: True, None, fp32, learning_rate."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def like_key(section: str, key: str, known: Sequence[str]) -> str:
 
 
 def hint(where: str, annotation: object, got: object, sentence: str) -> str:
-    """` Write ...`, to stand behind the sentence about a value; empty where nothing is known of it."""
+    """` Write ...`, to follow the sentence about a value; empty where nothing is known of it."""
     text = str(got).lower()
     if "is a section with" in sentence:
         if (got is False or text in NONE) and takes_none(annotation):

@@ -1,4 +1,4 @@
-"""What of a recipe's section goes when the command line puts another `name` into it."""
+"""Which keys of a recipe's section are dropped when the command line sets another `name` in it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def drop_of_other_name(
 ) -> str | None:
     """Take the settings of the old name out of the tree, if `value` at `location` is another; the sentence to say.
 
-    In a section of several forms (the methods) all of them go, else those that `of_name` of the section lists. Of those
-    that are `given` anew, by their dotted keys, nothing is said.
+    In a section of several forms (the methods) all of them go, otherwise those that `of_name` of the section lists.
+    Those that are `given` again, by their dotted keys, are not mentioned.
     """
     *parents, last = location
     place, new = (tuple(parents), value) if last == "name" else (location, None)

@@ -1,6 +1,6 @@
 """What `output=` names: a folder that files go into, or one file, of kinds that a command writes.
 
-Either is refused before anything is computed where it cannot be; a file that is there already stays.
+Impossible ones are refused before anything is computed; existing files are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def is_a_folder(place: Path) -> Path:
     """The same place; ValueError if it has the name of a file, or is one, or lies under one."""
     at = Path(at_home(str(place)))
     if at.suffix.lower() in FILE_SUFFIXES and not at.is_dir():
-        raise ValueError(f"must be a directory: files get names of their own in it. Got that of a file, '{at.name}'.")
+        raise ValueError(
+            f"must be a directory, in which files get their own names. Got the name of a file, '{at.name}'."
+        )
     if file := _file_above(at):
         raise ValueError(f"must be a directory. '{file}' is a file.")
     return place
@@ -34,7 +36,7 @@ def _file_above(place: Path) -> Path | None:
 
 
 Folder = Annotated[Path, AfterValidator(is_a_folder)]
-"""A directory that a command writes into; it need not be there yet."""
+"""A directory that a command writes into; it need not exist yet."""
 
 
 def refuse_existing(*files: Path, overwrite: bool) -> None:
@@ -45,7 +47,7 @@ def refuse_existing(*files: Path, overwrite: bool) -> None:
 
 
 class OutputFile(Config):
-    """The settings of a command that writes one file, and maybe others beside it."""
+    """The settings of a command that writes one file, and maybe others next to it."""
 
     suffixes: ClassVar[tuple[str, ...]] = ()
     """How its name may end."""
@@ -53,7 +55,7 @@ class OutputFile(Config):
     output: Path
     """The file that is written."""
     overwrite: bool = False
-    """Whether a file that is there already is replaced."""
+    """Whether an existing file is replaced."""
 
     @field_validator("output")
     @classmethod
@@ -72,8 +74,8 @@ class OutputFile(Config):
     def begin_output(self) -> None:
         """Make the folder of the files; ConfigError if that cannot be, or a file is there and may not be replaced."""
         if self.output.is_dir():
-            raise ConfigError(f"output={self.output} is a directory, and a file is written. Name one in it.")
+            raise ConfigError(f"output={self.output} is a directory, but a file is needed. Name one in it.")
         if file := _file_above(self.output.parent):
-            raise ConfigError(f"output={self.output} cannot be written: '{file}' is a file, and no directory.")
+            raise ConfigError(f"output={self.output} cannot be written: '{file}' is a file, not a directory.")
         refuse_existing(*self.files, overwrite=self.overwrite)
         self.output.parent.mkdir(parents=True, exist_ok=True)

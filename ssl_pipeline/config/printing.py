@@ -1,6 +1,6 @@
-"""The one printer of lines that hold names from outside: shards, zips, manifests, URLs, exceptions of libraries.
+"""The only printer of lines with external names: shards, zips, manifests, URLs, exceptions of libraries.
 
-Such a name may hold what a terminal obeys (escape sequences, line ends, marks that turn the direction of writing), and
+Such a name may hold terminal controls (escape sequences, line ends, marks that turn the direction of writing), and
 may be of any length.
 """
 
@@ -12,9 +12,9 @@ import unicodedata
 from collections.abc import Mapping
 
 LONGEST_LINE = 500
-KEPT_END = 160  # characters at the end of a line that is too long, where the advice stands
+KEPT_END = 160  # characters at the end of a line that is too long, where the advice is
 GAP = " [...] "
-CONTROLS = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode's categories of what is not shown but acts
+CONTROLS = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode's categories of invisible control characters
 
 
 def printable(text: str, *, longest: int | None = LONGEST_LINE, lines: bool = False) -> str:
@@ -28,7 +28,7 @@ def printable(text: str, *, longest: int | None = LONGEST_LINE, lines: bool = Fa
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes were launched together, by what the launcher says; 1 where it says nothing."""
+    """How many processes were launched together, according to the launcher; 1 if it does not say."""
     size = environment.get("WORLD_SIZE", "1").strip()
     return max(int(size), 1) if size.isdecimal() else 1
 

@@ -1,4 +1,4 @@
-"""Ranges of numbers: every number in a setting has one, by its use, which the help shows and reading refuses to leave.
+"""Ranges of numbers: every number in a setting has one, which the help shows and reading enforces.
 
 A plain number takes pydantic's bounds, `momentum: float = Field(0.9, ge=0, lt=1)`. What holds several numbers takes
 `InRange`: tuples, one value or one per view, and schedules, of which every value at any time is meant:
@@ -100,7 +100,7 @@ def plain(number: float) -> str:
 
 
 def numbers_in(value: object) -> Iterator[float]:
-    """The numbers in plain data; truth values are none."""
+    """The numbers in plain data; booleans do not count."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield value
     elif isinstance(value, tuple | list):

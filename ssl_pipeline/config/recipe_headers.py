@@ -1,4 +1,4 @@
-"""What the first lines of a recipe say of it: what it trains, after whom, at which cost, with which figures."""
+"""What the first lines of a recipe say: what it trains, after which paper, at what cost, with which figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_YET = re.compile(r"(?:(?:[\w-]+ )?-(?:, )?)+|not (?:measured|trained) yet") 
 
 @dataclass(frozen=True)
 class RecipeHeader:
-    """The head of a recipe file; `UNKNOWN` for what it does not tell.
+    """The head of a recipe file; `UNKNOWN` for what it does not say.
 
     what: method, network, data and length. source: whose settings they are. cost: what theirs took.
     theirs, ours: the published figures, and those that were measured with this library.
@@ -45,7 +45,7 @@ def read_header(path: Path) -> RecipeHeader:
 
 
 def _after(label: str, paragraphs: list[str]) -> str:
-    """The first sentence that `label:` begins, without its last point; entries of a line stand three spaces apart."""
+    """The first sentence that `label:` begins, without its last point; entries of a line are three spaces apart."""
     entries = [entry for paragraph in paragraphs for entry in re.split(r"\s{3,}", paragraph.strip())]
     told = next((entry for entry in entries if entry.startswith(f"{label}: ")), "")
     return told.removeprefix(f"{label}: ").rstrip(".").strip() or UNKNOWN

@@ -9,7 +9,8 @@ from ssl_pipeline.config.yaml_text import read_yaml
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES = next(filter(Path.is_dir, (PACKAGE / "recipes", PACKAGE.parent / "recipes")), PACKAGE / "recipes")
-"""Settings of `pretrain.py`: those that a wheel has packed into the package, else those of the checkout beside it."""
+"""Settings of `pretrain.py`: those that a wheel has packed into the package, otherwise those of the checkout next to
+it."""
 COMPARISONS = RECIPES / "comparisons"
 """Settings of `eval.compare`; a name for `pretrain.py` never means one of these."""
 SELF_TRAINING = RECIPES / "self_training"
@@ -41,7 +42,7 @@ def read_recipe(name: str, folder: Path) -> Tree:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no text: byte {error.start} is not UTF-8.") from None
+        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start} is not valid.") from None
     tree = read_yaml(text, where=str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold keys and values. Got {tree!r}.")

@@ -1,4 +1,4 @@
-"""Walking a schema beside the values given for it: which section applies where, and which defaults it keeps."""
+"""Walking a schema together with the values given for it: which section applies where, and which defaults it keeps."""
 
 from __future__ import annotations
 

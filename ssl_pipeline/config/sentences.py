@@ -1,4 +1,4 @@
-"""What the user reads of a mistake: one sentence."""
+"""The sentence that a user reads about a mistake."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def mistakes(schema: type[Config], data: Value, error: ValidationError) -> list[
         if item["type"] != "extra_forbidden":
             sentence = _sentence(place, item["type"], item["input"], str(item["msg"]), item.get("ctx", {}))
         by_place.setdefault(place.where, []).append(sentence)
-    # a list whose items are wrong is also told to be too short
+    # a list whose items are wrong is also reported as too short
     items = {place.partition("[")[0] for place in by_place if "[" in place}
     told = {where: _join_alternatives(sentences) for where, sentences in by_place.items() if where not in items}
     return [told[where] + hint(where, found[where][0].annotation, found[where][1], told[where]) for where in told]
@@ -86,8 +86,8 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
     if kind == "json_invalid":
         return TOO_DEEP
     if isinstance(got, dict) and got and not sections:
-        inner = next((name for name in got if name != "value"), "value")  # `value` stands for what was there before
-        return f"{UNKNOWN_KEY} '{where}.{inner}'. {where} takes a value, it is no section."
+        inner = next((name for name in got if name != "value"), "value")  # `value` is what was there before
+        return f"{UNKNOWN_KEY} '{where}.{inner}'. {where} takes a value; it is not a section."
     needed = message.removeprefix("Input should be ").removeprefix("String should match ")
     for theirs, ours in BOUNDS:
         needed = needed.replace(theirs, ours)

@@ -1,4 +1,4 @@
-"""What became of images that could not be decoded, and how many of them a run puts up with."""
+"""What became of images that could not be decoded, and how many of them a run tolerates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes out of the stream, wherever its crops are cut out, and the batch that a method gets of it."""
+"""What the stream yields, wherever crops are made, and the batch that a method gets from it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ImageTable:
 
 @dataclass(frozen=True)
 class DecodedImages:
-    """B images that no crop is cut out of yet.
+    """B images that are not cropped yet.
 
     pixels: flat, 8 bits; holds the images where `table` says, maybe others too.
     boxes, flips, sizes: of the views of each group, (V,B,4), (V,B) and in pixels; they stay on the host.
@@ -89,9 +89,9 @@ class DecodedImages:
 
 @dataclass(frozen=True)
 class Notes:
-    """What a reader has to say of the tensors that it has filled.
+    """What a reader says about the tensors that it has filled.
 
-    bad: the samples that others stand in for. sizes: of the views of each group, in pixels.
+    bad: the samples that are replaced by others. sizes: of the views of each group, in pixels.
     used: how many bytes the decoded images take; displaced: pixels of further ones that found no room behind them.
     """
 
@@ -108,7 +108,7 @@ class StreamBatch:
     crops: (V,B,3,S,S) uint8 of each group, channels-last in memory; or none, and `images` to cut them out of.
     draws: (V,B,P) float32 of each group, the numbers for its operations. masks: (V,B,L) bool of those that have some.
     labels: (B,) int64, -1 where an image has none; or soft ones (B,C) float32.
-    sample_ids: (B,) int64. bad: the samples that others stand in for.
+    sample_ids: (B,) int64. bad: the samples that are replaced by others.
     labelled: a batch of the labelled set, if there is one.
     masked: (M,) int64 of each group with masks, where they are True when flattened; `to` finds them on the host.
     """
@@ -166,14 +166,14 @@ class StreamBatch:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All that lies on the device of the batch."""
+        """All tensors on the device of the batch."""
         groups = (self.draws, self.masks, self.crops, self.masked)
         found = [self.labels, self.sample_ids, *(tensor for group in groups for tensor in group.values())]
         found += [] if self.images is None else [self.images.pixels]
         return found + ([] if self.labelled is None else self.labelled.tensors())
 
     def clone(self) -> StreamBatch:
-        """The same batch in memory of its own, for those who keep it."""
+        """The same batch in memory of its own, for callers that keep it."""
         return StreamBatch(
             {name: draws_VBP.clone() for name, draws_VBP in self.draws.items()},
             {name: masks_VBL.clone() for name, masks_VBL in self.masks.items()},
@@ -194,7 +194,7 @@ class StreamBatch:
 
 
 def _where_true(masks_VBL: Tensor, *, pinned: bool) -> Tensor:
-    """(M,): where the flattened masks are True, in order; pinned for a copy that nobody waits for."""
+    """(M,): where the flattened masks are True, in order; pinned for an asynchronous copy."""
     places_M = masks_VBL.flatten().nonzero().flatten()
     return places_M.pin_memory() if pinned else places_M
 

@@ -26,7 +26,7 @@ except ImportError:  # no wheel for this platform: Pillow takes 1.2 to 1.5 times
 __all__ = ["DecodeError", "decode_image", "decode_with_pillow", "decoded_size", "image_extension"]
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-NAMES = {"WEBP": "WebP"}  # of formats that Pillow spells otherwise
+NAMES = {"WEBP": "WebP"}  # of formats that Pillow spells differently
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a JPEG; each goes over the whole image, and real ones have about ten
 BAND_PIXELS = 1 << 20  # converted at a time
@@ -46,8 +46,8 @@ def decode_image(
     They are written to the start of `out`, a flat array, if that is given and large enough; the result is then a view
     of it, else an array of its own. The size is checked before any pixel is decoded (at most `max_pixels`, or 50
     megapixels), and so is how often a JPEG goes over them (100 scans at most). The orientation that the file states is
-    applied, 16-bit gray is shifted to 8 bits, transparent pixels lie on white.
-    Metadata, damaged or not, matters to nothing else. Raises DecodeError for everything else.
+    applied, 16-bit gray is shifted to 8 bits, transparent pixels become white. Other metadata, damaged or not, is
+    ignored. Raises DecodeError for everything else.
     """
     header = jpeg_header(data, 0, len(data))
     _refuse_costly(data, header, MAX_PIXELS if max_pixels is None else max_pixels)
@@ -74,10 +74,8 @@ def upright(pixels_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8
 
 
 def decoded_size(data: TarBytes, start: int = 0, end: int | None = None) -> tuple[int, int]:
-    """Height and width of what `decode_image` makes of the file at `data[start:end]`, (0, 0) if it refuses its head.
-
-    Usual files are not decoded for it. One whose pixels are damaged behind its head has a size and is refused all the
-    same.
+    """Height and width of what `decode_image` makes of the file at `data[start:end]`, (0, 0) if it refuses its header.
+    Usual files are not decoded for this. One whose pixels are damaged after the header has a size but is refused later.
     """
     end = len(data) if end is None else end
     header = jpeg_header(data, start, end)
@@ -96,7 +94,7 @@ def decoded_size(data: TarBytes, start: int = 0, end: int | None = None) -> tupl
 
 
 def _refuse_costly(data: bytes, header: JpegHeader | None, max_pixels: int) -> None:
-    """Raise DecodeError for what its head alone tells: opening a WebP image takes memory for all of its pixels."""
+    """Raise DecodeError for what the header shows: opening a WebP image takes memory for all of its pixels."""
     size = stored_size(data, 0, len(data)) if header is None else (header.height, header.width)
     if size is not None:
         _refuse_large(*size, max_pixels)
@@ -138,7 +136,7 @@ def _decode_plain_jpeg(
 def decode_with_pillow(
     data: bytes, *, formats: tuple[str, ...] = FORMATS, max_pixels: int = MAX_PIXELS
 ) -> NDArray[np.uint8]:
-    """RGB pixels (H, W, 3) of the first frame of a file of some of Pillow's formats, as it lies there.
+    """RGB pixels (H, W, 3) of the first frame of a file of some of Pillow's formats, as stored.
 
     Raises DecodeError for any other file, and for one that is damaged or larger than `max_pixels`.
     """
@@ -161,7 +159,7 @@ def decode_with_pillow(
 def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
     """Converted in bands, because each conversion makes copies of what it is given."""
     if image.mode == "F":
-        raise DecodeError("its pixels are numbers with fractions, of no known range")
+        raise DecodeError("its pixels are fractional numbers of unknown range")
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
     image.load()

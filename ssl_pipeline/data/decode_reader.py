@@ -20,8 +20,8 @@ from ssl_pipeline.data.workers.ring import Layout
 class DecodedReader:
     """Positions of the endless stream -> their pixels and what is drawn for them; the part that runs in the workers.
 
-    Each batch has room for just its own images, whose sizes the index knows. Only where other images stand in for
-    damaged ones may some find none: these, in most cases the last one of the batch, travel by pipe.
+    Each batch has room only for its own images, whose sizes the index knows. Only where damaged images are replaced may
+    some find none: these, in most cases the last one of the batch, travel by pipe.
     """
 
     def __init__(self, samples: Samples, sampler: ViewSampler, *, batch_size: int) -> None:

@@ -89,7 +89,7 @@ def decode_all(
 ) -> CachedImages:
     """Decode every sample of the index onto the device, under a progress bar and with a keepalive now and then.
 
-    A sample that cannot be decoded points to the pixels of the one that stands in for it. Raises DataError if the
+    A sample that cannot be decoded points to the pixels of its replacement. Raises DataError if the
     images do not fit there, before anything is decoded.
     """
     index = samples.index
@@ -132,7 +132,7 @@ def decode_all(
 
 
 def _copy_images(batch: StreamBatch, images: ImageTable, index: ShardIndex, *, out: Tensor, first: int) -> None:
-    """Copy a batch that begins with image `first` to where `images` says, all but those that stand in for others."""
+    """Copy a batch that begins with image `first` to where `images` says, except replacements."""
     numbers_B = np.arange(first, first + len(batch.sample_ids))
     own_B = batch.sample_ids.numpy() == numbers_B
     assert batch.images is not None
@@ -140,8 +140,8 @@ def _copy_images(batch: StreamBatch, images: ImageTable, index: ShardIndex, *, o
     differs_B = own_B & ((places.heights != found.heights) | (places.widths != found.widths))
     if differs_B.any():
         raise DataError(
-            f"The index of '{index.called}' has another size for image {numbers_B[differs_B][0]} than it has decoded. "
-            "Delete the index; it is made again at the next start."
+            f"The index of '{index.called}' has another size for image {numbers_B[differs_B][0]} than the decoded one. "
+            "Delete the index; it is rebuilt at the next start."
         )
     if own_B.all():
         start, used = places.offsets[0], (3 * found.heights * found.widths).sum()

@@ -1,4 +1,4 @@
-"""What the head of a JPEG, PNG or WebP file says of its image, read in a few microseconds and without decoding.
+"""What the header of a JPEG, PNG or WebP file says about its image, read in a few microseconds and without decoding.
 
 JPEG: ITU-T T.81 annex B; PNG: https://www.w3.org/TR/png-3; WebP: RFC 9649.
 """
@@ -43,17 +43,17 @@ def image_extension(data: TarBytes, start: int = 0) -> str | None:
 def stored_size(data: TarBytes, start: int, end: int) -> tuple[int, int] | None:
     """Height and width of the image file at `data[start:end]` as they are stored, before any turning.
 
-    That is the size of what is decoded, if anything is. None where only decoding can tell: for what is no such file,
-    or an unusual one.
+    That is the size of what is decoded, if anything is. None where only decoding can tell: for anything else, or an
+    unusual file.
     """
     try:
         return _SIZES[image_extension(data, start) or ""](data, start, end)
-    except (KeyError, struct.error):  # no such file; one that ends in the middle of its head
+    except (KeyError, struct.error):  # no such file; one that ends in the middle of its header
         return None
 
 
 class JpegHeader(NamedTuple):
-    """What stands before the first scan: kind of frame, bits per colour, size, the APP1 segments; where it begins."""
+    """What comes before the first scan: kind of frame, bits per colour, size, the APP1 segments; where it begins."""
 
     frame: int
     bits: int

@@ -12,7 +12,7 @@ from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.data.shards.origins import spoken_of
+from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.data.stream import NO_MASKS, DataConfig, open_images, open_stream
 from ssl_pipeline.randomness import LABELLED, hash64
 
@@ -24,7 +24,7 @@ def open_labelled_images(config: DataConfig) -> ShardIndex | None:
     index = open_images(config, labelled=config.labelled)
     if not index.has_labels:
         raise DataError(
-            f"data.labelled.shards={spoken_of(config.labelled.shards)} has images without labels; "
+            f"data.labelled.shards={display_name(config.labelled.shards)} has images without labels; "
             f"all of them need one. {index.label_problem()}."
         )
     return index
@@ -40,7 +40,7 @@ def classes_with_labels(index: ShardIndex) -> list[int]:
 def classes_without_labels(index: ShardIndex, num_classes: int) -> list[str]:
     """The classes, by name where they have one, that no labelled image is of, as `classes_with_labels` counts.
 
-    A method never learns what these look like: its guesses are of the others.
+    A method never learns these: it can only guess the others.
     """
     missing = np.setdiff1d(np.arange(num_classes), classes_with_labels(index)).tolist()
     return [str(number) if index.class_names is None else index.class_names[number] for number in missing]
@@ -64,8 +64,8 @@ def open_labelled_stream(
 ) -> Iterator[StreamBatch]:
     """This rank's share of each labelled micro-batch from optimizer step `step` on, without end.
 
-    Each step takes the next batch_size * world_size * accumulate positions of an order of its own, from `position` on;
-    by default from where steps of this size have come to.
+    Each step takes the next batch_size * world_size * accumulate positions of its own order, from `position` on; by
+    default from where steps of this size have got to.
     """
     assert config.labelled is not None
     own = config.model_copy(

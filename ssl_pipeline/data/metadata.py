@@ -1,6 +1,6 @@
-"""What an image file says beside its pixels: the orientation, wherever it stands, and how to leave all of it out.
+"""What an image file says besides its pixels: the orientation, wherever it is, and how to leave all of it out.
 
-EXIF: CIPA DC-008, a TIFF directory; XMP: ISO 16684, an XML packet; both may stand in JPEG (APP1), PNG (eXIf and text
+EXIF: CIPA DC-008, a TIFF directory; XMP: ISO 16684, an XML packet; both may be in JPEG (APP1), PNG (eXIf and text
 chunks before or behind the pixels, ImageMagick's "Raw profile" among them) and WebP.
 """
 
@@ -94,7 +94,7 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """The same image file with nothing but what its pixels depend on; what is no such file comes back as it is.
+    """The same image file with nothing but what its pixels depend on; any other file comes back unchanged.
 
     Metadata may be damaged or larger than a decoder allows, and its pixels are fine.
     """

@@ -1,4 +1,5 @@
-"""Who reads what when: a pure function of (seed, position), from SplitMix64 (Steele et al., OOPSLA 2014)."""
+"""Which rank reads which sample when: a pure function of (seed, position), from SplitMix64 (Steele et al., OOPSLA
+2014)."""
 
 from __future__ import annotations
 

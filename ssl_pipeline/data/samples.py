@@ -23,7 +23,7 @@ MAX_SUBSTITUTES = 16
 
 
 class RawImage(Protocol):
-    """The stored bytes of an image, its label (None without one), and words for where it lies."""
+    """The stored bytes of an image, its label (None without one), and a description of where it is."""
 
     @property
     def image(self) -> bytes: ...
@@ -34,7 +34,7 @@ class RawImage(Protocol):
 
 
 class ImageSource(Protocol):
-    """Numbered images: shards, or files of another kind. checksums: what tells these images from any others."""
+    """Numbered images: shards, or files of another kind. checksums: identify these images."""
 
     @property
     def source(self) -> str: ...
@@ -47,16 +47,16 @@ class ImageSource(Protocol):
 
 
 def labels_layout(index: ImageSource, num_images: int) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and type of the labels of so many images: (B,) int64, or soft ones (B,C) float32."""
+    """Shape and type of the labels of a number of images: (B,) int64, or soft ones (B,C) float32."""
     if index.num_soft_classes is None:
         return (num_images,), torch.int64
     return (num_images, index.num_soft_classes), torch.float32
 
 
 class Samples:
-    """The samples of an index, in an order of their own or one after the other.
+    """The samples of an index, in their own order or one after the other.
 
-    `substitutes`: whether other samples stand in for those that cannot be decoded, or have more than `max_pixels`.
+    `substitutes`: whether other samples replace those that cannot be decoded, or have more than `max_pixels`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Samples:
         return epochs_B, samples_B
 
     def pixel_bytes(self, positions: Sequence[int]) -> Integers:
-        """Bytes of the decoded image (B,) at each position, where no other one has to stand in for it."""
+        """Bytes of the decoded image (B,) at each position, where none has to replace it."""
         return pixel_bytes(self.index.sizes(self.locate(positions)[1]))
 
     def usual_pixel_bytes(self) -> float:

@@ -33,18 +33,18 @@ __all__ = ["DataConfig", "LabelledConfig", "StreamBatch", "open_images", "open_s
 class LabelledConfig(Config):
     """Where a semi-supervised method's labelled images come from; they are read as `data` says.
 
-    A worker of their own reads them, if data.workers is not 0. They may be fewer than a batch, which then holds some of
+    A separate worker reads them, if data.workers is not 0. They may be fewer than a batch, which then holds some of
     them more than once. One that cannot be decoded always stops the run.
     """
 
     shards: MayChange[str]
     """Directory of WebDataset shards with labels; data_tools.split_labels makes them."""
     keep: MayChange[Path | None] = None
-    """Take just these images of the shards, as data.keep."""
+    """Take only these images of the shards, as data.keep."""
     labels: MayChange[Path | None] = None
     """Labels in place of those in the shards, as data.labels."""
     batch_size: MayChange[BatchSize] = 64
-    """Labelled images per process and micro-batch, beside data.batch_size unlabelled ones."""
+    """Labelled images per process and micro-batch, in addition to data.batch_size unlabelled ones."""
 
 
 class DataConfig(Config):
@@ -56,31 +56,31 @@ class DataConfig(Config):
     image_key: str | None = None
     """Extension of the image where samples have several, such as input.jpg; a;b takes the first that is there."""
     keep: MayChange[Path | None] = None
-    """Take just the images of the shards whose numbers stand in FILE.npy; FILE.json beside it says of which set."""
+    """Take only the images of the shards whose numbers are in FILE.npy; FILE.json next to it names the set."""
     labels: MayChange[Path | None] = None
     """Labels in place of those in the shards: FILE.npy with one for each image of the whole set, and FILE.json."""
     cache_dir: MayChange[Path | None] = None
     """Where the shards of a URL are kept; by default in the user's cache, `ssl_pipeline/shards`."""
     cache_gb: MayChange[Annotated[float, Field(gt=0, le=1e9)]] = 50.0
-    """Most that is kept there, in GB; what was used longest ago makes room."""
+    """Limit of what is kept there, in GB; the least recently used is removed first."""
     batch_size: MayChange[BatchSize]
     """Images per process and micro-batch."""
     workers: MayChange[Processes] = 2
-    """Reading processes per training process; 0 reads in the training process itself. Where a quarter of the memory
-    that is free for it has no room for the batches of all, fewer are started, with a warning."""
+    """Reading processes per training process; 0 reads in the training process itself. If their batches do not fit into
+    a quarter of the free memory, fewer are started, with a warning."""
     crop_on: MayChange[Literal["auto", "worker", "device"]] = "auto"
     """Where crops are cut out and resized. worker: in the reading processes, rounded to 8 bits. device: a whole batch
     at once where the model is, on a GPU not rounded; the reading processes only decode. auto: the device if a GPU."""
     cache: MayChange[bool] = False
     """Whether all images are decoded once at the start and stay on the device, as raw pixels, for sets of small images;
-    each process holds all of them. Nothing is read after that, so workers play no further part."""
+    each process holds all of them. Nothing is read after that, so workers are no longer used."""
     bad_samples: MayChange[Literal["stop", "substitute"]] = "stop"
     """What to do with an image that cannot be decoded: stop, or take another one and note it."""
     bad_sample_budget: MayChange[Annotated[float, Field(ge=0, le=1)]] = 0.01
     """Largest share of images that may be substituted before the run ends, and of samples that may be passed over for
-    want of one image (10 always may, unless this is 0)."""
+    want of one image (10 are always allowed, unless this is 0)."""
     max_pixels: Annotated[int, Field(ge=1, le=MAX_PIXELS)] = MAX_PIXELS
-    """Pixels of an image above which it counts as one that cannot be decoded; a bound on memory and time per image."""
+    """Pixels of an image above which it counts as undecodable; a bound on memory and time per image."""
     block_shards: Annotated[int, Field(ge=1, le=10**6)] = 16
     """Samples are shuffled within blocks of this many shards; the shards themselves are shuffled as a whole."""
     prefetch: MayChange[Annotated[int, Field(ge=1, le=1024)]] = 2
@@ -144,8 +144,8 @@ def open_stream(
 ) -> Iterator[StreamBatch]:
     """This rank's share of each micro-batch from `position` on: `batches` of them, or without end.
 
-    Item m holds its slice of positions [position + m*G, position + (m+1)*G), G = batch_size * world_size. What it
-    holds depends on (seed, position) alone: not on workers, nor on how ranks share the positions. Each `accumulate`
+    Item m holds its slice of positions [position + m*G, position + (m+1)*G), G = batch_size * world_size. What it holds
+    depends only on (seed, position): not on workers, nor on how ranks share the positions. Each `accumulate`
     micro-batches are an optimizer step, the first of them number `step` (default: by the position), whose views have
     sizes of their own, by `size_seed`, where a group has several (default: `seed`). `masks` has the rules of the groups
     whose views are masked. Without any groups no image is read. Data sets smaller than G are refused, unless samples

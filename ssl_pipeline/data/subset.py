@@ -1,9 +1,9 @@
-"""Labels and subsets beside the shards: FILE.npy with a FILE.json that says which set of images it belongs to.
+"""Labels and subsets next to the shards: FILE.npy with a FILE.json that says which set of images it belongs to.
 
 `data.keep=FILE.npy` holds the numbers of the images that stay: int64 (K,), ascending. `data.labels=FILE.npy` holds a
-label for every image of the whole set, whatever `keep` leaves of it: int64 (N,), -1 = none, or soft labels float32
-(N, C), a row of zeros = none. Both count the images of the shards from 0, in the order of the index. What `keep` leaves
-is numbered anew from 0: these are the `sample_ids` of batches, the rows of per-sample buffers and of `labels()`;
+label for every image of the whole set, whatever `keep` leaves of it: int64 (N,), -1 = none, or soft labels float32 (N,
+C), a row of zeros = none. Both count the images of the shards from 0, in the order of the index. What `keep` leaves is
+renumbered from 0: these are the `sample_ids` of batches, the rows of per-sample buffers and of `labels()`;
 `ShardIndex.in_whole_set` gives the numbers in the whole set again.
 """
 
@@ -65,7 +65,7 @@ def open_subset(
 
 
 def write_keep(path: Path, index: ShardIndex, samples: ArrayLike, *, origin: JSON) -> None:
-    """Write a file for `data.keep`, and its description beside it: of the images of `index` just these stay.
+    """Write a file for `data.keep`, and its description next to it: only these images of `index` stay.
 
     `samples` are numbers in `index`, in any order. Of a subset a smaller one can be made; the file counts in the whole
     set. `origin` says where the choice comes from. Raises DataError for what could not be read again.
@@ -74,7 +74,7 @@ def write_keep(path: Path, index: ShardIndex, samples: ArrayLike, *, origin: JSO
     if not len(places):
         raise DataError(f"No image of {index.called} is left to keep, so '{path}' is not written.")
     if places.dtype.kind not in "iu":
-        raise DataError(f"The images to keep must be given by their numbers, no mask. Got {places.dtype}.")
+        raise DataError(f"The images to keep must be given by their numbers, not by a mask. Got {places.dtype}.")
     if not (places[0] >= 0 and places[-1] < len(index)):
         raise DataError(f"The images to keep must lie in [0, {len(index)}). Got {places[0]} to {places[-1]}.")
     whole = index.overlaid(NO_OVERLAY)
@@ -86,7 +86,7 @@ def write_keep(path: Path, index: ShardIndex, samples: ArrayLike, *, origin: JSO
 def write_labels(
     path: Path, index: ShardIndex, labels: Labels, *, class_names: Sequence[str] | None, origin: JSON
 ) -> None:
-    """Write a file for `data.labels`, and its description beside it: a label for each image of `index`.
+    """Write a file for `data.labels`, and its description next to it: a label for each image of `index`.
 
     int64 (N,), -1 = none, or float32 (N, C), a row of zeros = none. The images that a subset leaves out get none.
     `origin` says where the labels come from. Raises DataError for what could not be read again.
@@ -105,7 +105,7 @@ def write_labels(
 
 @dataclass(frozen=True)
 class _Description:
-    """What stands in FILE.json: the SHA-256 of FILE.npy, and the names of the classes of labels."""
+    """The content of FILE.json: the SHA-256 of FILE.npy, and the names of the classes of labels."""
 
     sha256: str
     class_names: tuple[str, ...] | None
@@ -120,7 +120,7 @@ def _write(
     class_names: tuple[str, ...] | None,
     origin: JSON,
 ) -> None:
-    """The array first: until its description is there too, nobody takes it for one of this set."""
+    """The array first: without its description it is not accepted for this set."""
     _check_name(path, str(path))
     write_array(path, array)
     description: dict[str, JSON] = {
@@ -148,13 +148,13 @@ def _read_description(path: Path, content: Content, index: ShardIndex, *, where:
         format, what, fingerprint = found["format"], found["content"], str(found["fingerprint"])
     except FileNotFoundError:
         raise DataError(
-            f"{where} needs '{beside.name}' beside it, which says what set of images it belongs to. Write both with "
+            f"{where} needs '{beside.name}' next to it, which says what set of images it belongs to. Write both with "
             "write_keep or write_labels of ssl_pipeline.data.subset."
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{where}: '{beside}' is no description of such a file. Write both again.") from None
+        raise DataError(f"{where}: '{beside}' does not describe such a file. Write both again.") from None
     if format != FORMAT:
-        raise DataError(f"{where}: '{beside}' has format {format}, needed is {FORMAT}. Write both again.")
+        raise DataError(f"{where}: '{beside}' has format {format}, but {FORMAT} is needed. Write both again.")
     if what != content:
         raise DataError(
             f"{where} must hold {IN_WORDS[content]}. '{beside}' says that it holds {IN_WORDS.get(what, what)}."
@@ -171,12 +171,12 @@ def _read_description(path: Path, content: Content, index: ShardIndex, *, where:
 
 def _check_name(path: Path, where: str) -> None:
     if path.suffix != ".npy":
-        raise DataError(f"{where} must be an .npy file; its description lies beside it, FILE.json of FILE.npy.")
+        raise DataError(f"{where} must be an .npy file; its description is next to it, FILE.json of FILE.npy.")
 
 
 def _load(path: Path, where: str) -> NDArray:
     is_small = path.stat().st_size < SMALL  # maybe empty, and then it cannot be mapped
     array = read_array(path, mapped=not is_small)
     if array is None:
-        raise DataError(f"{where} holds no array of numbers in numpy's format (pickles are not read).")
+        raise DataError(f"{where} is not an array of numbers in numpy's format (pickles are not read).")
     return array

@@ -31,11 +31,11 @@ class CheckShards(Config):
     directory: PlaceText
     """Directory of .tar shards, or a pattern such as DIR/train-*.tar; the key may be left out."""
     decode: bool = True
-    """Decode every image. Without it the structure and the checksums alone are verified."""
+    """Decode every image. Without it only the structure and the checksums are verified."""
     image_key: str | None = None
     """Extension of the image where samples have several, as data.image_key."""
     write_manifest: bool = False
-    """Write the manifest.json by which shards made by others can be served over http, if nothing in them is damaged."""
+    """Write the manifest.json by which shards made by others can be served over http, if none is damaged."""
     workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes; by default one per core, at most 16."""
 
@@ -47,11 +47,11 @@ class Checked:
     entry: ShardEntry | None
     problems: list[str]
     passed_over: tuple[str, ...] = ()
-    """What a run passes over and goes on: samples without an image, labels that are no numbers."""
+    """What a run skips without stopping: samples without an image, labels that are no numbers."""
 
 
 def check_shards(config: CheckShards) -> int:
-    """Print every problem and a summary; returns 0 without problems, else 1."""
+    """Print every problem and a summary; returns 0 without problems, otherwise 1."""
     listed = list_shards(config.directory)
     folder, names = listed.folder, listed.names
     shards = [folder / name for name in names]
@@ -116,8 +116,7 @@ def check_shard(path: Path, *, decode: bool, image_key: str | None = None) -> Ch
     if len(invalid):
         first = _key(path, int(invalid[0, 3]))
         passed_over.append(
-            f"Shard '{path.name}', key '{first}': a label that is no whole number of 64 bits "
-            f"({len(invalid):,} such labels)."
+            f"Shard '{path.name}', key '{first}': a label that is not a 64-bit integer ({len(invalid):,} such labels)."
         )
     if decode:
         with path.open("rb") as file:
@@ -149,12 +148,12 @@ def differences(
             problems.append(f"Shard '{entry.name}' is not the one that {MANIFEST_FILE} lists: its checksum differs.")
         elif (entry.samples, entry.bytes) != (expected.samples, expected.bytes):
             problems.append(
-                f"Shard '{entry.name}' has {entry.samples:,} samples in {entry.bytes:,} bytes, and {MANIFEST_FILE} "
+                f"Shard '{entry.name}' has {entry.samples:,} samples in {entry.bytes:,} bytes, but {MANIFEST_FILE} "
                 f"says {expected.samples:,} in {expected.bytes:,}."
             )
     if whole_folder:
         missing = sorted(listed.keys() - set(present))
-        problems += [f"Shard '{name}' is in {MANIFEST_FILE} and not there." for name in missing]
+        problems += [f"Shard '{name}' is in {MANIFEST_FILE} but missing." for name in missing]
     return problems
 
 

@@ -1,4 +1,4 @@
-"""The feature pass in tasks of a shard each, on an engine: what is done stays, whoever is killed.
+"""The feature pass in tasks of a shard each, on an engine: what is done stays, whichever process is killed.
 
 The file of the features has its whole size from the start, and each task writes the rows of its own images into it: all
 processes, on all machines, must see it under the same name.
@@ -97,7 +97,7 @@ def _write_rows(
 ) -> None:
     """All rows that the journal does not have."""
     journal: Journal[int] = Journal(work.folder / JOURNAL, identity, lambda rows: rows, _count)
-    if not journal.read():  # nothing is there, or of other features: the files are made anew
+    if not journal.read():  # nothing is there, or of other features: the files are made again
         for file in feature_files(
             work.folder, network, len(index), model.preprocessing, config, device=choose_device("cpu")
         ).values():

@@ -1,4 +1,4 @@
-"""What a run's classifier says of images, as labels for another run: Noisy Student's step between two rounds.
+"""What a run's classifier says about images, as labels for another run: Noisy Student's step between two rounds.
 
 python -m data_tools.pseudo_label run=DIR shards=DIR output=FILE.npy [threshold=0.3] [soft=true] [per_class=N]
 
@@ -45,20 +45,20 @@ class PseudoLabelImages(RunClassifierConfig, OutputFile):
     suffixes = (".npy",)
 
     shards: str
-    """Directory of shards, or a pattern such as DIR/train-*.tar; their own labels are not looked at."""
+    """Directory of shards, or a pattern such as DIR/train-*.tar; their own labels are ignored."""
     keep: Path | None = None
-    """Label just these images of the shards, as data.keep."""
+    """Label only these images of the shards, as data.keep."""
     known: Path | None = None
     """Images whose labels in the shards are right and stay, as data.keep: the FILE.npy of split_labels."""
     output: Path
-    """FILE.npy, with FILE.keep.npy beside it."""
+    """FILE.npy, with FILE.keep.npy next to it."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Smallest probability of a class that makes it a label (Noisy Student: 0.3)."""
     soft: bool = True
-    """Whether all probabilities are kept, or the likeliest class alone."""
+    """Whether all probabilities are kept, or only the most likely class."""
     per_class: Annotated[int, Field(ge=1)] | Literal["smallest"] | None = None
-    """Take at most so many images of each guessed class, the surest; `smallest` takes as many of each as the class has
-    that is guessed least. A class with fewer has what it has: labels cannot repeat an image. Default: all."""
+    """Take at most this many images of each guessed class, the most confident ones; `smallest` takes as many as the
+    rarest guessed class has. Images are never repeated, so a class with fewer stays smaller. Default: all."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -76,7 +76,7 @@ class Counts:
 
 
 def keep_file(output: Path) -> Path:
-    """Where the numbers of the images with a label stand."""
+    """The file with the numbers of the images with a label."""
     return output.with_suffix(".keep.npy")
 
 
@@ -95,7 +95,7 @@ def pseudo_label(config: PseudoLabelImages) -> Counts:
     labelled = np.sort(np.concatenate([np.flatnonzero(known >= 0), unknown[chosen]]))
     if not len(labelled):
         raise DataError(
-            f"No image of {config.shards} reaches threshold={config.threshold:g}: the surest has "
+            f"No image of {config.shards} reaches threshold={config.threshold:g}: the most confident has "
             f"{_below(probabilities.max(initial=0), config.threshold)}. Take a smaller one, or another run."
         )
     origin = _origin(config, opened, counts)
@@ -115,8 +115,8 @@ def pseudo_label_once(config: PseudoLabelImages) -> Counts:
     teacher = open_classifier(config).about
     if (origin["settings"], origin["teacher"]["weights_sha256"]) != (_settings(config), teacher["weights_sha256"]):
         raise DataError(
-            f"{config.output} was written from another teacher than {config.run}, or with other settings. Take another "
-            "output, or delete it, and what was trained on it."
+            f"{config.output} was written from another teacher than {config.run}, or with other settings. Choose "
+            "another output, or delete it and what was trained on it."
         )
     known, guessed, taken = (np.array(origin[name], np.int64) for name in ("known", "guessed", "taken"))
     return Counts(known, guessed, taken, origin["right"])
@@ -125,9 +125,8 @@ def pseudo_label_once(config: PseudoLabelImages) -> Counts:
 def choose(
     probabilities_GC: NDArray[np.float32], *, threshold: float, per_class: int | Literal["smallest"] | None
 ) -> NDArray[np.int64]:
-    """The numbers of the guessed images that are taken, ascending: sure enough, and the surest of each class.
-
-    Equally sure images come in their order.
+    """The numbers of the guessed images that are taken, ascending: confident enough, and the most confident of each
+    class. Ties keep their order.
     """
     guesses_G, confidence_G = probabilities_GC.argmax(axis=1), probabilities_GC.max(axis=1, initial=0)
     sure = np.flatnonzero(confidence_G >= threshold)
@@ -165,7 +164,7 @@ def summary(counts: Counts, names: Sequence[str]) -> str:
             names, counts.known.tolist(), counts.guessed.tolist(), counts.taken.tolist(), strict=True
         )
     ]
-    right = "" if counts.right is None else f"\nof those taken {counts.right:.2f} % are of the class in the shards"
+    right = "" if counts.right is None else f"\n{counts.right:.2f} % of those taken have the class in the shards"
     return "\n".join(lines) + right
 
 
@@ -231,7 +230,7 @@ def _origin(config: PseudoLabelImages, opened: OpenedClassifier, counts: Counts)
 
 
 def _settings(config: PseudoLabelImages) -> dict[str, JSON]:
-    """What the labels depend on beside the teacher and the images."""
+    """What the labels depend on besides the teacher and the images."""
     return config.model_dump(mode="json", include={"shards", "keep", "known", "threshold", "soft", "per_class"})
 
 

@@ -30,7 +30,7 @@ About = dict[str, str | int | None]
 
 
 class SplitLabels(Config):
-    """Choose a few labelled images of each class at random, and copy them into shards of their own.
+    """Choose a few labelled images of each class at random, and copy them into separate shards.
 
     The images are stored as they are, with their labels and the class names of the whole set. FixMatch reads them
     beside the whole set: data.shards=ALL data.labelled.shards=OUTPUT. With output=FILE.npy nothing is copied: the file
@@ -41,13 +41,13 @@ class SplitLabels(Config):
     shards: str
     """Directory of labelled shards, or a pattern such as DIR/train-*.tar."""
     output: Path
-    """Directory to write; it appears when everything is done. Or FILE.npy, for numbers alone."""
+    """Directory to write; it appears when everything is done. Or FILE.npy, for numbers only."""
     labels_per_class: Annotated[int, Field(ge=1)] | None = None
     """Images of each class."""
     fraction: str | None = None
-    """Share of the images of each class, such as 1%, rounded; one at least. In place of labels_per_class."""
+    """Share of the images of each class, such as 1%, rounded; at least one. In place of labels_per_class."""
     seed: Seed = 0
-    """Another number makes another choice; with the same one, fewer images are a part of more."""
+    """Another number gives another choice; with the same one, a smaller choice is a subset of a larger one."""
     samples_per_shard: Annotated[int, Field(ge=1, le=10**7)] = 1000
     """Images per shard."""
     overwrite: bool = False
@@ -98,7 +98,7 @@ class ShardSource:
         raw = self.index.read(sample)
         extension = image_extension(raw.image)
         if extension is None:
-            raise DataError(f"{raw.location} is no JPEG, PNG or WebP image. Make the shards again without it.")
+            raise DataError(f"{raw.location} is not a JPEG, PNG or WebP image. Make the shards again without it.")
         return f"{sample}/{raw.key}.{extension}"
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 def top_k_hits(scores_NC: Tensor, labels_N: Tensor, *, k: int) -> Tensor:
     """Whether each image's label is among its k best scored classes: (N,) bool.
 
-    Equal scores rank by class number, so the answer does not depend on a sort. A row with NaN is a miss:
-    a probe that diverged knows nothing.
+    Equal scores rank by class number, so the answer does not depend on a sort. A row with NaN is a miss, as of a
+    diverged probe.
     """
     label_scores_N1 = scores_NC.gather(1, labels_N[:, None])
     classes_C = torch.arange(scores_NC.shape[1], device=scores_NC.device)

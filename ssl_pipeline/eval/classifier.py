@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_pipeline.config import ConfigError, PlaceText, read_yaml
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data.shards.origins import spoken_of
+from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.eval.accuracy import ByClass, by_class, top_k_accuracy
 from ssl_pipeline.eval.calibration import BINS, expected_calibration_error
 from ssl_pipeline.eval.classes import classes_json, print_classes
@@ -86,9 +86,9 @@ def measure_classified(probabilities_NC: Tensor, labels_N: Tensor) -> Classified
 
 
 def evaluate_classifier(config: ClassifierConfig) -> dict[str, JSON]:
-    """The report as it stands in `eval/classifier.json`, with tables on stdout; ConfigError if it cannot be."""
+    """The report as written to `eval/classifier.json`, with tables on stdout; ConfigError if it cannot be."""
     opened, index = open_classifier(config), open_shards(config.test)
-    where = f"test={spoken_of(config.test)}"
+    where = f"test={display_name(config.test)}"
     if not len(index):
         raise ConfigError(f"{where} has no images.")
     labels_N = torch.from_numpy(classes_of(index, where, num_classes=opened.num_classes, names=opened.class_names))

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from ssl_pipeline.config import ConfigError, PlaceText, Seed, printable
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.data.shards.origins import spoken_of
+from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.eval.features.models import EvaluatedModel, baselines_of, open_model
 from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import mean_interval
@@ -41,13 +41,13 @@ class ClusteringConfig(ReportConfig):
 
     images: PlaceText
     """Labelled images: shards, or a folder of class folders or a zip of one, which is packed once. The labels are used
-    for the comparison alone."""
+    only for the comparison."""
     clusters: Annotated[int, Field(gt=1, le=10**6)] | None = None
     """Number of clusters; by default the number of classes. Matched accuracy is of clusters that have a class."""
     iterations: Annotated[int, Field(gt=0, le=10**5)] = 100
     """Iterations of k-means at most."""
     restarts: Annotated[int, Field(gt=0, le=1000)] = 5
-    """Starts of each run, of which the one with the smallest distances counts; labels have no part in it."""
+    """Starts of each run, of which the one with the smallest distances counts; labels play no part in that."""
     runs: Annotated[int, Field(gt=0, le=1000)] = 3
     """Runs of k-means; means are reported, and the standard deviation over runs."""
     seed: Seed = 0
@@ -150,13 +150,13 @@ def evaluate_clustering(config: ClusteringConfig) -> tuple[Measured[Found], dict
     import faiss
 
     index = open_shards(config.images)
-    require_labels(index, spoken_of(config.images), task="clustering", where="")
+    require_labels(index, display_name(config.images), task="clustering", where="")
     classes, numbers_N = np.unique(labels_of(index), return_inverse=True)
     num_clusters = config.clusters or len(classes)
     if not 2 <= num_clusters <= len(index):
         raise ConfigError(
             f"Clustering needs between 2 clusters and one for each image ({len(index):,}). Got {num_clusters}; "
-            f"{spoken_of(config.images)} has {len(classes)} classes."
+            f"{display_name(config.images)} has {len(classes)} classes."
         )
     labels_N = torch.from_numpy(numbers_N)
     model = open_model(config)

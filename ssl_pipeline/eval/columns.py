@@ -1,4 +1,4 @@
-"""Which reports are columns of a table: of a classifier that was measured in two ways both, the suite's first."""
+"""Which reports are columns of a table: if a classifier was measured in two ways, both, the suite's first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ssl_pipeline.files import JSON
 
 WITHIN_SUITE = ("knn", "linear")
 OTHERWISE = ": "
-"""What stands between an evaluator and what is other than in the suite, in the name of a column."""
+"""Separates, in a column's name, an evaluator from what differs from the suite."""
 SAID_BY_THE_TITLE = {"solver", "about", "selection"}
 COUNTS = {"train_fingerprint": "num_train", "test_fingerprint": "num_test", "images_fingerprint": "num_images"}
 
@@ -22,7 +22,7 @@ def evaluator_of(name: str) -> str:
 def with_the_suite(reports: Mapping[str, Report]) -> dict[str, Report]:
     """The reports of a directory, where those of the suite are not lost to a later measure with other settings.
 
-    Such a measure keeps a column, behind the suite's, whose name ends in what is other. One with the suite's settings
+    Such a measure keeps a column, behind the suite's, whose name ends in the differences. One with the suite's settings
     needs none.
     """
     suite, found = reports.get("suite"), dict(reports)
@@ -41,7 +41,7 @@ def with_the_suite(reports: Mapping[str, Report]) -> dict[str, Report]:
 
 
 def measured_otherwise(first: Mapping[str, JSON], other: Mapping[str, JSON]) -> str:
-    """The settings of `other` that its figures owe to and that are not those of `first`, as `k=5, num_train=100`.
+    """The settings that `other`'s figures depend on and that differ from those of `first`, as `k=5, num_train=100`.
 
     Of several k the first counts; what is off is as good as left out.
     """

@@ -2,7 +2,7 @@
 
 Hendrycks & Dietterich (2019, https://arxiv.org/abs/1903.12261): noise, blur, weather (brightness) and digital
 (contrast, JPEG). The strengths are those of ImageNet-C, and of CIFAR-10-C for images of up to 64 pixels; the code is
-our own. What is random depends on (seed, image) alone.
+our own. What is random depends only on (seed, image).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def evaluate_dense(config: DenseConfig) -> tuple[Measured[Found], dict[str, JSON
     found = {
         name: (baseline, measure(baseline))
         for name, baseline in baselines.items()
-        if isinstance(baseline.backbone, Backbone)  # raw pixels are no patches
+        if isinstance(baseline.backbone, Backbone)  # raw pixels are not patches
     }
     protocol = {
         **pass_protocol(config, model),
@@ -85,7 +85,7 @@ def _grid_of(model: EvaluatedModel) -> tuple[tuple[int, int], list[str]]:
 
 @contextmanager
 def _map_features(config: DenseConfig, model: EvaluatedModel, sets: DenseSets) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features of the patches (I, L, D) of both sets, memory-mapped from the cache or from a folder that goes again."""
+    """Features of the patches (I, L, D) of both sets, memory-mapped from the cache or from a temporary folder."""
     model = replace(model, preprocessing=replace(model.preprocessing, fit="stretch"))
     network = FeatureKinds(model.backbone, ("map",))
     with TemporaryDirectory() as meanwhile:

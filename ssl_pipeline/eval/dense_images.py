@@ -37,7 +37,7 @@ class DenseImage:
 
 
 class DenseImages:
-    """Some images of a source and their masks, by number: the feature pass reads the ones, the others are the truth.
+    """Some images of a source and their masks, by number: the feature pass reads the images, the masks are the truth.
 
     pairs: file of each image and of its mask, below the source.
     """
@@ -67,7 +67,7 @@ class DenseImages:
         return DenseImage(_bytes(self.source, name), f"'{name}' of {self.source}")
 
     def mask(self, sample: int) -> Mask:
-        """The number of each pixel (H, W); DataError if it is no mask, or one of another size than its image."""
+        """The number of each pixel (H, W); DataError if it is not a mask, or its size differs from its image's."""
         name, mask_name = self.pairs[sample]
         pixels = _read_mask(_bytes(self.source, mask_name), f"'{mask_name}' of {self.source}")
         height, width = decoded_size(_bytes(self.source, name))
@@ -116,7 +116,7 @@ def class_names(source: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def _root(source: str, process: int) -> Path | ZipPath | None:
-    """Where the files are, opened by each process for itself: two must not share the place in a zip."""
+    """Where the files are, opened by each process for itself: two must not share the position in a zip."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -149,7 +149,7 @@ def _files(root: Path | ZipPath, source: str, folder: str) -> dict[str, str]:
 
 def _read_mask(data: bytes, location: str) -> Mask:
     if image_extension(data) is None:
-        raise DataError(f"{location} is no PNG, JPEG or WebP image, which a mask must be.")
+        raise DataError(f"{location} is not a PNG, JPEG or WebP image, which a mask must be.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

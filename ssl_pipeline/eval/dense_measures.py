@@ -1,4 +1,4 @@
-"""What patch features of images with masks are worth: a linear head on them, and their nearest neighbours.
+"""How good patch features of images with masks are: a linear head on them, and their nearest neighbours.
 
 The linear head is DINOv2's (Oquab et al., 2023, section 7.4, https://arxiv.org/abs/2304.07193): one linear layer on
 normalised patch tokens, its scores interpolated to the size of the image. The neighbours are those of Balazevic et al.

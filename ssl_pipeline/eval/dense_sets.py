@@ -40,7 +40,7 @@ class DenseConfig(ReportConfig):
     heads: tuple[Literal["linear", "knn"], ...] = Field(("linear", "knn"), min_length=1)
     """What is measured."""
     patches: Annotated[int, Field(gt=0, le=10**8)] = 200_000
-    """At most so many training patches, drawn by `seed`."""
+    """At most this many training patches, drawn by `seed`."""
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.003, 0.01, 0.03, 0.1, 0.3), min_length=1)
     """`linear`: rates that are tried on standardised features, all trained at once; one is chosen on held-out training
     images, and trained again on all."""
@@ -118,7 +118,7 @@ class ChosenPatches:
 
 
 def choose_patches(sets: DenseSets, grid: tuple[int, int], config: DenseConfig) -> ChosenPatches:
-    """At most `config.patches` patches with counted pixels, as if drawn from a hat; ConfigError if they are too few."""
+    """At most `config.patches` patches with counted pixels, drawn at random; ConfigError if they are too few."""
     shares_PC = torch.cat(
         [
             patch_classes(sets.mask(sets.train, sample), grid, len(sets.numbers))

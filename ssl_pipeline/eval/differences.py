@@ -1,4 +1,4 @@
-"""What tables say of figures that chance may have parted, and of those that must not be compared."""
+"""What tables say about figures that may differ by chance, and about those that must not be compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssl_pipeline.eval.measures import read_measures
 from ssl_pipeline.eval.results import Report
 
 USUAL = {"leave_one_out": False, "interpolation": "bicubic", "precision": "no"}
-"""Settings that the columns of a table must share, and that are named where they are others."""
+"""Settings that the columns of a table must share, and that are named where they differ."""
 
 
 def interval_of(result: Mapping[str, Any]) -> Interval | None:
@@ -35,7 +35,7 @@ def within_interval_of_baselines(title: str, report: Report, label: str, names: 
 
 
 def measures_within_interval(report: Report, names: Mapping[str, str]) -> list[str]:
-    """The same for a report of several measures: a sentence for each baseline that some of them do not tell apart."""
+    """The same for a report of several measures: a sentence for each baseline that some of them do not distinguish."""
     own, lines = read_measures(report), []
     for name, result in report["baselines"].items():
         near = [
@@ -49,7 +49,7 @@ def measures_within_interval(report: Report, names: Mapping[str, str]) -> list[s
 
 
 def runs_within_interval(title: str, found: Mapping[str, tuple[float, Interval | None]]) -> list[str]:
-    """The runs whose figure may be that of the best one but for chance: a sentence, or none."""
+    """The runs whose figure differs from the best one only by chance: a sentence, or none."""
     best = max(found, key=lambda name: found[name][0])
     near = [
         name for name, (_, interval) in found.items() if name != best and intervals_overlap(found[best][1], interval)

@@ -10,7 +10,7 @@ from ssl_pipeline.run.doctor.records import examine
 
 
 class DoctorConfig(Config):
-    """Look at the metrics of a run, finished or not, for what goes wrong often: losses that say no more than guessing,
+    """Look at the metrics of a run, finished or not, for common problems: losses no better than guessing,
     collapse, gradients that explode, settings that do not suit the run.
     """
 

@@ -45,7 +45,7 @@ class ExportConfig(Config):
     run: Path
     """The run's directory; it may still be training."""
     step: Annotated[int, Field(gt=0)] | None = None
-    """What it had after so many steps, exported or in a checkpoint, instead of the newest."""
+    """The step to take, exported or in a checkpoint, instead of the newest."""
     which: str | None = None
     """A backbone of its checkpoints by name, `student` or `teacher`, instead of the one that it exports."""
     format: Literal["backbone", "timm", "huggingface", "onnx"] = "backbone"
@@ -61,7 +61,9 @@ class ExportConfig(Config):
     @model_validator(mode="after")
     def _a_card_for_the_licences(self) -> ExportConfig:
         if self.format == "backbone" and (self.images_licence or self.weights_licence):
-            raise ValueError("images_licence and weights_licence stand in a model card, which format=backbone has not.")
+            raise ValueError(
+                "images_licence and weights_licence go into a model card, which format=backbone does not write."
+            )
         return self
 
 
@@ -81,7 +83,7 @@ def export(config: ExportConfig) -> None:
 
 
 def _write(config: ExportConfig, found: BackboneOfRun) -> list[str]:
-    """The files of the format, whole or not at all; what to tell of them."""
+    """The files of the format, all or none; returns what to say about them."""
     if config.format == "backbone":
         save_backbone(config.output, found.backbone, found.preprocessing, step=found.step)
         return []

@@ -1,7 +1,7 @@
 """Few-shot accuracy: logistic regression on the frozen features of a few labelled images, drawn several times.
 
 As MSN evaluates (Assran et al., 2022, https://arxiv.org/abs/2204.07141): 1, 2, 5 images of each class and 1 % of them,
-features centred and of length 1, an L2-penalised logistic regression without bias whose penalty nothing is chosen on.
+features centred and of length 1, an L2-penalised logistic regression without bias whose penalty is not tuned.
 `classifier=centroid` takes the nearest class mean of centred features instead (Wang et al., 2019, SimpleShot, CL2N,
 https://arxiv.org/abs/1911.04623).
 """
@@ -38,13 +38,13 @@ class FewShotConfig(EvaluationConfig):
     """Accuracy of frozen features from a few labelled images of each class: mean and spread of several draws."""
 
     per_class: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 5, 10)
-    """Labelled images of each class; those that are more than a class has are left out, with a warning."""
+    """Labelled images of each class; those above the size of a class are left out, with a warning."""
     fractions: tuple[str, ...] = ("1%", "10%")
-    """Shares of each class, rounded, one image at least."""
+    """Shares of each class, rounded, at least one image."""
     draws: Annotated[int, Field(gt=0, le=1000)] = 5
     """How often the labelled images are drawn; the mean is reported, and the standard deviation over draws."""
     seed: Seed = 0
-    """Seed of the first draw; the next draws take the next seeds. Fewer images are a part of more of the same draw."""
+    """Seed of the first draw; the next draws take the next seeds. Within a draw, fewer images are a subset of more."""
     classifier: Literal["logistic", "centroid"] = "logistic"
     """`logistic` as MSN evaluates, `centroid` the nearest class mean."""
     inverse_penalty: Annotated[float, Field(gt=0)] = 4000.0
@@ -84,7 +84,7 @@ def few_shot_scores(
 
 
 def _logistic_weights(train_MD: Tensor, labels_M: Tensor, *, inverse_penalty: float) -> Tensor:
-    """Weights of each class that has images, ascending; of two classes those of the second alone."""
+    """Weights of each class that has images, ascending; of two classes only those of the second."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 

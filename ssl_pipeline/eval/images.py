@@ -32,13 +32,13 @@ def run_evaluator(
 
 
 def say_what_is_kept(directory: Path | None) -> None:
-    """Say that nothing stays of a measure for which there is no directory."""
+    """Say that nothing is kept of a measure without a directory."""
     if directory is None:
         say(["Without run=DIR or output=DIR nothing is kept, neither features nor a report."])
 
 
 def with_shards(config: Evaluation, directory: Path | None) -> Evaluation:
-    """The same settings on shards: folders and zips of images are packed, once, and anew where they have changed.
+    """The same settings on shards: folders and zips of images are packed, once, and again where they have changed.
 
     They are kept in DIRECTORY/eval/images, without one in the user's cache. Raises ConfigError for images, and a run,
     that are not there, before anything is packed.
@@ -59,7 +59,7 @@ def with_shards(config: Evaluation, directory: Path | None) -> Evaluation:
 
 
 def place_of(source: str, directory: Path | None) -> Path:
-    """Where the shards of a folder or zip are kept: by its name, and by its place, for names come twice."""
+    """Where the shards of a folder or zip are kept: by its name and its path, as names may repeat."""
     path = Path(source).expanduser().resolve()
     name = f"{path.stem or 'images'}-{sha256_of_bytes(str(path).encode())[:8]}"
     return (user_cache() if directory is None else directory / "eval") / "images" / name

@@ -2,7 +2,7 @@
 
 A share of images (top-1, recall at k) has Wilson's score interval (Wilson, 1927): it has a width where all images are
 right, or none, and the bootstrap has none there. Other figures have the bootstrap's by the percentile method, from a
-fixed seed; where all resamples agree, Wilson's of the same figure stands in.
+fixed seed; where all resamples agree, Wilson's of the same figure replaces it.
 """
 
 from __future__ import annotations

@@ -97,9 +97,9 @@ class VotesConfig(Config):
     """Votes weigh exp(similarity / temperature); several at once as `temperature=0.07,0.1`, the first is the
     headline."""
     search: Search = "auto"
-    """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where there are units
-    for it, then in float32; `auto` takes blocks on GPUs, on CPUs with such units or a single thread, and for few test
-    images."""
+    """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where the hardware has
+    units for it, then in float32; `auto` takes blocks on GPUs, on CPUs with such units or a single thread, and for few
+    test images."""
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -143,7 +143,7 @@ def accuracies(
 
 
 def evaluate_knn(config: KnnConfig) -> dict[str, JSON]:
-    """The k-NN report of the config's model, as it stands in `eval/knn.json`, with a table on stdout."""
+    """The k-NN report of the config's model, as written to `eval/knn.json`, with a table on stdout."""
     images = open_labelled(config.train, config.test, task="k-NN", shared=not config.leave_one_out)
     voters_M = torch.arange(len(images.train))
     if config.per_class is not None:

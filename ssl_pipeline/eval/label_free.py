@@ -1,4 +1,4 @@
-"""What the features of a backbone tell without labels, from some images and random views of them."""
+"""What the features of a backbone show without labels, from some images and random views of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LabelFreeConfig(ReportConfig):
     images: PlaceText
     """Images, labelled or not: shards, or a folder or a zip, which is packed once."""
     num_images: Annotated[int, Field(ge=FEWEST_EIGENVALUES + 1, le=10**6)] = 2048
-    """How many of them are taken, evenly spread, or all if there are fewer; more than dimensions tell more."""
+    """How many of them are taken, evenly spread, or all if there are fewer; more images than dimensions tell more."""
     views: Annotated[int, Field(ge=2, le=1000)] = 2
     """Random views of each image for LiDAR and alignment. LiDAR is steadier with more."""
     crop_scale: Annotated[tuple[float, float], InRange(gt=0, le=1, increasing=True)] = (0.2, 1.0)

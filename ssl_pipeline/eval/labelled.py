@@ -1,4 +1,4 @@
-"""The labelled images of evaluators and monitors, doubted once for all of them before anything is measured.
+"""The labelled images of evaluators and monitors, checked once before anything is measured.
 
 What makes a measure impossible is a ConfigError; what makes its figure doubtful is measured, and said.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 from ssl_pipeline.config import ConfigError, printable
 from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data.shards.origins import packed_from, spoken_of
+from ssl_pipeline.data.shards.origins import display_name, packed_from
 from ssl_pipeline.data.shards.shared import shared_images
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.randomness import SPLIT, permutation
 
 NAMED_CLASSES = 5  # that a warning lists
 LABELS_OF_SHARDS = (
-    "Pack the labelled images alone, or label the others: make_shards takes labels from class folders or from "
+    "Pack only the labelled images, or label the others: make_shards takes labels from class folders or from "
     "labels=FILE.csv."
 )
 LABELS_OF_FILES = "Put each image into the folder of its class; make_shards takes a table too, labels=FILE.csv."
@@ -57,7 +57,7 @@ def open_labelled(train: str, test: str, *, task: str, shared: bool = True) -> L
     Says on stderr, once, what makes it doubtful. Raises ConfigError for what makes it impossible.
     """
     indices = open_shards(train), open_shards(test)
-    train, test = spoken_of(train), spoken_of(test)
+    train, test = display_name(train), display_name(test)
     for directory, index in zip((train, test), indices, strict=True):
         require_labels(index, directory, task=task)
     (train_numbers_M, test_numbers_N), names = _same_classes(train, test, *indices)
@@ -80,7 +80,7 @@ def open_labelled(train: str, test: str, *, task: str, shared: bool = True) -> L
 
 
 def some_of_each_class(images: LabelledImages, count: int, *, seed: int) -> Numbers:
-    """`count` training images of each class, as if drawn from a hat; of fewer from the same hat, the first ones.
+    """`count` training images of each class, drawn at random; with the same seed fewer are the first of more.
 
     Raises ConfigError if a class has fewer.
     """
@@ -94,7 +94,7 @@ def some_of_each_class(images: LabelledImages, count: int, *, seed: int) -> Numb
 
 
 def draw_per_class(labels_N: Tensor, count: int | str, *, seed: int) -> Numbers:
-    """The numbers of `count` images of each class, or of a share such as "1%", as if drawn from a hat, ascending."""
+    """The numbers of `count` images of each class, or of a share such as "1%", drawn at random, ascending."""
     chosen = []
     for label in labels_N.unique().tolist():
         of_class = np.flatnonzero(labels_N.numpy() == label)
@@ -117,7 +117,7 @@ def require_labels(index: ShardIndex, directory: str, *, task: str, where: str =
 
 
 def _labels_come_from(index: ShardIndex) -> str:
-    """The way to labels: for those who have a folder of images, and for those who have shards."""
+    """How to add labels: to a folder of images, and to shards."""
     return LABELS_OF_SHARDS if packed_from(index.folder) is None else LABELS_OF_FILES
 
 
@@ -126,7 +126,7 @@ def require_company(labels_N: Tensor, *, task: str) -> None:
     if len(labels_N.unique()) == len(labels_N):
         raise ConfigError(
             f"{task} of each image by all others needs two images of a class. Got {len(labels_N)} images of as many "
-            "classes, so that none could be right. Put images of one kind into one class folder, or give a test set."
+            "classes, so none could be right. Put images of one kind into one class folder, or give a test set."
         )
 
 

@@ -1,4 +1,4 @@
-"""The labelled images that a run knows of, so that the command which measures it can be shown with their places."""
+"""The labelled images that a run knows of, so that the command that measures it can be shown with their paths."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LabelledSets:
 
 
 def labelled_sets(run: Path) -> LabelledSets | None:
-    """Those of its k-NN monitor, or its own images with the test set beside them, or its own images alone; None if it
+    """Those of its k-NN monitor, or its own images with the test set next to them, or only its own images; None if it
     knows of no labels, or of too few for k-NN with its default k.
     """
     settings = _settings_in(run)
@@ -55,7 +55,7 @@ def labelled_sets(run: Path) -> LabelledSets | None:
 
 
 def measured_on(run: Path) -> str | None:
-    """The labelled images that its classifier is measured on, or the test set beside its own images."""
+    """The labelled images that its classifier is measured on, or the test set next to its own images."""
     settings = _settings_in(run)
     val, own = ((settings.get(name) or {}).get(key) for name, key in (("classifier", "val"), ("data", "shards")))
     if isinstance(val, str) and shards_may_be_at(val):
@@ -73,7 +73,7 @@ def _settings_in(run: Path) -> dict[str, Any]:
 
 
 def _beside(own: str) -> Iterator[LabelledSets]:
-    """The test sets that lie beside shards, or beside or in the folder that a command packed into them, with `own`."""
+    """The test sets next to shards, or next to or in the folder that a command packed into them, with `own`."""
     source = packed_from(Path(own))
     place = Path(source or own)
     if place.name.lower() in TRAIN:
@@ -101,12 +101,12 @@ def _classes(folder: Path) -> set[str]:
 
 
 def _votes(shards: str, *, alone: bool) -> ShardIndex | None:
-    """The images, if they have labels that k-NN can be told of; alone: by all others of the same set."""
+    """The images, if they have labels that k-NN can use; alone: by all others of the same set."""
     try:
         if "://" in shards or not shards_may_be_at(shards):
             return None
         index = open_shards(shards)
-    except (DataError, OSError):  # a run that has ended well does not fail for a hint
+    except (DataError, OSError):  # a successful run does not fail because of a hint
         return None
     if index.label_problem() is not None:
         return None

@@ -79,7 +79,7 @@ class LinearConfig(EvaluationConfig, ProbeConfig):
 
     inputs: Literal["pooled", "tokens"] = "pooled"
     """What is classified. pooled: the network's own features. tokens: of a ViT the class token of the last block or
-    those of the last four, alone or with the mean of the last patches, each with every setting (DINOv2's sweep)."""
+    those of the last four, with or without the mean of the last patches, each with every setting (DINOv2's sweep)."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def linear_probe(
 
 
 def solver_for(config: ProbeConfig, numbers: int) -> Literal["sgd", "logistic"]:
-    """What trains on training features of so many numbers."""
+    """What trains on training features of this many numbers."""
     if config.solver != "auto":
         return config.solver
     return "logistic" if numbers <= LARGEST_LOGISTIC else "sgd"
@@ -200,7 +200,7 @@ def _logistic(config: ProbeConfig, num_classes: int) -> tuple[list[Setting], Sco
 
 
 def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
-    """The linear-probe report of the config's model, as it stands in `eval/linear.json`, with tables on stdout."""
+    """The linear-probe report of the config's model, as written to `eval/linear.json`, with tables on stdout."""
 
     def measure(features: LabelledFeatures) -> tuple[ProbeResult, ByClass]:
         result, scores_NC = linear_probe(features, config, device=choose_device(config.device))
@@ -213,7 +213,7 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
     if kinds and not isinstance(network, TokenBackbone):
         raise ConfigError(
             f"inputs=tokens needs a network with tokens. '{getattr(network, 'name', models.model.label)}' has none; "
-            f"take inputs=pooled. Networks that have: {NETWORKS_WITH_TOKENS}."
+            f"take inputs=pooled. Networks with tokens: {NETWORKS_WITH_TOKENS}."
         )
     widest = max(_widest_input(one, kinds) for one in (models.model, *models.baselines.values()))
     config = config.model_copy(update={"solver": solver_for(config, len(images.train) * widest)})  # one for all of them

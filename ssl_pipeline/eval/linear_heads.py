@@ -59,9 +59,9 @@ def train_linear_heads(
 ) -> tuple[Tensor, Tensor]:
     """Weights (S, D, C) and biases (S, C) after SGD with momentum 0.9 and a cosine to zero, one head per setting.
 
-    Setting s has `learning_rates[s]` and `weight_decays[s]`.
-    Heads start at zero, see the same batches and do not touch one another: one that diverges turns to NaN alone.
-    The rate in use is learning_rate * batch_size / 256.
+    Setting s has `learning_rates[s]` and `weight_decays[s]`. Heads start at zero, see the same batches and do not touch
+    one another: one that diverges becomes NaN without affecting the others. The rate in use is learning_rate *
+    batch_size / 256.
     """
     batch_size = min(batch_size, len(features_ND))
     size = min(len(learning_rates), max(1, LARGEST_LOGITS // (batch_size * num_classes)))

@@ -1,4 +1,4 @@
-"""What of a ViT a linear classifier may be given (DINOv2, Oquab et al., 2023, https://arxiv.org/abs/2304.07193)."""
+"""Which features of a ViT a linear classifier may get (DINOv2, Oquab et al., 2023, https://arxiv.org/abs/2304.07193)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TOKEN_KINDS: tuple[Kind, ...] = ("blocks", "mean")
 def inputs_of(features: LabelledFeatures) -> dict[str, tuple[Tensor, Tensor]]:
     """The inputs of a classifier by name, of training and test images.
 
-    `pooled` alone, or where TOKEN_KINDS are there what DINOv2 sweeps: `class 1` (N, D), the last block's class token,
-    `class 4` (N, n D), those of the last n = 4 blocks, and both with the mean of the patches of the last block behind
-    them, `class 1 + mean` and `class 4 + mean`.
+    Only `pooled`, or where TOKEN_KINDS are there what DINOv2 sweeps: `class 1` (N, D), the last block's class token,
+    `class 4` (N, n D), those of the last n = 4 blocks, and both with the mean of the patches of the last block
+    appended, `class 1 + mean` and `class 4 + mean`.
     """
     if not features.of_kinds:
         return {"pooled": (features.train, features.test)}

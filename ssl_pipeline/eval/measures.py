@@ -104,6 +104,6 @@ def percent(value: float | None) -> str:
 
 
 def with_interval(value: float, num_images: int) -> str:
-    """`76.94 % (74.2 to 79.6)`: a share of so many images with its 95 % interval."""
+    """`76.94 % (74.2 to 79.6)`: a share of a number of images with its 95 % interval."""
     low, high = share_interval(value, num_images)
     return f"{percent(value)} ({low:.1f} to {high:.1f})"

@@ -1,4 +1,5 @@
-"""What is measured during training beside k-NN: the accuracy of a method's own classifier, the spectrum of features."""
+"""What is measured during training besides k-NN: the accuracy of a method's own classifier, the spectrum of
+features."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
-from ssl_pipeline.data.shards.origins import spoken_of
+from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.eval.accuracy import top_k_accuracy
 from ssl_pipeline.eval.features.extract import Precision, eval_mode, extract_features
 from ssl_pipeline.eval.labelled import (
@@ -29,7 +30,7 @@ from ssl_pipeline.schedule import Duration, Progress
 
 
 class MonitorConfig(Config):
-    """When a monitor measures, and what becomes of the run when it cannot."""
+    """When a monitor measures, and what happens to the run when it cannot."""
 
     every: Duration
     """How often: `5ep`, `10%` or a number of optimizer steps; 0: only at the end, when it is measured in any case."""
@@ -38,14 +39,14 @@ class MonitorConfig(Config):
     weights."""
     on_error: Literal["skip", "stop"] = "skip"
     """What happens when it fails during training: `skip` says so in one line, the row says why, and training goes on;
-    `stop` ends the run, which is saved before. Images whose head says that they cannot be decoded are left out, and
-    named as the run begins; `stop` refuses them. What else is wrong at the start is always an error."""
+    `stop` ends the run, which is saved before. Images whose header shows that they cannot be decoded are left out and
+    named at the start; `stop` refuses them. Anything else wrong at the start is always an error."""
 
 
 def readable_images(config: MonitorConfig, name: str, index: ShardIndex, size: int) -> list[int]:
     """The numbers of the images that the monitor `name` measures, of which the first one is decoded.
 
-    Left out, and named by the first of them, are those whose head says that they cannot be decoded. Raises DataError if
+    Images whose header says that they cannot be decoded are left out, and the first is named. Raises DataError if
     `on_error` is stop and there are some, if all are such, and if the first that is left cannot be decoded.
     """
     readable = evenly_spread(index, len(index))
@@ -97,12 +98,12 @@ class ClassifierMonitor:
         self.precision: Precision = precision
         self.images = open_shards(config.val)
         names = None if labelled is None else labelled.class_names
-        where = f"classifier.val={spoken_of(config.val)}"
+        where = f"classifier.val={display_name(config.val)}"
         labels = classes_of(self.images, where, num_classes=num_classes, names=names)
         self.samples = readable_images(config, "classifier", self.images, preprocessing.size)
         self.labels = torch.from_numpy(labels)[self.samples]
         if labelled is not None:
-            say(shared_warnings(labelled, self.images, train=labelled.called, test=spoken_of(config.val)))
+            say(shared_warnings(labelled, self.images, train=labelled.called, test=display_name(config.val)))
 
     @torch.no_grad()
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
@@ -129,7 +130,7 @@ class SpectrumMonitorConfig(MonitorConfig):
     val: str | None = None
     """Shards of the images that are measured, labelled or not; by default the training images."""
     images: Annotated[int, Field(gt=0)] = 2048
-    """How many of them, evenly spread, or all if there are fewer; more than dimensions tell more."""
+    """How many of them, evenly spread, or all if there are fewer; more images than dimensions tell more."""
 
 
 class SpectrumMonitor:
@@ -161,7 +162,7 @@ class SpectrumMonitor:
                 f"{count} images of {self.images.called} and {embed_dim} dimensions; leave spectrum out, or raise "
                 "spectrum.images."
             )
-        if config.val is None:  # what cannot be decoded of the training images is the training's matter
+        if config.val is None:  # undecodable training images are handled by the training
             look_at_first(self.images, preprocessing.size, sample=self.samples[0])
         else:
             readable_images(config, "spectrum", self.images, preprocessing.size)

@@ -1,4 +1,4 @@
-"""The bar that tells how far a computation of an evaluator is, and how long it takes; the first process shows it."""
+"""The bar that shows how far a computation of an evaluator is, and how long it takes; the first process shows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def progress_bar(total: int, description: str, *, unit: str) -> Bar:
 
 
 def counted(items: Sequence[Item], description: str, *, unit: str) -> Iterator[Item]:
-    """The same items; each is counted once whoever asked for it is done with it."""
+    """The same items; each is counted once its consumer is done with it."""
     with progress_bar(len(items), description, unit=unit) as bar:
         for item in items:
             yield item

@@ -33,12 +33,13 @@ LAST_BLOCKS = 4  # of DINO's and DINOv2's linear evaluation
 
 
 class ReportConfig(PassConfig):
-    """A model, and where what is found of it is kept."""
+    """A model, and where its results are kept."""
 
     baselines: bool = False
     """Whether raw pixels and the same backbone at random initialisation are measured too."""
     output: Folder | None = None
-    """Folder in which `eval/` gets the report and cached features; by default the run, without either nothing stays."""
+    """Folder in which `eval/` gets the report and cached features; by default the run; without either nothing is
+    kept."""
 
     @property
     def directory(self) -> Path | None:
@@ -116,7 +117,7 @@ def measure_models(
 ) -> Measured[Result]:
     """`measure` on the features of the model and, if asked for, of its baselines; `models` are those of the config.
 
-    kinds: of its tokens that are wanted beside its own features; ConfigError if it has none.
+    kinds: of its tokens that are wanted besides its own features; ConfigError if it has none.
     """
     models = models or open_models(config)
     model = models.model
@@ -215,7 +216,7 @@ def conclude(config: ReportConfig, evaluator: str, measured: Measured[Found], se
 def write_report(config: ReportConfig, name: str, report: dict[str, JSON]) -> None:
     """`DIR/eval/NAME.json` in the run, or in `output`; nothing without either.
 
-    What `which` or `step` picks has a file of its own: `DIR/eval/NAME-student-step-80.json`.
+    What `which` or `step` picks has its own file: `DIR/eval/NAME-student-step-80.json`.
     """
     if config.directory is not None:
         write_report_to(config.directory, name, report, which=config.which, step=config.picked_step)

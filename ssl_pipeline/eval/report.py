@@ -1,4 +1,4 @@
-"""A run as one page that people look at, or several beside each other: what they learnt, and how it went."""
+"""A run as one page that people look at, or several side by side: what they learnt, and how it went."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from ssl_pipeline.eval.page.settings import facts, settings_section
 from ssl_pipeline.eval.page.token_maps import token_section
 
 UNSHOWN = (ConfigError, DataError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
-"""What may be wrong with images, weights and reports of others: a page says it in the place of the pictures."""
+"""Errors from images, weights and reports of others: the page shows them in place of the pictures."""
 
 ENDINGS = (".html", ".htm")
-LONGEST_NAME = 100  # characters of a file's name that tells of several runs
+LONGEST_NAME = 100  # characters of a file's name for several runs
 
 OfMethod = Callable[[Record], Sequence[Section]]
 
 
 class ReportConfig(Config):
     """A run as one self-contained page: curves, what the doctor says, evaluations, and pictures of what it sees and
-    learnt. It may still be training. Several runs (`run=A,B`) are laid over each other, on a page beside that of the
+    learnt. It may still be training. Several runs (`run=A,B`) are laid over each other, on a page next to that of the
     first, `A/report/with_B.html`; the pictures are of the first.
     """
 
@@ -53,14 +53,15 @@ class ReportConfig(Config):
     device: str = "auto"
     """Device of the backbone: `auto` takes the GPU if there is one."""
     tensorboard: bool = False
-    """Whether views, neighbours and reconstructions go to TensorBoard too, beside the page: the run NAME/report."""
+    """Whether views, neighbours and reconstructions go to TensorBoard too, in addition to the page: the run
+    NAME/report."""
     output: Path | None = None
     """The file that is written, NAME.html, or a directory for index.html; by default `report` in the (first) run."""
 
     @model_validator(mode="after")
     def _two_sets_or_one_of_pictures(self) -> ReportConfig:
         if self.train is not None and self.test is None:
-            raise ValueError("train is measured on with test. Set test=SHARDS too.")
+            raise ValueError("train needs test. Set test=SHARDS too.")
         if len({run.resolve() for run in self.run}) < len(self.run):
             raise ValueError("run names one directory twice.")
         if self.output is not None and not _names_a_page(self.output):
@@ -69,7 +70,7 @@ class ReportConfig(Config):
 
     @property
     def place(self) -> Path:
-        """The file that is written: a page of several runs has a name of its own, and leaves the first one's alone."""
+        """The file that is written: a page of several runs has its own name, and the first one's is kept."""
         place = self.run[0] / "report" if self.output is None else self.output
         return place if place.suffix.lower() in ENDINGS and not place.is_dir() else place / file_for(self.run)
 
@@ -91,7 +92,7 @@ def report_page(config: ReportConfig, of_method: OfMethod = lambda record: ()) -
         *settings_section(records),
     ]
     state = first.status.state if first.status is not None and len(records) == 1 else ""
-    foot = "Written by eval.report of ssl-pipeline. The page holds everything itself and loads nothing."
+    foot = "Written by eval.report of ssl-pipeline. The page is self-contained and loads nothing."
     title = " and ".join(record.name for record in records)
     return page(title, state, conclusion(records), tiles(first) if len(records) == 1 else (), sections, foot=foot)
 
@@ -102,7 +103,7 @@ def _names_a_page(output: Path) -> bool:
 
 
 def file_for(runs: Sequence[Path]) -> str:
-    """The name of the page of one run, or of several beside the first: `with_B.html`."""
+    """The name of the page of one run, or of several with the first: `with_B.html`."""
     if len(runs) == 1:
         return "index.html"
     others = "_and_".join(run.resolve().name for run in runs[1:])
@@ -146,7 +147,7 @@ def _learnt(record: Record, config: ReportConfig) -> list[Section]:
 
 
 def shown(title: str, make: Callable[[], Section | None]) -> Section | None:
-    """A section, or one that says why there is none."""
+    """A section, or one that says why it is missing."""
     try:
         return make()
     except UNSHOWN as error:

@@ -57,9 +57,9 @@ PLACES = {"train", "test", "images"}  # of images, which their fingerprints tell
 
 
 def comparable(protocol: Mapping[str, JSON]) -> dict[str, JSON]:
-    """What figures depend on beside the model: two may be compared if this is the same.
+    """What figures depend on besides the model: two may be compared if this is the same.
 
-    Images are told by their fingerprints, and by their place only where there is none.
+    Images are identified by their fingerprints, and by their path only where there is none.
     """
     dropped = ABOUT_THE_MODEL | ABOUT_THE_PROGRAM | {"warnings"}
     dropped |= {place for place in PLACES if f"{place}_fingerprint" in protocol}
@@ -98,8 +98,8 @@ def classifier_of(evaluator: str, report: Report) -> str:
 def read_reports(directory: Path, *, picked: bool = False) -> dict[str, Report]:
     """The reports in `DIR/eval` by name, those of the suite first, each file read once.
 
-    picked: whether those of a step or a network that somebody picked, which have longer names, are wanted too. Raises
-    ConfigError for a file that is none.
+    picked: whether those of a step or a picked network, which have longer names, are wanted too. Raises
+    ConfigError for a file that is not one.
     """
     found: dict[str, Report] = {}
     paths = {path.stem: path for path in sorted((directory / "eval").glob("*.json")) if picked or "-" not in path.stem}

@@ -1,4 +1,4 @@
-"""Retrieval: how high the images of a query's class stand among all others, by the cosine of frozen features.
+"""Retrieval: how high the images of a query's class rank among all others, by the cosine of frozen features.
 
 As DINO evaluates retrieval (Caron et al., 2021, section 4.2, https://arxiv.org/abs/2104.14294): features of length 1,
 ranked by their products, nothing is trained; average precision as the protocol of the revisited Oxford and Paris counts
@@ -56,7 +56,7 @@ class RetrievalConfig(EvaluationConfig):
             raise ValueError(f"leave_one_out=true looks for the images of train: set test={self.train}.")
         if self.depth is not None and self.depth < max(self.recall_at):
             raise ValueError(
-                f"depth={self.depth} must reach as far as recall_at does. Got recall_at={max(self.recall_at)}."
+                f"depth={self.depth} must be at least the largest of recall_at. Got recall_at={max(self.recall_at)}."
             )
         return self
 
@@ -92,7 +92,7 @@ def rank_all(bank_MD: Tensor, queries_ND: Tensor, *, leave_one_out: bool) -> Ite
 
 
 def rank_first(bank_MD: Tensor, queries_ND: Tensor, *, config: RetrievalConfig, depth: int) -> Tensor:
-    """The same of the first `depth` images alone, of all queries."""
+    """The same for only the first `depth` images, of all queries."""
     if config.leave_one_out:
         return other_neighbours(queries_ND, k=depth, search=config.search)[1]
     return nearest_neighbours(bank_MD, queries_ND, k=depth, search=config.search)[1]

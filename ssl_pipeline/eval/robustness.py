@@ -38,7 +38,7 @@ class RobustnessConfig(EvaluationConfig):
     corruptions: tuple[Corruption, ...] = Field(CORRUPTIONS, min_length=1)
     """What is done to the test images, each at five severities, which are five feature passes over them."""
     num_test: Annotated[int, Field(gt=0)] | None = None
-    """At most so many test images, evenly spread; by default all of them."""
+    """At most this many test images, evenly spread; by default all of them."""
     k: Annotated[int, Field(gt=0)] = 20
     """Neighbours that vote."""
     temperature: Annotated[float, Field(gt=0)] = 0.07

@@ -1,4 +1,5 @@
-"""Segments from patch features: what a patch should say, linear heads and neighbours that say it, how well they do."""
+"""Segments from patch features: the targets of patches, linear heads and neighbours that predict them, how well they
+do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What features tell without labels; floats out, float64 inside.
+"""What features show without labels; floats out, float64 inside.
 
 Of their spectrum RankMe, alpha-ReQ and LiDAR; of how they lie on the sphere uniformity, alignment and their deviation.
 """
@@ -57,7 +57,7 @@ def alpha_req(features: Tensor, *, lo: int = 3, hi: int = 100) -> float:
 
 
 def lidar(embeddings_NQD: Tensor, *, delta: float = 1e-4, eps: float = 1e-8) -> float:
-    """Effective rank of what tells images apart and not their views (LiDAR, Thilak et al., 2023, arXiv:2312.04000).
+    """Effective rank of what distinguishes images but not their views (LiDAR, Thilak et al., 2023, arXiv:2312.04000).
 
     Shapes: N images, Q views of each. Sb = covariance of the N means, / (N - 1); Sw = covariance within images,
     / (N (Q - 1)), + delta * identity; e = eigenvalues of Sw^(-1/2) Sb Sw^(-1/2); p = e / sum(e) + eps;
@@ -76,7 +76,7 @@ def lidar(embeddings_NQD: Tensor, *, delta: float = 1e-4, eps: float = 1e-8) -> 
     centred_ND = means_ND - means_ND.mean(dim=0)
     # Sw = L L^T: the matrix L^-1 Sb L^-T has the eigenvalues of Sw^(-1/2) Sb Sw^(-1/2)
     whitened_DN = torch.linalg.solve_triangular(torch.linalg.cholesky(within_DD), centred_ND.T, upper=False)
-    # of the smaller product, whose eigenvalues are those of the other, which has zeros beside them
+    # of the smaller product, whose eigenvalues are those of the other, which has additional zeros
     product = whitened_DN @ whitened_DN.T if dim <= num_images else whitened_DN.T @ whitened_DN
     values_K = torch.linalg.eigvalsh(product / (num_images - 1)).clamp(min=0)
     eigenvalues_D = torch.cat([values_K, values_K.new_zeros(dim - len(values_K))])

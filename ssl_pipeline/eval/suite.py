@@ -1,4 +1,4 @@
-"""All measures of a backbone from one feature pass, in one table beside its baselines, and what is kept of them."""
+"""All measures of a backbone from one feature pass, in one table with its baselines, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def title(name: str, config: VotesConfig) -> str:
 
 
 def table(measured: Measured[SuiteResult], config: SuiteConfig, num_test: int) -> tuple[list[str], list[list[str]]]:
-    """A column for each model, a row for each measure; the interval beside each top-1."""
+    """A column for each model, a row for each measure; the interval next to each top-1."""
     models = measured.rows()
     rows = [
         [
@@ -174,7 +174,7 @@ def _to_json(
 
 
 def _own_measures(result: SuiteResult) -> list[Measure]:
-    """What stands in no other report."""
+    """What is in no other report."""
     measures = [
         Measure(f"balanced_accuracy_{name}", f"balanced accuracy, {CLASSIFIERS[name]}", found.balanced)
         for name, found in result.classes.items()

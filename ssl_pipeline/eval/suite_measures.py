@@ -1,4 +1,5 @@
-"""What one feature pass tells of a backbone: k-NN, linear classifiers, RankMe and alpha-ReQ, classes and neighbours."""
+"""What one feature pass says about a backbone: k-NN, linear classifiers, RankMe and alpha-ReQ, classes and
+neighbours."""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ EXAMPLES, NEIGHBOURS_SHOWN = 8, 5
 
 
 class SuiteConfig(VotesConfig, ProbeConfig, EvaluationConfig):
-    """k-NN, linear classifiers and the spectrum of one backbone's features, beside its baselines, from one pass."""
+    """k-NN, linear classifiers and the spectrum of one backbone's features, with its baselines, from one pass."""
 
     solver: Literal["auto", "sgd", "logistic"] = "auto"
     """`sgd` is the sweep, `logistic` scikit-learn's L-BFGS; `auto` takes the sweep, and logistic before it for up to 4
     million training features (images * dimensions)."""
     k: tuple[Annotated[int, Field(gt=0)], ...] = Field((20, 10, 100, 200), min_length=1)
-    """Neighbours that vote; the first is the headline. Those that are more than there are training images are left
-    out, with a warning."""
+    """Neighbours that vote; the first is the headline. Those above the number of training images are left out, with a
+    warning."""
     also: tuple[Literal["few_shot", "retrieval"], ...] = ()
     """Evaluators that measure the same features too, with their own defaults: `also=few_shot,retrieval`."""
     baselines: bool = True
@@ -49,7 +50,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What is known of one model. classes: what each classifier makes of each class, by its name in the report."""
+    """The results of one model. classes: what each classifier makes of each class, by its name in the report."""
 
     knn: ByTemperature
     probes: dict[str, ProbeResult]

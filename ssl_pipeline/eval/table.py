@@ -86,8 +86,8 @@ def _no_report(run: Path, name: str, error: Exception) -> ConfigError:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The network that reports are about: what it is called, and where its weights come from (empty: not told)."""
+class ReportedModel:
+    """The network that reports are about: what it is called, and where its weights come from (empty: unknown)."""
 
     label: str = MODELS["pretrained"]
     weights: str = ""
@@ -96,22 +96,22 @@ class Subject:
         return f"the {self.label} backbone" if self.label == MODELS["pretrained"] else self.label
 
 
-def subject_of(reports: Mapping[str, Report], run: Path) -> Subject:
+def reported_model(reports: Mapping[str, Report], run: Path) -> ReportedModel:
     """What the reports in a directory are about; ConfigError if those of the table are about different networks."""
     found = {name: read for name in _columns(reports) if (read := _about(reports[name], run, name))}
     first = next(iter(found), "")
-    for name, (network, subject) in found.items():
+    for name, (network, reported) in found.items():
         if network != found[first][0]:
-            one, other = (f"{each.label} ({each.weights})" for each in (found[first][1], subject))
+            one, other = (f"{each.label} ({each.weights})" for each in (found[first][1], reported))
             raise ConfigError(
                 f"{run}/eval/{first}.json and {name}.json are about different networks: {one}, and {other}. Run the "
                 "evaluator again whose report is not about the network that you want."
             )
-    return next((subject for _, subject in found.values()), Subject())
+    return next((reported for _, reported in found.values()), ReportedModel())
 
 
-def _about(report: Report, run: Path, name: str) -> tuple[dict[str, object], Subject] | None:
-    """What tells the network of a report from others, wherever its run lies, and what it is called."""
+def _about(report: Report, run: Path, name: str) -> tuple[dict[str, object], ReportedModel] | None:
+    """What identifies the network of a report, wherever its run is, and what it is called."""
     try:
         protocol = report.get("protocol", {})
         about = dict(protocol.get("subject", {}))
@@ -121,34 +121,36 @@ def _about(report: Report, run: Path, name: str) -> tuple[dict[str, object], Sub
         label = protocol.get("label") or (MODELS["pretrained"] if of_a_run else about["backbone"]["name"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_report(run, name, error) from None
-    return about, Subject(str(label), str(about.get("weights", "")))
+    return about, ReportedModel(str(label), str(about.get("weights", "")))
 
 
-def summary(top1: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], subject: Subject = Subject()) -> str:
+def summary(
+    top1: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], reported: ReportedModel = ReportedModel()
+) -> str:
     """The table, where raw pixels are ahead, and how many times smaller the k-NN error became."""
     measured = {name: title for name, title in titles.items() if name in top1}
-    labels = MODELS | {"pretrained": subject.label}
+    labels = MODELS | {"pretrained": reported.label}
     rows = [
         (label, *(percent(top1[name].get(model)) for name in measured))
         for model, label in labels.items()
         if model == "pretrained" or any(name in top1 for name in WITH_BASELINES)
     ]
     lines = [format_table(("", *measured.values()), rows), ""]
-    lines += compare_with_raw_pixels(top1, titles, subject)
+    lines += compare_with_raw_pixels(top1, titles, reported)
     if "random" in top1.get("knn", {}):
         random, pretrained = (100.0 - top1["knn"][model] for model in ("random", "pretrained"))
         ratio = f"{random / pretrained:.1f} times smaller" if pretrained else "none is left"
         if 0 < random < pretrained:
             ratio = f"{pretrained / random:.1f} times larger"
-        measured_one = f"{pretrained:.2f} % {subject.label}"
+        measured_one = f"{pretrained:.2f} % {reported.label}"
         lines.append(f"k-NN error: {random:.2f} % at random initialisation, {measured_one}: {ratio}.")
-    if subject.weights:
-        lines.append(f"{subject.label}: {subject.weights}")
+    if reported.weights:
+        lines.append(f"{reported.label}: {reported.weights}")
     return "\n".join(lines)
 
 
 def compare_with_raw_pixels(
-    top1: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], subject: Subject
+    top1: Mapping[str, Mapping[str, float]], titles: Mapping[str, str], reported: ReportedModel
 ) -> list[str]:
     """One sentence per evaluator that raw pixels do not lose, and one for those that they do."""
     compared = [name for name in top1 if "raw_pixels" in top1[name]]
@@ -164,10 +166,10 @@ def compare_with_raw_pixels(
         else:
             relation = "equal" if raw == pretrained else "beat"
             lines.append(
-                f"Raw pixels {relation} {subject} in {titles[name]}: {percent(raw)} against {percent(pretrained)}."
+                f"Raw pixels {relation} {reported} in {titles[name]}: {percent(raw)} against {percent(pretrained)}."
             )
     if lost:
-        name = str(subject).replace("the ", "The ", 1) if subject.label == MODELS["pretrained"] else str(subject)
+        name = str(reported).replace("the ", "The ", 1) if reported.label == MODELS["pretrained"] else str(reported)
         lines.append(f"{name} is ahead of raw pixels in {' and '.join(lost)}.")
     return lines
 
@@ -185,13 +187,13 @@ def other_tables(reports: Mapping[str, Report], run: Path) -> list[str]:
     return tables
 
 
-def notes(reports: Mapping[str, Report], subject: Subject) -> list[str]:
-    """What the figures do not tell apart, and the protocol of each, by which it stands in results.csv."""
-    titles, labels = titles_of(reports), MODELS | {"pretrained": subject.label}
+def notes(reports: Mapping[str, Report], reported: ReportedModel) -> list[str]:
+    """Which figures do not differ, and the protocol of each, as named in results.csv."""
+    titles, labels = titles_of(reports), MODELS | {"pretrained": reported.label}
     lines = [
         line
         for name, title in titles.items()
-        for line in within_interval_of_baselines(title, reports[name], subject.label, labels)
+        for line in within_interval_of_baselines(title, reports[name], reported.label, labels)
     ]
     hashes = [
         f"{title} {reports[name]['protocol_hash']}"
@@ -217,9 +219,9 @@ def main(config: TableConfig) -> None:
     reports = with_the_suite(read_run(config.run))
     parts = other_tables(reports, config.run)
     if top1 := top1_of(reports, config.run):
-        subject = subject_of(reports, config.run)
-        text = summary(top1, titles_of(reports), subject)
-        parts.insert(0, "\n".join((text, *notes(reports, subject))))
+        reported = reported_model(reports, config.run)
+        text = summary(top1, titles_of(reports), reported)
+        parts.insert(0, "\n".join((text, *notes(reports, reported))))
     print("\n\n".join(parts))
     for doubt in doubts(reports, titles_of(reports)):
         print(printable(f"warning: {doubt}"))

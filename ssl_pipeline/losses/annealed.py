@@ -1,5 +1,5 @@
 """Losses of UDA (Xie et al., 2019, https://arxiv.org/abs/1904.12848) and FreeMatch (Wang et al., 2022,
-https://arxiv.org/abs/2205.07246) beside the cross-entropy on pseudo-labels.
+https://arxiv.org/abs/2205.07246) in addition to the cross-entropy on pseudo-labels.
 """
 
 from __future__ import annotations

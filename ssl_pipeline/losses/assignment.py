@@ -1,4 +1,4 @@
-"""How a batch is shared out over prototypes: a teacher's probabilities by centring or by Sinkhorn-Knopp.
+"""How a batch is assigned to prototypes: a teacher's probabilities by centring or by Sinkhorn-Knopp.
 
 Centring is DINO's (Caron et al., 2021, https://arxiv.org/abs/2104.14294), Sinkhorn-Knopp that of SwAV (Caron et al.,
 2020, https://arxiv.org/abs/2006.09882; Cuturi, 2013, https://arxiv.org/abs/1306.0895), DINOv2 and DINOv3.

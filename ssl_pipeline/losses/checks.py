@@ -1,4 +1,4 @@
-"""What the losses refuse alike."""
+"""Checks that the losses share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full precision for losses: autocast is left, half precision is promoted."""
+"""Full precision for losses: outside autocast, with half precision promoted."""
 
 from __future__ import annotations
 

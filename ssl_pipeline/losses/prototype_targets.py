@@ -89,7 +89,8 @@ def sinkhorn_targets(
 
 @torch.no_grad()
 def prototypes_used(targets: PrototypeTargets) -> Tensor:
-    """How many different prototypes are the likeliest ones of the first 64 target rows (of the first part), as a share.
+    """How many different prototypes are the most likely ones of the first 64 target rows (of the first part), as a
+    share.
 
     1 if each row has a prototype of its own (or all prototypes are in use), near 0 if nearly all prototypes are dead.
     """

@@ -34,7 +34,7 @@ def mae_loss(images: Tensor, prediction: Tensor, mask: Tensor, *, patch_size: in
 
 @float32
 def removed_patches_loss(patches: Tensor, prediction: Tensor, *, normalize_targets: bool) -> Tensor:
-    """`mae_loss` of removed patches alone, as many of each image: patches and prediction (N, R, p * p * C)."""
+    """`mae_loss` of only the removed patches, as many of each image: patches and prediction (N, R, p * p * C)."""
     if prediction.shape != patches.shape:
         raise ValueError(
             f"removed_patches_loss needs prediction {tuple(patches.shape)} for these patches. "

@@ -1,4 +1,4 @@
-"""Losses that keep the dimensions of an embedding from saying the same: no negatives and no teacher.
+"""Losses that keep the dimensions of an embedding from being redundant: no negatives and no teacher.
 
 Barlow Twins (Zbontar et al., 2021, https://arxiv.org/abs/2103.03230) and VICReg (Bardes et al., 2021,
 https://arxiv.org/abs/2105.04906). Statistics over the batch are those of the rows of all processes.
@@ -29,7 +29,7 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float) -> 
         sum over i of (c_ii - 1)^2 + off_diagonal_weight * sum over i != j of c_ij^2
 
     With several processes c is that of the global batch: each has the loss of the whole batch, and the average of their
-    gradients is its gradient. Raises ValueError unless there are 2 rows at least, over all processes.
+    gradients is its gradient. Raises ValueError unless there are at least 2 rows, over all processes.
     """
     z1, z2 = _gathered("barlow_twins_loss", z1, z2)
     correlation_DD = _standardised(z1).T @ _standardised(z2) / len(z1)
@@ -51,7 +51,7 @@ def vicreg_loss(
         covariance = sum over both views of (sum over i != j of covariance_ij^2) / D
 
     The invariance is that of the own rows, variance and covariance those of the rows of all processes. Raises
-    ValueError unless there are 2 rows at least, over all processes.
+    ValueError unless there are at least 2 rows, over all processes.
     """
     views = _gathered("vicreg_loss", z1, z2)
     invariance = F.mse_loss(z1, z2)

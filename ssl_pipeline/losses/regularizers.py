@@ -1,4 +1,4 @@
-"""Terms beside a self-distillation: class tokens that spread out, patches that stay as alike as they were.
+"""Additional terms of a self-distillation: class tokens that spread out, patches that stay as alike as they were.
 
 KoLeo (Sablayrolles et al., 2018, https://arxiv.org/abs/1806.03198; DINOv2, Oquab et al., 2023,
 https://arxiv.org/abs/2304.07193) and Gram anchoring (DINOv3, Simeoni et al., 2025, https://arxiv.org/abs/2508.10104).
@@ -65,7 +65,7 @@ def gram_anchoring_loss(
         mean over all entries, diagonals included, of  (student @ student.T - teacher @ teacher.T)^2
 
     negatives: "removed" puts 0 for negative entries of both matrices (those of the student then have no gradient),
-    "teacher_removed" for those of the teacher alone. Raises ValueError for anything else, or for other numbers of rows.
+    "teacher_removed" only for those of the teacher. Raises ValueError for anything else, or for other numbers of rows.
     """
     if student.ndim not in (2, 3) or student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(

@@ -138,7 +138,7 @@ def relative_threshold(labelled_probabilities_BC: Tensor, *, share: float) -> Te
 
 @float32
 def interpolate_logits(joint: Tensor, alone: Tensor, draws: Tensor) -> Tensor:
-    """AdaMatch's labelled logits, at random between those of the joint batch and those of the labelled images alone.
+    """AdaMatch's labelled logits, at random between those of the joint batch and those of only the labelled images.
 
     Shapes: all the same, draws uniform in [0, 1):  joint + draws * (alone - joint)
     """

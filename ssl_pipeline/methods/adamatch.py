@@ -33,11 +33,11 @@ class AdaMatchConfig(FewLabelsConfig):
     distribution_window: int | None = Field(128, ge=1, le=2**20)
     """Batches over which the unlabelled images' predictions are averaged; null: a moving mean (USB)."""
     interpolate: bool = True
-    """Whether labelled logits are drawn between those of the joint batch and of the labelled images alone (USB: no)."""
+    """Whether labelled logits are drawn between those of the joint batch and of only the labelled images (USB: no)."""
     labelled_strong: bool = True
     """Whether the labels are learnt on strong views too (USB: no)."""
     unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.0, warmup=Duration("50%"), rise="cosine")
-    """Weight of the loss on pseudo-labels beside the loss on labels (USB: 1 throughout)."""
+    """Weight of the loss on pseudo-labels relative to the loss on labels (USB: 1 throughout)."""
 
 
 class AdaMatch(FewLabels):

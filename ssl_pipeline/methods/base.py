@@ -95,7 +95,7 @@ class Method(nn.Module):
         return None
 
     def export(self, directory: Path) -> None:
-        """Write what a finished run leaves beside its backbone; the first process calls it."""
+        """Write what a finished run leaves next to its backbone; the first process calls it."""
 
     def param_rules(self) -> tuple[ParamRule, ...]:
         """Exceptions from the optimizer's settings, by parameter name."""

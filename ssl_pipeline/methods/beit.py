@@ -31,7 +31,7 @@ class BEiTConfig(Config):
     num_tokens: int = Field(8192, gt=1)
     """How many codes the tokenizer has."""
     num_masked: int = Field(75, gt=0)
-    """How many patches of an image are masked, or a few less (official: 75 of 196)."""
+    """How many patches of an image are masked, or a few fewer (official: 75 of 196)."""
     min_block: int = Field(16, ge=1)
     """Smallest area of a masked block in patches."""
     max_block: int | None = Field(None, ge=1)
@@ -39,7 +39,7 @@ class BEiTConfig(Config):
     min_aspect: float = Field(0.3, gt=0, le=1)
     """Smallest height / width of a masked block; the largest is 1 / this."""
     exact_number: bool = False
-    """Whether patches at random make up for what the blocks leave of num_masked (BEiT v2)."""
+    """Whether random patches fill up what the blocks leave of num_masked (BEiT v2)."""
 
 
 class BEiT(Method):

@@ -27,7 +27,7 @@ class CoTrainingConfig(Config):
     threshold: float = Field(0.95, ge=0, le=1)
     """Smallest probability of a class that makes it a pseudo-label; the original has none (0)."""
     unlabelled_weight: float = Field(1.0, ge=0)
-    """Weight of the loss on pseudo-labels of both networks beside their losses on labels (the original: 1.5)."""
+    """Weight of the loss on pseudo-labels of both networks relative to their losses on labels (the original: 1.5)."""
     teacher_momentum: Momentum = Schedule(value=0.999)
     """Share of the evaluated moving average that an update keeps."""
 

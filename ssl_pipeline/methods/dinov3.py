@@ -50,7 +50,7 @@ class DINOv3Config(TokenDistillationConfig):
     layer_decay: float = Field(0.98, gt=0, le=1)
     """Factor on the learning rate from each block to the one before it."""
     gram: GramConfig | None = None
-    """Gram anchoring; null is without, as the run begins in the paper."""
+    """Gram anchoring; null: none, as at the start of the run in the paper."""
 
 
 class DINOv3(Method):

@@ -22,8 +22,8 @@ from ssl_pipeline.backbones import (
     Preprocessing,
     TokenBackbone,
     create_backbone,
+    errors_name_setting,
     load_backbone,
-    spoken_of_as,
 )
 from ssl_pipeline.backbones.known import known_of
 from ssl_pipeline.backbones.tokens.base import TimmModel
@@ -55,7 +55,7 @@ class DistillationConfig(Config):
     patch_distance: Distance = "cosine"
     """What the loss on the features of patches measures."""
     projector_layers: Depth = 1
-    """Linear layers from the student's width to the teacher's, for images and for patches on their own."""
+    """Linear layers from the student's width to the teacher's, separately for images and for patches."""
     projector_hidden_dim: Width = 2048
     """Width of the projectors' hidden layers."""
     layer_decay: float = Field(1.0, gt=0, le=1)
@@ -89,14 +89,14 @@ class Distillation(Method):
         super().__init__()
         self.config = config
         self.student = backbone
-        with spoken_of_as("method.teacher"), torch.device("meta"):  # for its widths alone
+        with errors_name_setting("method.teacher"), torch.device("meta"):  # only for its widths
             teacher = create_backbone(config.teacher.model_copy(update={"weights": None}))
         self.class_projector = self._projector(backbone.embed_dim, teacher.embed_dim)
         if config.patch_weight:
             self.patch_projector = self._projector(_map_dim(backbone), _map_dim(teacher))
 
     def prepare(self, facts: RunFacts) -> None:
-        with spoken_of_as("method.teacher"):
+        with errors_name_setting("method.teacher"):
             teacher, source, expected = load_teacher(self.config.teacher)
         group = "teacher" if "teacher" in facts.view_sizes else "image"
         for network, its_group, setting in ((self.student, "image", "backbone"), (teacher, group, "method.teacher")):
@@ -161,7 +161,7 @@ def load_teacher(config: BackboneConfig) -> tuple[Backbone, Path | str, Preproce
         if there != here:
             raise ConfigError(
                 f"method.teacher must be the network of {source}: {there}. Got {here}. Set name, arguments and "
-                "small_images alike."
+                "small_images to match."
             )
         return teacher, source / "backbone.safetensors", preprocessing
     teacher = create_backbone(config)
@@ -178,7 +178,7 @@ def load_teacher(config: BackboneConfig) -> tuple[Backbone, Path | str, Preproce
 
 
 def resampled(map_NDRC: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map on another grid, bilinear, over the whole of what a new place stands for where it has fewer."""
+    """A map on another grid, bilinear, over all that a new place covers where it has fewer."""
     if map_NDRC.shape[2:] == grid:
         return map_NDRC
     exact = map_NDRC.to(torch.promote_types(map_NDRC.dtype, torch.float32))

@@ -36,7 +36,7 @@ class DVAEConfig(Config):
     temperature: Annotated[Schedule, InRange(gt=0)] = Schedule(value=1.0, final=1 / 16, decay_for=Duration(150_000))
     """Temperature of the mixture of codes that the decoder sees."""
     kl_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=6.6 / 192, warmup=Duration(5000), rise="cosine")
-    """Weight of the divergence of a cell's codes from evenly used ones."""
+    """Weight of the divergence of a cell's codes from the uniform distribution."""
     average_momentum: float = Field(0.999, ge=0, lt=1)
     """Share of the averaged tokenizer, the one that is exported, that an update keeps."""
     decoder_hidden_dim: Width = 256
@@ -104,7 +104,7 @@ class DVAE(Method):
         return StepOutput(reconstruction + self.config.kl_weight(progress) * kl, metrics)
 
     def reconstruct(self, batch: Batch) -> Tensor:
-        """From the likeliest code of each cell alone, as the tokenizer is used later."""
+        """From only the most likely code of each cell, as the tokenizer is used later."""
         images = batch.views["image"].flatten(0, 1)
         _, logits_NKRC = self.tokenizer.features_and_logits(images)
         codes = F.one_hot(logits_NKRC.argmax(dim=1), logits_NKRC.shape[1]).movedim(-1, 1)
@@ -163,6 +163,6 @@ def _check_head(backbone: Backbone) -> None:
     ]
     if behind:
         raise ConfigError(
-            f"DVAE trains a network up to its map of features. '{backbone.name}' has {behind[0]} behind it; try a "
+            f"DVAE trains a network up to its feature map. '{backbone.name}' has {behind[0]} after it; try a "
             "ResNet or dalle_encoder."
         )

@@ -38,9 +38,8 @@ class FewLabelsConfig(Config):
 class FewLabels(Method):
     """A backbone with a linear classifier, and its moving average, which is what is evaluated.
 
-    All groups of views go through the network together, so they have one size.
-    buffers: what becomes of the moving average's batch-norm statistics, as in Teacher. head_batch_norm: whether batch
-    norm stands before the classifier.
+    All groups of views go through the network together, so they have one size. buffers: what becomes of the moving
+    average's batch-norm statistics, as in Teacher. head_batch_norm: whether batch norm comes before the classifier.
     """
 
     def __init__(

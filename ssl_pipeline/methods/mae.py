@@ -46,7 +46,7 @@ class MAEConfig(Config):
 
 
 class MAE(Method):
-    """A ViT that encodes the kept patches alone, and a decoder that predicts the pixels of the removed ones.
+    """A ViT that encodes only the kept patches, and a decoder that predicts the pixels of the removed ones.
 
     The official encoder has `fixed_positions` and `initial_weights: mae`: settings of the backbone.
     """

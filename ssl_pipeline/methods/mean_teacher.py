@@ -28,9 +28,9 @@ class MeanTeacherConfig(FewLabelsConfig):
     consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
         value=100.0, warmup=Duration("5ep"), rise="exponential"
     )
-    """Weight of the consistency beside the loss on labels."""
+    """Weight of the consistency relative to the loss on labels."""
     consistency_on: Literal["all", "unlabelled"] = "all"
-    """Whose consistency counts: all images (the authors), or the unlabelled ones alone (Google, USB)."""
+    """Whose consistency counts: all images (the authors), or only the unlabelled ones (Google, USB)."""
     teacher_momentum: Momentum = Schedule(value=0.99)
     """Share of the teacher that an update keeps, once it has seen enough: a true average at first."""
 

@@ -23,7 +23,7 @@ class PiModelConfig(FewLabelsConfig):
     form: Literal["authors", "detached"] = "authors"
     """authors: all images count, both branches learn, the loss on labels is divided by all images, and soft labels are
     learnt as their likeliest class. detached
-    (Google, USB): unlabelled images alone, the second branch is a target, the loss on labels is the mean of theirs."""
+    (Google, USB): only unlabelled images, the second branch is a target, the loss on labels is the mean of theirs."""
     consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
         value=8.0, delay=Duration("1ep"), warmup=Duration("79ep"), rise="exponential"
     )

@@ -36,7 +36,7 @@ class ReMixMatchConfig(FewLabelsConfig):
     labelled_view: Literal["strong", "weak"] = "strong"
     """Which view of a labelled image is learnt from (USB: weak)."""
     distribution_window: int = Field(128, ge=1, le=2**20)
-    """Batches over which the predictions are averaged that guesses are aligned from."""
+    """Batches over which predictions are averaged to align guesses."""
     class_momentum: float = Field(0.999, ge=0, lt=1)
     """Share of the moving mean of the labels, which guesses are aligned to, that an update keeps."""
     unlabelled_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=1.5, warmup=Duration("1.5625%"))
@@ -44,7 +44,7 @@ class ReMixMatchConfig(FewLabelsConfig):
     unmixed_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=0.5, warmup=Duration("1.5625%"))
     """Weight of the loss on the first strong view before mixing."""
     rotation_weight: float = Field(0.5, ge=0)
-    """Weight of recognising by how many quarters the first strong view was turned (40 labels: 2)."""
+    """Weight of predicting the rotation of the first strong view (40 labels: 2)."""
 
 
 class ReMixMatch(FewLabels):

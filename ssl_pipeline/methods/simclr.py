@@ -34,7 +34,7 @@ class SimCLRConfig(Config):
     loss_scale: float = Field(1.0, gt=0)
     """Factor of the loss. The official code adds up the means over the two views: 2."""
     separate_passes: bool = False
-    """Whether each view passes the network on its own, so that batch norm sees one view at a time (lightly)."""
+    """Whether each view passes through the network separately, so that batch norm sees one view at a time (lightly)."""
 
 
 class SimCLR(Method):

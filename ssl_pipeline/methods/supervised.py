@@ -1,4 +1,4 @@
-"""Learning from labels alone: fine-tuning, and the baseline of the semi-supervised methods.
+"""Learning only from labels: fine-tuning, and the baseline of the semi-supervised methods.
 
 Layer-wise learning rates (BEiT, Bao et al., 2021, https://arxiv.org/abs/2106.08254), gradual unfreezing (ULMFiT, Howard
 & Ruder, 2018, https://arxiv.org/abs/1801.06146), label smoothing (Szegedy et al., 2015,
@@ -45,28 +45,28 @@ class SupervisedConfig(FewLabelsConfig):
     mixing_share: float = Field(1.0, ge=0, le=1)
     """How often a batch is mixed at all."""
     layer_decay: float = Field(1.0, gt=0, le=1)
-    """Factor on the learning rate from each layer of the backbone to the one before it; the classifier has all of it.
+    """Factor on the learning rate from each layer of the backbone to the one before it; the classifier has factor 1.
     Below 1, and with `unfreeze_every`, tokens and positions of a ViT have no weight decay."""
     unfreeze_every: Duration = Duration(0)
-    """Gradual unfreezing: the classifier learns alone for so long, and then one more layer of the backbone each time,
+    """Gradual unfreezing: only the classifier learns for this long, and then one more layer of the backbone each time,
     from the last to the first; 0: all from the start."""
     frozen_backbone: bool = False
-    """Feature extraction: the backbone stays as it begins, in evaluation mode, and the classifier learns alone."""
+    """Feature extraction: the backbone stays frozen, in evaluation mode, and only the classifier learns."""
     head_batch_norm: bool = False
-    """Whether batch norm without parameters stands before the classifier (MAE's linear probe); what is exported has it
-    in its weights."""
+    """Whether batch norm without parameters comes before the classifier (MAE's linear probe); the export folds it into
+    the weights."""
 
     @model_validator(mode="after")
     def _a_frozen_backbone_has_no_rates(self) -> SupervisedConfig:
         given = [name for name in ("layer_decay", "unfreeze_every") if name in self.model_fields_set]
         changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
         if self.frozen_backbone and changed:
-            raise ValueError(f"{changed[0]} is about a backbone that learns. Leave it out, or frozen_backbone.")
+            raise ValueError(f"{changed[0]} needs a backbone that learns. Leave it out, or frozen_backbone.")
         return self
 
 
 class Supervised(FewLabels):
-    """Labelled images alone, of a few or of all, and exceptions for the layers of the backbone.
+    """Only labelled images, a few or all, and exceptions for the layers of the backbone.
 
     Images are mixed over the global batch. With accumulation that is the micro-batch of all processes.
     """

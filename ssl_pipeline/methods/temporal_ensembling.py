@@ -29,8 +29,8 @@ class TemporalEnsemblingConfig(FewLabelsConfig):
     consistency_weight: Annotated[Schedule, InRange(ge=0)] = Schedule(
         value=30.0, delay=Duration("1ep"), warmup=Duration("79ep"), rise="exponential"
     )
-    """Weight of the distance to the ensemble beside the mean loss on labels. The authors' 30: they multiply both by
-    labelled / all images. CIFAR-100: 100."""
+    """Weight of the distance to the ensemble relative to the mean loss on labels. The authors' 30: they multiply both
+    by labelled / all images. CIFAR-100: 100."""
 
 
 class TemporalEnsembling(FewLabels):

@@ -17,7 +17,7 @@ from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
 
 class UDAConfig(FewLabelsConfig):
-    """UDA: a strong view of an image is told the sharpened prediction for a weak one."""
+    """UDA: the target of an image's strong view is the sharpened prediction for a weak one."""
 
     name: Literal["uda"]
     threshold: float = Field(0.8, ge=0, le=1)
@@ -28,7 +28,7 @@ class UDAConfig(FewLabelsConfig):
     """How the limit rises above which a labelled image's right probability takes it out of the loss.
     With any but `none` soft labels are learnt as their likeliest class."""
     unlabelled_weight: float = Field(1.0, ge=0)
-    """Weight of the loss on unlabelled images beside the loss on labels."""
+    """Weight of the loss on unlabelled images relative to the loss on labels."""
     teacher_momentum: Momentum = Schedule(value=0.9999)
     """Share of the evaluated moving average that an update keeps."""
 

@@ -23,7 +23,7 @@ class VICRegConfig(Config):
     invariance_weight: float = Field(25.0, ge=0)
     """Weight of the squared distance between the views (lambda)."""
     variance_weight: float = Field(25.0, ge=0)
-    """Weight of what a dimension's standard deviation lacks to 1 (mu)."""
+    """Weight of how far a dimension's standard deviation falls short of 1 (mu)."""
     covariance_weight: float = Field(1.0, ge=0)
     """Weight of the covariances between dimensions (nu)."""
     projector_hidden_dim: Width = 8192

@@ -22,7 +22,7 @@ class WeakToStrongConfig(FewLabelsConfig):
     """The settings that all of these methods have."""
 
     unlabelled_weight: float = Field(1.0, ge=0)
-    """Weight of the loss on pseudo-labels beside the loss on labels."""
+    """Weight of the loss on pseudo-labels relative to the loss on labels."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Guessed:
 class WeakToStrong(FewLabels):
     """Cross-entropy on the labels + unlabelled_weight * that of strong views on the classes and weights guessed.
 
-    The moving average takes no part in training. Unlabelled images may come with labels: these serve the metrics alone.
+    The moving average takes no part in training. Unlabelled images may come with labels: these are used only for
+    metrics.
     """
 
     config: WeakToStrongConfig

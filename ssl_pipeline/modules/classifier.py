@@ -18,8 +18,8 @@ from ssl_pipeline.modules.teacher import Teacher
 class ClassifierPair(nn.Module):
     """A student, backbone with a linear classifier, and its moving average, the teacher.
 
-    num_classes: None until `prepare` is told how many there are.
-    head_batch_norm: whether batch norm stands before the classifier.
+    num_classes: None until `prepare` sets it.
+    head_batch_norm: whether batch norm comes before the classifier.
     buffers: what becomes of the teacher's batch-norm statistics, as in Teacher.
     """
 

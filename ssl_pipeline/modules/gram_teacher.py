@@ -32,13 +32,13 @@ class GramConfig(Config):
     weight: Annotated[Schedule, InRange(ge=0)] = Schedule(value=2.0)
     """Weight of the loss (`loss_weight_schedule`)."""
     teacher: str | None = None
-    """A file with the weights of the Gram teacher's backbone, which then stays as it is; or set first."""
+    """A file with the weights of the Gram teacher's backbone, which then stays fixed; or set first."""
     first: Duration | None = None
-    """After how many steps the teacher is taken as Gram teacher; the loss counts from then on (`it_first_update`)."""
+    """After how many steps the teacher becomes the Gram teacher; the loss counts from then on (`it_first_update`)."""
     every: Duration | None = None
-    """How many steps after that it is taken anew, and so on; null: never (`update_frequency`)."""
+    """After how many more steps it is taken again, and so on; null: never (`update_frequency`)."""
     max_updates: int | None = Field(None, ge=0)
-    """How often it is taken anew at most; null: without end."""
+    """How often it is taken again at most; null: no limit."""
     normalize: bool = True
     """Whether patches are compared by their cosine (`normalized`)."""
     per_image: bool = True
@@ -61,7 +61,7 @@ class GramConfig(Config):
                 f"(0 with backbone.weights), or gram.teacher=FILE. Got {got}."
             )
         if self.every is not None and (self.first is None or self.every == 0):
-            raise ValueError("every is how many steps after gram.first the Gram teacher is taken anew; at least 1.")
+            raise ValueError("every is how many steps after gram.first the Gram teacher is taken again; at least 1.")
         if self.max_updates is not None and self.every is None:
             raise ValueError("max_updates has no effect without gram.every. Leave it out.")
         if self.tokens == "masked" and self.per_image:

@@ -1,4 +1,4 @@
-"""Networks that stand on a backbone during pretraining only: projectors, predictors, prototypes."""
+"""Networks on top of a backbone during pretraining only: projectors, predictors, prototypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MLPHead(nn.Sequential):
 
     dims: width of the input, of each hidden layer, of the output.
     batch_norm: batch norm after each hidden linear layer.
-    last_batch_norm: after the output nothing ("none"), normalisation alone ("no_affine": MoCo v3, SimSiam), with a
+    last_batch_norm: after the output nothing ("none"), only normalisation ("no_affine": MoCo v3, SimSiam), with a
         scale ("no_shift": SimCLR), or with scale and shift ("affine").
     bias, last_bias: whether the hidden linear layers, the last linear layer have a bias.
     """

@@ -12,7 +12,7 @@ from ssl_pipeline.config import ConfigError
 
 # Axes: B rows of a step, of all processes; C classes.
 MAX_GIB = 2
-"""What a memory may take."""
+"""Limit of a memory's size."""
 
 
 class ScoreBoard(nn.Module):
@@ -103,6 +103,6 @@ def _check_size(name: str, num_images: int, bytes_per_image: int) -> None:
     gib = num_images * bytes_per_image / 2**30
     if gib > MAX_GIB:
         raise ConfigError(
-            f"{name} remembers every image: {gib:.1f} GiB for {num_images:,} images, where {MAX_GIB} GiB are allowed. "
+            f"{name} remembers every image: {gib:.1f} GiB for {num_images:,} images, but {MAX_GIB} GiB are allowed. "
             "Use fewer images or classes, or a method that remembers no image."
         )

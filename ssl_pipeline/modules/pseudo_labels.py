@@ -109,7 +109,8 @@ class RelativeThreshold(nn.Module):
 
 
 class SelfAdaptiveThresholds(nn.Module):
-    """FreeMatch's: the moving mean of the confidence, times what each class is predicted beside the most frequent one.
+    """FreeMatch's: the moving mean of the confidence, times what each class is predicted relative to the most frequent
+    one.
 
     confidence: (), from 1 / C. predictions, guesses: moving means of the probabilities and of the guessed classes.
     limits: what the thresholds are clamped to, (0.9, 0.95) for SVHN.

@@ -1,4 +1,4 @@
-"""Passes of which batch norm does not keep what it saw."""
+"""Forward passes that leave the running statistics of batch norm unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 def kept_statistics(network: nn.Module) -> Iterator[None]:
     """Inside, batch norms normalise by the batch, as in training, and their running statistics stay as they are.
 
-    For passes beside the one that the running statistics are meant for: guesses, pseudo-labels.
+    For passes other than the one that the running statistics are meant for: guesses, pseudo-labels.
     """
     norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

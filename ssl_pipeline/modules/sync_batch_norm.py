@@ -23,8 +23,8 @@ def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
                 child.__class__ = CpuSyncBatchNorm  # same parameters and buffers, another forward
             elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, CpuSyncBatchNorm):
                 raise ConfigError(
-                    f"train.sync_batch_norm on CPUs knows plain batch norm only. {name} is a {type(child).__name__}: "
-                    "use one process, or a GPU."
+                    f"train.sync_batch_norm on CPUs supports only plain batch norm. {name} is a "
+                    f"{type(child).__name__}: use one process, or a GPU."
                 )
     return module
 

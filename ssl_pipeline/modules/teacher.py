@@ -53,7 +53,7 @@ class Teacher(nn.Module, Generic[Network]):
 class Snapshot(nn.Module, Generic[Network]):
     """A frozen copy of a network, permanently in evaluation mode.
 
-    One that was taken during training is saved with the run, and `refresh` takes it anew (DINOv3's Gram teacher). One
+    One that was taken during training is saved with the run, and `refresh` takes it again (DINOv3's Gram teacher). One
     whose weights came from the file `source` stays out of state dicts, which hold the SHA-256 of that file instead: a
     run goes on with the same file or not at all (a tokenizer, a distilled teacher). Weights from elsewhere (a
     pretrained tag of timm's, a run's newest checkpoint) are treated alike, by the SHA-256 of their tensors.

@@ -44,8 +44,8 @@ Centres = tuple[Centre | None, Centre | None]
 class Comparison:
     """How a student is compared with its teacher in a step.
 
-    temperatures, centres: for class tokens, and for patches; a centre that is None stands for Sinkhorn-Knopp.
-    all_patches: whether the patches' centre follows all patches (iBOT) or the masked ones alone (DINOv2).
+    temperatures, centres: for class tokens, and for patches; a centre of None means Sinkhorn-Knopp.
+    all_patches: whether the patches' centre follows all patches (iBOT) or only the masked ones (DINOv2).
     local_weight: of pairs with a small crop, whose number stays in the mean (DINOv3).
     """
 
@@ -81,8 +81,8 @@ def compare(
 ) -> Compared:
     """`self_distillation` of the class tokens of all crops, and `masked_patch_loss` of the large crops' patches.
 
-    The student goes through its backbone once per resolution; heads see masked patches alone, but for the teacher's
-    where its centre follows all.
+    The student goes through its backbone once per resolution; heads see only masked patches, except the teacher's where
+    its centre follows all.
     """
     with torch.no_grad():
         seen = teacher_tokens(teacher.backbone, batch)
@@ -127,13 +127,13 @@ def check_batch(facts: RunFacts, *, num_neighbours: int, per_process: bool, sink
         where = " in each process" if per_process else ""
         which = "nearest other image" if num_neighbours == 1 else f"{num_neighbours} nearest other images"
         raise ConfigError(
-            f"KoLeo looks for the {which}, and so needs {num_neighbours + 1} at once at "
-            f"least{where}. Got {searched}; raise data.batch_size, or set method.koleo_weight=0."
+            f"KoLeo looks for the {which}, so it needs at least {num_neighbours + 1} at once{where}. Got {searched}; "
+            "raise data.batch_size, or set method.koleo_weight=0."
         )
     if sinkhorn and at_once < 2:
         raise ConfigError(
-            "Sinkhorn-Knopp shares the images of a batch out over the prototypes, and so needs 2 images at once at "
-            f"least. Got {at_once}; raise data.batch_size."
+            "Sinkhorn-Knopp shares the images of a batch out over the prototypes, so it needs at least 2 images at "
+            f"once. Got {at_once}; raise data.batch_size."
         )
 
 

@@ -41,7 +41,7 @@ class TokenDistillationConfig(Config):
     koleo_weight: float = Field(0.1, ge=0)
     """Weight of KoLeo, the sum over both large crops (`dino.koleo_loss_weight`)."""
     koleo_per_process: bool = False
-    """Whether KoLeo looks for neighbours among the images of each process alone, as the official code does."""
+    """Whether KoLeo looks for neighbours only among the images of each process, as the official code does."""
     mask_probability: float = Field(0.5, ge=0, le=1)
     """Share of the step's large crops that have a mask."""
     mask_ratio: Annotated[tuple[float, float], InRange(ge=0, lt=1, increasing=True)] = (0.1, 0.5)

@@ -116,13 +116,13 @@ def save_tokenizer(path: Path, tokenizer: Tokenizer, *, mean: Channels, std: Cha
 
 
 def load_tokenizer(path: Path) -> tuple[Tokenizer, Channels, Channels]:
-    """The tokenizer of a file, with mean and std of its images; ConfigError if the file is none."""
+    """The tokenizer of a file, with mean and std of its images; ConfigError if the file is not one."""
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             header = file.metadata() or {}
         if "tokenizer" not in header:
-            raise ConfigError(f"{path} is no tokenizer: its tensors have no description of one. {TRAIN}")
+            raise ConfigError(f"{path} is not a tokenizer: its tensors do not describe one. {TRAIN}")
         about = json.loads(header["tokenizer"])
         encoder = create_backbone(validate(BackboneConfig, about["backbone"]))
         tokenizer = Tokenizer(encoder, int(about["num_tokens"]))
@@ -138,7 +138,7 @@ def load_tokenizer(path: Path) -> tuple[Tokenizer, Channels, Channels]:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path} is no tokenizer ({type(error).__name__}: {reason}).") from None
+        raise ConfigError(f"{path} is not a tokenizer ({type(error).__name__}: {reason}).") from None
     return tokenizer, (red, green, blue), (std_red, std_green, std_blue)
 
 

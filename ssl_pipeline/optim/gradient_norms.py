@@ -1,4 +1,4 @@
-"""Gradient norms layer by layer: where a loss pulls, and where its pull is lost."""
+"""Gradient norms layer by layer: where a loss acts, and where its gradient vanishes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from ssl_pipeline.sharded import norms
 
 
 class GradientNorms:
-    """The gradient norm of each layer of the backbones that a method trains, and of each part beside them.
+    """The gradient norm of each layer of the backbones that a method trains, and of each other part.
 
-    Layers are those of `layers_of`, counted from the input: `student.backbone.layer03`; a backbone of which nobody
-    knows the layers is one part. What is no backbone is named as far as the part beside one: `student.head`,
-    `predictor`.
+    Layers are those of `layers_of`, counted from the input: `student.backbone.layer03`; a backbone whose layers are
+    unknown is one part. Everything else is named as far as the part next to a backbone: `student.head`, `predictor`.
     """
 
     def __init__(self, method: nn.Module) -> None:
@@ -40,7 +39,7 @@ class GradientNorms:
 
 
 def _layer_names(name: str, backbone: Backbone) -> list[tuple[str, str]]:
-    """How the parameters of each part of a backbone begin, and what its group is called."""
+    """The prefix of the parameters of each part of a backbone, and the name of its group."""
     try:
         layers = layers_of(backbone.model)
     except ConfigError:
@@ -49,7 +48,7 @@ def _layer_names(name: str, backbone: Backbone) -> list[tuple[str, str]]:
 
 
 def _beside(name: str, around: set[str]) -> str:
-    """The part of a parameter that lies beside a backbone: one name more than what it shares with one."""
+    """The part of a parameter outside of backbones: one name more than what it shares with one."""
     names = name.split(".")
     shared = max(depth for depth in range(len(names)) if ".".join(names[:depth]) in around | {""})
     return ".".join(names[: shared + 1])

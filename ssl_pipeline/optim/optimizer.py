@@ -47,11 +47,11 @@ class OptimConfig(Config):
     backbone_lr_scale: float = Field(1.0, ge=0)
     """Factor on the learning rate of the backbone; below 1 for one that starts from weights."""
     freeze_backbone_for: Duration = Duration(0)
-    """How long the backbone stays as it began while the heads learn; its batch norm sees the images all the same."""
+    """How long the backbone stays frozen while the heads learn; its batch norm still sees the images."""
     clip_norm: MayChange[float | None] = Field(None, gt=0)
     """The largest gradient norm; null does not clip."""
     clip_each: MayChange[bool] = False
-    """Whether `clip_norm` holds for each parameter on its own (DINO's official code) instead of for all together."""
+    """Whether `clip_norm` applies to each parameter separately (DINO's official code) instead of to all together."""
 
     @classmethod
     def of_name(cls, name: str) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class OptimConfig(Config):
             )
         if self.freeze_backbone_for.is_whole_run:
             raise ValueError(
-                f"freeze_backbone_for={self.freeze_backbone_for} leaves the backbone as it begins for the whole run. "
+                f"freeze_backbone_for={self.freeze_backbone_for} freezes the backbone for the whole run. "
                 "Choose a part of it, such as 10%."
             )
         if self.lr_before_momentum and self.name != "lars":
@@ -98,7 +98,7 @@ def build_optimizer(method: Trained, config: OptimConfig) -> torch.optim.Optimiz
         groups.setdefault((rule, rule.decays and not spared), []).append(parameter)
     for rule in rules[:-1]:
         if rule.prefix not in used:
-            raise ConfigError(f"the rule for parameters '{rule.prefix}*' fits no trainable parameter of the method.")
+            raise ConfigError(f"the rule for parameters '{rule.prefix}*' matches no trainable parameter of the method.")
     param_groups = [
         {"params": parameters, "rule": rule, "decays": decays} for (rule, decays), parameters in groups.items()
     ]

@@ -1,4 +1,4 @@
-"""How the parameters of a method depart from the optimizer's settings."""
+"""How the parameters of a method deviate from the optimizer's settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def layer_decay_rules(
 ) -> tuple[ParamRule, ...]:
     """Rules by which the learning rate of a ViT shrinks towards its input, as `layer_lr_scale` says.
 
-    prefix: what stands before the backbone's names in those of the method, for instance `student.backbone.`. There is
+    prefix: the prefix of the backbone's names in those of the method, for instance `student.backbone.`. There is
     one rule for each trained part whose factor is not 1. A mask token of the method's own needs a rule of its own:
     ParamRule("mask_token", layer_lr_scale("mask_token", ...)). Raises ConfigError for a network without blocks.
     """
@@ -62,7 +62,7 @@ def untouched_by_decay(
 ) -> tuple[ParamRule, ...]:
     """Rules that spare these parameters of a ViT weight decay, where it has and trains them (BEiT, SimMIM).
 
-    prefix: what stands before the backbone's names in those of the method.
+    prefix: the prefix of the backbone's names in those of the method.
     """
     trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
     names = [f"{prefix}model.{token}" for token in tokens]
@@ -70,7 +70,7 @@ def untouched_by_decay(
 
 
 class Trained(Protocol):
-    """What an optimizer needs to know of a network: a method, whose contract lies above this room."""
+    """What an optimizer needs to know about a method, whose contract is in a higher room."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 

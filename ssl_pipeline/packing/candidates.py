@@ -28,7 +28,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The image files of a source, the names of their classes (None without labels), and what is no image file."""
+    """The image files of a source, the names of their classes (None without labels), and what is not an image file."""
 
     images: list[Candidate]
     class_names: list[str] | None
@@ -39,7 +39,7 @@ def find_candidates(source: Source, *, labels: str | None = None) -> Candidates:
     """The images of a source; with `labels` "folders" the top folders are classes, with "none" none are.
 
     Without `labels` they are classes too, but for one that holds everything, as in most zips: then those below it are.
-    Classes are sorted, those of empty folders among them. An image that lies beside the class folders is kept, without
+    Classes are sorted, those of empty folders among them. An image outside the class folders is kept, without
     a label; where there are no folders, no image has one.
     """
     images, others = _image_files(source)
@@ -64,13 +64,13 @@ def label_candidates(source: Source, labels: Mapping[str, int], class_names: Seq
 
 
 def no_images(key: str, source: str, found: Candidates) -> str:
-    """What is said of a source without an image file; key: the setting that names it."""
+    """What to say about a source without an image file; key: the setting that names it."""
     archives = [other.file for other in found.others if other.file.lower().endswith(ARCHIVES)]
     if archives:
         one = f", or set {key}={source}/{archives[0]}" if archives[0].lower().endswith(".zip") else ""
         named = archives[0] if len(archives) == 1 else f"{archives[0]}, ..."
         return (
-            f"{key}='{source}' has no image file, but archives, which are not looked into ({len(archives):,}: "
+            f"{key}='{source}' has no image file, only archives, which are not opened ({len(archives):,}: "
             f"{named}). Unpack them into the folder{one}."
         )
     reasons = Counter(other.reason for other in found.others).most_common(1)
@@ -93,7 +93,7 @@ def parts_of_a_set(found: Candidates) -> list[str]:
 
 
 def path_parts(name: str) -> list[str]:
-    """Folders and file of a name; `/`, `.` and `..` only move about and are no part of it."""
+    """Folders and file of a name; `/`, `.` and `..` only navigate and are not part of it."""
     return [part for part in name.split("/") if part not in ("", ".", "..")]
 
 

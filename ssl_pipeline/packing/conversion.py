@@ -1,4 +1,4 @@
-"""GIF, BMP, TIFF, AVIF and HEIC become PNG when they are packed: readers of shards know JPEG, PNG and WebP alone."""
+"""GIF, BMP, TIFF, AVIF and HEIC become PNG when they are packed: readers of shards know only JPEG, PNG and WebP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORIENTATION = 0x0112
 
 
 def extension_of(name: str) -> str:
-    """What stands behind the last dot of a file's name, in small letters; empty without one."""
+    """What follows the last dot of a file's name, in lower case; empty without one."""
     return PurePosixPath(name).suffix.lower().lstrip(".")
 
 
@@ -72,7 +72,7 @@ def storable(data: bytes) -> bytes:
 
 
 def _orientation(data: bytes) -> int:
-    """EXIF's orientation where the reader has left it to us (TIFF's does not), 1 where it tells none."""
+    """EXIF's orientation where the reader has left it to us (TIFF's does not), 1 where there is none."""
     try:
         with Image.open(io.BytesIO(data), formats=optional_formats()) as image:
             found = image.getexif().get(ORIENTATION, 1)

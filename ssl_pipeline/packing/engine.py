@@ -1,7 +1,7 @@
 """Where the tasks of a data tool run: processes of this machine, or a Ray cluster (extra `ray`); one interface.
 
-A task is about a shard: a few seconds to a minute of work, without memory of the others, and the same when it is done
-twice. What is done stands in a journal, so that a start after a crash does the rest.
+A task is about a shard: a few seconds to a minute of work, independent of the others, with the same result if it is
+done twice. What is done is kept in a journal, so that a start after a crash does the rest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class EngineChoice(Config):
     """Where the work is done."""
 
     engine: Literal["local", "ray"] = "local"
-    """local: processes of this machine. ray: those of a Ray cluster, or of a Ray that is started here for the time."""
+    """local: processes of this machine. ray: those of a Ray cluster, or of a local Ray started for this command."""
     ray_address: str | None = None
     """With engine=ray: HOST:PORT or ray://HOST:PORT of the cluster, or auto: the one this machine is part of."""
 
@@ -54,7 +54,7 @@ class EngineConfig(EngineChoice):
 class Journal(Generic[Result]):
     """A file of the results of tasks, a line for each as it is done; `to_json` and `from_json` are its format.
 
-    identity: what the tasks are; with another one the file is begun anew.
+    identity: what the tasks are; with another one the file is started again.
     """
 
     path: Path

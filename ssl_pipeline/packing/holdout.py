@@ -15,7 +15,7 @@ def held_out(samples: Sequence[Accepted], percent: float, seed: int) -> tuple[li
     """The samples for training and those for testing, each in the order given.
 
     Of n images of a class, percent / 100 * n are held out, rounded, but at least one where there are two or more, and
-    never all. Which ones depends on the seed, the class and its images alone. Images without a label are for training.
+    never all. Which ones depends only on the seed, the class and its images. Images without a label are for training.
     Raises DataError if no class has two images.
     """
     labels_N = np.array([-1 if candidate.label is None else candidate.label for candidate, _ in samples])

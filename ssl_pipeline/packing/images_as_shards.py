@@ -1,4 +1,4 @@
-"""Images that a command is given (a folder, a zip, one file) as shards: packed by its first process, once, for all."""
+"""Images that a command is given (a folder, a zip, one file) as shards: packed once, by its first process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def require_images(source: str, *, key: str) -> None:
     if not holds_images(source) and not shards_may_be_at(source):
         if Path(source).expanduser().exists() or set("*?[{") & set(source):
             list_shards(source)  # says what is there
-        raise ConfigError(f"{key}={source} is not there. Needed: an image, a folder or a zip of images, or shards.")
+        raise ConfigError(f"{key}={source} does not exist. Needed: an image, a folder or a zip of images, or shards.")
 
 
 def packed(
@@ -63,7 +63,7 @@ def packed(
 def open_source(source: str, cache: Path) -> tuple[str, ShardIndex]:
     """The images of a folder or a zip, or one, packed once into `cache`, or of shards; ConfigError if there are none.
 
-    A folder that has changed is packed anew.
+    A folder that has changed is packed again.
     """
     if holds_images(source):
         source = packed(source, cache, key="source", renewed=True)

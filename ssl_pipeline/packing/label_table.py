@@ -47,12 +47,12 @@ def read_label_table(path: Path) -> LabelTable:
                 if texts.setdefault(name, text) != text:
                     raise DataError(
                         f"labels={path}, line {reader.line_num}: '{name}' has the label '{text}', and "
-                        f"'{texts[name]}' above. Leave one."
+                        f"'{texts[name]}' above. Keep one."
                     )
     except OSError as error:
         raise DataError(f"labels={path} cannot be read: {error.strerror}.") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"labels={path} is no CSV file in UTF-8: {error}.") from None
+        raise DataError(f"labels={path} is not a CSV file in UTF-8: {error}.") from None
     names = set(texts.values()) - {""}
     if not names:
         raise DataError(f"labels={path} holds no label.")

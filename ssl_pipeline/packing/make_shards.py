@@ -63,11 +63,11 @@ class MakeShards(EngineConfig):
     output: Path
     """Directory to write; it appears when everything is done."""
     prefix: str = ""
-    """Take only what lies below this folder of the source, e.g. train/."""
+    """Take only what is below this folder of the source, e.g. train/."""
     split: Literal["train", "test"] | None = None
     """Part of source=digits; train if not given."""
     labels: PlaceText | None = None
-    """folders: the top folders are classes, whatever they are called; images beside them have no label. none: no
+    """folders: the top folders are classes, whatever they are called; images outside them have no label. none: no
     labels. FILE.csv: a table with the columns file and label. By default folders, if any."""
     holdout: str | None = None
     """Write OUTPUT/train and OUTPUT/test, with this share of every class in test, such as 10%."""
@@ -80,7 +80,7 @@ class MakeShards(EngineConfig):
     shuffle_seed: Seed = 0
     """Another number gives another order, and holds out other images."""
     resume: bool | None = None
-    """Whether what an interrupted run has done is kept, and the same command goes on with it; by default with
+    """Whether the work of an interrupted run is kept, so that the same command resumes it; by default with
     engine=ray."""
     overwrite: bool = False
     """Replace shards that an earlier run wrote to the same output."""
@@ -88,7 +88,7 @@ class MakeShards(EngineConfig):
     @field_validator("output")
     @classmethod
     def _output_is_a_folder(cls, output: Path) -> Path:
-        return output if output.is_file() else is_a_folder(output)  # a file is told with what is needed in its place
+        return output if output.is_file() else is_a_folder(output)  # the error says what is needed instead of a file
 
     @field_validator("labels")
     @classmethod
@@ -108,7 +108,7 @@ class MakeShards(EngineConfig):
     @model_validator(mode="after")
     def _holdout_needs_labels(self) -> MakeShards:
         if self.holdout is not None and self.labels == "none":
-            raise ValueError("holdout takes its share of every class, and labels=none leaves no class.")
+            raise ValueError("holdout takes its share of every class, but labels=none leaves no class.")
         return self
 
     @model_validator(mode="after")
@@ -121,7 +121,7 @@ class MakeShards(EngineConfig):
 
     @property
     def packing(self) -> Packing | None:
-        """How images are encoded anew, if they are."""
+        """How images are encoded again, if they are."""
         if self.short_side is None:
             return None
         return Packing(self.short_side, DEFAULT_QUALITY if self.quality is None else self.quality)
@@ -140,7 +140,7 @@ def make_shards(config: MakeShards, *, opened: Source | None = None) -> int:
         raise DataError(f"{no_images('source', config.source, found)} Is prefix= missing?")
     if config.holdout is not None and found.class_names is None:
         raise DataError(
-            f"holdout={config.holdout} takes its share of every class, and source='{config.source}' has no class "
+            f"holdout={config.holdout} takes its share of every class, but source='{config.source}' has no class "
             "folders. Give labels by labels=FILE.csv, or leave holdout out."
         )
     kept = config.engine == "ray" if config.resume is None else config.resume
@@ -198,7 +198,7 @@ def _splits_for_classes(config: MakeShards, folders: Sequence[str]) -> DataError
     prefix = "/".join([*path_parts(config.prefix), folders[0]])
     return DataError(
         f"source='{config.source}' holds {found}: parts of a data set rather than classes. Take one part with "
-        f"prefix={prefix}/, or all without labels with labels=none. If these are classes, say labels=folders."
+        f"prefix={prefix}/, or all without labels with labels=none. If these are classes, set labels=folders."
     )
 
 

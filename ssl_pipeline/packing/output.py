@@ -1,4 +1,4 @@
-"""An output directory that appears when it is complete, and replaces nothing but an older one of its kind."""
+"""An output directory that appears when it is complete, and replaces only an older one of its kind."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ UNFINISHED = ".unfinished-"
 
 @contextmanager
 def output_in_the_making(output: Path, *, overwrite: bool, work: str | None = None) -> Iterator[Path]:
-    """A folder beside the output that becomes the output at the end; nothing is left of it if that is not reached.
+    """A folder next to the output that becomes the output at the end; nothing is left of it if that is not reached.
 
-    Each run has a folder of its own, so that nothing which a killed run still writes can get into the next one's. With
+    Each run has its own folder, so that late writes of a killed run cannot get into the next one's. With
     `work`, which says what is made and from what, the folder stays if the end is not reached, and the next run of the
     same work finds it again; what begins with UNFINISHED in it does not get into the output.
     """
@@ -48,7 +48,7 @@ def output_in_the_making(output: Path, *, overwrite: bool, work: str | None = No
             reached = True
             for path in (folder / LOCK_FILE, *folder.rglob(f"{UNFINISHED}*")):
                 path.unlink()
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's own mode keeps everybody else out
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's own mode keeps other users out
         _replace(folder, output, overwrite=overwrite)
     finally:
         if reached or work is None:
@@ -56,7 +56,7 @@ def output_in_the_making(output: Path, *, overwrite: bool, work: str | None = No
 
 
 def _clear_leftovers(folders: Sequence[Path], output: Path, *, kept: str) -> None:
-    """Delete what interrupted runs left, but for the folder called `kept`; a run that is alive holds its lock."""
+    """Delete what interrupted runs left, except the folder called `kept`; a run that is alive holds its lock."""
     for folder in folders:
         with suppress(FileNotFoundError):
             descriptor = open_no_link(folder / LOCK_FILE, os.O_RDWR)
@@ -120,7 +120,7 @@ def _is_index(folder: Path) -> bool:
 
 
 def _replace(folder: Path, output: Path, *, overwrite: bool) -> None:
-    _refuse(output, overwrite=overwrite)  # somebody may have written there meanwhile
+    _refuse(output, overwrite=overwrite)  # something may have been written there meanwhile
     aside = output.with_name(f".{output.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
     if output.exists():

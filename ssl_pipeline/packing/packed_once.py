@@ -34,12 +34,11 @@ def pack_once(
 ) -> Path:
     """The folder of shards below `place` with the images of `source`, packed if they are not there yet.
 
-    key: the setting that names the source, for errors. renewed: whether a source that has changed is packed anew, which
-    is said, or refused. opened: the source, where it is open already.
-    short_side: of images that are packed now, the largest shorter side in pixels; they become JPEG. The manifest of
-    the shards says it.
+    key: the setting that names the source, for errors. renewed: whether a source that has changed is packed again, with
+    a message, or refused. opened: the source, where it is open already. short_side: of images that are packed now, the
+    largest shorter side in pixels; they become JPEG. The manifest of the shards says it.
 
-    LISTING beside it has the name and size of each image file as it was packed; it is written last, so that shards
+    LISTING next to it has the name and size of each image file as it was packed; it is written last, so that shards
     without it are those of a start that was cut short. Raises DataError, which names some files, for a source that has
     changed: contents and times are not compared, so that a copy is the same and no file is read.
     """
@@ -56,14 +55,14 @@ def pack_once(
             original = packed_from(shards)
             if original is not None and Path(original).resolve() != Path(source).expanduser().resolve():
                 raise DataError(
-                    f"{key}='{source}' is not what was packed into '{shards}', which is of '{original}': "
+                    f"{key}='{source}' is not what was packed into '{shards}', which came from '{original}': "
                     f"{differences(before, now)}. Choose another output=DIR, or set {key}={original}."
                 )
             raise DataError(
                 f"{changed} Put the files back, or choose another output=DIR to train on what is there now."
             )
         told = changed if before != now else f"Shards of {key}='{source}' are gone from '{shards}'."
-        print(printable(f"{told} It is packed anew."), flush=True)
+        print(printable(f"{told} It is packed again."), flush=True)
     if not found.images:
         raise DataError(no_images(key, source, found))
     place.mkdir(parents=True, exist_ok=True)
@@ -78,7 +77,7 @@ def pack_once(
 
 
 def _one_of_all(source: str, parts: Sequence[str], count: int, *, key: str) -> str:
-    """What is said of a source that holds train/ and test/, or the like."""
+    """What to say about a source with train/ and test/, or similar."""
     way = f"{key}={source}/{parts[0]}" if Path(source).is_dir() else f"make_shards source={source} prefix={parts[0]}/"
     return (
         f"{key}={source} holds {', '.join(f'{name}/' for name in parts)}: parts of a data set. All {count:,} images "
@@ -89,7 +88,7 @@ def _one_of_all(source: str, parts: Sequence[str], count: int, *, key: str) -> s
 def look_at(files: Source) -> tuple[int, int]:
     """How many images a source has by their names, and the median of the shorter sides of some, in pixels.
 
-    Of JPEG, PNG and WebP the heads alone are decoded. 0 pixels where none of them tells.
+    Of JPEG, PNG and WebP only the headers are decoded. 0 pixels where none of them says.
     """
     names = [image.name for image in find_candidates(files).images]
     sides = []
@@ -107,7 +106,7 @@ def is_packed(place: Path) -> bool:
 
 
 def _is_whole(shards: Path) -> bool:
-    """Whether all shards are there that were written; somebody may have made room."""
+    """Whether all written shards still exist; a user may have deleted some."""
     manifest = read_manifest(shards) if shards.is_dir() else None
     return manifest is not None and all((shards / shard.name).is_file() for shard in manifest.shards)
 
@@ -127,7 +126,7 @@ def read_listing(path: Path) -> dict[str, int]:
     try:
         return {str(name): int(size) for name, size in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
     except (ValueError, TypeError) as error:
-        raise DataError(f"'{path}' is damaged ({error}). Delete it and the folder {SHARDS} beside it.") from None
+        raise DataError(f"'{path}' is damaged ({error}). Delete it and the folder {SHARDS} next to it.") from None
 
 
 def differences(before: Mapping[str, int], now: Mapping[str, int]) -> str:

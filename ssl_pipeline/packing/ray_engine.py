@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.errors import DataError
 
-NO_RAY = "engine=ray needs Ray: pip install 'ssl-pipeline[ray]'. engine=local does without."
+NO_RAY = "engine=ray needs Ray: pip install 'ssl-pipeline[ray]'. engine=local works without it."
 AHEAD = 2  # tasks per worker that Ray holds at once: memory does not grow with their number
 RETRIES = 3  # of a task whose process or node was lost
 SECONDS_TO_ANSWER = 10.0
@@ -61,7 +61,7 @@ def run_on_ray(
                 ray.cancel(reference, force=True)
 
 
-def _result_of(ray, reference):  # type: ignore[no-untyped-def]  # Ray may not be there for the types
+def _result_of(ray, reference):  # type: ignore[no-untyped-def] # Ray may not be there for the types
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -74,7 +74,7 @@ def _result_of(ray, reference):  # type: ignore[no-untyped-def]  # Ray may not b
         ) from None
     except ray.exceptions.RayError as error:
         raise DataError(
-            f"Ray lost a part of itself ({type(error).__name__}). The same command goes on with what is not done."
+            f"Ray lost one of its parts ({type(error).__name__}). The same command goes on with the rest."
         ) from None
 
 
@@ -91,7 +91,7 @@ def require_ray(address: str | None):  # type: ignore[no-untyped-def]
 
 @contextmanager
 def _ray(address: str | None, workers: int | None):  # type: ignore[no-untyped-def]
-    """Ray, connected to the cluster; one that is started for the time inside, without an address."""
+    """Ray, connected to the cluster; without an address a local one that runs inside the block."""
     ray = require_ray(address)
     if ray.is_initialized():
         yield ray

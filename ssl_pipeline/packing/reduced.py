@@ -1,4 +1,5 @@
-"""Images made quick to decode: at most so many pixels on their shorter side, as baseline JPEG with 4:2:0 chroma."""
+"""Images made quick to decode: at most a given number of pixels on their shorter side, as baseline JPEG with 4:2:0
+chroma."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ class Packing:
 def pack(data: bytes, packing: Packing) -> bytes:
     """The image of a file as baseline 4:2:0 JPEG, upright, without metadata, its shorter side at most `short_side`.
 
-    Larger images are reduced with an antialiased bicubic filter, none is enlarged; transparent pixels lie on white.
-    One that is such a JPEG already, small enough and no larger than its new encoding, keeps its encoded pixels and
-    loses its metadata alone. Raises DecodeError for what decode_image refuses, and what is too long for a JPEG.
+    Larger images are reduced with an antialiased bicubic filter, none is enlarged; transparent pixels become white. One
+    that is such a JPEG already, small enough and no larger than its new encoding, keeps its encoded pixels and loses
+    only its metadata. Raises DecodeError for what decode_image refuses, and what is too large for a JPEG.
     """
     pixels = decode_image(data)
     height, width = packed_size(pixels.shape[0], pixels.shape[1], packing.short_side)
@@ -54,7 +55,7 @@ def packed_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     scale = min(1.0, short_side / min(height, width))
     size = round(height * scale), round(width * scale)
     if max(size) > MAX_JPEG_SIDE:
-        raise DecodeError(f"{size[1]}x{size[0]} pixels are too long for a JPEG, which ends at {MAX_JPEG_SIDE}")
+        raise DecodeError(f"{size[1]}x{size[0]} pixels are too large for a JPEG, whose limit is {MAX_JPEG_SIDE}")
     return size
 
 

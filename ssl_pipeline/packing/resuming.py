@@ -1,4 +1,4 @@
-"""What make_shards keeps of work that was interrupted, and how it is found again."""
+"""What make_shards keeps of interrupted work, and how it is found again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Checked = list[tuple[str, str]]  # extension, or why there is none
 
 
 def name_of_work(settings: Mapping[str, JSON], images: Sequence[Candidate]) -> str:
-    """What tells the making of these shards from any other."""
+    """What identifies the making of these shards."""
     return sha256_of_json([settings, [[image.name, image.label] for image in images]])[:16]
 
 

@@ -20,7 +20,7 @@ from ssl_pipeline.config import nearest
 from ssl_pipeline.data.shards.open import DataError
 from ssl_pipeline.packing.conversion import is_image_name
 
-MAX_FILE_BYTES = 256 << 20  # a larger file is no image of at most 50 megapixels, and may be a zip bomb
+MAX_FILE_BYTES = 256 << 20  # a larger file is not an image of at most 50 megapixels, and may be a zip bomb
 UTF8_FLAG = 0x800
 DIGITS = "digits"
 NEEDED = "a folder of images, a zip of one, an image, or the word digits"
@@ -76,7 +76,7 @@ def open_source(
     elif path.is_file() and is_image_name(path.name):
         found = SingleImage(path)
     else:
-        what = "is neither a folder nor a zip, and no image" if path.exists() else "does not exist"
+        what = "is not a folder, a zip or an image" if path.exists() else "does not exist"
         raise DataError(f"{key}='{source}' {what}. Needed: {needed}.")
     return PartOfSource(found, prefix) if prefix.strip("/") else found
 
@@ -162,7 +162,7 @@ class SingleImage:
 def _read_file(path: Path) -> bytes:
     try:
         if not path.is_file():
-            raise UnreadableFileError("no regular file")
+            raise UnreadableFileError("not a regular file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UnreadableFileError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
         return path.read_bytes()

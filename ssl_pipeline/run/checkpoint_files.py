@@ -115,7 +115,7 @@ def load_checkpoint(path: Path, *, files: Collection[str] | None = None) -> Chec
 
 
 def _together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors from the rows of each process; what is whole stands in the first part alone."""
+    """Whole tensors from the rows of each process; whole tensors are only in the first part."""
     first, *others = parts
     return {
         name: torch.cat([rows, *(part.pop(name) for part in others)]) if others and name in others[0] else rows

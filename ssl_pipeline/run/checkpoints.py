@@ -129,7 +129,7 @@ class Checkpoints:
         return None
 
     def newest(self) -> tuple[Path, Manifest] | None:
-        """The newest checkpoint by the manifests alone, which say nothing of damage; None if none can be read."""
+        """The newest checkpoint by only the manifests, which do not show damage; None if none can be read."""
         for path in self._newest_first():
             with suppress(CheckpointError):
                 return path, read_manifest(path)
@@ -175,7 +175,7 @@ class Checkpoints:
         return sorted(sorted(self.directory.glob("step-*")), key=age)
 
     def _prune(self, saved: Path) -> None:
-        """Remove what the newest `keep` valid checkpoints make superfluous; a damaged one is left to its owner."""
+        """Remove what the newest `keep` valid checkpoints make superfluous; a damaged one is left to the user."""
         kept: set[int] = set()
         for path in self._newest_first():
             replaced = "replaced" in path.name
@@ -217,7 +217,7 @@ def _write(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> File
 
 
 def _of_all_processes(own: Files, device: torch.device | str) -> Files:
-    """The files of every process, from those of this one; the names differ in the number of the process alone."""
+    """The files of every process, from those of this one; the names differ only in the number of the process."""
     facts = [[size, *struct.unpack("<4q", bytes.fromhex(digest))] for size, digest in own.values()]
     all_WF5 = gather(torch.tensor([facts], device=device)).tolist()
     mine = f"_part_{rank()}_"

@@ -40,9 +40,9 @@ class Status:
 class RunDirectory:
     """Holds one run's output directory for as long as the object lives, so that no second run writes into it.
 
-    The lock is POSIX's (fcntl), not flock's: forked data workers do not inherit it, so a trainer killed
-    with SIGKILL sets the directory free at once, while its orphaned workers still live for some seconds.
-    Such a lock belongs to the process: whoever opens and closes `.lock` in the same process gives it back.
+    The lock is POSIX's (fcntl), not flock's: forked data workers do not inherit it, so a trainer killed with SIGKILL
+    frees the directory at once, while its orphaned workers still live for some seconds. Such a lock belongs to the
+    process: opening and closing `.lock` in the same process releases it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +55,7 @@ class RunDirectory:
         self.checkpoint = 0
 
     def _take(self) -> int:
-        """The descriptor of the lock; the directory is made anew if another start, refused, removes it meanwhile."""
+        """The descriptor of the lock; the directory is made again if another start, refused, removes it meanwhile."""
         for _ in range(MOST_TRIES):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class RunDirectory:
                 holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
                 os.close(descriptor)
                 raise ConfigError(
-                    f"{self.path} is in use by another run ({holder or 'it starts right now'}). "
+                    f"{self.path} is in use by another run ({holder or 'it is just starting'}). "
                     "Stop it or choose another output=DIR."
                 )
             with suppress(FileNotFoundError):
@@ -90,7 +90,7 @@ class RunDirectory:
         os.close(self._lock)
 
     def _remove_if_empty(self) -> None:
-        """A start that made the directory and left nothing in it takes it away again, and the folders made for it."""
+        """A start that made the directory and left nothing in it removes it again, and the folders made for it."""
         with suppress(OSError):
             if self._made and [path.name for path in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
@@ -116,15 +116,15 @@ class RunDirectory:
         write_text(self.config_path, yaml_text)
 
     def status(self, state: State, *, step: int, reason: str = "") -> None:
-        """Write `status.json`: what an operator, or the script that restarts the run, goes by."""
+        """Write `status.json`: read by an operator or by the script that restarts the run."""
         self._write_status(Status(state, step, reason, _utc_now(), self.checkpoint))
 
     def fail(self, reason: str) -> None:
-        """Write that the run has failed, at the step that it last told of."""
+        """Write that the run has failed, at the step that it last reported."""
         self._end("failed", reason)
 
     def _end(self, state: State, reason: str) -> None:
-        """Write how a start ended that did not come to train: where the run stands is as it was."""
+        """Write how a start ended that did not train: the run's position is unchanged."""
         before = read_status(self.path) or Status(state, 0, reason, "", None if self.config_path.exists() else 0)
         self._write_status(replace(before, state=state, reason=reason, time=_utc_now()))
 
@@ -152,7 +152,7 @@ class RunDirectory:
             )
 
     def note_start(self, start: Mapping[str, JSON]) -> None:
-        """Append what is known of this start to `run.json`; nothing is ever decided by it."""
+        """Append what is known of this start to `run.json`; nothing depends on it."""
         path = self.path / "run.json"
         starts: list[JSON] = []
         with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or not ours

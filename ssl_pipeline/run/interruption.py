@@ -1,4 +1,4 @@
-"""Ending a run in good order: signals, a step that hangs."""
+"""Ending a run cleanly: signals, a step that hangs."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class StopAtOnce:
 class Interruption:
     """Remembers a request to stop, so that the run can finish its step, save and leave.
 
-    A launcher may pass on a signal that its whole process group got already, so repeated signals change nothing, but
-    for Ctrl-C: pressed again, a second or more after the first, it acts as usual. Each is answered at once, also while
-    the main thread is inside torch. After `hang_timeout` seconds without a keepalive the watchdog ends the process.
+    A launcher may pass on a signal that its whole process group got already, so repeated signals change nothing, except
+    Ctrl-C: pressed again, a second or more after the first, it acts as usual. Each is answered at once, also while the
+    main thread is inside torch. After `hang_timeout` seconds without a keepalive the watchdog ends the process.
 
     note_hang: what is done first then, with a sentence. step: the one that will be finished, for the answer.
     """
@@ -82,11 +82,11 @@ class Interruption:
             self.signal_number, self._since = number, time.monotonic()
 
     def _answer(self, number: int, earlier: list[int]) -> str:
-        """What is said of a signal, after others."""
+        """What is printed for a signal, after others."""
         what = f"finishing step {self.step} and saving" if self.step is not None else "finishing the step and saving"
         if number == signal.SIGINT:
             return f"Ctrl-C: {what}; Ctrl-C again to quit now"
-        # with its launcher this process loses the terminal, and Ctrl-C does not reach it any more
+        # without its launcher this process has no terminal, so Ctrl-C no longer reaches it
         still = "still " if earlier else ""
         return f"{signal.Signals(number).name}: {still}{what}; kill -INT {os.getpid()} to quit now"
 
@@ -95,7 +95,7 @@ class Interruption:
         return self.signal_number
 
     def keepalive(self) -> None:
-        """Start the time until a hang is assumed anew."""
+        """Restart the time until a hang is assumed."""
         self._watchdog.keepalive()
 
     @contextmanager
@@ -158,7 +158,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _handle(handler: Handler) -> dict[signal.Signals, Handler]:
-    """Handle the signals, and return who handled them before; what nohup has switched off stays off."""
+    """Handle the signals, and return who handled them before; what nohup has disabled stays disabled."""
     handled = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in handled}
 

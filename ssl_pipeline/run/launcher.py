@@ -1,6 +1,6 @@
 """The program that started this process (accelerate, torchrun, srun): its end is a request to stop.
 
-A launcher that is killed leaves its trainers running below pid 1, where nobody sees them. Needs no torch, so that it
+A launcher that is killed leaves its trainers running below pid 1, where nobody notices them. Needs no torch, so that it
 is watched while torch is imported.
 """
 
@@ -22,9 +22,9 @@ LONGEST_WAIT = 2.0  # seconds for the launcher's own last lines
 PROGRAMS = {"accelerate", "accelerate-launch", "torchrun", "deepspeed", "srun", "slurmstepd", "mpirun", "mpiexec"}
 MODULES = ("accelerate.", "torch.distributed.", "deepspeed.")
 LAUNCHED = "SSL_PIPELINE_LAUNCHED"  # set by those commands of ours that start others
-SET_FOR_EVERY_TRAINER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE", LAUNCHED)  # never by a person
+SET_FOR_EVERY_TRAINER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE", LAUNCHED)  # never set by a person
 SET_BY_LAUNCHERS = ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", LAUNCHED)
-NUM_WORDS = 4  # of a command line in which a launcher's name stands: python -u -m torch.distributed.run
+NUM_WORDS = 4  # of a command line that has a launcher's name: python -u -m torch.distributed.run
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _is_launcher(pid: int) -> bool:
 
 
 def _takes_orphans(pid: int) -> bool:
-    """Whether a process is the parent of those that have lost theirs: systemd of a user, or number 1, but for a program
-    in Python there, which in a container may be a launcher of somebody's own."""
+    """Whether a process is the parent of those that have lost theirs: systemd of a user, or number 1, unless that is a
+    Python program, which in a container may be a custom launcher."""
     names = _names(pid)
     return "systemd" in names[:1] or (pid == 1 and not any(name.startswith("python") for name in names))
 

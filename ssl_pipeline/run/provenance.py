@@ -44,7 +44,8 @@ def describe_start(*, num_processes: int) -> dict[str, JSON]:
 
 
 def commit_of(checkout: Path) -> str | None:
-    """The commit of a git checkout, with "-dirty" where files differ from it; None where it is none, or without git."""
+    """The commit of a git checkout, with "-dirty" where files differ from it; None where it is not a checkout, or
+    without git."""
     if not (checkout / ".git").exists():  # a package installed somewhere inside of another checkout
         return None
     describe = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -62,7 +63,7 @@ def version_of(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The name of the processor, as Linux tells it."""
+    """The name of the processor, as Linux reports it."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

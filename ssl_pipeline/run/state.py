@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run beside the tensors: the one place that knows these facts by name."""
+"""What a checkpoint says about its run besides the tensors: the one place that knows these facts by name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunState:
     """Where a run stood when a checkpoint was written, and what its tensors are.
 
     position: images seen. global_batch: images per optimizer step at that time.
-    identity: what a run must share with this one to continue it, beside settings (images, optimizer).
+    identity: what a run must share with this one to continue it, besides settings (images, optimizer).
     backbones: by name; the first is the one that a run exports. classifier: of a method that learns to classify.
     scaler: the state of fp16's GradScaler.
     row: the logged row of this step, if it has one, without what monitors add after the checkpoint is written.
@@ -83,7 +83,7 @@ class RunState:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, JsonValue]) -> RunState:
-        """The state that `to_facts` told of; CheckpointError names the first fact that is missing or wrong."""
+        """The state that `to_facts` described; CheckpointError names the first fact that is missing or wrong."""
         try:
             return _SCHEMA.validate_json(json.dumps(facts), strict=True)
         except ValidationError as error:

@@ -25,7 +25,7 @@ NUMBERS = {
 }
 EVENTS = "events.out.tfevents."
 COMPARED = ("loss", "knn_top1", "rankme_percent")
-"""Metrics that TensorBoard shows beside the settings."""
+"""Metrics that TensorBoard shows next to the settings."""
 FEW_NUMBERS = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "data_wait": "wait {:.0%}"}
 
 Row = Mapping[str, float | int | str | None]
@@ -44,8 +44,7 @@ class Tracker:
 
     A row is a flat mapping with at least "step" (optimizer steps made) and "images" (seen, the position).
     `metrics.jsonl` gets it as one line at once, floats unrounded, NaN and infinity as null. At resume, after
-    `first_step` steps and `resumed_position` images, the rows behind that go; of a run that begins anew
-    (-1) all go.
+    `first_step` steps and `resumed_position` images, the rows behind that go; of a run that begins again (-1) all go.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Tracker:
         self._sinks.append(self._progress)
 
     def is_new(self, row: Row) -> bool:
-        """Whether a row of an earlier start is none of those that were kept."""
+        """Whether a row of an earlier start is not one of those that were kept."""
         return int(row["step"] or 0) > self._last_logged
 
     def log(self, row: Row) -> None:
@@ -84,7 +83,7 @@ class Tracker:
     def advance(self, step: int, now: Now | None = None) -> None:
         """Move the progress display to `step`; cheap enough for every step, logged or not.
 
-        `now` is asked for what is shown of this step beside the last row, only when something is shown.
+        `now` is asked for what is shown of this step next to the last row, only when something is shown.
         """
         if self._progress is not None:
             self._progress.advance(step, now)
@@ -123,7 +122,7 @@ def cut_back(path: Path, *, position: int) -> int:
 
 
 class MetricsFile:
-    """One JSON object per line, on disk for whoever tails the file as soon as it is logged."""
+    """One JSON object per line, on disk as soon as it is logged, for those who tail the file."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
@@ -141,7 +140,7 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, *, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
 
         sort_before(int(time.time()), directory)
         self._writer = SummaryWriter(str(directory), purge_step=first_step)
@@ -150,7 +149,7 @@ class TensorBoard:
             self._show_settings(settings.read_text(encoding="utf-8"))
 
     def _show_settings(self, text: str) -> None:
-        """The settings as they stand (TEXT), and as columns beside the last loss and k-NN accuracy (HPARAMS)."""
+        """The settings unchanged (TEXT), and as columns next to the last loss and k-NN accuracy (HPARAMS)."""
         from torch.utils.tensorboard.summary import hparams
 
         tree = read_yaml(text, where="config.yaml")
@@ -183,7 +182,7 @@ def sort_before(second: int, directory: Path) -> None:
 
 
 def flat_settings(tree: Value, above: str = "") -> dict[str, bool | float | str]:
-    """Settings by their dotted keys, each a number, a truth value or text; what is not set is left out."""
+    """Settings by their dotted keys, each a number, a truth value or text; unset ones are left out."""
     if isinstance(tree, dict):
         parts = (flat_settings(value, f"{above}.{name}" if above else name) for name, value in tree.items())
         return {key: value for part in parts for key, value in part.items()}
@@ -316,12 +315,12 @@ class ProgressLines:
 
 
 def summary(row: Row, *, forms: Mapping[str, str] = NUMBERS) -> str:
-    """The part of a row that tells whether a run goes well: "loss 2.31, learning rate 0.0005, 812 images/s, ..." """
+    """The part of a row that shows whether a run goes well: "loss 2.31, learning rate 0.0005, 812 images/s, ..." """
     return ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
 
 
 def _columns(stream: TextIO) -> int:
-    """How wide a terminal is; something that is none has room for all."""
+    """How wide a terminal is; anything else has room for all."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):

@@ -22,8 +22,8 @@ LEAST_BYTES = 1_000_000  # read or written; of a file or of a server
 class Watchdog:
     """Ends the process with exit code 1 if `seconds` pass without a keepalive; 0 never times out.
 
-    `note` is called first, with a sentence, and its errors are forgotten. With `by_activity` a process that computes,
-    reads or writes counts as alive: for a start, of which no part knows how long the next takes. It may be set, and
+    `note` is called first, with a sentence, and its errors are ignored. With `by_activity` a process that computes,
+    reads or writes counts as alive: for a start, where the time of the next part is unknown. It may be set, and
     unset, at any time.
     """
 
@@ -45,9 +45,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def keepalive(self) -> None:
-        """Start the time until a hang is assumed anew."""
+        """Restart the time until a hang is assumed."""
         self._since = time.monotonic()
-        if self.seconds > 0:  # a thread of C, for when Python itself stands still
+        if self.seconds > 0:  # a C thread, for when Python itself hangs
             faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True, file=_output())
 
     def _watch(self) -> None:
@@ -63,16 +63,16 @@ class Watchdog:
 
     def _end(self) -> None:
         reason = f"Nothing has happened for {self.seconds:g} s while {self.doing} (train.hang_timeout)"
-        print(f"Timeout: {reason}. Each thread stands here:", file=sys.stderr, flush=True)
+        print(f"Timeout: {reason}. Each thread is here:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True, file=_output())
         with suppress(Exception):
-            self.note(f"{reason}; where each thread stood is in the output.")
+            self.note(f"{reason}; the output shows where each thread was.")
         kill_descendants()
         os._exit(1)
 
 
 def _output() -> int:
-    """A descriptor for where threads stand: of stderr, in a notebook of the process's first one."""
+    """A descriptor for the stacks of threads: of stderr, in a notebook of the process's first one."""
     for stream in (sys.stderr, sys.__stderr__):
         with suppress(AttributeError, OSError, ValueError):  # none, without a descriptor, or closed
             return stream.fileno()  # type: ignore[union-attr]

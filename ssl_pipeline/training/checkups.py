@@ -16,7 +16,7 @@ SAID_BY_OTHERS = {"below_the_start", "waits_for_data", "run_ends_in_warmup"}
 
 
 class Checkups:
-    """Those of a run on its first rank; they cost a run nothing but a line if one of them fails."""
+    """Those of a run on its first rank; if one of them fails it costs the run only a line."""
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._path, self._say = run.output.path, say
@@ -44,7 +44,7 @@ class Checkups:
         self._next = step + self._every
         try:
             self._look()
-        except Exception as error:  # a run is worth more than remarks on it
+        except Exception as error:  # a failing checkup must not end the run
             self._is_on = False
             self._say(f"The doctor is skipped from step {step} on: {printable(failure_sentence(error))}")
 

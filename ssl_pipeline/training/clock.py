@@ -16,7 +16,7 @@ class Clock:
     begun, steps_begun: position and optimizer steps of the run at its present start; earlier steps may have been of
     another size. labelled_batch, labelled_begun: the same for the stream of labelled images, if there is one.
 
-    Schedules go by the position alone: their steps are those of a run that had the present batch from the beginning.
+    Schedules go only by the position: their steps are those of a run that had the present batch from the beginning.
     """
 
     num_samples: int
@@ -48,11 +48,11 @@ class Clock:
         return self.steps_begun + math.ceil((self.end - self.begun) / self.global_batch)
 
     def position_after(self, steps: int) -> int:
-        """The position after so many optimizer steps of the run, none of them before its present start."""
+        """The position after this many optimizer steps of the run, none of them before its present start."""
         return self.begun + (steps - self.steps_begun) * self.global_batch
 
     def labelled_position(self, position: int) -> int:
-        """Where the stream of labelled images stands at `position`."""
+        """Where the stream of labelled images is at `position`."""
         return self.labelled_begun + (position - self.begun) // self.global_batch * self.labelled_batch
 
     def is_due(self, every: Duration, position: int) -> bool:

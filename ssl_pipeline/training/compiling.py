@@ -81,7 +81,7 @@ def compile_decision(setting: Setting, device: torch.device, *, steps: int) -> t
     if setting != "auto":
         return setting, ""
     if device.type != "cuda":
-        return False, "auto compiles on GPUs alone"
+        return False, "auto compiles only on GPUs"
     if steps < WORTH_IT:
         return False, f"auto compiles for {WORTH_IT:,} steps or more"
     failure = _failure_on(device)
@@ -94,7 +94,7 @@ def _failure_on(device: torch.device) -> str:
     try:
         compiled = past_half_written(torch.compile(lambda x: x.sin() + 1, fullgraph=True))
         compiled(torch.zeros(8, device=device))
-    except Exception as error:  # of no common type: no triton, no C compiler, a fault of the compiler's
+    except Exception as error:  # they share no type: no triton, no C compiler, a compiler bug
         first = next(iter(str(error).strip().splitlines()), "")
         return f"torch.compile fails here: {type(error).__name__}: {printable(first)}"
     return ""

@@ -1,4 +1,4 @@
-"""Batches on their way from the host to the device."""
+"""Copying batches from the host to the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Copies:
     """Moves batches to the device; with `own_stream`, on a GPU, in a stream of their own.
 
     The host runs ahead of a GPU. In the stream of the computation a copy begins when the step before has been computed;
-    in its own it runs beside that. The computation waits for the copy, so nothing else changes.
+    in its own it runs at the same time. The computation waits for the copy, so nothing else changes.
     """
 
     def __init__(self, device: torch.device, *, own_stream: bool) -> None:

@@ -1,4 +1,4 @@
-"""What ends a run from outside its own code, in words of its settings: a lost process, no memory, a full disk."""
+"""What ends a run from outside its own code, explained by its settings: a lost process, no memory, a full disk."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Failures:
             raise self.explain(error) from None
 
     def explain(self, error: Exception) -> Exception:
-        """A RunError for what has a cause that settings or an operator can mend; the same error for all else."""
+        """A RunError for what has a cause that settings or an operator can fix; the same error for everything else."""
         lost = peer_failure(error)
         if lost is not None:
             return lost
@@ -65,7 +65,7 @@ class Failures:
 
     def _no_room(self, error: OSError, told: str, to_do: str) -> str:
         whole = max((path.name for path in (self.output / "checkpoints").glob("step-????????")), default=None)
-        last = f"Its last whole checkpoint is {whole}" if whole else "It has no checkpoint yet"
+        last = f"Its last complete checkpoint is {whole}" if whole else "It has no checkpoint yet"
         return (
             f"{told.format(self.output)} ({without_number(error)}). {last}; {to_do} and run the same command again to "
             "go on from there."

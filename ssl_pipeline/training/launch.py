@@ -1,4 +1,4 @@
-"""Processes, devices and precision: what the launcher gives, and what the recipe alone decides."""
+"""Processes, devices and precision: what the launcher gives, and what only the recipe decides."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _launched(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher started; raises ConfigError if its variables are no numbers, or do not fit."""
+    """How many processes the launcher started; raises ConfigError if its variables are not numbers, or do not fit."""
     number = _number(environment, "WORLD_SIZE", "1", least=1)
     if number > 1:
         for name in ("RANK", "LOCAL_RANK"):

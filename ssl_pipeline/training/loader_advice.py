@@ -13,8 +13,8 @@ from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.machine import cores_per_process, free_bytes
 from ssl_pipeline.run.doctor.optimization import WAITING
 
-ENOUGH = 0.05  # of the time spent waiting: the loader no longer is the bottleneck; in between, the last message stands
-STEPS_TO_JUDGE = 10  # one slow batch is no bottleneck
+ENOUGH = 0.05  # of the time spent waiting: the loader no longer is the bottleneck; in between, the last message holds
+STEPS_TO_JUDGE = 10  # one slow batch is not a bottleneck
 LARGE_IMAGE = 80_000  # bytes; ImageNet's have 110,000, packed ones 42,000
 SMALL = 0.25  # of the free memory: a set that can stay decoded on the device
 

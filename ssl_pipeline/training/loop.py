@@ -1,9 +1,9 @@
 """The training loop: batches in, optimizer steps, metrics and checkpoints out.
 
 The whole state of a run is the method's and the optimizer's tensors and one number, the position in the endless stream
-of samples. The step, the epoch and every schedule follow from it; randomness is seeded anew in each step. So a run that
-is killed at any moment goes on bit for bit from its newest checkpoint; on a GPU up to the order in which kernels add:
-the backward passes of attention and of convolutions need not give the same bits twice there.
+of samples. The step, the epoch and every schedule follow from it; randomness is seeded again in each step. So a run
+that is killed at any moment goes on bit for bit from its newest checkpoint; on a GPU up to the order in which kernels
+add: the backward passes of attention and of convolutions need not give the same bits twice there.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def train(run: Run) -> int:
                 loop.position = clock.position_after(error.step)
             if isinstance(error, Exception):
                 error = failures_of(run).explain(error)
-            with suppress(OSError):  # of a full disk; the error itself is told
+            with suppress(OSError):  # of a full disk; the error itself is reported
                 loop.write_status("failed", printable(failure_sentence(error)))
             raise error from None
         finally:

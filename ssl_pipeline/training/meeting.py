@@ -1,4 +1,4 @@
-"""The processes of a run find each other, and are of one kind: told in a sentence, before anything is trained."""
+"""The processes of a run find each other, and are alike: reported in a sentence, before anything is trained."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def wait_for_the_first(environment: Mapping[str, str], *, seconds: float = SECON
                 return
         except socket.gaierror:
             raise ConfigError(
-                f"MASTER_ADDR={host} is the name of no host that this node knows. Give torchrun an --rdzv-endpoint "
-                "that all nodes can resolve, or an address in numbers."
+                f"MASTER_ADDR={host} is not a host name that this node knows. Give torchrun an --rdzv-endpoint "
+                "that all nodes can resolve, or a numeric address."
             ) from None
         except (OSError, ValueError) as error:
             answer = str(error)
         if time.monotonic() >= until:
             raise ConfigError(
                 f"The first process does not answer at {host}:{port} for {seconds:g} s ({answer}). Is it running, and "
-                f"may this node ({socket.gethostname()}) reach that port? NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME "
+                f"can this node ({socket.gethostname()}) reach that port? NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME "
                 "choose the network."
             ) from None
         time.sleep(SECONDS_BETWEEN_TRIES)
@@ -70,7 +70,7 @@ def require_one_version(device: torch.device) -> None:
 
 
 def require_same_settings(config: Config, device: torch.device) -> None:
-    """Raise on all processes if one has other settings than the first, but for those that a node may have its own of.
+    """Raise on all processes if one has other settings than the first, except those that may differ between nodes.
 
     ConfigError where they differ, RunError with its words elsewhere.
     """

@@ -1,4 +1,4 @@
-"""What monitors cost beside the training between them, as in short runs that measure every few percent."""
+"""What monitors cost relative to the training between them, as in short runs that measure every few percent."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class MonitorCost:
         every = math.ceil(TIMES * each / max(self._trained / self._steps, 1e-9))
         every = 0 if every >= self._total_steps else every
         keys = " ".join(f"{name}.every={every}" for name in names)
-        when = "measures at the end alone" if every == 0 else f"leaves {TIMES} times as long between two"
+        when = "measures only at the end" if every == 0 else f"leaves {TIMES} times as long between two"
         return (
-            f"Measuring {' and '.join(names)} takes {each:.1f} s each time, the training between {between:.1f} s. "
+            f"Measuring {' and '.join(names)} takes {each:.1f} s each time, the training in between {between:.1f} s. "
             f"{keys} {when}; the same command goes on with it."
         )

@@ -23,7 +23,7 @@ TOLD = {
     "rankme": "RankMe {:.1f}",
     "alpha": "alpha-ReQ {:.2f}",
 }
-"""Figures that the log tells as they are found; all are in metrics.jsonl."""
+"""Figures that are logged as they are found; all are in metrics.jsonl."""
 OnError = Literal["skip", "stop"]
 Figures = dict[str, float | int | str]
 
@@ -114,13 +114,13 @@ class Monitors:
         return figures
 
     def _tell(self, figures: Figures, when: str) -> None:
-        """Say what was found, as far as people look for it."""
+        """Log the main figures."""
         told = [form.format(float(figures[name])) for name, form in TOLD.items() if name in figures]
         if told:
             self._say(f"{when}: {', '.join(told)}")
 
     def _compare(self, figures: Figures, step: int) -> None:
-        """Say what lies a point or more below the start, or does no longer; nothing twice that has not changed."""
+        """Say what is a point or more below the start, or no longer is; nothing twice that has not changed."""
         for watched in self._all:
             for metric, name in watched.compared.items():
                 if metric not in figures or metric not in self.start:

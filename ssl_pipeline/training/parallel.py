@@ -24,7 +24,7 @@ def wrap(
     if sharded:  # it averages them itself
         network = accelerator.prepare_model(method, device_placement=False, evaluation_mode=True)
         return network, accelerator.prepare_optimizer(optimizer, device_placement=False)
-    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; Accelerate knows the old name alone
+    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; Accelerate knows only the old name
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
         network, optimizer = accelerator.prepare(method, optimizer)
     return network, optimizer

@@ -1,4 +1,4 @@
-"""Whether a recipe, its method and its images fit together: told in one sentence before the first step."""
+"""Whether a recipe, its method and its images fit together: reported in one sentence before the first step."""
 
 from __future__ import annotations
 
@@ -69,10 +69,9 @@ def check_precision(
             name = starved_convolution(backbone, size)
             if name is not None:
                 raise ConfigError(
-                    f"augment.{group}.size={size} is too small for '{backbone.config.name}' with "
-                    f"train.precision=bf16 on a CPU: its convolution {name} is left with one pixel, of which the CPU "
-                    f"computes wrong gradients. Try augment.{group}.size={smallest_size(backbone, size)}, or "
-                    "train.precision=no."
+                    f"augment.{group}.size={size} is too small for '{backbone.config.name}' with train.precision=bf16 "
+                    f"on a CPU: its convolution {name} is left with one pixel, for which the CPU computes wrong "
+                    f"gradients. Try augment.{group}.size={smallest_size(backbone, size)}, or train.precision=no."
                 )
 
 
@@ -157,7 +156,7 @@ def _check_masks(method: Method, augment: Augment) -> None:
 
 
 def _check_batch_fits(augment: Augment, data: DataConfig) -> None:
-    """What certainly has no room: one batch of views of a byte per channel, in the memory that this process has."""
+    """Raises ConfigError if not even one batch of views, a byte per channel, fits into this process's memory."""
     pixels = sum(group.count * max(group.sizes) ** 2 for group in augment.values())
     needed, free = 3 * pixels * data.batch_size, free_host_bytes()
     if needed > free:
@@ -173,9 +172,9 @@ def check_labels(method: Method, index: ShardIndex, data: DataConfig) -> None:
     """Raises ConfigError if the method learns the labels of all images, and some have none."""
     if any(needed.with_labels for needed in method.needs) and not index.has_labels:
         raise ConfigError(
-            f"{type(method).__name__} learns the labels of all images, and {index.called} has some without one: "
+            f"{type(method).__name__} learns the labels of all images, but {index.called} has some without one: "
             f"{index.label_problem()}. make_shards takes labels from class folders or from labels=FILE.csv; data.keep "
-            "leaves images out, and data.labelled brings a labelled set beside the others."
+            "leaves images out, and data.labelled adds a labelled set to the others."
         )
 
 
@@ -205,7 +204,7 @@ def run_facts(
         if largest >= num_classes:
             raise ConfigError(
                 f"The labelled images in {labelled.called} have label {largest}, but only {num_classes} classes have a "
-                "name. Make the shards anew, or mend the class names in their manifest."
+                "name. Make the shards again, or fix the class names in their manifest."
             )
         _check_several_classes(labelled)
     sizes = {name: group.sizes for name, group in augment.items()}

@@ -86,7 +86,7 @@ def is_over(smoothed: Sequence[float]) -> bool:
 
 
 def rates_of(optim: OptimConfig, steps: int) -> list[float]:
-    """Effective rates for so many steps, growing by a factor over the range that suits the update rule."""
+    """Effective rates for this many steps, growing by a factor over the range that suits the update rule."""
     low, high = RANGES[optim.name]
     return [low * (high / low) ** (number / max(steps - 1, 1)) for number in range(steps)]
 

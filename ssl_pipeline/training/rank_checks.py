@@ -1,4 +1,4 @@
-"""Do all processes hold the same weights? Looked at now and then, by a hash of each tensor."""
+"""Do all processes hold the same weights? Checked now and then by a hash of each tensor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RankChecks:
-    """Compares the weights of all processes every `every` steps; 0: never, and a process alone has nothing to compare.
+    """Compares the weights of all processes every `every` steps; 0: never, and a single process has nothing to compare.
 
-    Looked at are parameters and buffers, but not the statistics of batch norm, which belong to each process, nor
+    Compared are parameters and buffers, but not the statistics of batch norm, which belong to each process, nor
     tensors of which each process holds a part.
     """
 
@@ -44,10 +44,10 @@ class RankChecks:
             rank = int((hashes_WT[:, first] != hashes_WT[0, first]).int().argmax())
             since = f"after step {self._equal_after}" if self._equal_after else "at the start of this run"
             raise RunError(
-                f"The processes have parted: after step {step} '{self._tensors[first][0]}' of rank {rank} is not that "
-                f"of rank 0 ({int(differs_T.sum())} of {len(self._tensors)} tensors differ). They were last known to "
-                f"be equal {since}: later checkpoints are of rank 0 alone. Look for a broken GPU, for code that is "
-                "not the same everywhere, or for a method that draws random numbers by rank."
+                f"The processes have diverged: after step {step} '{self._tensors[first][0]}' of rank {rank} differs "
+                f"from that of rank 0 ({int(differs_T.sum())} of {len(self._tensors)} tensors differ). They were last "
+                f"known to be equal {since}: later checkpoints have only rank 0's weights. Look for a broken GPU, for "
+                "code that is not the same everywhere, or for a method that draws random numbers by rank."
             )
         self._equal_after = step
 
@@ -59,7 +59,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def hash_of(tensor: Tensor) -> Tensor:
-    """A number () int64 of the bits of a tensor, on its device: another one for other bits, but for rare chance."""
+    """A number () int64 of the bits of a tensor, on its device: another one for other bits, except by rare chance."""
     flat = tensor.detach().reshape(-1)
     flat = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
     bits = flat.view(INTEGERS[flat.element_size()])

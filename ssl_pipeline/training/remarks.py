@@ -1,4 +1,5 @@
-"""What a recipe may ask for but hardly means, now that the length of the run is known: a line each at the start."""
+"""What a recipe allows but probably does not mean, now that the length of the run is known: a line each at the
+start."""
 
 from __future__ import annotations
 

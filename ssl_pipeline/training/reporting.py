@@ -1,4 +1,4 @@
-"""The rows of a run: when one is due, and what stands in it."""
+"""The rows of a run: when one is due, and what is in it."""
 
 from __future__ import annotations
 
@@ -123,5 +123,5 @@ class Reporter:
 
 
 def _between_rows(losses: list[Tensor], epoch: float, learning_rate: float) -> Row:
-    """What a step without a row shows: the loss is that of this process alone, and the host waits for the device."""
+    """What a step without a row shows: the loss is only that of this process, and the host waits for the device."""
     return {"epoch": epoch, "loss": float(torch.stack(losses).mean()), "learning_rate": learning_rate}

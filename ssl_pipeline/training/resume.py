@@ -70,7 +70,7 @@ def load_newest(
 
 
 def _settings_of(saved: Checkpoint, settings: Config, output: Path) -> Config:
-    """The settings that a checkpoint was made with: its own, or those of the config.yaml beside an older one."""
+    """The settings that a checkpoint was made with: its own, or those of the config.yaml next to an older one."""
     schema = type(settings)
     if saved.state.settings is not None:
         try:
@@ -83,7 +83,7 @@ def _settings_of(saved: Checkpoint, settings: Config, output: Path) -> Config:
     there = read_settings(schema, output)
     if there is None:
         raise ConfigError(
-            f"{output} has checkpoints, but no config.yaml that says what run they are of. Put it back, or choose "
+            f"{output} has checkpoints, but no config.yaml that says which run they belong to. Put it back, or choose "
             "another output=DIR."
         )
     return there
@@ -163,7 +163,7 @@ def check_settings(output: Path, there: Config, here: Config) -> None:
 
 
 def _check_weights(output: Path, saved: Checkpoint, run: Output) -> None:
-    """Raises ConfigError if backbone.weights names another place than it did, and other bytes lie there.
+    """Raises ConfigError if backbone.weights names another path than before, with other content.
 
     The weights of a run that goes on are those of its checkpoint. So the same name is good whatever it holds by now (a
     run that was extended), and so is another name for the same bytes (a file that was moved).
@@ -172,8 +172,8 @@ def _check_weights(output: Path, saved: Checkpoint, run: Output) -> None:
     there, here = (identity.get(STARTING_WEIGHTS) for identity in (saved.state.identity, run.identity))
     if saved.state.settings is not None and before != now and (there is None or there != here):
         raise ConfigError(
-            f"{output} holds a run with backbone.weights={short(before)}; this one has {short(now)}, and other bytes "
-            "are there. Set it as it was to go on, or choose another output=DIR."
+            f"{output} holds a run with backbone.weights={short(before)}; this one has {short(now)}, with other "
+            "content. Set it as it was to go on, or choose another output=DIR."
         )
 
 

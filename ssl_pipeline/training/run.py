@@ -17,7 +17,7 @@ from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import Backbone, Preprocessing
 from ssl_pipeline.config import Config, ConfigError, MayChange
 from ssl_pipeline.data.shards.open import ShardIndex
-from ssl_pipeline.data.shards.origins import spoken_of
+from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.distributed import world_size
 from ssl_pipeline.files import JSON
@@ -52,15 +52,15 @@ class TrainConfig(Config):
     """Whether backbones (and MAE's decoder) go through torch.compile. auto: on a GPU, where that works, for 1,000 steps
     or more."""
     copy_stream: MayChange[bool] = False
-    """Whether batches are copied to a GPU in a CUDA stream of their own, beside the step before."""
+    """Whether batches are copied to a GPU in their own CUDA stream, during the step before."""
     save_every: MayChange[Duration] = Duration("1ep")
-    """Time between checkpoints; 0: none on the way. One is written at the end in any case."""
+    """Time between checkpoints; 0: none during the run. One is written at the end in any case."""
     keep_checkpoints: MayChange[int] = Field(2, ge=2)
     """Newest checkpoints that are kept."""
     log_every: MayChange[int] = Field(50, ge=0)
-    """Steps between logged rows; 0: none on the way. The first and the last step have one in any case."""
+    """Steps between logged rows; 0: none during the run. The first and the last step have one in any case."""
     gradient_norms: MayChange[bool] = False
-    """Whether rows have the gradient norms of each layer of the backbones and of each part beside them, before they are
+    """Whether rows have the gradient norms of each layer of the backbones and of each other part, before they are
     clipped, as `gradient_norm/student.backbone.layer03` and `gradient_norm/student.head`."""
     time_steps: MayChange[int] = Field(0, ge=0)
     """Steps between those whose parts (wait, copy, ..., optimizer) are timed, for metrics.jsonl; 0: none."""
@@ -68,13 +68,13 @@ class TrainConfig(Config):
     """How many steps, after the first five, go into a trace of torch's profiler, in output/profile; 0: no trace."""
     on_nan: MayChange[Literal["stop", "skip"]] = "stop"
     """What becomes of a step whose loss or gradient is not finite: `stop` ends the run, `skip` leaves it out:
-    its images are passed over, and all else stays as it was. On a GPU each step then waits for its check."""
+    its images are skipped, and everything else stays as it was. On a GPU each step then waits for its check."""
     nan_budget: MayChange[int] = Field(10, ge=1, le=10**6)
     """How many steps on_nan=skip leaves out in the whole run; one more ends it."""
     deterministic: MayChange[bool] = False
     """Whether torch's deterministic algorithms are used: the same bits again on the same GPU, at some cost in speed."""
     check_ranks: MayChange[int] = Field(1000, ge=0)
-    """Steps between looks whether all processes hold the same weights; 0: none."""
+    """Steps between checks that all processes hold the same weights; 0: none."""
     hang_timeout: MayChange[float] = Field(600.0, ge=0, le=1e9)
     """Seconds without a finished step, or without any activity at the start, after which the process prints where it
     stands and ends with status failed; 0 never times out."""
@@ -110,7 +110,7 @@ def checked_batch(num_images: int, data: DataConfig, config: TrainConfig, *, num
 
 def start_clock(index: ShardIndex, data: DataConfig, config: TrainConfig) -> Clock:
     """The clock of a run; raises ConfigError if the global batch is larger than the data set."""
-    global_batch = checked_batch(len(index), data, config, num_processes=world_size(), called=spoken_of(data.shards))
+    global_batch = checked_batch(len(index), data, config, num_processes=world_size(), called=display_name(data.shards))
     if config.steps is not None:
         end = config.steps * global_batch
     else:
@@ -147,14 +147,14 @@ class Output:
 
     path: Path
     directory: RunDirectory | None
-    """Rank 0 alone has it."""
+    """Only rank 0 has it."""
     settings: Config | None = None
     """All of the command's, for config.yaml; a run there is continued if only what may change differs."""
     identity: Mapping[str, str] = field(default_factory=dict)
-    """What a checkpoint must share with this run beside them to be continued."""
+    """What a checkpoint must share with this run besides them to be continued."""
     wandb: bool = False
     about: Mapping[str, JSON] = field(default_factory=dict)
-    """What run.json tells of this start."""
+    """What run.json says about this start."""
     saved: Callable[[], None] = lambda: None
     """Called on rank 0 after each checkpoint; it neither takes long nor raises."""
 

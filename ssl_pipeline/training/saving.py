@@ -1,4 +1,4 @@
-"""What of a run goes into its checkpoints."""
+"""Which parts of a run go into its checkpoints."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _without_nan(row: LoggedRow | None) -> LoggedRow | None:
 
 
 def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunState:
-    """Where the run stands at `position`, and what is in its method file."""
+    """Where the run is at `position`, and what is in its method file."""
     scaler = run.accelerator.scaler
     return RunState(
         position=position,
@@ -98,7 +98,7 @@ def run_state(run: Run, *, position: int, identity: Mapping[str, str]) -> RunSta
 
 
 def saved_backbones(method: Method, preprocessing: Preprocessing) -> dict[str, SavedBackbone]:
-    """Where the tensors of each backbone stand in the method's state dict, and what it needs."""
+    """Where the tensors of each backbone are in the method's state dict, and what it needs."""
     return {
         name: SavedBackbone(
             prefix=_prefix_of(backbone, method),

@@ -1,9 +1,9 @@
-"""A method whose weights are shared out over the processes, block by block: FSDP2 (torch's `fully_shard`).
+"""A method whose weights are divided among the processes, block by block: FSDP2 (torch's `fully_shard`).
 
 Each process holds its rows of every parameter, of its gradient and of what the optimizer keeps of it. A block of a ViT
 is put together when it is computed, and let go of after that; everything outside of blocks is together from the start
-of a step to the end of its backward pass. So whoever wrote the method may call any part of it, and knows nothing of
-this. Gradients are averaged over the processes, as DDP does.
+of a step to the end of its backward pass. So a method may call any of its parts without knowing about sharding.
+Gradients are averaged over the processes, as DDP does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 def torch_is_too_old() -> bool:
-    """Whether this torch is none that shards rightly."""
+    """Whether this torch does not shard correctly."""
     return tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH
 
 
@@ -47,17 +47,17 @@ def check_sharding(method: Method, *, precision: str, measures_classifier: bool,
         raise ConfigError(f"train.parallel=fsdp needs torch {oldest} or newer. This is {torch.__version__}; use ddp.")
     if not isinstance(backbone, TokenBackbone):
         raise ConfigError(
-            f"train.parallel=fsdp shards the blocks of a ViT. '{backbone.name}' is none, and fits on any device: set "
-            "train.parallel=ddp."
+            f"train.parallel=fsdp shards the blocks of a ViT. '{backbone.name}' is not one, and fits on any device: "
+            "set train.parallel=ddp."
         )
     if type(method).export is not Method.export:
-        raise ConfigError(f"{name} exports more than a backbone, which works with train.parallel=ddp alone.")
+        raise ConfigError(f"{name} exports more than a backbone, which works only with train.parallel=ddp.")
     if measures_classifier:
-        raise ConfigError("The monitor 'classifier' works with train.parallel=ddp alone. Leave it out, or use ddp.")
+        raise ConfigError("The monitor 'classifier' works only with train.parallel=ddp. Leave it out, or use ddp.")
     if find_lr:
-        raise ConfigError("find_lr=true works with train.parallel=ddp alone.")
+        raise ConfigError("find_lr=true works only with train.parallel=ddp.")
     if backbone.config.reversible:
-        raise ConfigError("backbone.reversible works with train.parallel=ddp alone: it calls parts of blocks.")
+        raise ConfigError("backbone.reversible works only with train.parallel=ddp: it calls parts of blocks.")
     if precision == "fp16":
         raise ConfigError("train.parallel=fsdp works with train.precision=bf16 or no. Got fp16.")
 

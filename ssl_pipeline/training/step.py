@@ -32,7 +32,7 @@ from ssl_pipeline.training.step_checks import StepChecks
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves to report; tensors stay on the device until somebody asks."""
+    """What a step leaves to report; tensors stay on the device until they are read."""
 
     outputs: list[StepOutput]
     learning_rate: float
@@ -98,7 +98,7 @@ class TrainingStep:
         return StepResult(outputs, learning_rate, gradient_norm, waited, left_out, received, layer_norms)
 
     def _leave_out(self) -> None:
-        """Take back what the forward passes of this step changed; random numbers are seeded anew in each step."""
+        """Take back what the forward passes of this step changed; random numbers are seeded again in each step."""
         assert self.statistics is not None
         self.statistics.restore()
         if self.run.accelerator.scaler is not None:

@@ -61,7 +61,7 @@ class StepChecks:
     """The checks that have not been read yet, oldest first.
 
     budget: how many broken steps may be left out; such a step must not be made, so checks are then read without a lag.
-    left_out: how many have been, in earlier starts of the run too. say: told of each.
+    left_out: how many have been, in earlier starts of the run too. say: called for each.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class StepChecks:
         if self.left_out >= self._budget:
             spent = f"Already {self._budget} left out (train.nan_budget). " if self._budget else ""
             advice = LATER_STEPS if check.step else FIRST_STEP
-            raise BrokenStepError(f"Step {check.step + 1} was not made: {sentence} {spent}{advice}", step=check.step)
+            raise BrokenStepError(f"Step {check.step + 1} was not applied: {sentence} {spent}{advice}", step=check.step)
         self.left_out += 1
         self.is_left_out = True
         self._say(

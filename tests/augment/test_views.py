@@ -66,11 +66,11 @@ def test_a_mistake_names_the_group_what_is_needed_and_what_came():
         ({"std": (0.1, 0.0, 0.1)}, "std must be between 0.001 and 2. Got 0."),
         (
             {"crops_of": "image", "scale": (0.4, 1.0)},
-            "scale has no effect with crops_of=image. Leave it out; over a recipe that has it, set scale=[0.08, 1.0].",
+            "scale has no effect with crops_of=image. Leave it out; if the recipe sets it, write scale=[0.08, 1.0].",
         ),
         (
             {"crops_of": "image", "flip_prob": 0.0},
-            "flip_prob has no effect with crops_of=image. Leave it out; over a recipe that has it, set flip_prob=0.5.",
+            "flip_prob has no effect with crops_of=image. Leave it out; if the recipe sets it, write flip_prob=0.5.",
         ),
     ],
 )

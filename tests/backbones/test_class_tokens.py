@@ -85,9 +85,9 @@ def test_a_file_of_before_has_the_networks_own(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"name": "resnet18", "class_tokens": 1}, r"class_tokens needs a ViT. 'resnet18' is none"),
+        ({"name": "resnet18", "class_tokens": 1}, r"class_tokens needs a ViT. 'resnet18' is not one"),
         ({"arguments": DEEP, "class_tokens": 6}, r"class_tokens=6 is more than .* has blocks. Take at most 5"),
-        ({"arguments": DEEP, "patch_mean": True}, r"patch_mean stands behind class tokens"),
+        ({"arguments": DEEP, "patch_mean": True}, r"patch_mean needs class tokens"),
         (
             {"arguments": DEEP | {"class_token": False, "global_pool": "avg"}, "class_tokens": 1},
             r"needs a ViT with a class token",

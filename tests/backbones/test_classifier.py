@@ -27,14 +27,16 @@ def test_a_classifier_without_bias_stays_one(tmp_path):
 
 
 def test_a_run_without_a_classifier_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no classifier\.safetensors: the run's method learnt no classifier"):
+    with pytest.raises(
+        ConfigError, match=r"holds no classifier\.safetensors: the run's method does not train a classifier"
+    ):
         load_classifier(tmp_path)
 
 
 @pytest.mark.parametrize("tensors", [{}, {"weight": torch.zeros(3)}, {"weight": torch.zeros(2, 3), "x": torch.ones(1)}])
 def test_another_file_is_refused_in_one_line(tmp_path, tensors):
     safetensors.torch.save_file(tensors, tmp_path / "classifier.safetensors")
-    with pytest.raises(ConfigError, match=r"classifier\.safetensors is no linear classifier \(.*\)\.$") as error:
+    with pytest.raises(ConfigError, match=r"classifier\.safetensors is not a linear classifier \(.*\)\.$") as error:
         load_classifier(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -43,7 +45,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     save_classifier(tmp_path, nn.Linear(5, 3), None)
     file = tmp_path / "classifier.safetensors"
     file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(ConfigError, match="is no linear classifier"):
+    with pytest.raises(ConfigError, match="is not a linear classifier"):
         load_classifier(tmp_path)
 
 

@@ -26,7 +26,7 @@ def test_small_images_change_the_stem_of_a_resnet():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18d", "convnext_atto"])
 def test_small_images_are_refused_where_there_is_no_such_stem(name):
-    with pytest.raises(ConfigError, match=f"'{name}' is none"):
+    with pytest.raises(ConfigError, match=f"'{name}' is not one"):
         create_backbone(BackboneConfig(name=name, small_images=True))
 
 
@@ -72,7 +72,7 @@ def test_a_cnn_without_batch_norm_can_checkpoint_its_activations():
 
 @pytest.mark.parametrize("name", ["test_resnet", "wide_resnet28_2"])
 def test_batch_norm_and_checkpointed_activations_are_refused(name):
-    with pytest.raises(ConfigError, match=f"needs a network without batch norm.* '{name}' has some"):
+    with pytest.raises(ConfigError, match=f"needs a network without batch norm.* '{name}' has batch norm"):
         create_backbone(BackboneConfig(name=name, checkpoint_activations=True))
 
 
@@ -86,7 +86,7 @@ def test_batch_norm_and_checkpointed_activations_are_refused(name):
         ),
         (
             {"name": "resnet18", "weights": "no_such_tag"},
-            "no run and no pretrained 'resnet18.no_such_tag'. Known: .*resnet18.a1_in1k",
+            "no file, run or pretrained 'resnet18.no_such_tag'. Known: .*resnet18.a1_in1k",
         ),
         (
             {"name": "mixer_s32_224", "arguments": {"dynamic": 3}},
@@ -94,7 +94,7 @@ def test_batch_norm_and_checkpointed_activations_are_refused(name):
         ),
         ({"name": "vit_tiny_patch16_224", "arguments": {"global_pool": "mean"}}, "timm cannot create 'vit_tiny"),
         ({"name": "vgg11", "drop_path": 0.1}, r"'drop_path_rate'\. Set backbone\.drop_path=0\."),
-        ({"name": "resnet18", "weights": "missing.safetensors"}, "backbone.weights=missing.safetensors is not there"),
+        ({"name": "resnet18", "weights": "missing.safetensors"}, "backbone.weights=missing.safetensors does not exist"),
         ({"name": "resnet18", "weights": "a1_in1k", "small_images": True}, "Leave backbone.weights out"),
     ],
 )
@@ -141,7 +141,7 @@ def test_what_is_fetched_is_said_before_and_a_way_out_with_the_error(monkeypatch
         raise ConnectionError("no route to that host.\nmore")
 
     monkeypatch.setattr(timm, "create_model", unreachable)
-    told = r"^The weights resnet18.a1_in1k cannot be fetched: no route to that host.* backbone\.weights=FILE takes"
+    told = r"^The weights resnet18.a1_in1k cannot be fetched: no route to that host.* set backbone\.weights=FILE"
     with pytest.raises(ConfigError, match=told):
         create_backbone(BackboneConfig(name="resnet18", weights=weights))
 
@@ -206,7 +206,7 @@ def test_a_position_table_of_another_size_is_resampled(tmp_path):
         (lambda w: [w.pop(name) for name in list(w)[:5]], r"misses cls_token, pos_embed, .* \(5 in all\)"),
         (lambda w: w.update({"extra.weight": torch.ones(1)}), r"has unknown extra.weight \(1 in all\)"),
         (lambda w: w.update({"norm.bias": torch.ones(3)}), r"norm.bias must be \(48,\). Got \(3,\)"),
-        (lambda w: w.clear(), "holds no table of tensors by name: there is no tensor in it"),
+        (lambda w: w.clear(), "does not hold tensors by name: there is no tensor in it"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, change, sentence):
@@ -229,9 +229,12 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     ("change", "sentence"),
     [
         (lambda content: b"", "it is empty (0 bytes). Copy it again."),
-        (lambda content: content[: len(content) // 2], "it is truncated or damaged, or no {kind}. Copy it again."),
-        (lambda content: content[:40], "it is truncated or damaged, or no {kind}. Copy it again."),
-        (lambda content: b"\n<!doctype html><title>404</title>", "it is a web page and no weights. Fetch it again"),
+        (lambda content: content[: len(content) // 2], "it is truncated or damaged, or not a {kind}. Copy it again."),
+        (lambda content: content[:40], "it is truncated or damaged, or not a {kind}. Copy it again."),
+        (
+            lambda content: b"\n<!doctype html><title>404</title>",
+            "it is a web page, not weights. Download the weights again",
+        ),
         (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Fetch them: git lfs pull."),
     ],
 )
@@ -242,17 +245,17 @@ def test_a_damaged_file_of_weights_is_told_in_our_words(tmp_path, suffix, change
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ConfigError) as error:
         start_from(path)
-    kind = "checkpoint of PyTorch" if suffix == ".pt" else "file of safetensors"
+    kind = "PyTorch checkpoint" if suffix == ".pt" else "safetensors file"
     assert str(error.value).startswith(f"cannot read weights from {path}: ")
     assert sentence.format(kind=kind) in str(error.value)
 
 
 def test_a_file_of_the_other_kind_names_its_ending(tmp_path):
     save(tiny_vit(), tmp_path / "a.pth")
-    with pytest.raises(ConfigError, match=r"it is a file of safetensors\. Name it \.safetensors\.$"):
+    with pytest.raises(ConfigError, match=r"it is a safetensors file\. Name it \.safetensors\.$"):
         start_from(tmp_path / "a.pth")
     torch.save(weights_of(tiny_vit()), tmp_path / "a.safetensors")
-    with pytest.raises(ConfigError, match=r"it is a checkpoint of PyTorch\. Name it \.pt\.$"):
+    with pytest.raises(ConfigError, match=r"it is a PyTorch checkpoint\. Name it \.pt\.$"):
         start_from(tmp_path / "a.safetensors")
 
 
@@ -298,8 +301,8 @@ def test_frozen_statistics_need_weights_and_batch_norm(tmp_path):
     ("settings", "sentence"),
     [
         ({"name": "resnet81"}, "No timm model 'resnet81'"),
-        ({"name": "resnet18", "weights": "in2k"}, "no pretrained 'resnet18.in2k'"),
-        ({"name": "resnet18", "weights": "no.pth"}, "backbone.weights=no.pth is not there"),
+        ({"name": "resnet18", "weights": "in2k"}, "run or pretrained 'resnet18.in2k'"),
+        ({"name": "resnet18", "weights": "no.pth"}, "backbone.weights=no.pth does not exist"),
         ({"name": "resnet18", "weights": "{file}"}, "does not fit: .* It fits test_resnet"),
         ({"name": "resnet18", "arguments": {"patch_size": 8}}, "timm cannot create 'resnet18'"),
         ({"name": "convnext_atto", "small_images": True}, "small_images needs a ResNet"),

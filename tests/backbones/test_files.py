@@ -52,5 +52,5 @@ def test_a_directory_without_a_backbone_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no backbone.json"):
         load_backbone(tmp_path)
     (tmp_path / "backbone.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"is no description of a backbone"):
+    with pytest.raises(ConfigError, match=r"does not describe a backbone"):
         load_backbone(tmp_path)

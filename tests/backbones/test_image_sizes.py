@@ -41,7 +41,9 @@ def refusal(backbone, size):
 )
 def test_what_the_network_does_not_take_is_told_with_what_it_takes(name, arguments, size, advice):
     sentence = refusal(on_meta(name, **arguments), size)
-    assert sentence.startswith(f"{SIZE}={size} does not suit the backbone '{name}': it takes no images of 3 channels")
+    assert sentence.startswith(
+        f"{SIZE}={size} does not suit the backbone '{name}': it does not take images of 3 channels"
+    )
     assert sentence.endswith(advice)
     assert "\n" not in sentence
 

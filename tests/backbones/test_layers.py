@@ -49,5 +49,5 @@ def test_what_is_not_trained_is_in_no_layer():
 
 
 def test_a_network_that_nobody_knows_is_refused():
-    with pytest.raises(ConfigError, match=r"^Nothing says which layers Linear has"):
+    with pytest.raises(ConfigError, match=r"^The layers of Linear are unknown"):
         layers_of(torch.nn.Linear(2, 2))

@@ -195,12 +195,12 @@ def test_weights_of_the_other_function_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"name": "swin_tiny_patch4_window7_224"}, r"^backbone\.reversible is about .*'swin_tiny.*' has none\."),
+        ({"name": "swin_tiny_patch4_window7_224"}, r"^backbone\.reversible works only with .*'swin_tiny.*' has none\."),
         (
             {"name": "vit_small_patch16_dinov3"},
-            r"^backbone\.reversible is about the blocks of timm's VisionTransformer",
+            r"^backbone\.reversible works only with the blocks of timm's VisionTransformer",
         ),
-        ({"name": "resnet18"}, r"^backbone\.reversible is about .*'resnet18' has none\."),
+        ({"name": "resnet18"}, r"^backbone\.reversible works only with .*'resnet18' has none\."),
         (
             {"weights": "augreg_in21k"},
             r"^backbone\.weights=augreg_in21k are weights of a ViT with one stream of tokens",

@@ -190,7 +190,7 @@ def test_features_of_photographs_come_with_their_files(finished, photos, tmp_pat
     source = photos
     if kind == "zip":
         source = Path(shutil.make_archive(str(tmp_path / "archive"), "zip", photos))
-    with pytest.warns(UserWarning, match=r"1 files of .* are no images that can be decoded"):
+    with pytest.warns(UserWarning, match=r"1 files of .* cannot be decoded as images"):
         features, keys = ssl_pipeline.embed(finished.backbone, source, workers=0)
     assert sorted(keys) == [f"{('cat', 'dog')[number % 2]}/{number}.png" for number in (0, 2, 4, 1, 3, 5)]
     image = finished.backbone.transform()(Image.open(photos / keys[2]))

@@ -34,8 +34,8 @@ def test_only_problems_are_shown_on_request(capsys, monkeypatch):
     assert check_install(CheckInstallConfig(show="problems")) == 1
     assert capsys.readouterr().out.splitlines() == [
         "WRONG   shared memory: /nowhere cannot be used: [Errno 2] No such file or directory: '/nowhere'",
-        "        data.workers=0 trains without; in a container mount /dev/shm.",
-        "1 of these must be mended before training.",
+        "        data.workers=0 works without it; in containers mount /dev/shm.",
+        "1 of these must be fixed before training.",
     ]
 
 

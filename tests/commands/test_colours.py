@@ -51,7 +51,7 @@ def test_another_network_of_a_run_takes_the_runs(tmp_path, capsys):
 
 def test_the_defaults_are_taken_and_said_where_nothing_tells(file, capsys):
     assert colours("backbone.name=vit_small_patch16_224", f"backbone.weights={file}") == IMAGENET
-    assert f"of ImageNet: nothing says those of {file}. Set" in said(capsys)[0]
+    assert f"of ImageNet, as those of {file} are not known. Set" in said(capsys)[0]
     assert colours("backbone.name=resnet18", "backbone.frozen_batch_norm=false") == IMAGENET
     assert "those of the recipe are of tf_efficientnet_lite0. Set" in said(capsys)[0]
 

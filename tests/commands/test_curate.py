@@ -94,7 +94,7 @@ def test_one_level_is_a_number(shards, tmp_path):
     [
         ((), "exactly one of seeds=SHARDS and clusters=1000,100 must be given"),
         (("clusters=3",), "needs the number of images to choose, images=N"),
-        (("clusters=3,9", "images=5"), "clusters must fall from level to level"),
+        (("clusters=3,9", "images=5"), "clusters must decrease from level to level"),
         (("clusters=3", "images=50"), "images=50 is more than there are images: 42"),
         (("clusters=43", "images=5"), "clusters=43 is more than there are images: 42"),
         (("seeds=nowhere",), "nowhere"),

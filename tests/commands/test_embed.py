@@ -153,8 +153,8 @@ def test_half_precision(run: Path, photos: Path, tmp_path: Path) -> None:
     [
         (["output=a.txt"], "output must end in .csv, .parquet or .npz. Got 'a.txt'"),
         (["output={there}"], "there.npz exists. Choose another name, or set overwrite=true"),
-        (["output={there}/x.npz"], "x.npz cannot be written: '{there}' is a file, and no directory."),
-        (["output={photos}.csv", "overwrite=true"], "photos.csv is a directory, and a file is written."),
+        (["output={there}/x.npz"], "x.npz cannot be written: '{there}' is a file, not a directory."),
+        (["output={photos}.csv", "overwrite=true"], "photos.csv is a directory, but a file is needed."),
         (["output={new}", "kind=class"], "kind=class needs a network with tokens"),
         (["output={new}", "source=nowhere/"], "nowhere"),
     ],
@@ -184,7 +184,7 @@ def test_a_folder_is_packed_once_and_a_changed_one_anew(
     assert shard.stat().st_mtime_ns == packed
     Image.new("RGB", (9, 9)).save(photos / "cat" / "new.png")
     assert call(*arguments) == 0
-    assert "1 new (cat/new.png). It is packed anew." in capsys.readouterr().out
+    assert "1 new (cat/new.png). It is packed again." in capsys.readouterr().out
     with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
         assert sorted(found["file"]) == sorted([*COLOURS, "cat/new.png"])
 

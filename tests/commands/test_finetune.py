@@ -96,9 +96,9 @@ def test_what_is_given_stays(tmp_path):
         (["train=a.tar"], "weights= is missing"),
         (["weights=resnet18.a1_in1k"], "train= is missing"),
         (["weights=resnet19.a1_in1k", "train=a.tar"], "^No timm model 'resnet19'.* Did you mean 'resnet"),
-        (["weights=x.safetensors", "train=a.tar"], r"^weights=x\.safetensors is not there"),
+        (["weights=x.safetensors", "train=a.tar"], r"^weights=x\.safetensors does not exist"),
         (["weights=a.pth", "backbone.weights=b.pth"], "weights= stands for backbone.weights=. Give one of the two."),
-        (["weights=no_such_tag", "train=a.tar"], "Nothing says which network the weights no_such_tag are of"),
+        (["weights=no_such_tag", "train=a.tar"], "It is not known which network the weights no_such_tag belong to"),
     ],
 )
 def test_what_is_missing_is_told(arguments, sentence):
@@ -140,7 +140,7 @@ def test_folders_of_images_are_packed_into_the_run(tmp_path):
     run, photos = save_run(tmp_path / "mine"), tmp_path / "photos"
     config = settings(f"weights={run}", f"train={photos}", f"test={photos}", f"output={tmp_path / 'out'}")
     assert (config.data.shards, config.classifier.val) == (f"{tmp_path}/out/images", f"{tmp_path}/out/test/images")
-    with pytest.raises(ConfigError, match=r"^test=nowhere is not there\. Needed: an image, a folder or a zip"):
+    with pytest.raises(ConfigError, match=r"^test=nowhere does not exist\. Needed: an image, a folder or a zip"):
         settings(f"weights={run}", f"train={photos}", "test=nowhere", f"output={tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
     Image.new("RGB", (9, 7)).save(photos / "1.png")  # another folder than was meant: no run has begun on it
@@ -180,7 +180,7 @@ def test_a_run_is_fine_tuned_and_measured(tmp_path, shards):
     reports = table.read_run(output)
     top1 = table.top1_of(reports, output)
     assert top1["classifier"]["pretrained"] == report["top1"]
-    text = table.summary(top1, table.titles_of(reports), table.subject_of(reports, output))
+    text = table.summary(top1, table.titles_of(reports), table.reported_model(reports, output))
     assert "classifier top-1" in text.splitlines()[0]
     assert "baselines" not in text
     again = evaluate_classifier(ClassifierConfig(run=output, test=str(shards[1]), workers=0))
@@ -268,4 +268,4 @@ def test_images_without_a_label_are_refused_where_all_are_learnt(tmp_path, shard
         command, [recipe_of(tmp_path / "recipe.yaml", shards[0]), f"output={tmp_path}/run", f"data.labels={half}"]
     )
     assert child.wait() == 2
-    assert f"Supervised learns the labels of all images, and {shards[0]} has some without one" in child.printed()
+    assert f"Supervised learns the labels of all images, but {shards[0]} has some without one" in child.printed()

@@ -90,7 +90,7 @@ def test_a_folder_of_zips_is_told_as_that(tmp_path):
     (tmp_path / "zips").mkdir()
     for name in ("a", "b"):
         shutil.make_archive(str(tmp_path / "zips" / name), "zip", photos)
-    with pytest.raises(ConfigError, match=r"but archives, which are not looked into \(2: a\.zip, \.\.\.\)") as error:
+    with pytest.raises(ConfigError, match=r"only archives, which are not opened \(2: a\.zip, \.\.\.\)") as error:
         expand([f"images={tmp_path}/zips", f"output={tmp_path}/run"])
     works = re.search(r"or set (images=\S+)\.$", str(error.value))[1]
     assert f"data.shards={tmp_path}/run/images" in expand([works, f"output={tmp_path}/run"])
@@ -179,7 +179,7 @@ def test_images_without_labels_are_watched_from_weights_on(tmp_path, capsys):
     assert not any(argument.startswith(("knn", "spectrum")) for argument in expand(arguments))
     from_weights = [*arguments, "backbone.weights=tf_efficientnet_lite0.in1k"]
     assert "spectrum={every: 20%, images: 1000}" in expand(from_weights)
-    assert "watches RankMe of the features from the weights on" in capsys.readouterr().out
+    assert "watches RankMe of the features from the initial weights on" in capsys.readouterr().out
     capsys.readouterr()
     for without in (expand([*from_weights, "spectrum=null"]), expand(from_weights, {"spectrum": None})):
         assert not any(argument.startswith("spectrum={") for argument in without)
@@ -230,10 +230,10 @@ def test_a_full_name_of_timm_brings_its_network_whatever_the_recipe(tmp_path, ca
 @pytest.mark.parametrize(
     ("weights", "sentence"),
     [
-        (["nowhere.safetensors"], r"^backbone\.weights=nowhere\.safetensors is not there"),
-        (["a1_in1k"], "Nothing says which network the weights a1_in1k are of"),
+        (["nowhere.safetensors"], r"^backbone\.weights=nowhere\.safetensors does not exist"),
+        (["a1_in1k"], "It is not known which network the weights a1_in1k belong to"),
         (["{run}", "backbone.name=resnet18"], r"mine/backbone\.safetensors does not fit: it misses conv1"),
-        (["resnet18.nosuchtag"], "no pretrained 'resnet18.nosuchtag'"),
+        (["resnet18.nosuchtag"], "run or pretrained 'resnet18.nosuchtag'"),
     ],
 )
 def test_wrong_weights_are_told_before_anything_is_packed_or_tried(tmp_path, weights, sentence, monkeypatch):
@@ -274,7 +274,7 @@ def test_what_is_only_shown_is_not_packed(tmp_path, monkeypatch, capsys, labelle
     ("settings", "sentence"),
     [
         (["backbone.name=nosuchnet"], "No timm model 'nosuchnet'"),
-        (["backbone.weights=in2k"], "no pretrained 'vit_small_patch16_224.in2k'"),
+        (["backbone.weights=in2k"], "run or pretrained 'vit_small_patch16_224.in2k'"),
         (
             ["augment.global.size=100"],
             "augment.global.size must be a multiple of the backbone's patch size 16. Got 100",
@@ -325,7 +325,7 @@ def test_what_was_packed_for_no_run_is_packed_anew_in_the_same_way_and_not_by_pr
     expand(arguments, packs=False)
     assert len(open_shards(str(output / "images"))) == 3
     expand(arguments)
-    assert "It is packed anew" in capsys.readouterr().out
+    assert "It is packed again" in capsys.readouterr().out
     index = open_shards(str(output / "images"))
     assert (len(index), int(index.sizes().min())) == (4, 256)
     (output / "config.yaml").write_text("recipe: photos_small")

@@ -108,5 +108,5 @@ def test_ctrl_c_is_answered_and_the_traceback_of_the_launcher_does_not_bury_it(t
     assert status(output)["state"] == "preempted"
     text = printed.read_text()
     assert f"Ctrl-C: finishing step {status(output)['step']} and saving; Ctrl-C again to quit now\n" in text
-    assert text.splitlines()[-1] == "Interrupted. The same command goes on from the newest checkpoint."
+    assert text.splitlines()[-1] == "Interrupted. The same command resumes from the newest checkpoint."
     assert f"Stopped by signal 2 after step {status(output)['step']}; run again to go on.\n" in text

@@ -129,7 +129,7 @@ def test_a_page_that_takes_too_long_is_left_out(
     )
     monkeypatch.setattr(pages_on_the_way, "SECONDS_AT_THE_END", 0.1)
     assert pages_on_the_way.PagesOnTheWay(tmp_path).finish(is_new=True) is None
-    assert "skipped: it is not there after" in capsys.readouterr().err
+    assert "skipped: it is not finished after" in capsys.readouterr().err
 
 
 def test_a_page_on_the_way_does_not_wait_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_a_run_leaves_what_others_read(uninterrupted):
 def test_the_same_command_gives_the_same_run(tmp_path, recipe, shards, uninterrupted):
     code, printed = run(recipe, f"output={tmp_path}")
     assert code == 0
-    assert "\nweights to begin with: random initialisation\n" in printed
+    assert "\ninitial weights: random initialisation\n" in printed
     assert printed.rstrip().endswith(in_python(tmp_path, str(shards)))
     check_same(tmp_path, uninterrupted)
 
@@ -309,13 +309,13 @@ def test_starting_weights_may_have_moved_but_not_changed(tmp_path, recipe, unint
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, other)
     code, printed = run(*arguments, "train.steps=3", f"backbone.weights={other}")
     assert code == 2
-    assert re.search(r"holds a run with backbone\.weights=.*; this one has .*, and other bytes are there", printed)
+    assert re.search(r"holds a run with backbone\.weights=.*; this one has .*, with other content", printed)
     first.rename(moved)
     assert run(*arguments, "train.steps=3", f"backbone.weights={moved}")[0] == 0
     assert status(tmp_path / "run")["state"] == "done"
     code, printed = run(*arguments, "train.steps=4", f"backbone.weights={first}")
     assert code == 2
-    assert f"backbone.weights={first} is not there" in printed
+    assert f"backbone.weights={first} does not exist" in printed
 
 
 def test_each_start_stands_in_run_json(tmp_path, recipe):
@@ -505,7 +505,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path, recipe):
     code, printed = run(recipe, f"output={tmp_path}", "data.workers=1", happening=Happening("nan", at=3))
     assert code == 1
     error = error_of(printed)
-    assert "Step 10 was not made: on rank 0 the loss is nan" in error
+    assert "Step 10 was not applied: on rank 0 the loss is nan" in error
     assert error.count(".tar, key '0") == 4
     assert "and 4 more" in error
     new = files_of(tmp_path / "checkpoints")
@@ -619,7 +619,7 @@ def test_a_loss_that_is_not_a_number_on_one_rank_stops_all_and_names_that_rank(t
     codes, printed = run_together(*argv, happening=Happening("nan", at=2, on_rank=1, record=record))
     assert codes == [1, 1]
     assert "Traceback" not in printed
-    assert "Step 3 was not made: on rank 1 the loss is nan" in printed
+    assert "Step 3 was not applied: on rank 1 the loss is nan" in printed
     there = json.loads(record.with_suffix(".1").read_text().splitlines()[2])
     assert all(f"key '{sample:04d}'" in printed for sample in there)
 

@@ -83,4 +83,4 @@ def test_ctrl_c_while_images_are_packed_is_one_line():
 def test_the_wait_for_torch_is_announced():
     code = "import sys\nsys.modules['ssl_pipeline.commands.pretrain'] = None\n" + START
     announced = started("recipe=digits_dino", code=code)
-    assert announced.stderr.startswith("Loading torch and timm: some seconds ...\n")
+    assert announced.stderr.startswith("Loading torch and timm: a few seconds ...\n")

@@ -89,7 +89,7 @@ def test_the_time_is_up_at_some_moment_and_the_process_ends(tmp_path, recipe, mo
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: processes.append(popen(*a, **k)) or processes[0])
     told = expected_time(PretrainConfig, arguments(recipe, tmp_path), {}, num_images=48)
-    assert told == "No step was timed in 0 s, so no time can be told"
+    assert told == "No step was timed in 0 s, so there is no time estimate"
     assert time.monotonic() - started < 5
     assert processes[0].poll() is not None
 
@@ -101,7 +101,7 @@ def test_a_trial_that_fails_says_why(tmp_path, recipe, monkeypatch):
 
     monkeypatch.setattr(trial, "start_pretraining", failing)
     told = expected_time(PretrainConfig, arguments(recipe, tmp_path), {}, num_images=48)
-    assert told == "No time can be told, as a trial of 20 steps failed (The loss is NaN)"
+    assert told == "No time estimate: a trial of 20 steps failed (The loss is NaN)"
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_monitor_of_images_that_are_not_there_is_left_out_with_one_line(
     assert getattr(config, monitor) is None
     lines = [line for line in capsys.readouterr().err.splitlines() if f" {key}=" in line]
     assert len(lines) == 1
-    assert f"is not there, so this run goes on without {monitor}. Set {key}" in lines[0]
+    assert f"does not exist, so this run goes on without {monitor}. Set {key}" in lines[0]
 
 
 @pytest.mark.parametrize("argument", ["knn.train=typed", "knn={every: 1ep, train: typed, val: typed}", "seed=1"])

@@ -65,7 +65,7 @@ FOLDERS = {
 @pytest.mark.parametrize("schema", FOLDERS)
 def test_a_folder_is_no_file(schema: type[Config], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    refused = {"x.json": "must be a directory: files get names of their own in it. Got that of a file, 'x.json'"}
+    refused = {"x.json": "must be a directory, in which files get their own names. Got the name of a file, 'x.json'"}
     if schema is not MakeShards:  # which says the same in its own words
         refused |= {name: rf"must be a directory\. '{tmp_path}/file' is a file" for name in ("file", "file/below")}
     for name, sentence in refused.items():

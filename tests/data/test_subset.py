@@ -1,4 +1,4 @@
-"""Labels and subsets beside the shards: the same images and labels on every path, and one sentence for a misfit."""
+"""Labels and subsets next to the shards: the same images and labels on every path, and one sentence for a misfit."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def ids(*numbers: int) -> np.ndarray:
         (np.array([1, 2], dtype=np.int32), r"must hold int64 \(K,\), .* Got int32 \(2,\)\."),
         (ids(1, 2)[None], r"Got int64 \(1, 2\)\."),
         (np.ones(20, dtype=bool), r"Got bool \(20,\)\."),
-        (np.array([1, None]), r"holds no array of numbers in numpy's format \(pickles are not read\)\."),
+        (np.array([1, None]), r"is not an array of numbers in numpy's format \(pickles are not read\)\."),
     ],
 )
 def test_files_of_images_to_keep_that_are_refused(shards: Path, kept: Path, array: np.ndarray, sentence: str) -> None:
@@ -257,7 +257,7 @@ def with_value(value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("array", "sentence"),
     [
-        (np.arange(19), r"must have a label for each of the 20 images of the shards, whatever keep .* Got 19\."),
+        (np.arange(19), r"must have a label for each of the 20 images of the shards, including .* Got 19\."),
         (soft_labels(21), r"must have a label for each of the 20 images .* Got 21\."),
         (np.arange(20) - 2, r"must hold classes from 0 on, or -1 for none\. Got -2\."),
         (np.arange(20) % 4, r"has label 3 for image 3, but names only 3 classes\."),
@@ -269,7 +269,7 @@ def with_value(value: float) -> np.ndarray:
         (with_value(np.inf), r"Got inf for image 7\."),
         (with_value(-0.5), r"Got -0\.5 for image 7\."),
         (100 * soft_labels(), r"must hold soft labels that sum to 1, or all 0 for .* Got a sum of 100 for image 0\."),
-        (np.array([object()] * 20), r"holds no array of numbers in numpy's format \(pickles are not read\)\."),
+        (np.array([object()] * 20), r"is not an array of numbers in numpy's format \(pickles are not read\)\."),
     ],
 )
 def test_files_of_labels_that_are_refused(shards: Path, soft: Path, array: np.ndarray, sentence: str) -> None:
@@ -305,13 +305,13 @@ def test_a_file_without_a_fitting_description_is_refused(shards: Path, kept: Pat
     whole = beside.read_text()
     for text in ("", "[]", "{}", '{"format": 1}'):
         beside.write_text(text)
-        with pytest.raises(DataError, match=r"kept\.json' is no description of such a file\. Write both again\."):
+        with pytest.raises(DataError, match=r"kept\.json' does not describe such a file\. Write both again\."):
             open_subset(shards, keep=kept)
     beside.write_text(whole.replace('"format": 1', '"format": 2'))
-    with pytest.raises(DataError, match="has format 2, needed is 1"):
+    with pytest.raises(DataError, match="has format 2, but 1 is needed"):
         open_subset(shards, keep=kept)
     beside.unlink()
-    with pytest.raises(DataError, match=r"^data\.keep=.*kept\.npy needs 'kept\.json' beside it, which says what set"):
+    with pytest.raises(DataError, match=r"^data\.keep=.*kept\.npy needs 'kept\.json' next to it, which says what set"):
         open_subset(shards, keep=kept)
     beside.write_text(whole)
     np.save(kept, ids(1, 2), allow_pickle=False)  # a write that was cut short between the two
@@ -323,7 +323,7 @@ def test_missing_files_and_other_formats_are_refused(shards: Path, tmp_path: Pat
     with pytest.raises(DataError, match=r"^data\.keep=.*none\.npy: there is no such file\."):
         open_subset(shards, keep=tmp_path / "none.npy")
     (tmp_path / "ids.txt").write_text("1 2 3")
-    with pytest.raises(DataError, match=r"^data\.keep=.*ids\.txt must be an \.npy file; its description lies beside"):
+    with pytest.raises(DataError, match=r"^data\.keep=.*ids\.txt must be an \.npy file; its description is next to"):
         open_subset(shards, keep=tmp_path / "ids.txt")
 
 
@@ -333,8 +333,8 @@ def test_what_could_not_be_read_again_is_not_written(shards: Path, tmp_path: Pat
         ([], r"No image of .* is left to keep, so '.*new\.npy' is not written"),
         ([3, 20], r"must lie in \[0, 20\)\. Got 3 to 20"),
         ([-1], "Got -1 to -1"),
-        (np.ones(20, dtype=bool), "by their numbers, no mask"),
-        ([0.5], "by their numbers, no mask"),
+        (np.ones(20, dtype=bool), "by their numbers, not by a mask"),
+        ([0.5], "by their numbers, not by a mask"),
     ):
         with pytest.raises(DataError, match=sentence):
             write_keep(path, index, samples, origin=None)

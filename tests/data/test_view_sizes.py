@@ -189,7 +189,7 @@ def test_a_group_is_normalised_as_it_says(shards: Path) -> None:
         ),
         (
             {"crops_of": "image", "count": 1},
-            "augment.token.count must be that of augment.image, 2, whose crops it has. Got 1.",
+            "augment.token.count must equal that of augment.image, 2, whose crops it uses. Got 1.",
         ),
     ],
 )
@@ -204,5 +204,5 @@ def test_a_chain_is_refused(shards: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         batches(open_shards(shards), config(4), 1, groups=groups, masks={})
     assert str(caught.value) == (
-        "augment.third.crops_of must be a group with crops of its own. Got 'token', which has those of 'image'."
+        "augment.third.crops_of must be a group with crops of its own. Got 'token', which uses those of 'image'."
     )

@@ -59,8 +59,8 @@ def test_every_problem_is_listed(made: Path, capsys: pytest.CaptureFixture) -> N
         f"Shard '{second.name}' is truncated",
         f"Shard '{first.name}' is not the one that manifest.json lists",
         "Shard 'renamed.tar' is not in manifest.json.",
-        f"Shard '{third.name}' is in manifest.json and not there.",
-        f"Shard '{fourth.name}' is in manifest.json and not there.",
+        f"Shard '{third.name}' is in manifest.json but missing.",
+        f"Shard '{fourth.name}' is in manifest.json but missing.",
     ]
     assert len(problems) == len(expected) + 1
     for problem, start in zip(problems, expected, strict=False):
@@ -125,6 +125,6 @@ def test_what_is_passed_over_and_odd_labels_are_problems(tmp_path: Path, capsys:
     first, second, last, written = capsys.readouterr().out.splitlines()
     assert written == f"wrote {tmp_path / 'manifest.json'}"  # a run passes them over too
     assert first.startswith("Shard 'a.tar', key 'b', byte 1024: a sample needs one image")
-    assert first.endswith("It has .cls. The same is wrong with 1 more. (2 of 3 samples are passed over)")
-    assert second == "Shard 'a.tar', key 'a': a label that is no whole number of 64 bits (1 such labels)."
+    assert first.endswith("It has .cls. 1 more have the same problem. (2 of 3 samples are passed over)")
+    assert second == "Shard 'a.tar', key 'a': a label that is not a 64-bit integer (1 such labels)."
     assert last.endswith("2 problems")

@@ -136,7 +136,7 @@ def test_the_surest_is_never_said_to_reach_what_it_does_not(surest: float, thres
 
 
 def test_nothing_is_written_where_no_image_is_sure(teacher: Path, train: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"No image of .* reaches threshold=1: the surest has 0\.\d+"):
+    with pytest.raises(DataError, match=r"No image of .* reaches threshold=1: the most confident has 0\.\d+"):
         pseudo_label(settings(teacher, train, tmp_path / "labels.npy", threshold=1.0))
     assert list(tmp_path.glob("labels*")) == []
 

@@ -106,7 +106,7 @@ def test_shards_without_labels_are_refused(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_file_of_another_kind_is_no_output() -> None:
-    with pytest.raises(ValueError, match=r"must be a directory: .* Got that of a file, 'few\.json'"):
+    with pytest.raises(ValueError, match=r"must be a directory, .* Got the name of a file, 'few\.json'"):
         SplitLabels(shards="all", output=Path("few.json"), labels_per_class=1)
 
 

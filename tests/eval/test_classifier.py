@@ -121,11 +121,11 @@ def test_images_that_it_cannot_judge_are_refused(
 
 
 def test_a_run_without_a_classifier_is_refused(run: Path, test: str) -> None:
-    with pytest.raises(ConfigError, match="the run's method learnt no classifier"):
+    with pytest.raises(ConfigError, match="the run's method does not train a classifier"):
         evaluate_classifier(config(run, test))
 
 
 def test_a_classifier_of_another_backbone_is_refused(run: Path, test: str) -> None:
     save_classifier(run, nn.Linear(5, 6), None)
-    with pytest.raises(ConfigError, match="a classifier of 5 features beside a backbone of 24"):
+    with pytest.raises(ConfigError, match="a classifier of 5 features but a backbone of 24"):
         evaluate_classifier(config(run, test))

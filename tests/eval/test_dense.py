@@ -202,7 +202,7 @@ NO_MASKS: dict[str, bytes | None] = {f"masks/{name}{n}.png": None for name in "a
         ({"masks/a3.png": None}, (), "has no mask 'masks/a3'; 1 of 8 are missing"),
         ({"masks/b1.png": SMALL}, (), "'masks/b1.png' of SOURCE has 32x12 pixels, 'images/b1.png' has 32x24"),
         ({"masks/b1.png": RGB}, (), "one number per pixel, its class. 'masks/b1.png' of SOURCE has pixels of Pillow's"),
-        ({"masks/b1.png": b"?"}, (), "'masks/b1.png' of SOURCE is no PNG"),
+        ({"masks/b1.png": b"?"}, (), "'masks/b1.png' of SOURCE is not a PNG"),
         ({}, ("ignore=0,3,11",), "two classes or more in the masks of train=train.txt"),
         ({}, ("masks=labels",), "has no folder 'labels'"),
         ({}, ("train=val.txt",), "has no file 'val.txt'"),

@@ -97,7 +97,7 @@ def test_nothing_appears_if_a_reader_computes_something_else(tmp_path, monkeypat
     run, _ = run_with(tmp_path, VIT, size=16)
     original = comparison.expected_features
     monkeypatch.setattr(timm_folder, "expected_features", lambda *a: original(*a) + 1e-3)
-    with pytest.raises(RunError, match=r"timm computes other features than the backbone: they differ by 0\.001"):
+    with pytest.raises(RunError, match=r"timm computes different features from the backbone: they differ by 0\.001"):
         exported(run, "timm")
     assert list((tmp_path / "timm").iterdir()) == []
 
@@ -144,7 +144,7 @@ def test_a_card_tells_recipe_images_results_and_licences(tmp_path):
     ):
         assert row in card, row
     assert card.startswith("---\nlicense: unknown\nlibrary_name: timm\n")
-    assert "No evaluation of these weights stands in the run" in card
+    assert "The run has no evaluation of these weights" in card
     assert 'timm.create_model("local-dir:timm", pretrained=True)' in card
     assert str(tmp_path) not in card
     assert "/a/b" not in card
@@ -157,12 +157,12 @@ def test_a_card_tells_recipe_images_results_and_licences(tmp_path):
         ("method: {name: dino}\nbackbone: {weights: null}\n", "pretrained without labels", "self-supervised-learning"),
         (
             "method: {name: dino}\nbackbone: {weights: /runs/first}\n",
-            "pretrained without labels, going on from first",
+            "pretrained without labels, starting from first",
             "self-supervised-learning",
         ),
         (
             "method: {name: supervised}\nbackbone: {weights: /runs/first/backbone.safetensors}\n",
-            "fine-tuned with labels, going on from first/backbone.safetensors",
+            "fine-tuned with labels, starting from first/backbone.safetensors",
             "supervised",
         ),
         ("method: {name: supervised}\nbackbone: {weights: null}\n", "trained with labels", "supervised"),
@@ -207,7 +207,7 @@ def test_the_licence_of_timms_weights_is_known(tmp_path):
 
 
 def test_licences_need_a_card(tmp_path):
-    with pytest.raises(ConfigError, match="stand in a model card, which format=backbone has not"):
+    with pytest.raises(ConfigError, match="go into a model card, which format=backbone does not write"):
         load(ExportConfig, ["run=x", "output=y", "images_licence=MIT"])
 
 
@@ -239,7 +239,7 @@ def test_onnxruntime_computes_the_same_for_any_number_of_images(tmp_path, config
     pytest.importorskip("onnxscript", reason="needs the extra onnx")
     run, backbone = run_with(tmp_path, config, size=16)
     file = exported(run, "onnx") / "model.onnx"
-    assert ("number and size of the images free" in capsys.readouterr().out) is free
+    assert ("any number and size of images" in capsys.readouterr().out) is free
     session = onnxruntime.InferenceSession(file)
     for count, size in ((1, 16), (5, 16), *([(2, 40)] if free else [])):
         (features,) = session.run(["features"], {"images": images(size, count).numpy()})

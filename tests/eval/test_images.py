@@ -79,7 +79,7 @@ def test_they_are_packed_once_and_anew_where_they_have_changed(
     capsys.readouterr()
     Image.new("RGB", (9, 9)).save(photos / "test" / "cat" / "new.png")
     assert call(knn, *arguments) == 0
-    assert "1 new (cat/new.png). It is packed anew." in capsys.readouterr().out
+    assert "1 new (cat/new.png). It is packed again." in capsys.readouterr().out
     assert call(label_free, "backbone=raw_pixels", "size=4", f"images={photos / 'test'}", "num_images=100") == 0
     assert "checking images" not in capsys.readouterr().err
 
@@ -87,10 +87,10 @@ def test_they_are_packed_once_and_anew_where_they_have_changed(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run={run}", "test=photoz"], "test=photoz is not there. Needed: an image, a folder or"),
+        (["run={run}", "test=photoz"], "test=photoz does not exist. Needed: an image, a folder or"),
         (["run={run}", "test=photos*.tar"], "'photos*.tar' holds no .tar shard."),
         (["run={photos}/train", "test={photos}/test"], "has no backbone.safetensors, which pretraining writes when it"),
-        (["run={run}/none", "test={photos}/test"], "none must be the directory of a run. There is none."),
+        (["run={run}/none", "test={photos}/test"], "none must be the directory of a run. There is no such directory."),
     ],
 )
 def test_what_is_not_there_is_told_before_anything_is_packed(

@@ -259,7 +259,7 @@ def test_random_initialisation_is_the_same_every_time(run: Path, train: str, tes
         (("backbone=raw_pixels", "k=[]"), "k must"),
         (("backbone=raw_pixels", "temperature=0"), "temperature must be above 0"),
         (("backbone=raw_pixels", "device=tpuu"), "device must be auto, cpu or cuda"),
-        (("run=no/such/run",), "run=no/such/run must be the directory of a run. There is none"),
+        (("run=no/such/run",), "run=no/such/run must be the directory of a run. There is no such directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

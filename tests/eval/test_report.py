@@ -324,9 +324,11 @@ def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
     path.write_text(json.dumps(report | {"protocol": report["protocol"] | {"precision": "bf16"}}))
     assert call(f"run={evaluated},{other}", "images=0") == 0
     text = Page((evaluated / "report" / "with_other.html").read_text(encoding="utf-8")).text
-    assert "not measured alike" in text
+    assert "measured differently" in text
     assert "is ahead" not in text
-    assert f'other was measured otherwise (precision: {evaluated.name} "no", other "bf16"): its figures are not' in text
+    assert (
+        f'other was measured differently (precision: {evaluated.name} "no", other "bf16"): its figures must not' in text
+    )
 
 
 def test_what_the_doctor_finds_is_shown(run: Path) -> None:

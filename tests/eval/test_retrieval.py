@@ -104,7 +104,7 @@ def test_a_run_is_measured_and_reported(run: Path, train: str, test: str, capsys
     ("argument", "message"),
     [
         ("recall_at=73", "the number of images that can be found (72). Got 73"),
-        ("depth=2", "depth=2 must reach as far as recall_at"),
+        ("depth=2", "depth=2 must be at least the largest of recall_at"),
         ("leave_one_out=true", "leave_one_out=true looks for the images of train: set test="),
     ],
 )

@@ -57,7 +57,7 @@ def test_one_pass_gives_what_the_evaluators_give_alone(
         assert found["suite"][{"knn": "knn", "linear": "logistic"}[name]]["top1"] == alone["top1"]
     reports = table.read_run(run)
     assert table.top1_of(reports, run)["knn"]["pretrained"] == found["knn"]["top1"]
-    assert table.subject_of(reports, run).label == "pretrained"
+    assert table.reported_model(reports, run).label == "pretrained"
     capsys.readouterr()
     rows = {line[:30].split("  ")[0]: line for line in printed.splitlines()}
     for name in ("k-NN top-1, k=5", "k-NN top-1, k=10", "linear probe top-1", "logistic regression top-1"):

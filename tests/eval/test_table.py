@@ -6,7 +6,16 @@ import pytest
 from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.eval.differences import doubts
 from ssl_pipeline.eval.measures import format_table
-from ssl_pipeline.eval.table import Subject, TableConfig, main, read_run, subject_of, summary, titles_of, top1_of
+from ssl_pipeline.eval.table import (
+    ReportedModel,
+    TableConfig,
+    main,
+    read_run,
+    reported_model,
+    summary,
+    titles_of,
+    top1_of,
+)
 
 
 def write(run: Path, name: str, top1: float, protocol: dict[str, object] | None = None, **baselines: float) -> None:
@@ -43,9 +52,9 @@ def test_one_row_per_model_and_one_column_per_evaluator(tmp_path: Path, capsys: 
     ]
 
 
-def told(run: Path, subject: Subject | None = None) -> str:
+def told(run: Path, reported: ReportedModel | None = None) -> str:
     reports = read_run(run)
-    return summary(top1_of(reports, run), titles_of(reports), subject or Subject())
+    return summary(top1_of(reports, run), titles_of(reports), reported or ReportedModel())
 
 
 def about(label: str, weights: str, **more: str) -> dict[str, object]:
@@ -56,8 +65,8 @@ def test_a_network_is_called_what_it_is_and_its_weights_are_told(tmp_path: Path)
     protocol = about("resnet18 at random initialisation", "random initialisation, seed 0")
     for name in ("knn", "linear"):
         write(tmp_path, name, 96.0, protocol, raw_pixels=90.0, random=97.0)
-    subject = subject_of(read_run(tmp_path), tmp_path)
-    text = told(tmp_path, subject)
+    reported = reported_model(read_run(tmp_path), tmp_path)
+    text = told(tmp_path, reported)
     assert "pretrained" not in text
     assert "resnet18 at random initialisation is ahead of raw pixels in k-NN top-1 and linear probe top-1." in text
     assert text.splitlines()[-1] == "resnet18 at random initialisation: random initialisation, seed 0"
@@ -66,10 +75,10 @@ def test_a_network_is_called_what_it_is_and_its_weights_are_told(tmp_path: Path)
 def test_reports_of_different_networks_are_not_joined(tmp_path: Path) -> None:
     write(tmp_path, "knn", 96.0, about("pretrained", "exported", weights_sha256="a", run="x"))
     write(tmp_path, "linear", 97.0, about("pretrained", "exported", weights_sha256="a", run="moved"))
-    assert subject_of(read_run(tmp_path), tmp_path).label == "pretrained"
+    assert reported_model(read_run(tmp_path), tmp_path).label == "pretrained"
     write(tmp_path, "linear", 97.0, about("teacher, step 3", "teacher of step 3", weights_sha256="b"))
     with pytest.raises(ConfigError, match=r"networks: pretrained \(exported\), and teacher, step 3 \(teacher of"):
-        subject_of(read_run(tmp_path), tmp_path)
+        reported_model(read_run(tmp_path), tmp_path)
 
 
 def report_of(top1: float, interval: tuple[float, float], **more: object) -> dict[str, object]:

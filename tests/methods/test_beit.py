@@ -170,7 +170,7 @@ def test_class_token_is_spared_weight_decay_and_mask_token_and_relative_position
             r"was trained on images with mean \[-0\.125, .* set augment\.tokens\.mean and \.std",
         ),
         ({"num_masked": 16}, {}, r"num_masked must be below the 16 patches of an image of 16 pixels\. Got 16\.$"),
-        ({}, {"sizes": {"image": (32,), "tokens": (64,)}}, r"own size alone, 16x16\. Got 32x32\. Try backbone\.arg"),
+        ({}, {"sizes": {"image": (32,), "tokens": (64,)}}, r"its own size, 16x16\. Got 32x32\. Try backbone\.arg"),
     ],
 )
 def test_what_does_not_fit_is_told_before_training(tokenizer, changes, given, sentence):

@@ -187,10 +187,10 @@ def facts(global_batch, micro_batch=None):
     [
         (
             {},
-            r"^KoLeo looks for the nearest other image, and so needs 2 at once at least\. Got 1; raise data\.batch",
+            r"^KoLeo looks for the nearest other image, so it needs at least 2 at once\. Got 1; raise data\.batch",
         ),
-        ({"koleo_per_process": True}, r"^KoLeo .* at least in each process\. Got 1"),
-        (SINKHORN | {"koleo_weight": 0.0}, r"^Sinkhorn-Knopp .* needs 2 images at once at least\. Got 1; raise"),
+        ({"koleo_per_process": True}, r"^KoLeo .* at once in each process\. Got 1"),
+        (SINKHORN | {"koleo_weight": 0.0}, r"^Sinkhorn-Knopp .* needs at least 2 images at once\. Got 1; raise"),
     ],
 )
 def test_a_batch_of_one_image_is_refused(settings, sentence):

@@ -221,7 +221,7 @@ def facts(global_batch):
 
 def test_too_few_images_and_a_cnn_are_refused():
     with pytest.raises(
-        ConfigError, match=r"^KoLeo looks for the 3 nearest other images, .* 4 at once at least\. Got 3"
+        ConfigError, match=r"^KoLeo looks for the 3 nearest other images, .* at least 4 at once\. Got 3"
     ):
         dinov3(koleo_neighbours=3).prepare(facts(3))
     with pytest.raises(ConfigError, match=r"^Sinkhorn-Knopp shares"):

@@ -210,7 +210,7 @@ def test_a_teacher_without_weights_is_refused():
 
 def test_a_network_without_a_map_is_refused_unless_patches_do_not_count():
     xcit = BackboneConfig(name="xcit_nano_12_p16_224")
-    with pytest.raises(ConfigError, match=r"^'xcit_nano_12_p16_224' has no map of features\. Networks that have: CNNs"):
+    with pytest.raises(ConfigError, match=r"^'xcit_nano_12_p16_224' has no feature map\. Networks with one: CNNs"):
         distillation(xcit)
     distillation(xcit, patch_weight=0.0)
 
@@ -221,7 +221,7 @@ def test_a_teacher_of_one_size_is_refused_for_another(tmp_path):
     network = create_backbone(beit)
     path = tmp_path / "beit.safetensors"
     write_tensors(path, network.model.state_dict())
-    with pytest.raises(ConfigError, match=r"own size alone, 16x16\. Got 32x32\. Try method\.teacher\.arguments\.img_"):
+    with pytest.raises(ConfigError, match=r"its own size, 16x16\. Got 32x32\. Try method\.teacher\.arguments\.img_"):
         distillation(teacher=beit.model_copy(update={"weights": str(path)}), sizes={"image": 32})
 
 

@@ -163,7 +163,7 @@ def test_a_size_without_whole_codes_is_refused():
 
 @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
 def test_weights_behind_the_map_are_refused(name):
-    with torch.device("meta"), pytest.raises(ConfigError, match=r"up to its map of features\. .* behind it; try a"):
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"up to its feature map\. .* after it; try a"):
         dvae(BackboneConfig(name=name))
 
 

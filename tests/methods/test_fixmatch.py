@@ -244,7 +244,7 @@ def test_a_run_with_fewer_labels_than_a_batch_trains_and_resumes_exactly(tmp_pat
     assert {"kept", "kept_right", "labelled_accuracy", "feature_std"} <= straight[0].keys()
     assert ["classifier_top1" in row for row in straight] == [False, True, False, True]
     assert all(math.isfinite(value) for row in straight for value in row.values())
-    assert "6 of them beside each global batch" in capfd.readouterr().out
+    assert "6 of them with each global batch" in capfd.readouterr().out
 
     resumed = tmp_path / "resumed"
     run(settings(shards, labelled, resumed, *every, "train.steps=2", "optim.lr.decay=linear", "optim.lr.final=0.03"))

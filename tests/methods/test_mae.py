@@ -159,7 +159,7 @@ def test_the_defaults_are_the_published_ones():
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
 def test_a_cnn_is_refused(name):
-    sentence = rf"^MAE needs a backbone with patch tokens \(a ViT\)\. '{name}' has none\. Networks that have: "
+    sentence = rf"^MAE needs a backbone with patch tokens \(a ViT\)\. '{name}' has none\. Networks with patch tokens: "
     with torch.device("meta"), pytest.raises(ConfigError, match=sentence):
         mae(create_backbone(BackboneConfig(name=name)))
 
@@ -232,7 +232,7 @@ def test_a_frozen_patch_embedding_is_not_trained():
     "setting", [{"initial_weights": "moco_v3"}, {"fixed_positions": True}, {"frozen_patch_embed": True}]
 )
 def test_settings_of_vits_are_refused_elsewhere(setting):
-    with torch.device("meta"), pytest.raises(ConfigError, match=r"needs a ViT. 'resnet18' is none\.$"):
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"needs a ViT. 'resnet18' is not one\.$"):
         create_backbone(BackboneConfig(name="resnet18", **setting))
 
 

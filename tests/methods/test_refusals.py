@@ -57,7 +57,7 @@ def test_batch_norm_over_a_single_image(tmp_path, recipe):
 def test_neighbours_of_one_image_at_a_time(tmp_path):
     sentence = refusal(tmp_path, "cifar10_dinov2_vit_tiny", "train.accumulate=4", batch_size=1)
     assert sentence == (
-        "KoLeo looks for the nearest other image, and so needs 2 at once at least. Got 1; raise data.batch_size, or "
+        "KoLeo looks for the nearest other image, so it needs at least 2 at once. Got 1; raise data.batch_size, or "
         "set method.koleo_weight=0."
     )
 
@@ -79,7 +79,7 @@ def test_views_in_which_no_patch_can_be_masked(tmp_path, size, sentence):
 def test_mae_on_a_cnn(tmp_path):
     sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=test_resnet")
     assert sentence.startswith(
-        "MAE needs a backbone with patch tokens (a ViT). 'test_resnet' has none. Networks that have"
+        "MAE needs a backbone with patch tokens (a ViT). 'test_resnet' has none. Networks with patch tokens"
     )
 
 
@@ -150,7 +150,9 @@ def test_a_gram_teacher_that_sees_other_crops_is_refused():
 def test_images_that_the_backbone_cannot_take_are_told_before_they_are_read(tmp_path):
     settings = ["backbone.name=convnext_atto", "augment.view.size=16", "data.shards=nowhere"]
     sentence = refusal(tmp_path, "cifar10_byol_resnet18", *settings)
-    assert sentence.startswith("augment.view.size=16 does not suit the backbone 'convnext_atto': it takes no images of")
+    assert sentence.startswith(
+        "augment.view.size=16 does not suit the backbone 'convnext_atto': it does not take images of"
+    )
     assert sentence.endswith("Try augment.view.size=32.")
 
 

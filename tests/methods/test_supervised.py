@@ -113,7 +113,7 @@ def test_a_frozen_backbone_stays_as_it_is():
 
 
 def test_what_a_frozen_backbone_cannot_have_is_refused():
-    with pytest.raises(ConfigError, match=r"layer_decay is about a backbone that learns"):
+    with pytest.raises(ConfigError, match=r"layer_decay needs a backbone that learns"):
         validate(SupervisedConfig, {"name": "supervised", "frozen_backbone": True, "layer_decay": 0.5})
     assert validate(SupervisedConfig, {"name": "supervised", "frozen_backbone": True, "layer_decay": 1.0})
 

@@ -94,7 +94,7 @@ def test_the_memory_survives_a_restart():
     [
         (
             lambda: TemporalEnsemble(1_281_167, 1000, momentum=0.6),
-            "TemporalEnsemble remembers every image: 4.8 GiB for 1,281,167 images, where 2 GiB are allowed. Use fewer "
+            "TemporalEnsemble remembers every image: 4.8 GiB for 1,281,167 images, but 2 GiB are allowed. Use fewer "
             "images or classes, or a method that remembers no image.",
         ),
         (lambda: ScoreBoard(10**9, 10, threshold=0.9), "ScoreBoard remembers every image: 7.5 GiB for 1,000,000,000"),

@@ -107,7 +107,9 @@ def refusal() -> str:
 
 def test_what_cannot_be_synchronised_is_refused():
     for sentence in run_on_ranks(refusal):
-        assert sentence.startswith("train.sync_batch_norm on CPUs knows plain batch norm only. 0 is a BatchNormAct2d")
+        assert sentence.startswith(
+            "train.sync_batch_norm on CPUs supports only plain batch norm. 0 is a BatchNormAct2d"
+        )
 
 
 def test_one_process_needs_nothing():

@@ -112,7 +112,7 @@ def test_a_rule_can_spare_weight_decay_but_not_give_it():
 
 
 def test_a_rule_that_fits_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"^the rule for parameters 'tail\.\*' fits no trainable parameter"):
+    with pytest.raises(ConfigError, match=r"^the rule for parameters 'tail\.\*' matches no trainable parameter"):
         build_optimizer(Toy(ParamRule("tail.", lr_scale=2.0)), config())
     with pytest.raises(ConfigError, match=r"'fixed\*'"):
         build_optimizer(Toy(ParamRule("fixed")), config())
@@ -372,5 +372,5 @@ def test_settings_outside_their_range_are_refused(settings):
 
 def test_a_backbone_is_not_frozen_for_the_whole_run():
     settings = {"name": "sgd", "lr": {"value": 0.1}, "freeze_backbone_for": "100%"}
-    with pytest.raises(ValueError, match=r"freeze_backbone_for=100% leaves the backbone as it begins"):
+    with pytest.raises(ValueError, match=r"freeze_backbone_for=100% freezes the backbone"):
         OptimConfig(**settings)

@@ -116,7 +116,7 @@ def test_the_orientation_is_applied(orientation):
 
 
 def test_numbers_with_fractions_are_refused():
-    with pytest.raises(DecodeError, match="numbers with fractions"):
+    with pytest.raises(DecodeError, match="fractional numbers"):
         storable(saved(Image.fromarray(np.ones((3, 3), dtype=np.float32)), "TIFF"))
 
 

@@ -105,7 +105,7 @@ def test_without_ray_its_engine_is_refused_in_a_sentence(folder, tmp_path, monke
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr("ssl_pipeline.packing.make_shards.open_source", None)  # before images are looked for
     assert call(folder, tmp_path / "out", "engine=ray") == 2
-    told = "error: engine=ray needs Ray: pip install 'ssl-pipeline[ray]'. engine=local does without.\n"
+    told = "error: engine=ray needs Ray: pip install 'ssl-pipeline[ray]'. engine=local works without it.\n"
     assert capsys.readouterr().err.startswith(told)
     assert call(folder, tmp_path / "out", "ray_address=auto") == 2
     assert "ray_address=auto goes with engine=ray." in capsys.readouterr().err

@@ -121,7 +121,7 @@ def test_files_that_do_not_decode_are_listed(folder: Path, tmp_path: Path) -> No
         "cat/empty.png": "no JPEG, PNG or WebP image",
         "cat/notes.txt": "no image file",
         "cat/other.jp2": "a format that is not read: .jp2",
-        "cat/pipe.jpg": "no regular file",
+        "cat/pipe.jpg": "not a regular file",
         "cat/text.webp": "no JPEG, PNG or WebP image",
     }
     index = open_shards(output)
@@ -283,7 +283,7 @@ def test_an_output_in_use_is_refused(folder: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"source": "nowhere"}, "source='nowhere' does not exist. Needed: a folder of images, a zip of one"),
-        ({"source": __file__}, "is neither a folder nor a zip, and no image"),
+        ({"source": __file__}, "is not a folder, a zip or an image"),
         ({"prefix": "trian"}, r"nothing below prefix=trian/\. Did you mean 'train'\? Top folders: train"),
         ({"prefix": "train/../.."}, "nothing below prefix"),
         ({"split": "test"}, "split=test goes with source=digits only"),
@@ -529,7 +529,7 @@ def test_labels_that_are_numbers_are_sorted_by_number(tmp_path: Path, folder: Pa
         ("file,label\na.jpg,\n", "holds no label"),
         ("file,label\na.jpg,x\nb.jpg,x\n./a.jpg,y\n", r"line 4: 'a\.jpg' has the label 'y', and 'x' above"),
         ("file,label\na.jpg,x\n", r"names none of the 22 images of source='.*', such as 'train/cat/00\.JPEG'"),
-        ("file,label\n\xff,x\n", "is no CSV file in UTF-8"),
+        ("file,label\n\xff,x\n", "is not a CSV file in UTF-8"),
     ],
 )
 def test_mistakes_in_a_table_of_labels_are_named(folder: Path, tmp_path: Path, text: str, message: str) -> None:

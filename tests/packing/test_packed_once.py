@@ -89,7 +89,7 @@ def test_another_folder_is_told_by_both_names(tmp_path, photos):
     other = shutil.copytree(photos, tmp_path / "other")
     assert pack_once(str(other), tmp_path / "run") == tmp_path / "run" / SHARDS  # the same images
     (other / "a.png").unlink()
-    told = rf"images='{other}' is not what was packed into '.*', which is of '{photos}': 1 gone \(a\.png\)\. Choose"
+    told = rf"images='{other}' is not what was packed into '.*', which came from '{photos}': 1 gone \(a\.png\)\. Choose"
     with pytest.raises(DataError, match=told):
         pack_once(str(other), tmp_path / "run")
 
@@ -115,7 +115,7 @@ def test_shards_that_somebody_removed_are_packed_again_with_the_same_images(tmp_
         path.unlink()
     assert not is_packed(tmp_path / "run")
     assert pack_once(str(photos), tmp_path / "run", key="images") == shards
-    assert f"Shards of images='{photos}' are gone from '{shards}'. It is packed anew." in capsys.readouterr().out
+    assert f"Shards of images='{photos}' are gone from '{shards}'. It is packed again." in capsys.readouterr().out
     assert open_shards(shards).fingerprint == before
 
 

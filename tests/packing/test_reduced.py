@@ -126,7 +126,7 @@ def test_transparent_pixels_become_white() -> None:
 
 def test_an_image_that_fits_no_jpeg_is_refused(tmp_path: Path) -> None:
     data = saved(Image.new("L", (MAX_JPEG_SIDE + 100, 10)), "PNG")
-    with pytest.raises(DecodeError, match="65600x10 pixels are too long for a JPEG"):
+    with pytest.raises(DecodeError, match="65600x10 pixels are too large for a JPEG"):
         pack(data, PACKING)
     assert opened(pack(data, Packing(short_side=9, quality=90))).size == (59040, 9)
     (tmp_path / "images").mkdir()
@@ -134,7 +134,9 @@ def test_an_image_that_fits_no_jpeg_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images" / "plain.png").write_bytes(saved(smooth(60, 40), "PNG"))
     output = made(tmp_path / "images", tmp_path / "out", short_side=20)
     rejected = [json.loads(line) for line in (output / "rejected.jsonl").open()]
-    assert rejected == [{"file": "long.png", "reason": "65600x10 pixels are too long for a JPEG, which ends at 65500"}]
+    assert rejected == [
+        {"file": "long.png", "reason": "65600x10 pixels are too large for a JPEG, whose limit is 65500"}
+    ]
     assert len(open_shards(output)) == 1
 
 

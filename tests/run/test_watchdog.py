@@ -45,7 +45,7 @@ def test_a_hang_is_noted_and_leaves_nothing_running(tmp_path, hangs):
     assert child.wait() == 1
     assert "in hang" in child.printed(), "where it stood"
     assert (tmp_path / "note").read_text() == (
-        "Nothing has happened for 0.5 s while training (train.hang_timeout); where each thread stood is in the output."
+        "Nothing has happened for 0.5 s while training (train.hang_timeout); the output shows where each thread was."
     )
     pids = [int(pid) for pid in (tmp_path / "note.pids").read_text().split()]
     end = time.monotonic() + 5

@@ -92,7 +92,7 @@ NUMBERS = [
     pretrain("backbone.arguments.num_heads=7", "with backbone.arguments depth=1, embed_dim=24"),
     pretrain("backbone.arguments.embed_dim=-8", "backbone.arguments.embed_dim must be at least 1"),
     pretrain("seed=-1", "seed must be at least 0"),
-    pretrain("optim.freeze_backbone_for=100%", "leaves the backbone as it begins"),
+    pretrain("optim.freeze_backbone_for=100%", "freezes the backbone"),
     pretrain("knn.every=1 knn.train={shards} knn.val={shards} knn.k=0", "knn.k must be"),
     pretrain("knn.train={shards} knn.val={shards} knn.temperature=0 knn.every=1", "knn.temperature must be"),
 ]
@@ -101,7 +101,7 @@ NAMES = [
     pretrain("backbone.name=hf-hub:timm/resnet18.a1_in1k", "write backbone.name=resnet18 backbone.weights=a1_in1k"),
     pretrain("backbone.name=timm/resnet18", "write backbone.name=resnet18"),
     pretrain("backbone.name=resnet8000", "No timm model"),
-    pretrain("backbone.weights={folder}/none.pth", "is not there"),
+    pretrain("backbone.weights={folder}/none.pth", "does not exist"),
     pretrain("backbone.weights={shards}", "has no backbone.safetensors"),
     pretrain("backbone.weights={text}", "cannot read weights"),
     pretrain("method.name=dno", "Did you mean"),

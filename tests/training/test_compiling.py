@@ -93,7 +93,7 @@ def test_auto_compiles_long_runs_on_a_gpu_where_that_works(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     assert compile_decision("auto", GPU, steps=1000) == (True, "")
     assert compile_decision("auto", GPU, steps=999) == (False, "auto compiles for 1,000 steps or more")
-    assert compile_decision("auto", CPU, steps=10**6) == (False, "auto compiles on GPUs alone")
+    assert compile_decision("auto", CPU, steps=10**6) == (False, "auto compiles only on GPUs")
 
 
 def test_auto_says_what_the_compiler_lacks(monkeypatch):

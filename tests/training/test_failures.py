@@ -75,7 +75,7 @@ def test_a_full_disk_names_the_run_and_its_last_whole_checkpoint(tmp_path, shard
     told = str(fails(tmp_path, shards, error, at="save_run"))
     assert f"he disk of the run {tmp_path} is " in told
     assert "[Errno" not in told
-    assert "Its last whole checkpoint is step-00000001; free some space and run the same command again" in told
+    assert "Its last complete checkpoint is step-00000001; free some space and run the same command again" in told
     assert read_status(tmp_path).state == "failed"
 
 
@@ -85,7 +85,7 @@ def test_a_full_disk_names_the_run_and_its_last_whole_checkpoint(tmp_path, shard
 def test_a_limit_of_the_size_of_files_names_the_last_whole_checkpoint(tmp_path, shards, error):
     told = str(fails(tmp_path, shards, error, at="save_run"))
     assert f"The run {tmp_path} may not write files as large as it needs" in told
-    assert "Its last whole checkpoint is step-00000001; allow larger ones (ulimit -f unlimited) and run" in told
+    assert "Its last complete checkpoint is step-00000001; allow larger ones (ulimit -f unlimited) and run" in told
 
 
 def test_a_full_disk_is_told_where_not_even_the_status_can_be_written(tmp_path, shards):

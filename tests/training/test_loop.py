@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_a_number_changes_no_weight(tmp_path, shards):
     broken = make_run(tmp_path / "broken", "dino", shards)
     with (
         happens(Happening("nan", at=3)),
-        pytest.raises(RunError, match="Step 4 was not made: on rank 0 the loss is nan"),
+        pytest.raises(RunError, match="Step 4 was not applied: on rank 0 the loss is nan"),
     ):
         train(broken)
     assert gap(broken.method.state_dict(), stopped.method.state_dict()) == 0
@@ -285,7 +285,7 @@ def test_late_checks_change_nothing_in_a_run_that_goes_well(tmp_path, shards, mo
 )
 def test_nothing_of_a_broken_step_is_kept(tmp_path, shards, late, at, log_every, save_every, rows_kept, saved):
     (tmp_path / "run").mkdir()
-    sentence = f"^Step {at + 1} was not made: on rank 0 the loss is nan, .* Images of its batch: .*; and 4 more"
+    sentence = f"^Step {at + 1} was not applied: on rank 0 the loss is nan, .* Images of its batch: .*; and 4 more"
     settings = {"log_every": log_every, "save_every": save_every, "keep_checkpoints": 9}
     with (
         RunDirectory(tmp_path / "run") as directory,
@@ -313,7 +313,7 @@ def refusal(output: Path, shards: Path) -> str:
 def test_all_ranks_refuse_a_broken_step_late(tmp_path, shards):
     first, second = (child.result() for child in start_ranks(refusal, tmp_path / "run", shards))
     assert first == second
-    assert first.startswith("Step 3 was not made: on rank ")
+    assert first.startswith("Step 3 was not applied: on rank ")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -334,7 +334,7 @@ def test_a_broken_step_after_a_signal_is_not_saved(tmp_path, shards, late):
         parameter = next(run.method.backbone.parameters())
         count = itertools.count()
         parameter.register_hook(lambda gradient: gradient * torch.inf if next(count) == 5 else gradient)
-        with pytest.raises(RunError, match="Step 6 was not made"):
+        with pytest.raises(RunError, match="Step 6 was not applied"):
             train(run)
     assert steps_saved(tmp_path / "run") == []
 
@@ -343,7 +343,9 @@ def test_a_gradient_that_is_infinite_stops_the_run_too(tmp_path, shards):
     run = make_run(tmp_path / "run", "simclr", shards)
     before = {name: parameter.detach().clone() for name, parameter in run.method.named_parameters()}
     next(run.method.backbone.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(RunError, match=r"Step 1 was not made: .* the loss is \d.*, and the gradient norm is (inf|nan)"):
+    with pytest.raises(
+        RunError, match=r"Step 1 was not applied: .* the loss is \d.*, and the gradient norm is (inf|nan)"
+    ):
         train(run)
     assert all(torch.equal(run.method.get_parameter(name), tensor) for name, tensor in before.items())
 

@@ -48,7 +48,7 @@ def test_an_unknown_host_is_named_at_once(monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "create_connection", no_such_name)
-    with pytest.raises(ConfigError, match="MASTER_ADDR=node17 is the name of no host that this node knows"):
+    with pytest.raises(ConfigError, match="MASTER_ADDR=node17 is not a host name that this node knows"):
         wait_for_the_first(of_rank(3, 29500, "node17"))
 
 

@@ -271,7 +271,7 @@ def test_a_spectrum_of_a_few_images_is_refused_at_the_start(pretrain):
     ("measured", "trained", "total", "said"),
     [
         (4.0, 1.0, 1000, "knn.every=40 leaves 5 times as long between two"),  # of two steps of half a second
-        (4.0, 1.0, 40, "knn.every=0 measures at the end alone"),
+        (4.0, 1.0, 40, "knn.every=0 measures only at the end"),
         (4.0, 5.0, 1000, None),
         (1.0, 0.5, 1000, None),  # seconds in all
     ],
@@ -286,7 +286,7 @@ def test_monitors_that_take_longer_than_the_training_between_are_said_once(measu
     if said is None:
         assert told[2] is None
     else:
-        start = f"Measuring knn takes {measured:.1f} s each time, the training between {trained:.1f} s. "
+        start = f"Measuring knn takes {measured:.1f} s each time, the training in between {trained:.1f} s. "
         assert told[2] == f"{start}{said}; the same command goes on with it."
 
 

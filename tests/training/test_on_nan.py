@@ -124,11 +124,11 @@ def test_a_resumed_run_leaves_out_the_same_steps_and_counts_on(tmp_path, shards)
 def test_the_budget_is_that_of_the_whole_run(tmp_path, shards, capfd):
     with RunDirectory(tmp_path) as directory, poisoned() as steps:
         run = make_run(tmp_path, "simclr", shards, directory=directory, on_nan="skip", nan_budget=1, save_every=1)
-        with pytest.raises(RunError, match=r"was not made: .* Already 1 left out \(train\.nan_budget\)"):
+        with pytest.raises(RunError, match=r"was not applied: .* Already 1 left out \(train\.nan_budget\)"):
             train(run)
     assert len(steps) == 2
     assert f"Step {steps[0] + 1} is left out (1 of at most 1, train.on_nan=skip): on rank 0" in capfd.readouterr().err
-    with RunDirectory(tmp_path) as directory, poisoned(), pytest.raises(RunError, match="was not made"):
+    with RunDirectory(tmp_path) as directory, poisoned(), pytest.raises(RunError, match="was not applied"):
         train(make_run(tmp_path, "simclr", shards, directory=directory, on_nan="skip", nan_budget=1, save_every=1))
 
 

@@ -85,7 +85,9 @@ def refusal(output: Path, shards: Path, name: str, check_ranks: int) -> str:
 def test_a_weight_that_parts_is_named_with_its_step(tmp_path, shards, name):
     first, second = (child.result() for child in start_ranks(refusal, tmp_path / "run", shards, name, 2))
     assert first == second
-    assert first.startswith(f"The processes have parted: after step 4 '{name}' of rank 1 is not that of rank 0 (")
+    assert first.startswith(
+        f"The processes have diverged: after step 4 '{name}' of rank 1 differs from that of rank 0 ("
+    )
     assert "last known to be equal after step 2" in first
 
 

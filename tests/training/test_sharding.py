@@ -363,17 +363,22 @@ ASKED = {"precision": "no", "measures_classifier": False, "find_lr": False}
 @pytest.mark.parametrize(
     ("name", "backbone", "settings", "sentence"),
     [
-        ("simclr", CNN, {}, r"^train\.parallel=fsdp shards the blocks of a ViT\. 'test_resnet' is none.*parallel=ddp"),
-        ("dvae", VIT, {}, r"^DVAE exports more than a backbone, which works with train\.parallel=ddp alone\."),
+        (
+            "simclr",
+            CNN,
+            {},
+            r"^train\.parallel=fsdp shards the blocks of a ViT\. 'test_resnet' is not one.*parallel=ddp",
+        ),
+        ("dvae", VIT, {}, r"^DVAE exports more than a backbone, which works only with train\.parallel=ddp\."),
         (
             "dino",
             VIT,
             {"precision": "fp16"},
             r"works with train\.precision=bf16 or no\. Got fp16",
         ),
-        ("dino", REVERSIBLE, {}, r"^backbone\.reversible works with train\.parallel=ddp alone"),
-        ("dino", VIT, {"find_lr": True}, r"^find_lr=true works with train\.parallel=ddp alone"),
-        ("fixmatch", VIT, {"measures_classifier": True}, r"^The monitor 'classifier' works with .*ddp alone"),
+        ("dino", REVERSIBLE, {}, r"^backbone\.reversible works only with train\.parallel=ddp"),
+        ("dino", VIT, {"find_lr": True}, r"^find_lr=true works only with train\.parallel=ddp"),
+        ("fixmatch", VIT, {"measures_classifier": True}, r"^The monitor 'classifier' works only with .*ddp"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(name, backbone, settings, sentence):

@@ -44,7 +44,7 @@ def test_a_signal_is_heard_once_and_with_a_lag_one_step_later(index):
 def test_without_a_lag_the_step_itself_is_refused(index):
     checks = StepChecks(index)
     add(checks, 3, loss=float("nan"))
-    with pytest.raises(BrokenStepError, match="Step 4 was not made: on rank 0 the loss is nan") as error:
+    with pytest.raises(BrokenStepError, match="Step 4 was not applied: on rank 0 the loss is nan") as error:
         checks.read()
     assert error.value.step == 3
 
@@ -57,7 +57,9 @@ def test_with_a_lag_the_sentence_is_about_the_step_that_broke(index):
     with pytest.raises(BrokenStepError) as error:
         checks.read(lag=1)
     sentence = str(error.value)
-    assert sentence.startswith("Step 4 was not made: on rank 0 the loss is inf, and the gradient norm is 2. Images of ")
+    assert sentence.startswith(
+        "Step 4 was not applied: on rank 0 the loss is inf, and the gradient norm is 2. Images of "
+    )
     assert [f"key '{number:04d}'" in sentence for number in (2, 3, 4, 5, 6, 7)] == [
         False,
         True,

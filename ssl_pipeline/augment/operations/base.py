@@ -26,7 +26,7 @@ Strength = Annotated[PerView, InRange(ge=0, le=100)]
 
 @dataclass(frozen=True)
 class ColourRange(InRange):
-    """The range of what belongs to colours in [0, 1]; values for 0 to 255 are told in the numbers to type."""
+    """The range of values for colours in [0, 1]; for values meant for 0 to 255 the error gives the numbers to type."""
 
     def check(self, value: Any) -> Any:
         """The value; raises ValueError for a number of it outside the range."""
@@ -54,7 +54,7 @@ class ViewSettings(Config):
     count: int = Field(1, ge=1, le=1000)
     """Number of views of each image."""
     size: Annotated[int | tuple[int, ...], InRange(ge=1, le=8192)]
-    """Height and width of a view in pixels; of several, each optimizer step draws one for all its views (DINOv3)."""
+    """Height and width of a view in pixels; with several, each optimizer step draws one for all its views (DINOv3)."""
     size_weights: Annotated[tuple[float, ...], InRange(ge=0)] = ()
     """How often each of several sizes is drawn; by default all equally. Groups with the same weights change together:
     the first size of one comes with the first size of the others."""
@@ -107,7 +107,7 @@ class Operation(Generic[Settings, Setting]):
         raise NotImplementedError
 
     def alike(self, draws_NP: Tensor) -> Sequence[Hashable] | None:
-        """A key of each image; `on_cpu` gets images of one key alone. None: it takes any."""
+        """A key of each image; `on_cpu` gets only images of one key. None: it takes any."""
         return None
 
     def on_cpu(self, image_NCHW: Tensor, draws_NP: Tensor, setting: Setting) -> Tensor:
@@ -148,7 +148,7 @@ def per_sample(values_N: Tensor) -> Tensor:
 def change_due(
     image_NCHW: Tensor, draws_NP: Tensor, due_N: Tensor, change: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """For a CPU: `change` of the images that are due and of their draws, computed for these alone."""
+    """For a CPU: `change` of the images that are due and of their draws, computed only for these."""
     if due_N.all():
         return change(image_NCHW, draws_NP)
     if due_N.any():

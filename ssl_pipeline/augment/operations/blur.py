@@ -40,7 +40,7 @@ class BlurSettings(ViewSettings):
     """Odd width of the blur's kernel in pixels; by default 4 standard deviations of the strongest blur to each side."""
     blur: Literal["gaussian", "box"] = "gaussian"
     """How a view is blurred: `gaussian` as torchvision does it, or `box` as Pillow approximates it (three boxes each
-    way, the edge repeated), and so do the official DINO, MoCo, SimSiam, Barlow Twins and VICReg."""
+    way, the edge repeated), as do the official DINO, MoCo, SimSiam, Barlow Twins and VICReg."""
 
     def blur_kernel_size(self, size: int) -> int:
         """Width of the kernel in pixels, at most what reflecting a view of this size allows."""

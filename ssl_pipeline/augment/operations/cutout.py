@@ -1,4 +1,4 @@
-"""Cutout as FixMatch's strong views have it: a gray square at a random place (https://arxiv.org/abs/2001.07685)."""
+"""Cutout as in FixMatch's strong views: a gray square at a random place (https://arxiv.org/abs/2001.07685)."""
 
 from __future__ import annotations
 

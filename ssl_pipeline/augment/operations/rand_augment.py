@@ -96,28 +96,28 @@ class RandAugment(Operation[RandAugmentSettings, int]):
         return group.rand_augment or None
 
     def on_cpu(self, image_NCHW: Tensor, draws_NP: Tensor, setting: int) -> Tensor:
-        return apply_rounds(image_NCHW.expand(-1, 3, -1, -1), draws_NP, selected=True)
+        return apply_rounds(image_NCHW.expand(-1, 3, -1, -1), draws_NP, only_due=True)
 
     def on_accelerator(self, image_NCHW: Tensor, draws_NP: Tensor, setting: int) -> Tensor:
-        return apply_rounds(image_NCHW, draws_NP, selected=False)
+        return apply_rounds(image_NCHW, draws_NP, only_due=False)
 
 
-def apply_rounds(image_NCHW: Tensor, draws_NP: Tensor, *, selected: bool) -> Tensor:
+def apply_rounds(image_NCHW: Tensor, draws_NP: Tensor, *, only_due: bool) -> Tensor:
     """Images in [0, 1] after operations of each image's own, which round to 8 bits.
 
-    `selected` computes an operation for the images that drew it alone; otherwise all images go through all operations
+    `only_due` computes an operation only for the images that drew it; otherwise all images go through all operations
     and take the result of theirs, so that nothing waits for the device.
     """
     image_NCHW = (image_NCHW * 255).round_()
     for first in range(0, draws_NP.shape[1], PER_ROUND):
-        image_NCHW = _one_round(image_NCHW, draws_NP[:, first], draws_NP[:, first + 1], selected=selected)
+        image_NCHW = _one_round(image_NCHW, draws_NP[:, first], draws_NP[:, first + 1], only_due=only_due)
     return image_NCHW.div_(255)
 
 
-def _one_round(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor, *, selected: bool) -> Tensor:
+def _one_round(image_NCHW: Tensor, operation_N: Tensor, magnitude_N: Tensor, *, only_due: bool) -> Tensor:
     for start, end, apply in FAMILIES:
         due_N = (operation_N >= start.value) & (operation_N <= end.value)
-        if selected:
+        if only_due:
             chosen = due_N.nonzero()[:, 0]
             if len(chosen):
                 image_NCHW[chosen] = apply(image_NCHW[chosen], operation_N[chosen], magnitude_N[chosen])

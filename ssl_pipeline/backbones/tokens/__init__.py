@@ -31,7 +31,7 @@ def has_tokens(model: nn.Module) -> bool:
     """Whether a timm model has an adapter.
 
     Subclasses and networks with another patch embedding have forward passes of their own, so they have none; a ViT on
-    the stem of a ResNet (vit_*_r_*) differs in nothing else. An Eva that drops patches by chance (patch_drop_rate)
+    the stem of a ResNet (vit_*_r_*) differs only in that. An Eva that drops patches by chance (patch_drop_rate)
     loses count of where the others are.
     """
     embeddings = (PatchEmbed, HybridEmbed) if type(model) is VisionTransformer else (PatchEmbed,)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones.positions import Grid
 
 TimmModel = Any
-"""One of timm's networks, whose attributes have no types that a checker could use."""
+"""A timm network, whose attributes have no static types."""
 
 # Axes: N images, R rows and C columns of patches, L = R * C patches row by row, D dimensions.
 
@@ -43,7 +43,7 @@ class TokenAdapter(ABC):
     """How the networks of one class of timm are entered and left at their tokens."""
 
     patch_size: int
-    """Side in pixels of the patches that are embedded, and that a mask is about."""
+    """Side in pixels of the patches that are embedded and masked."""
     patch_dim: int
     """Width of an embedded patch, and so of a mask token."""
     grid: Grid
@@ -54,9 +54,9 @@ class TokenAdapter(ABC):
     num_prefix_tokens: int
     """Class token and registers together."""
     takes_some_patches: bool
-    """Whether the network encodes some of an image's patches alone."""
+    """Whether the network can encode only some of an image's patches."""
     compiles_for_any_size: ClassVar[bool] = True
-    """Whether torch.compile can make one program for images of several sizes, in a time that is worth it."""
+    """Whether torch.compile can make one program for images of several sizes, fast enough to be worth it."""
 
     def __init__(self, model: TimmModel) -> None:
         self.model = model
@@ -100,7 +100,7 @@ def check_sides(patch_embed: PatchEmbed | HybridEmbed, height: int, width: int) 
     """Raises ValueError if the network does not take images of this height and width in pixels."""
     if patch_embed.strict_img_size and (height, width) != patch_embed.img_size:
         own = "x".join(map(str, patch_embed.img_size or ()))
-        raise ValueError(f"this network takes images of its own size alone, {own}. Got {height}x{width}.")
+        raise ValueError(f"this network takes only images of its own size, {own}. Got {height}x{width}.")
     patch_size = patch_side(patch_embed)
     if (height % patch_size or width % patch_size) and not patch_embed.dynamic_img_pad:
         raise ValueError(f"image sides must be multiples of the patch size {patch_size}. Got {height}x{width}.")

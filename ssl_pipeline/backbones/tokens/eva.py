@@ -13,7 +13,7 @@ from ssl_pipeline.backbones.tokens.flat import FlatAdapter
 
 
 class EvaAdapter(FlatAdapter):
-    """Patches are rotated in attention by where they are (RoPE), beside or instead of a position table."""
+    """Patches are rotated in attention by where they are (RoPE), in addition to or instead of a position table."""
 
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)

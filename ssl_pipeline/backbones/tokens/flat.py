@@ -24,7 +24,7 @@ class FlatAdapter(TokenAdapter):
     """A position table that is added to the patches, if any; prefix tokens; blocks in a row; a final norm."""
 
     rotates = False
-    """Whether attention must be told where each token is."""
+    """Whether attention needs the position of each token."""
 
     def __init__(self, model: TimmModel) -> None:
         super().__init__(model)
@@ -44,7 +44,7 @@ class FlatAdapter(TokenAdapter):
 
     @abstractmethod
     def block_arguments(self, grid: Grid, places_NK: Tensor | None) -> Sequence[Mapping[str, Tensor | None]]:
-        """What each block is told besides the tokens, for K patches at `places_NK`, or all of the grid."""
+        """What each block is given besides the tokens, for K patches at `places_NK`, or all of the grid."""
 
     def patches(self, images: Tensor) -> Tensor:
         return embed_whole(self.model.patch_embed, images)

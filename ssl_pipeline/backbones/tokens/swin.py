@@ -1,4 +1,4 @@
-"""timm's SwinTransformer: patches of 4 pixels that are merged on the way, so that a token stands for more than one."""
+"""timm's SwinTransformer: patches of 4 pixels that are merged on the way, so that a token covers more than one."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ TABLE = "relative_position_bias_table"
 
 
 def fit(named: Mapping[str, Tensor], model: nn.Module, own: Mapping[str, Tensor]) -> Tensors:
-    """Tensors by timm's names, as near to the network's own as they can be brought; others stay as they are.
+    """Tensors by timm's names, as close to the network's own as possible; others stay as they are.
 
-    own: the network's state dict. Nothing is left out but biases of zero that the network does not have.
+    own: the network's state dict. Only zero biases that the network does not have are left out.
     """
     found = dict(named)
     for stem in sorted({name[: name.index("attn.") + 5] for name in found if "attn." in name}):
@@ -113,7 +113,7 @@ def _resampled(table_1LD: Tensor, side: int, grid: Grid, model: nn.Module) -> Te
 
 
 def _split_rows(rows: int, own_prefix: int) -> tuple[int, int]:
-    """How many rows stand before those of a square of patches, and its side; (0, 0) if there is no such square."""
+    """How many rows come before those of a square of patches, and its side; (0, 0) if there is no such square."""
     for prefix in (own_prefix, 1, 0):
         side = round(max(rows - prefix, 0) ** 0.5)
         if side and side * side == rows - prefix:

@@ -1,4 +1,4 @@
-"""The names under which others store the networks that timm has: tables, read by `matching`.
+"""The names that other projects use for timm's networks: tables, read by `matching`.
 
 Looked up in the official repositories: facebookresearch/dino, dinov2, dinov3, mae, moco, moco-v3, swav, simsiam,
 bytedance/ibot, microsoft/SimMIM, microsoft/unilm (BEiT), huggingface/transformers, sthalles/PyTorch-BYOL,
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Rules = tuple[tuple[str, str], ...]
-"""Regular expressions and what takes the place of their matches, applied one after the other."""
+"""Regular expressions and their replacements, applied in order."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ LAYOUTS = (
     Layout(None, OFFICIAL),  # timm, torchvision's ResNets, the official code of most methods
     Layout("layers.0.downsample.reduction.weight", SWIN_DOWNSAMPLE),  # official Swin and SimMIM
     Layout("embeddings.patch_embeddings.projection.weight", HUGGING_FACE + SWIN_DOWNSAMPLE),
-    # Hugging Face's BEiT with masked images, whose last norm lies beside the network
+    # Hugging Face's BEiT with masked images, whose last norm is outside the network
     Layout("beit.embeddings.patch_embeddings.projection.weight", ((r"^beit\.", ""), *HUGGING_FACE)),
     Layout("embeddings.patch_embeddings.weight", HUGGING_FACE),  # DINOv3
     Layout("conv_proj.weight", TORCHVISION_VIT),
@@ -119,9 +119,9 @@ STUDENTS = {
     "online_network_state_dict",
 }
 TAKEN_FIRST = {"teacher", "ema", "model_ema", "state_dict_ema"}
-"""Which teachers are taken where nothing is asked for; of MoCo and BYOL it is the student, as their authors do."""
+"""Whose teacher is taken by default; for MoCo and BYOL it is the student, as their authors do."""
 
-PARTS: Rules = (  # what may be left in a file, by how the names of its tensors begin, and what the reader is told
+PARTS: Rules = (  # what may be left in a file, by how the names of its tensors begin, and what the message says
     (r"(.*\.)?(relative_position_index|attn_mask)$", "index tables"),
     (r"(rope|rope_embed|rope_embeddings)\.", "rotary tables"),
     (r".*\.bias_mask$", "bias masks"),

@@ -39,9 +39,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str
     """Fill every tensor of a timm network from `tensors`, whatever layout of `layouts` their names follow.
 
     source: names the file in errors. network: "teacher" or "student", where there are both; by default the one that the
-    method's authors evaluate. A position table of another size is resampled. What is left must be a known part beside
-    the network (a head, a decoder, ...), and what is taken must be finite floats, but for the network's counters.
-    Raises ConfigError otherwise, with the network unchanged.
+    method's authors evaluate. A position table of another size is resampled. What is left must be a known other part (a
+    head, a decoder, ...), and what is taken must be finite floats, except for the network's counters. Raises
+    ConfigError otherwise, with the network unchanged.
     """
     try:
         match = find_network(tensors, model, network=network)
@@ -95,11 +95,11 @@ def _some(names: list[str]) -> str:
 
 
 def _hint(fitted: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """For the one difference that a setting of the network settles: a norm before pooling or after, two streams."""
+    """For the one difference that a setting of the network fixes: a norm before pooling or after, two streams."""
     if {name for name in own if name not in fitted} == {MARK}:
-        return " The file's ViT has one stream of tokens; a reversible one is another function: set reversible=false."
+        return " The file's ViT has one stream of tokens; reversible computes another function: set reversible=false."
     if MARK in fitted and MARK not in own:
-        return " The file's ViT is reversible, which is another function: set backbone.reversible=true."
+        return " The file's ViT is reversible, which computes another function: set backbone.reversible=true."
     if {name for name in own if name not in fitted} == {"fc_norm.weight", "fc_norm.bias"} and "norm.weight" in fitted:
         return " The file's last norm comes before pooling: try backbone.arguments.global_pool=token."
     if {name for name in own if name not in fitted} == {"norm.weight", "norm.bias"} and "fc_norm.weight" in fitted:
@@ -123,14 +123,14 @@ def _what_would_fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
     if not found:
         return ""
     several = (
-        " They have the same tensors, but may differ in padding, activations and the colours they expect: set that of "
-        "which the weights are."
+        " They have the same tensors, but may differ in padding, activations and the colours they expect: set the one "
+        "that the weights belong to."
     )
     return f" It fits {', '.join(found)}.{several if len(found) > 1 else ''}"
 
 
 def _twins(name: str) -> list[str]:
-    """What timm calls networks of the same tensors: TensorFlow's pad otherwise, DeiT's expect other colours."""
+    """timm's names of networks with the same tensors: TensorFlow's pad differently, DeiT's expect other colours."""
     rest = name.removeprefix("tf_")
     return [rest, f"tf_{rest}", *([f"deit_{rest[4:]}"] if rest.startswith("vit_") else [])]
 

@@ -48,7 +48,7 @@ def find_network(tensors: Mapping[str, Tensor], model: nn.Module, *, network: st
 
 
 def role_of(root: str, *, others: list[str]) -> str | None:
-    """What the network at `root` is by the words of its place; None for one that is alone and says nothing."""
+    """What the network at `root` is by the words of its place; None for a single network whose place says nothing."""
     words = set(root.split("."))
     if words & TEACHERS:
         return "teacher"
@@ -57,7 +57,7 @@ def role_of(root: str, *, others: list[str]) -> str | None:
 
 
 def part_of(name: str, root: str) -> str | None:
-    """What a tensor that is left in the file belongs to; None for what is in the network and nothing explains."""
+    """What a tensor that is left in the file belongs to; None for what is in the network and has no explanation."""
     inside = name.startswith(root)
     words = name.removeprefix(root).split(".") if inside else name.split(".")
     for start in range(1 if inside else len(words)):
@@ -66,7 +66,7 @@ def part_of(name: str, root: str) -> str | None:
                 return part
     if inside:
         return None
-    return "student" if set(words) & STUDENTS else "teacher" if set(words) & TEACHERS else "parts beside it"
+    return "student" if set(words) & STUDENTS else "teacher" if set(words) & TEACHERS else "other parts"
 
 
 def count_parts(names: list[str], root: str) -> dict[str, int]:

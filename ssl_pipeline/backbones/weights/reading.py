@@ -1,4 +1,4 @@
-"""The tensors of a weights file by name: safetensors, or a file of torch.save that holds data alone."""
+"""The tensors of a weights file by name: safetensors, or a file of torch.save that holds only data."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.files import is_shortage
 
-HEAD = 64  # bytes, by which a file of another kind is told
-OF_THE_TRAINING = ("optim", "scaler", "amp", "lr_sched", "scheduler")  # how the names of what is no network begin
+HEAD = 64  # bytes that identify another kind of file
+OF_THE_TRAINING = ("optim", "scaler", "amp", "lr_sched", "scheduler")  # prefixes of names outside networks
 
 
 SETTINGS = (argparse.Namespace, (OrderedDict, "yacs.config.CfgNode"))
-"""What the official checkpoints of DINO, iBOT, MAE and SimMIM hold beside tensors: settings, read as plain data."""
+"""What the official checkpoints of DINO, iBOT, MAE and SimMIM hold besides tensors: settings, read as plain data."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -29,10 +29,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     content = _read(path)
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{path} holds no table of tensors by name, but a {type(content).__name__}.")
+        raise ConfigError(f"{path} does not hold tensors by name, but a {type(content).__name__}.")
     tensors = dict(_flat(content, ""))
     if not tensors:
-        raise ConfigError(f"{path} holds no table of tensors by name: there is no tensor in it.")
+        raise ConfigError(f"{path} does not hold tensors by name: there is no tensor in it.")
     return tensors
 
 
@@ -48,17 +48,17 @@ def _read(path: Path) -> object:
             return safetensors.torch.load_file(path)
         with torch.device("cpu"), torch.serialization.safe_globals(list(SETTINGS)):  # also inside that of another one
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers have no common error class, and their words are about their own insides
+    except Exception as error:  # the readers have no common error class, and their messages are about internals
         if is_shortage(error):
             raise
-        kind = "file of safetensors" if path.suffix == ".safetensors" else "checkpoint of PyTorch"
+        kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
         other = _other_file(head, kind)
         if other is None and type(error).__name__ == "UnpicklingError":  # torch's advice is to trust the file
             raise ConfigError(
                 f"cannot read weights from {path}: it holds more than tensors, or is damaged; pickled objects are not "
-                "read. Save its state dict alone, best as .safetensors."
+                "read. Save only its state dict, preferably as .safetensors."
             ) from None
-        damaged = f"it is truncated or damaged, or no {kind}. Copy it again."
+        damaged = f"it is truncated or damaged, or not a {kind}. Copy it again."
         raise ConfigError(f"cannot read weights from {path}: {other or damaged}") from error
 
 
@@ -77,15 +77,15 @@ def _head(path: Path) -> bytes:
 
 
 def _other_file(head: bytes, kind: str) -> str | None:
-    """What a file is that is not of its kind, by how it begins."""
+    """What a file of the wrong kind is, by its first bytes."""
     if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS and no weights. Fetch them: git lfs pull."
+        return "it is a Git LFS pointer, not weights. Fetch them: git lfs pull."
     if head.lstrip().startswith(b"<"):
-        return "it is a web page and no weights. Fetch it again from where the weights are."
-    if kind == "file of safetensors" and head.startswith(b"PK"):
-        return "it is a checkpoint of PyTorch. Name it .pt."
-    if kind == "checkpoint of PyTorch" and head[8:10] == b'{"':
-        return "it is a file of safetensors. Name it .safetensors."
+        return "it is a web page, not weights. Download the weights again."
+    if kind == "safetensors file" and head.startswith(b"PK"):
+        return "it is a PyTorch checkpoint. Name it .pt."
+    if kind == "PyTorch checkpoint" and head[8:10] == b'{"':
+        return "it is a safetensors file. Name it .safetensors."
     return None
 
 

@@ -47,12 +47,12 @@ def is_tag(weights: str) -> bool:
 
 
 def without_hub(name: str) -> str:
-    """A name of timm's without what stands before it on its hub, such as `timm/` and `hf-hub:timm/`."""
+    """A timm name without its prefix on the hub, such as `timm/` and `hf-hub:timm/`."""
     return ON_THE_HUB.sub("", name)
 
 
 def without_name(weights: str, name: str) -> str:
-    """The tag alone where a tag is given with the architecture before it: a1_in1k of resnet18.a1_in1k."""
+    """Only the tag where it is given with the architecture before it: a1_in1k of resnet18.a1_in1k."""
     return weights.removeprefix(f"{name}.") if is_tag(weights) else weights
 
 
@@ -78,7 +78,7 @@ def require_place(weights: str, *, key: str = "backbone.weights") -> Path:
             f" timm's own are {key}={tagged}." if tagged != weights and timm.is_model(tagged.partition(".")[0]) else ""
         )
         raise ConfigError(
-            f"{key}={weights} is not there. Needed: a file, the directory of a run, or a tag of timm.{hint}"
+            f"{key}={weights} does not exist. Needed: a file, the directory of a run, or a tag of timm.{hint}"
         )
     return path
 
@@ -141,7 +141,7 @@ def _find_checkpoint(run: Path, *, which: str | None, step: int | None) -> Check
         export = "" if which else "backbone.safetensors, which pretraining writes when it ends, and no "
         raise ConfigError(
             f"run={run} has no {export}checkpoint. "
-            f"Let it train first: accelerate launch pretrain.py recipe=NAME output={run}"
+            f"Train it first: accelerate launch pretrain.py recipe=NAME output={run}"
         )
     return newest
 

@@ -1,1 +1,1 @@
-"""What `check-install` looks at: packages, devices, the host. Each check yields findings and raises nothing."""
+"""What `check-install` looks at: packages, devices, the host. Each check yields findings and never raises."""

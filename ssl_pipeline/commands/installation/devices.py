@@ -1,4 +1,4 @@
-"""GPUs, and the collectives by which processes talk."""
+"""GPUs, and the collectives that connect processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_gpus() -> Iterator[Finding]:
     has_driver = DRIVER.exists() or shutil.which("nvidia-smi") is not None
     if not torch.cuda.is_available():
         if not has_driver:
-            yield Finding("ok", "GPU", f"none ({build}); runs are on CPUs")
+            yield Finding("ok", "GPU", f"none ({build}); runs use CPUs")
         elif torch.version.cuda is None:
             yield Finding("wrong", "GPU", f"there is a driver, but {build}", OTHER_BUILD)
         else:
@@ -50,7 +50,7 @@ def _check_gpu(number: int, build: str) -> Finding:
         f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, {'bf16' if bf16 else 'no bf16'}; {build}"
     )
     if free < LEAST_MEMORY:
-        return Finding("note", what, told, "Something else holds its memory (nvidia-smi), or it is small for training.")
+        return Finding("note", what, told, "Something else uses its memory (nvidia-smi), or it is small for training.")
     return Finding("ok" if bf16 else "note", what, told, "" if bf16 else "Use train.precision=fp16.")
 
 
@@ -63,7 +63,7 @@ def _train_a_step(device: torch.device) -> None:
 
 
 def check_collectives() -> Iterator[Finding]:
-    """A sum over a group of this process alone: NCCL where there are GPUs, Gloo elsewhere."""
+    """A sum over a group of only this process: NCCL where there are GPUs, Gloo elsewhere."""
     with_gpus = torch.cuda.is_available()
     if not distributed.is_available():
         yield Finding("wrong", "several processes", "this torch was built without torch.distributed", OTHER_BUILD)
@@ -76,7 +76,7 @@ def check_collectives() -> Iterator[Finding]:
     try:
         _sum_alone(backend, "cuda" if with_gpus else "cpu")
     except Exception as error:
-        advice = "NCCL_DEBUG=INFO says more; NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 leave out what often fails."
+        advice = "NCCL_DEBUG=INFO says more; NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 switch off what often fails."
         yield Finding("wrong", "several processes", f"{backend}: {reason(error)}", advice if with_gpus else "")
         return
     yield Finding("ok", "several processes", f"{backend}{version}, tried in one process")

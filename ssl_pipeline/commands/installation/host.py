@@ -38,11 +38,11 @@ def check_shared_memory(place: Path = SHARED) -> Iterator[Finding]:
             file.write(b"written")
     except OSError as error:
         told = f"{place} cannot be used: {reason(error)}"
-        yield Finding("wrong", "shared memory", told, "data.workers=0 trains without; in a container mount /dev/shm.")
+        yield Finding("wrong", "shared memory", told, "data.workers=0 works without it; in containers mount /dev/shm.")
         return
     told = f"{free / GIB:.2g} GiB free in {place}"
     if free < LEAST_SHARED:
-        advice = "Containers: docker run --shm-size=8g (or --ipc=host). Else fewer data.workers are started."
+        advice = "Containers: docker run --shm-size=8g (or --ipc=host). Otherwise fewer data.workers are started."
         yield Finding("note", "shared memory", told, advice)
     else:
         yield Finding("ok", "shared memory", told)
@@ -70,8 +70,6 @@ def check_disk(place: Path | None = None) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free
     told = f"{free / GIB:.0f} GiB free in {place}"
     if free < LEAST_DISK:
-        yield Finding(
-            "note", "disk", told, "Images are packed beside the run, as large as they are; output=DIR moves it."
-        )
+        yield Finding("note", "disk", told, "Images are packed next to the run, at full size; output=DIR moves it.")
     else:
         yield Finding("ok", "disk", told)

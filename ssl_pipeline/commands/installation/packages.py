@@ -38,7 +38,7 @@ SIDE = 64  # pixels
 
 
 def check_versions(needed: Mapping[str, str] = NEEDED) -> Iterator[Finding]:
-    """Python, this package, and whatever it cannot do without: imported, not only listed."""
+    """Python, this package and its required dependencies: imported, not only listed."""
     python = platform.python_version()
     if sys.version_info[:2] < OLDEST:
         yield Finding("wrong", "Python", python, f"Python {'.'.join(map(str, OLDEST))} or newer is needed.")

@@ -1,4 +1,4 @@
-"""The index of a set of shards, kept beside them: `index.json`, a column per fact, and the rows of each as .npy."""
+"""The index of a set of shards, kept next to them: `index.json`, a column per fact, and the rows of each as .npy."""
 
 from __future__ import annotations
 
@@ -47,10 +47,9 @@ class Catalogue:
 
 
 def find_index(listed: ShardList, image_key: str | None) -> Path:
-    """The index directory of these shards: the one that exists and can be used, else the first that can be written.
-
-    The places are `.index` beside the shards and the user's cache; shards of several folders have theirs in the cache.
-    A selection of shards, or of images in them, has an index of its own.
+    """The index directory of these shards: the one that exists and can be used, otherwise the first that can be
+    written. The places are `.index` next to the shards and the user's cache; shards of several folders have theirs in
+    the cache. A selection of shards, or of images in them, has its own index.
     """
     folder, selection = listed.folder, listed.selection + ("" if image_key is None else f"\0{image_key}")
     suffix = f"-{sha256_of_bytes(selection.encode())[:8]}" if selection else ""
@@ -68,7 +67,7 @@ def find_index(listed: ShardList, image_key: str | None) -> Path:
     tried = "' nor '".join(map(str, places))
     raise DataError(
         f"The index of '{folder}' needs a place: neither '{tried}' can be written. "
-        "Set XDG_CACHE_HOME to a directory of yours."
+        "Set XDG_CACHE_HOME to a directory that you can write to."
     )
 
 
@@ -77,7 +76,7 @@ def user_cache() -> Path:
 
 
 def build_index(listed: ShardList, place: Path, image_key: str | None) -> Catalogue:
-    """Index every shard into the directory `place`; `index.json` comes last, so a torn index is no index."""
+    """Index every shard into the directory `place`; `index.json` comes last, so an incomplete index does not count."""
     place.mkdir(parents=True, exist_ok=True)
     say_if_made_again(place)
     path_of = {listed.folder / name: name for name in listed.names}
@@ -96,15 +95,15 @@ def build_index(listed: ShardList, place: Path, image_key: str | None) -> Catalo
 
 
 def say_if_made_again(place: Path) -> None:
-    """One line for who waits, if an index of an earlier format is about to be replaced."""
+    """Log one line, if an index of an earlier format is about to be replaced."""
     if (place / INDEX_FILE).is_file():
-        logger.warning("The index '%s' is of an earlier version: it is made again.", place)
+        logger.warning("The index '%s' is from an earlier version and is rebuilt.", place)
 
 
 def no_samples(source: str, entries: Sequence[ShardEntry]) -> DataError:
     example = max(entries, key=lambda entry: entry.passed_over).example
     several = "s" * (len(entries) != 1)
-    return DataError(f"'{source}' holds {len(entries)} shard{several} and no sample.{f' {example}' if example else ''}")
+    return DataError(f"'{source}' holds {len(entries)} shard{several} but no sample.{f' {example}' if example else ''}")
 
 
 def write_catalogue(place: Path, catalogue: Catalogue) -> None:
@@ -120,7 +119,7 @@ def read_catalogue(place: Path) -> Catalogue | None:
         if content["format"] in EARLIER_FORMATS:
             return None
         if content["format"] != INDEX_FORMAT:
-            raise DataError(f"The index '{place}' has another format. Delete it; it is made again at the next start.")
+            raise DataError(f"The index '{place}' has another format. Delete it; it is rebuilt at the next start.")
         names = content["class_names"]
         if not isinstance(names, list | None):
             raise TypeError("class_names must be a list")
@@ -133,7 +132,7 @@ def read_catalogue(place: Path) -> Catalogue | None:
     except OSError as error:
         raise DataError(f"The index '{place}' cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        raise DataError(f"The index '{place}' is damaged. Delete it; it is made again at the next start.") from None
+        raise DataError(f"The index '{place}' is damaged. Delete it; it is rebuilt at the next start.") from None
 
 
 def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
@@ -141,7 +140,7 @@ def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
     path = _rows_file(place, entry.name)
     rows = read_array(path, mapped=entry.samples > 0)
     if rows is None or rows.shape != (entry.samples, COLUMNS) or rows.dtype != np.int64:
-        raise DataError(f"The index file '{path}' is damaged. Delete '{place}'; it is made again at the next start.")
+        raise DataError(f"The index file '{path}' is damaged. Delete '{place}'; it is rebuilt at the next start.")
     return rows
 
 

@@ -23,7 +23,7 @@ ShardSource = str | Path | Sequence[str]
 
 @dataclass(frozen=True)
 class ShardList:
-    """The names of shards below a folder, sorted. `selection` says which these are, "" for all of the folder."""
+    """The names of shards below a folder, sorted. `selection` says which, "" for all of the folder."""
 
     folder: Path
     names: list[str]
@@ -41,8 +41,8 @@ class ShardList:
 def list_shards(source: ShardSource) -> ShardList:
     """The shards of a directory, of files, of patterns such as `DIR/train-*.tar`, or `DIR/train-{000..099}.tar`.
 
-    `~` is the home directory; a list takes several of these, in any folders. Raises DataError for one that there is
-    not.
+    `~` is the home directory; a list takes several of these, in any folders. Raises DataError for one that does not
+    exist.
     """
     texts = [source] if isinstance(source, str | Path) else list(source)
     places = [Path(at_home(place)) for text in texts for place in _alternatives(str(text))]
@@ -63,7 +63,7 @@ def list_shards(source: ShardSource) -> ShardList:
 
 
 def shards_may_be_at(source: object) -> bool:
-    """Whether there are shards where a setting says; of those elsewhere (s3://) only their reading tells."""
+    """Whether there are shards where a setting says; those elsewhere (s3://) are checked when they are read."""
     if isinstance(source, list | tuple) and source:
         return all(shards_may_be_at(one) for one in source)
     if not isinstance(source, str | Path):
@@ -78,7 +78,7 @@ def shards_may_be_at(source: object) -> bool:
 
 
 def _alternatives(text: str) -> Iterator[str]:
-    """The texts that braces stand for: `{a,b}`, and `{000..012}` with as many digits."""
+    """The texts that braces expand to: `{a,b}`, and `{000..012}` with as many digits."""
     match = BRACES.search(text)
     if match is None or is_there(text):
         yield text
@@ -116,12 +116,12 @@ def _matching(path: Path) -> list[Path]:
 
 
 def _refuse_other(path: Path) -> None:
-    """Raise DataError for a file that is no shard by its name."""
+    """Raise DataError for a file whose name is not that of a shard."""
     what = OTHER_FILES.get(path.suffix.lower())
     if what is not None:
         raise DataError(
-            f"'{path}' is {what}, and shards are needed here: .tar files, or a folder of them. make_shards "
-            "makes some of images; pretrain.py takes them as images=."
+            f"'{path}' is {what}, but shards are needed here: .tar files, or a folder of them. make_shards makes them "
+            "from images; pretrain.py takes them as images=."
         )
 
 

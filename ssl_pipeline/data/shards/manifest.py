@@ -1,4 +1,4 @@
-"""The manifest that data_tools.make_shards writes beside its shards; shards made by others do without."""
+"""The manifest that data_tools.make_shards writes next to its shards; shards made by others need none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssl_pipeline.files import write_json
 
 MANIFEST_FILE = "manifest.json"
 OWN_KEYS = {"samples", "bytes", "class_names", "shards", "source", "rejected"}
-MAKE_MANIFEST = "python -m data_tools.check_shards DIR write_manifest=true makes one where the shards lie."
+MAKE_MANIFEST = "python -m data_tools.check_shards DIR write_manifest=true writes one next to the shards."
 LEAST_OWN_KEYS = 2  # of a manifest of ours; a file of that name may be another program's
 
 
@@ -37,7 +37,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`; counts and bytes of the whole are added for whoever reads it."""
+    """Write `manifest.json`; counts and bytes of the whole are added for readers."""
     totals = {
         "samples": sum(shard.samples for shard in manifest.shards),
         "bytes": sum(shard.bytes for shard in manifest.shards),
@@ -46,7 +46,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder of shards; None without one, or if the file is somebody else's."""
+    """The manifest of a folder of shards; None without one, or if the file is another program's."""
     content = manifest_content(folder)
     return None if content is None else parse_manifest(content, folder / MANIFEST_FILE)
 
@@ -62,7 +62,7 @@ def manifest_content(folder: Path) -> bytes | None:
 
 
 def parse_manifest(text: bytes, where: Path | str) -> Manifest | None:
-    """The manifest in a text; None if the text is somebody else's, DataError if it is damaged."""
+    """The manifest in a text; None if the text is another program's, DataError if it is damaged."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -78,24 +78,22 @@ def parse_manifest(text: bytes, where: Path | str) -> Manifest | None:
     for key in ("samples", "bytes"):
         total = sum(getattr(shard, key) for shard in shards)
         if content.get(key, total) != total:
-            raise damaged_manifest(
-                where, f"its shards have {total:,} {key}, and it says {str(content[key])[:50]!r} of all"
-            )
+            raise damaged_manifest(where, f"its shards have {total:,} {key}, but it says {str(content[key])[:50]!r}")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise damaged_manifest(where, "class_names is no list of names")
+        raise damaged_manifest(where, "class_names must be a list of names")
     return Manifest(names, shards, source if isinstance(source, dict) else {})
 
 
 def _parse_shard(entry: object, number: int, where: Path | str) -> ManifestShard:
     keys = [one.name for one in fields(ManifestShard)]
     if not isinstance(entry, dict) or entry.keys() != set(keys):
-        raise damaged_manifest(where, f"shards[{number}] has not the keys {', '.join(keys)}")
+        raise damaged_manifest(where, f"shards[{number}] must have exactly the keys {', '.join(keys)}")
     for key in ("name", "sha256"):
         if not isinstance(entry[key], str):
-            raise damaged_manifest(where, f"the {key} in shards[{number}] is no text: {str(entry[key])[:50]!r}")
+            raise damaged_manifest(where, f"the {key} in shards[{number}] must be a string: {str(entry[key])[:50]!r}")
     for key in ("samples", "bytes"):
         if not isinstance(entry[key], int) or isinstance(entry[key], bool) or entry[key] < 0:
-            raise damaged_manifest(where, f"{str(entry[key])[:50]!r} in shards[{number}] is no number of {key}")
+            raise damaged_manifest(where, f"{str(entry[key])[:50]!r} in shards[{number}] is not a number of {key}")
     return ManifestShard(**entry)
 
 
@@ -105,7 +103,7 @@ def damaged_manifest(where: Path | str, reason: str) -> DataError:
 
 
 def is_http(url: str) -> bool:
-    """Whether an address is one of http, which lists no files: shards there are known by their manifest alone."""
+    """Whether an address is one of http, which lists no files: only the manifest says which shards are there."""
     return url.partition("://")[0].lower() in ("http", "https")
 
 

@@ -14,7 +14,7 @@ from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.catalogue import Catalogue, find_index, read_rows
 from ssl_pipeline.data.shards.listing import ShardSource, list_shards
 from ssl_pipeline.data.shards.opened import OpenShards
-from ssl_pipeline.data.shards.origins import origin_of, packed_from, spoken_of
+from ssl_pipeline.data.shards.origins import display_name, origin_of, packed_from
 from ssl_pipeline.data.shards.overlay import NO_OVERLAY, Labels, Overlay, is_labelled
 from ssl_pipeline.data.shards.remote import RemoteShards, is_url, open_remote
 from ssl_pipeline.data.shards.rows import INVALID_LABEL, NO_LABEL, SIZE, pixel_bytes
@@ -57,7 +57,7 @@ class RawSample:
 class ShardIndex:
     """Samples 0 to N-1 of a set of shards, in the order of the file names and then of the files.
 
-    With an overlay (data/subset.py) there are only the images that it keeps, numbered anew from 0, with its labels.
+    With an overlay (data/subset.py) there are only the images that it keeps, renumbered from 0, with its labels.
     Cheap to copy into a worker: shards and index files are opened where they are first read.
     """
 
@@ -83,7 +83,7 @@ class ShardIndex:
     @property
     def called(self) -> str:
         """What errors call these images: the folder or zip that a command packed for itself, or the shards' folder."""
-        return spoken_of(self.source)
+        return display_name(self.source)
 
     def overlaid(self, overlay: Overlay) -> ShardIndex:
         """The same shards under another overlay."""
@@ -114,7 +114,7 @@ class ShardIndex:
         return self._shards.key(shard, row[3])
 
     def origin(self, sample: int) -> str | None:
-        """The file that a sample was made from, as `files.jsonl` beside the shards says; None without one."""
+        """The file that a sample was made from, as `files.jsonl` next to the shards says; None without one."""
         return origin_of(self.folder, self.key(sample))
 
     @property
@@ -125,7 +125,7 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """One SHA-256 for the whole set: of other images, labels, encoding, shards or overlays it is another."""
+        """One SHA-256 for the whole set: it differs for other images, labels, encoding, shards or overlays."""
         return sha256_of_bytes("".join(self.checksums).encode())
 
     @cached_property
@@ -185,7 +185,7 @@ class ShardIndex:
         first = int(unlabelled[0])
         shard, _, row = self._row(first)
         invalid = self.overlay.labels is None and row[2] == INVALID_LABEL
-        what = "a label that is no whole number of 64 bits" if invalid else "no label"
+        what = "a label that is not a 64-bit integer" if invalid else "no label"
         place = f"shard '{self._table.name[shard]}', key '{self.key(first)}'"
         if packed_from(self.folder) is not None:
             place = f"'{self.origin(first)}'"
@@ -206,7 +206,7 @@ class ShardIndex:
     def sizes(self, samples: ArrayLike | None = None) -> NDArray[np.int64]:
         """Height and width (N, 2) of the decoded images of some samples, or of all; no image is read.
 
-        0 and 0 for one whose head says that it cannot be decoded. Damage behind the head is not known here.
+        0 and 0 for one whose header says that it cannot be decoded. Damage after the header is not known here.
         """
         if samples is None:
             return self._columns(SIZE)
@@ -257,17 +257,17 @@ def open_shards(
     """The shards of a directory, of a pattern such as `DIR/train-*.tar`, or of a URL such as `s3://bucket/train`.
 
     Files, braces and lists are read too (`list_shards`). Where there is no index, one is made (in `DIR/.index`, or in
-    the user's cache if DIR is read-only). Where there is one, every shard is checked against it: a shard that changed,
-    came or went is a DataError. Safe to call from several processes at once: the first makes the index, the others wait
-    for it. Shards of a URL are fetched as they are read, into `cache_dir` (by default in the user's cache), of which at
-    most `cache_gb` are kept.
+    the user's cache if DIR is read-only). Where there is one, every shard is checked against it: a shard that was
+    changed, added or removed is a DataError. Safe to call from several processes at once: the first makes the index,
+    the others wait for it. Shards of a URL are fetched as they are read, into `cache_dir` (by default in the user's
+    cache), of which at most `cache_gb` are kept.
 
     `image_key` chooses the image by its extension where samples have several, such as `input.jpg`. Samples without an
-    image, or with several, are passed over, up to FEW_PASSED_OVER or a share of `budget`: more are a DataError.
+    image, or with several, are skipped, up to FEW_PASSED_OVER or a share of `budget`: more are a DataError.
     """
     urls = [place for place in ([source] if isinstance(source, str | Path) else source) if is_url(place)]
     if urls and (isinstance(source, Path) or source not in (urls[0], [urls[0]], (urls[0],))):
-        raise DataError(f"'{urls[0]}' must stand alone: a list of shards has files of this machine only.")
+        raise DataError(f"'{urls[0]}' must be the only entry: a list of shards can hold only local files.")
     if urls:
         remote = open_remote(str(urls[0]), cache_dir=cache_dir, cache_gb=cache_gb, image_key=image_key)
         index = ShardIndex(remote.place, remote.place, remote.catalogue(), remote, image_key=image_key)
@@ -280,8 +280,8 @@ def open_shards(
             images = packed_from(listed.folder)
             if images is None:
                 raise
-            again = f"Delete the folder '{listed.folder}' and run the same command again: {images} is packed anew."
-            told = str(error).partition(". ")[0]  # without what to do with shards of others
+            again = f"Delete the folder '{listed.folder}' and run the same command again: {images} is packed again."
+            told = str(error).partition(". ")[0]  # without the advice for shards made by others
             raise DataError(f"What was packed from {images} is damaged: {told}. {again}") from None
         index = ShardIndex(listed.folder, place, catalogue, image_key=image_key)
     _check_passed_over(index, budget)
@@ -304,7 +304,7 @@ def _check_passed_over(index: ShardIndex, budget: float) -> None:
             f"data.bad_sample_budget={budget:g} allows. {example}"
         )
     logger.warning(
-        "%s: passed over %d of %d samples and %d files that belong to none.%s",
+        "%s: passed over %d of %d samples and %d files that belong to no sample.%s",
         index.called,
         passed_over,
         samples + passed_over,

@@ -1,10 +1,10 @@
-"""Where the images of shards came from: `files.jsonl` beside them, a line per image in the order of the shards.
+"""Where the images of shards came from: `files.jsonl` next to them, a line per image in the order of the shards.
 
 make_shards gives image n a key that begins with n in eight digits, and line n (from 0) of `files.jsonl` holds that key
 and the name of the file in the source: {"key": "00000007-cat_été", "file": "cat/été.jpg"}.
 
-Shards that a command packs for itself (packing/packed_once.py) have LISTING beside their folder. Their user knows the
-folder or the zip of images, and no shards: errors speak of what was packed.
+Shards that a command packs for itself (packing/packed_once.py) have LISTING next to their folder. Their user knows the
+folder or the zip of images, not the shards, so errors name what was packed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ORIGINS_FILE = "files.jsonl"
 LISTING = "images.jsonl"
 
 
-def spoken_of(source: ShardSource) -> str:
+def display_name(source: ShardSource) -> str:
     """What errors call the images of shards: the folder, zip or image that a command packed into them for itself, or
     the shards that were given.
     """
     if isinstance(source, str | Path):
         return packed_from(Path(source)) or str(source)
-    return ", ".join(spoken_of(one) for one in source)
+    return ", ".join(display_name(one) for one in source)
 
 
 def packed_from(shards: Path) -> str | None:

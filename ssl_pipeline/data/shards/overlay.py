@@ -1,4 +1,4 @@
-"""What is laid over a set of shards without touching them: which images there are, and which labels they have."""
+"""Changes on top of a set of shards that leave them untouched: which images there are, and which labels they have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Overlay:
     """Files that were verified, mapped where they are first read; cheap to copy into a worker.
 
     keep_file: int64 (K,), the numbers in the whole set of the images that stay, ascending. labels_file: labels of the
-    whole set; `class_names` are theirs. checksums: what tells this overlay from others.
+    whole set; `class_names` are theirs. checksums: identify this overlay.
     """
 
     keep_file: Path | None = None
@@ -83,8 +83,8 @@ def check_labels(labels: NDArray, num_images: int, class_names: Sequence[str] | 
         )
     if len(labels) != num_images:
         raise DataError(
-            f"{where} must have a label for each of the {num_images} images of the shards, whatever keep leaves of "
-            f"them. Got {len(labels)}."
+            f"{where} must have a label for each of the {num_images} images of the shards, including those that keep "
+            f"leaves out. Got {len(labels)}."
         )
     if is_soft:
         _check_soft(labels, class_names, where)

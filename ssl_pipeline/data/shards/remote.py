@@ -48,7 +48,7 @@ from ssl_pipeline.files import lock, locked, open_no_link, sha256_of, sha256_of_
 RETRY_AFTER = (1.0, 5.0)  # seconds
 LEAST_RATE, RATE_SECONDS = 10_000.0, 30.0  # bytes per second, looked at so often
 MAX_MANIFEST_BYTES = 64 << 20  # half a million shards
-ABANDONED = 3600.0  # seconds without a byte, after which a partial file is nobody's
+ABANDONED = 3600.0  # seconds without a byte, after which a partial file is abandoned
 CACHED = re.compile(r"\.?[0-9a-f]{32}-.+\.tar(\.\d+\.tmp)?")  # eviction touches no other file
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -69,7 +69,7 @@ class RemoteShards:
     cache_bytes: int
     image_key: str | None = None
     verified: set[tuple[str, int]] = field(default_factory=set, compare=False, repr=False)
-    """Files of the cache, by name and inode, whose SHA-256 was found to be right in this run."""
+    """Files of the cache, by name and inode, whose SHA-256 was verified in this run."""
 
     @property
     def place(self) -> Path:
@@ -128,13 +128,13 @@ class RemoteShards:
         manifest = None if content is None else parse_manifest(content, f"{self.url}/{MANIFEST_FILE}")
         if manifest is None and is_http(self.url):
             raise DataError(
-                f"'{self.url}' has no {MANIFEST_FILE} of make_shards; over http it is needed to know the shards. "
+                f"'{self.url}' has no {MANIFEST_FILE} of make_shards; over http it is needed to list the shards. "
                 f"{MAKE_MANIFEST}"
             )
         shards = self._attempt(self.url, self._listing) if manifest is None else manifest.shards
         for shard in shards:
             if not (_is_plain(shard.name) and isinstance(shard.bytes, int) and isinstance(shard.sha256, str)):
-                raise damaged_manifest(f"{self.url}/{MANIFEST_FILE}", f"it lists {shard.name!r}, which is no shard")
+                raise damaged_manifest(f"{self.url}/{MANIFEST_FILE}", f"it lists {shard.name!r}, which is not a shard")
         if not shards:
             raise DataError(f"'{self.url}' holds no .tar shard. Make some: python -m data_tools.make_shards --help")
         return sorted(shards, key=lambda shard: shard.name), manifest
@@ -144,8 +144,8 @@ class RemoteShards:
         known = {entry.name: entry for entry in table}
         for name in known.keys() ^ {shard.name for shard in shards}:
             raise DataError(
-                f"Shard '{name}' came to '{self.url}' or went since it was indexed. If that is meant, delete "
-                f"'{self.place}' to index again."
+                f"Shard '{name}' was added to or removed from '{self.url}' since it was indexed. If that is meant, "
+                f"delete '{self.place}' to index again."
             )
         for shard in shards:
             entry = known[shard.name]
@@ -196,13 +196,13 @@ class RemoteShards:
         with written_whole(path, durable=False) as aside:
             _download(system, f"{folder}/{name}", aside, shard.bytes)
             if (size := aside.stat().st_size) != shard.bytes:
-                raise OSError(f"it came with {size} bytes instead of {shard.bytes}; fetched in part, or changed")
+                raise OSError(f"it arrived with {size} bytes instead of {shard.bytes}; fetched in part, or changed")
             if shard.sha256 and sha256_of(aside) != shard.sha256:
-                raise OSError("it came with another SHA-256 than expected; damaged on the way, or changed")
+                raise OSError("it arrived with another SHA-256 than expected; damaged on the way, or changed")
             return _hold(aside, shard.bytes)
 
     def _attempt(self, url: str, action: Callable[[], Result]) -> Result:
-        """`action()`, tried again after what may pass; anything that it raises becomes one sentence."""
+        """`action()`, retried after temporary failures; any error becomes one sentence."""
         for pause in (*RETRY_AFTER, None):
             try:
                 return action()
@@ -229,7 +229,7 @@ class RemoteShards:
         return DataError(f"Cannot fetch '{url}': {reason}.")
 
     def _make_room(self, shard: ShardEntry | ManifestShard | None = None) -> None:
-        """Evict the shards used longest ago, but none in use, until the cache (with `shard`) keeps its bound."""
+        """Evict the least recently used shards, but none in use, until the cache (with `shard`) keeps its limit."""
         if shard is not None and shard.bytes > self.cache_bytes:
             raise DataError(
                 f"Shard '{self.url}/{shard.name}' has {shard.bytes / 1e9:.3g} GB, more than data.cache_gb="
@@ -245,7 +245,7 @@ class RemoteShards:
             partial = path.name.endswith(".tmp")
             abandoned = partial and time.time() - used > ABANDONED
             if abandoned or (total > self.cache_bytes and not partial and not _in_use(path)):
-                path.unlink(missing_ok=True)  # who has just opened it keeps what he opened
+                path.unlink(missing_ok=True)  # whoever has just opened it can still read it
                 total -= size
 
 
@@ -259,10 +259,13 @@ def open_remote(url: str, *, cache_dir: Path | None, cache_gb: float, image_key:
         remote.place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"The shard cache '{folder}' cannot be made: {error.strerror}. Set data.cache_dir to a directory of yours."
+            f"The shard cache '{folder}' cannot be made: {error.strerror}. Set data.cache_dir to a directory that you "
+            "can write to."
         ) from None
     if not os.access(folder, os.W_OK):
-        raise DataError(f"The shard cache '{folder}' cannot be written. Set data.cache_dir to a directory of yours.")
+        raise DataError(
+            f"The shard cache '{folder}' cannot be written. Set data.cache_dir to a directory that you can write to."
+        )
     return remote
 
 
@@ -271,7 +274,7 @@ def _protocol(url: str) -> str:
 
 
 def _is_plain(name: object) -> bool:
-    """Whether a name from afar is that of a .tar file here, and of nothing above or below."""
+    """Whether a remote name is that of a .tar file directly in this folder."""
     return isinstance(name, str) and re.fullmatch(r"[^./\\\0][^/\\\0]*\.tar", name) is not None
 
 
@@ -310,20 +313,22 @@ class _Limits(Callback):
     def relative_update(self, inc: int = 1) -> None:
         self.received += inc
         if self.received > self.max_bytes:
-            raise DataError(f"it sends more than {self.max_bytes:,} bytes, which are all that there may be")
+            raise DataError(f"it sends more than the limit of {self.max_bytes:,} bytes")
         now = time.monotonic()
         if now - self.since >= RATE_SECONDS:
             rate = (self.received - self.before) / (now - self.since)
             if rate < LEAST_RATE:
-                raise OSError(f"it came at {rate / 1e3:.3g} kB/s; less than {LEAST_RATE / 1e3:g} is no connection")
+                raise OSError(
+                    f"it arrived at {rate / 1e3:.3g} kB/s; below {LEAST_RATE / 1e3:g} counts as no connection"
+                )
             self.since, self.before = now, self.received
 
 
 def _download(system: fsspec.AbstractFileSystem, remote: str, local: Path, max_bytes: int) -> None:
     """Fetch a file; DataError if there are more than `max_bytes`, OSError if they come too slowly."""
     system.get_file(remote, str(local), callback=_Limits(max_bytes))
-    if local.stat().st_size > max_bytes:  # of a file system that tells nothing meanwhile
-        raise DataError(f"it has more than {max_bytes:,} bytes, which are all that there may be")
+    if local.stat().st_size > max_bytes:  # of a file system that reports nothing meanwhile
+        raise DataError(f"it has more than the limit of {max_bytes:,} bytes")
 
 
 def _identity(path: Path, file: FileIO) -> tuple[str, int]:
@@ -332,7 +337,7 @@ def _identity(path: Path, file: FileIO) -> tuple[str, int]:
 
 def _hold(path: Path, size: int) -> FileIO:
     """Open a file of the cache as one in use; FileNotFoundError if it is not there, or not whole."""
-    if path.is_symlink():  # nobody here makes one
+    if path.is_symlink():  # never created here
         path.unlink(missing_ok=True)
     file = FileIO(open_no_link(path, os.O_RDONLY))
     if os.fstat(file.fileno()).st_size != size:  # a power cut

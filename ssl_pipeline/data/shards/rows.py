@@ -21,7 +21,7 @@ from ssl_pipeline.files import sha256_of
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
 LABEL_KEYS = ("label", "cls")  # of a .json member
-NO_LABEL, INVALID_LABEL = -1, -2  # without one; with one that is no whole number of 64 bits
+NO_LABEL, INVALID_LABEL = -1, -2  # without one; with one that is not a 64-bit integer
 COLUMNS = 6
 SIZE = slice(4, 6)  # the columns of height and width
 MAX_EXAMPLE, MAX_HINT = 300, 100  # letters
@@ -36,7 +36,7 @@ class ShardEntry:
     image_bytes: of its image files. pixel_bytes: of the images when they are decoded, three per pixel. widest: pixels
     of its longest row. passed_over: samples without an image, or with several. other_files: single files that belong to
     no sample, such as a README. example: what is wrong with most of what is passed over, by the first such sample; of a
-    shard of other files alone, what they are.
+    shard with only other files, what they are.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ShardEntry:
 
 
 class ShardRows:
-    """What becomes of the members of one shard: rows of samples, and what is passed over."""
+    """What the members of one shard become: rows of samples, or skipped ones."""
 
     def __init__(self, data: TarBytes, shard: str, image_key: str | None) -> None:
         self.data = data
@@ -84,7 +84,7 @@ class ShardRows:
         """What is wrong with most of the samples that are passed over, with their number; "" where nothing is."""
         if self._reasons:
             count, what, hint = max(self._reasons.values(), key=lambda reason: reason[0])
-            more = f" The same is wrong with {count - 1:,} more." if count > 1 else ""
+            more = f" {count - 1:,} more have the same problem." if count > 1 else ""
             return f"{what}{more}{hint}"
         if self.rows:
             return ""
@@ -157,10 +157,10 @@ def index_shard(
 ) -> tuple[ShardEntry, NDArray[np.int64]]:
     """Verify the structure of one shard from end to end and find its samples.
 
-    Rows are int64 (samples, 6): image offset, image size, label (-1: none, -2: unreadable), the byte of the header
-    from which the key can be read again, and height and width of the decoded image, 0 and 0 if its head says that it
-    will be refused. `name` is the shard's own if the file has another; `image_key` the extension of the images, or
-    several with `;` between them. Raises DataError naming the shard and the byte for a file that is damaged.
+    Rows are int64 (samples, 6): image offset, image size, label (-1: none, -2: unreadable), the byte of the header from
+    which the key can be read again, and height and width of the decoded image, 0 and 0 if its header says that it will
+    be refused. `name` is the shard's own if the file has another; `image_key` the extension of the images, or several
+    with `;` between them. Raises DataError naming the shard and the byte for a file that is damaged.
     """
     name = name or path.name
     with path.open("rb") as file:
@@ -197,15 +197,15 @@ def pixel_bytes(sizes_N2: NDArray[np.int64]) -> NDArray[np.int64]:
 def key_at(data: TarBytes, start: int, *, shard: str) -> str:
     """The key of the member whose header begins at byte `start`."""
     member = next(walk(data, shard=shard, start=start), None)
-    if member is None:  # the index points behind the end of the archive
-        raise DataError(f"The index of shard '{shard}' is damaged. Delete it; it is made again at the next start.")
+    if member is None:  # the index points past the end of the archive
+        raise DataError(f"The index of shard '{shard}' is damaged. Delete it; it is rebuilt at the next start.")
     return split_name(member.name)[0]
 
 
 def split_name(name: str) -> tuple[str, str]:
     """Key and extension by the WebDataset convention: the name is cut at the first dot of its last part.
 
-    ("", "") for what is no part of a sample: no dot, a hidden file, or a `__meta__` member.
+    ("", "") for what is not part of a sample: no dot, a hidden file, or a `__meta__` member.
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")

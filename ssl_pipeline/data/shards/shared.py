@@ -1,4 +1,4 @@
-"""How many images of one set are in another one too, told by their bytes; no image is decoded."""
+"""How many images of one set are in another one too, by their bytes; no image is decoded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shared_images(first: ShardIndex, second: ShardIndex) -> SharedImages:
 
     Shards with the same SHA-256 share all images. Of the others at most MOST_IMAGES, evenly spread, are looked for
     among the images of the same length, height and width, by bytes from their middle and end. Shards at a URL are
-    compared by their SHA-256 alone, so that none is fetched for this.
+    compared only by their SHA-256, so that none is fetched for this.
     """
     in_same_shards_N = _of_same_shards(first, second)
     count, rest = int(in_same_shards_N.sum()), np.flatnonzero(~in_same_shards_N)

@@ -90,7 +90,7 @@ def _verify_checksum(header: bytes, position: int, shard: str) -> None:
     if expected != signed:
         compressed = position == 0 and header[:2] == b"\x1f\x8b"
         hint = "it is gzip-compressed: unpack it first" if compressed else "its header checksum is wrong"
-        raise DataError(f"Shard '{shard}' is damaged or no tar file at byte {position}: {hint}.")
+        raise DataError(f"Shard '{shard}' is damaged or not a tar file at byte {position}: {hint}.")
 
 
 def _verify_end(data: TarBytes, position: int, shard: str) -> None:

@@ -33,7 +33,7 @@ STATUS_THREADS = 16
 def verified_catalogue(listed: ShardList, place: Path, *, image_key: str | None = None) -> Catalogue:
     """The index in `place` of these shards, made where there is none; raises DataError if they are not its shards.
 
-    Where nothing changed since the last time, that is found out by a few operations on whole columns, and processes
+    Where nothing changed since the last time, a few operations on whole columns show it, and processes
     do not wait for each other.
     """
     folder, names = listed.folder, listed.names
@@ -45,7 +45,7 @@ def verified_catalogue(listed: ShardList, place: Path, *, image_key: str | None 
     with locked(place):
         known = read_catalogue(place) or build_index(listed, place, image_key)
         table = unchanged(known.table, folder, names, place)
-        if table is not known.table:  # whatever comes of the manifest, no shard is verified twice
+        if table is not known.table:  # whatever the manifest says, no shard is verified twice
             _keep(place, replace(known, table=table))
         class_names: tuple[str, ...] | None = None
         for beside, content in contents.items():
@@ -64,7 +64,7 @@ def verified_catalogue(listed: ShardList, place: Path, *, image_key: str | None 
 
 
 def _manifest_contents(listed: ShardList) -> dict[Path, bytes]:
-    """The manifest beside the shards, or those of all folders that they lie in."""
+    """The manifest next to the shards, or those of all folders that they lie in."""
     parents = {"."} if listed.in_one_folder else {name.rpartition("/")[0] or "." for name in listed.names}
     found = ((listed.folder / parent, manifest_content(listed.folder / parent)) for parent in sorted(parents))
     return {folder: content for folder, content in found if content is not None}
@@ -114,11 +114,11 @@ def status_of(folder: Path, names: Sequence[str]) -> tuple[NDArray[np.int64], ND
 
 
 def unchanged(table: ShardTable, folder: Path, names: Sequence[str], place: Path) -> ShardTable:
-    """The table, after a comparison with the files; a copy with another time and equal content is no change."""
+    """The table, after a comparison with the files; a copy with another time and equal content is not a change."""
     for name in sorted(set(names) - set(table.name)):
-        raise DataError(f"Shard '{name}' came after '{place}' was made. Delete that directory to index again.")
+        raise DataError(f"Shard '{name}' was added after '{place}' was made. Delete that directory to index again.")
     for name in sorted(set(table.name) - set(names)):
-        raise DataError(f"Shard '{name}' is gone from '{folder}'. Copy it back, or delete '{place}' to index again.")
+        raise DataError(f"Shard '{name}' is missing from '{folder}'. Copy it back, or delete '{place}' to index again.")
     sizes, times = status_of(folder, table.name)
     for shard in np.flatnonzero(sizes != table.bytes).tolist():
         raise shard_changed(folder / table.name[shard], place)
@@ -147,7 +147,7 @@ def compare_with_manifest(shards: Mapping[str, str], manifest: Manifest, folder:
     missing = listed.keys() - shards.keys()
     if missing and whole:
         raise DataError(
-            f"Shard '{min(missing)}' is in {MANIFEST_FILE} and not in '{folder}'. Copy it there, "
+            f"Shard '{min(missing)}' is in {MANIFEST_FILE} but not in '{folder}'. Copy it there, "
             f"or delete '{folder / MANIFEST_FILE}' to go on without it."
         )
     for name, sha256 in shards.items():

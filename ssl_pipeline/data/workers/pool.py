@@ -49,13 +49,13 @@ def read_batches(
 ) -> Iterator[tuple[Mapping[str, Tensor], Content]]:
     """Tensors and extra that `reader` makes of the positions of batch 0, 1, ... in order: of `batches`, or without end.
 
-    `workers` processes read `prefetch` batches each ahead, or fewer where memory is short, of which a warning tells;
-    with 0 this one reads. Each batch takes the memory that its own layout needs, of a ring with room for so many usual
-    ones; this process reads one that is larger than the whole ring itself. `memory_share`: of the memory for batches,
-    where streams share it. The tensors are overwritten once the next
-    batch is asked for: whatever is to last longer must be copied. (Copies to a GPU that were started on the current
-    stream may still run then.) What `reader` raises is raised here, in its turn; the death of a worker is a DataError
-    at once. The workers end with the iterator, and with this process, however it ends.
+    `workers` processes read `prefetch` batches each ahead, or fewer where memory is short, with a warning; with 0 this
+    one reads. Each batch takes the memory that its own layout needs, of a ring with room for that many usual ones; this
+    process reads one that is larger than the whole ring itself. `memory_share`: of the memory for batches, where
+    streams share it. The tensors are overwritten once the next batch is asked for: whatever is to last longer must be
+    copied. (Copies to a GPU that were started on the current stream may still run then.) What `reader` raises is raised
+    here, in its turn; the death of a worker is a DataError at once. The workers end with the iterator, and with this
+    process, however it ends.
     """
     numbers = itertools.count() if batches is None else range(batches)
     here = _ReadHere(reader)
@@ -101,7 +101,7 @@ class _ReadHere(Generic[Content]):
 def _within_memory(size: int, workers: int, prefetch: int, share: float) -> tuple[int, int]:
     """How many batches of `size` bytes there will be, and workers: what is asked for, or what the memory has room for.
 
-    Each worker writes a batch of its own: more of them would wait. Raises DataError if not even one can.
+    Each worker writes its own batch: more workers would wait. Raises DataError if not even one can.
     """
     free, wanted = free_host_bytes(), workers * prefetch + HELD_BATCHES
     if LEAST_BATCHES * size > LARGEST_SHARE * share * free:
@@ -124,8 +124,8 @@ def _within_memory(size: int, workers: int, prefetch: int, share: float) -> tupl
 class _Crew(Generic[Content]):
     """The workers, as their trainer sees them.
 
-    All read their tasks from one pipe, so whoever is free takes the next batch; each sends its results through a pipe
-    of its own, which the system closes with the process.
+    All read their tasks from one pipe, so the next free worker takes the next batch; each sends its results through a
+    pipe of its own, which the system closes with the process.
     """
 
     def __init__(self, reader: Reader[Content], positions_of: PositionsOf, ring: Ring, batches: int | None) -> None:
@@ -143,7 +143,7 @@ class _Crew(Generic[Content]):
         self._done: dict[int, Content | _Failure] = {}
 
     def start(self, workers: int) -> None:
-        context = multiprocessing.get_context("fork")  # Python 3.14's fork server is nobody's child
+        context = multiprocessing.get_context("fork")  # Python 3.14's fork server has no parent here
         for _ in range(workers):
             results, sending = context.Pipe(duplex=False)
             pipes = _Pipes(self._reading, self._tasks, sending)
@@ -151,7 +151,7 @@ class _Crew(Generic[Content]):
                 target=_work, args=(self.reader, self.positions_of, self.ring, pipes, self.trainer), daemon=True
             )
             process.start()
-            sending.close()  # now the worker's alone
+            sending.close()  # now only the worker's
             self._workers[results.fileno()] = results, process
             self._results.register(results, select.POLLIN)
 
@@ -258,7 +258,7 @@ def _packed(number: int, outcome: object) -> memoryview:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, fit to travel; all but a DataError tell where they come from."""
+    """The error in a form that can be sent; all except a DataError say where they come from."""
     if isinstance(error, DataError):
         return error
     trace = "".join(traceback.format_exception(error))
@@ -276,8 +276,8 @@ def _portable(error: Exception) -> Exception:
 def start_worker(trainer: int) -> None:
     """Only the trainer itself can end a worker: by SIGTERM, SIGKILL or its own death.
 
-    A preemption signal reaches the whole process group, and a worker that died of it would take the save with it. To
-    ignore SIGTERM outright will not do: a trainer that exits sends it to its workers, and waits for them.
+    A preemption signal reaches the whole process group, and a worker that died of it would take the save with it.
+    Ignoring SIGTERM completely does not work: a trainer that exits sends it to its workers, and waits for them.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

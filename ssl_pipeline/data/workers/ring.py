@@ -35,12 +35,13 @@ class Reader(Protocol[Extra]):
         ...
 
     def __call__(self, positions: Sequence[int], tensors: Mapping[str, Tensor], /) -> Extra:
-        """Write into `tensors`, which hold anything. What is returned goes through a pipe: little, no tensors."""
+        """Write into `tensors`, which hold arbitrary values. The return value goes through a pipe: keep it small,
+        without tensors."""
         ...
 
 
 class Ring:
-    """Shared memory of `size` bytes for at most `most` batches, each of which takes just what its layout needs.
+    """Shared memory of `size` bytes for at most `most` batches, each of which takes only what its layout needs.
 
     Places are taken one after another, at the end from the start again, and are given back in the same order. One that
     is given back is free at once, or, where CUDA is in use, once the current stream has come to this point: copies to
@@ -72,7 +73,7 @@ class Ring:
         return start
 
     def give_back(self) -> None:
-        """The trainer is done with its oldest batch, but for what its current CUDA stream has still to do."""
+        """The trainer is done with its oldest batch, except for what its current CUDA stream has still to do."""
         if not torch.cuda.is_initialized():
             self._taken.popleft()
             return
@@ -103,7 +104,7 @@ class Ring:
         error = int(torch.cuda.cudart().cudaHostRegister(self.block.data_ptr(), len(self.block), PORTABLE))
         self._page_locked = error == 0
         if error:
-            with suppress(RuntimeError):  # CUDA reports the error once more, to whatever comes next: here, to nobody
+            with suppress(RuntimeError):  # CUDA reports the error once more at the next call: clear it here
                 torch.zeros(1, device="cuda")
             gigabytes = len(self.block) / 1e9
             warnings.warn(f"Cannot page-lock {gigabytes:.3g} GB (CUDA error {error}): copies wait.", stacklevel=2)

@@ -1,4 +1,4 @@
-"""Groups of images that near pairs join, and the one image of each that stays."""
+"""Groups of images connected by near pairs, and the image of each that stays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Groups:
         self.number_of: Numbers = np.arange(num_images, dtype=np.int64)
 
     def join(self, first_P: Numbers, second_P: Numbers) -> None:
-        """Put the two groups of each pair together."""
+        """Merge the two groups of each pair."""
         ends_2P = self.number_of[np.stack([first_P, second_P])]
         ends_2P = ends_2P[:, ends_2P[0] != ends_2P[1]]
         if not ends_2P.size:

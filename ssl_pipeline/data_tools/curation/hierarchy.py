@@ -1,7 +1,7 @@
 """Hierarchical k-means and balanced sampling from it (Vo et al., 2024, https://arxiv.org/abs/2405.15613).
 
 k-means puts its clusters where the images are dense: of a large concept it makes many. Clusters of clusters are spread
-more evenly, and more so where each level is trained on the images nearest to its centroids alone; an equal share for
+more evenly, and more so where each level is trained only on the images nearest to its centroids; an equal share for
 each branch of the tree then makes rare concepts as frequent as common ones.
 """
 
@@ -21,7 +21,7 @@ Numbers = NDArray[np.int64]
 
 ITERATIONS = 20
 MOST_PER_CENTROID = 256  # images that k-means is trained on; more move no centroid
-MOST_SPREAD, ROWS_PER_START = 10_000, 8  # clusters that k-means++ begins; of more the first rows are drawn by lot
+MOST_SPREAD, ROWS_PER_START = 10_000, 8  # clusters that k-means++ begins; for more the first rows are drawn at random
 
 # Axes: N images (or clusters of the level below), K clusters, D feature dimensions.
 
@@ -31,7 +31,7 @@ def hierarchical_clusters(
 ) -> list[Numbers]:
     """For each level the cluster of each image, (N,), then the cluster of each cluster of the level below, and so on.
 
-    counts: clusters of each level, falling. In each of `rounds` k-means starts anew on the `nearest` rows of each
+    counts: clusters of each level, falling. In each of `rounds` k-means starts again on the `nearest` rows of each
     cluster, which are spread more evenly than all rows.
     """
     levels: list[Numbers] = []
@@ -103,7 +103,7 @@ def nearest_of_each(cluster_N: Numbers, similarity_N: NDArray[np.float32], count
 
 
 def shares(sizes_K: Numbers, total: int) -> Numbers:
-    """How many of `total` each cluster gives, (K,): the same number each, all of one that has no more.
+    """How many of `total` each cluster gives, (K,): the same number each, or all of a smaller cluster.
 
     min(size, n) with the n that adds up to `total`; the first clusters that can give one more to make it exact.
     """
@@ -123,7 +123,7 @@ def shares(sizes_K: Numbers, total: int) -> Numbers:
 
 def balanced_sample(levels: Sequence[Numbers], total: int, *, seed: int) -> Numbers:
     """Numbers of `total` images, ascending: equal shares for the clusters of the top level, in each of them for its
-    clusters, and so on; within a cluster of the lowest level by lot."""
+    clusters, and so on; within a cluster of the lowest level at random."""
     return np.sort(_sample(np.arange(len(levels[0])), list(levels), total, seed))
 
 
@@ -147,7 +147,7 @@ def _sample(images: Numbers, levels: list[Numbers], total: int, seed: int) -> Nu
 
 
 def _drawn(rows_ND: Tensor, most: int, key: int) -> Tensor:
-    """Unit rows to train on: all, or as many by lot."""
+    """Unit rows to train on: all, or a random sample."""
     if len(rows_ND) <= most:
         return torch.cat([unit_rows(rows_ND, part) for part in parts_of(len(rows_ND))])
     return unit_rows(rows_ND, np.sort(permutation(len(rows_ND), key)[:most]))

@@ -1,4 +1,4 @@
-"""Whether two files show one picture: small grey versions are laid over each other, whole, cut and mirrored."""
+"""Whether two files show one picture: small gray versions are compared, whole, cut and mirrored."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def windows_of(index: ShardIndex, sample: int) -> Tensor:
-    """The picture and its parts, (W, K): grey, with mean 0 and length 1; the whole picture is the first."""
+    """The picture and its parts, (W, K): gray, with mean 0 and length 1; the whole picture is the first."""
     image_HWC = torch.from_numpy(np.ascontiguousarray(decode_image(index.read(sample).image)))
     image_1CHW = image_HWC.permute(2, 0, 1)[None]
     small_3SS = interpolate(image_1CHW, size=(READ, READ), mode="bilinear", antialias=True)[0].float()
-    grey_1SS = (small_3SS * torch.tensor(LUMA).view(3, 1, 1)).sum(dim=0, keepdim=True)
+    gray_1SS = (small_3SS * torch.tensor(LUMA).view(3, 1, 1)).sum(dim=0, keepdim=True)
     grids_WSS2 = _grids()
     parts_W1SS = grid_sample(
-        grey_1SS.expand(len(grids_WSS2), 1, READ, READ), grids_WSS2, padding_mode="border", align_corners=False
+        gray_1SS.expand(len(grids_WSS2), 1, READ, READ), grids_WSS2, padding_mode="border", align_corners=False
     )
     flat_WK = parts_W1SS.flatten(1)
     flat_WK = flat_WK - flat_WK.mean(dim=1, keepdim=True)
@@ -57,7 +57,7 @@ class PixelCheck:
         self._windows = lru_cache(maxsize=MOST_KEPT)(windows_of)
 
     def __call__(self, first_P: NDArray[np.int64], second_P: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(P,); DecodeError is no agreement: what cannot be read is not left out for being like another."""
+        """(P,); a DecodeError counts as no agreement: what cannot be read is not removed as a duplicate."""
         if not self.least:
             return np.ones(len(first_P), dtype=bool)
         return np.array([self._agree(*pair) for pair in zip(first_P.tolist(), second_P.tolist(), strict=True)], bool)

@@ -1,4 +1,5 @@
-"""Copies of images as they are found in the wild: smaller, encoded anew, cut, mirrored. To see what a search finds."""
+"""Copies of images as they are found in the wild: smaller, encoded again, cut, mirrored. They measure what a search
+finds."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ class CopiesOf:
 
 
 def chosen_to_copy(num_images: int, count: int, *, seed: int = 0) -> list[int]:
-    """The images of which copies are made, drawn by lot."""
+    """The images that are copied, drawn at random."""
     return np.sort(permutation(num_images, seed, SPLIT)[: min(count, num_images)]).tolist()
 
 

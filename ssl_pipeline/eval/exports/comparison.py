@@ -40,7 +40,7 @@ def require_same(features_ND: Tensor, expected_ND: Tensor, *, reader: str) -> fl
     difference = float((features_ND - expected_ND).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(expected_ND.abs().max())):
         raise RunError(
-            f"{reader} computes other features than the backbone: they differ by {difference:.2g}. "
+            f"{reader} computes different features from the backbone: they differ by {difference:.2g}. "
             "Nothing was written; format=backbone always works."
         )
     return difference
@@ -48,7 +48,7 @@ def require_same(features_ND: Tensor, expected_ND: Tensor, *, reader: str) -> fl
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what another library says of itself while it works: its failures come as errors."""
+    """Without the output of another library while it works: its failures come as errors."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -113,11 +113,11 @@ def _learnt(settings: Mapping[str, Any]) -> str:
         told = "fine-tuned with labels" if source else "trained with labels"
     else:
         told = "trained with few labels" if kind.startswith("semi") else "pretrained without labels"
-    return f"{told}, going on from {_name(source)}" if source else told
+    return f"{told}, starting from {_name(source)}" if source else told
 
 
 def _name(place: object) -> str:
-    """A tag as it is; of a path the name alone, and the run's of a file that every run has."""
+    """A tag as it is; of a path only the name, and the run's of a file that every run has."""
     told = str(place)
     if is_tag(told):
         return told
@@ -139,7 +139,7 @@ def _training(
         yield "fingerprint of the images", str(fingerprint)[:16]
     labelled = start.get("labelled data") or {}
     if isinstance(labelled.get("images"), int):
-        yield "labelled images beside them", f"{labelled['images']:,}"
+        yield "additional labelled images", f"{labelled['images']:,}"
     source = settings.get("backbone", {}).get("weights")
     yield "started from", _name(source) if source else "random weights"
     yield "SHA-256 of the backbone in the run", found.sha256[:16]
@@ -154,7 +154,7 @@ def _expected(found: BackboneOfRun) -> Iterator[tuple[str, object]]:
 
 
 def _results(run: Path, found: BackboneOfRun) -> list[str]:
-    """What evaluators measured of these very weights; other weights of the run have other results."""
+    """What evaluators measured of exactly these weights; other weights of the run have other results."""
     rows = []
     for name, report in read_reports(run, picked=True).items():
         protocol = report["protocol"]
@@ -166,7 +166,7 @@ def _results(run: Path, found: BackboneOfRun) -> list[str]:
             against = random[measure.name].cell() if measure.name in random else "-"
             rows.append(f"| eval.{name} | {measure.title} | {measure.cell()} | {against} | {images} |")
     if not rows:
-        return ["No evaluation of these weights stands in the run (`python -m eval.suite run=...`).", ""]
+        return ["The run has no evaluation of these weights (`python -m eval.suite run=...`).", ""]
     head = "| evaluator | figure | value | at random initialisation | training / test images |"
     return [head, "| --- | --- | --- | --- | --- |", *rows, ""]
 
@@ -184,7 +184,7 @@ def _settings(run: Path) -> dict[str, Any]:
 
 
 def _first_start(run: Path) -> dict[str, Any]:
-    """What run.json tells of the first start; nothing if it is not there, or is none."""
+    """What run.json says about the first start; nothing if it is missing or not a start."""
     try:
         starts = json.loads((run / "run.json").read_bytes())
         return dict(starts["starts"][0])
@@ -193,7 +193,7 @@ def _first_start(run: Path) -> dict[str, Any]:
 
 
 def _licence_of_tag(found: BackboneOfRun, tag: str) -> str | None:
-    """What timm says of pretrained weights; None of a file or a run."""
+    """What timm says about pretrained weights; None for a file or a run."""
     name = f"{found.backbone.config.name}.{tag}"
     known = is_tag(tag) and name in timm.list_pretrained(f"{found.backbone.config.name}.*")
     return getattr(timm.models.get_pretrained_cfg(name), "license", None) if known else None

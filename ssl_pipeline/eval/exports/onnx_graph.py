@@ -30,7 +30,7 @@ def require_onnx() -> None:
 
 
 def write_graph(folder: Path, found: BackboneOfRun) -> str:
-    """`model.onnx`, with what its images need in its metadata; what to tell of it.
+    """`model.onnx`, with what its images need in its metadata; returns what to say about it.
 
     The number of images is free, and so are their sides where the network allows that. Raises RunError if no graph can
     be made of it, or if one computes something else.
@@ -43,17 +43,15 @@ def write_graph(folder: Path, found: BackboneOfRun) -> str:
         try:
             _export(path, found, {0: batch, 2: rows, 3: columns})
             difference = max(_difference(path, found, 3, size), _difference(path, found, 1, size + OTHER))
-            return f"read again with onnxruntime, number and size of the images free: {_at_most(difference)}"
+            return f"read again with onnxruntime, any number and size of images: {_at_most(difference)}"
         except Exception:  # a branch on the size, or a window: the sides are those of the evaluation
             path.unlink(missing_ok=True)
     try:
         _export(path, found, {0: batch})
     except Exception as error:
-        raise RunError(f"torch.onnx makes no graph of '{found.backbone.name}': {first_line(error)}") from error
+        raise RunError(f"torch.onnx cannot export '{found.backbone.name}': {first_line(error)}") from error
     difference = max(_difference(path, found, count, size) for count in (1, 3))
-    return (
-        f"read again with onnxruntime, number of the images free, {size} x {size} pixels each: {_at_most(difference)}"
-    )
+    return f"read again with onnxruntime, any number of images, {size} x {size} pixels each: {_at_most(difference)}"
 
 
 def _export(path: Path, found: BackboneOfRun, dynamic: Dynamic) -> None:

@@ -1,4 +1,4 @@
-"""A backbone as timm alone runs it."""
+"""A backbone as timm runs it without this library."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def require_own_features(found: BackboneOfRun) -> None:
 def plain_model(found: BackboneOfRun) -> nn.Module:
     """The timm model of the backbone, in eval mode, with the features that the backbone has for images of its size.
 
-    A ViT's position table is resampled to that size first: timm's forward does it otherwise than DINO and this library.
+    A ViT's position table is resampled to that size first: timm's forward does it differently from DINO and this
+    library.
     """
     backbone, size = found.backbone.eval(), found.preprocessing.size
     if not _is_resampled(found):
@@ -51,7 +52,7 @@ def plain_model(found: BackboneOfRun) -> nn.Module:
 
 
 def arguments_of(found: BackboneOfRun) -> dict[str, Argument]:
-    """What timm must be told besides the name to build `plain_model`."""
+    """What timm needs besides the name to build `plain_model`."""
     own = found.backbone.config.arguments
     return own | ({"img_size": found.preprocessing.size} if _is_resampled(found) else {})
 

@@ -20,7 +20,7 @@ FROM_TIMM = ("first_conv", "pool_size", "fixed_input_size")  # facts of the arch
 
 
 def require_timm(found: BackboneOfRun) -> None:
-    """Raises ConfigError for a network that timm alone cannot build."""
+    """Raises ConfigError for a network that timm cannot build on its own."""
     config = found.backbone.config
     if config.small_images:
         raise ConfigError(
@@ -67,13 +67,13 @@ def write_folder(folder: Path, found: BackboneOfRun, *, for_transformers: bool) 
 
 
 def compare_with_timm(folder: Path, found: BackboneOfRun) -> str:
-    """Read the folder as timm does; what to tell of it. Raises RunError if it is not the same network."""
+    """Read the folder as timm does; returns what to say about it. Raises RunError if it is not the same network."""
     images = example_images(found.preprocessing.size)
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.no_grad():
             features = model(images)
-    except Exception as error:  # of whatever timm does not take
+    except Exception as error:  # whatever timm rejects
         raise RunError(f"timm {timm.__version__} does not read what was written: {error}. Update timm.") from error
     return _told("timm", require_same(features, expected_features(found, images), reader="timm"))
 

@@ -58,7 +58,7 @@ def read_stored(place: Path) -> StoredFeatures | None:
 
 
 def map_stored(place: Path) -> StoredFeatures:
-    """The features in `place`, whose checksums somebody has compared; writing to them changes no file."""
+    """The features in `place`, whose checksums were already compared; writing to them changes no file."""
     arrays = {
         path.stem: torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)) for path in place.glob("*.npy")
     }
@@ -68,7 +68,7 @@ def map_stored(place: Path) -> StoredFeatures:
 
 @contextmanager
 def stored_whole(place: Path, identity: Mapping[str, object], *, aside: Path) -> Iterator[None]:
-    """The folder `aside` to write numpy files into, which becomes `place` at the end; nothing is left if not."""
+    """The folder `aside` to write numpy files into, which becomes `place` at the end; on failure nothing is left."""
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -82,7 +82,7 @@ def store(aside: Path, place: Path, identity: Mapping[str, object]) -> None:
     """Make the numpy files in `aside`, which are complete, the features of `place`."""
     sha256 = {path.stem: sha256_of(path) for path in sorted(aside.glob("*.npy"))}
     write_json(aside / ABOUT, {"sha256": sha256, "identity": json.loads(json.dumps(identity))}, durable=False)
-    if not place.exists():  # or another command was faster, with the same features
+    if not place.exists():  # or another command finished first, with the same features
         aside.rename(place)
 
 
@@ -104,7 +104,7 @@ class RowsFile:
         self._file: BinaryIO | None = None
 
     def create(self) -> None:
-        """Make the file, with all the disk that it needs; OSError if there is not so much."""
+        """Make the file, with all the disk space that it needs; OSError if there is too little."""
         with self.path.open("wb") as file:
             file.write(self._header)
             file.flush()

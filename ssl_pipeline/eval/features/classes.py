@@ -1,4 +1,4 @@
-"""What a run's own classifier says of images: class probabilities, batch by batch."""
+"""What a run's own classifier says about images: class probabilities, batch by batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RunClassifierConfig(ForwardConfig):
     run: Path
     """A run's directory: its newest backbone and classifier are taken, exported or in a checkpoint."""
     step: Annotated[int, Field(gt=0)] | None = None
-    """What the run had after so many steps, exported or in a checkpoint, instead of the newest."""
+    """The step to take, exported or in a checkpoint, instead of the newest."""
     size: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Side of the images in pixels; by default the run's evaluation size."""
     interpolation: Interpolation = "bicubic"
@@ -39,7 +39,7 @@ class RunClassifierConfig(ForwardConfig):
 class OpenedClassifier:
     """A frozen network, images (B, 3, S, S) -> logits (B, classes), with what its images need.
 
-    class_names: None where the run's labelled images had none. `about` is JSON that tells it from any other one.
+    class_names: None where the run's labelled images had none. `about` is JSON that identifies it.
     """
 
     network: nn.Module
@@ -50,13 +50,13 @@ class OpenedClassifier:
     about: dict[str, JSON]
 
     def names_beside(self, others: Sequence[str] | None) -> tuple[str, ...]:
-        """What the classes are called: as `others` where the run knew no names, else by their numbers."""
+        """What the classes are called: as `others` where the run knew no names, otherwise by their numbers."""
         known = self.class_names or others or ()
         return tuple(known[number] if number < len(known) else str(number) for number in range(self.num_classes))
 
 
 def open_classifier(config: RunClassifierConfig) -> OpenedClassifier:
-    """Raises ConfigError if there is no such run or step, or if its method learnt no classifier."""
+    """Raises ConfigError if there is no such run or step, or if its method does not train a classifier."""
     model = open_model(
         ModelConfig(run=config.run, step=config.step, size=config.size, interpolation=config.interpolation)
     )
@@ -65,8 +65,8 @@ def open_classifier(config: RunClassifierConfig) -> OpenedClassifier:
     features = getattr(model.backbone, "embed_dim", None)
     if features != classifier.in_features:
         raise ConfigError(
-            f"run={config.run} has a classifier of {classifier.in_features} features beside a backbone of {features}. "
-            "Take a run whose files are all its own."
+            f"run={config.run} has a classifier of {classifier.in_features} features but a backbone of {features}. "
+            "Take a run whose files belong together."
         )
     network = nn.Sequential(model.backbone, classifier)
     about = {**model.about, "num_classes": classifier.out_features}

@@ -24,7 +24,7 @@ GATHERED_ROWS = 65_536  # per rank and collective: the device never holds the fe
 
 
 class Change(Protocol):
-    """What is made of the pixels of evaluation before a network sees them: corruptions, random views."""
+    """A change of the evaluation's pixels before a network sees them: corruptions, random views."""
 
     def __call__(self, pixels_BCHW: Tensor, ids_B: Tensor, device: torch.device) -> Tensor:
         """8-bit pixels (B, 3, S, S) on the CPU of the images `ids_B` -> pixels in [0, 255] on `device`, same shape."""
@@ -45,7 +45,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) float32 and labels (N,) int64 of every image, in the order of `index`, on the CPU.
 
-    `samples` are those that are wanted, by their numbers, if not all are; `change` is what is made of their pixels.
+    `samples` are those that are wanted, by their numbers, if not all are; `change` is applied to their pixels.
 
     `backbone` maps (B, 3, S, S) on `device` to (B, D). It runs in eval mode; every module gets its own mode back
     afterwards, and the global random state is not touched. With a process group each rank computes a contiguous
@@ -138,7 +138,7 @@ def _as_they_are(pixels_BCHW: Tensor, ids_B: Tensor, device: torch.device) -> Te
 def _counted(
     batches: Iterable[tuple[dict[str, Tensor], Tensor]], bar: Bar
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """The same batches; each is counted once whoever asked for it is done with it."""
+    """The same batches; each is counted once its consumer is done with it."""
     for output, labels in batches:
         yield output, labels
         bar.update(len(labels))

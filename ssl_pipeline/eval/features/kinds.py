@@ -44,8 +44,8 @@ class FeatureKinds(nn.Module):
         name = getattr(network, "name", type(network).__name__)
         if not isinstance(network, TokenBackbone):
             raise ConfigError(
-                f"kind={of_tokens[0]} needs a network with tokens. '{name}' has none; take kind=pooled. Networks that "
-                f"have: {NETWORKS_WITH_TOKENS}."
+                f"kind={of_tokens[0]} needs a network with tokens. '{name}' has none; take kind=pooled. Networks with "
+                f"tokens: {NETWORKS_WITH_TOKENS}."
             )
         if "class" in kinds and not has_class_token(network):
             raise ConfigError(f"kind=class needs a class token. '{name}' has none; take kind=pooled.")

@@ -21,8 +21,8 @@ from ssl_pipeline.backbones import (
     Preprocessing,
     check_image_sizes,
     create_backbone,
+    errors_name_setting,
     load_run,
-    spoken_of_as,
 )
 from ssl_pipeline.backbones.exported import exported_step
 from ssl_pipeline.backbones.known import Known, known_of, normalised
@@ -43,9 +43,9 @@ class ModelConfig(Config):
     which: str | None = None
     """With `run`: a backbone of its checkpoints by name, `student` or `teacher`, instead of the one it exports."""
     step: Annotated[int, Field(gt=0)] | None = None
-    """With `run`: what it had after so many steps, exported or in a checkpoint, instead of the newest."""
+    """With `run`: the step to take, exported or in a checkpoint, instead of the newest."""
     checkpoint: Annotated[int, Field(gt=0)] | None = None
-    """The same as `step`, its earlier name."""
+    """Older name of `step`."""
     backbone: str | None = None
     """Instead of a run: a timm model by name, or `raw_pixels`."""
     arguments: dict[str, Argument] = Field(default={})
@@ -103,7 +103,7 @@ class ModelConfig(Config):
 class EvaluatedModel:
     """A frozen network with what its images need.
 
-    `about` is JSON that tells it from any other one; `config` builds the same architecture anew, None for raw pixels.
+    `about` is JSON that identifies it; `config` builds the same architecture again, None for raw pixels.
     """
 
     label: str
@@ -120,7 +120,7 @@ class EvaluatedModel:
 
     @property
     def weights(self) -> str:
-        """Where its weights come from, for the reader; empty for raw pixels, which have none."""
+        """Where its weights come from, for the user; empty for raw pixels, which have none."""
         sha256 = self.about.get("weights_sha256")
         return f"{self.about.get('weights', '')}" + (f"; SHA-256 {str(sha256)[:16]}" if sha256 else "")
 
@@ -142,7 +142,7 @@ def _model(config: ModelConfig) -> EvaluatedModel:
     assert config.backbone is not None
     if config.backbone == RAW_PIXELS:
         return raw_pixels(config.size or 224)
-    with spoken_of_as(None):
+    with errors_name_setting(None):
         return _named_model(config, config.backbone)
 
 
@@ -172,9 +172,8 @@ def _named_model(config: ModelConfig, name: str) -> EvaluatedModel:
 
 
 def _preprocessing(config: ModelConfig) -> Preprocessing:
-    """The size, mean and deviation that are given, else those of the weights, else ImageNet's at 224 pixels.
-
-    Of weights, prints whose mean and deviation are taken.
+    """The size, mean and deviation that are given, or those of the weights, or ImageNet's at 224 pixels. For weights,
+    prints whose mean and deviation are taken.
     """
     if config.weights is None:
         known = Known()
@@ -183,13 +182,13 @@ def _preprocessing(config: ModelConfig) -> Preprocessing:
     mean = config.mean or _three(known.mean or IMAGENET_MEAN)
     std = config.std or _three(known.std or IMAGENET_STD)
     if config.weights is not None and not (config.mean and config.std):
-        of = known.of or f"ImageNet: nothing says those of {config.weights}"
+        of = known.of or f"ImageNet, as those of {config.weights} are not known"
         print(printable(f"{normalised(mean, std, of)}. Set mean and std for other values."), flush=True)
     return Preprocessing(_size(config), mean, std)
 
 
 def _size(config: ModelConfig) -> int:
-    """The side of the images: what is asked for, else what the network is built for, else 224 pixels."""
+    """The side of the images: what is asked for, or what the network is built for, or 224 pixels."""
     built_for = config.arguments.get("img_size", 224)
     if not isinstance(built_for, int) or built_for < 1:
         raise ConfigError(f"arguments.img_size must be a whole number of pixels. Got {built_for!r}.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError, Processes
 from ssl_pipeline.data.samples import ImageSource
-from ssl_pipeline.data.shards.origins import spoken_of
+from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.distributed import failing_together, max_over_ranks, rank
 from ssl_pipeline.eval.features.cache import RowsFile, StoredFeatures, map_stored, place_of, read_stored, stored_whole
 from ssl_pipeline.eval.features.extract import (
@@ -50,7 +50,7 @@ class PassConfig(ForwardConfig, ModelConfig):
     """A model, and how its features are computed."""
 
     dtype: Literal["float32", "float16"] = "float32"
-    """How features are kept on disk: `float16` takes half of it, and 3 digits are left."""
+    """How features are kept on disk: `float16` takes half the space and keeps 3 digits."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -164,7 +164,7 @@ def feature_files(
     *,
     device: torch.device,
 ) -> dict[str, RowsFile]:
-    """A file for each kind, of the shape that one empty image tells, and one for the labels."""
+    """A file for each kind, of the shape that one empty image gives, and one for the labels."""
     size = preprocessing.size
     with eval_mode(network), torch.no_grad():
         shapes = {
@@ -220,7 +220,7 @@ def _stored_as(values: Tensor, dtype: str, index: ImageSource) -> NDArray:
     half = values.half()
     if (half.isinf() & values.isfinite()).any():
         raise ConfigError(
-            f"dtype=float16 holds numbers up to 65,504. A feature of {spoken_of(index.source)} is "
+            f"dtype=float16 holds numbers up to 65,504. A feature of {display_name(index.source)} is "
             f"{values.abs().max():g}; take dtype=float32."
         )
     return half.cpu().numpy()

@@ -21,8 +21,8 @@ def classes_section(suite: Report) -> Section:
     ]
     parts = [
         about(
-            "The classes that are recognised worst come first. Recognised is the share of the class's own images; "
-            "precision the share of the images taken for it that are of it."
+            "The worst recognised classes come first. Recognised is the share of a class's own images; precision is "
+            "the share of the images assigned to it that belong to it."
         ),
         table_of(["class", "images", "recognised", "precision"], shown),
     ]
@@ -33,7 +33,7 @@ def classes_section(suite: Report) -> Section:
 
 def _confused(pairs: list[Report]) -> list[str]:
     if not pairs:
-        return [paragraph("No image is taken for another.")]
+        return [paragraph("No image is assigned to another class.")]
     most = max(pair["images"] for pair in pairs)
     rows: list[list[str | Cell]] = [
         [f"{pair['class']} taken for {pair['taken_for']}", Cell(str(pair["images"]), share=pair["images"] / most)]
@@ -41,7 +41,7 @@ def _confused(pairs: list[Report]) -> list[str]:
     ]
     return [
         heading("Most confused"),
-        about("How many images of a class were taken for another. Pairs that people confuse too are no fault."),
+        about("How many images of a class were assigned to another. Pairs that people confuse too are not a fault."),
         table_of(["", "images"], rows),
     ]
 

@@ -1,4 +1,4 @@
-"""A map of images by what a backbone makes of them: similar ones lie close together."""
+"""A map of images by their features: similar ones lie close together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def map_section(examples: Examples) -> Section:
     )
     words = (
         f"{told}, which hold {100 * share:.0f} % of their variance: near ones are alike for the backbone. Colours are "
-        "the classes with the most images, grey the others. Islands of one colour are classes that it tells apart; one "
+        "the classes with the most images, gray the others. Islands of one colour are classes that it tells apart; one "
         "cloud need not be bad, there are more dimensions than two."
     )
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(told)}">{"".join(parts)}</svg>'

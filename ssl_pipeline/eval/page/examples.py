@@ -49,7 +49,7 @@ def look_at_examples(record: Record, source: str | None, *, count: int, device: 
     readable_N = np.flatnonzero(index.sizes().all(axis=1))  # the others are known not to decode
     count = min(count, len(readable_N))
     if count < 2:
-        raise ConfigError(f"{source} has no two images that can be decoded.")
+        raise ConfigError(f"{source} has fewer than two images that can be decoded.")
     samples: list[int] = readable_N[np.arange(count) * len(readable_N) // count].tolist()
     place = choose_device(device)
     features_ND, _ = extract_features(
@@ -68,7 +68,7 @@ def look_at_examples(record: Record, source: str | None, *, count: int, device: 
 
 
 def _open_images(record: Record, source: str | None) -> tuple[str, ShardIndex]:
-    """The images that are asked for, else those that something was measured on, else those of the run itself."""
+    """The images that are asked for, or those that something was measured on, or those of the run itself."""
     measured = [str(report["protocol"]["test"]) for report in record.reports.values() if "test" in report["protocol"]]
     monitored = [str(place) for name in ("knn", "classifier") if (place := record.setting(name, "val"))]
     for place in [source] if source else [*measured, *monitored]:

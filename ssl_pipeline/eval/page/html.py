@@ -1,4 +1,4 @@
-"""Pieces of a page that needs nothing but itself: text is escaped here, and here alone."""
+"""Pieces of a self-contained page: text is escaped here and nowhere else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a title of its own; `parts` are made by the functions of this module."""
+    """A part of the page with its own title; `parts` are made by the functions of this module."""
 
     title: str
     parts: tuple[str, ...]
@@ -29,7 +29,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a cell of a table: a figure, what it is uncertain by, and the share of a bar below it."""
+    """A cell of a table: a figure, its uncertainty, and the share of a bar below it."""
 
     text: str
     small: str = ""
@@ -70,7 +70,7 @@ def _tile(tile: Tile) -> str:
 
 
 def text(words: object) -> str:
-    """Words of anybody as text that is nothing but text, without the paths of a machine."""
+    """Any text, escaped and without the paths of a machine."""
     return escape(shortened(printable(str(words), longest=None)))
 
 
@@ -116,10 +116,10 @@ def finding(title: str, words: str, settings: str, *, kind: str = "") -> str:
     return f'<div class="finding {kind}"><b>{text(title)}</b><p>{text(words)}{keys}</p></div>\n'
 
 
-def picture(address: str, caption: str, *, kind: str = "") -> str:
+def picture(data_url: str, caption: str, *, kind: str = "") -> str:
     """A picture that the page holds itself."""
     return (
-        f'<figure class="{kind}"><img src="{address}" alt="{text(caption)}"><figcaption>{text(caption)}</figcaption>'
+        f'<figure class="{kind}"><img src="{data_url}" alt="{text(caption)}"><figcaption>{text(caption)}</figcaption>'
         "</figure>"
     )
 
@@ -160,6 +160,6 @@ def folded(title: str, *parts: str) -> str:
 
 
 def lines_of(content: str) -> str:
-    """Text of several lines as it stands."""
+    """Text of several lines, unchanged."""
     lines = "\n".join(text(line) for line in content.splitlines())
     return f"<pre>{lines}</pre>"

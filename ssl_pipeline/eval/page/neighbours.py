@@ -19,7 +19,7 @@ READING = "A green frame is an image of the same class, a red one of another; wi
 
 
 def neighbours_of_suite(suite: Report) -> Section:
-    """Test images with their nearest training images; DataError where the images are gone or others."""
+    """Test images with their nearest training images; DataError where the images are gone or differ."""
     protocol, found = suite["protocol"], suite["neighbours"]
     train, test = open_shards(str(protocol["train"])), open_shards(str(protocol["test"]))
     if {"train": train.fingerprint, "test": test.fingerprint} != suite["fingerprints"]:

@@ -27,7 +27,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Headline:
-    """What tells most of a run: its accuracy by a classifier, those of the baselines, and of which images."""
+    """What says most about a run: its accuracy by a classifier, those of the baselines, and of which images."""
 
     classifier: str
     own: Accuracy
@@ -37,7 +37,7 @@ class Headline:
 
 
 def conclusion(records: Sequence[Record]) -> str:
-    """One sentence: what evaluators found and against what, else the first monitor, else the loss; what is wrong."""
+    """One sentence: what evaluators found and against what, or the first monitor, or the loss; and what is wrong."""
     told = _compared(records) if len(records) > 1 else _found(records[0])
     wrong = sum(len(record.findings) for record in records)
     if wrong:
@@ -79,7 +79,7 @@ def _compared(records: Sequence[Record]) -> str:
     measured = {name: best for name, best in found.items() if best is not None}
     otherwise = differing({name: best.protocol for name, best in measured.items()}, own=OWN)
     if len(measured) == len(records) and otherwise:
-        return "; ".join(f"{record.name}: {_found(record)}" for record in records) + "; not measured alike"
+        return "; ".join(f"{record.name}: {_found(record)}" for record in records) + "; measured differently"
     if len(measured) == len(records) and len({best.classifier for best in measured.values()}) == 1:
         order = sorted(measured, key=lambda name: measured[name].own.top1, reverse=True)
         first, second = (measured[name].own for name in order[:2])
@@ -177,7 +177,7 @@ def findings_section(records: Sequence[Record]) -> Section:
             for found in record.findings
         ]
         if not record.findings and record.series:
-            words = "Nothing of what goes wrong often is seen in the logged metrics and the settings."
+            words = "No common problem was found in the logged metrics and settings."
             parts.append(finding(f"{record.name}: no rule of the doctor found anything", words, "", kind="well"))
     words = "Rules over the logged metrics: what was seen, from which step on, what usually helps, the settings for it."
     return section("Doctor", about(words), *parts)

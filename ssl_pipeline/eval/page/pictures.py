@@ -1,4 +1,4 @@
-"""Pictures of the page: pixels as addresses that hold them, thumbnails, tensors of a network as colours."""
+"""Pictures of the page: pixels as data URLs, thumbnails, tensors of a network as colours."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HEAT = ((0.05, 0.03, 0.25), (0.45, 0.08, 0.45), (0.85, 0.25, 0.35), (0.98, 0.6, 
 # Axes: H and W pixels, C colours.
 
 
-def address(image_CHW: Tensor, *, quality: int = 82) -> str:
-    """An image in [0, 255] as the address of a file that the page holds itself: PNG of small ones, else JPEG."""
+def data_url(image_CHW: Tensor, *, quality: int = 82) -> str:
+    """An image in [0, 255] as a data URL: PNG for small images, JPEG otherwise."""
     pixels_HWC = image_CHW.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     file, kind = io.BytesIO(), "png" if max(pixels_HWC.shape[:2]) <= 32 else "jpeg"
     if kind == "png":
@@ -32,9 +32,9 @@ def address(image_CHW: Tensor, *, quality: int = 82) -> str:
 
 
 def thumbnail(index: ShardIndex, sample: int, *, side: int = SIDE) -> str:
-    """The centre of an image as an address; DataError if it cannot be decoded."""
+    """The centre of an image as a data URL; DataError if it cannot be decoded."""
     image_CHW, _, _ = EvaluationSet(index, side)[sample]
-    return address(image_CHW)
+    return data_url(image_CHW)
 
 
 def as_pixels(images_NCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -50,7 +50,7 @@ def at_least(image_CHW: Tensor, side: int, *, mode: str = "nearest") -> Tensor:
 
 
 def heat(values_HW: Tensor, image_CHW: Tensor) -> Tensor:
-    """Values as colours from dark to bright over a grey image in [0, 255], both of any size; the image's size out."""
+    """Values as colours from dark to bright over a gray image in [0, 255], both of any size; the image's size out."""
     size = image_CHW.shape[-2:]
     values_HW = F.interpolate(values_HW[None, None].float(), size=size, mode="bicubic", antialias=False)[0, 0]
     low, high = values_HW.min(), values_HW.max()

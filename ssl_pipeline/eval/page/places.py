@@ -1,4 +1,4 @@
-"""What a page calls places: it is made to be shared, and full paths tell of the machine and of who works there."""
+"""What a page calls places: it is made to be shared, and full paths reveal the machine and its user."""
 
 from __future__ import annotations
 

@@ -79,5 +79,5 @@ def monitors_section(records: Sequence[Record]) -> list[Section]:
                         f"{number(one.values[-1])} (step {one.steps[-1]:,})",
                     ]
                 )
-    words = "What was measured while it trained, on the backbone that the run exports. Choose nothing by test images."
+    words = "Measured during training, on the backbone that the run exports. Do not choose settings by test images."
     return [section("Monitors", about(words), table_of(["", "at the start", "best", "last"], rows))] if rows else []

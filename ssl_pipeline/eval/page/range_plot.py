@@ -21,7 +21,7 @@ def range_plot(
 ) -> str:
     """Loss and its moving average over the logarithm of the rate; marks: class, words and rate of upright lines.
 
-    Of losses far above the first ones the rest is cut off: there is nothing to see in them.
+    Losses far above the first ones are cut off, as they show nothing.
     """
     low, highest = min(smoothed), max(smoothed[: max(len(smoothed) // 2, 1)])
     margin = 0.15 * (highest - low) or max(abs(low), 1.0) * 0.05

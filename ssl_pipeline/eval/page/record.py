@@ -1,4 +1,4 @@
-"""What a run has left in its directory, as far as its page tells of it."""
+"""What a run has left in its directory, as far as its page shows it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Record:
 def read_record(run: Path) -> Record:
     """All of a run, which may still be training. Raises ConfigError for a directory in which nothing ran."""
     if not run.is_dir():
-        raise ConfigError(f"run={run} must be the directory of a run. There is none.")
+        raise ConfigError(f"run={run} must be the directory of a run. There is no such directory.")
     series, reports = read_series(run), read_reports(run, picked=True)
     if not series and not reports:
         raise ConfigError(f"run={run} has neither metrics.jsonl nor a report in eval/: nothing ran there.")
@@ -62,7 +62,7 @@ def read_record(run: Path) -> Record:
 
 
 def told_apart(records: Sequence[Record]) -> list[Record]:
-    """Runs by their directories' names, with as much of what is above as tells them apart."""
+    """Runs by their directories' names, with as much of the path above as is needed to distinguish them."""
     paths = [record.path.resolve() for record in records]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]

@@ -1,4 +1,4 @@
-"""What evaluators have found: a table for each of them, a row for each figure, a column for each network."""
+"""The results of evaluators: a table for each of them, a row for each figure, a column for each network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ssl_pipeline.eval.table import MODELS
 PARTS_OF_SUITE = ("knn", "logistic", "sgd")
 NAMES = {**CLASSIFIERS, "suite": "classifiers and spectrum"}
 MINOR = ("top5", "validation")
-"""What names of figures begin with that are looked at second."""
+"""How the names of secondary figures begin."""
 TOLD = {"images", "train", "test", "num_images", "num_train", "num_test", "num_classes", "size", "label", "subject"}
 """Parts of a protocol with a sentence of their own; the others are listed."""
 UNTOLD = {"warnings", "mean", "std", "torch", "timm", "faiss", "scikit-learn", "about", "selection", "dtype"}
@@ -36,7 +36,7 @@ def results_section(records: Sequence[Record]) -> Section:
         about(
             "Each row is a figure, each column a network. What counts is the distance to the same network at random "
             f"initialisation; raw pixels say how hard the images are. In brackets is the 95 % interval ({METHOD}): two "
-            "figures whose intervals overlap do not differ for sure."
+            "figures whose intervals overlap may not differ."
         )
     ]
     for name in names:
@@ -94,12 +94,12 @@ def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
 
 
 def _doubts(reports: Mapping[str, Report]) -> list[str]:
-    """What the evaluator warned of, and runs that were measured otherwise than the first."""
+    """What the evaluator warned of, and runs that were measured differently from the first."""
     parts, (first, *others) = [], reports.items()
     for title, report in others:
         protocols = {first[0]: first[1]["protocol"], title: report["protocol"]}
         if otherwise := "; ".join(differing(protocols, own=OWN)):
-            text = f"{title} was measured otherwise ({otherwise}): its figures are not to be compared with the others."
+            text = f"{title} was measured differently ({otherwise}): its figures must not be compared with the others."
             parts.append(paragraph(text, kind="warning"))
         elif sizes := "; ".join(differing(protocols)):
             parts.append(paragraph(f"Each network was measured as it was trained ({sizes})."))
@@ -122,7 +122,7 @@ def figures(name: str, result: Report) -> dict[str, Measure]:
 
 
 def _words(name: str, report: Report) -> str:
-    """What people call a report, with what `which` and `step` picked."""
+    """The title of a report, with what `which` and `step` picked."""
     first, *picked = name.split("-")
     first = classifier_of(first, report)
     return ", ".join([NAMES.get(first, first.replace("_", " ")), *([" ".join(picked)] if picked else [])])

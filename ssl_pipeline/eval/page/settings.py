@@ -1,4 +1,4 @@
-"""How runs were set, and in what they differ: from each other, or a run from the recipe that it comes from."""
+"""The settings of runs, and how they differ: from each other, or a run from the recipe that it comes from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ssl_pipeline.eval.page.html import Section, about, folded, heading, lines_o
 from ssl_pipeline.eval.page.record import Record
 from ssl_pipeline.run.doctor.records import read_recipe_of
 
-OWN = {"output", "recipe"}  # of every run another
+OWN = {"output", "recipe"}  # different for every run
 LENGTHS = ("train.epochs", "train.steps")  # one of them is null: what takes the place of the recipe's is shown
 
 
@@ -36,7 +36,7 @@ def _between(records: Sequence[Record]) -> list[str]:
     if not rows:
         return [paragraph("The runs have the same settings.")]
     return [
-        heading("In what they differ"),
+        heading("Where they differ"),
         about("Every setting that is not the same in all of them."),
         table_of(["", *(record.name for record in records)], rows),
     ]
@@ -79,7 +79,7 @@ def short(value: Value) -> str:
 
 
 def _same(one: Value, other: Value) -> bool:
-    """Whether two settings are one: 30 and 30.0, "30" and 30; a single value where there is one per view."""
+    """Whether two settings are equal: 30 and 30.0, "30" and 30; a single value where there is one per view."""
     if isinstance(one, list) and not isinstance(other, list):
         return all(_same(item, other) for item in one)
     try:
@@ -103,7 +103,7 @@ def facts(record: Record) -> list[list[str]]:
         ["recipe", str(record.settings.get("recipe") or "-")],
         ["method", str(record.setting("method", "name") or "-")],
         ["backbone", str(backbone.get("name", "-"))],
-        ["weights to begin with", weights if backbone else "-"],
+        ["initial weights", weights if backbone else "-"],
         ["images", str(record.setting("data", "shards") or "-")],
     ]
     return [*rows, ["labelled images", str(labelled["shards"])]] if labelled else rows

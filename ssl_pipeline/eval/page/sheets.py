@@ -1,4 +1,4 @@
-"""The pictures of a page as one image for each of some sections, for those who look elsewhere (TensorBoard)."""
+"""The pictures of a page as one image for each of some sections, for other viewers (TensorBoard)."""
 
 from __future__ import annotations
 

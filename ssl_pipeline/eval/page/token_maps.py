@@ -10,7 +10,7 @@ from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.eval.features.extract import eval_mode
 from ssl_pipeline.eval.page.examples import Examples
 from ssl_pipeline.eval.page.html import Section, about, picture, pictures, rows_of, section
-from ssl_pipeline.eval.page.pictures import address, as_pixels, at_least, heat
+from ssl_pipeline.eval.page.pictures import as_pixels, at_least, data_url, heat
 
 IMAGES, HEADS = 8, 3
 SIDE = 112  # pixels of what is shown, at least
@@ -37,15 +37,15 @@ def token_section(examples: Examples) -> Section | None:
     for number, image_CHW in enumerate(as_pixels(normalised_NCHW, preprocessing.mean, preprocessing.std)):
         large_CHW = at_least(image_CHW, SIDE)
         shown = [
-            picture(address(large_CHW), "image", kind="query"),
-            picture(address(at_least(colours_NCRC[number], SIDE)), "patches"),
+            picture(data_url(large_CHW), "image", kind="query"),
+            picture(data_url(at_least(colours_NCRC[number], SIDE)), "patches"),
         ]
         if attention_NHRC is not None:
             of_image_HRC = attention_NHRC[number].float().cpu()
-            shown.append(picture(address(heat(of_image_HRC.mean(dim=0), large_CHW)), "attention"))
+            shown.append(picture(data_url(heat(of_image_HRC.mean(dim=0), large_CHW)), "attention"))
             heads = of_image_HRC[:HEADS] if len(of_image_HRC) > 1 else ()
             shown += [
-                picture(address(heat(of_head_RC, large_CHW)), f"head {head + 1}")
+                picture(data_url(heat(of_head_RC, large_CHW)), f"head {head + 1}")
                 for head, of_head_RC in enumerate(heads)
             ]
         rows.append(pictures(shown))
@@ -57,7 +57,7 @@ def _words(has_class_token: bool) -> str:
     return (
         "Patches: the first three principal components of the patch tokens of these images as red, green and blue. "
         "Parts of one colour are alike for the network, in all of the images; objects that stand out from their "
-        f"background are a good sign. Attention: where that {where} goes in the last block, bright is much, on average "
+        f"background are a good sign. Attention: where that {where} goes in the last block, bright is high, on average "
         "and for single heads."
     )
 

@@ -171,7 +171,7 @@ def _could_be_best(scores_NX: Tensor, error_N: Tensor, *, k: int, limit: int) ->
 def _score_again(
     train_MD: Tensor, queries_ND: Tensor, candidates_NC: Tensor, *, k: int, memory: int
 ) -> tuple[Tensor, Tensor]:
-    """The k best candidates by their products in float32; the sums of equal rows are equal wherever they stand."""
+    """The k best candidates by their products in float32; the sums of equal rows are equal wherever they are."""
     similarities = []
     rows = max(1, memory // (4 * candidates_NC.shape[1] * train_MD.shape[1]))
     candidates_NC = candidates_NC.sort(dim=1).values

@@ -59,7 +59,7 @@ def unit_rows(features_ND: Tensor, rows: slice | NDArray[np.int64]) -> Tensor:
     chosen = features_ND[rows] if isinstance(rows, slice) else features_ND[torch.from_numpy(rows)]
     chosen = chosen.float()
     if not chosen.isfinite().all():
-        raise ConfigError("Some features are NaN or infinite, which is near nothing. Take another step of the run.")
+        raise ConfigError("Some features are NaN or infinite, so pairs cannot be found. Take another step of the run.")
     return normalize(chosen, dim=1)
 
 

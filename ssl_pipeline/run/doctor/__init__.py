@@ -1,4 +1,4 @@
-"""The doctor: rules over the logged rows and the settings of a run that recognise what goes wrong often."""
+"""The doctor: rules over the logged rows and the settings of a run that recognise common problems."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from ssl_pipeline.config import ConfigError, Value, validate
 from ssl_pipeline.files import JSON
 from ssl_pipeline.schedule import Duration, Progress, Schedule
 
-FEWEST_ROWS = 5  # that must agree before something is called a disease
+FEWEST_ROWS = 5  # that must agree before something is reported
 FEWEST_STEPS = 20
-SHARE_OF_GRACE = 0.1  # of the run: so long a loss may look like anything
+SHARE_OF_GRACE = 0.1  # of the run: for this long a loss may look like anything
 
 Point = tuple[int, float]
 """A step and what was logged there."""
@@ -45,7 +45,7 @@ class Finding:
 class Case:
     """Rows of metrics.jsonl (as far as they are of steps) with the settings of the run and those of its recipe.
 
-    Numbers that are not finite count as null, as they stand in metrics.jsonl.
+    Numbers that are not finite count as null, as they do in metrics.jsonl.
     """
 
     def __init__(self, rows: Sequence[Row], settings: Mapping[str, Value], recipe: Mapping[str, Value] | None) -> None:
@@ -110,7 +110,7 @@ class Case:
         return max(lengths)
 
     def lasting(self, name: str, is_sick: Callable[[float], bool]) -> list[Point]:
-        """The newest values of a column, as many as are sick in a row; none if that is no more than an episode.
+        """The newest values of a column, as many bad ones as are in a row; none if they are only an episode.
 
         Counted from the end of the grace: FEWEST_ROWS values over FEWEST_STEPS steps and 2 % of the run.
         """
@@ -137,7 +137,7 @@ def number(value: object) -> float | None:
 
 
 def schedule_of(value: Value) -> Schedule | None:
-    """A schedule from settings, where a number stands for a value that does not change; None for anything else."""
+    """A schedule from settings, where a number means a constant value; None for anything else."""
     try:
         return validate(Schedule, value if isinstance(value, dict) else {"value": value})
     except ConfigError:

@@ -15,7 +15,7 @@ FALLEN_STD = 0.1  # of the highest of the first values
 FALLEN_RANK = 0.5  # of the highest
 KNN_POINTS = 3.0  # percent; the standard error of 360 images is 1.2
 COUNTED_TARGETS = 64  # of losses.prototypes_used
-POINT = 1.0  # percent: so much below the start is said
+POINT = 1.0  # percent below the start that is reported
 
 WEAK_START = "Try a lower optim.lr, a longer optim.lr.warmup, and the recipe's own batch and augmentation."
 CENTRING = (
@@ -146,7 +146,7 @@ def knn_falls_with_the_loss(case: Case) -> Finding | None:
         f"{later:.3g}."
     )
     helps = (
-        "The method's task has become easier than what features are for: try stronger augment settings, a lower "
+        "The method's task can be solved without better features: try stronger augment settings, a lower "
         "optim.lr, a shorter run, or the checkpoint of that time."
     )
     return Finding("knn_falls_with_the_loss", step, seen, helps, ("augment", "optim.lr", "train.epochs"))

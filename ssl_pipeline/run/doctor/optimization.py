@@ -52,7 +52,7 @@ def rate_is_zero(case: Case) -> Finding | None:
     column = case.column("learning_rate")
     if len(column) < FEWEST_ROWS or column[-1][0] <= case.grace or any(value for _, value in column):
         return None
-    helps = "Set optim.lr.value, and see that warm-up and decay leave something of it."
+    helps = "Set optim.lr.value, and check that warm-up and decay do not make it 0."
     return Finding("rate_is_zero", column[0][0], "the learning rate is 0: nothing is learnt.", helps, ("optim.lr",))
 
 
@@ -80,7 +80,7 @@ def batch_far_below_reference(case: Case) -> Finding | None:
         return None
     seen = f"the global batch is {case.global_batch} images; the recipe states its learning rate for {reference:.0f}."
     helps = (
-        "Raise data.batch_size, use more processes, or train.accumulate (contrastive losses see a micro-batch alone)."
+        "Raise data.batch_size, use more processes, or train.accumulate (contrastive losses see only a micro-batch)."
     )
     return Finding("batch_far_below_reference", 0, seen, helps, ("data.batch_size", "train.accumulate"))
 
@@ -110,7 +110,7 @@ def teacher_too_slow(case: Case) -> Finding | None:
         return None
     seen = (
         f"with a momentum from {momentum(replace(progress, step=0)):g} on, {progress.total_steps} steps renew the "
-        f"teacher {max(renewals, 0):.1f} times: it stays much as it began."
+        f"teacher {max(renewals, 0):.1f} times: it hardly changes."
     )
     suits = max(0, math.floor(1000 * (1 - 2 * FEWEST_RENEWALS / progress.total_steps))) / 1000
     helps = f"Lower method.teacher_momentum (to {suits:g} or below for a run of this length), or train for longer."

@@ -34,7 +34,7 @@ def examine(run: Path) -> list[Finding]:
 
 
 def read_rows(run: Path) -> list[Row]:
-    """The rows of metrics.jsonl; lines that are none (a run that was cut off, or still writes) are left out."""
+    """The rows of metrics.jsonl; incomplete lines (a run that was cut off, or still writes) are left out."""
     path = run / "metrics.jsonl"
     rows: list[Row] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:

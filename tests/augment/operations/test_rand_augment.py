@@ -117,14 +117,14 @@ def assert_equal_levels(actual, expected, *, levels, share):
     assert (difference > 0).float().mean() <= share
 
 
-@pytest.mark.parametrize("selected", [True, False], ids=["selected", "everywhere"])
+@pytest.mark.parametrize("only_due", [True, False], ids=["only_due", "everywhere"])
 @pytest.mark.parametrize("size", [16, 31])
 @pytest.mark.parametrize("operation", RandOperation, ids=lambda operation: operation.name)
-def test_each_operation_equals_pillow_and_torchvision(operation, size, selected):
+def test_each_operation_equals_pillow_and_torchvision(operation, size, only_due):
     crops, values = images(size), magnitudes(operation)
     draws = rows(operation, values, len(crops))
     image = crops.repeat(len(values), 1, 1, 1) / 255
-    levels = apply_rounds(image, draws, selected=selected).mul(255)
+    levels = apply_rounds(image, draws, only_due=only_due).mul(255)
     assert_close(levels, levels.round(), atol=1e-4, rtol=0)  # whole levels
     expected = [
         torch.stack([oracle(image, operation, value) for value in values for image in crops])
@@ -145,7 +145,7 @@ def test_tiny_images_go_through_every_operation(size):
     crops = torch.randint(0, 256, (len(RandOperation), 3, size, size), generator=torch.Generator().manual_seed(0))
     middle = [magnitudes(operation)[len(magnitudes(operation)) // 2] for operation in RandOperation]
     draws = torch.tensor([[float(operation), middle[operation]] for operation in RandOperation])
-    both = [apply_rounds(crops / 255, draws, selected=selected) for selected in (True, False)]
+    both = [apply_rounds(crops / 255, draws, only_due=only_due) for only_due in (True, False)]
     assert_close(both[0], both[1], rtol=0, atol=0)
     assert both[0].isfinite().all()
     assert ((both[0] >= 0) & (both[0] <= 1)).all()
@@ -154,7 +154,7 @@ def test_tiny_images_go_through_every_operation(size):
 def test_two_rounds_are_one_after_the_other():
     crops = images()[:2]
     draws = torch.tensor([[RandOperation.SOLARIZE, 100.0, RandOperation.CONTRAST, 0.3]]).repeat(2, 1)
-    result = apply_rounds(crops / 255, draws, selected=True).mul(255)
+    result = apply_rounds(crops / 255, draws, only_due=True).mul(255)
     expected = [
         by_pillow(by_pillow(image, RandOperation.SOLARIZE, 100), RandOperation.CONTRAST, 0.3) for image in crops
     ]
@@ -192,7 +192,7 @@ def test_a_strong_view_is_flipped_and_moved_before_it_is_augmented_and_normalise
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     views = apply_photometric(crops, draws, group, mean=mean, std=std)
     own = draws[0, :, NUM_COLUMNS:]
-    plain = cut_out(apply_rounds(crops[0] / 255, own[:, :4], selected=False), own[:, 4:])
+    plain = cut_out(apply_rounds(crops[0] / 255, own[:, :4], only_due=False), own[:, 4:])
     expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert_close(views[0], expected, atol=1e-5, rtol=0)
     assert (plain == CUTOUT_LEVEL / 255).all(dim=1).flatten(1).any(dim=1).all()

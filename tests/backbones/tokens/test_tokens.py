@@ -83,7 +83,7 @@ def test_tokens_and_features_at_another_size_are_timms_but_for_dinos_position_ta
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ANY_SIZE])
 def test_a_network_of_one_size_says_so(name):
-    with pytest.raises(ValueError, match=r"takes images of its own size alone, 32x32\. Got 48x32\.$"):
+    with pytest.raises(ValueError, match=r"takes only images of its own size, 32x32\. Got 48x32\.$"):
         network(name).tokens(images(48, 32))
     with pytest.raises(ValueError, match="Got 16x16"):
         network(name).check_size(16, 16)
@@ -222,7 +222,7 @@ def test_some_patches_are_encoded_as_if_attention_saw_no_others(name):
 def test_networks_that_rotate_tokens_must_know_their_places(name):
     backbone = network(name)
     tokens = backbone.embed(images())
-    with pytest.raises(ValueError, match=r"needs the places of these tokens: .* Got 3 tokens of 16 patches\.$"):
+    with pytest.raises(ValueError, match=r"needs the positions of these tokens: .* Got 3 tokens of 16 patches\.$"):
         backbone.encode(tokens[:, :3])
     places = torch.arange(16).expand(2, -1)
     assert_close(backbone.encode(tokens, places), backbone.encode(tokens))

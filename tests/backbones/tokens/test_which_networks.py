@@ -60,11 +60,11 @@ def test_networks_without_tokens_run_as_timm_runs_them_and_are_refused(name, arg
     with pytest.raises(ConfigError) as refused:
         require_tokens(backbone, "iBOT")
     assert str(refused.value) == (
-        f"iBOT needs a backbone with patch tokens (a ViT). '{name}' has none. Networks that have: timm's "
+        f"iBOT needs a backbone with patch tokens (a ViT). '{name}' has none. Networks with patch tokens: timm's "
         "VisionTransformer (vit_*, deit_*, vit_*_r_*), Eva (vit_*_dinov3, eva*), Beit (beit*) and SwinTransformer "
         "(swin_*)."
     )
-    with pytest.raises(ConfigError, match=f"'{name}' has no patch tokens. Networks that have: timm's"):
+    with pytest.raises(ConfigError, match=f"'{name}' has no patch tokens. Networks with patch tokens: timm's"):
         TokenBackbone(backbone.model)
 
 
@@ -110,6 +110,6 @@ def test_settings_of_vits_go_where_they_make_sense():
     with pytest.raises(ConfigError, match="needs a ViT with a position table"):
         create_backbone(BackboneConfig(name="vit_small_patch16_dinov3", arguments=tiny, fixed_positions=True))
     with pytest.raises(
-        ConfigError, match=r"is about timm's VisionTransformer .* 'vit_small_patch16_dinov3' is one of its Evas"
+        ConfigError, match=r"works only with timm's VisionTransformer .* 'vit_small_patch16_dinov3' is one of its Evas"
     ):
         create_backbone(BackboneConfig(name="vit_small_patch16_dinov3", arguments=tiny, initial_weights="mae"))

@@ -119,7 +119,7 @@ def test_an_error_names_the_stem_that_would_fit(tmp_path, there, asked, fits):
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path):
-    with pytest.raises(ConfigError, match=r"^backbone\.weights=.*no\.safetensors is not there\. Needed: a file"):
+    with pytest.raises(ConfigError, match=r"^backbone\.weights=.*no\.safetensors does not exist\. Needed: a file"):
         create_backbone(BackboneConfig(name="resnet18", weights=str(tmp_path / "no.safetensors")))
 
 
@@ -155,7 +155,7 @@ def test_a_network_that_the_file_does_not_have_is_refused(tmp_path, content, ask
 
 
 def test_which_network_needs_weights_and_no_tag():
-    with pytest.raises(ValueError, match=r"weights_from=teacher says which network of backbone.weights"):
+    with pytest.raises(ValueError, match=r"weights_from=teacher chooses a network of backbone.weights"):
         BackboneConfig(name=NAME, weights_from="teacher")
     with pytest.raises(ConfigError, match=r"'a1_in1k' is a tag of timm; leave weights_from out"):
         create_backbone(BackboneConfig(name="resnet18", weights="a1_in1k", weights_from="teacher"))

@@ -66,7 +66,7 @@ def test_more_than_the_budget_is_refused(tmp_path: Path, write_tar: WriteTar, tw
     write_tar(tmp_path / "a.tar", twenty | {f"x{number}.cls": b"1" for number in range(10)})
     assert len(open_shards(tmp_path)) == 20  # ten are few
     write_tar(tmp_path / "b.tar", {"y.cls": b"1"})
-    with pytest.raises(DataError, match=r"came after"):
+    with pytest.raises(DataError, match=r"was added after"):
         open_shards(tmp_path)
     with pytest.raises(
         DataError, match=r"11 of 31 samples .* data\.bad_sample_budget=0\.01 allows\. Shard 'a\.tar', key"
@@ -93,8 +93,8 @@ def test_the_commonest_reason_is_told_with_its_count_and_its_hint(tmp_path: Path
     with pytest.raises(DataError) as error:
         open_shards(tmp_path)
     assert str(error.value) == (
-        f"'{tmp_path}' holds 1 shard and no sample. Shard 'a.tar', key 's00', byte 2048: a sample needs one image "
-        "(.jpg, .jpeg, .png, .webp). It has .a.jpg, .b.jpg. The same is wrong with 39 more. "
+        f"'{tmp_path}' holds 1 shard but no sample. Shard 'a.tar', key 's00', byte 2048: a sample needs one image "
+        "(.jpg, .jpeg, .png, .webp). It has .a.jpg, .b.jpg. 39 more have the same problem. "
         "Choose by data.image_key=a.jpg."
     )
     assert len(open_shards(tmp_path, image_key="a.jpg")) == 40
@@ -103,7 +103,9 @@ def test_the_commonest_reason_is_told_with_its_count_and_its_hint(tmp_path: Path
 def test_the_shard_with_most_of_what_is_passed_over_tells_why(tmp_path: Path, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "a.tar", {"info.json": b"{}"})
     write_tar(tmp_path / "b.tar", {f"{number}.a.jpg": b"1" for number in range(3)})
-    with pytest.raises(DataError, match=r"2 shards and no sample\. Shard 'b\.tar'.* with 2 more\. Choose"):
+    with pytest.raises(
+        DataError, match=r"2 shards but no sample\. Shard 'b\.tar'.* 2 more have the same problem\. Choose"
+    ):
         open_shards(tmp_path)
     write_tar(tmp_path / "c.tar", {f"{number}.jpg": b"1" for number in range(3)})
     with pytest.raises(DataError, match=r"4 of 7 samples .* allows\. Shard 'b\.tar'"):
@@ -152,7 +154,7 @@ def test_an_image_key_chooses_among_remote_shards(tmp_path: Path, write_tar: Wri
     assert [index.read(0).image for index in indexes] == [encoded(0), encoded(1), encoded(0)]
 
 
-NO_NUMBER = "shard 'a.tar', key '5', has a label that is no whole number of 64 bits"
+NO_NUMBER = "shard 'a.tar', key '5', has a label that is not a 64-bit integer"
 LABELS = {
     "a word": ({"5.cls": b"cat"}, NO_NUMBER),
     "damaged JSON": ({"5.json": b"{"}, NO_NUMBER),

@@ -116,7 +116,7 @@ def test_the_command_line_takes_them(shards: Path) -> None:
         ("{a}.tar", r"has braces that are neither \{000\.\.099\} nor \{a,b\}"),
         ("part-{000000..000003}.tar", r"There is no directory or file '.*part-000003\.tar'\. Needed: a directory of"),
         (["part-000000.tar", "other"], "There is no directory or file '.*other'"),
-        (["part-000000.tar", "s3://bucket/x"], "'s3://bucket/x' must stand alone"),
+        (["part-000000.tar", "s3://bucket/x"], "'s3://bucket/x' must be the only entry"),
         ("..", r"holds no \.tar shard\. There are some in '.*shards'"),
     ],
 )
@@ -131,7 +131,7 @@ def test_what_is_not_there_is_named(
 @pytest.mark.parametrize(("name", "what"), [("one.JPG", "an image"), ("photos.zip", "a zip")])
 def test_a_photograph_is_no_shard(tmp_path: Path, name: str, what: str) -> None:
     (tmp_path / name).write_bytes(b"...")
-    with pytest.raises(DataError, match=rf"{name}' is {what}, and shards are needed here"):
+    with pytest.raises(DataError, match=rf"{name}' is {what}, but shards are needed here"):
         list_shards(tmp_path / name)
 
 

@@ -20,7 +20,7 @@ from ssl_pipeline.data.shards.manifest import (
 )
 
 SHARDS = [ManifestShard("a.tar", 3, 900, "0" * 64), ManifestShard("b.tar", 2, 600, "1" * 64)]
-NO_KEYS = "has not the keys name, samples, bytes, sha256"
+NO_KEYS = "must have exactly the keys name, samples, bytes, sha256"
 
 
 def test_a_written_manifest_is_read_as_it_was(tmp_path: Path) -> None:
@@ -39,7 +39,10 @@ def test_what_another_program_wrote_is_no_manifest(tmp_path: Path, of_others: ob
 @pytest.mark.parametrize(
     ("place", "advice"),
     [
-        ("HTTPS://host/set/manifest.json", "Over http it is needed: copy it there again, .* write_manifest=true makes"),
+        (
+            "HTTPS://host/set/manifest.json",
+            "Over http it is needed: copy it there again, .* write_manifest=true writes",
+        ),
         ("s3://bucket/set/manifest.json", "Copy it again, or delete it to use the shards without it."),
         (Path("set") / "manifest.json", "Copy it again, or delete it to use the shards without it."),
     ],
@@ -59,15 +62,18 @@ def test_the_way_out_of_a_damaged_one_is_one_that_there_is(text: bytes, place: P
             rf"shards\[1\] {NO_KEYS}",
         ),
         (lambda content: content["shards"].append("c.tar"), rf"shards\[2\] {NO_KEYS}"),
-        (lambda content: content["shards"][0].update(samples=4), "its shards have 6 samples, and it says '5' of all"),
-        (lambda content: content["shards"].pop(), "its shards have 3 samples, and it says '5' of all"),
-        (lambda content: content.update(bytes=[]), r"its shards have 1,500 bytes, and it says '\[\]' of all"),
-        (lambda content: content["shards"][0].update(bytes="900"), r"'900' in shards\[0\] is no number of bytes"),
-        (lambda content: content["shards"][0].update(samples=True), r"'True' in shards\[0\] is no number of samples"),
-        (lambda content: content["shards"][0].update(name=7), r"the name in shards\[0\] is no text: '7'"),
+        (lambda content: content["shards"][0].update(samples=4), "its shards have 6 samples, but it says '5'"),
+        (lambda content: content["shards"].pop(), "its shards have 3 samples, but it says '5'"),
+        (lambda content: content.update(bytes=[]), r"its shards have 1,500 bytes, but it says '\[\]'"),
+        (lambda content: content["shards"][0].update(bytes="900"), r"'900' in shards\[0\] is not a number of bytes"),
+        (
+            lambda content: content["shards"][0].update(samples=True),
+            r"'True' in shards\[0\] is not a number of samples",
+        ),
+        (lambda content: content["shards"][0].update(name=7), r"the name in shards\[0\] must be a string: '7'"),
         (lambda content: content["shards"][1].update(name="a.tar"), "it lists a shard twice"),
-        (lambda content: content.update(class_names="cat"), "class_names is no list of names"),
-        (lambda content: content.update(class_names=[{"a": 1}]), "class_names is no list of names"),
+        (lambda content: content.update(class_names="cat"), "class_names must be a list of names"),
+        (lambda content: content.update(class_names=[{"a": 1}]), "class_names must be a list of names"),
     ],
 )
 def test_a_damaged_one_is_named_with_the_reason(

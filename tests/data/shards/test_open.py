@@ -119,7 +119,7 @@ def test_missing_and_empty_directories_are_errors(tmp_path: Path) -> None:
 
 def test_shards_without_samples_are_an_error(tmp_path: Path, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "a.tar", {})
-    with pytest.raises(DataError, match="holds 1 shard and no sample"):
+    with pytest.raises(DataError, match="holds 1 shard but no sample"):
         open_shards(tmp_path)
 
 
@@ -187,11 +187,11 @@ def test_a_copy_with_new_times_is_no_change(shards: Path, tmp_path: Path) -> Non
 def test_shards_that_came_or_went_are_errors(shards: Path, write_tar: WriteTar, encoded: Encoded) -> None:
     open_shards(shards)
     write_tar(shards / "part-000003.tar", {"a.jpg": encoded(1)})
-    with pytest.raises(DataError, match=r"'part-000003\.tar' came after .* Delete that directory"):
+    with pytest.raises(DataError, match=r"'part-000003\.tar' was added after .* Delete that directory"):
         open_shards(shards)
     (shards / "part-000003.tar").unlink()
     (shards / "part-000000.tar").unlink()
-    with pytest.raises(DataError, match=r"'part-000000\.tar' is gone"):
+    with pytest.raises(DataError, match=r"'part-000000\.tar' is missing"):
         open_shards(shards)
 
 
@@ -391,7 +391,7 @@ def test_a_shard_that_was_not_copied_is_missed(shards: Path) -> None:
     (shards / "manifest.json").write_text(json.dumps(manifest_for(shards)))
     shutil.rmtree(shards / ".index")
     (shards / "part-000001.tar").unlink()
-    with pytest.raises(DataError, match=r"'part-000001\.tar' is in manifest\.json and not in"):
+    with pytest.raises(DataError, match=r"'part-000001\.tar' is in manifest\.json but not in"):
         open_shards(shards)
     assert len(open_shards(shards / "part-000002.tar*")) == 8  # a pattern asks for a part
 
@@ -475,7 +475,7 @@ def test_an_index_of_an_earlier_format_is_made_again(
     assert (len(again), again.fingerprint, again.read(19).label) == (20, index.fingerprint, 3)
     assert again.sizes().tolist() == [[10, 12]] * 20
     (line,) = caplog.messages
-    assert line.endswith("/.index' is of an earlier version: it is made again.")
+    assert line.endswith("/.index' is from an earlier version and is rebuilt.")
     open_shards(shards)
     assert len(caplog.messages) == 1
 

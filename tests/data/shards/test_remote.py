@@ -190,7 +190,7 @@ def test_an_index_of_an_earlier_format_is_made_again(
     path.write_text(json.dumps(content | {"format": 2}))
     assert open_shards(url, cache_dir=cache).sizes([7]).tolist() == [[10, 12]]
     (line,) = caplog.messages
-    assert line.endswith("is of an earlier version: it is made again.")
+    assert line.endswith("is from an earlier version and is rebuilt.")
 
 
 def test_a_file_system_that_can_list_needs_no_manifest(shards: Path, cache: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_file_system_that_can_list_needs_no_manifest(shards: Path, cache: Path
     index = open_shards(f"file://{shards}", cache_dir=cache)
     assert (len(index), index.class_names) == (20, None)
     (shards / "part-000003.tar").write_bytes((shards / "part-000000.tar").read_bytes())
-    with pytest.raises(DataError, match=r"'part-000003\.tar' came to 'file://.*' or went"):
+    with pytest.raises(DataError, match=r"'part-000003\.tar' was added to or removed from 'file://.*'"):
         open_shards(f"file://{shards}", cache_dir=cache)
 
 
@@ -297,8 +297,11 @@ def test_a_broken_connection_is_tried_again_over_http(server: Server, cache: Pat
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda path: os.truncate(path, 1000), r"Cannot fetch .*part-000000\.tar': it came with 1000 bytes instead of"),
-        (flip, "it came with another SHA-256"),
+        (
+            lambda path: os.truncate(path, 1000),
+            r"Cannot fetch .*part-000000\.tar': it arrived with 1000 bytes instead of",
+        ),
+        (flip, "it arrived with another SHA-256"),
         (raises(OSError(errno.ENOSPC, "No space left on device")), r"The disk of the shard cache .* is full"),
         (raises(PermissionError(errno.EACCES, "Permission denied")), "Permission denied"),
         (raises(RuntimeError("no\ncredentials")), "Cannot fetch .*: no.$"),
@@ -319,7 +322,7 @@ def test_a_remote_shard_that_changed_is_an_error(listed: Path, cache: Path) -> N
     flip(str(listed / "part-000001.tar"))
     for path in cached(cache):
         path.unlink()
-    with pytest.raises(DataError, match=r"part-000001\.tar': it came with another SHA-256"):
+    with pytest.raises(DataError, match=r"part-000001\.tar': it arrived with another SHA-256"):
         index.read(8)
     describe(listed)
     with pytest.raises(DataError, match=r"part-000001\.tar' changed since it was indexed\. .* delete '.*index-"):
@@ -384,7 +387,7 @@ def test_a_missing_package_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["../up.tar", "/etc/passwd", "a/b.tar", ".hidden.tar", "a.zip", "a\\b.tar"])
 def test_a_manifest_names_plain_files_alone(listed: Path, cache: Path, name: str) -> None:
     write_manifest(listed, Manifest(None, [ManifestShard(name, 1, 1, "")]))
-    with pytest.raises(DataError, match="which is no shard"):
+    with pytest.raises(DataError, match="which is not a shard"):
         open_shards(f"file://{listed}", cache_dir=cache)
 
 
@@ -424,7 +427,9 @@ def test_the_cache_is_the_users_by_default(listed: Path, tmp_path: Path, monkeyp
 
 def test_a_server_cannot_send_more_than_the_manifest_says(server: Server, cache: Path) -> None:
     server.endless = "part-000001.tar"
-    with pytest.raises(DataError, match=r"^Cannot fetch '.*part-000001\.tar': it sends more than [\d,]+ bytes"):
+    with pytest.raises(
+        DataError, match=r"^Cannot fetch '.*part-000001\.tar': it sends more than the limit of [\d,]+ bytes"
+    ):
         open_shards(server.url, cache_dir=cache)
     assert server.asked.count("/part-000001.tar") == 1
     assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) < 20e6
@@ -437,7 +442,7 @@ def test_a_manifest_has_an_end(
 ) -> None:
     server.endless = "manifest.json"
     monkeypatch.setattr("ssl_pipeline.data.shards.remote.MAX_MANIFEST_BYTES", 500)
-    with pytest.raises(DataError, match=r"manifest\.json': it (sends|has) more than 500 bytes"):
+    with pytest.raises(DataError, match=r"manifest\.json': it (sends|has) more than the limit of 500 bytes"):
         open_shards(server.url if kind == "http" else f"file://{listed}", cache_dir=cache)
     assert not list(cache.rglob("*manifest*"))
     assert server.sent < 500e6
@@ -449,7 +454,7 @@ def test_a_server_slower_than_the_least_rate_is_given_up(
 ) -> None:
     server.slow = slow
     monkeypatch.setattr("ssl_pipeline.data.shards.remote.RATE_SECONDS", 0.1)
-    with pytest.raises(DataError, match=rf"{slow}': it came at 0\.0\d+ kB/s; less than 10 is no connection"):
+    with pytest.raises(DataError, match=rf"{slow}': it arrived at 0\.0\d+ kB/s; below 10 counts as no connection"):
         open_shards(server.url, cache_dir=cache)
     assert server.asked.count(f"/{slow}") == 3
 

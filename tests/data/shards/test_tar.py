@@ -101,8 +101,8 @@ def resized(field: bytes) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damaged(3, b"z"), "damaged or no tar file at byte 0: its header checksum is wrong"),
-        (damaged(1540, b"z"), "damaged or no tar file at byte 1536"),
+        (damaged(3, b"z"), "damaged or not a tar file at byte 0: its header checksum is wrong"),
+        (damaged(1540, b"z"), "damaged or not a tar file at byte 1536"),
         (damaged(0, b"\x1f\x8b"), "gzip-compressed: unpack it first"),
         (retyped(tarfile.SYMTYPE), "'a.jpg' at byte 0 is a symbolic link"),
         (retyped(tarfile.LNKTYPE), "'a.jpg' at byte 0 is a hard link"),
