@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import InRange
+from ssl_pipeline.losses import sinkhorn_targets
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.gram_teacher import GramConfig, GramTeacher
@@ -95,7 +97,7 @@ class DINOv3(Method):
             student_temperature=config.student_temperature,
             temperatures=(temperature, temperature),
             centres=(None, None),
-            sinkhorn_iterations=config.sinkhorn_iterations,
+            assign=partial(sinkhorn_targets, num_iterations=config.sinkhorn_iterations),
             leave_out_same_crop=config.leave_out_same_crop,
             local_weight=config.local_weight(progress),
         )

@@ -5,7 +5,7 @@ iBOT (Zhou et al., 2021, https://arxiv.org/abs/2111.07832).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,6 @@ from ssl_pipeline.losses import (
     masked_patch_weights,
     prototype_cross_entropy,
     prototypes_used,
-    sinkhorn_targets,
     total_logits,
 )
 from ssl_pipeline.losses.precision import sum_dtype
@@ -44,7 +43,8 @@ Centres = tuple[Centre | None, Centre | None]
 class Comparison:
     """How a student is compared with its teacher in a step.
 
-    temperatures, centres: for class tokens, and for patches; a centre that is None stands for Sinkhorn-Knopp.
+    temperatures, centres: for class tokens, and for patches.
+    assign: what makes targets of rows, prototypes and an epsilon where there is no centre (`sinkhorn_targets`).
     all_patches: whether the patches' centre follows all patches (iBOT) or the masked ones alone (DINOv2).
     local_weight: of pairs with a small crop, whose number stays in the mean (DINOv3).
     """
@@ -52,7 +52,7 @@ class Comparison:
     student_temperature: float
     temperatures: tuple[float, float]
     centres: Centres
-    sinkhorn_iterations: int = 3
+    assign: Callable[..., PrototypeTargets] | None = None
     all_patches: bool = False
     leave_out_same_crop: bool = True
     local_weight: float = 1.0
@@ -92,7 +92,7 @@ def compare(
         prototypes = teacher.head.prototypes()
         carry = _carry((rows[0], patches_ME if all_NLE is None else all_NLE), prototypes, how.centres)
         targets = [
-            _targets(*given, iterations=how.sinkhorn_iterations)
+            _targets(*given, assign=how.assign)
             for given in zip(rows, prototypes, how.centres, how.temperatures, strict=True)
         ]
     predicted = student_tokens(student.backbone, batch, masked, mask_token=mask_token)
@@ -157,11 +157,17 @@ def _carry(rows: tuple[Tensor, Tensor], prototypes: tuple[Tensor, Tensor], centr
 
 
 def _targets(
-    rows_ME: Tensor, prototypes_KE: Tensor, centre: Centre | None, temperature: float, *, iterations: int
+    rows_ME: Tensor,
+    prototypes_KE: Tensor,
+    centre: Centre | None,
+    temperature: float,
+    *,
+    assign: Callable[..., PrototypeTargets] | None,
 ) -> PrototypeTargets:
     if centre is not None:
         return centred_targets(rows_ME, prototypes_KE, centre.value, temperature=temperature)
-    return sinkhorn_targets(rows_ME, prototypes_KE, epsilon=temperature, num_iterations=iterations)
+    assert assign is not None
+    return assign(rows_ME, prototypes_KE, epsilon=temperature)
 
 
 def _class_loss(
