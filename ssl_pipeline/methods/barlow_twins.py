@@ -57,7 +57,7 @@ class BarlowTwins(Method):
         features = [self.encoder.backbone(view) for view in batch.two("view")]
         z1, z2 = [self.encoder.head(features_of_view) for features_of_view in features]
         loss = barlow_twins_loss(z1, z2, off_diagonal_weight=self.config.off_diagonal_weight)
-        return StepOutput(loss, {"feature_std": feature_std(features[0])})
+        return StepOutput(loss, {"feature_std": feature_std(features[0], progress)})
 
     def param_rules(self) -> tuple[ParamRule, ...]:
         if self.config.bias_lr_scale == 1:

@@ -115,6 +115,7 @@ class DINOv2(Method):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         config, temperature = self.config, self.config.teacher_temperature(progress)
         how = Comparison(
+            is_logged=progress.is_logged,
             student_temperature=config.student_temperature,
             temperatures=(temperature, temperature),
             centres=self._centres(),
@@ -123,7 +124,7 @@ class DINOv2(Method):
         masked = MaskedPatches.of(batch)
         found = compare(self.student, self.teacher.network, batch, masked, how, mask_token=self.mask_token)
         loss = config.class_weight * found.class_loss + config.patch_weight * found.patch_loss
-        metrics = found.metrics | {"feature_std": feature_std(found.teacher.classes)}
+        metrics = found.metrics | {"feature_std": feature_std(found.teacher.classes, progress)}
         if config.koleo_weight:
             koleo = koleo_of_large_crops(found, batch, per_process=config.koleo_per_process)
             loss = loss + config.koleo_weight * koleo

@@ -130,7 +130,7 @@ class Distillation(Method):
             patch_loss = feature_loss(projected_NLD, targets_NLD, distance=config.patch_distance)
             loss = loss + config.patch_weight * patch_loss
             metrics["patch_cosine"] = mean_cosine(projected_NLD, targets_NLD)
-        return StepOutput(loss, {**metrics, "feature_std": feature_std(features.detach())})
+        return StepOutput(loss, {**metrics, "feature_std": feature_std(features.detach(), progress)})
 
     def backbones(self) -> dict[str, Backbone]:
         return {"student": self.student}

@@ -86,7 +86,7 @@ class MoCo(Method):
                 self.student.head(features), keys[-1], self.queue.features, temperature=self.config.temperature
             )
             losses.append(loss)
-        metrics = {"feature_std": feature_std(features)}
+        metrics = {"feature_std": feature_std(features, progress)}
         return StepOutput(torch.stack(losses).mean(), metrics, {"keys": torch.stack(keys)})
 
     @torch.no_grad()

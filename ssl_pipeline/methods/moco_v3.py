@@ -77,7 +77,7 @@ class MoCoV3(Method):
         q1, q2 = [self.predictor(self.student.head(features_of_view)) for features_of_view in features]
         k1, k2 = [self.teacher(view) for view in views]
         loss = moco_v3_loss(q1, q2, k1, k2, temperature=self.config.temperature)
-        return StepOutput(loss, {"feature_std": feature_std(features[0])})
+        return StepOutput(loss, {"feature_std": feature_std(features[0], progress)})
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

@@ -77,7 +77,7 @@ class NNCLR(Method):
         p1, p2 = self.predictor(z1), self.predictor(z2)
         loss = nnclr_loss(p1, p2, z1, z2, self.queue.features, temperature=self.config.temperature)
         keys = F.normalize(z1.detach(), dim=1)
-        return StepOutput(loss, {"feature_std": feature_std(features[0])}, {"keys": keys})
+        return StepOutput(loss, {"feature_std": feature_std(features[0], progress)}, {"keys": keys})
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

@@ -65,4 +65,4 @@ class SimCLR(Method):
         features = torch.cat(parts)
         z1, z2 = torch.cat([self.encoder.head(part) for part in parts]).unflatten(0, views.shape[:2])
         loss = self.config.loss_scale * nt_xent(z1, z2, temperature=self.config.temperature)
-        return StepOutput(loss, {"feature_std": feature_std(features)})
+        return StepOutput(loss, {"feature_std": feature_std(features, progress)})

@@ -57,7 +57,7 @@ class SimSiam(Method):
         features = [self.encoder.backbone(view) for view in batch.two("view")]
         z1, z2 = [self.encoder.head(features_of_view) for features_of_view in features]
         loss = simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
-        return StepOutput(loss, {"feature_std": feature_std(features[0])})
+        return StepOutput(loss, {"feature_std": feature_std(features[0], progress)})
 
     def param_rules(self) -> tuple[ParamRule, ...]:
         return (ParamRule("predictor.", constant_lr=True),) if self.config.constant_predictor_lr else ()

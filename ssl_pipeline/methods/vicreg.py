@@ -64,4 +64,4 @@ class VICReg(Method):
             variance_weight=self.config.variance_weight,
             covariance_weight=self.config.covariance_weight,
         )
-        return StepOutput(loss, {**terms, "feature_std": feature_std(features[0])})
+        return StepOutput(loss, {**terms, "feature_std": feature_std(features[0], progress)})

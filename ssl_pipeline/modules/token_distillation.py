@@ -47,6 +47,7 @@ class Comparison:
     assign: what makes targets of rows, prototypes and an epsilon where there is no centre (`sinkhorn_targets`).
     all_patches: whether the patches' centre follows all patches (iBOT) or the masked ones alone (DINOv2).
     local_weight: of pairs with a small crop, whose number stays in the mean (DINOv3).
+    is_logged: of the step, as in Progress.
     """
 
     student_temperature: float
@@ -56,6 +57,7 @@ class Comparison:
     all_patches: bool = False
     leave_out_same_crop: bool = True
     local_weight: float = 1.0
+    is_logged: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def compare(
     )
     metrics = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
     metrics |= {"target_entropy": class_entropy, "patch_target_entropy": patch_entropy}
-    metrics["prototypes_used"] = prototypes_used(targets[0])
+    metrics["prototypes_used"] = prototypes_used(targets[0], over_processes=how.is_logged)
     return Compared(class_loss, patch_loss, metrics, carry, predicted, seen)
 
 
