@@ -301,7 +301,7 @@ def _has_weights(part: nn.Module | None) -> bool:
     return part is not None and any(True for _ in part.parameters())
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
+def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The parts that normalise by statistics of a batch."""
     return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 

@@ -12,7 +12,7 @@ from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import barlow_twins_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import MLPHead
+from ssl_pipeline.modules.heads import MLPHead, projector_dims
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Progress
 
@@ -46,8 +46,10 @@ class BarlowTwins(Method):
     def __init__(self, config: BarlowTwinsConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        self.encoder = Encoder(backbone, MLPHead((backbone.embed_dim, *hidden, config.projector_dim)))
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
+        self.encoder = Encoder(backbone, MLPHead(dims))
 
     def backbones(self) -> dict[str, Backbone]:
         return {"encoder": self.encoder.backbone}

@@ -17,18 +17,17 @@ from ssl_pipeline.losses import sinkhorn_targets
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.gram_teacher import GramConfig, GramTeacher
-from ssl_pipeline.modules.heads import PrototypeHead
 from ssl_pipeline.modules.masked_tokens import MaskedPatches, stratified_blocks, with_class_token
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.modules.token_distillation import (
     Comparison,
     check_batch,
     compare,
-    distillation_rules,
     koleo_of_large_crops,
+    rules_of,
 )
 from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
-from ssl_pipeline.modules.token_heads import TokenHeads
+from ssl_pipeline.modules.token_heads import TokenHeads, token_heads
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
@@ -69,17 +68,13 @@ class DINOv3(Method):
         super().__init__()
         self.config = config
         with_tokens = with_class_token(backbone, "DINOv3")
-        self.student: Encoder[TokenHeads] = Encoder(with_tokens, _heads(config, with_tokens.embed_dim))
+        # prototypes are plain linear layers, as in the official code
+        heads = token_heads(config, with_tokens.embed_dim, weight_norm=False)
+        self.student: Encoder[TokenHeads] = Encoder(with_tokens, heads)
         self.teacher = Teacher(self.student)
         self.mask_token = nn.Parameter(torch.zeros(1, with_tokens.patch_dim))  # zeros, as the official code
         self.gram_teacher = GramTeacher(config.gram, with_tokens) if config.gram is not None else None
-        mask = stratified_blocks(
-            with_tokens,
-            ratio=config.mask_ratio,
-            probability=config.mask_probability,
-            min_block=config.mask_min_block,
-            max_block=config.mask_max_block,
-        )
+        mask = stratified_blocks(with_tokens, config)
         gram = (Views("gram", crops_of="global"),) if config.gram is not None else ()
         self.needs = (Views("global", mask=mask), Views("local", optional=True), *gram)
 
@@ -125,31 +120,4 @@ class DINOv3(Method):
             self.gram_teacher.update(self.teacher.network.backbone, progress)
 
     def param_rules(self) -> tuple[ParamRule, ...]:
-        return distillation_rules(
-            self.student,
-            frozen_for=self.config.freeze_prototypes_for,
-            layer_decay=self.config.layer_decay,
-            patch_embed_scale=self.config.patch_embed_lr_scale,
-        )
-
-
-def _heads(config: DINOv3Config, in_dim: int) -> TokenHeads:
-    """Both without weight norm: their prototypes are plain linear layers, as in the official code."""
-    return TokenHeads(
-        PrototypeHead(
-            in_dim,
-            config.num_prototypes,
-            hidden_dim=config.head_hidden_dim,
-            bottleneck_dim=config.head_bottleneck_dim,
-            num_layers=config.head_layers,
-            weight_norm=False,
-        ),
-        PrototypeHead(
-            in_dim,
-            config.num_patch_prototypes or config.num_prototypes,
-            hidden_dim=config.patch_head_hidden or config.head_hidden_dim,
-            bottleneck_dim=config.patch_head_bottleneck or config.head_bottleneck_dim,
-            num_layers=config.head_layers,
-            weight_norm=False,
-        ),
-    )
+        return rules_of(self.student, self.config)

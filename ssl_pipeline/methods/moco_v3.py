@@ -16,7 +16,7 @@ from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import moco_v3_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead, projector_dims
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
@@ -58,8 +58,10 @@ class MoCoV3(Method):
     def __init__(self, config: MoCoV3Config, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        projector = MLPHead((backbone.embed_dim, *hidden, config.projector_dim), last_batch_norm="no_affine")
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
+        projector = MLPHead(dims, last_batch_norm="no_affine")
         self.student = Encoder(backbone, projector)
         self.predictor = MLPHead(
             (config.projector_dim, config.predictor_hidden_dim, config.projector_dim),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_pipeline.backbones import TokenBackbone, layer_lr_scale
 from ssl_pipeline.batch import Batch, RunFacts
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.distributed import world_size
+from ssl_pipeline.distributed import mean_over_ranks, world_size
 from ssl_pipeline.losses import (
     PrototypeTargets,
     centred_targets,
@@ -29,6 +29,7 @@ from ssl_pipeline.losses.precision import sum_dtype
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.masked_tokens import ClassesAndPatches, MaskedPatches, student_tokens, teacher_tokens
 from ssl_pipeline.modules.memory import Centre
+from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
 from ssl_pipeline.modules.token_heads import TokenHeads
 from ssl_pipeline.optim.rules import ParamRule, layer_decay_rules
 from ssl_pipeline.schedule import Duration
@@ -108,6 +109,8 @@ def compare(
         patch_rows_ME, patch_prototypes, targets[1], weights_M, temperature=how.student_temperature
     )
     metrics = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
+    if how.is_logged:  # processes have masked patches in different numbers
+        patch_entropy = _mean_over_rows(patch_entropy, len(patch_rows_ME))
     metrics |= {"target_entropy": class_entropy, "patch_target_entropy": patch_entropy}
     metrics["prototypes_used"] = prototypes_used(targets[0], over_processes=how.is_logged)
     return Compared(class_loss, patch_loss, metrics, carry, predicted, seen)
@@ -172,6 +175,13 @@ def _targets(
     return assign(rows_ME, prototypes_KE, epsilon=temperature)
 
 
+def _mean_over_rows(mean: Tensor, num_rows: int) -> Tensor:
+    """The mean over the rows of all processes, of that over the `num_rows` of this one."""
+    total = mean * num_rows if num_rows else torch.zeros_like(mean)
+    both = mean_over_ranks(torch.stack([total, torch.full_like(total, num_rows)]))
+    return both[0] / both[1].clamp(min=1 / world_size())
+
+
 def _class_loss(
     student_NE: Tensor, prototypes_KE: Tensor, targets: PrototypeTargets, how: Comparison, *, num_images: int
 ) -> tuple[Tensor, Tensor]:
@@ -183,6 +193,16 @@ def _class_loss(
         weights_N = torch.cat([weights_N[:num_large], how.local_weight * weights_N[num_large:]])
     return prototype_cross_entropy(
         student_NE, prototypes_KE, targets, weights_N, temperature=how.student_temperature, mix_ST=mix_ST
+    )
+
+
+def rules_of(student: Encoder[TokenHeads], config: TokenDistillationConfig) -> tuple[ParamRule, ...]:
+    """`distillation_rules` by the settings of DINOv2 and DINOv3."""
+    return distillation_rules(
+        student,
+        frozen_for=config.freeze_prototypes_for,
+        layer_decay=config.layer_decay,
+        patch_embed_scale=config.patch_embed_lr_scale,
     )
 
 
