@@ -83,7 +83,7 @@ def test_mae_on_a_cnn(tmp_path):
     )
 
 
-@pytest.mark.parametrize("recipe", ["mae_vitb16", "simclr_resnet50"])
+@pytest.mark.parametrize("recipe", ["mae_vitb16", "cifar10_byol_resnet18"])
 def test_initial_weights_of_a_vit_on_a_cnn(tmp_path, recipe):
     """Whatever the method is, the setting is named."""
     sentence = refusal(tmp_path, recipe, "backbone.name=test_resnet", "backbone.initial_weights=mae")
