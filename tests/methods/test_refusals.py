@@ -86,7 +86,8 @@ def test_mae_on_a_cnn(tmp_path):
 @pytest.mark.parametrize("recipe", ["mae_vitb16", "cifar10_byol_resnet18"])
 def test_initial_weights_of_a_vit_on_a_cnn(tmp_path, recipe):
     """Whatever the method is, the setting is named."""
-    sentence = refusal(tmp_path, recipe, "backbone.name=test_resnet", "backbone.initial_weights=mae")
+    network = ("backbone.name=test_resnet", "backbone.small_images=false", "backbone.initial_weights=mae")
+    sentence = refusal(tmp_path, recipe, *network)
     assert sentence == "backbone.initial_weights=mae needs a ViT. 'test_resnet' is none."
 
 
