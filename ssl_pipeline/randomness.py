@@ -60,7 +60,7 @@ def uniforms(
 
 
 def seed_everything(*key: int) -> None:
-    """Seed the model's own randomness (drop path, masks) from the step, so that nothing of it needs saving."""
+    """Seed the model's own randomness (drop path, dropout) from the step, so that nothing of it needs saving."""
     seed = int(hash64(*key)) >> 1
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():

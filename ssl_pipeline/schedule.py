@@ -20,11 +20,16 @@ LONGEST = 10**9  # steps or epochs of a duration
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: `step` of `total_steps` optimizer steps are done; `steps_per_epoch` make an epoch."""
+    """Where a run stands: `step` of `total_steps` optimizer steps are done; `steps_per_epoch` make an epoch.
+
+    is_logged: whether the metrics of this step are read; what processes send each other for these alone can be left out
+    of the others.
+    """
 
     step: int
     total_steps: int
     steps_per_epoch: float
+    is_logged: bool = True
 
     @property
     def epoch(self) -> float:

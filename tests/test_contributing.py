@@ -13,35 +13,41 @@ import pytest
 from tests.tiny import write_shards
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"\*\*([\w/]+\.\w+)\*\*:\n\n```(?:python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LOSS, METHOD, RECIPE = (
     "ssl_pipeline/losses/spectral.py",
     "ssl_pipeline/methods/spectral.py",
     "recipes/digits/digits_spectral.yaml",
 )
+METHODS, CONTROLS = "ssl_pipeline/methods/__init__.py", "tests/test_distributed.py"
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with the method of CONTRIBUTING.md, its loss, its recipe and its word in METHODS."""
+    """A copy of the repository with all that the page says of a new method, in the page's words."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("ssl_pipeline", "eval", "data_tools", "benchmarks", "tests", "recipes"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "pretrain.py", "finetune.py"):
-        shutil.copy(ROOT / name, copy)
-    files = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()))
+    for folder in ("ssl_pipeline", "eval", "data_tools", "benchmarks", "tests", "recipes", "docs", ".ci"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in filter(Path.is_file, ROOT.iterdir()):
+        shutil.copy(path, copy)
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    files = dict(BLOCK.findall(page))
     assert files.keys() == {LOSS, METHOD, RECIPE}
     for name, content in files.items():
         assert not (copy / name).exists(), name
         (copy / name).write_text(content)
-    methods = copy / "ssl_pipeline/methods/__init__.py"
-    head, word = re.subn(r"^(METHODS\b[^)]*?),?\s*\)", r"\1, Spectral)", methods.read_text(), flags=re.MULTILINE)
+    text = (copy / METHODS).read_text()
+    head, word = re.subn(r"^(METHODS\b[^)]*?),?\s*\)", r"\1,\n    Spectral,\n)", text, flags=re.MULTILINE)
     assert word == 1
-    above = "from ssl_pipeline.methods.simsiam import SimSiam\n"
+    above = "from ssl_pipeline.methods.softmatch import SoftMatch\n"
     assert above in head
-    methods.write_text(head.replace(above, f"{above}from ssl_pipeline.methods.spectral import Spectral\n"))
+    (copy / METHODS).write_text(head.replace(above, f"{above}from ssl_pipeline.methods.spectral import Spectral\n"))
+    (control,) = re.findall(r"`(\(\"spectral\", \"[\w ]+\"\),)`", page)
+    before, begin, after = (copy / CONTROLS).read_text().partition("CONTROLS = [\n")
+    (copy / CONTROLS).write_text(f"{before}{begin}    {control}\n{after}")
+    run(copy, "docs/generated.py")
     return copy
 
 
@@ -52,11 +58,33 @@ def run(checkout: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def passed(checkout: Path, *arguments: str) -> int:
+    """How many tests pass in the copy; none may fail."""
+    found = re.search(r"(\d+) passed", run(checkout, "-m", "pytest", "-v", *arguments))
+    assert found
+    return int(found[1])
+
+
 def test_the_method_keeps_the_contract(checkout: Path):
-    contract = ("tests/methods/test_contract.py", "tests/test_distributed.py")
-    passed = re.search(r"(\d+) passed", run(checkout, "-m", "pytest", "-v", *contract, "-k", "spectral"))
-    assert passed
-    assert int(passed[1]) >= 12
+    chosen = "spectral or every_method_has_a_control"
+    assert passed(checkout, "tests/methods/test_contract.py", "tests/test_distributed.py", "-k", chosen) >= 14
+
+
+def test_its_control_is_noticed(checkout: Path):
+    assert passed(checkout, "tests/test_distributed.py", "-k", "test_a_wrong_gradient_is_noticed and spectral") == 1
+
+
+def test_its_recipe_is_one_of_the_recipes(checkout: Path):
+    tests = ("tests/test_recipes.py", "tests/config/test_recipe_headers.py")
+    assert passed(checkout, *tests, "-k", "digits_spectral") >= 6
+    told = run(checkout, "-m", "ssl_pipeline", "recipes", "digits_spectral")
+    assert "Spectral contrastive loss, a small ResNet on scikit-learn's digits" in told
+
+
+def test_tables_and_pages_are_right_with_it(checkout: Path):
+    passed(checkout, "tests/docs/test_generated.py", "tests/docs/test_site.py", "tests/test_documents.py")
+    row = next(line for line in (checkout / "docs/methods.md").read_text().splitlines() if "| `spectral` |" in line)
+    assert all(part in row for part in ("`spectral_loss`", "`view` x 2", "`digits_spectral`"))
 
 
 def test_its_imports_go_downwards(checkout: Path):
@@ -71,5 +99,5 @@ def test_its_recipe_trains(checkout: Path, tmp_path: Path):
 
 
 def test_its_files_have_the_house_style(checkout: Path):
-    run(checkout, "-m", "ruff", "check", LOSS, METHOD)
-    run(checkout, "-m", "ruff", "format", "--check", LOSS, METHOD)
+    run(checkout, "-m", "ruff", "check", LOSS, METHOD, METHODS, CONTROLS)
+    run(checkout, "-m", "ruff", "format", "--check", LOSS, METHOD, METHODS, CONTROLS)

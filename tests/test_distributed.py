@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
@@ -41,6 +42,7 @@ from tests.tiny import CLASSES, CNN, CONFIGS, VIT, make_batch, make_method, prog
 
 NAMES = sorted(CONFIGS)
 NUM_IMAGES = 8
+METRIC = "logged "
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -123,9 +125,9 @@ def detach_the_others(local: Tensor) -> Tensor:
 def gathers_are(wrong: bool) -> Iterator[None]:
     """Inside, the losses gather as they should, or make that mistake."""
     with ExitStack() as patches:
-        for module in ("contrastive", "redundancy", "regularizers", "annealed"):
-            gathers = detach_the_others if wrong else gather_with_grad
-            patches.enter_context(mock.patch(f"ssl_pipeline.losses.{module}.gather_with_grad", gathers))
+        for name in [name for name in sys.modules if name.startswith("ssl_pipeline.losses.")]:
+            if wrong and hasattr(sys.modules[name], "gather_with_grad"):
+                patches.enter_context(mock.patch(f"{name}.gather_with_grad", detach_the_others))
         yield
 
 
@@ -177,7 +179,7 @@ def test_a_gather_that_drops_gradients_is_noticed(name):
 
 
 def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[str, Tensor]:
-    """The gradients of one global batch in float64, after DDP's average."""
+    """The gradients of one global batch in float64, after DDP's average, and the metrics as they are logged."""
     method = make_method(name, backbone=backbone).double()
     if wrong != "own batch norm":
         synchronize_batch_norm(method, torch.device("cpu"))
@@ -195,12 +197,15 @@ def method_gradients(name: str, backbone: BackboneConfig, wrong: str) -> dict[st
     shared = "ssl_pipeline.modules.batch_mixing.copy_from_first_rank"
     own = mock.patch(shared) if wrong == "own draws" else nullcontext()
     with gathers_are(wrong == "gather"), assignment, own:
-        network(batch, progress_at(1)).loss.backward()
-    return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+        output = network(batch, progress_at(1))
+        output.loss.backward()
+    logged = {METRIC + name: mean_over_ranks(value.double()) for name, value in output.metrics.items()}
+    return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None} | logged
 
 
 def relative_gap(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert found.keys() == expected.keys()
+    expected = {name: tensor for name, tensor in expected.items() if not name.startswith(METRIC)}
     gap = sum((found[name] - expected[name]).square().sum() for name in expected)
     return float((gap / sum(tensor.square().sum() for tensor in expected.values())).sqrt())
 
@@ -211,6 +216,12 @@ def test_gradients_of_two_processes_are_those_of_one(name):
     first, second = run_on_ranks(method_gradients, name, VIT, "")
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert relative_gap(first, expected) < 1e-10
+    logged = {key for key in expected if key.startswith(METRIC)}
+    assert logged
+    for key in logged:
+        torch.testing.assert_close(
+            first[key], expected[key], rtol=1e-5, atol=1e-6, msg=lambda told, key=key: key + told
+        )
 
 
 def test_gradients_through_synchronised_batch_norm_are_those_of_one_process():
@@ -258,7 +269,7 @@ CONTROLS = [
 
 
 def test_every_method_has_a_control():
-    assert {name for name, _ in CONTROLS} == set(NAMES)
+    assert {name for name, _ in CONTROLS} == set(NAMES), "CONTRIBUTING.md (Add a method) says which mistake to take"
 
 
 @pytest.mark.parametrize(("name", "wrong"), CONTROLS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -15,6 +14,7 @@ from ssl_pipeline.augment.operations import Operation
 from ssl_pipeline.augment.views import ViewGroup, check_crops_of
 from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.files import sha256_of_bytes
 from ssl_pipeline.randomness import MASK, VIEW_SIZE, generate_uniforms, hash64, uniforms
 
 # V views of each of B images, U uniforms in [0, 1), N tries, P draws of the operations, L patches
@@ -126,7 +126,7 @@ def group_uniforms(
 
 def _stream_of(name: str) -> int:
     """The name of a group as a number of 64 bits: adding a group changes no other."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return int(sha256_of_bytes(name.encode())[:16], 16)
 
 
 @dataclass(frozen=True)

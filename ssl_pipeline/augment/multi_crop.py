@@ -10,12 +10,10 @@ from torch import Tensor
 
 from ssl_pipeline.augment.crops import crop_images
 from ssl_pipeline.augment.draw import ViewSampler
-from ssl_pipeline.augment.operations.base import Channels
+from ssl_pipeline.augment.operations.base import IMAGENET_MEAN, IMAGENET_STD, Channels
 from ssl_pipeline.augment.photometric import apply_photometric
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import ConfigError
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class MultiCrop:

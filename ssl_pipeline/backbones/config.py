@@ -40,6 +40,8 @@ CAME_LATER = {"reversible", "class_tokens", "patch_mean"}
 
 
 class BackboneConfig(Config):
+    """A network of timm's: its architecture, the weights that it begins with, and what of it is trained."""
+
     name: str
     """Name of a timm model, for instance resnet18 or vit_small_patch16_224."""
     arguments: dict[str, Argument] = Field(default_factory=dict)

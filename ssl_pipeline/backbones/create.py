@@ -158,15 +158,11 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
 
 
 def _prepare_vit(backbone: Backbone, config: BackboneConfig) -> None:
-    """Initialise the weights of a ViT and freeze those that stay fixed."""
-    if config.initial_weights == "mae" and not isinstance(backbone, TokenBackbone):
-        raise ConfigError(
-            f"MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. "
-            f"'{config.name}' has none."
-        )
+    """How the weights of a ViT begin and which of them stay as they are."""
     for setting in ("initial_weights", "fixed_positions", "frozen_patch_embed"):
         if getattr(config, setting) and not isinstance(backbone, TokenBackbone):
-            raise ConfigError(f"backbone.{setting} needs a ViT. '{config.name}' is not one.")
+            given = f"{setting}={str(getattr(config, setting)).lower()}"
+            raise ConfigError(f"backbone.{given} needs a ViT. '{config.name}' is not one.")
     if isinstance(backbone, TokenBackbone):
         if config.initial_weights is not None:
             as_beit = config.initial_weights == "beit"

@@ -298,8 +298,8 @@ def _has_weights(part: nn.Module | None) -> bool:
     return part is not None and any(True for _ in part.parameters())
 
 
-def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """The modules that normalise by batch statistics."""
+def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The parts that normalise by statistics of a batch."""
     return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.backbones.patches import patchify, unpatchify
-from ssl_pipeline.batch import Batch, MaskRule
+from ssl_pipeline.batch import Batch
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import validate
 from ssl_pipeline.data.batches import make_batch
@@ -27,6 +26,7 @@ from ssl_pipeline.eval.report import shown
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
 from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.training.batches import read_groups
 
 IMAGES, SIDE = 6, 96  # how many images, and the side of what is shown in pixels, at least
 GREY = 128.0  # of patches that are masked
@@ -74,7 +74,7 @@ def first_batch(config: PretrainConfig, method: Method) -> tuple[Batch, list[str
     """The first IMAGES images of the run's order, cropped, coloured and masked as in its first step; and as stored."""
     few = {"cache": False, "crop_on": "worker", "workers": 0}
     data = config.data.model_copy(update={"batch_size": IMAGES, **few})
-    groups, masks = _groups(config, method, labelled=False)
+    groups, masks = read_groups(method, config.augment, labelled=False)
     index = open_images(data)
     stream = open_stream(
         index, groups, data, seed=config.seed, position=0, rank=0, world_size=1, masks=masks, repeat=True
@@ -84,7 +84,7 @@ def first_batch(config: PretrainConfig, method: Method) -> tuple[Batch, list[str
     labelled_index = open_labelled_images(data)
     if labelled_index is not None and data.labelled is not None:
         labelled = data.labelled.model_copy(update={"batch_size": IMAGES})
-        of_labelled, masks = _groups(config, method, labelled=True)
+        of_labelled, masks = read_groups(method, config.augment, labelled=True)
         images.labelled = next(
             open_labelled_stream(
                 labelled_index,
@@ -100,15 +100,6 @@ def first_batch(config: PretrainConfig, method: Method) -> tuple[Batch, list[str
         ).clone()
         stored += [thumbnail(labelled_index, sample) for sample in images.labelled.sample_ids.tolist()]
     return make_batch(images.to("cpu"), config.augment, mean=data.mean, std=data.std), stored
-
-
-def _groups(
-    config: PretrainConfig, method: Method, *, labelled: bool
-) -> tuple[dict[str, ViewGroup], dict[str, MaskRule]]:
-    """The groups of views that the method reads of the labelled or of the other images, and their masks."""
-    needs = [needed for needed in method.needs if needed.labelled == labelled and needed.name in config.augment]
-    groups = {needed.name: config.augment[needed.name] for needed in needs}
-    return groups, {needed.name: needed.mask for needed in needs if needed.mask is not None}
 
 
 def views_section(seen: Seen) -> Section:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from ssl_pipeline.config import RECIPES, Config, ConfigError, nearest, recipe_files, run_command
@@ -26,8 +27,11 @@ class RecipesConfig(Config):
 
 
 def recipe_headers(only: str | None = None) -> list[RecipeHeader]:
-    """The heads of the shipped recipes, by folder and name; ConfigError if none is in the folder or has the name."""
-    headers = sorted(map(read_header, recipe_files(RECIPES).values()), key=lambda head: (head.folder, head.name))
+    """The heads of the shipped recipes, by folder and name; ConfigError if none is in the folder or has the name.
+
+    A file whose head cannot be read is left out, and a warning names it.
+    """
+    headers = sorted(_readable_headers(), key=lambda head: (head.folder, head.name))
     folders = sorted({head.folder for head in headers})
     found = [head for head in headers if only is None or only == head.folder or (only in head.name)]
     if only in folders:
@@ -39,6 +43,14 @@ def recipe_headers(only: str | None = None) -> list[RecipeHeader]:
             f"{nearest(str(only), [head.name for head in headers])}"
         )
     return found
+
+
+def _readable_headers() -> Iterator[RecipeHeader]:
+    for path in recipe_files(RECIPES).values():
+        try:
+            yield read_header(path)
+        except ConfigError as error:
+            warnings.warn(f"Left out: {error}", stacklevel=3)
 
 
 def as_markdown(headers: Sequence[RecipeHeader]) -> str:

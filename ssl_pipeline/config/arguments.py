@@ -10,10 +10,10 @@ from textwrap import fill
 from typing import get_args, get_origin
 
 from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value, is_there
-from ssl_pipeline.config.other_name import drop_of_other_name, is_free_mapping
+from ssl_pipeline.config.other_name import drop_of_other_name
 from ssl_pipeline.config.printing import note
 from ssl_pipeline.config.recipes import read_recipe
-from ssl_pipeline.config.schema import alternatives, annotation_at, section_of, state_in_full
+from ssl_pipeline.config.schema import alternatives, annotation_at, is_free_mapping, section_of, state_in_full
 from ssl_pipeline.config.yaml_text import read_yaml
 
 OUTSIDE_BRACES = re.compile(r",(?![^{}]*\})")

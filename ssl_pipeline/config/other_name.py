@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection
 
 from ssl_pipeline.config.base import Config, Location, Tree, Value
-from ssl_pipeline.config.schema import annotation_at, mapping_value, section_of, sections_in
+from ssl_pipeline.config.schema import annotation_at, section_of, sections_in
 
 
 def drop_of_other_name(
@@ -42,9 +42,3 @@ def drop_of_other_name(
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in dropped.items()
     )
     return f"{where}.name={new} replaces {old} and what the recipe says of it ({told}). Set {where}.KEY to keep one."
-
-
-def is_free_mapping(annotation: object) -> bool:
-    """Whether the keys of a setting are chosen freely and its values are plain (the arguments of a timm model)."""
-    item = mapping_value(annotation)
-    return item is not None and not sections_in(item)

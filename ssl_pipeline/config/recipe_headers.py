@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from ssl_pipeline.config.base import ConfigError
+from ssl_pipeline.config.recipes import text_of_recipe
 
 UNKNOWN = "-"
 NOT_YET = re.compile(r"(?:(?:[\w-]+ )?-(?:, )?)+|not (?:measured|trained) yet")  # "k-NN -, linear -, time -"
@@ -31,8 +32,8 @@ class RecipeHeader:
 
 
 def read_header(path: Path) -> RecipeHeader:
-    """The head of a recipe; raises ConfigError for a file that does not begin with a comment."""
-    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    """The head of a recipe; raises ConfigError for a file that is no text or does not begin with a comment."""
+    lines = takewhile(lambda line: line.startswith("#"), text_of_recipe(path).splitlines())
     paragraphs = "\n".join(line.removeprefix("#") for line in lines).replace("\n   ", " ").splitlines()
     if not paragraphs:
         raise ConfigError(f"{path} must begin with comments that say what it is, its source and figures.")

@@ -31,6 +31,14 @@ def recipe_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def text_of_recipe(path: Path) -> str:
+    """What stands in a file; raises ConfigError if it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start} is not valid.") from None
+
+
 def read_recipe(name: str, folder: Path) -> Tree:
     """The settings of the recipe `name` below `folder`, or of the file itself if a path to one is given."""
     known = recipe_files(folder)
@@ -39,11 +47,7 @@ def read_recipe(name: str, folder: Path) -> Tree:
         near = nearest(name, list(known))
         listed = some_of(list(known), name, all_by=LISTED_BY if folder == RECIPES else "")
         raise ConfigError(f"No recipe '{name}'.{near} Known: {listed}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: byte {error.start} is not valid.") from None
-    tree = read_yaml(text, where=str(path))
+    tree = read_yaml(text_of_recipe(path), where=str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold keys and values. Got {tree!r}.")
     return tree

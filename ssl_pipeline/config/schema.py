@@ -122,3 +122,9 @@ def walk(schema: type[Config], data: Value, prefix: str = "") -> Iterator[tuple[
             yield from walk(item, None, f"{prefix}{name}.NAME.")
             continue
         yield f"{prefix}{name}", field
+
+
+def is_free_mapping(annotation: object) -> bool:
+    """Whether the keys of a setting are chosen freely and its values are plain (the arguments of a timm model)."""
+    item = mapping_value(annotation)
+    return item is not None and not sections_in(item)

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ssl_pipeline.augment.draw import ViewSampler
-from ssl_pipeline.augment.operations.base import Deviation, Mean
+from ssl_pipeline.augment.operations.base import IMAGENET_MEAN, IMAGENET_STD, Deviation, Mean
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
 from ssl_pipeline.config import BatchSize, Config, MayChange, Processes
@@ -85,9 +85,9 @@ class DataConfig(Config):
     """Samples are shuffled within blocks of this many shards; the shards themselves are shuffled as a whole."""
     prefetch: MayChange[Annotated[int, Field(ge=1, le=1024)]] = 2
     """Batches that each worker prepares ahead, where there is memory for them."""
-    mean: Mean = (0.485, 0.456, 0.406)
+    mean: Mean = IMAGENET_MEAN
     """Subtracted from red, green and blue in [0, 1]; ImageNet's."""
-    std: Deviation = (0.229, 0.224, 0.225)
+    std: Deviation = IMAGENET_STD
     """What red, green and blue are divided by after that; ImageNet's."""
     labelled: LabelledConfig | None = None
     """A second, labelled set of images, for methods such as FixMatch."""

@@ -88,7 +88,12 @@ def mutual_information(counts_KC: Counts) -> float:
 
 
 def adjusted_rand(counts_KC: Counts) -> float:
-    """Pairs of images on which both agree, beyond chance: 1 for the same groups, about 0 for independent ones."""
+    """Pairs of images on which both agree, beyond chance: 1 for the same groups, about 0 for independent ones.
+
+    With P(n) = n (n - 1) / 2 pairs of n images, the adjusted Rand index of Hubert & Arabie (1985, equation 5):
+
+        (sum_kc P(n_kc) - E) / ((sum_k P(n_k) + sum_c P(n_c)) / 2 - E),  E = sum_k P(n_k) * sum_c P(n_c) / P(n)
+    """
     together, in_cluster, in_class = (
         sum(math.comb(count, 2) for count in counts.ravel().tolist())
         for counts in (counts_KC, counts_KC.sum(axis=1), counts_KC.sum(axis=0))

@@ -6,11 +6,13 @@ By centring as DINO (Caron et al., 2021, https://arxiv.org/abs/2104.14294) or by
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ssl_pipeline.distributed import gather, world_size
 from ssl_pipeline.losses.assignment import balancing_shift, check_sinkhorn
 from ssl_pipeline.losses.checks import check_positive
 from ssl_pipeline.losses.precision import matmul_dtype, sum_dtype
@@ -88,21 +90,23 @@ def sinkhorn_targets(
 
 
 @torch.no_grad()
-def prototypes_used(targets: PrototypeTargets) -> Tensor:
-    """How many different prototypes are the most likely ones of the first 64 target rows (of the first part), as a
-    share.
+def prototypes_used(targets: PrototypeTargets, *, over_processes: bool = False) -> Tensor:
+    """How many different prototypes are the likeliest ones of the first 64 target rows (of the first part), as a share.
 
     1 if each row has a prototype of its own (or all prototypes are in use), near 0 if nearly all prototypes are dead.
+    over_processes: the rows are those of all processes, an equal share of each.
     """
-    num_rows = min(len(targets.rows) // len(targets.shifts), ROWS_TO_COUNT)
+    processes = world_size() if over_processes else 1
+    num_rows = min(len(targets.rows) // len(targets.shifts), math.ceil(ROWS_TO_COUNT / processes))
     few = replace(targets, rows=targets.rows[:num_rows], shifts=targets.shifts[:1])
     num_prototypes = len(targets.prototypes)
     of_slabs = [few.logits(slab).max(dim=1) for slab in slabs_of(num_prototypes, SLAB)]
     values_SM = torch.stack([best.values for best in of_slabs])
     indices_SM = torch.stack([best.indices + SLAB * number for number, best in enumerate(of_slabs)])
-    likeliest_M = indices_SM.gather(0, values_SM.argmax(dim=0, keepdim=True))[0].sort().values
+    likeliest_M = indices_SM.gather(0, values_SM.argmax(dim=0, keepdim=True))[0]
+    likeliest_M = (gather(likeliest_M) if over_processes else likeliest_M).sort().values
     different = 1 + (likeliest_M[1:] != likeliest_M[:-1]).sum()
-    return different / min(num_rows, num_prototypes)
+    return different / min(len(likeliest_M), num_prototypes)
 
 
 def slabs_of(num_prototypes: int, width: int) -> list[slice]:

@@ -81,7 +81,7 @@ class AdaMatch(FewLabels):
             **guessed.metrics,
             "kept_right": (guessed.weights * are_right(guessed.targets, batch.labels)).float().mean(),
             "labelled_accuracy": accuracy(labelled[0], labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         loss = labelled_loss + self.config.unlabelled_weight(progress) * unlabelled_loss
         return StepOutput(loss, metrics, guessed.carry)

@@ -12,7 +12,7 @@ from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import barlow_twins_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import MLPHead
+from ssl_pipeline.modules.heads import MLPHead, projector_dims
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Progress
 
@@ -46,8 +46,10 @@ class BarlowTwins(Method):
     def __init__(self, config: BarlowTwinsConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        self.encoder = Encoder(backbone, MLPHead((backbone.embed_dim, *hidden, config.projector_dim)))
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
+        self.encoder = Encoder(backbone, MLPHead(dims))
 
     def backbones(self) -> dict[str, Backbone]:
         return {"encoder": self.encoder.backbone}
@@ -57,7 +59,7 @@ class BarlowTwins(Method):
         features = [self.encoder.backbone(view) for view in batch.two("view")]
         z1, z2 = [self.encoder.head(features_of_view) for features_of_view in features]
         loss = barlow_twins_loss(z1, z2, off_diagonal_weight=self.config.off_diagonal_weight)
-        return StepOutput(loss, {"feature_std": feature_std(features[0])})
+        return StepOutput(loss, {"feature_std": feature_std(features[0], progress)})
 
     def param_rules(self) -> tuple[ParamRule, ...]:
         if self.config.bias_lr_scale == 1:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config
+from ssl_pipeline.distributed import mean_over_ranks, world_size
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Progress
 
@@ -103,10 +104,16 @@ class Method(nn.Module):
 
 
 @torch.no_grad()
-def feature_std(features_BD: Tensor) -> Tensor:
+def feature_std(features_BD: Tensor, progress: Progress | None = None) -> Tensor:
     """How far the features of a batch are spread over the sphere: about 1 if evenly, 0 if all are the same (collapse).
 
-    The standard deviation over the batch of the L2-normalised features, averaged over dimensions, times sqrt(D).
+    The standard deviation over the batch of the L2-normalised features, averaged over dimensions, times sqrt(D). The
+    batch is that of all processes; in a step of which nothing is logged, by `progress`, nothing is sent, and it is that
+    of this process.
     """
-    unit = nn.functional.normalize(features_BD.float(), dim=-1)
-    return unit.std(dim=0, correction=0).mean() * features_BD.shape[-1] ** 0.5
+    unit_BD = nn.functional.normalize(features_BD.float(), dim=-1)
+    if world_size() == 1 or (progress is not None and not progress.is_logged):
+        return unit_BD.std(dim=0, correction=0).mean() * features_BD.shape[-1] ** 0.5
+    mean_D = mean_over_ranks(unit_BD.mean(dim=0))
+    variance_D = mean_over_ranks((unit_BD - mean_D).square().mean(dim=0))
+    return variance_D.sqrt().mean() * features_BD.shape[-1] ** 0.5

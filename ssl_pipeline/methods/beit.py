@@ -109,7 +109,7 @@ class BEiT(Method):
         logits_MK = self.head(tokens.patches.flatten(0, 1).index_select(0, places_M))
         loss, right = masked_token_loss(logits_MK, codes_NL.flatten().index_select(0, places_M))
         return StepOutput(
-            loss, {"token_accuracy": right, "feature_std": feature_std(self.encoder.pool(tokens).detach())}
+            loss, {"token_accuracy": right, "feature_std": feature_std(self.encoder.pool(tokens).detach(), progress)}
         )
 
     def backbones(self) -> dict[str, Backbone]:

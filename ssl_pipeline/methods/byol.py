@@ -56,7 +56,7 @@ class BYOL(Method):
         features = [self.student.backbone(view) for view in views]
         p1, p2 = [self.predictor(self.student.head(features_of_view)) for features_of_view in features]
         z1, z2 = [self.teacher(view) for view in views]
-        return StepOutput(byol_loss(p1, p2, z1, z2), {"feature_std": feature_std(features[0])})
+        return StepOutput(byol_loss(p1, p2, z1, z2), {"feature_std": feature_std(features[0], progress)})
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

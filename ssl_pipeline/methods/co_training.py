@@ -80,7 +80,7 @@ class CoTraining(Method):
             "agreement": accuracy(weak_1, weak_2.argmax(dim=1)),
             "unlabelled_right": accuracy(weak_1, batch.labels),
             "labelled_accuracy": accuracy(labelled_1, labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         return StepOutput(labelled_loss + self.config.unlabelled_weight * (loss_1 + loss_2), metrics)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Depth, InRange
+from ssl_pipeline.losses import sinkhorn_targets
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import PrototypeHead
 from ssl_pipeline.modules.masked_tokens import MaskedPatches, stratified_blocks, with_class_token
 from ssl_pipeline.modules.memory import Centre
 from ssl_pipeline.modules.teacher import Teacher
@@ -22,12 +23,12 @@ from ssl_pipeline.modules.token_distillation import (
     Comparison,
     check_batch,
     compare,
-    distillation_rules,
     koleo_of_large_crops,
+    rules_of,
     update_centres,
 )
 from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
-from ssl_pipeline.modules.token_heads import TokenHeads
+from ssl_pipeline.modules.token_heads import TokenHeads, token_heads
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
@@ -80,19 +81,20 @@ class DINOv2(Method):
         super().__init__()
         self.config = config
         with_tokens = with_class_token(backbone, "DINOv2")
-        self.student: Encoder[TokenHeads] = Encoder(with_tokens, _heads(config, with_tokens.embed_dim))
+        heads = token_heads(
+            config,
+            with_tokens.embed_dim,
+            shared=config.patch_head == "shared",
+            patch_layers=config.patch_head_layers,
+            fixed_scale=config.fixed_prototype_scale,
+        )
+        self.student: Encoder[TokenHeads] = Encoder(with_tokens, heads)
         self.teacher = Teacher(self.student)
         self.mask_token = nn.Parameter(torch.zeros(1, with_tokens.patch_dim))  # zeros, as the official code
         if config.centring == "centring":
             self.centre = Centre(config.num_prototypes)
             self.patch_centre = Centre(config.num_patch_prototypes or config.num_prototypes)
-        mask = stratified_blocks(
-            with_tokens,
-            ratio=config.mask_ratio,
-            probability=config.mask_probability,
-            min_block=config.mask_min_block,
-            max_block=config.mask_max_block,
-        )
+        mask = stratified_blocks(with_tokens, config)
         self.needs = (Views("global", mask=mask), Views("local", optional=True))
 
     def backbones(self) -> dict[str, Backbone]:
@@ -113,15 +115,16 @@ class DINOv2(Method):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         config, temperature = self.config, self.config.teacher_temperature(progress)
         how = Comparison(
+            is_logged=progress.is_logged,
             student_temperature=config.student_temperature,
             temperatures=(temperature, temperature),
             centres=self._centres(),
-            sinkhorn_iterations=config.sinkhorn_iterations,
+            assign=partial(sinkhorn_targets, num_iterations=config.sinkhorn_iterations),
         )
         masked = MaskedPatches.of(batch)
         found = compare(self.student, self.teacher.network, batch, masked, how, mask_token=self.mask_token)
         loss = config.class_weight * found.class_loss + config.patch_weight * found.patch_loss
-        metrics = found.metrics | {"feature_std": feature_std(found.teacher.classes)}
+        metrics = found.metrics | {"feature_std": feature_std(found.teacher.classes, progress)}
         if config.koleo_weight:
             koleo = koleo_of_large_crops(found, batch, per_process=config.koleo_per_process)
             loss = loss + config.koleo_weight * koleo
@@ -134,31 +137,4 @@ class DINOv2(Method):
         self.teacher.update(self.student, self.config.teacher_momentum(progress))
 
     def param_rules(self) -> tuple[ParamRule, ...]:
-        return distillation_rules(
-            self.student,
-            frozen_for=self.config.freeze_prototypes_for,
-            layer_decay=self.config.layer_decay,
-            patch_embed_scale=self.config.patch_embed_lr_scale,
-        )
-
-
-def _heads(config: DINOv2Config, in_dim: int) -> TokenHeads:
-    classes = PrototypeHead(
-        in_dim,
-        config.num_prototypes,
-        hidden_dim=config.head_hidden_dim,
-        bottleneck_dim=config.head_bottleneck_dim,
-        num_layers=config.head_layers,
-        fixed_scale=config.fixed_prototype_scale,
-    )
-    if config.patch_head == "shared":
-        return TokenHeads(classes)
-    patches = PrototypeHead(
-        in_dim,
-        config.num_patch_prototypes or config.num_prototypes,
-        hidden_dim=config.patch_head_hidden or config.head_hidden_dim,
-        bottleneck_dim=config.patch_head_bottleneck or config.head_bottleneck_dim,
-        num_layers=config.patch_head_layers or config.head_layers,
-        fixed_scale=config.fixed_prototype_scale,
-    )
-    return TokenHeads(classes, patches)
+        return rules_of(self.student, self.config)

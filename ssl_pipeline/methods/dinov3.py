@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -12,21 +13,21 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Backbone
 from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import InRange
+from ssl_pipeline.losses import sinkhorn_targets
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.gram_teacher import GramConfig, GramTeacher
-from ssl_pipeline.modules.heads import PrototypeHead
 from ssl_pipeline.modules.masked_tokens import MaskedPatches, stratified_blocks, with_class_token
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.modules.token_distillation import (
     Comparison,
     check_batch,
     compare,
-    distillation_rules,
     koleo_of_large_crops,
+    rules_of,
 )
 from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
-from ssl_pipeline.modules.token_heads import TokenHeads
+from ssl_pipeline.modules.token_heads import TokenHeads, token_heads
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Duration, Momentum, Progress, Schedule
 
@@ -67,17 +68,13 @@ class DINOv3(Method):
         super().__init__()
         self.config = config
         with_tokens = with_class_token(backbone, "DINOv3")
-        self.student: Encoder[TokenHeads] = Encoder(with_tokens, _heads(config, with_tokens.embed_dim))
+        # prototypes are plain linear layers, as in the official code
+        heads = token_heads(config, with_tokens.embed_dim, weight_norm=False)
+        self.student: Encoder[TokenHeads] = Encoder(with_tokens, heads)
         self.teacher = Teacher(self.student)
         self.mask_token = nn.Parameter(torch.zeros(1, with_tokens.patch_dim))  # zeros, as the official code
         self.gram_teacher = GramTeacher(config.gram, with_tokens) if config.gram is not None else None
-        mask = stratified_blocks(
-            with_tokens,
-            ratio=config.mask_ratio,
-            probability=config.mask_probability,
-            min_block=config.mask_min_block,
-            max_block=config.mask_max_block,
-        )
+        mask = stratified_blocks(with_tokens, config)
         gram = (Views("gram", crops_of="global"),) if config.gram is not None else ()
         self.needs = (Views("global", mask=mask), Views("local", optional=True), *gram)
 
@@ -92,17 +89,18 @@ class DINOv3(Method):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         config, temperature = self.config, self.config.teacher_temperature(progress)
         how = Comparison(
+            is_logged=progress.is_logged,
             student_temperature=config.student_temperature,
             temperatures=(temperature, temperature),
             centres=(None, None),
-            sinkhorn_iterations=config.sinkhorn_iterations,
+            assign=partial(sinkhorn_targets, num_iterations=config.sinkhorn_iterations),
             leave_out_same_crop=config.leave_out_same_crop,
             local_weight=config.local_weight(progress),
         )
         masked = MaskedPatches.of(batch)
         found = compare(self.student, self.teacher.network, batch, masked, how, mask_token=self.mask_token)
         loss = config.class_weight * found.class_loss + config.patch_weight * found.patch_loss
-        metrics = found.metrics | {"feature_std": feature_std(found.teacher.classes)}
+        metrics = found.metrics | {"feature_std": feature_std(found.teacher.classes, progress)}
         if config.koleo_weight:
             koleo = koleo_of_large_crops(
                 found, batch, num_neighbours=config.koleo_neighbours, per_process=config.koleo_per_process
@@ -122,31 +120,4 @@ class DINOv3(Method):
             self.gram_teacher.update(self.teacher.network.backbone, progress)
 
     def param_rules(self) -> tuple[ParamRule, ...]:
-        return distillation_rules(
-            self.student,
-            frozen_for=self.config.freeze_prototypes_for,
-            layer_decay=self.config.layer_decay,
-            patch_embed_scale=self.config.patch_embed_lr_scale,
-        )
-
-
-def _heads(config: DINOv3Config, in_dim: int) -> TokenHeads:
-    """Both without weight norm: their prototypes are plain linear layers, as in the official code."""
-    return TokenHeads(
-        PrototypeHead(
-            in_dim,
-            config.num_prototypes,
-            hidden_dim=config.head_hidden_dim,
-            bottleneck_dim=config.head_bottleneck_dim,
-            num_layers=config.head_layers,
-            weight_norm=False,
-        ),
-        PrototypeHead(
-            in_dim,
-            config.num_patch_prototypes or config.num_prototypes,
-            hidden_dim=config.patch_head_hidden or config.head_hidden_dim,
-            bottleneck_dim=config.patch_head_bottleneck or config.head_bottleneck_dim,
-            num_layers=config.head_layers,
-            weight_norm=False,
-        ),
-    )
+        return rules_of(self.student, self.config)

@@ -32,7 +32,7 @@ from ssl_pipeline.batch import Batch, RunFacts, Views
 from ssl_pipeline.config import Config, ConfigError, Depth, Width
 from ssl_pipeline.losses import feature_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
-from ssl_pipeline.modules.heads import MLPHead
+from ssl_pipeline.modules.heads import MLPHead, projector_dims
 from ssl_pipeline.modules.teacher import Snapshot
 from ssl_pipeline.optim.rules import ParamRule, layer_decay_rules
 from ssl_pipeline.schedule import Progress
@@ -130,7 +130,7 @@ class Distillation(Method):
             patch_loss = feature_loss(projected_NLD, targets_NLD, distance=config.patch_distance)
             loss = loss + config.patch_weight * patch_loss
             metrics["patch_cosine"] = mean_cosine(projected_NLD, targets_NLD)
-        return StepOutput(loss, {**metrics, "feature_std": feature_std(features.detach())})
+        return StepOutput(loss, {**metrics, "feature_std": feature_std(features.detach(), progress)})
 
     def backbones(self) -> dict[str, Backbone]:
         return {"student": self.student}
@@ -145,8 +145,9 @@ class Distillation(Method):
         return layer_decay_rules(self.student, "student.", decay=decay, patch_embed_scale=patch_embed_scale)
 
     def _projector(self, in_dim: int, out_dim: int) -> MLPHead:
-        hidden = [self.config.projector_hidden_dim] * (self.config.projector_layers - 1)
-        return MLPHead((in_dim, *hidden, out_dim), batch_norm=False, bias=True, last_bias=True)
+        config = self.config
+        dims = projector_dims(in_dim, config.projector_hidden_dim, out_dim, num_layers=config.projector_layers)
+        return MLPHead(dims, batch_norm=False, bias=True, last_bias=True)
 
 
 def load_teacher(config: BackboneConfig) -> tuple[Backbone, Path | str, Preprocessing | None]:

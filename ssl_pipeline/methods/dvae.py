@@ -100,7 +100,7 @@ class DVAE(Method):
             reconstruction = F.mse_loss(painted.to(images.dtype), images)
         kl = uniform_kl_loss(logits_NKRC)
         metrics = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
-        metrics |= codes_in_use(logits_NKRC.detach()) | {"feature_std": feature_std(features.detach())}
+        metrics |= codes_in_use(logits_NKRC.detach()) | {"feature_std": feature_std(features.detach(), progress)}
         return StepOutput(reconstruction + self.config.kl_weight(progress) * kl, metrics)
 
     def reconstruct(self, batch: Batch) -> Tensor:

@@ -42,7 +42,7 @@ class FreeMatch(WeakToStrong):
         )
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        step = self.guess(batch)
+        step = self.guess(batch, progress)
         carry, weighting = step.labels.carry, self.weighting
         predictions = weighting.predictions.after(carry["predictions"])
         guesses = weighting.guesses.after(carry["guesses"])

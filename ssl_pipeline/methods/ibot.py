@@ -110,6 +110,7 @@ class IBOT(Method):
         config = self.config
         masked = MaskedPatches.of(batch, masking=progress.step >= config.masking_starts.steps(progress))
         how = Comparison(
+            is_logged=progress.is_logged,
             student_temperature=config.student_temperature,
             temperatures=(config.teacher_temperature(progress), config.patch_teacher_temperature(progress)),
             centres=(self.centre, self.patch_centre),
@@ -117,7 +118,9 @@ class IBOT(Method):
         )
         found = compare(self.student, self.teacher.network, batch, masked, how, mask_token=self.mask_token)
         loss = config.class_weight * found.class_loss + config.patch_weight * found.patch_loss
-        return StepOutput(loss, found.metrics | {"feature_std": feature_std(found.teacher.classes)}, found.carry)
+        return StepOutput(
+            loss, found.metrics | {"feature_std": feature_std(found.teacher.classes, progress)}, found.carry
+        )
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

@@ -77,7 +77,7 @@ class MAE(Method):
             normalize_targets=self.config.normalize_targets,
         )
         features = self.encoder.model.forward_head(encoded.detach(), pre_logits=True)
-        return StepOutput(loss, {"feature_std": feature_std(features)})
+        return StepOutput(loss, {"feature_std": feature_std(features, progress)})
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All patches (N, L, D), the tokens of the kept ones, where the removed ones are, and the way back."""

@@ -64,7 +64,7 @@ class MeanTeacher(FewLabels):
             "consistency": consistency.detach(),
             "labelled_accuracy": accuracy(logits[0], labels),
             "teacher_right": accuracy(teacher[len(labels) :], batch.labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         return StepOutput(loss, metrics)
 

@@ -67,6 +67,6 @@ class MixMatch(FewLabels):
             "unlabelled_loss": terms["unlabelled"],
             "guess_confidence": guessed.amax(dim=1).mean(),
             "guess_right": accuracy(guessed, batch.labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         return StepOutput(loss, metrics)

@@ -19,7 +19,7 @@ from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import info_nce
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import MLPHead
+from ssl_pipeline.modules.heads import MLPHead, projector_dims
 from ssl_pipeline.modules.memory import FeatureQueue, check_queue_size
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Momentum, Progress, Schedule
@@ -61,8 +61,9 @@ class MoCo(Method):
     def __init__(self, config: MoCoConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        dims = (backbone.embed_dim, *hidden, config.projector_dim)
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
         self.student = Encoder(backbone, MLPHead(dims, batch_norm=False, bias=True, last_bias=True))
         self.teacher = Teacher(self.student)
         self.queue = FeatureQueue(config.queue_size, config.projector_dim)
@@ -86,7 +87,7 @@ class MoCo(Method):
                 self.student.head(features), keys[-1], self.queue.features, temperature=self.config.temperature
             )
             losses.append(loss)
-        metrics = {"feature_std": feature_std(features)}
+        metrics = {"feature_std": feature_std(features, progress)}
         return StepOutput(torch.stack(losses).mean(), metrics, {"keys": torch.stack(keys)})
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import moco_v3_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead, projector_dims
 from ssl_pipeline.modules.teacher import Teacher
 from ssl_pipeline.schedule import Momentum, Progress, Schedule
 
@@ -58,8 +58,10 @@ class MoCoV3(Method):
     def __init__(self, config: MoCoV3Config, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        projector = MLPHead((backbone.embed_dim, *hidden, config.projector_dim), last_batch_norm="no_affine")
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
+        projector = MLPHead(dims, last_batch_norm="no_affine")
         self.student = Encoder(backbone, projector)
         self.predictor = MLPHead(
             (config.projector_dim, config.predictor_hidden_dim, config.projector_dim),
@@ -77,7 +79,7 @@ class MoCoV3(Method):
         q1, q2 = [self.predictor(self.student.head(features_of_view)) for features_of_view in features]
         k1, k2 = [self.teacher(view) for view in views]
         loss = moco_v3_loss(q1, q2, k1, k2, temperature=self.config.temperature)
-        return StepOutput(loss, {"feature_std": feature_std(features[0])})
+        return StepOutput(loss, {"feature_std": feature_std(features[0], progress)})
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

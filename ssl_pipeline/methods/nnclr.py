@@ -17,7 +17,7 @@ from ssl_pipeline.distributed import gather
 from ssl_pipeline.losses import nnclr_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead, projector_dims
 from ssl_pipeline.modules.memory import FeatureQueue, check_queue_size
 from ssl_pipeline.schedule import Progress
 
@@ -56,8 +56,9 @@ class NNCLR(Method):
     def __init__(self, config: NNCLRConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        dims = (backbone.embed_dim, *hidden, config.projector_dim)
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
         self.encoder = Encoder(backbone, MLPHead(dims, last_batch_norm=config.projector_last_batch_norm))
         dims = (config.projector_dim, config.predictor_hidden_dim, config.projector_dim)
         self.predictor = MLPHead(dims, last_bias=True)
@@ -77,7 +78,7 @@ class NNCLR(Method):
         p1, p2 = self.predictor(z1), self.predictor(z2)
         loss = nnclr_loss(p1, p2, z1, z2, self.queue.features, temperature=self.config.temperature)
         keys = F.normalize(z1.detach(), dim=1)
-        return StepOutput(loss, {"feature_std": feature_std(features[0])}, {"keys": keys})
+        return StepOutput(loss, {"feature_std": feature_std(features[0], progress)}, {"keys": keys})
 
     @torch.no_grad()
     def after_step(self, carries: Sequence[dict[str, Tensor]], progress: Progress) -> None:

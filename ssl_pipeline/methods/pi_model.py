@@ -59,6 +59,6 @@ class PiModel(FewLabels):
             "consistency": consistency_loss(first.detach(), second),
             "labelled_accuracy": accuracy(labelled, labels),
             "unlabelled_right": accuracy(first, batch.labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         return StepOutput(loss, metrics)

@@ -47,6 +47,6 @@ class PseudoLabel(FewLabels):
             "kept": kept.float().mean(),
             "kept_right": (kept * are_right(logits.argmax(dim=1), batch.labels)).float().mean(),
             "labelled_accuracy": accuracy(labelled, labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         return StepOutput(loss, metrics)

@@ -96,7 +96,7 @@ class ReMixMatch(FewLabels):
             "rotation_loss": rotation_loss.detach(),
             "guess_confidence": guessed.amax(dim=1).mean(),
             "guess_right": accuracy(guessed, batch.labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         carry = {"classes": mean_over_ranks(labels.mean(dim=0)), "predictions": predictions}
         return StepOutput(loss, metrics, carry)

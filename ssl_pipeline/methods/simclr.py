@@ -13,7 +13,7 @@ from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import nt_xent
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead, projector_dims
 from ssl_pipeline.schedule import Progress
 
 
@@ -50,8 +50,9 @@ class SimCLR(Method):
     def __init__(self, config: SimCLRConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        dims = (backbone.embed_dim, *hidden, config.projector_dim)
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
         self.encoder = Encoder(backbone, MLPHead(dims, last_batch_norm=config.projector_last_batch_norm))
 
     def backbones(self) -> dict[str, Backbone]:
@@ -65,4 +66,4 @@ class SimCLR(Method):
         features = torch.cat(parts)
         z1, z2 = torch.cat([self.encoder.head(part) for part in parts]).unflatten(0, views.shape[:2])
         loss = self.config.loss_scale * nt_xent(z1, z2, temperature=self.config.temperature)
-        return StepOutput(loss, {"feature_std": feature_std(features)})
+        return StepOutput(loss, {"feature_std": feature_std(features, progress)})

@@ -57,7 +57,7 @@ class SimMIM(Method):
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         images, mask_NL, tokens = self._encode(batch)
         loss = simmim_loss(images, self.decoder(tokens.patch_map()), mask_NL, patch_size=self.encoder.patch_size)
-        return StepOutput(loss, {"feature_std": feature_std(self.encoder.pool(tokens).detach())})
+        return StepOutput(loss, {"feature_std": feature_std(self.encoder.pool(tokens).detach(), progress)})
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tokens]:
         """The images (N, 3, H, W), their masks (N, L), and the tokens of what is not masked."""

@@ -10,7 +10,7 @@ from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import simsiam_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead
+from ssl_pipeline.modules.heads import LastBatchNorm, MLPHead, projector_dims
 from ssl_pipeline.optim.rules import ParamRule
 from ssl_pipeline.schedule import Progress
 
@@ -42,8 +42,9 @@ class SimSiam(Method):
     def __init__(self, config: SimSiamConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        dims = (backbone.embed_dim, *hidden, config.projector_dim)
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
         self.encoder = Encoder(backbone, MLPHead(dims, last_batch_norm=config.projector_last_batch_norm))
         self.predictor = MLPHead(
             (config.projector_dim, config.predictor_hidden_dim, config.projector_dim), last_bias=True
@@ -57,7 +58,7 @@ class SimSiam(Method):
         features = [self.encoder.backbone(view) for view in batch.two("view")]
         z1, z2 = [self.encoder.head(features_of_view) for features_of_view in features]
         loss = simsiam_loss(self.predictor(z1), self.predictor(z2), z1, z2)
-        return StepOutput(loss, {"feature_std": feature_std(features[0])})
+        return StepOutput(loss, {"feature_std": feature_std(features[0], progress)})
 
     def param_rules(self) -> tuple[ParamRule, ...]:
         return (ParamRule("predictor.", constant_lr=True),) if self.config.constant_predictor_lr else ()

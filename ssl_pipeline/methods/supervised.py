@@ -89,7 +89,10 @@ class Supervised(FewLabels):
         labels = learnt.labels
         images, targets = self._mixed(learnt.one(self.group), labels)
         features, (logits,) = self.pair(images)
-        metrics = {"labelled_accuracy": accuracy(logits, labels), "feature_std": feature_std(features.detach())}
+        metrics = {
+            "labelled_accuracy": accuracy(logits, labels),
+            "feature_std": feature_std(features.detach(), progress),
+        }
         return StepOutput(weighted_cross_entropy(logits, targets), metrics)
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class TemporalEnsembling(FewLabels):
             "consistency": distance.detach(),
             "target_right": accuracy(targets, batch.labels),
             "labelled_accuracy": accuracy(labelled, labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         carry = {"sample_ids": batch.sample_ids, "predictions": logits.detach().softmax(dim=1)}
         return StepOutput(loss, metrics, carry)

@@ -61,7 +61,7 @@ class UDA(FewLabels):
             "kept": kept.float().mean(),
             "kept_right": (kept * are_right(weak.argmax(dim=1), batch.labels)).float().mean(),
             "labelled_accuracy": accuracy(labelled, labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         return StepOutput(labelled_loss + config.unlabelled_weight * unlabelled_loss, metrics)
 

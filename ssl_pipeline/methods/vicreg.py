@@ -12,7 +12,7 @@ from ssl_pipeline.config import Config, Depth, Width
 from ssl_pipeline.losses import vicreg_loss
 from ssl_pipeline.methods.base import Method, StepOutput, feature_std
 from ssl_pipeline.modules.encoder import Encoder
-from ssl_pipeline.modules.heads import MLPHead
+from ssl_pipeline.modules.heads import MLPHead, projector_dims
 from ssl_pipeline.schedule import Progress
 
 
@@ -47,8 +47,10 @@ class VICReg(Method):
     def __init__(self, config: VICRegConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        hidden = [config.projector_hidden_dim] * (config.projector_layers - 1)
-        self.encoder = Encoder(backbone, MLPHead((backbone.embed_dim, *hidden, config.projector_dim), bias=True))
+        dims = projector_dims(
+            backbone.embed_dim, config.projector_hidden_dim, config.projector_dim, num_layers=config.projector_layers
+        )
+        self.encoder = Encoder(backbone, MLPHead(dims, bias=True))
 
     def backbones(self) -> dict[str, Backbone]:
         return {"encoder": self.encoder.backbone}
@@ -64,4 +66,4 @@ class VICReg(Method):
             variance_weight=self.config.variance_weight,
             covariance_weight=self.config.covariance_weight,
         )
-        return StepOutput(loss, {**terms, "feature_std": feature_std(features[0])})
+        return StepOutput(loss, {**terms, "feature_std": feature_std(features[0], progress)})

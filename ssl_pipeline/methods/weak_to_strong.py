@@ -51,7 +51,7 @@ class WeakToStrong(FewLabels):
     weighting: Weighting
     """Made by `__init__`, or by `prepare` where it counts images or classes."""
 
-    def guess(self, batch: Batch) -> Guessed:
+    def guess(self, batch: Batch, progress: Progress) -> Guessed:
         """The step, in one pass, so that batch norm sees one distribution."""
         assert batch.labelled is not None
         labels = batch.labelled.labels
@@ -64,12 +64,12 @@ class WeakToStrong(FewLabels):
             **guessed.metrics,
             "kept_right": (guessed.weights * are_right(guessed.targets, batch.labels)).float().mean(),
             "labelled_accuracy": accuracy(labelled, labels),
-            "feature_std": feature_std(features.detach()),
+            "feature_std": feature_std(features.detach(), progress),
         }
         return Guessed(loss, metrics, guessed, strong)
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
-        step = self.guess(batch)
+        step = self.guess(batch, progress)
         return StepOutput(step.loss, step.metrics, step.labels.carry)
 
     @torch.no_grad()

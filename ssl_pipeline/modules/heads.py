@@ -50,6 +50,11 @@ class MLPHead(nn.Sequential):
         super().__init__(*layers)
 
 
+def projector_dims(in_dim: int, hidden_dim: int, out_dim: int, *, num_layers: int) -> tuple[int, ...]:
+    """The `dims` of an MLPHead of so many linear layers whose hidden layers have one width."""
+    return in_dim, *[hidden_dim] * (num_layers - 1), out_dim
+
+
 class PrototypeHead(nn.Module):
     """DINO's head: an MLP to a unit-length bottleneck, then its cosine with each prototype.
 

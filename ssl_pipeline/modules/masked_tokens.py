@@ -10,6 +10,7 @@ from torch import Tensor
 from ssl_pipeline.backbones import Backbone, TokenBackbone, require_tokens
 from ssl_pipeline.batch import Batch, MaskRule
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
 
 # Axes: B images in T large crops and S crops of all; N = T * B large crops of L patches, M of these masked; D
 # dimensions.
@@ -69,19 +70,18 @@ def with_class_token(backbone: Backbone, method: str) -> TokenBackbone:
     return with_tokens
 
 
-def stratified_blocks(
-    backbone: TokenBackbone, *, ratio: tuple[float, float], probability: float, min_block: int, max_block: int | None
-) -> MaskRule:
-    """DINOv2's masks: blocks of at most half of the backbone's grid unless `max_block` says otherwise, ratios spread
+def stratified_blocks(backbone: TokenBackbone, config: TokenDistillationConfig) -> MaskRule:
+    """DINOv2's masks: blocks of at most half of the backbone's grid unless the settings say otherwise, ratios spread
     evenly over the optimizer step's crops."""
+    min_block = config.mask_min_block
     return MaskRule(
         "blocks",
         backbone.patch_size,
-        ratio=ratio,
-        probability=probability,
+        ratio=config.mask_ratio,
+        probability=config.mask_probability,
         stratified=True,
         min_block=min_block,
-        max_block=max_block or max(min_block, backbone.grid[0] * backbone.grid[1] // 2),
+        max_block=config.mask_max_block or max(min_block, backbone.grid[0] * backbone.grid[1] // 2),
     )
 
 

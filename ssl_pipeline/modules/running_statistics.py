@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ssl_pipeline.backbones.networks import batch_norms
+
 
 @contextmanager
 def kept_statistics(network: nn.Module) -> Iterator[None]:
@@ -14,7 +16,7 @@ def kept_statistics(network: nn.Module) -> Iterator[None]:
 
     For passes other than the one that the running statistics are meant for: guesses, pseudo-labels.
     """
-    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(network)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

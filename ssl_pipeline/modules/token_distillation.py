@@ -5,7 +5,7 @@ iBOT (Zhou et al., 2021, https://arxiv.org/abs/2111.07832).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_pipeline.backbones import TokenBackbone, layer_lr_scale
 from ssl_pipeline.batch import Batch, RunFacts
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.distributed import world_size
+from ssl_pipeline.distributed import mean_over_ranks, world_size
 from ssl_pipeline.losses import (
     PrototypeTargets,
     centred_targets,
@@ -23,13 +23,13 @@ from ssl_pipeline.losses import (
     masked_patch_weights,
     prototype_cross_entropy,
     prototypes_used,
-    sinkhorn_targets,
     total_logits,
 )
 from ssl_pipeline.losses.precision import sum_dtype
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.masked_tokens import ClassesAndPatches, MaskedPatches, student_tokens, teacher_tokens
 from ssl_pipeline.modules.memory import Centre
+from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
 from ssl_pipeline.modules.token_heads import TokenHeads
 from ssl_pipeline.optim.rules import ParamRule, layer_decay_rules
 from ssl_pipeline.schedule import Duration
@@ -44,18 +44,21 @@ Centres = tuple[Centre | None, Centre | None]
 class Comparison:
     """How a student is compared with its teacher in a step.
 
-    temperatures, centres: for class tokens, and for patches; a centre of None means Sinkhorn-Knopp.
-    all_patches: whether the patches' centre follows all patches (iBOT) or only the masked ones (DINOv2).
+    temperatures, centres: for class tokens, and for patches.
+    assign: what makes targets of rows, prototypes and an epsilon where there is no centre (`sinkhorn_targets`).
+    all_patches: whether the patches' centre follows all patches (iBOT) or the masked ones alone (DINOv2).
     local_weight: of pairs with a small crop, whose number stays in the mean (DINOv3).
+    is_logged: of the step, as in Progress.
     """
 
     student_temperature: float
     temperatures: tuple[float, float]
     centres: Centres
-    sinkhorn_iterations: int = 3
+    assign: Callable[..., PrototypeTargets] | None = None
     all_patches: bool = False
     leave_out_same_crop: bool = True
     local_weight: float = 1.0
+    is_logged: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def compare(
         prototypes = teacher.head.prototypes()
         carry = _carry((rows[0], patches_ME if all_NLE is None else all_NLE), prototypes, how.centres)
         targets = [
-            _targets(*given, iterations=how.sinkhorn_iterations)
+            _targets(*given, assign=how.assign)
             for given in zip(rows, prototypes, how.centres, how.temperatures, strict=True)
         ]
     predicted = student_tokens(student.backbone, batch, masked, mask_token=mask_token)
@@ -106,8 +109,10 @@ def compare(
         patch_rows_ME, patch_prototypes, targets[1], weights_M, temperature=how.student_temperature
     )
     metrics = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
+    if how.is_logged:  # processes have masked patches in different numbers
+        patch_entropy = _mean_over_rows(patch_entropy, len(patch_rows_ME))
     metrics |= {"target_entropy": class_entropy, "patch_target_entropy": patch_entropy}
-    metrics["prototypes_used"] = prototypes_used(targets[0])
+    metrics["prototypes_used"] = prototypes_used(targets[0], over_processes=how.is_logged)
     return Compared(class_loss, patch_loss, metrics, carry, predicted, seen)
 
 
@@ -157,11 +162,24 @@ def _carry(rows: tuple[Tensor, Tensor], prototypes: tuple[Tensor, Tensor], centr
 
 
 def _targets(
-    rows_ME: Tensor, prototypes_KE: Tensor, centre: Centre | None, temperature: float, *, iterations: int
+    rows_ME: Tensor,
+    prototypes_KE: Tensor,
+    centre: Centre | None,
+    temperature: float,
+    *,
+    assign: Callable[..., PrototypeTargets] | None,
 ) -> PrototypeTargets:
     if centre is not None:
         return centred_targets(rows_ME, prototypes_KE, centre.value, temperature=temperature)
-    return sinkhorn_targets(rows_ME, prototypes_KE, epsilon=temperature, num_iterations=iterations)
+    assert assign is not None
+    return assign(rows_ME, prototypes_KE, epsilon=temperature)
+
+
+def _mean_over_rows(mean: Tensor, num_rows: int) -> Tensor:
+    """The mean over the rows of all processes, of that over the `num_rows` of this one."""
+    total = mean * num_rows if num_rows else torch.zeros_like(mean)
+    both = mean_over_ranks(torch.stack([total, torch.full_like(total, num_rows)]))
+    return both[0] / both[1].clamp(min=1 / world_size())
 
 
 def _class_loss(
@@ -175,6 +193,16 @@ def _class_loss(
         weights_N = torch.cat([weights_N[:num_large], how.local_weight * weights_N[num_large:]])
     return prototype_cross_entropy(
         student_NE, prototypes_KE, targets, weights_N, temperature=how.student_temperature, mix_ST=mix_ST
+    )
+
+
+def rules_of(student: Encoder[TokenHeads], config: TokenDistillationConfig) -> tuple[ParamRule, ...]:
+    """`distillation_rules` by the settings of DINOv2 and DINOv3."""
+    return distillation_rules(
+        student,
+        frozen_for=config.freeze_prototypes_for,
+        layer_decay=config.layer_decay,
+        patch_embed_scale=config.patch_embed_lr_scale,
     )
 
 

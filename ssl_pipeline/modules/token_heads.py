@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ssl_pipeline.modules.heads import PrototypeHead, WeightNormLinear
+from ssl_pipeline.modules.token_distillation_config import TokenDistillationConfig
 
 
 class TokenHeads(nn.Module):
@@ -41,3 +42,40 @@ class TokenHeads(nn.Module):
         if self.patches is None:
             return ("classes.last_layer.",)
         return "classes.last_layer.", "patches.last_layer." if isinstance(self.patches, PrototypeHead) else "patches."
+
+
+def token_heads(
+    config: TokenDistillationConfig,
+    in_dim: int,
+    *,
+    shared: bool = False,
+    patch_layers: int | None = None,
+    fixed_scale: bool = True,
+    weight_norm: bool = True,
+) -> TokenHeads:
+    """The heads of DINOv2 and DINOv3: one for class tokens, and one for patches unless it is `shared`.
+
+    patch_layers: linear layers of the patch head; None: as the class head's. fixed_scale, weight_norm: of the
+    prototypes, as in PrototypeHead.
+    """
+    classes = PrototypeHead(
+        in_dim,
+        config.num_prototypes,
+        hidden_dim=config.head_hidden_dim,
+        bottleneck_dim=config.head_bottleneck_dim,
+        num_layers=config.head_layers,
+        fixed_scale=fixed_scale,
+        weight_norm=weight_norm,
+    )
+    if shared:
+        return TokenHeads(classes)
+    patches = PrototypeHead(
+        in_dim,
+        config.num_patch_prototypes or config.num_prototypes,
+        hidden_dim=config.patch_head_hidden or config.head_hidden_dim,
+        bottleneck_dim=config.patch_head_bottleneck or config.head_bottleneck_dim,
+        num_layers=patch_layers or config.head_layers,
+        fixed_scale=fixed_scale,
+        weight_norm=weight_norm,
+    )
+    return TokenHeads(classes, patches)

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from torch import Tensor, nn
-
 from ssl_pipeline.config import launched_rank
 from ssl_pipeline.run.watchdog import Watchdog
 
@@ -136,18 +134,6 @@ class _Answers:
         self._thread.join()
         os.close(self._reading)
         os.close(self._writing)
-
-
-class WithKeepalive(nn.Module):
-    """A backbone that sends a keepalive with each batch: a monitor may well take longer than `hang_timeout`."""
-
-    def __init__(self, backbone: nn.Module, keepalive: Callable[[], None]) -> None:
-        super().__init__()
-        self.backbone, self.keepalive = backbone, keepalive
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.keepalive()
-        return self.backbone(images)
 
 
 Handler = Callable[[int, FrameType | None], object] | int | None

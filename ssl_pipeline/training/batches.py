@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import MaskRule
@@ -12,12 +12,13 @@ from ssl_pipeline.data.batches import StreamBatch
 from ssl_pipeline.data.labelled import open_labelled_stream, with_labelled
 from ssl_pipeline.data.stream import open_stream
 from ssl_pipeline.distributed import rank, world_size
+from ssl_pipeline.methods.base import Method
 from ssl_pipeline.training.run import Run
 
 
 def open_batches(run: Run, position: int, keepalive: Callable[[], None]) -> Iterator[StreamBatch]:
     """This rank's share of each micro-batch, with its labelled images if the method reads some."""
-    groups, masks = _read_groups(run, labelled=False)
+    groups, masks = read_groups(run.method, run.augment, labelled=False)
     beside = run.data.labelled.batch_size if run.data.labelled is not None and run.labelled_index is not None else 0
     share = run.data.batch_size / (run.data.batch_size + beside)
     stream = open_stream(
@@ -37,7 +38,7 @@ def open_batches(run: Run, position: int, keepalive: Callable[[], None]) -> Iter
     )
     if run.labelled_index is None:
         return stream
-    groups, masks = _read_groups(run, labelled=True)
+    groups, masks = read_groups(run.method, run.augment, labelled=True)
     labelled = open_labelled_stream(
         run.labelled_index,
         groups,
@@ -56,10 +57,12 @@ def open_batches(run: Run, position: int, keepalive: Callable[[], None]) -> Iter
     return with_labelled(stream, labelled)
 
 
-def _read_groups(run: Run, *, labelled: bool) -> tuple[dict[str, ViewGroup], dict[str, MaskRule]]:
+def read_groups(
+    method: Method, augment: Mapping[str, ViewGroup], *, labelled: bool
+) -> tuple[dict[str, ViewGroup], dict[str, MaskRule]]:
     """The groups of views that the method reads of the labelled or of the other images, and their masks."""
-    needs = [needed for needed in run.method.needs if needed.labelled == labelled and needed.name in run.augment]
-    groups = {needed.name: run.augment[needed.name] for needed in needs}
+    needs = [needed for needed in method.needs if needed.labelled == labelled and needed.name in augment]
+    groups = {needed.name: augment[needed.name] for needed in needs}
     return groups, {needed.name: needed.mask for needed in needs if needed.mask is not None}
 
 

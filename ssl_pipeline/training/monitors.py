@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_pipeline.config import failure_sentence, printable
 from ssl_pipeline.distributed import copy_from_first_rank, peer_failure
 from ssl_pipeline.run.doctor.learning import FALL_HELPS, fell_below
-from ssl_pipeline.run.interruption import WithKeepalive
 from ssl_pipeline.schedule import Duration, Progress
 from ssl_pipeline.training.monitor_cost import MonitorCost
 from ssl_pipeline.training.run import Monitor, Run
@@ -101,7 +100,7 @@ class Monitors:
             return figures
         # plain batch norm has statistics of its own on each rank; saved are those of rank 0
         copy_from_first_rank(self._run.method.backbone.buffers())
-        backbone = WithKeepalive(self._run.whole_backbone(), self._keepalive)
+        backbone = _WithKeepalive(self._run.whole_backbone(), self._keepalive)
         for watched in monitors:
             try:
                 figures |= watched(backbone, progress)
@@ -134,3 +133,15 @@ class Monitors:
                         )
                 elif told is not None:
                     self._say(f"{name} is {now:.1f} % at step {step}, no longer below the start ({start:.1f} %).")
+
+
+class _WithKeepalive(nn.Module):
+    """A backbone that sends a keepalive with each batch: a monitor may well take longer than `hang_timeout`."""
+
+    def __init__(self, backbone: nn.Module, keepalive: Callable[[], None]) -> None:
+        super().__init__()
+        self.backbone, self.keepalive = backbone, keepalive
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.keepalive()
+        return self.backbone(images)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from ssl_pipeline.augment.views import ViewGroup, check_crops_of
 from ssl_pipeline.backbones import Backbone, TokenBackbone, check_image_sizes, smallest_size, starved_convolution
+from ssl_pipeline.backbones.networks import batch_norms
 from ssl_pipeline.batch import RunFacts, Views
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.config.ranges import plain
@@ -237,7 +237,7 @@ def _check_several_classes(labelled: ShardIndex) -> None:
 def check_batch_norm(method: Method, data: DataConfig, train: TrainConfig, *, num_processes: int) -> None:
     """Raises ConfigError if a batch norm of the method would see one image at a time."""
     num_images = data.batch_size * (num_processes if train.sync_batch_norm else 1)
-    if num_images == 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in method.modules()):
+    if num_images == 1 and batch_norms(method):
         raise ConfigError(
             f"{type(method).__name__} with {method.backbone.config.name} has batch norm, which needs more than one "
             "image. Got data.batch_size=1; raise it, or set train.sync_batch_norm=true with several processes."

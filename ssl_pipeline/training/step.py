@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class TrainingStep:
     statistics: NormStatistics | None = None
     norms: GradientNorms | None = None
     has_row: Callable[[int], bool] = lambda position: False
-    """Whether the step that ends at a position is logged, so that `norms` are wanted."""
+    """Whether the step that ends at a position is logged, so that `norms` and metrics over all processes are wanted."""
 
     def __post_init__(self) -> None:
         self.copies = Copies(self.run.accelerator.device, own_stream=self.run.train.copy_stream)
@@ -78,13 +78,14 @@ class TrainingStep:
 
         Raises BrokenStepError if it, or an earlier one whose check is read now, is not finite.
         """
-        progress = self.run.clock.progress(position)
+        is_logged = self.has_row(position + self.run.clock.global_batch)
+        progress = replace(self.run.clock.progress(position), is_logged=is_logged)
         if self.statistics is not None:
             self.statistics.keep()
         outputs, sample_ids, waited = self._accumulate(stream, progress)
         with self.times.phase("optimizer"):
             learning_rate = write_values(self.optimizer, self.run.optim, self.lr, progress)
-            gradient_norm, layer_norms = self._prepare(outputs, sample_ids, position)
+            gradient_norm, layer_norms = self._prepare(outputs, sample_ids, position, is_logged=is_logged)
             received = self.checks.read(lag=self.lag)
             if self.checks.is_left_out:
                 self._leave_out()
@@ -131,14 +132,14 @@ class TrainingStep:
         return outputs, torch.cat(sample_ids), waited
 
     def _prepare(
-        self, outputs: list[StepOutput], sample_ids: Tensor, position: int
+        self, outputs: list[StepOutput], sample_ids: Tensor, position: int, *, is_logged: bool
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Make the gradients ready for the optimizer and start the check of the step; returns the gradient norms."""
         scaler = self.run.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer.optimizer)  # type: ignore[attr-defined]
         layer_norms: Mapping[str, Tensor] = {}
-        if self.norms is not None and self.has_row(position + self.run.clock.global_batch):
+        if self.norms is not None and is_logged:
             layer_norms = dict(zip(self.norms.names, self.norms().unbind(), strict=True))
         loss = torch.stack([output.loss for output in outputs]).mean()
         gradient_norm = prepare_gradients(self.optimizer, self.run.optim, self.run.clock.progress(position))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from unittest import mock
+
 import pytest
 
 from ssl_pipeline.commands.recipes import as_markdown, as_text, recipe_headers
@@ -37,3 +41,17 @@ def test_markdown_is_a_table():
         "| `dino_vits16` | DINO ViT-S/16, ImageNet-1k, 100 epochs | 8 GPUs, 1.75 days "
         "| k-NN 69.3 %, linear 74.0 % | - |"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"seed: 0\n", "must begin with comments"), (b"# caf\xe9\n", r"is no text: byte 5 is not UTF-8")],
+)
+def test_a_head_that_cannot_be_read_is_named_and_hides_no_other(tmp_path: Path, content: bytes, told: str):
+    shutil.copy(recipe_files(RECIPES)["digits_dino"], tmp_path)
+    (tmp_path / "headless.yaml").write_bytes(content)
+    with (
+        mock.patch("ssl_pipeline.commands.recipes.RECIPES", tmp_path),
+        pytest.warns(UserWarning, match=rf"^Left out: \S+headless\.yaml {told}"),
+    ):
+        assert [head.name for head in recipe_headers()] == ["digits_dino"]

@@ -83,12 +83,12 @@ def test_mae_on_a_cnn(tmp_path):
     )
 
 
-def test_mae_on_a_cnn_with_the_weights_that_its_recipe_begins_with(tmp_path):
-    sentence = refusal(tmp_path, "mae_vitb16", "backbone.name=test_resnet", "backbone.initial_weights=mae")
-    assert sentence == (
-        "MAE needs a backbone with patch tokens (a ViT), and so does backbone.initial_weights=mae. 'test_resnet' has "
-        "none."
-    )
+@pytest.mark.parametrize("recipe", ["mae_vitb16", "cifar10_byol_resnet18"])
+def test_initial_weights_of_a_vit_on_a_cnn(tmp_path, recipe):
+    """Whatever the method is, the setting is named."""
+    network = ("backbone.name=test_resnet", "backbone.small_images=false", "backbone.initial_weights=mae")
+    sentence = refusal(tmp_path, recipe, *network)
+    assert sentence == "backbone.initial_weights=mae needs a ViT. 'test_resnet' is none."
 
 
 def test_local_crops_for_a_method_without_them(tmp_path):

@@ -10,7 +10,7 @@ from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
 from ssl_pipeline.methods import build_method
-from ssl_pipeline.training.preflight import check_precision, run_facts
+from ssl_pipeline.training.preflight import check_batch_norm, check_precision, evaluation_size, run_facts
 from ssl_pipeline.training.run import TrainConfig
 from tests.tiny import CNN, CONFIGS, make_method, tiny_settings
 
@@ -68,3 +68,24 @@ def test_precision_is_checked_before_classes_are_known():
     views = {"weak": ViewGroup(size=3), "strong": ViewGroup(size=16)}
     with pytest.raises(ConfigError, match=r"augment\.weak\.size=3 is too small"):
         check_precision(method, backbone, views, TrainConfig(steps=1, precision="bf16"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("sync", "processes"), [(False, 1), (False, 2), (True, 1)])
+def test_batch_norm_of_one_image_is_refused(sync: bool, processes: int):
+    data, train = validate(DataConfig, {**DATA, "batch_size": 1}), TrainConfig(steps=1, sync_batch_norm=sync)
+    with pytest.raises(
+        ConfigError, match=r"^SimCLR with test_resnet has batch norm, .* Got data\.batch_size=1; raise it"
+    ):
+        check_batch_norm(make_method("simclr", backbone=CNN), data, train, num_processes=processes)
+
+
+def test_batch_norm_over_processes_and_networks_without_take_one_image_each():
+    data, train = validate(DataConfig, {**DATA, "batch_size": 1}), TrainConfig(steps=1, sync_batch_norm=True)
+    check_batch_norm(make_method("simclr", backbone=CNN), data, train, num_processes=2)
+    check_batch_norm(make_method("dino"), data, train, num_processes=1)
+
+
+def test_evaluators_show_images_of_the_evaluated_group_at_its_largest_size():
+    weak, strong = ViewGroup(size=(16, 24), size_weights=(1.0, 1.0)), ViewGroup(size=32)
+    assert evaluation_size(make_method("fixmatch"), {"strong": strong, "weak": weak}) == 24
+    assert evaluation_size(make_method("dino"), {"local": ViewGroup(size=8), "global": strong}) == 32

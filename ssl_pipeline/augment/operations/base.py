@@ -20,6 +20,7 @@ PerView = float | tuple[float, ...]
 """One value for all views of a group, or one per view."""
 Channels = tuple[float, float, float]
 """Of red, green and blue."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Probability = Annotated[PerView, InRange(ge=0, le=1)]
 Strength = Annotated[PerView, InRange(ge=0, le=100)]
 

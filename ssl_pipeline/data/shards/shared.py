@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ssl_pipeline.data.shards.open import ShardIndex
+from ssl_pipeline.files import sha256_of_bytes
 
 MOST_IMAGES = 10_000  # of the second set that are looked for one by one: a second or so for CIFAR-10
 MOST_READ = 200_000  # images of the first set that may be looked into: those of the same length, height and width
@@ -58,5 +58,5 @@ def _lengths_and_sizes(index: ShardIndex) -> NDArray[np.int64]:
     return (index.lengths() * 1_000_003 + heights_N) * 1_000_003 + widths_N
 
 
-def _digest(index: ShardIndex, sample: int) -> bytes:
-    return blake2b(index.excerpt(sample, EXCERPT), digest_size=16).digest()
+def _digest(index: ShardIndex, sample: int) -> str:
+    return sha256_of_bytes(index.excerpt(sample, EXCERPT))

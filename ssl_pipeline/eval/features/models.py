@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ssl_pipeline.augment.central_crop import Interpolation
-from ssl_pipeline.augment.operations.base import Deviation, Mean
+from ssl_pipeline.augment.operations.base import IMAGENET_MEAN, IMAGENET_STD, Deviation, Mean
 from ssl_pipeline.backbones import (
     Argument,
     Backbone,
@@ -32,7 +32,6 @@ from ssl_pipeline.files import JSON
 RAW_PIXELS = "raw_pixels"
 RAW_PIXELS_SIDE = 32
 RANDOM_SEED = 0
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ModelConfig(Config):
