@@ -88,7 +88,7 @@ def test_initial_weights_of_a_vit_on_a_cnn(tmp_path, recipe):
     """Whatever the method is, the setting is named."""
     network = ("backbone.name=test_resnet", "backbone.small_images=false", "backbone.initial_weights=mae")
     sentence = refusal(tmp_path, recipe, *network)
-    assert sentence == "backbone.initial_weights=mae needs a ViT. 'test_resnet' is none."
+    assert sentence == "backbone.initial_weights=mae needs a ViT. 'test_resnet' is not one."
 
 
 def test_local_crops_for_a_method_without_them(tmp_path):
