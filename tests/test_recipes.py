@@ -214,7 +214,8 @@ def tiny(name: str, shards: Path, labelled: Path, output: Path) -> PretrainConfi
     vit = plain.backbone.name.startswith(("vit", "beit"))
     sizes = [f"augment.{group}.size={16 if group == 'local' and vit else size}" for group in plain.augment]
     sizes += [f"augment.{group}.size_weights=[]" for group, views in plain.augment.items() if views.size_weights]
-    small_vit = [f"backbone.arguments.{key}={value}" for key, value in TINY_VIT.items()]
+    patch = {"patch_size": 2} if "_r_" in plain.backbone.name else {}  # behind a stem that divides by 4
+    small_vit = [f"backbone.arguments.{key}={value}" for key, value in {**TINY_VIT, **patch}.items()]
     backbone = small_vit if vit else TINY_RESNET
     if plain.backbone.name == "dalle_encoder":
         backbone = ["backbone.arguments.hidden_dim=4", "backbone.arguments.blocks_per_group=1"]

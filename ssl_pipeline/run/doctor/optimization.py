@@ -112,8 +112,9 @@ def teacher_too_slow(case: Case) -> Finding | None:
         f"with a momentum from {momentum(replace(progress, step=0)):g} on, {progress.total_steps} steps renew the "
         f"teacher {max(renewals, 0):.1f} times: it hardly changes."
     )
-    suits = max(0, math.floor(1000 * (1 - 2 * FEWEST_RENEWALS / progress.total_steps))) / 1000
-    helps = f"Lower method.teacher_momentum (to {suits:g} or below for a run of this length), or train for longer."
+    suits = math.floor(1000 * (1 - 2 * FEWEST_RENEWALS / progress.total_steps)) / 1000
+    lower = f"Lower method.teacher_momentum (to {suits:g} or below for a run of this length), or t"
+    helps = f"{lower if suits > 0 else 'T'}rain for longer."
     return Finding("teacher_too_slow", 0, seen, helps, ("method.teacher_momentum", "train.epochs"))
 
 
