@@ -45,7 +45,7 @@ def test_markdown_is_a_table():
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(b"seed: 0\n", "must begin with comments"), (b"# caf\xe9\n", r"is no text: byte 5 is not UTF-8")],
+    [(b"seed: 0\n", "must begin with comments"), (b"# caf\xe9\n", r"is not UTF-8 text: byte 5 is not valid")],
 )
 def test_a_head_that_cannot_be_read_is_named_and_hides_no_other(tmp_path: Path, content: bytes, told: str):
     shutil.copy(recipe_files(RECIPES)["digits_dino"], tmp_path)
