@@ -24,7 +24,7 @@ VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads"
 
 
 def call(*arguments: str) -> int:
-    return run_command(EmbedConfig, embed, command="python -m eval.embed", argv=["workers=0", *arguments])
+    return run_command(EmbedConfig, embed, command="python -m eval.embed", argv=["workers=0", *arguments], shared=True)
 
 
 @pytest.fixture(autouse=True)

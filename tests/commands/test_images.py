@@ -221,7 +221,7 @@ def test_a_full_name_of_timm_brings_its_network_whatever_the_recipe(tmp_path, ca
         config = load(PretrainConfig, expand([*arguments, *more]), recipes=RECIPES)
         assert (config.recipe, config.backbone.name, config.backbone.weights) == (recipe, "resnet18", "a1_in1k")
         assert config.data.mean == (0.485, 0.456, 0.406)
-    assert "weights of a CNN (resnet18) to go on from" in capsys.readouterr().out
+    assert "weights of a CNN (resnet18) to continue from" in capsys.readouterr().out
     by_override = expand(arguments[:2], {"backbone": {"weights": "vit_small_patch14_dinov2.lvd142m"}})
     assert "recipe=continue_dinov2_small" in by_override
     assert "backbone.name=vit_small_patch14_dinov2" in by_override

@@ -23,7 +23,7 @@ FAST = ["workers=0", "epochs=3", "learning_rates=[0.5,2.0]", "inverse_penalties=
 
 
 def call(*arguments: str) -> int:
-    return run_command(SuiteConfig, suite.main, command="python -m eval.suite", argv=[*FAST, *arguments])
+    return run_command(SuiteConfig, suite.main, command="python -m eval.suite", argv=[*FAST, *arguments], shared=True)
 
 
 def report(run: Path, name: str) -> dict:

@@ -157,7 +157,9 @@ def test_what_is_no_tokenizer_is_told_in_one_sentence(damage, tmp_path):
         state = released_state()
         del state["blocks.group_2.block_1.id_path.b"]
         converted(state, path, SMALL_DALLE.arguments)
-    with pytest.raises(ConfigError, match="There is no tokenizer" if damage == "none" else "is no tokenizer") as error:
+    with pytest.raises(
+        ConfigError, match="There is no tokenizer" if damage == "none" else "is not a tokenizer"
+    ) as error:
         load_tokenizer(path)
     assert "\n" not in str(error.value)
     assert "KeyError" not in str(error.value)

@@ -149,7 +149,7 @@ EVALUATION = [
     other(
         "knn",
         "backbone=resnet18 weights={folder}/none.pth train={shards} test={shards}",
-        "weights={folder}/none.pth is",
+        "weights={folder}/none.pth does not exist",
     ),
     other("knn", "run={folder} train={shards} test={shards}", "has no backbone.safetensors"),
     other("knn", "run={folder}/none train={shards} test={shards}", "must be the directory of a run"),
