@@ -41,6 +41,7 @@ from ssl_pipeline.config import (
     printable,
     refuse,
     run_command,
+    some_of,
     without_flags,
 )
 from ssl_pipeline.data.labelled import classes_without_labels, open_labelled_images
@@ -332,15 +333,11 @@ def warn_of_other_classes(unlabelled: ShardIndex, labelled: ShardIndex) -> None:
     if found is not None and learnt is not None and not set(found) & set(learnt):
         print(
             printable(
-                f"warning: {unlabelled.called} has images of {_first_names(found)}, and none of the labelled classes "
-                f"({_first_names(learnt)}): is data.shards the right set?"
+                f"warning: {unlabelled.called} has images of {some_of(found, '')}, and none of the labelled classes "
+                f"({some_of(learnt, '')}): is data.shards the right set?"
             ),
             flush=True,
         )
-
-
-def _first_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED_CLASSES]) + (", ..." if len(names) > NAMED_CLASSES else "")
 
 
 def _images(index: ShardIndex) -> str:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_pipeline.config import ConfigError, printable
+from ssl_pipeline.config import ConfigError, printable, some_of
 from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import display_name, packed_from
@@ -153,16 +153,13 @@ def _same_classes(
     if names is None or test_names is None or names == test_names:
         return labels, names or test_names
     if not set(names) & set(test_names):
+        first, second = (some_of(list(map(repr, own)), "") for own in (names, test_names))
         raise ConfigError(
-            f"{train} and {test} must have classes in common. The first has {_first_of(names)}, the second "
-            f"{_first_of(test_names)}. Name the folders of a class alike in both."
+            f"{train} and {test} must have classes in common. The first has {first}, the second {second}. Name the "
+            "folders of a class alike in both."
         )
     both = list(dict.fromkeys((*names, *test_names)))
     return (by_name(labels[0], names, both), by_name(labels[1], test_names, both)), both
-
-
-def _first_of(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def labels_of(index: ShardIndex) -> Numbers:

@@ -113,8 +113,9 @@ def teacher_too_slow(case: Case) -> Finding | None:
         f"teacher {max(renewals, 0):.1f} times: it hardly changes."
     )
     suits = math.floor(1000 * (1 - 2 * FEWEST_RENEWALS / progress.total_steps)) / 1000
-    lower = f"Lower method.teacher_momentum (to {suits:g} or below for a run of this length), or t"
-    helps = f"{lower if suits > 0 else 'T'}rain for longer."
+    helps = "Train for longer."
+    if suits > 0:
+        helps = f"Lower method.teacher_momentum (to {suits:g} or below for a run of this length), or train for longer."
     return Finding("teacher_too_slow", 0, seen, helps, ("method.teacher_momentum", "train.epochs"))
 
 
