@@ -26,7 +26,10 @@ if [ -n "$TASK" ]; then set -- "$TASK" "$@"; fi
 "$@" &
 echo $! > "$TASKS"
 trap 'kill -KILL $(cat "$TASKS"); exit 137' TERM  # as the real one ends its tasks
-while kill -0 $(cat "$TASKS") 2>/dev/null; do wait $(cat "$TASKS"); code=$?; done
+while true; do  # a signal ends a wait, not the task
+    wait $(cat "$TASKS"); code=$?
+    kill -0 $(cat "$TASKS") 2>/dev/null || break
+done
 exit $code
 """
 SCANCEL = """#!/bin/bash

@@ -173,12 +173,13 @@ def sort_before(second: int, directory: Path) -> None:
 
     TensorBoard reads files in the order of their names, and hides only what it has read. A name begins with the second
     of its start, followed by host, process and a counter, none of which says what came first: two starts in one second,
-    or a clock that went back, would show the steps that were done again twice.
+    or a clock that went back, would show the steps that were done again twice. Files of the second before are renamed
+    too, since a host's name would sort behind the numbers that stand in its place here.
     """
     earlier = sorted(directory.glob(f"{EVENTS}*"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    late = [path for path in earlier if path.name >= f"{EVENTS}{second:010d}"]
-    for number, path in enumerate(late, start=len(earlier)):
-        path.rename(directory / f"{EVENTS}{second - 1:010d}.{number:06d}")
+    for number, path in enumerate(earlier):
+        if path.name >= f"{EVENTS}{second - 1:010d}":
+            path.rename(directory / f"{EVENTS}{second - 1:010d}.{number:06d}")
 
 
 def flat_settings(tree: Value, above: str = "") -> dict[str, bool | float | str]:

@@ -114,9 +114,13 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert scalars(tmp_path, "epoch") == [(1, 0.25), (2, 0.5), (3, 0.75)]
 
 
-@pytest.mark.parametrize("clock", [(1000, 1000, 1000), (3000, 2000, 1000)], ids=["one second", "the clock goes back"])
+@pytest.mark.parametrize(
+    "clock",
+    [(1000, 1000, 1000, 1000), (3000, 2000, 1000, 999), (1000, 1001, 1001, 1002), (1000, 1001, 1002, 1001)],
+    ids=["one second", "the clock goes back", "the second after", "the clock goes back a little"],
+)
 def test_the_events_of_a_later_start_are_read_later(tmp_path, monkeypatch, clock):
-    """The names of TensorBoard's files end with a counter, so ".10" sorted before ".9"."""
+    """The names of TensorBoard's files end with a host, a process and a counter, so ".10" sorted before ".9"."""
     for start, now in enumerate(clock):
         monkeypatch.setattr(tracking.time, "time", partial(float, now))
         monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9 + start))
@@ -124,8 +128,8 @@ def test_the_events_of_a_later_start_are_read_later(tmp_path, monkeypatch, clock
         for step in (3, 4):
             tracker.log(row(step) | {"loss": float(10 * start + step)})
         tracker.close()
-    assert scalars(tmp_path, "loss") == [(3, 23.0), (4, 24.0)]
-    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 3
+    assert scalars(tmp_path, "loss") == [(3, 33.0), (4, 34.0)]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 4
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
