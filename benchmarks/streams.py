@@ -58,7 +58,7 @@ class OurInput:
     def views(self, batch: StreamBatch) -> Batch:
         """All that the training process does to a batch of the stream before the network gets it."""
         on_device = batch.to(self.device, non_blocking=True)
-        return make_batch(on_device, self.groups, mean=self.settings.mean, std=self.settings.std)
+        return make_batch(on_device, self.groups, mean=self.settings.mean, std=self.settings.std, compile=True)
 
     def as_trained(self, *, rank: int = 0, world_size: int = 1) -> Iterator[object]:
         """The stream as a trainer takes it: on a GPU with crops and colours."""

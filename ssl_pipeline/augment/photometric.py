@@ -28,7 +28,7 @@ def apply_photometric(
     *,
     mean: Channels,
     std: Channels,
-    compile: bool = True,
+    compile: bool = False,
 ) -> Tensor:
     """Crops, 8 bits or floats in [0, 255] -> float32 views of the same shape, augmented and normalised, where they are.
 

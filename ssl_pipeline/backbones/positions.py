@@ -78,4 +78,5 @@ def _cached_matrix(old: Grid, new: Grid, antialias: bool, device: torch.device, 
         # DINO's official code asks for 0.1 patch more than there are and samples with that scale
         scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
         resampled = F.interpolate(unit_tables, scale_factor=scale, mode="bicubic")
-    return resampled.reshape(num_old, new[0] * new[1]).T.to(device, dtype).contiguous()
+    matrix = resampled.reshape(num_old, new[0] * new[1]).T.to(dtype).contiguous()
+    return matrix.to(device, non_blocking=True)  # a Gram teacher's first step has it made in the middle of a run

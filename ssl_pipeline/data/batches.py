@@ -228,11 +228,20 @@ def drawn_layout(
     return layout
 
 
-def make_batch(images: StreamBatch, groups: Mapping[str, ViewGroup], *, mean: Channels, std: Channels) -> Batch:
-    """The views and masks of a batch from the stream, cropped and augmented on the device that it is on."""
+def make_batch(
+    images: StreamBatch, groups: Mapping[str, ViewGroup], *, mean: Channels, std: Channels, compile: bool = False
+) -> Batch:
+    """The views and masks of a batch from the stream, cropped and augmented on the device that it is on.
+
+    compile: see apply_photometric.
+    """
     views = {}
     for name, crops_VBCHW in images.cropped(groups).items():
         group, draws_VBP = groups[name], images.draws[name]
-        views[name] = apply_photometric(crops_VBCHW, draws_VBP, group, mean=group.mean or mean, std=group.std or std)
-    labelled = None if images.labelled is None else make_batch(images.labelled, groups, mean=mean, std=std)
+        views[name] = apply_photometric(
+            crops_VBCHW, draws_VBP, group, mean=group.mean or mean, std=group.std or std, compile=compile
+        )
+    labelled = None
+    if images.labelled is not None:
+        labelled = make_batch(images.labelled, groups, mean=mean, std=std, compile=compile)
     return Batch(views, images.labels, images.sample_ids, dict(images.masks), labelled, dict(images.masked))

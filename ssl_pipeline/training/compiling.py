@@ -23,7 +23,7 @@ HALF_WRITTEN = re.compile(  # what the system's loader says of a library that en
     r"(/\S+\.so): (?:file too short|invalid ELF header|cannot read file data|ELF load command past end of file)"
 )
 
-WORTH_IT = 1000  # steps: compiling takes a minute or two, which a shorter run does not win back
+WORTH_IT = 5000  # steps of a run: compiling takes a minute or two, which a shorter one does not win back
 
 
 def compile_part(part: nn.Module) -> None:
@@ -76,7 +76,7 @@ def _remove_half_written(error: Exception) -> bool:
 def compile_decision(setting: Setting, device: torch.device, *, steps: int) -> tuple[bool, str]:
     """Whether to compile, and why not; `auto` compiles on a GPU where torch.compile works, for WORTH_IT steps or more.
 
-    steps: those that this start has still to make.
+    steps: those of the whole run, so that a start that goes on computes as the one before it.
     """
     if setting != "auto":
         return setting, ""

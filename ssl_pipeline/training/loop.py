@@ -32,7 +32,7 @@ from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
-from ssl_pipeline.training.compiling import compile_decision, compile_part
+from ssl_pipeline.training.compiling import WORTH_IT, compile_decision, compile_part
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.rank_checks import RankChecks
@@ -70,9 +70,7 @@ def train(run: Run) -> int:
             begin_or_keep(run, run.output.directory, position=position, global_batch=before)
     if clock.is_last(position) and status is not None and status.state == "done":
         return 0
-    compiles, why_not = compile_decision(
-        run.train.compile, device, steps=clock.total_steps - clock.steps_made(position)
-    )
+    compiles, why_not = compile_decision(run.train.compile, device, steps=clock.total_steps)
     if sharded:
         run.sharding = Sharding(method)
         optimizer = run.sharding.share_out(
@@ -94,6 +92,8 @@ def train(run: Run) -> int:
     )
     if run.train.compile == "auto":
         tracker.message("The network is compiled." if compiles else f"The network is not compiled: {why_not}.")
+    if device.type == "cuda" and clock.total_steps >= WORTH_IT:
+        tracker.message("The first step compiles the colours of the views, which takes a minute or two.")
     if saved is not None:
         tracker.message(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:

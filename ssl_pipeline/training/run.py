@@ -49,8 +49,8 @@ class TrainConfig(Config):
     """What each of several processes holds: all weights (`ddp`), or a share of weights, gradients and the optimizer's
     state (`fsdp`, for ViTs that are too large for that)."""
     compile: MayChange[bool | Literal["auto"]] = False
-    """Whether backbones (and MAE's decoder) go through torch.compile. auto: on a GPU, where that works, for 1,000 steps
-    or more."""
+    """Whether backbones (and MAE's decoder) go through torch.compile. auto: on a GPU, where that works, in runs of
+    5,000 steps or more. The colours of a batch are compiled as with auto, whatever stands here."""
     copy_stream: MayChange[bool] = False
     """Whether batches are copied to a GPU in their own CUDA stream, during the step before."""
     save_every: MayChange[Duration] = Duration("1ep")

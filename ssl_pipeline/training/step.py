@@ -24,6 +24,7 @@ from ssl_pipeline.optim.optimizer import prepare_gradients, write_values
 from ssl_pipeline.randomness import seed_everything
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.training.compiling import WORTH_IT
 from ssl_pipeline.training.copying import Copies
 from ssl_pipeline.training.run import Run
 from ssl_pipeline.training.statistics import NormStatistics
@@ -72,6 +73,7 @@ class TrainingStep:
 
     def __post_init__(self) -> None:
         self.copies = Copies(self.run.accelerator.device, own_stream=self.run.train.copy_stream)
+        self.compiles_colours = self.run.clock.total_steps >= WORTH_IT
 
     def __call__(self, stream: Iterator[StreamBatch], position: int) -> StepResult:
         """Make the step that begins at `position`.
@@ -118,7 +120,9 @@ class TrainingStep:
             with phase("copy"):
                 images = self.copies(images)
             with phase("augment"):
-                batch = make_batch(images, run.augment, mean=run.data.mean, std=run.data.std)
+                batch = make_batch(
+                    images, run.augment, mean=run.data.mean, std=run.data.std, compile=self.compiles_colours
+                )
             seed_everything(run.seed, progress.step, rank(), micro)
             last = micro == run.train.accumulate - 1
             with nullcontext() if last else run.accelerator.no_sync(self.network):

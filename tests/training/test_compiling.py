@@ -91,8 +91,8 @@ def test_yes_and_no_mean_what_they_say(setting):
 def test_auto_compiles_long_runs_on_a_gpu_where_that_works(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: x)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
-    assert compile_decision("auto", GPU, steps=1000) == (True, "")
-    assert compile_decision("auto", GPU, steps=999) == (False, "auto compiles for 1,000 steps or more")
+    assert compile_decision("auto", GPU, steps=5000) == (True, "")
+    assert compile_decision("auto", GPU, steps=4999) == (False, "auto compiles for 5,000 steps or more")
     assert compile_decision("auto", CPU, steps=10**6) == (False, "auto compiles only on GPUs")
 
 
