@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -22,7 +23,7 @@ from ssl_pipeline.eval.features.models import EvaluatedModel
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
-from ssl_pipeline.eval.labelled import open_labelled
+from ssl_pipeline.eval.labelled import open_labelled, say
 from ssl_pipeline.eval.linear_heads import logistic_regression, stratified_split, train_linear_heads
 from ssl_pipeline.eval.linear_inputs import TOKEN_KINDS, inputs_of
 from ssl_pipeline.eval.measures import format_table, percent, with_interval
@@ -84,7 +85,10 @@ class LinearConfig(EvaluationConfig, ProbeConfig):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Percent on the test images, of the setting that was best on the validation split, retrained on everything."""
+    """Percent on the test images, of the setting that was best on the validation split, retrained on everything.
+
+    Where each class has one training image nothing can be held out: it is the middle setting, and NaN on validation.
+    """
 
     top1: float
     top5: float
@@ -101,8 +105,9 @@ def linear_probe(
     """Fit every setting on a part of the training features, choose on the rest, refit on all, test once.
 
     Each input that `inputs_of` makes of the features is tried with every setting. Equal validation accuracies are
-    decided by the validation loss. Returns the class scores (N, C) of the test images too. Raises ConfigError if
-    features are not finite or if every setting diverges.
+    decided by the validation loss. With one image of each class the middle setting is taken, of the first input.
+    Returns the class scores (N, C) of the test images too. Raises ConfigError if features are not finite or if every
+    setting diverges.
     """
     inputs, num_classes = inputs_of(features), features.num_classes
     if not all(part.isfinite().all() for both in inputs.values() for part in both):
@@ -122,8 +127,12 @@ def linear_probe(
             train = train.to(device)
             yield from scores_of(train[kept], train_labels[kept], train[held_out], settings)
 
-    best, accuracies = choose(candidates(), train_labels[held_out])
     tried = [(name, setting) for name in inputs for setting in settings]
+    if len(held_out):
+        best, accuracies = choose(candidates(), train_labels[held_out])
+    else:
+        say(["Each class has one training image, so no setting could be chosen: the middle one is taken."])
+        best, accuracies = len(settings) // 2, [math.nan] * len(tried)
     name, setting = tried[best]
     train, test = (part.to(device) for part in inputs[name])
     scores = next(scores_of(train, train_labels, test, [setting])).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -100,7 +101,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
+    return "-" if value is None or math.isnan(value) else f"{value:.2f} %"
 
 
 def with_interval(value: float, num_images: int) -> str:

@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,19 @@ def test_the_chosen_setting_is_the_best_of_the_sweep() -> None:
     assert result.chosen == {"learning_rate": 1.0, "weight_decay": 0.0}
     assert len(result.sweep) == 4
     assert result.validation_top1 == max(setting["validation_top1"] for setting in result.sweep)
+
+
+@pytest.mark.parametrize(
+    ("solver", "middle"), [("logistic", {"inverse_penalty": 1.0}), ("sgd", {"learning_rate": 0.5})]
+)
+def test_with_one_image_of_each_class_the_middle_setting_is_taken(capsys, solver, middle) -> None:
+    train, labels = noisy(200, seed=0)
+    first = [int((labels == label).nonzero()[0]) for label in range(4)]
+    result = probe((train[first], labels[first]), noisy(100, seed=1), ProbeConfig(solver=solver, epochs=10))
+    assert result.chosen.items() >= middle.items()
+    assert math.isnan(result.validation_top1)
+    assert all(line.split()[-1] == "-" for line in sweep_table(result).splitlines()[2:])
+    assert "so no setting could be chosen" in capsys.readouterr().err
 
 
 def test_every_rate_of_a_sweep_is_measured_as_if_alone() -> None:
