@@ -25,7 +25,7 @@ from ssl_pipeline.run.optimizer_state import load_optimizer_tensors, optimizer_t
 from ssl_pipeline.sharded import whole
 from ssl_pipeline.training.compiling import past_half_written
 
-OLDEST_TORCH = (2, 13)
+OLDEST_TORCH = (2, 11)
 """The oldest that was tested and is right: gloo of 2.7 and 2.8 adds gradients up in float32 where it should average
 them, and 2.6 shards nothing on a CPU."""
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -163,7 +163,7 @@ def test_without_a_gpu_the_checks_run_in_tiny_sizes(tmp_path, capsys):
 def test_fsdp_waits_for_a_torch_that_shards_rightly(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "torch_is_too_old", lambda: True)
     found = checks.fsdp(place(tmp_path))
-    assert (found.state, found.said.split(",")[0]) == ("skipped", "needs torch 2.13")
+    assert (found.state, found.said.split(",")[0]) == ("skipped", "needs torch 2.11")
 
 
 @pytest.mark.parametrize("recipe", ["dino_vits16", "dinov2_vits14", "dinov2_vitl16_short"])
