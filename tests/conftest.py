@@ -12,9 +12,12 @@ import pytest
 TYPICAL = {"dino", "simclr", "mae", "fixmatch", "dino_vits16", "simclr_resnet50", "caltech_no_label_to_few"}
 """The methods, recipes and comparisons that stand for all others while one works."""
 MANY = {
+    "test_create",
     "test_deduplicate",
+    "test_early_values",
     "test_generated",
     "test_image_sizes",
+    "test_images",
     "test_layouts",
     "test_library",
     "test_loading",
@@ -23,6 +26,7 @@ MANY = {
     "test_number_ranges",
     "test_pictures_of_method",
     "test_self_training",
+    "test_torture",
     "test_trial",
     "test_which_networks",
 }
