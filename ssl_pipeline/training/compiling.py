@@ -1,76 +1,54 @@
-"""Whether the network of a run is compiled, what `train.compile=auto` means on this device, and how compiled parts get
-past what a killed start has left in torch.compile's cache."""
+"""Whether the network of a run is compiled, what `train.compile=auto` means on this device, and what a killed start has
+left in torch.compile's cache."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable
-from functools import cache, wraps
+import struct
+import time
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal
 
 import torch
-from torch import nn
 
 from ssl_pipeline.config import printable
 
 Setting = bool | Literal["auto"]
-P = ParamSpec("P")
-R = TypeVar("R")
-
-HALF_WRITTEN = re.compile(  # what the system's loader says of a library that ends early
-    r"(/\S+\.so): (?:file too short|invalid ELF header|cannot read file data|ELF load command past end of file)"
-)
 
 WORTH_IT = 5000  # steps of a run: compiling takes a minute or two, which a shorter one does not win back
+STILL_WRITTEN = 3.0  # seconds after its last change in which another run may still be writing a file
+ELF_HEADER = 64  # bytes, of a library for a 64-bit processor
+ELF_LITTLE_ENDIAN = b"\x7fELF\x02\x01"
 
 
-def compile_part(part: nn.Module) -> None:
-    """Let torch compile the part at its first call; each crop size by itself, else the second would be dynamic."""
-    part.compile(dynamic=False)
-    compiled = part._compiled_call_impl
-    assert compiled is not None
-    part._compiled_call_impl = past_half_written(compiled)
+def remove_half_written() -> None:
+    """Remove the libraries of torch's cache that were never written to their end, with a line for each.
 
-
-def past_half_written(compiled: Callable[P, R]) -> Callable[P, R]:
-    """`compiled`, called once more where torch's cache has a library that was never written to its end.
-
-    A start that is killed while it compiles leaves such a file, and each later one would end at it. The file is
-    removed, and torch makes it anew; nothing has been computed before.
+    A start that is killed while it compiles leaves such a file, and each later one would end at it, by an error or by
+    the system without a word.
     """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    @wraps(compiled)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():  # inside of a larger part
-            return compiled(*args, **kwargs)
-        while True:
-            try:
-                return compiled(*args, **kwargs)
-            except Exception as error:
-                if not _remove_half_written(error):
-                    raise
-
-    return call
+    for library in sorted(Path(cache_dir()).rglob("*.so")):
+        with suppress(OSError):  # of another user, or gone by now
+            if time.time() - library.stat().st_mtime > STILL_WRITTEN and _is_cut_short(library):
+                library.unlink()
+                told = f"{library} in torch.compile's cache was cut short, by a start that was killed; it is made anew."
+                print(printable(told), flush=True)
 
 
-def _remove_half_written(error: Exception) -> bool:
-    """Remove the library of torch's cache that the error says is cut short; whether there was one."""
-    found = HALF_WRITTEN.search(str(error))
-    if found is None:
+def _is_cut_short(library: Path) -> bool:
+    """Whether the file ends before its table of sections does, which is the last thing in it."""
+    with library.open("rb") as file:
+        header = file.read(ELF_HEADER)
+    if len(header) < ELF_HEADER or not any(header):
+        return True
+    if not header.startswith(ELF_LITTLE_ENDIAN):
         return False
-    library, own = Path(found[1]), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    in_cache = any(folder.name.startswith("torchinductor") for folder in library.parents)
-    if not (in_cache or (own and library.is_relative_to(own))):
-        return False
-    try:
-        library.unlink()
-    except OSError:
-        return False
-    told = f"{library} in torch.compile's cache was cut short, by a start that was killed; it is made anew."
-    print(printable(told), flush=True)
-    return True
+    (table,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return table + size * count > library.stat().st_size
 
 
 def compile_decision(setting: Setting, device: torch.device, *, steps: int) -> tuple[bool, str]:
@@ -92,7 +70,7 @@ def compile_decision(setting: Setting, device: torch.device, *, steps: int) -> t
 def _failure_on(device: torch.device) -> str:
     """What torch.compile says of a small function on the device; empty if it works."""
     try:
-        compiled = past_half_written(torch.compile(lambda x: x.sin() + 1, fullgraph=True))
+        compiled = torch.compile(lambda x: x.sin() + 1, fullgraph=True)
         compiled(torch.zeros(8, device=device))
     except Exception as error:  # they share no type: no triton, no C compiler, a compiler bug
         first = next(iter(str(error).strip().splitlines()), "")

@@ -32,7 +32,7 @@ from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
-from ssl_pipeline.training.compiling import WORTH_IT, compile_decision, compile_part
+from ssl_pipeline.training.compiling import WORTH_IT, compile_decision, remove_half_written
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.rank_checks import RankChecks
@@ -70,6 +70,8 @@ def train(run: Run) -> int:
             begin_or_keep(run, run.output.directory, position=position, global_batch=before)
     if clock.is_last(position) and status is not None and status.state == "done":
         return 0
+    if run.train.compile or device.type == "cuda":
+        remove_half_written()
     compiles, why_not = compile_decision(run.train.compile, device, steps=clock.total_steps)
     if sharded:
         run.sharding = Sharding(method)
@@ -78,7 +80,7 @@ def train(run: Run) -> int:
         )
     elif compiles:
         for part in method.parts_to_compile():
-            compile_part(part)
+            part.compile(dynamic=False)  # each crop size by itself, else the second would be dynamic
     network, optimizer = wrap(run.accelerator, method, optimizer, sharded=sharded)
     if saved is not None and saved.state.scaler is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(saved.state.scaler)

@@ -23,7 +23,6 @@ from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer
 from ssl_pipeline.run.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from ssl_pipeline.sharded import whole
-from ssl_pipeline.training.compiling import past_half_written
 
 OLDEST_TORCH = (2, 11)
 """The oldest that was tested and is right: gloo of 2.7 and 2.8 adds gradients up in float32 where it should average
@@ -98,8 +97,7 @@ class Sharding:
         policy = BF16 if precision == "bf16" else MixedPrecisionPolicy()
         for block in blocks_of(self._method):
             if compiled:
-                own = torch.compile(block.forward, dynamic=False)
-                block.forward = past_half_written(own)  # inside of the hooks that gather
+                block.forward = torch.compile(block.forward, dynamic=False)  # inside of the hooks that gather
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self._method, mesh=mesh, mp_policy=policy)
         self._method.to(device)  # buffers, and networks that are no part of the method's state

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import _struct
+import os
+import shutil
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.training import compiling
-from ssl_pipeline.training.compiling import compile_decision, compile_part, past_half_written
+from ssl_pipeline.training.compiling import compile_decision, remove_half_written
 from ssl_pipeline.training.copying import Copies
 from tests.runs import make_run
-from tests.tiny import VIT, write_shards
+from tests.tiny import write_shards
 from tests.training.test_step import batches
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -28,66 +28,51 @@ def fresh():
     compiling._failure_on.cache_clear()
 
 
-class Layer(nn.Linear):
-    """With a forward pass of its own: older torch compiles none of torch's."""
-
-    def forward(self, images):
-        return nn.functional.linear(images, self.weight, self.bias)
-
-
-def inductor_says(file: Path) -> RuntimeError:
-    return RuntimeError(f"ImportError: {file}: file too short\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
-
-
-def compiling_to(monkeypatch: pytest.MonkeyPatch, *files: Path) -> nn.Linear:
-    """A compiled layer of which torch's cache has these files, cut short, until they are removed."""
-
-    def backend(graph, inputs):
-        for file in files:
-            if file.exists():
-                raise inductor_says(file)
-        return graph.forward
-
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
-    part = Layer(3, 2)
-    compile_part(part)
-    return part
+@pytest.fixture
+def library(tmp_path, monkeypatch) -> Path:
+    """A library of this Python in torch.compile's cache, written long ago."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    file = tmp_path / "cache" / "ab" / "main.so"
+    file.parent.mkdir(parents=True)
+    shutil.copy(_struct.__file__, file)
+    os.utime(file, (0, 0))
+    return file
 
 
-@pytest.mark.parametrize("place", ["torchinductor_me/ab", "mine"])
-def test_what_a_killed_start_has_left_of_a_library_is_made_anew(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    files = [tmp_path / place / name for name in ("main.so", "second.so")]
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"half")
-    part = compiling_to(monkeypatch, *files)
-    images = torch.ones(1, 3)
-    torch.testing.assert_close(part(images), nn.functional.linear(images, part.weight, part.bias))
-    assert not any(file.exists() for file in files)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" in torch.compile's cache was cut short")[0] for line in lines] == list(map(str, files))
+def test_whole_libraries_stay(library, capsys):
+    remove_half_written()
+    assert library.exists()
+    assert capsys.readouterr().out == ""
 
 
-def test_a_library_of_others_stays_and_the_error_is_told(tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    other = tmp_path / "libother.so"
-    other.write_bytes(b"half")
-    part = compiling_to(monkeypatch, other)
-    with pytest.raises(Exception, match="file too short"):
-        part(torch.ones(1, 3))
-    assert other.exists()
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.5, 0.999, 1.0])
+def test_what_a_killed_start_has_left_of_a_library_is_removed(library, capsys, kept):
+    whole = library.read_bytes()
+    library.write_bytes(whole[: int(kept * (len(whole) - 1))])
+    os.utime(library, (0, 0))
+    remove_half_written()
+    assert not library.exists()
+    assert capsys.readouterr().out.startswith(f"{library} in torch.compile's cache was cut short")
 
 
-def test_compiled_parts_of_a_compiled_network_are_traced_through():
-    network = create_backbone(VIT)
-    graphs = []
-    network.compile(dynamic=False, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    for part in network.modules():
-        if part is not network and part._compiled_call_impl is not None:
-            part._compiled_call_impl = past_half_written(part._compiled_call_impl)
-    network(torch.zeros(1, 3, 16, 16))
-    assert len(graphs) == 1
+def test_a_library_of_which_only_the_length_was_written_is_removed(library):
+    library.write_bytes(bytes(library.stat().st_size))
+    os.utime(library, (0, 0))
+    remove_half_written()
+    assert not library.exists()
+
+
+def test_a_library_that_another_run_is_writing_stays(library, capsys):
+    library.write_bytes(library.read_bytes()[:100])
+    remove_half_written()
+    assert library.exists()
+
+
+def test_a_file_of_another_kind_stays(library):
+    library.write_bytes(b"a script that is called .so for some reason of its own, and no library at all")
+    os.utime(library, (0, 0))
+    remove_half_written()
+    assert library.exists()
 
 
 @pytest.mark.parametrize("setting", [True, False])
