@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -179,18 +180,7 @@ def _pretrain(config: PretrainConfig) -> int:
             print(printable(f"Ignored, because the recipe decides: {', '.join(ignored)}"), flush=True)
         output = config.run_directory
         stack.enter_context(Failures(output, config.data, config.train, config.backbone).explained())
-        torch.manual_seed(config.seed)
-        backbone = create_backbone(config.backbone)
-        method = build_method(config.method, backbone)
-        check_recipe(method, backbone, config.augment, config.data)
-        if config.train.parallel == "fsdp":
-            check_sharding(
-                method,
-                precision=config.train.precision,
-                measures_classifier=config.classifier is not None,
-                find_lr=config.find_lr,
-            )
-        check_precision(method, backbone, config.augment, config.train, accelerator.device)
+        backbone, method = _networks(config, accelerator.device)
         if accelerator.is_main_process and not config.find_lr:
             directory = stack.enter_context(RunDirectory(output))
             there = read_settings(PretrainConfig, output)
@@ -199,28 +189,18 @@ def _pretrain(config: PretrainConfig) -> int:
             directory.refuse_lost_checkpoints()
         else:
             starting.close()  # it waits for the first rank, which may index for hours, and whose end is the end of all
-        asked = time.perf_counter()
-        index = open_images(config.data)
-        index_seconds = time.perf_counter() - asked
-        identity = {"images": _images(index)}
         weights = _about_weights(backbone)
-        read = "none" if weights is None else str(weights["sha256"])
-        require_same("weights", config.backbone.weights or "a random network", read, accelerator.device)
-        if weights is not None:
-            identity[STARTING_WEIGHTS] = str(weights["sha256"])
-        require_same("images", display_name(config.data.shards), index.fingerprint, accelerator.device)
-        labelled_index = open_labelled_images(config.data)
-        if labelled_index is not None:
-            identity["labelled images"] = _images(labelled_index)
-            require_same("labelled images", labelled_index.called, labelled_index.fingerprint, accelerator.device)
+        images = _Images.opened(config, weights, accelerator.device)
+        index, labelled_index = images.all, images.labelled
         clock = start_clock(index, config.data, config.train)  # refuses a batch larger than the data set
-        batches = {
-            "global_batch": clock.global_batch,
-            "micro_batch": clock.global_batch // config.train.accumulate,
-        }
         check_labels(method, index, config.data)
         learnt = learnt_images(method, index, labelled_index)
-        method.prepare(run_facts(index, learnt, config.augment, config.data, **batches))
+        micro_batch = clock.global_batch // config.train.accumulate
+        method.prepare(
+            run_facts(
+                index, learnt, config.augment, config.data, global_batch=clock.global_batch, micro_batch=micro_batch
+            )
+        )
         check_batch_norm(method, config.data, config.train, num_processes=accelerator.num_processes)
         preprocessing = Preprocessing(evaluation_size(method, config.augment), config.data.mean, config.data.std)
         wanted = (None, None, None) if config.find_lr else (config.knn, config.spectrum, config.classifier)
@@ -237,11 +217,8 @@ def _pretrain(config: PretrainConfig) -> int:
         about: dict[str, JSON] = {}
         if directory is not None:
             describe(config, method, clock, accelerator)
-            if labelled_index is not None and method.classifier is not None:
-                warn_of_classes_without_labels(labelled_index, method.classifier.out_features)
-                warn_of_other_classes(index, labelled_index)
-                if (told := about_soft_labels(method, labelled_index)) is not None:
-                    print(printable(f"warning: {told}"), flush=True)
+            if labelled_index is not None:
+                warn_of_labels(method, index, labelled_index)
             about = describe_start(num_processes=accelerator.num_processes)
             about |= {"data": _about(index), "labelled data": _about(labelled_index)}
             about["weights"] = weights
@@ -263,9 +240,9 @@ def _pretrain(config: PretrainConfig) -> int:
             train=config.train,
             seed=config.seed,
             accelerator=accelerator,
-            output=Output(output, directory, config, identity, config.wandb, about, saved=on_the_way),
+            output=Output(output, directory, config, images.identity, config.wandb, about, saved=on_the_way),
             monitors=monitors,
-            start=Start(started, index_seconds),
+            start=Start(started, images.seconds),
         )
         signal_number, before = 0, read_status(output)
         if config.find_lr:
@@ -279,6 +256,51 @@ def _pretrain(config: PretrainConfig) -> int:
         accelerator.wait_for_everyone()  # whoever leaves first takes the group from those who still write
         accelerator.end_training()
     return 128 + signal_number if signal_number else 0
+
+
+def _networks(config: PretrainConfig, device: torch.device) -> tuple[Backbone, Method]:
+    """The backbone and the method around it; raises ConfigError for what the settings cannot mean together."""
+    torch.manual_seed(config.seed)
+    backbone = create_backbone(config.backbone)
+    method = build_method(config.method, backbone)
+    check_recipe(method, backbone, config.augment, config.data)
+    if config.train.parallel == "fsdp":
+        check_sharding(
+            method,
+            precision=config.train.precision,
+            measures_classifier=config.classifier is not None,
+            find_lr=config.find_lr,
+        )
+    check_precision(method, backbone, config.augment, config.train, device)
+    return backbone, method
+
+
+@dataclass(frozen=True)
+class _Images:
+    """All images and the labelled ones. identity: of these and of the weights; seconds: that the first took to open."""
+
+    all: ShardIndex
+    labelled: ShardIndex | None
+    identity: dict[str, str]
+    seconds: float
+
+    @classmethod
+    def opened(cls, config: PretrainConfig, weights: dict[str, JSON] | None, device: torch.device) -> _Images:
+        """Those of the settings; all processes must have found the same."""
+        asked = time.perf_counter()
+        index = open_images(config.data)
+        seconds = time.perf_counter() - asked
+        identity = {"images": _images(index)}
+        read = "none" if weights is None else str(weights["sha256"])
+        require_same("weights", config.backbone.weights or "a random network", read, device)
+        if weights is not None:
+            identity[STARTING_WEIGHTS] = read
+        require_same("images", display_name(config.data.shards), index.fingerprint, device)
+        labelled = open_labelled_images(config.data)
+        if labelled is not None:
+            identity["labelled images"] = _images(labelled)
+            require_same("labelled images", labelled.called, labelled.fingerprint, device)
+        return cls(index, labelled, identity, seconds)
 
 
 def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator) -> None:
@@ -316,6 +338,16 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
         print(printable(line), flush=True)
     for remark in remarks(config.method, config.optim, config.augment, clock):
         print(printable(f"warning: {remark}"), flush=True)
+
+
+def warn_of_labels(method: Method, unlabelled: ShardIndex, labelled: ShardIndex) -> None:
+    """Say what is odd about the labelled images of a method that learns to classify."""
+    if method.classifier is None:
+        return
+    warn_of_classes_without_labels(labelled, method.classifier.out_features)
+    warn_of_other_classes(unlabelled, labelled)
+    if (told := about_soft_labels(method, labelled)) is not None:
+        print(printable(f"warning: {told}"), flush=True)
 
 
 def warn_of_classes_without_labels(labelled: ShardIndex, num_classes: int) -> None:
