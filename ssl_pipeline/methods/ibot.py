@@ -43,6 +43,9 @@ class IBOTConfig(Config):
     """Width of the heads' normalised bottleneck."""
     head_layers: Depth = 3
     """Linear layers before the prototypes."""
+    head_batch_norm: bool = False
+    """Batch norm in the heads' hidden layers (`norm_in_head: bn` of the official code, which has class tokens and
+    patches in one batch; here each have their own)."""
     fixed_prototype_scale: bool = True
     """Whether all prototypes have length 1 (`norm_last_layer` of the official code; false for its ViT-S)."""
     freeze_prototypes_for: Duration = Duration("1ep")
@@ -142,6 +145,7 @@ def _heads(config: IBOTConfig, backbone: TokenBackbone) -> TokenHeads:
             hidden_dim=config.head_hidden_dim,
             bottleneck_dim=config.head_bottleneck_dim,
             num_layers=config.head_layers,
+            batch_norm=config.head_batch_norm,
             fixed_scale=config.fixed_prototype_scale,
         )
 

@@ -99,8 +99,9 @@ class PrototypeHead(nn.Module):
         return self.last_layer.weight
 
     def bottleneck(self, features: Tensor) -> Tensor:
-        """(B, in_dim) -> (B, bottleneck_dim) of unit length: what is compared with the prototypes."""
-        return F.normalize(self.mlp(features), dim=-1)
+        """(..., in_dim) -> (..., bottleneck_dim) of unit length: what is compared with the prototypes."""
+        rows = self.mlp(features.flatten(0, -2))  # as batch norm takes them
+        return F.normalize(rows, dim=-1).unflatten(0, features.shape[:-1])
 
     def forward(self, features: Tensor) -> Tensor:
         return self.last_layer(self.bottleneck(features))

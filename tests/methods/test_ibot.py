@@ -44,7 +44,7 @@ def patch_logits(head, rows):
     if isinstance(head.patches, PrototypeHead):
         return logits(head.patches, rows)
     last = head.classes.last_layer if head.patches is None else head.patches
-    return unit(head.classes.mlp(rows)) @ weights(last).T
+    return unit(head.classes.mlp(rows.flatten(0, -2))).unflatten(0, rows.shape[:-1]) @ weights(last).T
 
 
 def loss_of(method):
@@ -72,7 +72,10 @@ def loss_of(method):
         student = logits(plain.student[1].classes, torch.cat([classes, of_small])) / config.student_temperature
         num_images = large.shape[1]
         of_classes = class_loss(targets[0].unflatten(0, (-1, num_images)), student.unflatten(0, (-1, num_images)))
-        of_patches = patch_loss(targets[1], patch_logits(plain.student[1], patches) / 0.1, mask)
+        seen = patch_logits(plain.student[1], patches[mask]) / 0.1  # batch norm is of the masked ones alone
+        of_patches = patch_loss(
+            targets[1], targets[1].new_zeros(targets[1].shape).masked_scatter(mask[..., None], seen), mask
+        )
         return config.class_weight * of_classes + config.patch_weight * of_patches
 
     return loss
@@ -85,6 +88,8 @@ def loss_of(method):
         {"patch_head": "own_prototypes", "num_patch_prototypes": 7, "fixed_prototype_scale": False},
         {"patch_head": "separate", "num_patch_prototypes": 7, "class_weight": 0.5, "patch_weight": 2.0},
         {"masking_starts": Duration(3)},
+        {"head_batch_norm": True},
+        {"head_batch_norm": True, "patch_head": "separate"},
     ],
 )
 def test_ten_steps_follow_the_equations(monkeypatch, settings):

@@ -40,7 +40,7 @@ def tokens(model, images, mask=None, mask_token=None):
 
 def logits(head, rows):
     """Of a PrototypeHead, its weights normalised by hand."""
-    return unit(head.mlp(rows)) @ weights(head.last_layer).T
+    return unit(head.mlp(rows.flatten(0, -2))).unflatten(0, rows.shape[:-1]) @ weights(head.last_layer).T
 
 
 def weights(layer):
