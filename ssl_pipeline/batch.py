@@ -152,8 +152,8 @@ class RunFacts:
         if wanted is None or wanted == found or (self.class_names is None and wanted > found):
             return wanted or found
         raise ConfigError(
-            f"method.num_classes must be the number of classes of the labelled images, {found}. Got {wanted}; leave it "
-            "out to take theirs."
+            f"method.num_classes must be the number of classes of the labelled images, {found}. Got {wanted}; "
+            "method.num_classes=null takes theirs."
         )
 
 

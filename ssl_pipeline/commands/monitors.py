@@ -8,6 +8,7 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
+from ssl_pipeline.eval.features.extract import Precision
 from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.eval.monitors import (
     ClassifierMonitor,
@@ -37,8 +38,10 @@ def open_monitors(
     labelled_index: ShardIndex | None,
     from_weights: bool,
     device: torch.device,
+    precision: Precision,
 ) -> list[Monitor]:
-    """Those that have settings. Raises ConfigError or DataError for images that cannot be measured."""
+    """Those that have settings, which measure in the run's precision. Raises ConfigError or DataError for images that
+    cannot be measured."""
     monitors: list[Monitor] = []
 
     def watch(monitor: Monitor, name: str, config: MonitorConfig, compared: dict[str, str]) -> None:
@@ -46,7 +49,9 @@ def open_monitors(
         monitors.append(Watched(monitor, name, at_start, config.on_error, compared))
 
     if knn is not None:
-        of_knn = KnnMonitor(knn, preprocessing, batch_size=data.batch_size, workers=data.workers, device=device)
+        of_knn = KnnMonitor(
+            knn, preprocessing, batch_size=data.batch_size, workers=data.workers, device=device, precision=precision
+        )
         for name, images in (("knn.train", of_knn.images.train), ("knn.val", of_knn.images.test)):
             require_same(f"images of {name}", images.called, images.fingerprint, device)
         watch(of_knn, "knn", knn, KNN)
@@ -59,6 +64,7 @@ def open_monitors(
             batch_size=data.batch_size,
             workers=data.workers,
             device=device,
+            precision=precision,
         )
         require_same("images of spectrum.val", of_spectrum.images.called, of_spectrum.images.fingerprint, device)
         watch(of_spectrum, "spectrum", spectrum, SPECTRUM)
@@ -75,6 +81,7 @@ def open_monitors(
             labelled=labelled_index,
             workers=data.workers,
             device=device,
+            precision=precision,
         )
         measured = of_classifier.images
         require_same("images of classifier.val", measured.called, measured.fingerprint, device)

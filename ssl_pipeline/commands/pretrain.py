@@ -213,10 +213,12 @@ def _pretrain(config: PretrainConfig) -> int:
             labelled_index=learnt,
             from_weights=config.backbone.weights is not None,
             device=accelerator.device,
+            precision=config.train.precision,
         )
         about: dict[str, JSON] = {}
         if directory is not None:
-            describe(config, method, clock, accelerator)
+            num_labelled = 0 if labelled_index is None else len(labelled_index)
+            describe(config, method, clock, accelerator, num_labelled=num_labelled)
             if labelled_index is not None:
                 warn_of_labels(method, index, labelled_index)
             about = describe_start(num_processes=accelerator.num_processes)
@@ -303,7 +305,9 @@ class _Images:
         return cls(index, labelled, identity, seconds)
 
 
-def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator) -> None:
+def describe(
+    config: PretrainConfig, method: Method, clock: Clock, accelerator: Accelerator, *, num_labelled: int
+) -> None:
     """Print what a reader of the log wants to know of a run that begins."""
     progress = clock.progress(0)
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
@@ -311,7 +315,7 @@ def describe(config: PretrainConfig, method: Method, clock: Clock, accelerator: 
     if config.data.labelled is not None:
         beside = config.data.labelled.batch_size * num_processes * config.train.accumulate
         called = display_name(config.data.labelled.shards)
-        labelled = f"labelled images in {called}: {beside} of them with each global batch\n"
+        labelled = f"{num_labelled} labelled images in {called}: {beside} with each global batch\n"
     print(
         f"{config.method.name} on {config.backbone.name}: {trained / 1e6:.2f} M trained parameters\n"
         f"{printable(f'initial weights: {method.backbone.origin}')}\n"
@@ -356,7 +360,8 @@ def warn_of_classes_without_labels(labelled: ShardIndex, num_classes: int) -> No
     if missing:
         more = f" and {len(missing) - NAMED_CLASSES} more" if len(missing) > NAMED_CLASSES else ""
         named = ", ".join(missing[:NAMED_CLASSES])
-        print(printable(f"warning: no labelled image is of class {named}{more}: it cannot be learnt."), flush=True)
+        which = f"class {named}: it" if len(missing) == 1 else f"the classes {named}{more}: they"
+        print(printable(f"warning: no labelled image is of {which} cannot be learnt."), flush=True)
 
 
 def warn_of_other_classes(unlabelled: ShardIndex, labelled: ShardIndex) -> None:

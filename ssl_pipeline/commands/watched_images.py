@@ -18,20 +18,23 @@ def watch(look: Look, shards: str, given: Mapping[str, str], recipe: Tree) -> li
     of which others of the same set can vote, else from weights by the spectrum; none if anything is given of it, or the
     recipe has images for it that are there.
     """
-    if look.count <= WATCHED_K or says(given, "knn"):
+    if look.count <= WATCHED_K or given.keys() & {"knn", "knn.train", "knn.val"}:
         return []
     compared = min(look.count, WATCHED)
     if 1 < look.classes <= compared / PER_CLASS:  # so that some class has two of them, however they are chosen
         knn = recipe.get("knn")
         if isinstance(knn, dict) and knn.get("train") is not None and shards_may_be_at(knn["train"]):
             return []
+        number, every = given.get("knn.images", f"{WATCHED:,}"), given.get("knn.every", WATCHED_EVERY)
         _say_first(
-            f"The images have labels, so the run measures k-NN on up to {WATCHED:,} of them, each by all others, every "
-            f"{WATCHED_EVERY}; it does not learn from them. knn=null leaves that out."
+            f"The images have labels, so the run measures k-NN on up to {number} of them, each by all others, every "
+            f"{every}; it does not learn from them. knn=null leaves that out."
         )
-        return [
-            f"knn={{every: {WATCHED_EVERY}, train: {json.dumps(shards)}, val: null, images: {WATCHED}, k: {WATCHED_K}}}"
-        ]
+        settings = {"every": WATCHED_EVERY, "train": shards, "val": "null", "images": WATCHED, "k": WATCHED_K}
+        if says(given, "knn"):
+            return [f"knn.{key}={value}" for key, value in settings.items() if f"knn.{key}" not in given]
+        settings["train"] = json.dumps(shards)
+        return [f"knn={{{', '.join(f'{key}: {value}' for key, value in settings.items())}}}"]
     why = (
         "have no labels"
         if look.classes < 2

@@ -179,6 +179,8 @@ def _known_labels(config: PseudoLabelImages, index: ShardIndex, opened: OpenedCl
     labels_N = np.full(len(index), -1, np.int64)
     if config.known is None:
         return labels_N
+    if not config.known.exists():
+        raise DataError(f"known={config.known}: there is no such file. split_labels output=FILE.npy writes one.")
     known = open_subset(config.shards, keep=config.known, key="shards (known)")
     problem, names = known.label_problem(), index.class_names
     if problem is not None:

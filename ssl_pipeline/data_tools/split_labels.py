@@ -172,6 +172,7 @@ def _write_numbers(config: SplitLabels, index: ShardIndex, chosen: list[int], ab
     rest = np.setdiff1d(np.arange(len(index)), chosen)
     files = {config.output.with_suffix(".rest.npy"): rest, config.output: np.array(chosen)}
     refuse_existing(*reversed(files), overwrite=config.overwrite)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
     for path, numbers in files.items():
         path.unlink(missing_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)

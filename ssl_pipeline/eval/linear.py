@@ -128,6 +128,9 @@ def linear_probe(
             yield from scores_of(train[kept], train_labels[kept], train[held_out], settings)
 
     tried = [(name, setting) for name in inputs for setting in settings]
+    unseen = len(train_labels.unique()) - len(train_labels[held_out].unique())
+    if len(held_out) and unseen:
+        say([f"{unseen} classes have one training image: the settings are chosen on images of the other classes."])
     if len(held_out):
         best, accuracies = choose(candidates(), train_labels[held_out])
     else:

@@ -67,6 +67,8 @@ def open_source(source: str, cache: Path) -> tuple[str, ShardIndex]:
     """
     if holds_images(source):
         source = packed(source, cache, key="source", renewed=True)
+    elif Path(source).expanduser().is_file() and not holds_shards(source):
+        raise ConfigError(f"source={source} is no image, zip or shard (.tar). Give one, or a folder of them.")
     index = open_shards(source)
     if not len(index):
         raise ConfigError(f"source={source} has no images.")

@@ -133,8 +133,10 @@ def test_labels_of_folders_are_watched(tmp_path, capsys, recipe):
     assert "each by all others, every 20%" in capsys.readouterr().out
     config = load(PretrainConfig, expanded, recipes=RECIPES)
     assert (config.knn.train, config.knn.val, config.knn.images) == (f"{tmp_path}/run/images", None, 2000)
-    for given in ("knn=null", "knn.every=10%"):
+    for given in ("knn=null", "knn.train=x"):
         assert not any(argument.startswith("knn={") for argument in expand([*arguments, given]))
+    knn = load(PretrainConfig, expand([*arguments, "knn.every=10%"]), recipes=RECIPES).knn
+    assert (str(knn.every), knn.train, knn.val, knn.k) == ("10%", f"{tmp_path}/run/images", None, 20)
     capsys.readouterr()
     assert not any(argument.startswith("knn={") for argument in expand(arguments, {"knn": None}))
     assert "each by all others" not in capsys.readouterr().out

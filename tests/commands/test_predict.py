@@ -88,3 +88,6 @@ def test_a_file_that_is_there_is_kept(
     assert output.read_text() == "mine"
     assert call(f"run={classifying}", f"source={test}", f"output={tmp_path / 'a.txt'}") == 2
     assert "output must end in .csv or .parquet" in capsys.readouterr().err
+    (tmp_path / "readme.txt").write_text("no image")
+    assert call(f"run={classifying}", f"source={tmp_path / 'readme.txt'}", f"output={tmp_path / 'b.csv'}") == 2
+    assert "readme.txt is no image, zip or shard (.tar). Give one, or a folder of them." in capsys.readouterr().err

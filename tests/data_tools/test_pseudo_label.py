@@ -110,6 +110,8 @@ def test_images_whose_labels_are_known_keep_them(teacher: Path, train: str, tmp_
     known = tmp_path / "known.npy"
     write_keep(known, index, [3, 8, 40], origin=None)
     output = tmp_path / "labels.npy"
+    with pytest.raises(DataError, match=r"^known=none\.npy: there is no such file"):
+        pseudo_label(settings(teacher, train, output, threshold=1.0, soft=False, known=Path("none.npy")))
     counts = pseudo_label(settings(teacher, train, output, threshold=1.0, soft=False, known=known))
     labels = open_subset(train, labels=output).labels()
     assert [labels[number] for number in (3, 8, 40)] == [3, 2, 4]

@@ -138,8 +138,8 @@ def test_an_unfinished_split_leaves_nothing(shards: Path, tmp_path: Path, monkey
 
 
 def test_numbers_alone_choose_the_images_that_shards_would_hold(shards: Path, tmp_path: Path) -> None:
-    copied, file = split(shards, tmp_path / "few", 3), split(shards, tmp_path / "few.npy", 3)
-    chosen, rest = open_subset(str(shards), keep=file), open_subset(str(shards), keep=tmp_path / "few.rest.npy")
+    copied, file = split(shards, tmp_path / "few", 3), split(shards, tmp_path / "new" / "few.npy", 3)
+    chosen, rest = open_subset(str(shards), keep=file), open_subset(str(shards), keep=file.with_suffix(".rest.npy"))
     assert {chosen.read(number).image for number in range(len(chosen))} == images(copied).keys()
     assert Counter(chosen.labels().tolist()) == {0: 3, 1: 3, 2: 3}
     both = np.concatenate([chosen.in_whole_set(), rest.in_whole_set()])

@@ -43,10 +43,11 @@ def test_each_class_gives_its_images_and_fewer_are_a_part_of_more() -> None:
     assert draw_per_class(labels, 5, seed=3).tolist() != draw_per_class(labels, 5, seed=4).tolist()
 
 
-def test_the_classifier_minimises_the_objective_of_msn() -> None:
+@pytest.mark.parametrize("penalty", [5.0, 4000.0])
+def test_the_classifier_minimises_the_objective_of_msn(penalty: float) -> None:
     """Cross-entropy + lambda / 2 |W|^2 of centred rows of length 1, without bias, lambda = 1 / inverse_penalty."""
     train, labels, test, _ = problem()
-    config = FewShotConfig(**MODEL, inverse_penalty=5.0)
+    config = FewShotConfig(**MODEL, inverse_penalty=penalty)
     scores = few_shot_scores(train, labels, test, num_classes=3, config=config)
     rows, other_rows = (normalize(part - part.mean(dim=1, keepdim=True), dim=1).double() for part in (train, test))
     weights = torch.zeros(3, 8, dtype=torch.float64, requires_grad=True)
@@ -55,12 +56,12 @@ def test_the_classifier_minimises_the_objective_of_msn() -> None:
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = torch.nn.functional.cross_entropy(rows @ weights.T, labels, reduction="sum")
-        value = value + weights.square().sum() / (2 * 5.0)
+        value = value + weights.square().sum() / (2 * penalty)
         value.backward()
         return value
 
     optimizer.step(loss)
-    torch.testing.assert_close(scores.double(), other_rows @ weights.detach().T, rtol=0, atol=0.02)
+    torch.testing.assert_close(scores.double(), other_rows @ weights.detach().T, rtol=1e-3, atol=2e-3)
 
 
 def test_the_nearest_centroid_is_that_of_the_loop() -> None:

@@ -73,6 +73,13 @@ def test_with_one_image_of_each_class_the_middle_setting_is_taken(capsys, solver
     assert "so no setting could be chosen" in capsys.readouterr().err
 
 
+def test_classes_of_one_image_among_others_are_counted(capsys) -> None:
+    train, labels = noisy(200, seed=0)
+    first = [int((labels == label).nonzero()[0]) for label in range(1, 4)] + (labels == 0).nonzero().flatten().tolist()
+    probe((train[first], labels[first]), noisy(100, seed=1), ProbeConfig(solver="logistic"))
+    assert "3 classes have one training image: the settings are chosen on images of" in capsys.readouterr().err
+
+
 def test_every_rate_of_a_sweep_is_measured_as_if_alone() -> None:
     rates = tuple(0.001 * 2.0**power for power in range(16))
     train, test = noisy(120, seed=0), noisy(40, seed=1)

@@ -244,7 +244,7 @@ def test_a_run_with_fewer_labels_than_a_batch_trains_and_resumes_exactly(tmp_pat
     assert {"kept", "kept_right", "labelled_accuracy", "feature_std"} <= straight[0].keys()
     assert ["classifier_top1" in row for row in straight] == [False, True, False, True]
     assert all(math.isfinite(value) for row in straight for value in row.values())
-    assert "6 of them with each global batch" in capfd.readouterr().out
+    assert ": 6 with each global batch" in capfd.readouterr().out
 
     resumed = tmp_path / "resumed"
     run(settings(shards, labelled, resumed, *every, "train.steps=2", "optim.lr.decay=linear", "optim.lr.final=0.03"))
@@ -288,8 +288,8 @@ def test_labelled_images_are_required(tmp_path, shards, labelled):
 
 def test_labels_must_be_there_and_fit_the_classes(tmp_path, shards, labelled):
     assert refusal(settings(shards, labelled, tmp_path / "few", "method.num_classes=2")) == (
-        "method.num_classes must be the number of classes of the labelled images, 3. Got 2; leave it out to take "
-        "theirs."
+        "method.num_classes must be the number of classes of the labelled images, 3. Got 2; "
+        "method.num_classes=null takes theirs."
     )
     bare = write_bare(tmp_path / "bare")
     assert refusal(settings(shards, bare, tmp_path / "bare run")).startswith(

@@ -254,6 +254,16 @@ def test_a_run_from_weights_begins_its_log_with_the_start(tmp_path, shards, pret
     assert found[2]["rankme_percent"] == pytest.approx(100 * found[2]["rankme"] / 24)
 
 
+def test_a_run_in_bf16_is_measured_in_bf16(tmp_path, pretrain):
+    measured = {}
+    for precision in ("no", "bf16"):
+        _, _, found = pretrain("spectrum={every: 4, images: 30, at_start: true}", f"train.precision={precision}")
+        measured[precision] = found[0]["rankme"]  # of the same weights
+        (tmp_path / "run").rename(tmp_path / precision)
+    assert measured["bf16"] != measured["no"]
+    assert measured["bf16"] == pytest.approx(measured["no"], rel=0.05)
+
+
 def test_at_start_can_be_asked_for_and_left_out(tmp_path, pretrain):
     assert pretrain("spectrum={every: 4, images: 30, at_start: true}")[2][0]["step"] == 0
     torch.manual_seed(0)
