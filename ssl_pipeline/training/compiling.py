@@ -28,7 +28,7 @@ def remove_half_written() -> None:
     A start that is killed while it compiles leaves such a file, and each later one would end at it, by an error or by
     the system without a word.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.codecache import cache_dir  # seconds to import, and whoever compiles needs it
 
     for library in sorted(Path(cache_dir()).rglob("*.so")):
         with suppress(OSError):  # of another user, or gone by now

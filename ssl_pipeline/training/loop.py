@@ -70,7 +70,8 @@ def train(run: Run) -> int:
             begin_or_keep(run, run.output.directory, position=position, global_batch=before)
     if clock.is_last(position) and status is not None and status.state == "done":
         return 0
-    if run.train.compile or device.type == "cuda":
+    compiles_colours = device.type == "cuda" and clock.total_steps >= WORTH_IT
+    if run.train.compile or compiles_colours:
         remove_half_written()
     compiles, why_not = compile_decision(run.train.compile, device, steps=clock.total_steps)
     if sharded:
@@ -94,7 +95,7 @@ def train(run: Run) -> int:
     )
     if run.train.compile == "auto":
         tracker.message("The network is compiled." if compiles else f"The network is not compiled: {why_not}.")
-    if device.type == "cuda" and clock.total_steps >= WORTH_IT:
+    if compiles_colours:
         tracker.message("The first step compiles the colours of the views, which takes a minute or two.")
     if saved is not None:
         tracker.message(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
