@@ -182,5 +182,5 @@ def test_the_number_of_classes_is_that_of_the_labelled_images(found, names, want
 @pytest.mark.parametrize(("found", "names", "wanted"), [(3, ("a", "b", "c"), 5), (3, None, 2), (3, ("a", "b", "c"), 2)])
 def test_another_number_of_classes_is_refused(found, names, wanted):
     facts = RunFacts(100, found, 8, {}, (0.5,) * 3, (0.5,) * 3, names)
-    with pytest.raises(ConfigError, match=rf"number of classes of the labelled images, 3\. Got {wanted}; leave it out"):
+    with pytest.raises(ConfigError, match=rf"number of classes of the labelled images, 3\. Got {wanted}; method"):
         facts.classes(wanted)

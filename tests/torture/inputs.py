@@ -155,7 +155,6 @@ EVALUATION = [
     other("knn", "run={folder}/none train={shards} test={shards}", "must be the directory of a run"),
     other("knn", "train={shards} test={shards}", "Give either run=DIR or backbone=NAME"),
     other("linear", "backbone=raw_pixels train={shards} test={shards} epochs=0", "epochs must be"),
-    other("linear", "backbone=raw_pixels train={identifiers} test={identifiers}", "some class needs two images"),
     other("linear", "backbone=raw_pixels train={shards} test={empty}", "no"),
     other("suite", "backbone=raw_pixels size=0 train={shards} test={shards}", "size must be"),
     other("table", "run={folder}/none", "none"),
@@ -199,9 +198,6 @@ def material(folder: Path) -> dict[str, str]:
         "two_images": [(f"{number}.{kind}", png) for number in range(20) for kind in ("left.png", "right.png")],
         "nameless": [(".png", png), ("", png)],
         "word_labels": [pair for n in range(12) for pair in ((f"{n:02d}.png", png), (f"{n:02d}.cls", b"cat"))],
-        "identifiers": [
-            pair for n in range(12) for pair in ((f"{n:02d}.png", png), (f"{n:02d}.cls", b"30000000%02d" % n))
-        ],
         "unlabelled": [(f"{number:02d}.png", png) for number in range(12)],
     }
     for name, members in made.items():
