@@ -18,21 +18,23 @@ from torch import Tensor
 from ssl_pipeline.eval.progress import counted
 
 SEARCH_MEMORY = 2**30  # bytes of temporary tensors; the coarse copy of the training features comes on top
-MOST_QUERIES = 1024  # per block of queries: more make the product no faster
-COPIED_ROWS = 8_192  # training rows rounded at once
+MOST_QUERIES = 512  # per block of queries: more make the product no faster, and their scores are fresh memory
 MULTIPLIED_ROWS = 32_768  # training rows of one product: what the library packs of them is not in SEARCH_MEMORY
-CACHED = 2**21  # bytes of features that a CPU scores again at once: out of its cache that takes 2.3 times as long
+CACHED = 2**21  # bytes of features that a CPU rounds or scores again at once: out of its cache that takes twice as long
+ROUNDED = 2**26  # bytes that other devices round at once
 
-# Axes: M training images, N queries, D feature dimensions, B blocks of R training images (block b holds the images b,
-# b + B, b + 2B, ...: their maxima are then elementwise ones), X scores and C candidates of one query.
+# Axes: M training images, N queries, D feature dimensions, B blocks of R scores (block b holds the scores b, b + B,
+# b + 2B, ...: their maxima are then elementwise ones), X scores and C candidates of one query.
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is cut: `blocks` of `block` training images, `queries` per product."""
+    """How the work is cut: into blocks of blocks of training images, and into `queries` per product."""
 
-    block: int
-    blocks: int
+    sizes: tuple[int, ...]
+    """Scores in a block, then blocks in a block of blocks, and so on."""
+    columns: int
+    """Scores of a query: the training images, filled up to whole blocks."""
     queries: int
     limit: int
     """Blocks, and then candidates, that one query may keep; a query that needs more is searched exhaustively."""
@@ -45,29 +47,34 @@ class Plan:
 def plan_search(num_train: int, dim: int, *, k: int, itemsize: int, rescored: int, memory: int) -> Plan:
     """The plan whose temporary tensors take at most `memory` bytes, or those of one query where that is more.
 
-    A block has about sqrt(M / k) images: then maxima to compare and images in the kept blocks are equally many.
-    `rescored` are the bytes of features to score again at once, at least those of one query.
+    Both sizes are about the third root of M / k: then as many maxima of the outer blocks are compared as blocks in the
+    kept ones, and as images in those. `rescored` are the bytes of features to score again at once, at least those of
+    one query.
     """
-    block = max(1, min(2 ** round(math.log2(math.sqrt(num_train / k))), num_train // k))
-    blocks = -(-num_train // block)
+    size = 2 ** round(math.log2(num_train / k) / 3)
+    sizes = (size, size) if size * size * k <= num_train else ()
+    block = math.prod(sizes)
+    columns = -(-num_train // block) * block
     limit = 4 * k + 256
-    kept = min(limit, blocks)
+    kept = min(limit, columns // block)
     per_query = (
-        blocks * block * itemsize  # scores
-        + (blocks + kept * block) * (itemsize + 5)  # maxima, scores of kept blocks: compared as float32
+        columns * itemsize  # scores
+        + sum(columns // math.prod(sizes[: n + 1]) for n in range(len(sizes))) * (itemsize + 5)  # maxima: as float32
+        + len(sizes) * kept * size * (itemsize + 5)  # scores of kept blocks
         + (kept + limit) * (16 + itemsize)  # what is kept of them
         + limit * 50  # candidates: numbers, similarities, order
     )
     rescored = max(4 * limit * dim, min(rescored, memory // 4))
     queries = max(1, min(MOST_QUERIES, (memory - rescored) // per_query))
-    return Plan(block, blocks, queries, limit, rescored, queries * per_query + rescored)
+    return Plan(sizes, columns, queries, limit, rescored, queries * per_query + rescored)
 
 
 @dataclass(frozen=True)
 class CoarseFeatures:
     """Training features in the dtype of `rows` (M, D), less their mean, which moves all scores of a query alike.
 
-    `rounding` is the largest length of what a row lost, `longest` of a rounded row, `largest` of a row as it was.
+    `rounding` is the largest length of what a row lost, `longest` at least that of a rounded row, `largest` of a row as
+    it was.
     """
 
     rows: Tensor
@@ -78,17 +85,20 @@ class CoarseFeatures:
     @classmethod
     def of(cls, train_MD: Tensor, dtype: torch.dtype) -> CoarseFeatures:
         """In float32 the features themselves: nothing is lost, nothing is copied."""
+        on_cpu = train_MD.device.type == "cpu"
+        parts = train_MD.split(max(1, (CACHED if on_cpu else ROUNDED) // (4 * train_MD.shape[1])))
         if dtype == torch.float32:
-            largest = torch.stack([rows.norm(dim=1).max() for rows in train_MD.split(COPIED_ROWS)]).max()
+            largest = torch.stack([rows.norm(dim=1).max() for rows in parts]).max()
             return cls(train_MD, largest.new_zeros(()), largest, largest)
         mean_D = train_MD.mean(dim=0)
         rows_MD = torch.empty_like(train_MD, dtype=dtype)
         lengths = []
-        for rows, rounded in zip(train_MD.split(COPIED_ROWS), rows_MD.split(COPIED_ROWS), strict=True):
+        for rows, rounded in zip(parts, rows_MD.split(len(parts[0])), strict=True):
             centred = rows - mean_D
             rounded.copy_(centred)
-            lost = centred.sub_(rounded)
-            lengths.append(torch.stack([x.norm(dim=1).max() for x in (lost, rounded.float(), rows)]))
+            longest = centred.norm(dim=1).max()
+            lost = centred.sub_(rounded).norm(dim=1).max()
+            lengths.append(torch.stack([lost, longest + lost, rows.norm(dim=1).max()]))
         return cls(rows_MD, *torch.stack(lengths).amax(dim=0))
 
     def round_queries(self, queries_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +128,8 @@ def block_neighbours(
     rescored = CACHED if train_MD.device.type == "cpu" else memory
     plan = plan_search(*train_MD.shape, k=k, itemsize=dtype.itemsize, rescored=rescored, memory=memory)
     parts = test_ND.tensor_split(-(-len(test_ND) // plan.queries))  # balanced: no small product at the end
-    scores_NX = train_MD.new_full((len(parts[0]), plan.blocks * plan.block), -torch.inf, dtype=dtype)
+    scores_NX = train_MD.new_empty(len(parts[0]), plan.columns, dtype=dtype)
+    scores_NX[:, len(train_MD) :] = -torch.inf
     found = []
     for queries_ND in counted(parts, "nearest neighbours", unit="block"):
         candidates_NC, complete_N = _candidates(coarse, queries_ND, scores_NX[: len(queries_ND)], k=k, plan=plan)
@@ -145,12 +156,33 @@ def _candidates(
             strict=True,
         ):
             torch.mm(rounded_ND, rows.T, out=columns)
-    scores_NRB = scores_NX.unflatten(1, (plan.block, plan.blocks))
-    kept_NB, enough_N = _could_be_best(scores_NRB.amax(dim=1), error_N, k=k, limit=plan.limit)
-    kept_scores_NRB = scores_NRB.gather(2, kept_NB[:, None, :].expand(-1, plan.block, -1))
-    place_NC, complete_N = _could_be_best(kept_scores_NRB.flatten(1), error_N, k=k, limit=plan.limit)
-    num_kept = kept_NB.shape[1]
-    return place_NC // num_kept * plan.blocks + kept_NB.gather(1, place_NC % num_kept), enough_N & complete_N
+    return _candidates_among(scores_NX, error_N, plan.sizes, k=k, limit=plan.limit)
+
+
+def _candidates_among(
+    scores_NX: Tensor, error_N: Tensor, sizes: tuple[int, ...], *, k: int, limit: int
+) -> tuple[Tensor, Tensor]:
+    """Places (N, C) among which the k best are, looked for in the blocks whose maxima could be among the k best."""
+    if not sizes:
+        return _could_be_best(scores_NX, error_N, k=k, limit=limit)
+    scores_NRB = scores_NX.unflatten(1, (sizes[0], -1))
+    kept_NB, enough_N = _candidates_among(_maxima(scores_NRB), error_N, sizes[1:], k=k, limit=limit)
+    kept_scores_NRB = scores_NRB.gather(2, kept_NB[:, None, :].expand(-1, sizes[0], -1))
+    place_NC, complete_N = _could_be_best(kept_scores_NRB.flatten(1), error_N, k=k, limit=limit)
+    num_blocks, num_kept = scores_NRB.shape[2], kept_NB.shape[1]
+    return place_NC // num_kept * num_blocks + kept_NB.gather(1, place_NC % num_kept), enough_N & complete_N
+
+
+def _maxima(scores_NRB: Tensor) -> Tensor:
+    """The maximum of each block (N, B); on a CPU score by score in its cache, which is twice as fast."""
+    if scores_NRB.device.type != "cpu":
+        return scores_NRB.amax(dim=1)
+    maxima_NB = scores_NRB[:, 0].clone()
+    rows = max(1, CACHED // (maxima_NB.shape[1] * maxima_NB.itemsize))
+    for maxima, scores in zip(maxima_NB.split(rows), scores_NRB.split(rows), strict=True):
+        for others in scores[:, 1:].unbind(dim=1):
+            torch.maximum(maxima, others, out=maxima)
+    return maxima_NB
 
 
 def _could_be_best(scores_NX: Tensor, error_N: Tensor, *, k: int, limit: int) -> tuple[Tensor, Tensor]:

