@@ -79,8 +79,6 @@ from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 from ssl_pipeline.training.sharding import check_sharding
 
-NAMED_CLASSES = 5  # that a warning lists
-
 
 class PretrainConfig(Config):
     """Pretrain a backbone on unlabelled images with the method and settings of a recipe."""
@@ -358,9 +356,7 @@ def warn_of_classes_without_labels(labelled: ShardIndex, num_classes: int) -> No
     """Say which classes no labelled image is of: what is trained will guess others in their place."""
     missing = classes_without_labels(labelled, num_classes)
     if missing:
-        more = f" and {len(missing) - NAMED_CLASSES} more" if len(missing) > NAMED_CLASSES else ""
-        named = ", ".join(missing[:NAMED_CLASSES])
-        which = f"class {named}: it" if len(missing) == 1 else f"the classes {named}{more}: they"
+        which = f"class {missing[0]}: it" if len(missing) == 1 else f"the classes {some_of(missing, '')}: they"
         print(printable(f"warning: no labelled image is of {which} cannot be learnt."), flush=True)
 
 

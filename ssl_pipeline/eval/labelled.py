@@ -22,7 +22,6 @@ from ssl_pipeline.data.shards.shared import shared_images
 from ssl_pipeline.distributed import rank
 from ssl_pipeline.randomness import SPLIT, permutation
 
-NAMED_CLASSES = 5  # that a warning lists
 LABELS_OF_SHARDS = (
     "Pack only the labelled images, or label the others: make_shards takes labels from class folders or from "
     "labels=FILE.csv."
@@ -220,10 +219,9 @@ def unseen_classes(
         f"{_class_name(number, names)} ({count})"
         for number, count in zip(classes_U.tolist(), counts_U.tolist(), strict=True)
     ]
-    more = f" and {len(listed) - NAMED_CLASSES} more" if len(listed) > NAMED_CLASSES else ""
     return (
         f"{int(counts_U.sum()):,} of {len(test_numbers_N):,} images of {test} are of classes that {train} has no image "
-        f"of, and count as wrong: {', '.join(listed[:NAMED_CLASSES])}{more}.",
+        f"of, and count as wrong: {some_of(listed, '')}.",
     )
 
 

@@ -1,5 +1,5 @@
-"""Whether the network of a run is compiled, what `train.compile=auto` means on this device, and what a killed start has
-left in torch.compile's cache."""
+"""Whether the network and the colours of a run are compiled, what `train.compile=auto` means on this device, and what a
+killed start has left in torch.compile's cache."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ def _is_cut_short(library: Path) -> bool:
     (table,) = struct.unpack_from("<Q", header, 40)
     size, count = struct.unpack_from("<HH", header, 58)
     return table + size * count > library.stat().st_size
+
+
+def compiles_colours(device: torch.device, *, steps: int) -> bool:
+    """Whether the colours of views are compiled: on a GPU, in a run of WORTH_IT steps or more."""
+    return device.type == "cuda" and steps >= WORTH_IT
 
 
 def compile_decision(setting: Setting, device: torch.device, *, steps: int) -> tuple[bool, str]:

@@ -32,7 +32,7 @@ from ssl_pipeline.run.state import LoggedRow
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.run.tracking import Tracker
 from ssl_pipeline.training.batches import announced, open_batches
-from ssl_pipeline.training.compiling import WORTH_IT, compile_decision, remove_half_written
+from ssl_pipeline.training.compiling import compile_decision, compiles_colours, remove_half_written
 from ssl_pipeline.training.failures import failures_of
 from ssl_pipeline.training.parallel import wrap
 from ssl_pipeline.training.rank_checks import RankChecks
@@ -49,10 +49,9 @@ from ssl_pipeline.training.step_checks import BrokenStepError, StepChecks, lag_o
 def train(run: Run) -> int:
     """Train to the end, from the newest checkpoint if there is one; returns the signal that cut it short, or 0."""
     method, device = run.method, run.accelerator.device
-    sharded = run.train.parallel == "fsdp" and world_size() > 1
     if run.train.sync_batch_norm:
         synchronize_batch_norm(method, device)
-    if not sharded:  # else it may be too large
+    if not _is_sharded(run):  # else it may be too large
         method.to(device)
     optimizer = build_optimizer(method, run.optim)
     checkpoints = Checkpoints(run.output.path / "checkpoints", keep=run.train.keep_checkpoints, report=_say)
@@ -70,21 +69,7 @@ def train(run: Run) -> int:
             begin_or_keep(run, run.output.directory, position=position, global_batch=before)
     if clock.is_last(position) and status is not None and status.state == "done":
         return 0
-    compiles_colours = device.type == "cuda" and clock.total_steps >= WORTH_IT
-    if run.train.compile or compiles_colours:
-        remove_half_written()
-    compiles, why_not = compile_decision(run.train.compile, device, steps=clock.total_steps)
-    if sharded:
-        run.sharding = Sharding(method)
-        optimizer = run.sharding.share_out(
-            optimizer, run.optim, device=device, precision=run.train.precision, compiled=compiles
-        )
-    elif compiles:
-        for part in method.parts_to_compile():
-            part.compile(dynamic=False)  # each crop size by itself, else the second would be dynamic
-    network, optimizer = wrap(run.accelerator, method, optimizer, sharded=sharded)
-    if saved is not None and saved.state.scaler is not None and run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(saved.state.scaler)
+    network, optimizer, messages = _wrapped(run, optimizer, saved)
     tracker = Tracker(
         run.output.path,
         total_steps=clock.total_steps,
@@ -93,12 +78,10 @@ def train(run: Run) -> int:
         wandb=run.output.wandb,
         enabled=run.output.directory is not None,
     )
-    if run.train.compile == "auto":
-        tracker.message("The network is compiled." if compiles else f"The network is not compiled: {why_not}.")
-    if compiles_colours:
-        tracker.message("The first step compiles the colours of the views, which takes a minute or two.")
     if saved is not None:
-        tracker.message(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
+        messages.append(f"Resuming after step {clock.steps_made(position)} from {saved.path}.")
+    for message in messages:
+        tracker.message(message)
     with Interruption(hang_timeout=run.train.hang_timeout) as interruption:
         loop = _Loop(run, checkpoints, tracker, network, optimizer, interruption, identity, saved=saved)
         interruption.note_hang = partial(loop.write_status, "failed")
@@ -114,6 +97,39 @@ def train(run: Run) -> int:
             raise error from None
         finally:
             tracker.close()
+
+
+def _wrapped(
+    run: Run, optimizer: torch.optim.Optimizer, saved: Checkpoint | None
+) -> tuple[nn.Module, torch.optim.Optimizer, list[str]]:
+    """The method and its optimizer as they train: compiled where that is worth it, sharded or replicated, with the
+    scaler of the checkpoint; and what to tell about it."""
+    device, steps, messages = run.accelerator.device, run.clock.total_steps, list[str]()
+    colours = compiles_colours(device, steps=steps)
+    if run.train.compile or colours:
+        remove_half_written()
+    compiles, why_not = compile_decision(run.train.compile, device, steps=steps)
+    sharded = _is_sharded(run)
+    if sharded:
+        run.sharding = Sharding(run.method)
+        optimizer = run.sharding.share_out(
+            optimizer, run.optim, device=device, precision=run.train.precision, compiled=compiles
+        )
+    elif compiles:
+        for part in run.method.parts_to_compile():
+            part.compile(dynamic=False)  # each crop size by itself, else the second would be dynamic
+    network, optimizer = wrap(run.accelerator, run.method, optimizer, sharded=sharded)
+    if saved is not None and saved.state.scaler is not None and run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(saved.state.scaler)
+    if run.train.compile == "auto":
+        messages.append("The network is compiled." if compiles else f"The network is not compiled: {why_not}.")
+    if colours:
+        messages.append("The first step compiles the colours of the views, which takes a minute or two.")
+    return network, optimizer, messages
+
+
+def _is_sharded(run: Run) -> bool:
+    return run.train.parallel == "fsdp" and world_size() > 1
 
 
 class _Loop:

@@ -24,7 +24,7 @@ from ssl_pipeline.optim.optimizer import prepare_gradients, write_values
 from ssl_pipeline.randomness import seed_everything
 from ssl_pipeline.run.step_times import StepTimes
 from ssl_pipeline.schedule import Progress, Schedule
-from ssl_pipeline.training.compiling import WORTH_IT
+from ssl_pipeline.training.compiling import compiles_colours
 from ssl_pipeline.training.copying import Copies
 from ssl_pipeline.training.run import Run
 from ssl_pipeline.training.statistics import NormStatistics
@@ -72,8 +72,9 @@ class TrainingStep:
     """Whether the step that ends at a position is logged, so that `norms` and metrics over all processes are wanted."""
 
     def __post_init__(self) -> None:
-        self.copies = Copies(self.run.accelerator.device, own_stream=self.run.train.copy_stream)
-        self.compiles_colours = self.run.clock.total_steps >= WORTH_IT
+        device, steps = self.run.accelerator.device, self.run.clock.total_steps
+        self.copies = Copies(device, own_stream=self.run.train.copy_stream)
+        self.compiles_colours = compiles_colours(device, steps=steps)
 
     def __call__(self, stream: Iterator[StreamBatch], position: int) -> StepResult:
         """Make the step that begins at `position`.
