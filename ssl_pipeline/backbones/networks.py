@@ -146,6 +146,12 @@ class TokenBackbone(Backbone):
         self.embed_dim = self.token_dim * (blocks + patch_mean)
 
     @property
+    def takes_class_token_alone(self) -> bool:
+        """Whether the features are a class token, not the mean of the patches."""
+        own = getattr(self.model, "cls_token", None) is not None and self.model.global_pool == "token"
+        return own or (self.class_tokens > 0 and not self.has_patch_mean)
+
+    @property
     def feature_layers(self) -> range:
         """The blocks, counted from the last (-1), whose tokens `pool` needs in `Tokens.layers`."""
         return range(-self.class_tokens, 0)

@@ -74,7 +74,13 @@ from ssl_pipeline.training.preflight import (
     evaluation_size,
     run_facts,
 )
-from ssl_pipeline.training.remarks import about_accumulation, about_batch_norm, about_soft_labels, remarks
+from ssl_pipeline.training.remarks import (
+    about_accumulation,
+    about_batch_norm,
+    about_class_token,
+    about_soft_labels,
+    remarks,
+)
 from ssl_pipeline.training.resume import STARTING_WEIGHTS, check_settings, read_settings
 from ssl_pipeline.training.run import Output, Run, Start, TrainConfig, learnt_images, start_clock
 from ssl_pipeline.training.sharding import check_sharding
@@ -338,7 +344,9 @@ def describe(
     )
     for line in filter(None, (told, alone)):
         print(printable(line), flush=True)
-    for remark in remarks(config.method, config.optim, config.augment, clock):
+    for remark in filter(
+        None, (about_class_token(method), *remarks(config.method, config.optim, config.augment, clock))
+    ):
         print(printable(f"warning: {remark}"), flush=True)
 
 

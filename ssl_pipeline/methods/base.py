@@ -54,6 +54,9 @@ class Method(nn.Module):
     classifier: nn.Linear | None = None
     """Features (B, D) of `backbone` -> (B, classes), where a method learns to classify; evaluated with it."""
 
+    reads_class_token: ClassVar[bool] = True
+    """Whether the loss looks at the class token of a ViT that has one; where not, a run that measures it says so."""
+
     hardens_labels: bool = False
     """Whether of a soft label (classes,) the likeliest class alone is learnt; a run with soft labels says so."""
 

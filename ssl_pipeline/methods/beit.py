@@ -50,6 +50,7 @@ class BEiT(Method):
     """
 
     config_class = BEiTConfig
+    reads_class_token = False
 
     tokenizer: Snapshot[Tokenizer]
 

@@ -36,6 +36,7 @@ class SimMIM(Method):
     """
 
     config_class = SimMIMConfig
+    reads_class_token = False
 
     def __init__(self, config: SimMIMConfig, backbone: Backbone) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ssl_pipeline.augment.views import ViewGroup
-from ssl_pipeline.backbones.networks import batch_norms
+from ssl_pipeline.backbones.networks import TokenBackbone, batch_norms
 from ssl_pipeline.config import Config
 from ssl_pipeline.config.ranges import plain
 from ssl_pipeline.data.shards.open import ShardIndex
@@ -56,6 +56,19 @@ def about_batch_norm(method: Method, *, shared: bool, num_processes: int, batch_
         f"train.sync_batch_norm=false: batch norm of {type(method).__name__} takes its statistics from the "
         f"{batch_size} images of each process alone, so {num_processes} processes train a little differently from one. "
         "true shares them."
+    )
+
+
+def about_class_token(method: Method) -> str | None:
+    """That the features are a token which the loss does not look at; None where it does, or where they are not."""
+    backbone = method.backbone
+    if method.reads_class_token or not isinstance(backbone, TokenBackbone) or not backbone.takes_class_token_alone:
+        return None
+    own = type(method).__name__
+    return (
+        f"the loss of {own} is that of the patches, and the features of '{backbone.name}' are its class token: they "
+        "say little. backbone.arguments.global_pool=avg takes the mean of the patches, for a ViT with "
+        "backbone.arguments.fc_norm=false."
     )
 
 

@@ -18,6 +18,7 @@ from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.simmim import SimMIM, SimMIMConfig
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer
 from ssl_pipeline.schedule import Progress, Schedule
+from ssl_pipeline.training.remarks import about_class_token
 from tests.methods.toys import assert_same_tensors, descend, train
 
 PROGRESS = Progress(0, 1, 1)
@@ -42,6 +43,25 @@ def simmim(network="vit", **changes):
     torch.manual_seed(0)
     backbone = create_backbone(BackboneConfig(name=name, arguments={"img_size": 16, "patch_size": 4, **arguments}))
     return SimMIM(SimMIMConfig(name="simmim", **{"mask_size": 8, **changes}), backbone).double()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("vit_tiny_patch16_224", {}, True),
+        ("beit_base_patch16_224", {"global_pool": "token", "use_fc_norm": False}, True),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False}, False),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False, "class_token": False}, False),
+        ("swin_tiny_patch4_window7_224", {}, False),
+    ],
+)
+def test_a_class_token_that_the_loss_does_not_look_at_is_told(name, arguments, told):
+    with torch.device("meta"):
+        backbone = create_backbone(BackboneConfig(name=name, arguments=arguments))
+    method = SimMIM(SimMIMConfig(name="simmim", mask_size=32), backbone)
+    said = about_class_token(method)
+    assert (said is not None) == told
+    assert said is None or said.startswith(f"the loss of SimMIM is that of the patches, and the features of '{name}'")
 
 
 def batches(num_steps, *, count=3, seed=0):
