@@ -18,6 +18,7 @@ from ssl_pipeline.backbones.memory_format import choose_memory_format
 from ssl_pipeline.backbones.networks import Backbone, TokenBackbone, batch_norms
 from ssl_pipeline.backbones.reversible import mark_reversible
 from ssl_pipeline.backbones.small_stem import shrink_stem, takes_small_stem
+from ssl_pipeline.backbones.stochastic_depth import leave_images_out
 from ssl_pipeline.backbones.tokens import has_tokens
 from ssl_pipeline.backbones.weights import (
     Origin,
@@ -49,6 +50,8 @@ def create_backbone(config: BackboneConfig) -> Backbone:
                 "resnet18, or backbone.small_images=false if the recipe sets it."
             )
         shrink_stem(model)
+    if config.drop_path and config.drop_path_kind == "batch_subset":
+        leave_images_out(model, config.drop_path, config.name)
     if config.reversible:
         mark_reversible(model, config.name)
     if has_tokens(model):
@@ -134,7 +137,7 @@ def _create_model(config: BackboneConfig, tag: str | None) -> nn.Module:
         name = f"{config.name}.{tag}"
         if (place := to_be_fetched(name)) is not None:
             note(f"fetching the weights {name} from {place}. {TAKES_A_FILE}")
-    if config.drop_path:
+    if config.drop_path and config.drop_path_kind == "per_image":
         arguments["drop_path_rate"] = config.drop_path
     try:
         try:

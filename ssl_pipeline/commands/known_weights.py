@@ -17,7 +17,7 @@ from ssl_pipeline.backbones.weights import is_tag, require_place
 from ssl_pipeline.config import ConfigError, Tree, nearest, validate
 from ssl_pipeline.config.printing import note
 
-KEPT = ("drop_path", "frozen_batch_norm")
+KEPT = ("drop_path", "drop_path_kind", "frozen_batch_norm")
 
 
 @dataclass(frozen=True)
