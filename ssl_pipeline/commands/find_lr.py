@@ -40,6 +40,7 @@ def report(found: RangeTest, run: Run, own: float) -> dict[str, JSON]:
         "ended": found.note,
         "effective_lr": found.rates,
         "loss": found.losses,
+        "loss_without_learning": found.alone,
         "smoothed_loss": found.smoothed,
     }
 

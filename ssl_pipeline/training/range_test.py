@@ -5,13 +5,13 @@ Real steps of the run, from its beginning, with rates that grow by a factor unti
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import nn
 
 from ssl_pipeline.data.bad_samples import BadSampleLog
 from ssl_pipeline.distributed import mean_over_ranks
@@ -30,18 +30,22 @@ RANGES = {"adamw": (1e-7, 1.0), "sgd": (1e-5, 100.0), "lars": (1e-4, 1000.0)}
 SMOOTHING = 0.9  # share of the moving average that a step keeps
 FEWEST_STEPS = 10
 GIVES_UP = 0.5  # of how far the smoothed loss has fallen: once it has risen by so much and more again, it is over
+SIGNS = ("feature_std", "prototypes_used")  # of a collapse, which makes some losses small
 SLOPE_STEPS = 7  # over which a slope is taken: half a power of ten
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What was seen: effective learning rates, ascending, with the loss of the step at each, and its moving average.
+    """What was seen: effective learning rates, ascending, with the loss of the step at each, and that of the same step
+    without learning.
 
-    per_setting: effective rate / `optim.lr`, at this global batch. note: why the test ended.
+    smoothed: moving average of the loss less its drift without learning. per_setting: effective rate / `optim.lr`, at
+    this global batch. note: why the test ended.
     """
 
     rates: list[float]
     losses: list[float]
+    alone: list[float]
     smoothed: list[float]
     per_setting: float
     note: str
@@ -94,24 +98,75 @@ def rates_of(optim: OptimConfig, steps: int) -> list[float]:
 def range_test(run: Run, *, say: Callable[[str], None]) -> RangeTest:
     """Make the test with the run's method, images and optimizer; all processes call it and return the same.
 
-    A backbone that `optim.freeze_backbone_for` would freeze learns here. The run's schedules of the rate are left out.
+    The same steps are made at a rate of 0 first: some losses move by themselves, as a teacher's centre or a queue does,
+    and what they do without learning says nothing about a rate. A backbone that `optim.freeze_backbone_for` would
+    freeze learns here. The run's schedules of the rate are left out.
     """
     optim = run.optim.model_copy(update={"freeze_backbone_for": Duration(0)})
     run = replace(run, optim=optim)
-    device, clock = run.accelerator.device, run.clock
     if run.train.sync_batch_norm:
-        synchronize_batch_norm(run.method, device)
-    run.method.to(device)
-    network, optimizer = wrap(run.accelerator, run.method, build_optimizer(run.method, optim))
-    effective = optim.effective_lr(clock.global_batch)
-    rates = rates_of(optim, min(STEPS, clock.total_steps))
-    seen, losses, note = list[float](), list[float](), "the end of the range was reached"
+        synchronize_batch_norm(run.method, run.accelerator.device)
+    run.method.to(run.accelerator.device)
+    rates = rates_of(optim, min(STEPS, run.clock.total_steps))
+    network, _ = wrap(run.accelerator, run.method, build_optimizer(run.method, optim))
+    tensors = [*run.method.parameters(), *run.method.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    alone = list[_Step]()
+    say("First the loss without learning:")
+    for number, made in enumerate(_steps(run, network, [0.0] * len(rates))):
+        alone.append(made)
+        if number % 10 == 0:
+            say(f"step {number + 1} of {len(rates)}: loss {made.loss:.4f}")
+    with torch.no_grad():
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+    without, losses, note = [made.loss for made in alone], list[float](), "the end of the range was reached"
+    say("Now with learning:")
+    try:
+        for number, made in enumerate(_steps(run, network, rates)):
+            losses.append(made.loss)
+            if number % 10 == 0:
+                say(f"step {number + 1} of {len(rates)}: learning rate {rates[number]:.3g}, loss {made.loss:.4f}")
+            if number >= FEWEST_STEPS and is_over(smooth(less_drift(losses, without))):
+                note = f"at {rates[number]:.3g} the loss had risen too far"
+                break
+            if fallen := made.collapses_beside(alone[number]):
+                note = f"at {rates[number]:.3g} {fallen} was below half of what it is without learning: a collapse"
+                break
+    except BrokenStepError:
+        note = f"at {rates[len(losses)]:.3g} the loss or the gradient was not finite"
+    seen, effective = len(losses), optim.effective_lr(run.clock.global_batch)
+    smoothed = smooth(less_drift(losses, without))
+    return RangeTest(rates[:seen], losses, without[:seen], smoothed, effective.value / optim.lr.value, note)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step of the test shows: its loss, and those of SIGNS that the method measures."""
+
+    loss: float
+    signs: Mapping[str, float]
+
+    def collapses_beside(self, alone: _Step) -> str:
+        """The sign that has fallen below half of that of the step without learning, if one has."""
+        return next((name for name, value in self.signs.items() if value < alone.signs[name] / 2), "")
+
+
+def less_drift(losses: Sequence[float], alone: Sequence[float]) -> list[float]:
+    """The losses less what they have moved without learning since the first step; images and draws are the same."""
+    return [loss - (moved - alone[0]) for loss, moved in zip(losses, alone, strict=False)]
+
+
+def _steps(run: Run, network: nn.Module, rates: Sequence[float]) -> Iterator[_Step]:
+    """Each step at these effective rates, from the beginning of the run, with an optimizer of its own."""
+    device, clock = run.accelerator.device, run.clock
+    optimizer = run.accelerator.prepare_optimizer(build_optimizer(run.method, run.optim))
     with TemporaryDirectory(prefix="ssl_pipeline-range-test-") as nowhere:
         step = TrainingStep(
             run,
             network,
             optimizer,
-            lr=effective,
+            lr=run.optim.effective_lr(clock.global_batch),
             checks=StepChecks(run.index),
             lag=0,
             times=StepTimes(device, every=0),
@@ -120,25 +175,12 @@ def range_test(run: Run, *, say: Callable[[str], None]) -> RangeTest:
             ),
             keepalive=lambda: None,
             requested=lambda: 0,
+            has_row=lambda position: True,  # so that the signs are those of all processes
         )
         stream = open_batches(run, 0, lambda: None)
         for number, rate in enumerate(rates):
             step.lr = Schedule(value=rate)
-            try:
-                result = step(stream, number * clock.global_batch)
-            except BrokenStepError:
-                note = f"at {rate:.3g} the loss or the gradient was not finite"
-                break
+            result = step(stream, number * clock.global_batch)
             own = torch.stack([output.loss for output in result.outputs]).mean()
-            loss = float(mean_over_ranks(own))
-            if not math.isfinite(loss):
-                note = f"at {rate:.3g} the loss was not finite"
-                break
-            seen.append(rate)
-            losses.append(loss)
-            if number % 10 == 0:
-                say(f"step {number + 1} of {len(rates)}: learning rate {rate:.3g}, loss {loss:.4f}")
-            if number >= FEWEST_STEPS and is_over(smooth(losses)):
-                note = f"at {rate:.3g} the loss had risen again"
-                break
-    return RangeTest(seen, losses, smooth(losses), effective.value / optim.lr.value, note)
+            metrics = result.outputs[-1].metrics
+            yield _Step(float(mean_over_ranks(own)), {name: float(metrics[name]) for name in SIGNS if name in metrics})

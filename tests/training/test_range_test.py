@@ -12,7 +12,7 @@ import torch
 from ssl_pipeline.eval.page.range_plot import range_plot
 from ssl_pipeline.optim.optimizer import OptimConfig
 from ssl_pipeline.schedule import Schedule
-from ssl_pipeline.training.range_test import RANGES, RangeTest, is_over, rates_of, smooth
+from ssl_pipeline.training.range_test import RANGES, RangeTest, is_over, less_drift, rates_of, smooth
 from tests.ranks import start, start_ranks
 from tests.runs import ADAMW, command, write_recipe
 from tests.tiny import write_shards
@@ -27,6 +27,11 @@ def test_rates_grow_by_a_factor_over_the_range_of_the_optimizer():
 def test_the_average_has_no_pull_to_its_start():
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smooth([1.0, 2.0]) == pytest.approx([1.0, (0.9 * 1 + 2) / 1.9])
+
+
+def test_what_the_loss_does_without_learning_is_left_out():
+    assert less_drift([5.0, 5.5, 5.6, 4.0], [5.0, 5.5, 6.0, 6.5]) == pytest.approx([5.0, 5.0, 4.6, 2.5])
+    assert less_drift([5.0], [5.0, 5.5]) == [5.0]  # a test that ended early
 
 
 @pytest.mark.parametrize(
@@ -45,7 +50,7 @@ def test_it_ends_when_the_loss_has_risen_again(losses, over):
 
 def found(losses: list[float], per_setting: float = 1.0) -> RangeTest:
     rates = [10.0 ** (-6 + 0.25 * number) for number in range(len(losses))]
-    return RangeTest(rates, losses, losses, per_setting, "")
+    return RangeTest(rates, losses, losses, losses, per_setting, "")
 
 
 def test_the_rate_of_the_fastest_fall_is_suggested_in_the_units_of_the_setting():
@@ -100,6 +105,8 @@ def test_it_leaves_two_files_and_no_run(recipe, tmp_path):
     assert told["effective_lr_per_optim_lr"] == 2.0  # 8 images, reference 4
     assert len(told["effective_lr"]) == len(told["loss"]) <= 40
     assert told["effective_lr"][0] == pytest.approx(1e-7)
+    assert told["loss_without_learning"][0] == told["loss"][0]  # the same images, draws and weights
+    assert told["loss_without_learning"][5] == pytest.approx(told["loss"][5], rel=1e-3)  # at a rate that does nothing
     assert "suggested" in child.printed()
     # a run may follow in the same directory
     assert start(command, [recipe, f"output={tmp_path / 'run'}", "train.steps=2"]).wait() == 0
