@@ -8,23 +8,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
-from ssl_pipeline.config import COMPARISONS, Config, Seed, run_command
+from ssl_pipeline.commands.recipe_choice import AUTO
+from ssl_pipeline.config import COMPARISONS, RECIPES, Config, ConfigError, Seed, load, run_command
 from ssl_pipeline.config.output_file import Folder
 from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels_once
 from ssl_pipeline.eval.differences import interval_of, runs_within_interval
+from ssl_pipeline.eval.images import with_shards
 from ssl_pipeline.eval.intervals import Interval
 from ssl_pipeline.eval.knn import KnnConfig, evaluate_knn
+from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
 from ssl_pipeline.eval.measures import format_table, percent
 from ssl_pipeline.eval.protocol import write_report
 from ssl_pipeline.eval.results import differing
+from ssl_pipeline.eval.search.neighbours import require_k
 from ssl_pipeline.eval.table import MODELS, WITH_BASELINES, read_run, titles_of, top1_of
 from ssl_pipeline.files import JSON, write_json, write_text
 
@@ -58,9 +64,10 @@ class CompareConfig(Config):
     labels_per_class: Annotated[int, Field(ge=1)] | None = None
     """With draw_from: how many of each class."""
     train: str
-    """Shards of labelled training images, which k-NN and the linear probe learn from."""
+    """Labelled training images, which k-NN and the linear probe learn from: shards, or a folder or zip of class
+    folders."""
     test: str
-    """Shards of labelled test images, with the same classes."""
+    """Labelled test images of the same classes, likewise."""
     output: Folder
     """Directory for the runs (NAME-seedN), compare.json and compare.txt."""
     k: Annotated[int, Field(gt=0)] = 20
@@ -231,12 +238,13 @@ def _filling(config: CompareConfig, seed: int) -> Callable[[str], str]:
             SplitLabels(shards=config.draw_from, output=drawn, labels_per_class=config.labels_per_class, seed=seed)
         )
 
-    def fill(text: str) -> str:
-        for token, value in stands_for.items():
-            text = text.replace(token, value)
-        return text
+    return partial(_filled, stands_for=stands_for)
 
-    return fill
+
+def _filled(text: str, stands_for: Mapping[str, str]) -> str:
+    for token, value in stands_for.items():
+        text = text.replace(token, value)
+    return text
 
 
 def _evaluate(config: CompareConfig, run: Path, *, train: str) -> None:
@@ -253,7 +261,27 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     return percent(mean(values)) + (f" +- {stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def checked(config: CompareConfig) -> CompareConfig:
+    """The same settings on shards, once all that can be checked before a run is: the settings of each, the images to
+    measure by and on, and k. Raises ConfigError; what a run before makes or a draw is not looked for.
+    """
+    for name, arguments in config.arguments().items():
+        given = set(map(key_of, arguments))
+        if "images" not in given and f"recipe={AUTO}" not in arguments:
+            tokens = {"{output}": str(config.output), "{seed}": str(config.seeds[0])}
+            try:
+                load(PretrainConfig, [_filled(argument, tokens) for argument in arguments], recipes=RECIPES)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+    fixed = tuple(key for key in ("train", "test") if "{" not in getattr(config, key))
+    config = with_shards(config, config.output, keys=fixed)
+    if "train" in fixed:
+        require_k(config.k, len(open_labelled(config.train, config.test, task="k-NN").train))
+    return config
+
+
 def main(config: CompareConfig) -> None:
+    config = checked(config)
     found = compare(config)
     text = summary(found, len(config.seeds))
     print(text)

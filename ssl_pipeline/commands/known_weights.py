@@ -12,11 +12,12 @@ import torch
 
 from ssl_pipeline.backbones import Backbone, BackboneConfig, create_backbone
 from ssl_pipeline.backbones.known import Known, known_of, normalised
-from ssl_pipeline.backbones.networks import batch_norms
+from ssl_pipeline.backbones.networks import TokenBackbone, batch_norms
 from ssl_pipeline.backbones.weights import is_tag, require_place
 from ssl_pipeline.config import ConfigError, Tree, nearest, validate
 from ssl_pipeline.config.printing import note
 
+OF_FEATURES = ("class_tokens", "patch_mean")  # how a recipe reads a ViT, whatever run the weights are of
 KEPT = ("drop_path", "drop_path_kind", "frozen_batch_norm")
 
 
@@ -80,7 +81,16 @@ class StartingWeights:
         )
         if not batch_norms(self.network):
             kept.pop("backbone.frozen_batch_norm", None)
+        if isinstance(section, dict) and self._takes_class_tokens(section.get("class_tokens")):
+            kept |= {f"backbone.{key}": section[key] for key in OF_FEATURES if key in section}
         return kept
+
+    def _takes_class_tokens(self, blocks: object) -> bool:
+        """Whether features of so many blocks can be had of a network whose features are its own."""
+        network = self.network
+        if not isinstance(network, TokenBackbone) or getattr(network.model, "cls_token", None) is None:
+            return False
+        return not network.class_tokens and isinstance(blocks, int) and 0 < blocks <= network.num_blocks
 
 
 def starting_weights(weights: str, given: Mapping[str, str], *, key: str = "backbone.weights") -> StartingWeights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,13 +37,13 @@ def say_what_is_kept(directory: Path | None) -> None:
         say(["Without run=DIR or output=DIR nothing is kept, neither features nor a report."])
 
 
-def with_shards(config: Evaluation, directory: Path | None) -> Evaluation:
+def with_shards(config: Evaluation, directory: Path | None, *, keys: Sequence[str] = IMAGES) -> Evaluation:
     """The same settings on shards: folders and zips of images are packed, once, and again where they have changed.
 
-    They are kept in DIRECTORY/eval/images, without one in the user's cache. Raises ConfigError for images, and a run,
-    that are not there, before anything is packed.
+    keys: the settings that name images. The shards are kept in DIRECTORY/eval/images, without one in the user's cache.
+    Raises ConfigError for images, and a run, that are not there, before anything is packed.
     """
-    given = {key: value for key in IMAGES if isinstance(value := getattr(config, key, None), str)}
+    given = {key: value for key in keys if isinstance(value := getattr(config, key, None), str)}
     for key, source in given.items():
         require_images(source, key=key)
     folders = {key: source for key, source in given.items() if holds_images(source)}

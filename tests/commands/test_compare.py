@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_pipeline.commands.compare import CompareConfig, Comparison, compare, summary
+from ssl_pipeline.commands.compare import CompareConfig, Comparison, checked, compare, summary
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import DataError, open_shards
 
@@ -29,9 +29,32 @@ def pretrain(run: Path) -> Pretrain:
 
 
 def config(output: Path, train: str, test: str, *arguments: str) -> CompareConfig:
-    paths = (f"train={train}", f"test={test}", f"output={output}")
+    own = {"train": train, "test": test, "output": str(output), "k": "3"}
+    paths = [f"{key}={value}" for key, value in own.items() if not any(one.startswith(f"{key}=") for one in arguments)]
     recipes = [] if any(argument.startswith("recipes=") for argument in arguments) else ["recipes=first,second"]
-    return load(CompareConfig, [*recipes, "seeds=0,1", "k=3", *paths, *arguments])
+    return load(CompareConfig, [*recipes, "seeds=0,1", *paths, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipes=digits_dino,digits_dimo"], r"^digits_dimo: No recipe 'digits_dimo'\. Did you mean 'digits_dino'"),
+        (["recipes=digits_dino", "runs.b=[recipe=digits_dino,optim.lr.valu=3]"], r"^b: Unknown key 'optim\.lr\.valu'"),
+        (["recipes=digits_dino", "settings=train.epochs=no"], r"^digits_dino: train\.epochs"),
+        (["recipes=digits_dino", "k=1000"], r"k-NN needs k between 1 and the number of training images \(\d+\)"),
+        (["recipes=digits_dino", "test=nowhere"], r"test=nowhere does not exist"),
+        (["recipes=digits_dino", "runs.b=[recipe=digits_dino,images=photos]"], None),  # packed when its turn comes
+        (["recipes=digits_dino", "runs.b=[recipe=digits_dino,backbone.weights={output}/digits_dino-seed{seed}]"], None),
+    ],
+)
+def test_what_is_wrong_with_a_later_run_is_told_before_the_first(tmp_path, train, test, arguments, message) -> None:
+    given = config(tmp_path / "out", train, test, *arguments)
+    if message is None:
+        assert checked(given) == given
+        return
+    with pytest.raises(ConfigError, match=message):
+        checked(given)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -57,6 +57,28 @@ def test_weights_of_a_run_bring_their_network_size_and_colours(tmp_path):
     assert (config.augment["view"].size, config.data.mean, config.data.std) == (16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
+DEEP = VIT.model_copy(update={"arguments": VIT.arguments | {"depth": 5}})
+
+
+@pytest.mark.parametrize(
+    ("network", "given", "class_tokens", "patch_mean"),
+    [
+        (DEEP, [], 4, False),  # the recipe's protocol, whatever the run's own features are
+        (DEEP, ["backbone.class_tokens=1", "backbone.patch_mean=true"], 1, True),
+        (DEEP.model_copy(update={"class_tokens": 2}), [], 2, False),  # a run whose features are several tokens already
+        (DEEP.model_copy(update={"arguments": DEEP.arguments | {"depth": 2}}), [], 0, False),  # too few blocks
+        (CNN, [], 0, False),
+    ],
+)
+def test_a_linear_protocol_reads_the_class_tokens_that_it_is_defined_by(
+    tmp_path, network, given, class_tokens, patch_mean
+):
+    run = save_run(tmp_path / "mine", network)
+    config = settings("recipe=linear_dino_vits16", f"weights={run}", "train=data/a.tar", *given)
+    assert (config.backbone.class_tokens, config.backbone.patch_mean) == (class_tokens, patch_mean)
+    assert config.backbone.name == network.name
+
+
 def test_a_cnn_takes_the_recipe_for_cnns_and_keeps_its_statistics(tmp_path, capsys):
     config = settings(f"weights={save_run(tmp_path / 'mine', CNN)}", "train=data/a.tar")
     assert config.recipe == "finetune_cnn_small"
