@@ -169,4 +169,4 @@ def main(config: ClassifierConfig) -> None:
 
 def command(name: str = "python -m eval.classifier") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_evaluator(ClassifierConfig, main, command=name)
+    return run_evaluator(ClassifierConfig, main, command=name, check=open_classifier)

@@ -9,24 +9,40 @@ from typing import TypeVar
 from ssl_pipeline.backbones.runs import require_run
 from ssl_pipeline.config import Config, run_command
 from ssl_pipeline.data.shards.catalogue import user_cache
+from ssl_pipeline.eval.features.models import ModelConfig, open_model
 from ssl_pipeline.eval.labelled import say
 from ssl_pipeline.files import sha256_of_bytes
 from ssl_pipeline.packing.images_as_shards import holds_images, packed, require_images
+from ssl_pipeline.packing.packed_once import is_packed
 
 IMAGES = ("train", "test", "images")
 """The settings of evaluators that name images."""
 Evaluation = TypeVar("Evaluation", bound=Config)
 
 
+def open_what_is_named(config: Config) -> None:
+    """Raise ConfigError for a network that cannot be opened, if the settings name one."""
+    if isinstance(config, ModelConfig):
+        open_model(config)
+
+
 def run_evaluator(
-    schema: type[Evaluation], main: Callable[[Evaluation], int | None], *, command: str, shared: bool = False
+    schema: type[Evaluation],
+    main: Callable[[Evaluation], int | None],
+    *,
+    command: str,
+    shared: bool = False,
+    check: Callable[[Evaluation], object] = open_what_is_named,
 ) -> int:
-    """`run_command` for an evaluator whose images may be folders or zips."""
+    """`run_command` for an evaluator whose images may be folders or zips.
+
+    check: raises ConfigError for what is wrong whatever the images are; called before any are packed.
+    """
 
     def evaluate(config: Evaluation) -> int | None:
         directory = _directory(config)
         say_what_is_kept(directory)
-        return main(with_shards(config, directory))
+        return main(with_shards(config, directory, check=check))
 
     return run_command(schema, evaluate, command=command, shared=shared)
 
@@ -37,11 +53,17 @@ def say_what_is_kept(directory: Path | None) -> None:
         say(["Without run=DIR or output=DIR nothing is kept, neither features nor a report."])
 
 
-def with_shards(config: Evaluation, directory: Path | None, *, keys: Sequence[str] = IMAGES) -> Evaluation:
+def with_shards(
+    config: Evaluation,
+    directory: Path | None,
+    *,
+    keys: Sequence[str] = IMAGES,
+    check: Callable[[Evaluation], object] = open_what_is_named,
+) -> Evaluation:
     """The same settings on shards: folders and zips of images are packed, once, and again where they have changed.
 
     keys: the settings that name images. The shards are kept in DIRECTORY/eval/images, without one in the user's cache.
-    Raises ConfigError for images, and a run, that are not there, before anything is packed.
+    Raises ConfigError for images, and a run, that are not there, and what `check` raises, before anything is packed.
     """
     given = {key: value for key in keys if isinstance(value := getattr(config, key, None), str)}
     for key, source in given.items():
@@ -52,9 +74,10 @@ def with_shards(config: Evaluation, directory: Path | None, *, keys: Sequence[st
     run = getattr(config, "run", None) or ()
     for one in (run,) if isinstance(run, Path) else run:
         require_run(one)
-    shards = {
-        key: packed(source, place_of(source, directory), key=key, renewed=True) for key, source in folders.items()
-    }
+    places = {key: place_of(source, directory) for key, source in folders.items()}
+    if not all(map(is_packed, places.values())):
+        check(config)
+    shards = {key: packed(folders[key], place, key=key, renewed=True) for key, place in places.items()}
     return config.model_copy(update=shards)
 
 

@@ -19,7 +19,7 @@ from ssl_pipeline.config import BatchSize, Config, ConfigError, Seed
 from ssl_pipeline.eval.accuracy import ByClass, by_class, top_k_accuracy
 from ssl_pipeline.eval.classes import classes_json, print_classes
 from ssl_pipeline.eval.features.kinds import Kind
-from ssl_pipeline.eval.features.models import EvaluatedModel
+from ssl_pipeline.eval.features.models import EvaluatedModel, open_model
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
@@ -221,12 +221,7 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
     images = open_labelled(config.train, config.test, task="the linear probe")
     kinds: tuple[Kind, ...] = TOKEN_KINDS if config.inputs == "tokens" else ()
     models = open_models(config)
-    network = models.model.backbone
-    if kinds and not isinstance(network, TokenBackbone):
-        raise ConfigError(
-            f"inputs=tokens needs a network with tokens. '{getattr(network, 'name', models.model.label)}' has none; "
-            f"take inputs=pooled. Networks with tokens: {NETWORKS_WITH_TOKENS}."
-        )
+    _require_inputs(config, models.model)
     widest = max(_widest_input(one, kinds) for one in (models.model, *models.baselines.values()))
     config = config.model_copy(update={"solver": solver_for(config, len(images.train) * widest)})  # one for all of them
     measured = measure_models(config, images, measure, kinds=kinds, models=models)
@@ -302,10 +297,20 @@ def _short(value: Number) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
+def _require_inputs(config: LinearConfig, model: EvaluatedModel) -> None:
+    if config.inputs == "tokens" and not isinstance(model.backbone, TokenBackbone):
+        raise ConfigError(
+            f"inputs=tokens needs a network with tokens. '{getattr(model.backbone, 'name', model.label)}' has none; "
+            f"take inputs=pooled. Networks with tokens: {NETWORKS_WITH_TOKENS}."
+        )
+
+
 def main(config: LinearConfig) -> None:
     write_report(config, "linear", evaluate_linear(config))
 
 
 def command(name: str = "python -m eval.linear") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_evaluator(LinearConfig, main, command=name)
+    return run_evaluator(
+        LinearConfig, main, command=name, check=lambda config: _require_inputs(config, open_model(config))
+    )

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssl_pipeline.commands.console import COMMANDS
 from ssl_pipeline.config import Config
-from ssl_pipeline.eval import clustering, few_shot, images, knn, label_free
+from ssl_pipeline.eval import classifier, clustering, few_shot, images, knn, label_free, linear, suite
 from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
 COLOURS = {"cat": (200, 60, 60), "dog": (60, 60, 200)}
@@ -102,6 +102,30 @@ def test_what_is_not_there_is_told_before_anything_is_packed(
     assert sorted([*run.rglob("*"), *photos.rglob("*")]) == before
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "sentence"),
+    [
+        (knn, ["run={run}", "which=nope", "train={photos}/train", "test={photos}/test"], "has no checkpoint"),
+        (knn, ["run={run}", "step=7777", "train={photos}/train", "test={photos}/test"], "7777"),
+        (
+            linear,
+            ["backbone=resnet18", "output={run}", "inputs=tokens", "train={photos}/train", "test={photos}/test"],
+            "inputs=tokens needs a network with tokens",
+        ),
+        (label_free, ["run={run}", "which=nope", "images={photos}/test"], "has no checkpoint"),
+        (suite, ["run={run}", "which=nope", "train={photos}/train", "test={photos}/test"], "has no checkpoint"),
+        (classifier, ["run={run}", "test={photos}/test"], "classifier"),
+    ],
+)
+def test_a_network_that_is_not_there_is_told_before_anything_is_packed(
+    module: object, arguments: list[str], sentence: str, run: Path, photos: Path, call: Call, capsys
+) -> None:
+    before = sorted([*run.rglob("*"), *photos.rglob("*")])
+    assert call(module, *(argument.format(run=run, photos=photos) for argument in arguments)) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted([*run.rglob("*"), *photos.rglob("*")]) == before
+
+
 FLAT = "has no labels; {task} needs them{where}. 4 of 4 images have no usable label; the first, '"
 
 
@@ -161,7 +185,7 @@ def takes_folders(module: str) -> bool:
 def test_all_evaluators_take_them(photos: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def stop(config: Config, directory: Path | None) -> Config:
+    def stop(config: Config, directory: Path | None, **others: object) -> Config:
         seen.append(type(config).__name__)
         raise KeyboardInterrupt
 
