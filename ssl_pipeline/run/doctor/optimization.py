@@ -15,6 +15,8 @@ FEWEST_OVERFLOWS = 3  # rows in a row
 FAR_RATE = 10.0  # times, either way, from the recipe's rate at this batch
 FAR_BATCH = 4.0  # times below the batch that the learning rate is meant for
 FEWEST_RENEWALS = 2.0  # e^-2: 14 % of the teacher is still the network at random
+NO_MOVE = 1e-4  # weights begin at about 0.02 each
+TRUST = 1e-3  # of LARS: the share of a layer's norm that a step at a rate of 1 moves it by
 WAITING = 0.10  # of the time: the loader is the bottleneck
 
 
@@ -48,12 +50,34 @@ def fp16_overflows(case: Case) -> Finding | None:
 
 
 def rate_is_zero(case: Case) -> Finding | None:
-    """A learning rate that never is more than 0."""
+    """A learning rate that never is more than 0, or so little that the weights stay where they are."""
     column = case.column("learning_rate")
-    if len(column) < FEWEST_ROWS or column[-1][0] <= case.grace or any(value for _, value in column):
+    if len(column) < FEWEST_ROWS or column[-1][0] <= case.grace:
         return None
+    rate = max(value for _, value in column)
+    moved = _farthest(case, rate)
+    if moved is None or moved >= NO_MOVE:
+        return None
+    seen = "the learning rate is 0"
+    if rate:
+        seen = f"the learning rate is {rate:.2g} at most, which moves weights by less than {moved:.1g} in the whole run"
     helps = "Set optim.lr.value, and check that warm-up and decay do not make it 0."
-    return Finding("rate_is_zero", column[0][0], "the learning rate is 0: nothing is learnt.", helps, ("optim.lr",))
+    return Finding("rate_is_zero", column[0][0], f"{seen}: nothing is learnt.", helps, ("optim.lr",))
+
+
+def _farthest(case: Case, rate: float) -> float | None:
+    """How far this rate can move a weight in the whole run (AdamW), all of them together (SGD), or these as a share of
+    what they are (LARS), decay aside; None where that is not known.
+    """
+    steps, momentum = case.progress.total_steps, number(case.setting("optim.momentum")) or 0.0
+    name, norms = case.setting("optim.name"), case.column("gradient_norm")
+    if not rate:
+        return 0.0
+    if name == "adamw":
+        return rate * steps
+    if name == "lars":
+        return TRUST * rate * steps / (1 - momentum)
+    return rate * steps * middle(norms) / (1 - momentum) if norms else None
 
 
 def rate_far_from_recipe(case: Case) -> Finding | None:

@@ -45,6 +45,24 @@ def test_a_rule_is_named_as_its_findings():
     assert name == finding.rule == "rate_is_zero"
 
 
+@pytest.mark.parametrize(
+    ("optim", "rate", "is_found"),
+    [
+        ({"optim__name": "adamw"}, 1e-8, True),  # 1,000 steps: 1e-5
+        ({"optim__name": "adamw"}, 1e-6, False),
+        ({"optim__name": "sgd", "optim__momentum": 0.9}, 1e-9, True),  # gradients of 3: 3e-5
+        ({"optim__name": "sgd", "optim__momentum": 0.9}, 1e-7, False),
+        ({"optim__name": "lars", "optim__momentum": 0.9}, 1e-6, True),
+        ({"optim__name": "lars", "optim__momentum": 0.9}, 1e-3, False),
+    ],
+)
+def test_a_rate_that_moves_nothing_is_found_whatever_the_recipe(optim, rate, is_found):
+    told = found(rows_of(learning_rate=rate, gradient_norm=3.0), with_settings(**optim))
+    assert ("rate_is_zero" in told) == is_found
+    if is_found:
+        assert f"the learning rate is {rate:.2g} at most, which moves weights by less than" in told["rate_is_zero"].seen
+
+
 def test_no_row_is_no_finding():
     assert diagnose([], SETTINGS) == []
     assert diagnose([{"step": 0, "epoch": 0.0, "images": 0, "knn_top1": 50.0}], SETTINGS) == []
