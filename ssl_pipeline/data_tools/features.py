@@ -80,7 +80,8 @@ def engine_pass(
     work = FeatureWork(settings.model_dump_json(), shards, keep, network.kinds, network.last_blocks, folder)
     with locked(folder):
         _write_rows(work, model, network, index, config, identity=sha256_of_json(identity), description=description)
-        (folder / JOURNAL).unlink()
+        for path in folder.glob(f"*{JOURNAL}*"):  # and what a killed start wrote aside
+            path.unlink()
         store(folder, place, identity)
     return map_stored(place)
 

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from ssl_pipeline.config import Config, bar_interval
-from ssl_pipeline.files import JSON
+from ssl_pipeline.files import JSON, write_text
 from ssl_pipeline.packing.processes import run_in_processes
 from ssl_pipeline.packing.ray_engine import NO_RAY, run_on_ray
 
@@ -63,7 +63,7 @@ class Journal(Generic[Result]):
     from_json: Callable[[JSON], Result]
 
     def read(self) -> dict[int, Result]:
-        """The results by the number of the task; the journal can be added to afterwards."""
+        """The results by the number of the task; the journal, rewritten with these, can be added to afterwards."""
         found: dict[int, Result] = {}
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         if lines[:1] == [self._head()]:
@@ -71,9 +71,8 @@ class Journal(Generic[Result]):
                 with suppress(ValueError, KeyError, TypeError):  # the last one may be cut off
                     entry = json.loads(line)
                     found[int(entry["task"])] = self.from_json(entry["result"])
-        with self.path.open("w", encoding="utf-8") as file:
-            file.write(self._head())
-            file.writelines(self._line(task, result) for task, result in found.items())
+        lines = [self._head(), *(self._line(task, result) for task, result in found.items())]
+        write_text(self.path, "".join(lines))  # whole: a start that is killed here must lose no result
         return found
 
     def add(self, task: int, result: Result) -> None:

@@ -46,7 +46,8 @@ def output_in_the_making(output: Path, *, overwrite: bool, work: str | None = No
             lock(file, inherited=False)  # by worker processes, which may outlive this one
             yield folder
             reached = True
-            for path in (folder / LOCK_FILE, *folder.rglob(f"{UNFINISHED}*")):
+            cut_off = folder.rglob(f".{UNFINISHED}*")  # written aside when a run was killed
+            for path in (folder / LOCK_FILE, *folder.rglob(f"{UNFINISHED}*"), *cut_off):
                 path.unlink()
         folder.chmod(0o777 & ~_umask())  # mkdtemp's own mode keeps other users out
         _replace(folder, output, overwrite=overwrite)

@@ -52,6 +52,24 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert mapped([3, 4, 2, 5], ALONE, journal(tmp_path / "journal", "others")) == [9, 16, 4, 25]
 
 
+def test_a_start_that_is_killed_as_it_reads_the_journal_loses_nothing(tmp_path, monkeypatch):
+    kept = journal(tmp_path / "journal")
+    mapped([3, 4], ALONE, kept)
+    before = (tmp_path / "journal").read_text()
+
+    def half(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", half)
+        with pytest.raises(KeyboardInterrupt):
+            kept.read()
+    assert (tmp_path / "journal").read_text() == before
+    assert kept.read() == {0: 9, 1: 16}
+
+
 def shards_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
@@ -74,6 +92,8 @@ def test_make_shards_goes_on_where_it_was_interrupted(folder, tmp_path, monkeypa
     with pytest.raises(DataError, match="The machine is lost"):
         make_shards(settings(folder, tmp_path / "out", resume=True))
     assert not (tmp_path / "out").exists()
+    (unfinished,) = tmp_path.glob(".out.partial-*")
+    (unfinished / "..unfinished-shards.123.tmp").touch()  # of a start that was killed as it read its journal
     begun = []
 
     def noted(*arguments, **packing):
@@ -86,7 +106,7 @@ def test_make_shards_goes_on_where_it_was_interrupted(folder, tmp_path, monkeypa
     assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole" / "out")
     assert read_manifest(tmp_path / "out") == read_manifest(tmp_path / "whole" / "out")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
-    assert not list((tmp_path / "out").glob(".unfinished*"))
+    assert not list((tmp_path / "out").glob("*unfinished*"))
 
 
 def test_without_resume_nothing_is_left(folder, tmp_path, monkeypatch):
