@@ -99,12 +99,6 @@ def store_of_this_start(
     return dist.PrefixStore(own, store)
 
 
-def processes_here() -> int:
-    """The processes of this machine, by what the launcher says; 1 where it says nothing."""
-    number = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(int(number), 1) if number.isdecimal() else 1
-
-
 @torch.no_grad()
 def gather(local: Tensor) -> Tensor:
     """(B, ...) of each rank -> (world_size * B, ...) in rank order, without gradient; all ranks bring one shape."""

@@ -1,4 +1,7 @@
-"""What this machine gives a process: memory of a GPU, of the host or its container, and how freed memory is kept."""
+"""What this machine or container gives a process: memory, of a GPU too, and cores; and how freed memory is kept.
+
+Commands that need no torch ask for cores: it is imported only where a GPU is looked at.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ssl_pipeline.distributed import processes_here
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path("/")
 LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # control groups v2, v1
@@ -21,8 +24,16 @@ RECLAIMABLE = ("inactive_file", "active_file")  # read from disk, and given up w
 def free_bytes(device: torch.device) -> int | None:
     """Of a GPU what nothing uses, of the host this process's share; None for other devices, where it is unknown."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     return free_host_bytes() if device.type == "cpu" else None
+
+
+def processes_here() -> int:
+    """The processes of this machine, by what the launcher says; 1 where it says nothing."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(int(number), 1) if number.isdecimal() else 1
 
 
 def free_host_bytes() -> int:
@@ -76,6 +87,11 @@ def cores_per_process() -> float:
     """The CPU cores that each training process of this machine may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _container_cores()) / processes_here()
+
+
+def whole_cores() -> int:
+    """`cores_per_process` as a number of workers: whole ones, at least 1."""
+    return max(int(cores_per_process()), 1)
 
 
 def _container_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssl_pipeline import machine as module
-from ssl_pipeline.machine import cores_per_process, free_bytes, free_host_bytes
+from ssl_pipeline.machine import cores_per_process, free_bytes, free_host_bytes, whole_cores
 
 Machine = Callable[..., None]
 ROOT = Path(__file__).parents[1]
@@ -122,6 +122,14 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, tmp_path):
     assert cores_per_process() == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert cores_per_process() == 3
+
+
+@pytest.mark.parametrize(("quota", "whole"), [(0.5, 1), (2.9, 2), (float("inf"), 12)])
+def test_workers_are_as_many_as_whole_cores_of_the_container(monkeypatch, quota, whole):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr(module, "_container_cores", lambda: quota)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert whole_cores() == whole
 
 
 @pytest.mark.parametrize(

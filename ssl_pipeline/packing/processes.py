@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from ssl_pipeline.data.shards.open import DataError
+from ssl_pipeline.machine import whole_cores
 
 MAX_DEFAULT_WORKERS = 16
 Task = TypeVar("Task")
@@ -23,9 +24,10 @@ def run_in_processes(
 ) -> Iterator[tuple[int, Result]]:
     """Number and result of each task, in order.
 
-    `workers=None` takes one process per core, at most 16. The processes end with this one, however it ends.
+    `workers=None` takes one process per core (a container may have few), at most 16. All end with this one, however it
+    ends.
     """
-    processes = min(workers or min(os.cpu_count() or 1, MAX_DEFAULT_WORKERS), len(tasks))
+    processes = min(workers or min(whole_cores(), MAX_DEFAULT_WORKERS), len(tasks))
     if processes <= 1:
         yield from enumerate(map(function, tasks))
         return

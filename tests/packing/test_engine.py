@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.manifest import read_manifest
-from ssl_pipeline.packing import shard_writer
+from ssl_pipeline.packing import processes, shard_writer
 from ssl_pipeline.packing.engine import EngineConfig, Journal, map_tasks
 from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
@@ -40,6 +41,19 @@ def test_results_are_in_the_order_of_the_tasks(engine):
     assert mapped([], engine) == []
     with pytest.raises(DataError, match="-1 has no place here"):
         mapped([1, -1], engine)
+
+
+def process_of(_: int) -> int:
+    return os.getpid()
+
+
+@pytest.mark.parametrize(("cores", "workers", "most"), [(1, None, 1), (2, None, 2), (1, 2, 2)])
+def test_without_workers_there_are_as_many_as_the_container_has_cores(monkeypatch, cores, workers, most):
+    monkeypatch.setattr(processes, "whole_cores", lambda: cores)
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 64)
+    found = {process for _, process in processes.run_in_processes(process_of, range(20), workers=workers)}
+    assert len(found) <= most
+    assert (os.getpid() in found) == (most == 1)
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
@@ -170,8 +184,6 @@ def test_a_cluster_that_does_not_answer_is_named_in_seconds():
 
 def die_once(task: tuple[str, int]) -> int:
     """The process dies at the first try of a task."""
-    import os
-
     marker, number = task
     if number == 2 and not Path(marker).exists():
         Path(marker).touch()
@@ -182,8 +194,6 @@ def die_once(task: tuple[str, int]) -> int:
 @pytest.mark.slow
 def test_ray_gives_the_same_and_does_the_tasks_of_a_dead_process_again(folder, tmp_path):
     ray = pytest.importorskip("ray", reason="needs Ray: pip install ray")
-    import os
-
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     try:

@@ -22,6 +22,7 @@ from ssl_pipeline.data.shards.listing import ShardList
 from ssl_pipeline.data.shards.rows import COLUMNS, ShardEntry, index_shard
 from ssl_pipeline.data.shards.table import ShardTable
 from ssl_pipeline.files import read_array, sha256_of_bytes, write_array, write_json
+from ssl_pipeline.machine import whole_cores
 
 INDEX_DIRECTORY = ".index"
 INDEX_FILE = "index.json"
@@ -147,7 +148,7 @@ def read_rows(place: Path, entry: ShardEntry) -> NDArray[np.int64]:
 def map_shards(function: Callable[[Path], Result], shards: Sequence[Path], *, description: str) -> list[Result]:
     """`function` of every shard, several at a time, with a progress bar where there is something to wait for."""
     total = sum(shard.stat().st_size for shard in shards)
-    threads, interval = min(8, os.cpu_count() or 1), bar_interval()
+    threads, interval = min(8, whole_cores()), bar_interval()
     with (
         tqdm(
             total=total, desc=description, unit="B", unit_scale=True, leave=False, delay=1.0, mininterval=interval
