@@ -176,7 +176,7 @@ class Schedule(Config):
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Schedule:
-        if self.inclusive and self.warmup == 0:
+        if self.inclusive and self.warmup.is_zero:
             raise ValueError(
                 "inclusive applies to the last warm-up step, but warmup is 0. Set warmup or leave inclusive out."
             )

@@ -91,7 +91,7 @@ def test_dino_is_linspace_and_then_a_cosine_over_what_is_left(warmup_epochs):
     cosine = np.array(
         [final + 0.5 * (value - final) * (1 + math.cos(math.pi * i / len(iterations))) for i in iterations]
     )
-    schedule = Schedule(value=value, final=final, warmup=f"{warmup_epochs}ep", inclusive=True)
+    schedule = Schedule(value=value, final=final, warmup=f"{warmup_epochs}ep", inclusive=warmup_epochs > 0)
     np.testing.assert_allclose(values(schedule), np.concatenate([warm, cosine]), rtol=1e-12, atol=1e-18)
 
 
@@ -277,9 +277,10 @@ def test_scaling_multiplies_the_value_alone():
     assert schedule.value == 0.5
 
 
-def test_inclusive_without_warmup_is_refused():
+@pytest.mark.parametrize("warmup", [0, "0ep", "0%", "0.0ep"])
+def test_inclusive_without_warmup_is_refused(warmup):
     with pytest.raises(ValidationError, match="inclusive applies to the last warm-up step, but warmup is 0"):
-        Schedule(value=1.0, inclusive=True)
+        Schedule(value=1.0, warmup=warmup, inclusive=True)
 
 
 def test_a_delay_without_warmup_holds_the_start():
