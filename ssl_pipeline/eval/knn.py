@@ -68,26 +68,6 @@ def weighted_knn(
     return vote(similarities_NK, labels_NK, temperature=temperature, num_classes=num_classes)
 
 
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    *,
-    k: tuple[int, ...],
-    temperature: float,
-    num_classes: int,
-    search: Search = "auto",
-) -> dict[int, dict[str, float]]:
-    """`{k: {"top1": percent, "top5": percent}}` for each k, from one search; features need not be normalised."""
-    train_MD, test_ND = (normalize(x, dim=1) for x in (train_features, test_features))
-    similarities_NK, neighbours_NK = nearest_neighbours(train_MD, test_ND, k=max(k), search=search)
-    labels_NK = train_labels.to(neighbours_NK.device)[neighbours_NK]
-    return votes_accuracy(
-        similarities_NK, labels_NK, test_labels, k=k, temperature=temperature, num_classes=num_classes
-    )
-
-
 class VotesConfig(Config):
     """How many neighbours vote, and how."""
 

@@ -19,12 +19,13 @@ from ssl_pipeline.eval.knn import (
     KnnConfig,
     KnnMonitor,
     KnnMonitorConfig,
-    knn_accuracy,
     main,
     weighted_knn,
 )
 from ssl_pipeline.eval.labelled import open_labelled, some_of_each_class
-from ssl_pipeline.eval.search.neighbours import other_neighbours
+from ssl_pipeline.eval.protocol import LabelledFeatures, model_features
+from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours
+from ssl_pipeline.eval.votes import votes_accuracy
 from ssl_pipeline.schedule import Progress
 
 WriteShards = Callable[..., Path]
@@ -92,19 +93,16 @@ def test_equal_neighbours_vote_equally() -> None:
 
 def test_several_k_at_once_are_each_k_alone() -> None:
     train, labels, test, test_labels = random_problem()
-    together = knn_accuracy(train, labels, test, test_labels, k=(3, 10, 60), temperature=0.07, num_classes=7)
+    similarities_NK, neighbours_NK = nearest_neighbours(train, test, k=60)
+    settings = {"temperature": 0.07, "num_classes": 7}
+    together = votes_accuracy(similarities_NK, labels[neighbours_NK], test_labels, k=(3, 10, 60), **settings)
+    assert list(together) == [3, 10, 60]
     for k in (3, 10, 60):
-        alone = knn_accuracy(train, labels, test, test_labels, k=(k,), temperature=0.07, num_classes=7)
+        similarities_NK, neighbours_NK = nearest_neighbours(train, test, k=k)
+        alone = votes_accuracy(similarities_NK, labels[neighbours_NK], test_labels, k=(k,), **settings)
         assert together[k] == alone[k]
-
-
-def test_accuracy_does_not_depend_on_the_length_of_features() -> None:
-    train, labels, test, test_labels = random_problem()
-    lengths = torch.rand(60, 1, generator=torch.Generator().manual_seed(1)) + 0.5
-    settings = {"k": (5,), "temperature": 0.07, "num_classes": 7}
-    assert knn_accuracy(lengths * train, labels, 3 * test, test_labels, **settings) == knn_accuracy(
-        train, labels, test, test_labels, **settings
-    )
+        scores = weighted_knn(train, labels, test, k=k, **settings)
+        assert together[k]["top1"] == pytest.approx(100 * (scores.argmax(dim=1) == test_labels).double().mean().item())
 
 
 def test_the_same_call_gives_the_same_bits() -> None:
@@ -171,6 +169,22 @@ def test_the_search_does_not_change_the_report(run: Path, train: str, test: str)
 def report_of(run: Path, *arguments: str) -> dict:
     assert knn(f"run={run}", *arguments) == 0
     return json.loads((run / "eval" / "knn.json").read_text())
+
+
+@pytest.mark.parametrize("more", [(), ("per_class=4",)])
+def test_accuracy_does_not_depend_on_the_length_of_features(
+    run: Path, train: str, test: str, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    settings = (f"train={train}", f"test={test}", "k=7", "temperature=0.5", *more)
+    before = report_of(run, *settings)
+
+    def stretched(*arguments: object, **settings: object) -> LabelledFeatures:
+        features = model_features(*arguments, **settings)  # type: ignore[arg-type]
+        lengths = torch.linspace(0.2, 5, len(features.train))[:, None]
+        return replace(features, train=lengths * features.train, test=3 * features.test)
+
+    monkeypatch.setattr("ssl_pipeline.eval.protocol.model_features", stretched)
+    assert report_of(run, *settings) == before
 
 
 def test_several_temperatures_at_once_are_each_alone(
@@ -350,6 +364,21 @@ def test_the_monitor_leaves_one_out_without_validation_images(train: str) -> Non
     assert found["knn_top1"] < 100, "an image that votes for itself would be always right"
     with pytest.raises(ConfigError, match="29"):
         monitor(train, None, images=30, k=30)
+
+
+class Longer(nn.Module):
+    """Features whose length says how bright an image is."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features * (3 + features.sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("one_set", [False, True])
+def test_the_monitor_does_not_depend_on_the_length_of_features(train: str, test: str, one_set: bool) -> None:
+    progress = Progress(step=3, total_steps=10, steps_per_epoch=2.0)
+    measure = monitor(train, None if one_set else test)
+    colours = nn.Sequential(Pooled().eval(), Brightness())
+    assert measure(nn.Sequential(colours, Longer()), progress) == measure(colours, progress)
 
 
 def test_the_monitor_resizes_as_its_settings_say(train: str, test: str) -> None:
