@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from textwrap import fill
-from typing import get_args, get_origin
+from typing import TypeVar, get_args, get_origin
 
 from ssl_pipeline.config.base import Config, ConfigError, Location, SettingsError, Tree, Value, is_there
 from ssl_pipeline.config.other_name import drop_of_other_name
@@ -15,6 +15,8 @@ from ssl_pipeline.config.printing import note
 from ssl_pipeline.config.recipes import read_recipe
 from ssl_pipeline.config.schema import alternatives, annotation_at, is_free_mapping, section_of, state_in_full
 from ssl_pipeline.config.yaml_text import read_yaml
+
+Leaf = TypeVar("Leaf")
 
 OUTSIDE_BRACES = re.compile(r",(?![^{}]*\})")
 
@@ -66,10 +68,10 @@ def put_over(
     return tree
 
 
-def leaves(tree: Mapping[str, Value], start: str = "") -> Iterator[tuple[str, Value]]:
-    """Each value of nested sections by its dotted key."""
+def leaves(tree: Mapping[str, Leaf], start: str = "") -> Iterator[tuple[str, Leaf]]:
+    """Each value of nested sections by its dotted key, of settings or of a protocol."""
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from leaves(value, f"{start}{name}.")
         else:
             yield f"{start}{name}", value

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pipeline.config import ConfigError
+from ssl_pipeline.config.arguments import leaves
 from ssl_pipeline.eval.measures import measures_of
 from ssl_pipeline.files import JSON, locked, sha256_of_json, without_nan, write_text
 
@@ -80,7 +81,7 @@ def differing(protocols: Mapping[str, Mapping[str, JSON]], *, own: Collection[st
 
     own: settings of which each network has its own.
     """
-    shared = {name: _flat(comparable(protocol)) for name, protocol in protocols.items()}
+    shared = {name: dict(leaves(comparable(protocol))) for name, protocol in protocols.items()}
     keys = dict.fromkeys(key for settings in shared.values() for key in settings if key not in own)
     found = []
     for key in keys:
@@ -166,13 +167,6 @@ def read_results(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(file)]
-
-
-def _flat(settings: Mapping[str, JSON], before: str = "") -> dict[str, JSON]:
-    found: dict[str, JSON] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
-    return found
 
 
 def _shown(value: JSON) -> str:

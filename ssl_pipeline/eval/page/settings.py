@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from ssl_pipeline.config import Tree, Value
+from ssl_pipeline.config.arguments import leaves
 from ssl_pipeline.eval.page.html import Section, about, folded, heading, lines_of, paragraph, section, table_of
 from ssl_pipeline.eval.page.record import Record
 from ssl_pipeline.run.doctor.records import read_recipe_of
@@ -26,7 +27,7 @@ def settings_section(records: Sequence[Record]) -> list[Section]:
 
 
 def _between(records: Sequence[Record]) -> list[str]:
-    flat = [leaves(record.settings) for record in records]
+    flat = [dict(leaves(record.settings)) for record in records]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in OWN]
     rows = []
     for key in keys:
@@ -46,7 +47,7 @@ def _from_recipe(record: Record) -> list[str]:
     recipe = read_recipe_of(record.settings)
     if recipe is None:
         return []
-    of_recipe, own, rows = leaves(recipe), leaves(record.settings), []
+    of_recipe, own, rows = dict(leaves(recipe)), dict(leaves(record.settings)), []
     added = [] if isinstance(recipe.get("knn"), dict) else [key for key in own if key.startswith("knn.")]
     for key in dict.fromkeys([*of_recipe, *LENGTHS, *added]):
         value, now = of_recipe.get(key), own.get(key, own.get(f"{key}.value"))
@@ -61,17 +62,6 @@ def _from_recipe(record: Record) -> list[str]:
     if not rows:
         return [paragraph(f"As in the recipe {name}.")]
     return [heading("What differs from the recipe"), table_of(["", name, "this run"], rows)]
-
-
-def leaves(tree: Mapping[str, Value], above: str = "") -> dict[str, Value]:
-    """The values of a tree by their dotted keys."""
-    found: dict[str, Value] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= leaves(value, f"{above}{key}.")
-        else:
-            found[f"{above}{key}"] = value
-    return found
 
 
 def short(value: Value) -> str:
