@@ -159,6 +159,17 @@ def sha256_of_bytes(*parts: bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values, in the order in which they come."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def sha256_of_json(value: object) -> str:
     """Of the JSON text of a value, whatever the order of its keys."""
     return sha256_of_bytes(json.dumps(value, sort_keys=True).encode())

@@ -20,6 +20,7 @@ from ssl_pipeline.files import (
     sha256_of,
     sha256_of_bytes,
     sha256_of_json,
+    sha256_of_tensors,
     write_array,
     write_bytes,
     write_json,
@@ -98,6 +99,13 @@ def test_every_checksum_is_a_sha256_in_hexadecimal(tmp_path):
     assert sha256_of_bytes(b"abc") == sha256_of_bytes(b"a", b"", memoryview(b"bc")) == expected
     assert sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json({"b": [2], "a": 1})
     assert sha256_of_json(["abc"]) == hashlib.sha256(b'["abc"]').hexdigest()
+
+
+def test_the_checksum_of_tensors_is_that_of_their_names_and_bytes_as_they_come():
+    turned = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T
+    tensors = {"b": turned, "a": torch.tensor(7), "half": torch.tensor([1.0], dtype=torch.bfloat16)}
+    content = b"b" + np.array([1, 3, 2, 4], dtype="<f4").tobytes() + b"a" + np.array([7]).tobytes() + b"half\x80\x3f"
+    assert sha256_of_tensors(tensors) == hashlib.sha256(content).hexdigest()
 
 
 # locks

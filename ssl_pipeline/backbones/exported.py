@@ -6,10 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ssl_pipeline.files import JSON, sha256_of_bytes
+from ssl_pipeline.files import JSON, sha256_of_tensors
 from ssl_pipeline.run.checkpoint_files import read_manifest
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import read_status
@@ -50,11 +49,9 @@ def about_weights(
 
     sha256: of the file; for a tag, which has no file here, that of the `tensors`.
     """
-    if sha256 is None:
-        sha256 = sha256_of_bytes(*(part for item in tensors.items() for part in _bytes_of(*item)))
     return {
         "from": weights,
-        "sha256": sha256,
+        "sha256": sha256_of_tensors(tensors) if sha256 is None else sha256,
         "parent run": _parent_of(Path(weights), which),
     }
 
@@ -73,7 +70,3 @@ def _parent_of(place: Path, which: str | None) -> JSON:
         return None
     checkpoint, manifest = found
     return {"run": str(checkpoint.parent.parent), "step": manifest.state.step}
-
-
-def _bytes_of(name: str, tensor: Tensor) -> tuple[bytes, bytes]:
-    return name.encode(), tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

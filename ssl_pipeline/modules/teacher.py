@@ -5,7 +5,7 @@ Mean Teacher (Tarvainen & Valpola, 2017, https://arxiv.org/abs/1703.01780).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssl_pipeline.backbones import without_drop_path
 from ssl_pipeline.config import ConfigError
-from ssl_pipeline.files import sha256_of, sha256_of_bytes
+from ssl_pipeline.files import sha256_of, sha256_of_tensors
 from ssl_pipeline.schedule import Progress
 from ssl_pipeline.sharded import local_parts
 
@@ -70,7 +70,8 @@ class Snapshot(nn.Module, Generic[Network]):
             self.saved = frozen
         else:
             self._unsaved = (frozen,)  # in a tuple, where torch does not look for modules
-            sha256 = sha256_of(source) if isinstance(source, Path) else sha256_of_tensors(frozen.state_dict())
+            weights = dict(sorted(frozen.state_dict().items()))  # as saved runs have them
+            sha256 = sha256_of(source) if isinstance(source, Path) else sha256_of_tensors(weights)
             self.register_buffer("source_sha256", torch.tensor(list(bytes.fromhex(sha256))).byte())
 
     @property
@@ -105,16 +106,6 @@ class Snapshot(nn.Module, Generic[Network]):
                 "or choose another output=DIR."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Of names and values, in the order of the names."""
-    parts = [part for name in sorted(tensors) for part in (name.encode(), _bytes_of(tensors[name]))]
-    return sha256_of_bytes(*parts)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def averaging_momentum(progress: Progress, *, limit: float) -> float:

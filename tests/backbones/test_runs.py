@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -221,6 +223,7 @@ def test_the_weights_of_a_run_are_told_with_their_step_and_their_sum(tmp_path, d
     assert about(tmp_path)["parent run"] is None
     tags = [about("a1_in1k", value, 0.0) for value in (1.0, 1.0, 2.0)]
     assert tags[0] == tags[1]
+    assert tags[0]["sha256"] == hashlib.sha256(b"a" + np.array([1, 0], dtype="<f4").tobytes()).hexdigest()
     assert tags[0]["sha256"] != tags[2]["sha256"]
     assert tags[0]["parent run"] is None
 

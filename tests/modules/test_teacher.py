@@ -155,6 +155,9 @@ def test_a_snapshot_from_a_tag_is_saved_as_the_sum_of_its_tensors():
     snapshot = Snapshot(network(), source="a_tag")
     (entry,) = snapshot.state_dict().items()
     assert entry[0] == "source_sha256"
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in network().state_dict().items()}
+    content = b"".join(name.encode() + tensors[name] for name in sorted(tensors))
+    assert bytes(entry[1].tolist()).hex() == hashlib.sha256(content).hexdigest()
     Snapshot(network(), source="a_tag").load_state_dict(snapshot.state_dict())
     with pytest.raises(ConfigError, match="'a_tag' is not the file that this run began with"):
         Snapshot(network(seed=1), source="a_tag").load_state_dict(snapshot.state_dict())
