@@ -120,6 +120,31 @@ class Operation(Generic[Settings, Setting]):
         raise NotImplementedError
 
 
+class ByChance(Operation[Settings, Setting]):
+    """An operation that happens to a view with a probability, or not at all. Draws: 1 if it happens."""
+
+    probability: ClassVar[str]
+    """The key of its probability."""
+    draws_if_off: ClassVar[bool] = False
+    """Whether it takes its uniform where it is off too, as those of the first recipes did."""
+
+    def probabilities(self, group: Settings) -> tuple[float, ...]:
+        """That of each view."""
+        return group.per_view(getattr(group, self.probability))
+
+    def mistakes(self, group: Settings) -> list[str]:
+        return per_view_mistakes(group, self.probability)
+
+    def num_uniforms(self, group: Settings) -> int:
+        return int(self.draws_if_off or any(self.probabilities(group)))
+
+    def num_draws(self, group: Settings) -> int:
+        return self.num_uniforms(group)
+
+    def draw(self, uniforms_VBU: NDArray[np.float64], group: Settings, *, size: int) -> NDArray[np.float32]:
+        return happens(uniforms_VBU[..., 0], group, self.probabilities(group))[..., None].astype(np.float32)
+
+
 class Stage(NamedTuple):
     """An operation that can happen to a view, its setting there, and the columns of its draws."""
 

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_pipeline.augment.operations.base import (
-    Operation,
-    Probability,
-    ViewSettings,
-    change_due,
-    happens,
-    per_sample,
-    per_view_mistakes,
-)
+from ssl_pipeline.augment.operations.base import ByChance, Probability, ViewSettings, change_due, per_sample
 
 
 class GrayscaleSettings(ViewSettings):
@@ -25,25 +15,14 @@ class GrayscaleSettings(ViewSettings):
     """Probability of grayscale."""
 
 
-class Grayscale(Operation[GrayscaleSettings, bool]):
-    """All channels become the luma. Draws: 1 if the view becomes gray."""
+class Grayscale(ByChance[GrayscaleSettings, bool]):
+    """All channels become the luma."""
 
     settings = GrayscaleSettings
-
-    def mistakes(self, group: GrayscaleSettings) -> list[str]:
-        return per_view_mistakes(group, "gray_prob")
-
-    def num_uniforms(self, group: GrayscaleSettings) -> int:
-        return 1
-
-    def num_draws(self, group: GrayscaleSettings) -> int:
-        return 1
-
-    def draw(self, uniforms_VBU: NDArray[np.float64], group: GrayscaleSettings, *, size: int) -> NDArray[np.float32]:
-        return happens(uniforms_VBU[..., 0], group, group.gray_prob)[..., None].astype(np.float32)
+    probability, draws_if_off = "gray_prob", True
 
     def setting(self, group: GrayscaleSettings, view: int, *, size: int) -> bool | None:
-        return group.per_view(group.gray_prob)[view] > 0 or None
+        return self.probabilities(group)[view] > 0 or None
 
     def on_cpu(self, image_NCHW: Tensor, draws_NP: Tensor, setting: bool) -> Tensor:
         return change_due(image_NCHW, draws_NP, draws_NP[:, 0] > 0, lambda part_NCHW, _: gray(part_NCHW))

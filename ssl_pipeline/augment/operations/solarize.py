@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from ssl_pipeline.augment.operations.base import (
-    Operation,
-    Probability,
-    ViewSettings,
-    change_due,
-    happens,
-    per_sample,
-    per_view_mistakes,
-)
+from ssl_pipeline.augment.operations.base import ByChance, Probability, ViewSettings, change_due, per_sample
 
 
 class SolarizeSettings(ViewSettings):
@@ -28,25 +18,14 @@ class SolarizeSettings(ViewSettings):
     """Where solarization starts; 0 is black, 1 white."""
 
 
-class Solarize(Operation[SolarizeSettings, float]):
-    """Values from the threshold, the setting, on are inverted. Draws: 1 if the view is solarized."""
+class Solarize(ByChance[SolarizeSettings, float]):
+    """Values from the threshold, the setting, on are inverted."""
 
     settings = SolarizeSettings
-
-    def mistakes(self, group: SolarizeSettings) -> list[str]:
-        return per_view_mistakes(group, "solarize_prob")
-
-    def num_uniforms(self, group: SolarizeSettings) -> int:
-        return 1
-
-    def num_draws(self, group: SolarizeSettings) -> int:
-        return 1
-
-    def draw(self, uniforms_VBU: NDArray[np.float64], group: SolarizeSettings, *, size: int) -> NDArray[np.float32]:
-        return happens(uniforms_VBU[..., 0], group, group.solarize_prob)[..., None].astype(np.float32)
+    probability, draws_if_off = "solarize_prob", True
 
     def setting(self, group: SolarizeSettings, view: int, *, size: int) -> float | None:
-        return group.solarize_threshold if group.per_view(group.solarize_prob)[view] > 0 else None
+        return group.solarize_threshold if self.probabilities(group)[view] > 0 else None
 
     def on_cpu(self, image_NCHW: Tensor, draws_NP: Tensor, setting: float) -> Tensor:
         def change(part_NCHW: Tensor, _: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 
 from ssl_pipeline.augment.draw import ViewSampler, num_draws, num_uniforms
 from ssl_pipeline.augment.on_accelerator import augment_on_accelerator
-from ssl_pipeline.augment.operations import OPERATIONS, Operation, ViewSettings
-from ssl_pipeline.augment.operations.base import Probability, change_due, happens, per_sample, per_view_mistakes
+from ssl_pipeline.augment.operations import OPERATIONS, ViewSettings
+from ssl_pipeline.augment.operations.base import ByChance, Probability, change_due, per_sample
 from ssl_pipeline.augment.photometric import apply_photometric, stages_per_view
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import Config, ConfigError, validate
@@ -21,25 +21,14 @@ class InvertSettings(ViewSettings):
     """Probability of inversion."""
 
 
-class Invert(Operation[InvertSettings, bool]):
-    """1 - image. Draws: 1 if the view is inverted."""
+class Invert(ByChance[InvertSettings, bool]):
+    """1 - image."""
 
     settings = InvertSettings
-
-    def mistakes(self, group):
-        return per_view_mistakes(group, "invert_prob")
-
-    def num_uniforms(self, group):
-        return int(any(group.per_view(group.invert_prob)))
-
-    def num_draws(self, group):
-        return self.num_uniforms(group)
-
-    def draw(self, uniforms_VBU, group, *, size):
-        return happens(uniforms_VBU[..., 0], group, group.invert_prob)[..., None].astype(np.float32)
+    probability = "invert_prob"
 
     def setting(self, group, view, *, size):
-        return group.per_view(group.invert_prob)[view] > 0 or None
+        return self.probabilities(group)[view] > 0 or None
 
     def on_cpu(self, image_NCHW, draws_NP, setting):
         return change_due(image_NCHW, draws_NP, draws_NP[:, 0] > 0, lambda part_NCHW, _: 1 - part_NCHW)
