@@ -8,7 +8,7 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.data.stream import DataConfig
-from ssl_pipeline.eval.features.extract import Precision
+from ssl_pipeline.eval.features.extract import Extraction, Precision
 from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.eval.monitors import (
     ClassifierMonitor,
@@ -42,6 +42,7 @@ def open_monitors(
 ) -> list[Monitor]:
     """Those that have settings, which measure in the run's precision. Raises ConfigError or DataError for images that
     cannot be measured."""
+    extraction = Extraction(preprocessing, data.batch_size, data.workers, device, precision)
     monitors: list[Monitor] = []
 
     def watch(monitor: Monitor, name: str, config: MonitorConfig, compared: dict[str, str]) -> None:
@@ -49,23 +50,12 @@ def open_monitors(
         monitors.append(Watched(monitor, name, at_start, config.on_error, compared))
 
     if knn is not None:
-        of_knn = KnnMonitor(
-            knn, preprocessing, batch_size=data.batch_size, workers=data.workers, device=device, precision=precision
-        )
+        of_knn = KnnMonitor(knn, extraction)
         for name, images in (("knn.train", of_knn.images.train), ("knn.val", of_knn.images.test)):
             require_same(f"images of {name}", images.called, images.fingerprint, device)
         watch(of_knn, "knn", knn, KNN)
     if spectrum is not None:
-        of_spectrum = SpectrumMonitor(
-            spectrum,
-            preprocessing,
-            train=index,
-            embed_dim=method.backbone.embed_dim,
-            batch_size=data.batch_size,
-            workers=data.workers,
-            device=device,
-            precision=precision,
-        )
+        of_spectrum = SpectrumMonitor(spectrum, extraction, train=index, embed_dim=method.backbone.embed_dim)
         require_same("images of spectrum.val", of_spectrum.images.called, of_spectrum.images.fingerprint, device)
         watch(of_spectrum, "spectrum", spectrum, SPECTRUM)
     if classifier is not None:
@@ -75,13 +65,10 @@ def open_monitors(
             )
         of_classifier = ClassifierMonitor(
             classifier,
-            preprocessing,
+            extraction,
             classifier=method.classifier,
             num_classes=method.classifier.out_features,
             labelled=labelled_index,
-            workers=data.workers,
-            device=device,
-            precision=precision,
         )
         measured = of_classifier.images
         require_same("images of classifier.val", measured.called, measured.fingerprint, device)

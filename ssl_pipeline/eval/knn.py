@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -11,11 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssl_pipeline.augment.central_crop import Interpolation
-from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import Config
-from ssl_pipeline.data.shards.open import ShardIndex
 from ssl_pipeline.distributed import failing_together, mean_over_ranks, rank, world_size
-from ssl_pipeline.eval.features.extract import Precision, extract_features
+from ssl_pipeline.eval.features.extract import Extraction
 from ssl_pipeline.eval.features.passes import choose_device
 from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.intervals import share_interval
@@ -229,46 +226,38 @@ class KnnMonitor:
     Each rank extracts a share of the features and finds the neighbours of a share of the validation images.
     """
 
-    def __init__(
-        self,
-        config: KnnMonitorConfig,
-        preprocessing: Preprocessing,
-        *,
-        batch_size: int,
-        workers: int,
-        device: torch.device | str,
-        precision: Precision = "no",
-    ) -> None:
+    def __init__(self, config: KnnMonitorConfig, extraction: Extraction) -> None:
         self.every = config.every
         self.config = config
-        self.preprocessing = replace(preprocessing, interpolation=config.interpolation)
-        self.batch_size, self.workers = batch_size, workers
-        self.device = device
-        self.precision: Precision = precision
+        self.extraction = extraction.resized_by(config.interpolation)
         val = config.train if config.val is None else config.val
         self.images = open_labelled(config.train, val, task="k-NN", shared=config.val is not None)
-        readable = readable_images(config, "knn", self.images.train, preprocessing.size)
+        readable = readable_images(config, "knn", self.images.train, extraction.preprocessing.size)
         self.used = self.tested = evenly_spread(self.images.train, config.images or len(readable))
         if config.val is not None:
-            self.tested = readable_images(config, "knn", self.images.test, preprocessing.size)
+            self.tested = readable_images(config, "knn", self.images.test, extraction.preprocessing.size)
         if config.val is None:
             require_company(self.images.train_labels[self.used], task="k-NN")
         require_k(config.k, len(self.used) - (config.val is None))
 
     def __call__(self, backbone: torch.nn.Module, progress: Progress) -> dict[str, float]:
         """`{"knn_top1": percent, "knn_top5": percent}` on the validation images."""
-        train_MD = self._features(backbone, self.images.train, "training", self.used)
+        train_MD = self.extraction.features(
+            backbone, self.images.train, description="k-NN, training images", samples=self.used
+        )
         train_labels_M = self.images.train_labels[self.used]
         if self.config.val is None:
             val_ND, val_labels_N = train_MD, train_labels_M
         else:
-            val_ND = self._features(backbone, self.images.test, "validation", self.tested)
+            val_ND = self.extraction.features(
+                backbone, self.images.test, description="k-NN, validation images", samples=self.tested
+            )
             val_labels_N = self.images.test_labels[self.tested]
         require_finite(train_MD, what="training images")
         require_finite(val_ND, what="validation images")
-        with failing_together(self.device):
+        with failing_together(self.extraction.device):
             share = slice(rank(), None, world_size())
-            device = search_device(train_MD, val_ND[share], self.device)
+            device = search_device(train_MD, val_ND[share], self.extraction.device)
             similarities_NK, neighbours_NK = self._neighbours(*(each.to(device) for each in (train_MD, val_ND[share])))
             scores = vote(
                 similarities_NK,
@@ -277,21 +266,8 @@ class KnnMonitor:
                 num_classes=self.images.num_classes,
             )
             hits = voted_hits(scores, val_labels_N[share].to(device)).sum(dim=1)
-        percents = mean_over_ranks(hits.float().to(self.device)) * world_size() * 100.0 / len(val_ND)
+        percents = mean_over_ranks(hits.float().to(self.extraction.device)) * world_size() * 100.0 / len(val_ND)
         return {"knn_top1": percents[0].item(), "knn_top5": percents[1].item()}
-
-    def _features(self, backbone: torch.nn.Module, index: ShardIndex, name: str, samples: list[int]) -> Tensor:
-        return extract_features(
-            backbone,
-            index,
-            self.preprocessing,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            device=self.device,
-            precision=self.precision,
-            description=f"k-NN, {name} images",
-            samples=samples,
-        )[0]
 
     def _neighbours(self, train_MD: Tensor, val_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Those of this process's share of the validation images; without the image itself where they are one set."""

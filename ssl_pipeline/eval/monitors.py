@@ -11,13 +11,12 @@ from pydantic import Field
 from torch import nn
 
 from ssl_pipeline.augment.central_crop import Interpolation
-from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import BatchSize, Config, ConfigError
 from ssl_pipeline.data.errors import DataError
 from ssl_pipeline.data.shards.open import ShardIndex, open_shards
 from ssl_pipeline.data.shards.origins import display_name
 from ssl_pipeline.eval.accuracy import top_k_accuracy
-from ssl_pipeline.eval.features.extract import Precision, eval_mode, extract_features
+from ssl_pipeline.eval.features.extract import Extraction, eval_mode
 from ssl_pipeline.eval.labelled import (
     classes_of,
     evenly_spread,
@@ -80,27 +79,21 @@ class ClassifierMonitor:
     def __init__(
         self,
         config: ClassifierMonitorConfig,
-        preprocessing: Preprocessing,
+        extraction: Extraction,
         *,
         classifier: nn.Module,
         num_classes: int,
         labelled: ShardIndex | None = None,
-        workers: int,
-        device: torch.device | str,
-        precision: Precision = "no",
     ) -> None:
         self.every = config.every
         self.config = config
-        self.preprocessing = replace(preprocessing, interpolation=config.interpolation)
+        self.extraction = replace(extraction.resized_by(config.interpolation), batch_size=config.batch_size)
         self.classifier = classifier
-        self.workers = workers
-        self.device = device
-        self.precision: Precision = precision
         self.images = open_shards(config.val)
         names = None if labelled is None else labelled.class_names
         where = f"classifier.val={display_name(config.val)}"
         labels = classes_of(self.images, where, num_classes=num_classes, names=names)
-        self.samples = readable_images(config, "classifier", self.images, preprocessing.size)
+        self.samples = readable_images(config, "classifier", self.images, extraction.preprocessing.size)
         self.labels = torch.from_numpy(labels)[self.samples]
         if labelled is not None:
             say(shared_warnings(labelled, self.images, train=labelled.called, test=display_name(config.val)))
@@ -108,19 +101,11 @@ class ClassifierMonitor:
     @torch.no_grad()
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
         """`{"classifier_top1": percent, "classifier_top5": percent}` on the validation images."""
-        features, _ = extract_features(
-            backbone,
-            self.images,
-            self.preprocessing,
-            batch_size=self.config.batch_size,
-            workers=self.workers,
-            device=self.device,
-            precision=self.precision,
-            description="classifier, validation images",
-            samples=self.samples,
+        features = self.extraction.features(
+            backbone, self.images, description="classifier, validation images", samples=self.samples
         )
         with eval_mode(self.classifier):
-            scores = self.classifier(features.to(self.device)).cpu()
+            scores = self.classifier(features.to(self.extraction.device)).cpu()
         return {f"classifier_{name}": percent for name, percent in top_k_accuracy(scores, self.labels).items()}
 
 
@@ -139,20 +124,13 @@ class SpectrumMonitor:
     def __init__(
         self,
         config: SpectrumMonitorConfig,
-        preprocessing: Preprocessing,
+        extraction: Extraction,
         *,
         train: ShardIndex,
         embed_dim: int,
-        batch_size: int,
-        workers: int,
-        device: torch.device | str,
-        precision: Precision = "no",
     ) -> None:
         self.every = config.every
-        self.preprocessing = preprocessing
-        self.batch_size, self.workers = batch_size, workers
-        self.device = device
-        self.precision: Precision = precision
+        self.extraction = extraction
         self.images = train if config.val is None else open_shards(config.val)
         self.samples = evenly_spread(self.images, config.images)
         count = len(self.samples)
@@ -163,22 +141,14 @@ class SpectrumMonitor:
                 "spectrum.images."
             )
         if config.val is None:  # undecodable training images are handled by the training
-            look_at_first(self.images, preprocessing.size, sample=self.samples[0])
+            look_at_first(self.images, extraction.preprocessing.size, sample=self.samples[0])
         else:
-            readable_images(config, "spectrum", self.images, preprocessing.size)
+            readable_images(config, "spectrum", self.images, extraction.preprocessing.size)
 
     def __call__(self, backbone: nn.Module, progress: Progress) -> dict[str, float]:
         """`rankme`, the same in percent of the largest possible one (`rankme_percent`), and `alpha`."""
-        features_ND, _ = extract_features(
-            backbone,
-            self.images,
-            self.preprocessing,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            device=self.device,
-            precision=self.precision,
-            description="spectrum, images",
-            samples=self.samples,
+        features_ND = self.extraction.features(
+            backbone, self.images, description="spectrum, images", samples=self.samples
         )
         rank = rankme(features_ND)
         return {

@@ -14,7 +14,7 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import ConfigError, load, run_command
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.eval.features.cache import map_stored
-from ssl_pipeline.eval.features.extract import extract_features
+from ssl_pipeline.eval.features.extract import Extraction, extract_features
 from ssl_pipeline.eval.knn import (
     KnnConfig,
     KnnMonitor,
@@ -340,7 +340,7 @@ class Brightness(nn.Module):
 
 def monitor(train: str, val: str | None, **settings: float | str) -> KnnMonitor:
     config = KnnMonitorConfig(**{"every": "1ep", "train": train, "val": val, "k": 5, **settings})
-    return KnnMonitor(config, PREPROCESSING, batch_size=16, workers=0, device="cpu")
+    return KnnMonitor(config, Extraction(PREPROCESSING, batch_size=16, workers=0))
 
 
 def test_the_monitor_measures_what_the_command_would(train: str, test: str) -> None:
@@ -382,8 +382,8 @@ def test_the_monitor_does_not_depend_on_the_length_of_features(train: str, test:
 
 
 def test_the_monitor_resizes_as_its_settings_say(train: str, test: str) -> None:
-    assert monitor(train, test).preprocessing == PREPROCESSING
-    assert monitor(train, test, interpolation="bilinear").preprocessing == replace(
+    assert monitor(train, test).extraction.preprocessing == PREPROCESSING
+    assert monitor(train, test, interpolation="bilinear").extraction.preprocessing == replace(
         PREPROCESSING, interpolation="bilinear"
     )
 

@@ -12,6 +12,7 @@ from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.config import ConfigError, run_command
 from ssl_pipeline.data.shards.open import DataError, open_shards
 from ssl_pipeline.eval import knn, linear
+from ssl_pipeline.eval.features.extract import Extraction
 from ssl_pipeline.eval.labelled import look_at_first, open_labelled
 from ssl_pipeline.eval.monitors import (
     ClassifierMonitor,
@@ -109,12 +110,10 @@ def test_classes_without_a_vote_are_not_among_the_five_best() -> None:
 def classifier_monitor(val: Path, labelled: Path) -> ClassifierMonitor:
     return ClassifierMonitor(
         ClassifierMonitorConfig(every="1ep", val=str(val)),
-        Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        Extraction(Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), batch_size=16, workers=0),
         classifier=torch.nn.Linear(3, 3),
         num_classes=3,
         labelled=open_shards(labelled),
-        workers=0,
-        device="cpu",
     )
 
 

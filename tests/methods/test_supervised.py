@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from ssl_pipeline.backbones import NormalisedLinear, Preprocessing, create_backbone, load_classifier, save_classifier
 from ssl_pipeline.batch import Batch, RunFacts
 from ssl_pipeline.config import ConfigError, validate
+from ssl_pipeline.eval.features.extract import Extraction
 from ssl_pipeline.eval.monitors import ClassifierMonitor, ClassifierMonitorConfig
 from ssl_pipeline.methods.few_labels import FewLabels
 from ssl_pipeline.methods.supervised import Supervised, SupervisedConfig
@@ -164,8 +165,8 @@ def test_a_classifier_is_measured_in_evaluation_mode(tmp_path):
     write_shards(tmp_path / "val", (6,))
     classifier = NormalisedLinear(48, 3)
     settings = ClassifierMonitorConfig(every=Duration(0), val=str(tmp_path / "val"))
-    preprocessing = Preprocessing(4, (0.5,) * 3, (0.5,) * 3)
-    monitor = ClassifierMonitor(settings, preprocessing, classifier=classifier, num_classes=3, workers=0, device="cpu")
+    extraction = Extraction(Preprocessing(4, (0.5,) * 3, (0.5,) * 3), batch_size=2, workers=0)
+    monitor = ClassifierMonitor(settings, extraction, classifier=classifier, num_classes=3)
     before = classifier.norm.running_mean.clone()
     monitor(torch.nn.Flatten(), PROGRESS)
     assert torch.equal(classifier.norm.running_mean, before)

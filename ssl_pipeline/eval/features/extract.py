@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ssl_pipeline.augment.central_crop import Interpolation
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.data.evaluation import EvaluationSet, evaluation_batches
 from ssl_pipeline.data.samples import ImageSource
@@ -82,6 +84,36 @@ def extract_features(
             labels[done:end] = batch_labels
             done = end
     return _all_shares(features, device)[: len(wanted)], _all_shares(labels, device)[: len(wanted)]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are computed, for those that compute them again and again (`extract_features`)."""
+
+    preprocessing: Preprocessing
+    batch_size: int
+    workers: int
+    device: torch.device | str = "cpu"
+    precision: Precision = "no"
+
+    def resized_by(self, interpolation: Interpolation) -> Extraction:
+        """The same with another way to resize images."""
+        return replace(self, preprocessing=replace(self.preprocessing, interpolation=interpolation))
+
+    def features(self, backbone: nn.Module, index: ImageSource, *, description: str, samples: Sequence[int]) -> Tensor:
+        """(N, D) float32 of these images, on the CPU."""
+        features_ND, _ = extract_features(
+            backbone,
+            index,
+            self.preprocessing,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=self.device,
+            precision=self.precision,
+            description=description,
+            samples=samples,
+        )
+        return features_ND
 
 
 def share_size(num_images: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssl_pipeline.backbones import Preprocessing
 from ssl_pipeline.data.evaluation import EvaluationSet
 from ssl_pipeline.data.shards.open import open_shards
-from ssl_pipeline.eval.features.extract import eval_mode, extract_features
+from ssl_pipeline.eval.features.extract import Extraction, eval_mode, extract_features
 from ssl_pipeline.eval.knn import KnnMonitor, KnnMonitorConfig
 from ssl_pipeline.schedule import Progress
 
@@ -93,7 +93,7 @@ def on_one_rank(rank: int, world_size: int, folder: Path, train: str) -> None:
         for size in ("five", "four")
     }
     config = KnnMonitorConfig(every="1ep", train=train, val=str(folder / "five"), k=7)
-    monitor = KnnMonitor(config, PREPROCESSING, batch_size=16, workers=0, device="cpu")
+    monitor = KnnMonitor(config, Extraction(PREPROCESSING, batch_size=16, workers=0))
     found["knn"] = monitor(MeanColour(), Progress(step=0, total_steps=1, steps_per_epoch=1.0))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -113,7 +113,7 @@ def test_three_ranks_find_what_one_finds(write_shards: WriteShards, tmp_path: Pa
         for rank in range(3):
             torch.testing.assert_close(found[rank][size], (features, labels))
     config = KnnMonitorConfig(every="1ep", train=train, val=str(tmp_path / "five"), k=7)
-    monitor = KnnMonitor(config, PREPROCESSING, batch_size=16, workers=0, device="cpu")
+    monitor = KnnMonitor(config, Extraction(PREPROCESSING, batch_size=16, workers=0))
     expected = monitor(MeanColour(), Progress(step=0, total_steps=1, steps_per_epoch=1.0))
     for rank in range(3):
         assert found[rank]["knn"] == pytest.approx(expected)
