@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.images import SMALL, images_for
 from benchmarks.rounds import Comparison
-from benchmarks.settings import BenchmarkConfig, Size, num_cores
+from benchmarks.settings import BenchmarkConfig, Size
 from benchmarks.views import MEAN, STD
 from ssl_pipeline.backbones import BackboneConfig, Preprocessing, create_backbone
 from ssl_pipeline.data.shards.open import open_shards
@@ -24,6 +24,7 @@ from ssl_pipeline.eval.knn import weighted_knn
 from ssl_pipeline.eval.linear import ProbeConfig, choose, linear_probe
 from ssl_pipeline.eval.linear_heads import stratified_split, train_linear_heads
 from ssl_pipeline.eval.protocol import LabelledFeatures
+from ssl_pipeline.machine import whole_cores
 
 # training images, queries
 NEIGHBOURS: dict[Size, tuple[int, int]] = {"tiny": (200, 50), "small": (50_000, 2_000), "large": (1_281_167, 10_000)}
@@ -129,7 +130,7 @@ def compare_linear(config: BenchmarkConfig) -> Iterator[Comparison]:
             open_shards(shards),
             Preprocessing(setting.pixels, MEAN, STD),
             batch_size=BATCH_SIZE,
-            workers=num_cores(),  # as fast as the images can be read: a slow extraction would flatter the sweep
+            workers=whole_cores(),  # as fast as the images can be read: a slow extraction would flatter the sweep
             device=device,
             precision="bf16" if config.autocasts() else "no",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.config import RECIPES, Config, load
 from ssl_pipeline.eval.search.neighbours import has_bfloat16_units
 from ssl_pipeline.files import JSON
+from ssl_pipeline.machine import whole_cores
 from ssl_pipeline.run.provenance import cpu_name, version_of
 
 OfInput = Literal["input", "end_to_end", "scaling", "photometric"]
@@ -110,7 +110,7 @@ class BenchmarkConfig(Config):
         device = self.torch_device()
         hardware: dict[str, JSON] = {
             "cpu": cpu_name(),
-            "cores": num_cores(),
+            "cores": whole_cores(),
             "threads": torch.get_num_threads(),
             "bf16_units": has_bfloat16_units(device),
             "python": platform.python_version(),
@@ -120,11 +120,6 @@ class BenchmarkConfig(Config):
             hardware["gpu"] = torch.cuda.get_device_name(device)
             hardware["gpu_bytes"] = torch.cuda.get_device_properties(device).total_memory
         return hardware
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def settings_of(recipe: str) -> PretrainConfig:

@@ -19,12 +19,13 @@ import torch
 
 from benchmarks.images import images_for, total_views, views_of
 from benchmarks.rounds import Comparison, Contestant
-from benchmarks.settings import BenchmarkConfig, Size, num_cores
+from benchmarks.settings import BenchmarkConfig, Size
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.data.batches import StreamBatch, make_batch
 from ssl_pipeline.data.shards.open import open_shards
 from ssl_pipeline.data.stream import DataConfig, open_stream
+from ssl_pipeline.machine import whole_cores
 
 BATCH_SIZE: dict[Size, int] = {"tiny": 2, "small": 64, "large": 64}
 NUM_IMAGES: dict[Size, int] = {"tiny": 8, "small": 128, "large": 512}
@@ -109,8 +110,8 @@ def compare_scaling(config: BenchmarkConfig) -> Iterator[Comparison]:
     Workers up to the number of cores, and as many trainers as have cores for their workers; two at least.
     """
     size, device, groups = config.chosen_size(), config.torch_device(), views_of("dino_vits16")
-    worker_counts = doublings(max(num_cores(), 2))
-    process_counts = doublings(max(num_cores() // config.workers, 2))
+    worker_counts = doublings(max(whole_cores(), 2))
+    process_counts = doublings(max(whole_cores() // config.workers, 2))
     images = images_for(config, max(NUM_IMAGES[size], BATCH_SIZE[size] * process_counts[-1]))
 
     def comparison(of: str, title: str, setting: str) -> Comparison:

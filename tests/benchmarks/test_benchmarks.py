@@ -73,7 +73,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(streams, "START", "fork")  # nothing to import again
-    monkeypatch.setattr(streams, "num_cores", lambda: 2)
+    monkeypatch.setattr(streams, "whole_cores", lambda: 2)
     monkeypatch.setattr(streams, "PLACES", {"device": streams.PLACES["device"]})
     compared = run(tmp_path, "scaling", workers=1)
     assert contestants(compared["scaling workers, decode only"]) == {"workers=1", "workers=2"}
