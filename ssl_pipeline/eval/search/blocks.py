@@ -20,6 +20,7 @@ from ssl_pipeline.eval.progress import counted
 SEARCH_MEMORY = 2**30  # bytes of temporary tensors; the coarse copy of the training features comes on top
 MOST_QUERIES = 512  # per block of queries: more make the product no faster, and their scores are fresh memory
 MULTIPLIED_ROWS = 32_768  # training rows of one product: what the library packs of them is not in SEARCH_MEMORY
+MORE = 64  # scores that are taken at once beyond the k best; most often those that could be among these are fewer
 CACHED = 2**21  # bytes of features that a CPU rounds or scores again at once: out of its cache that takes twice as long
 ROUNDED = 2**26  # bytes that other devices round at once
 
@@ -191,12 +192,16 @@ def _could_be_best(scores_NX: Tensor, error_N: Tensor, *, k: int, limit: int) ->
     k scores reach the k-th best one, so the k-th best true score lies at most an error below it; a true score above
     that has a coarse score at most another error below.
     """
+    top = scores_NX.topk(min(k + MORE, limit, scores_NX.shape[1]))
     step = torch.finfo(scores_NX.dtype).eps  # of the scores themselves, whose rounding is half of it at most
-    kth_N1 = scores_NX.topk(k).values[:, -1:].float()
+    kth_N1 = top.values[:, k - 1 : k].float()
     lowest_N1 = kth_N1 - step * kth_N1.abs() - 2 * error_N[:, None]
     lowest_N1 -= step * lowest_N1.abs()
+    width = max(int((top.values >= lowest_N1).sum(dim=1).max()), k)
+    if width < top.values.shape[1] or width == scores_NX.shape[1]:
+        return top.indices[:, :width], torch.ones_like(error_N, dtype=torch.bool)
     counts_N = (scores_NX >= lowest_N1).sum(dim=1)
-    width = min(max(int(counts_N.max()), k), limit, scores_NX.shape[1])
+    width = min(int(counts_N.max()), limit)
     return scores_NX.topk(width, sorted=False).indices, counts_N <= width
 
 
