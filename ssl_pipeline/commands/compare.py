@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,7 +29,7 @@ from ssl_pipeline.eval.labelled import open_labelled
 from ssl_pipeline.eval.linear import LinearConfig, evaluate_linear
 from ssl_pipeline.eval.measures import format_table, percent
 from ssl_pipeline.eval.protocol import write_report
-from ssl_pipeline.eval.results import differing
+from ssl_pipeline.eval.results import differing, own_sizes
 from ssl_pipeline.eval.search.neighbours import require_k
 from ssl_pipeline.eval.table import MODELS, WITH_BASELINES, read_run, titles_of, top1_of
 from ssl_pipeline.files import JSON, write_json, write_text
@@ -123,6 +123,8 @@ class Comparison:
     """Run -> evaluator -> interval of its top-1 over the test images, mean over seeds."""
     protocols: dict[str, list[str]] = field(default_factory=dict)
     """Evaluator -> settings in which the protocols of the runs of one seed differ, where they do."""
+    sizes: str = ""
+    """That networks were measured at different sizes, each at its own: a sentence."""
 
 
 def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = run_pretraining) -> Comparison:
@@ -162,7 +164,8 @@ def compare(config: CompareConfig, pretrain: Callable[[Sequence[str]], None] = r
     for (evaluator, _), of_runs in protocols.items():  # of one seed: another may have drawn other labels
         if evaluator not in found.protocols and (lines := differing(of_runs)):
             found.protocols[evaluator] = lines
-    return found
+    sizes = next(filter(None, map(own_sizes, protocols.values())), "")
+    return replace(found, sizes=sizes)
 
 
 def summary(found: Comparison, seeds: int) -> str:
@@ -182,6 +185,7 @@ def summary(found: Comparison, seeds: int) -> str:
         f"Top-1 of the last step, never of the best one; {spread}.",
     ]
     lines += _near(found)
+    lines += [found.sizes] if found.sizes else []
     for metric, curves in found.curves.items():
         if curves:
             lines += [

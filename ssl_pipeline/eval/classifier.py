@@ -130,6 +130,7 @@ def _report(
             "label": opened.label,
             "subject": opened.about,
             "size": preprocessing.size,
+            "own_size": preprocessing.size,
             "interpolation": preprocessing.interpolation,
             "mean": preprocessing.mean,
             "std": preprocessing.std,

@@ -151,6 +151,7 @@ def pass_protocol(config: PassConfig, model: EvaluatedModel) -> dict[str, JSON]:
         "label": model.label,
         "subject": model.about,
         "size": model.preprocessing.size,
+        "own_size": model.own_size,
         "interpolation": model.preprocessing.interpolation,
         "mean": model.preprocessing.mean,
         "std": model.preprocessing.std,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ CLASSIFIERS = {
 }
 """What tables and pages call the classifiers whose top-1 they show, in the order in which they are looked for."""
 
-ABOUT_THE_MODEL = {"label", "subject", "mean", "std"}
-OWN = {"size"}  # of each network: that of the images that it was trained on
+ABOUT_THE_MODEL = {"label", "subject", "mean", "std", "own_size"}
 ABOUT_THE_PROGRAM = {"torch", "timm", "faiss", "scikit-learn", "search"}  # versions, and ways to the same figures
 PLACES = {"train", "test", "images"}  # of images, which their fingerprints tell better
 
@@ -76,19 +75,34 @@ def protocol_hash(evaluator: str, protocol: Mapping[str, JSON]) -> str:
     return sha256_of_json(without_nan([evaluator, comparable(protocol)]))[:16]
 
 
-def differing(protocols: Mapping[str, Mapping[str, JSON]], *, own: Collection[str] = ()) -> list[str]:
+def differing(protocols: Mapping[str, Mapping[str, JSON]]) -> list[str]:
     """The settings in which protocols, by the name of what they measured, differ: `size: a 32, b 64`.
 
-    own: settings of which each network has its own.
+    Without the size where each network was measured at its own (`own_sizes`).
     """
+    left_out = {"size"} if all(map(_at_its_own_size, protocols.values())) else set()
     shared = {name: dict(leaves(comparable(protocol))) for name, protocol in protocols.items()}
-    keys = dict.fromkeys(key for settings in shared.values() for key in settings if key not in own)
+    keys = dict.fromkeys(key for settings in shared.values() for key in settings if key not in left_out)
     found = []
     for key in keys:
         values = {name: _shown(settings.get(key)) for name, settings in shared.items()}
         if len(set(values.values())) > 1:
             found.append(f"{key}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
     return found
+
+
+def own_sizes(protocols: Mapping[str, Mapping[str, JSON]]) -> str:
+    """That networks were measured at different sizes, each at its own: a sentence; empty where they were not."""
+    sizes = {name: protocol.get("size") for name, protocol in protocols.items()}
+    if len(set(sizes.values())) < 2 or not all(map(_at_its_own_size, protocols.values())):
+        return ""
+    told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return f"Each network was measured as it was trained (size: {told})."
+
+
+def _at_its_own_size(protocol: Mapping[str, JSON]) -> bool:
+    """Whether no other size was asked for; reports of older versions do not say."""
+    return protocol.get("size") is not None and protocol.get("size") == protocol.get("own_size")
 
 
 def classifier_of(evaluator: str, report: Report) -> str:

@@ -314,13 +314,20 @@ def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
     path = other / "eval" / "suite.json"
     report = json.loads(path.read_text())
     report["knn"] |= {"top1": 0.0, "top1_interval": [0.0, 0.1]}
-    path.write_text(json.dumps(report | {"protocol": report["protocol"] | {"size": 32}}))
+    path.write_text(json.dumps(report | {"protocol": report["protocol"] | {"size": 32, "own_size": 32}}))
     assert call(f"run={evaluated},{other}", "images=0") == 0
     text = Page((evaluated / "report" / "with_other.html").read_text(encoding="utf-8")).text
     assert f"{evaluated.name} is ahead in k-NN top-1 with" in text
     assert "other with 0.0 %." in text, "a difference beyond the intervals"
     assert f"Each network was measured as it was trained (size: {evaluated.name} 16, other 32)" in text
     assert f"random initialisation of {evaluated.name}" in text
+    for by_hand in ({"size": 32}, {"size": 32, "own_size": None}):  # and as reports of older versions have it
+        path.write_text(json.dumps(report | {"protocol": report["protocol"] | by_hand}))
+        assert call(f"run={evaluated},{other}", "images=0") == 0
+        text = Page((evaluated / "report" / "with_other.html").read_text(encoding="utf-8")).text
+        assert f"other was measured differently (size: {evaluated.name} 16, other 32): its figures must not" in text
+        assert "is ahead" not in text
+        assert "as it was trained" not in text
     path.write_text(json.dumps(report | {"protocol": report["protocol"] | {"precision": "bf16"}}))
     assert call(f"run={evaluated},{other}", "images=0") == 0
     text = Page((evaluated / "report" / "with_other.html").read_text(encoding="utf-8")).text

@@ -14,6 +14,7 @@ from ssl_pipeline.eval.results import (
     add_results,
     comparable,
     differing,
+    own_sizes,
     protocol_hash,
     read_reports,
     read_results,
@@ -104,6 +105,31 @@ def test_differences_are_named_with_their_values() -> None:
     protocols = {"a": PROTOCOL, "b": {**PROTOCOL, "size": 64, "linear": {"epochs": 4}, "torch": "3"}}
     assert differing(protocols) == ["size: a 32, b 64", "linear.epochs: a 3, b 4"]
     assert differing({"a": PROTOCOL, "b": {**PROTOCOL, "label": "other"}}) == []
+
+
+def test_sizes_may_differ_where_each_is_the_networks_own() -> None:
+    own, larger = {**PROTOCOL, "own_size": 32}, {**PROTOCOL, "size": 64, "own_size": 64}
+    assert differing({"a": own, "b": larger}) == []
+    assert own_sizes({"a": own, "b": larger}) == "Each network was measured as it was trained (size: a 32, b 64)."
+    assert own_sizes({"a": own, "b": own}) == ""
+    for by_hand in (
+        {**own, "size": 64},
+        {**PROTOCOL, "size": 64},
+    ):  # asked for; of an older version, which does not say
+        assert differing({"a": own, "b": {**by_hand, "seed": 1}}) == ["size: a 32, b 64", "seed: a null, b 1"]
+        assert own_sizes({"a": own, "b": by_hand}) == ""
+    assert protocol_hash("knn", own) == protocol_hash("knn", PROTOCOL), "rows of older versions are replaced"
+
+
+def test_evaluators_write_the_size_that_is_the_networks_own(run: Path, train: str, test: str, tmp_path: Path) -> None:
+    sets = [f"train={train}", f"test={test}", "workers=0", "k=5"]
+    named = ["backbone=test_resnet", "size=32"]
+    for given, sizes in ((["size=24"], (24, 16)), ([], (16, 16)), (named, (32, 224))):
+        model = given if given == named else [f"run={run}", *given]
+        argv = [*sets, *model, f"output={tmp_path}"]
+        assert run_command(knn.KnnConfig, knn.main, command="", argv=argv) == 0
+        protocol = read_reports(tmp_path)["knn"]["protocol"]
+        assert (protocol["size"], protocol["own_size"]) == sizes
 
 
 def test_the_same_result_is_replaced_and_others_stay(tmp_path: Path) -> None:

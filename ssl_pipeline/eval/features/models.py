@@ -102,7 +102,8 @@ class ModelConfig(Config):
 class EvaluatedModel:
     """A frozen network with what its images need.
 
-    `about` is JSON that identifies it; `config` builds the same architecture again, None for raw pixels.
+    `about` is JSON that identifies it; `config` builds the same architecture again, None for raw pixels. `own_size` is
+    the side in pixels of the images that it is made for, whatever size is asked for; None for raw pixels.
     """
 
     label: str
@@ -110,6 +111,7 @@ class EvaluatedModel:
     preprocessing: Preprocessing
     about: dict[str, JSON]
     config: BackboneConfig | None
+    own_size: int | None = None
 
     @property
     def width(self) -> int:
@@ -159,7 +161,7 @@ def _named_model(config: ModelConfig, name: str) -> EvaluatedModel:
     )
     if config.weights is None:
         model = random_initialisation(architecture, _preprocessing(config))
-        return replace(model, label=f"{name} at random initialisation")
+        return replace(model, label=f"{name} at random initialisation", own_size=_own_size(config))
     backbone = create_backbone(architecture)  # refuses weights that do not exist, so it comes first
     about: dict[str, JSON] = {
         "backbone": architecture.model_dump(mode="json"),
@@ -167,7 +169,7 @@ def _named_model(config: ModelConfig, name: str) -> EvaluatedModel:
         "weights_sha256": backbone.origin.sha256,
     }
     label = f"{name}, {Path(config.weights).name}"
-    return EvaluatedModel(label, backbone, _preprocessing(config), about, architecture)
+    return EvaluatedModel(label, backbone, _preprocessing(config), about, architecture, _own_size(config))
 
 
 def _preprocessing(config: ModelConfig) -> Preprocessing:
@@ -183,15 +185,15 @@ def _preprocessing(config: ModelConfig) -> Preprocessing:
     if config.weights is not None and not (config.mean and config.std):
         of = known.of or f"ImageNet, as those of {config.weights} are not known"
         print(printable(f"{normalised(mean, std, of)}. Set mean and std for other values."), flush=True)
-    return Preprocessing(_size(config), mean, std)
+    return Preprocessing(config.size or _own_size(config), mean, std)
 
 
-def _size(config: ModelConfig) -> int:
-    """The side of the images: what is asked for, or what the network is built for, or 224 pixels."""
+def _own_size(config: ModelConfig) -> int:
+    """The side of the images that a network is built for, or 224 pixels."""
     built_for = config.arguments.get("img_size", 224)
     if not isinstance(built_for, int) or built_for < 1:
         raise ConfigError(f"arguments.img_size must be a whole number of pixels. Got {built_for!r}.")
-    return config.size or built_for
+    return built_for
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
@@ -215,6 +217,7 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         why = f"has an export of step {exported}" if older else f"was trained on after its export, of step {exported}"
         note = f"{run} {why}; step {found.step} is measured"
         print(printable(f"{note} (step={exported} measures the export)."), flush=True)
+    own_size = preprocessing.size
     if config.size is not None:
         preprocessing = replace(preprocessing, size=config.size)
     about: dict[str, JSON] = {
@@ -225,7 +228,7 @@ def _run_model(config: ModelConfig, run: Path) -> EvaluatedModel:
         "step": found.step,
         "weights_sha256": found.sha256,
     }
-    return EvaluatedModel(label, backbone, preprocessing, about, backbone.config)
+    return EvaluatedModel(label, backbone, preprocessing, about, backbone.config, own_size)
 
 
 def _method_of(run: Path) -> str | None:

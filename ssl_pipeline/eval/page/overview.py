@@ -10,7 +10,7 @@ from ssl_pipeline.eval.page.curves import number
 from ssl_pipeline.eval.page.html import Section, Tile, about, finding, section
 from ssl_pipeline.eval.page.metrics import MONITORED, Series
 from ssl_pipeline.eval.page.record import Record
-from ssl_pipeline.eval.results import CLASSIFIERS, OWN, Report, classifier_of, differing
+from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, differing
 from ssl_pipeline.files import JSON
 
 ON_FEATURES = ("knn", "sgd", "logistic")
@@ -77,7 +77,7 @@ def _compared(records: Sequence[Record]) -> str:
     """Which run is ahead by the measure that all of them have, and whether by more than chance."""
     found = {record.name: headline(record) for record in records}
     measured = {name: best for name, best in found.items() if best is not None}
-    otherwise = differing({name: best.protocol for name, best in measured.items()}, own=OWN)
+    otherwise = differing({name: best.protocol for name, best in measured.items()})
     if len(measured) == len(records) and otherwise:
         return "; ".join(f"{record.name}: {_found(record)}" for record in records) + "; measured differently"
     if len(measured) == len(records) and len({best.classifier for best in measured.values()}) == 1:

@@ -14,7 +14,7 @@ from ssl_pipeline.eval.measures import Measure, read_measures
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.places import shortened
 from ssl_pipeline.eval.page.record import Record
-from ssl_pipeline.eval.results import CLASSIFIERS, OWN, Report, classifier_of, comparable, differing
+from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, comparable, differing, own_sizes
 from ssl_pipeline.eval.table import MODELS
 
 PARTS_OF_SUITE = ("knn", "logistic", "sgd")
@@ -24,7 +24,7 @@ MINOR = ("top5", "validation")
 TOLD = {"images", "train", "test", "num_images", "num_train", "num_test", "num_classes", "size", "label", "subject"}
 """Parts of a protocol with a sentence of their own; the others are listed."""
 UNTOLD = {"warnings", "mean", "std", "torch", "timm", "faiss", "scikit-learn", "about", "selection", "dtype"}
-UNTOLD |= {"interpolation", "images_fingerprint", "train_fingerprint", "test_fingerprint"}
+UNTOLD |= {"interpolation", "own_size", "images_fingerprint", "train_fingerprint", "test_fingerprint"}
 
 
 def results_section(records: Sequence[Record]) -> Section:
@@ -98,11 +98,11 @@ def _doubts(reports: Mapping[str, Report]) -> list[str]:
     parts, (first, *others) = [], reports.items()
     for title, report in others:
         protocols = {first[0]: first[1]["protocol"], title: report["protocol"]}
-        if otherwise := "; ".join(differing(protocols, own=OWN)):
+        if otherwise := "; ".join(differing(protocols)):
             text = f"{title} was measured differently ({otherwise}): its figures must not be compared with the others."
             parts.append(paragraph(text, kind="warning"))
-        elif sizes := "; ".join(differing(protocols)):
-            parts.append(paragraph(f"Each network was measured as it was trained ({sizes})."))
+        if sizes := own_sizes(protocols):
+            parts.append(paragraph(sizes))
     for title, report in reports.items():
         of_run = f"{title}: " if others else ""
         warnings = report["protocol"].get("warnings", ())
