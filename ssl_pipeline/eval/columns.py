@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ssl_pipeline.eval.one_figure import in_list
 from ssl_pipeline.eval.results import Report, comparable, protocol_hash
 from ssl_pipeline.files import JSON
 
@@ -43,7 +44,7 @@ def with_the_suite(reports: Mapping[str, Report]) -> dict[str, Report]:
 def measured_otherwise(first: Mapping[str, JSON], other: Mapping[str, JSON]) -> str:
     """The settings that `other`'s figures depend on and that differ from those of `first`, as `k=5, num_train=100`.
 
-    Of several k the first counts; what is off is as good as left out.
+    Of several k and temperatures the first counts; what is off is as good as left out.
     """
     before, now = _headline(first), _headline(other)
     keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
@@ -54,8 +55,7 @@ def measured_otherwise(first: Mapping[str, JSON], other: Mapping[str, JSON]) -> 
 
 def _headline(protocol: Mapping[str, JSON]) -> dict[str, JSON]:
     kept = {key: value for key, value in comparable(protocol).items() if key not in SAID_BY_THE_TITLE}
-    if isinstance(several := kept.get("k"), list | tuple):
-        kept["k"] = several[0]
+    kept |= {key: in_list(kept[key])[0] for key in ("k", "temperature") if key in kept}
     return {key: value for key, value in kept.items() if value not in (None, False, 0)}
 
 

@@ -249,11 +249,12 @@ def _say_what_goes(path: Path, report: Report) -> None:
 
 
 def in_regular_shape(evaluator: str, report: Report) -> dict[str, JSON]:
-    """A report with its evaluator's name, a hash of its protocol, and `measures` of the model and of each baseline."""
+    """A report with its evaluator's name, the protocol's hash for its first measure, and `measures` of all models."""
     baselines = {name: {**of, "measures": measures_of(of)} for name, of in report["baselines"].items()}
+    headline = next((measure["name"] for measure in measures_of(report)), "")
     return {
         "evaluator": evaluator,
-        "protocol_hash": protocol_hash(evaluator, report["protocol"]),
+        "protocol_hash": protocol_hash(evaluator, report["protocol"], headline),
         **report,
         "intervals": f"95 %, {METHOD}",
         "measures": measures_of(report),

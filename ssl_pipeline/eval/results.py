@@ -16,6 +16,7 @@ from typing import Any
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.config.arguments import leaves
 from ssl_pipeline.eval.measures import measures_of
+from ssl_pipeline.eval.one_figure import protocol_of_figure
 from ssl_pipeline.files import JSON, locked, sha256_of_json, without_nan, write_text
 
 Report = Mapping[str, Any]
@@ -70,9 +71,9 @@ def comparable(protocol: Mapping[str, JSON]) -> dict[str, JSON]:
     return kept
 
 
-def protocol_hash(evaluator: str, protocol: Mapping[str, JSON]) -> str:
-    """16 hexadecimal digits that two results share if they may be compared."""
-    return sha256_of_json(without_nan([evaluator, comparable(protocol)]))[:16]
+def protocol_hash(evaluator: str, protocol: Mapping[str, JSON], figure: str = "") -> str:
+    """16 hexadecimal digits that two results share if they may be compared; figure: the name of a measure."""
+    return sha256_of_json(without_nan([evaluator, comparable(protocol_of_figure(evaluator, protocol, figure))]))[:16]
 
 
 def differing(protocols: Mapping[str, Mapping[str, JSON]]) -> list[str]:
@@ -140,7 +141,6 @@ def rows_of(report: Report) -> list[dict[str, str]]:
     evaluator, protocol = report["evaluator"], report["protocol"]
     shared = {
         "evaluator": evaluator,
-        "protocol": protocol_hash(evaluator, protocol),
         "train": protocol.get("train", protocol.get("images")),
         "test": protocol.get("test"),
         "size": protocol.get("size"),
@@ -156,6 +156,7 @@ def rows_of(report: Report) -> list[dict[str, str]]:
             low, high = measure["interval"] or (None, None)
             figures = {"measure": measure["name"], "value": measure["value"], "unit": measure["unit"]}
             figures |= {"low": low, "high": high, "spread": measure["spread"]}
+            figures["protocol"] = protocol_hash(evaluator, protocol, measure["name"])
             row = {**shared, **own, **figures}
             rows.append({name: "" if row[name] is None else str(row[name]) for name in COLUMNS})
     return rows

@@ -338,6 +338,69 @@ def test_the_run_that_is_ahead_is_named_and_other_protocols_too(
     )
 
 
+def knn_report(top1: dict[int, float], temperature: float = 0.07) -> dict:
+    measures = [
+        {"name": f"top1_k{k}", "title": f"top-1, k={k}", "value": value, "unit": "%", "interval": None, "spread": None}
+        for k, value in top1.items()
+    ]
+    protocol = {"k": list(top1), "temperature": temperature, "size": 16, "own_size": 16}
+    return {
+        "evaluator": "knn",
+        "measures": measures,
+        "top1": measures[0]["value"],
+        "baselines": {},
+        "protocol": protocol,
+    }
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "told", "warning"),
+    [
+        (({10: 60.0}, 0.07), ({10: 70.0, 20: 50.0}, 0.07), "b is ahead in k-NN top-1 with 70.0 %, before a with", ""),
+        (({10: 60.0}, 0.07), ({20: 50.0, 10: 60.0}, 0.07), "a and b are equal in k-NN top-1, k=10, with 60.0 %.", ""),
+        (({20: 90.0, 10: 60.0}, 0.07), ({10: 70.0}, 0.07), "b is ahead in k-NN top-1, k=10, with 70.0 %, before a", ""),
+        (
+            *(({10: 60.0}, 0.07), ({20: 70.0}, 0.07)),
+            "measured differently",
+            "b was measured differently (k: a [10], b [20]): its figures must not be compared with the others.",
+        ),
+        (
+            *(({10: 60.0}, 0.07), ({10: 70.0, 20: 80.0}, 0.1)),
+            "measured differently",
+            "b was measured differently (temperature: a 0.07, b 0.1): its figures must not be compared with the",
+        ),
+    ],
+)
+def test_runs_are_compared_at_the_k_that_both_have(
+    run: Path, tmp_path: Path, first: tuple, other: tuple, told: str, warning: str
+) -> None:
+    for name, of_run in (("a", first), ("b", other)):
+        (tmp_path / name / "eval").mkdir(parents=True)
+        (tmp_path / name / "eval" / "knn.json").write_text(json.dumps(knn_report(*of_run)))
+    assert call(f"run={tmp_path / 'a'},{tmp_path / 'b'}", "images=0") == 0
+    text = Page((tmp_path / "a" / "report" / "with_b.html").read_text(encoding="utf-8")).text
+    assert told in text
+    assert warning in text
+    assert ("must not be compared" in text) == bool(warning)
+
+
+def test_only_the_figures_that_a_setting_decides_are_not_compared(evaluated: Path, tmp_path: Path) -> None:
+    other = other_run(evaluated, tmp_path / "other")
+    path = other / "eval" / "suite.json"
+    report = json.loads(path.read_text())
+    report["protocol"]["linear"] |= {"epochs": 99}
+    path.write_text(json.dumps(report))
+    assert call(f"run={evaluated},{other}", "images=0") == 0
+    text = Page((evaluated / "report" / "with_other.html").read_text(encoding="utf-8")).text
+    assert "in k-NN top-1" in text.split("Doctor")[0], "which the linear classifiers' settings say nothing about"
+    (warning,) = [part for part in text.split("other was measured differently")[1:]]
+    assert warning.startswith(
+        " in linear probe, top-1; linear probe, top-5; balanced accuracy, linear probe (linear.epochs: run"
+    )
+    assert "other 99): these figures must not be compared with the others." in warning
+    assert "k-NN" not in warning.partition("): these figures")[0]
+
+
 def test_what_the_doctor_finds_is_shown(run: Path) -> None:
     case = json.loads((DOCTOR / "simclr_rate_zero.json").read_text())
     log(run, case["rows"])

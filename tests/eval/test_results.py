@@ -174,4 +174,8 @@ def test_evaluators_write_their_rows(run: Path, train: str, test: str) -> None:
     of_knn = [row["measure"] for row in rows if row["evaluator"] == "knn" and row["model"] == "pretrained"]
     assert of_knn == ["top1_k5", "top5_k5", "top1_k10", "top5_k10"]
     assert {row["model"] for row in rows if row["evaluator"] == "few_shot"} == {"raw_pixels", "random", "pretrained"}
-    assert len({row["protocol"] for row in rows}) == 2
+    assert len({row["protocol"] for row in rows}) == 3, "k=5, k=10, two of each class"
+    assert run_command(knn.KnnConfig, knn.main, command="", argv=[*sets, "k=10"]) == 0
+    assert len(read_results(run / "eval" / "results.csv")) == len(rows), "the rows of k=10 are replaced"
+    hashes = {row["measure"]: row["protocol"] for row in rows if row["evaluator"] == "knn"}
+    assert read_reports(run)["knn"]["protocol_hash"] == hashes["top1_k10"]

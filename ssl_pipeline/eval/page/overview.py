@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ssl_pipeline.eval.columns import WITHIN_SUITE
 from ssl_pipeline.eval.intervals import WITHIN, Interval, intervals_overlap
+from ssl_pipeline.eval.measures import read_measures
+from ssl_pipeline.eval.one_figure import in_list, protocol_of_figure
 from ssl_pipeline.eval.page.curves import number
 from ssl_pipeline.eval.page.html import Section, Tile, about, finding, section
 from ssl_pipeline.eval.page.metrics import MONITORED, Series
@@ -15,6 +18,8 @@ from ssl_pipeline.files import JSON
 
 ON_FEATURES = ("knn", "sgd", "logistic")
 AGAINST = {"random": "at random initialisation", "raw_pixels": "with raw pixels"}
+
+Votes = tuple[int, float]  # k and temperature of k-NN
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Headline:
     baselines: Mapping[str, Accuracy]
     images: str
     protocol: Mapping[str, JSON]
+    by_votes: Mapping[Votes, Accuracy]
+    """Of k-NN the accuracy for each k and temperature."""
 
 
 def conclusion(records: Sequence[Record]) -> str:
@@ -76,18 +83,41 @@ def _monitored(record: Record) -> str:
 def _compared(records: Sequence[Record]) -> str:
     """Which run is ahead by the measure that all of them have, and whether by more than chance."""
     found = {record.name: headline(record) for record in records}
-    measured = {name: best for name, best in found.items() if best is not None}
+    measured, at = _with_the_same_votes({name: best for name, best in found.items() if best is not None})
     otherwise = differing({name: best.protocol for name, best in measured.items()})
     if len(measured) == len(records) and otherwise:
         return "; ".join(f"{record.name}: {_found(record)}" for record in records) + "; measured differently"
     if len(measured) == len(records) and len({best.classifier for best in measured.values()}) == 1:
         order = sorted(measured, key=lambda name: measured[name].own.top1, reverse=True)
         first, second = (measured[name].own for name in order[:2])
-        told = f"{order[0]} is ahead in {measured[order[0]].classifier} top-1 with {first.top1:.1f} %, before "
+        if first.top1 == second.top1:
+            equal = f"{order[0]} and {order[1]} are equal in {measured[order[0]].classifier} top-1{at}"
+            return f"{equal} with {first.top1:.1f} %"
+        told = f"{order[0]} is ahead in {measured[order[0]].classifier} top-1{at} with {first.top1:.1f} %, before "
         told += f"{order[1]} with {second.top1:.1f} %"
         return f"{told} ({WITHIN})" if intervals_overlap(first.interval, second.interval) else told
     last = {record.name: _monitored(record) for record in records}
     return "; ".join(f"{name}: {words}" for name, words in last.items())
+
+
+def _with_the_same_votes(measured: Mapping[str, Headline]) -> tuple[Mapping[str, Headline], str]:
+    """The same by the first k and temperature that all have, where those of the headlines differ, and the words for it.
+
+    As they are where the headlines agree, and where there is no such k.
+    """
+    votes = {(str(best.protocol.get("k")), str(best.protocol.get("temperature"))) for best in measured.values()}
+    if len(votes) < 2:
+        return measured, ""
+    first, *others = (best.by_votes for best in measured.values())
+    common = next((one for one in first if all(one in other for other in others)), None)
+    if common is None:
+        return measured, ""
+    k, temperature = common
+    shared = {
+        name: replace(best, own=best.by_votes[common], protocol={**best.protocol, "k": [k], "temperature": temperature})
+        for name, best in measured.items()
+    }
+    return shared, f", k={k}, temperature {temperature:g}," if len({t for _, t in votes}) > 1 else f", k={k},"
 
 
 def headline(record: Record) -> Headline | None:
@@ -102,8 +132,36 @@ def headline(record: Record) -> Headline | None:
                     if (found := _accuracy(result, name, key)) is not None
                 }
                 images = "the images, each by all others" if _leaves_one_out(report) else "the test images"
-                return Headline(CLASSIFIERS[key], own, baselines, images, report["protocol"])
+                protocol = _protocol_of(report, name, key)
+                by_votes = _by_votes(report[key] if name == "suite" else report, protocol) if key == "knn" else {}
+                own_protocol = protocol_of_figure("knn", protocol) if key == "knn" else protocol
+                return Headline(CLASSIFIERS[key], own, baselines, images, own_protocol, by_votes)
     return None
+
+
+def _protocol_of(report: Report, name: str, key: str) -> dict[str, JSON]:
+    """That of a classifier, as its evaluator would report it."""
+    protocol: Report = report["protocol"]
+    if name != "suite":
+        return dict(protocol)
+    shared = {part: value for part, value in protocol.items() if part not in WITHIN_SUITE}
+    return {
+        **shared,
+        **protocol.get("knn" if key == "knn" else "linear", {}),
+        **({} if key == "knn" else {"solver": key}),
+    }
+
+
+def _by_votes(report: Report, protocol: Mapping[str, JSON]) -> dict[Votes, Accuracy]:
+    """Of k-NN's report; of an older one, which does not say, none."""
+    found: dict[Votes, Accuracy] = {}
+    for name, measure in read_measures(report).items():
+        if name.startswith("top1_k"):
+            own = protocol_of_figure("knn", protocol, name)
+            k, temperature = in_list(own.get("k"))[0], own.get("temperature")
+            if isinstance(k, int) and isinstance(temperature, int | float):
+                found[k, float(temperature)] = Accuracy(measure.value, measure.interval)
+    return found
 
 
 def _leaves_one_out(report: Report) -> bool:

@@ -11,6 +11,7 @@ from ssl_pipeline.eval.columns import WITHIN_SUITE
 from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import Measure, read_measures
+from ssl_pipeline.eval.one_figure import protocol_of_figure
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.places import shortened
 from ssl_pipeline.eval.page.record import Record
@@ -86,28 +87,44 @@ def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
         title = next(measure.title for measure in of_models if measure is not None)
         (minor if key.rpartition(".")[2].startswith(MINOR) else major).append([title, *map(_cell, of_models)])
     header, (subject, *told) = ["", *found], told_protocol(first["protocol"]) or ["-"]
-    parts = [heading(_words(name, first)), paragraph(subject), *_doubts(reports)]
+    parts = [heading(_words(name, first)), paragraph(subject), *_doubts(name, reports)]
     parts.append(table_of(header, major or minor))
     if major and minor:
         parts.append(folded("More figures", table_of(header, minor)))
     return [*parts, folded("Protocol", *map(paragraph, told))] if told else parts
 
 
-def _doubts(reports: Mapping[str, Report]) -> list[str]:
+def _doubts(name: str, reports: Mapping[str, Report]) -> list[str]:
     """What the evaluator warned of, and runs that were measured differently from the first."""
     parts, (first, *others) = [], reports.items()
     for title, report in others:
-        protocols = {first[0]: first[1]["protocol"], title: report["protocol"]}
-        if otherwise := "; ".join(differing(protocols)):
-            text = f"{title} was measured differently ({otherwise}): its figures must not be compared with the others."
-            parts.append(paragraph(text, kind="warning"))
-        if sizes := own_sizes(protocols):
+        both = dict([first, (title, report)])
+        for otherwise, rows in _measured_otherwise(name, both).items():
+            where, whose = (f" in {'; '.join(rows)}", "these") if rows else ("", "its")
+            text = f"{title} was measured differently{where} ({otherwise}): {whose} figures must not be compared"
+            parts.append(paragraph(f"{text} with the others.", kind="warning"))
+        if sizes := own_sizes({of: one["protocol"] for of, one in both.items()}):
             parts.append(paragraph(sizes))
     for title, report in reports.items():
         of_run = f"{title}: " if others else ""
         warnings = report["protocol"].get("warnings", ())
         parts += [paragraph(f"Warning: {of_run}{text}", kind="warning") for text in warnings]
     return parts
+
+
+def _measured_otherwise(name: str, reports: Mapping[str, Report]) -> dict[str, list[str]]:
+    """The settings in which reports differ, and the titles of the figures that they decide; none where it is all."""
+    evaluator, shown = name.partition("-")[0], [figures(name, report) for report in reports.values()]
+    common = {key: measure.title for key, measure in shown[0].items() if all(key in of for of in shown)}
+    found: dict[str, list[str]] = {}
+    for key, title in common.items():
+        protocols = {of: protocol_of_figure(evaluator, report["protocol"], key) for of, report in reports.items()}
+        found.setdefault("; ".join(differing(protocols)), []).append(title)
+    if not common:
+        protocols = {of: protocol_of_figure(evaluator, report["protocol"]) for of, report in reports.items()}
+        found["; ".join(differing(protocols))] = []
+    everywhere = len(found) == 1
+    return {otherwise: [] if everywhere else titles for otherwise, titles in found.items() if otherwise}
 
 
 def figures(name: str, result: Report) -> dict[str, Measure]:
