@@ -53,6 +53,11 @@ def measured_otherwise(first: Mapping[str, JSON], other: Mapping[str, JSON]) -> 
     return ", ".join([*(f"{key}={_word(value)}" for key, value in told.items() if key in keys), *images])
 
 
+def settings_given(protocol: Mapping[str, JSON], *, but_for: Mapping[str, JSON]) -> list[str]:
+    """Of the settings in `but_for` those that a protocol has with other values, as `k=5`."""
+    return [f"{key}={_word(protocol[key])}" for key in but_for if protocol.get(key, but_for[key]) != but_for[key]]
+
+
 def _headline(protocol: Mapping[str, JSON]) -> dict[str, JSON]:
     kept = {key: value for key, value in comparable(protocol).items() if key not in SAID_BY_THE_TITLE}
     kept |= {key: in_list(kept[key])[0] for key in ("k", "temperature") if key in kept}

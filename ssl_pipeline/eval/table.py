@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
-from ssl_pipeline.eval.columns import OTHERWISE, evaluator_of, with_the_suite
+from ssl_pipeline.eval.columns import OTHERWISE, evaluator_of, settings_given, with_the_suite
 from ssl_pipeline.eval.differences import doubts, measures_within_interval, within_interval_of_baselines
 from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import format_table, percent, read_measures
+from ssl_pipeline.eval.one_figure import protocol_of_figure
 from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, read_reports
+from ssl_pipeline.files import JSON
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
 EVALUATORS = ("knn", "linear", "classifier")
 WITH_BASELINES = ("knn", "linear")
+KNN_USUAL: Mapping[str, JSON] = {"k": [20], "temperature": 0.07, "leave_one_out": False, "per_class": None}
+"""Settings of k-NN that its title says where they are others."""
 
 
 class TableConfig(Config):
@@ -43,14 +47,19 @@ def read_run(run: Path) -> dict[str, Report]:
 
 
 def titles_of(reports: Mapping[str, Report]) -> dict[str, str]:
-    """What the columns are called, by evaluator: eval.linear's after the classifier that it has trained."""
+    """What the columns are called, by evaluator: eval.linear's after the classifier that it has trained, eval.knn's
+    with the settings of its headline that are not the default ones.
+    """
     return {name: _title(name, reports[name]) for name in _columns(reports)}
 
 
 def _title(name: str, report: Report) -> str:
     evaluator, _, otherwise = name.partition(OTHERWISE)
-    title = f"{CLASSIFIERS[classifier_of(evaluator, report)]} top-1"
-    return f"{title}, {otherwise}" if otherwise else title
+    settings = otherwise.split(", ") if otherwise else []
+    if evaluator == "knn":
+        own = protocol_of_figure("knn", report.get("protocol", {}))
+        settings = [word for word in settings_given(own, but_for=KNN_USUAL) if word not in settings] + settings
+    return ", ".join([f"{CLASSIFIERS[classifier_of(evaluator, report)]} top-1", *settings])
 
 
 def _columns(reports: Mapping[str, Report]) -> list[str]:

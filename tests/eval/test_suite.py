@@ -84,18 +84,18 @@ def test_a_quick_measure_afterwards_takes_no_place_of_the_suites(
         return [re.sub("  +", "|", line.strip()) for line in printed], said.splitlines()
 
     same, said = columns("k=5")  # no baselines: those of the suite stay
-    assert same[0] == "k-NN top-1|logistic regression top-1"
+    assert same[0] == "k-NN top-1, k=5|logistic regression top-1"
     assert "-|" not in same[2]
     assert not [line for line in said if "other settings" in line]
     other, said = columns("k=3", "per_class=2")
-    assert other[0] == "k-NN top-1|k-NN top-1, k=3, per_class=2|logistic regression top-1"
+    assert other[0] == "k-NN top-1, k=5|k-NN top-1, k=3, per_class=2|logistic regression top-1"
     assert other[2].split("|")[2] == "-"  # raw pixels were not measured with these
     assert f"{report(run, 'knn')['top1']:.2f} %" in other[4]
     assert (
         f"{run}/eval/knn.json had figures of other settings (now k=3, per_class=2); they stay in results.csv." in said
     )
     fewer, _ = columns("k=5", sets=[f"train={test}", f"test={train}"])
-    assert fewer[0].startswith("k-NN top-1|k-NN top-1, num_train=")
+    assert fewer[0].startswith("k-NN top-1, k=5|k-NN top-1, k=5, num_train=")
 
 
 def test_pixels_too_wide_for_the_classifier_that_the_network_has(

@@ -172,7 +172,32 @@ def test_columns_of_other_images_are_said_not_to_compare(
     main(TableConfig(run=tmp_path))
     printed = capsys.readouterr().out
     assert "warning: 40 of 40 images are in train too\n" in printed
-    assert "warning: The columns are not of the same images and must not be compared: k-NN top-1: train=" in printed
+    title = "k-NN top-1, leave_one_out=true" if "leave_one_out" in other else "k-NN top-1"
+    assert f"warning: The columns are not of the same images and must not be compared: {title}: train=" in printed
+
+
+@pytest.mark.parametrize(
+    ("protocol", "title"),
+    [
+        ({}, "k-NN top-1"),
+        ({"k": [20, 10], "temperature": [0.07, 0.1], "leave_one_out": False}, "k-NN top-1"),
+        ({"k": [10, 20], "temperature": 0.07}, "k-NN top-1, k=10"),
+        ({"k": [20], "temperature": 0.1}, "k-NN top-1, temperature=0.1"),
+        (
+            {"k": [5], "temperature": [0.2, 0.07], "leave_one_out": True},
+            "k-NN top-1, k=5, temperature=0.2, leave_one_out=true",
+        ),
+        ({"k": [20], "per_class": 3}, "k-NN top-1, per_class=3"),
+    ],
+)
+def test_knn_is_called_by_the_settings_that_are_not_the_default_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: dict[str, object], title: str
+) -> None:
+    write(tmp_path, "knn", 96.0, protocol, raw_pixels=90.0)
+    main(TableConfig(run=tmp_path))
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].strip() == title
+    assert f"is ahead of raw pixels in {title}." in printed
 
 
 def measure(name: str, value: float, **more: object) -> dict[str, object]:
