@@ -19,7 +19,7 @@ from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
 from ssl_pipeline.commands.recipe_choice import AUTO
 from ssl_pipeline.config import COMPARISONS, RECIPES, Config, ConfigError, Seed, load, run_command
-from ssl_pipeline.config.output_file import Folder
+from ssl_pipeline.config.output_file import Folder, require_writable
 from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels_once
 from ssl_pipeline.eval.differences import interval_of, runs_within_interval
 from ssl_pipeline.eval.images import with_shards
@@ -285,6 +285,7 @@ def checked(config: CompareConfig) -> CompareConfig:
 
 
 def main(config: CompareConfig) -> None:
+    require_writable(config.output, key=f"output={config.output}")
     config = checked(config)
     found = compare(config)
     text = summary(found, len(config.seeds))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ssl_pipeline.commands.pictures_of_method import method_sections
 from ssl_pipeline.config import Tree, printable, run_command, validate
+from ssl_pipeline.config.output_file import require_writable
 from ssl_pipeline.eval.images import with_shards
 from ssl_pipeline.eval.page.sheets import sheets
 from ssl_pipeline.eval.report import ReportConfig, report_page
@@ -47,9 +48,15 @@ def main(config: ReportConfig) -> None:
     print(printable(f"written to {report(config)}"))
 
 
+def _from_images(config: ReportConfig) -> None:
+    """With folders of images as shards; a page that cannot be written is refused before anything is packed."""
+    require_writable(config.place.parent, key=f"{config.place}")
+    main(with_shards(config, config.run[0]))
+
+
 def command(name: str = "python -m eval.report") -> int:
     """The command line, called `name`; returns the exit code."""
-    return run_command(ReportConfig, lambda config: main(with_shards(config, config.run[0])), command=name)
+    return run_command(ReportConfig, _from_images, command=name)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -42,6 +43,7 @@ from ssl_pipeline.config.ranges import BatchSize, Depth, InRange, Processes, See
 from ssl_pipeline.config.recipes import COMPARISONS, LISTED_BY, RECIPES, SELF_TRAINING, read_recipe, recipe_files
 from ssl_pipeline.config.schema import complete
 from ssl_pipeline.config.sentences import TOO_DEEP, UNKNOWN_KEY, mistakes
+from ssl_pipeline.config.termination import Terminated, terminated_like_interrupted
 from ssl_pipeline.config.yaml_text import YamlDumper, read_yaml
 
 __all__ = [
@@ -165,8 +167,8 @@ def run_command(
     below the settings.
 
     0 is success, 1 a failed run or a bug, 2 a mistake in settings or data (one `error:` line on stderr for either), 130
-    an interrupt. `--help` lists every key, `--help SECTION` some, `--print` shows the resolved settings, `--debug`
-    where errors and warnings come from.
+    an interrupt, 143 the same by SIGTERM. `--help` lists every key, `--help SECTION` some, `--print` shows the resolved
+    settings, `--debug` where errors and warnings come from.
     """
     given = sys.argv[1:] if argv is None else argv
     arguments, flags = without_flags(given)
@@ -188,7 +190,8 @@ def run_command(
         if not shared:
             _require_one_process(command)
         running = True
-        return run(config) or 0
+        with terminated_like_interrupted():
+            return run(config) or 0
     except BrokenPipeError:  # the reader of our output (`--help | head`) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -196,9 +199,9 @@ def run_command(
         if "--debug" in flags:
             print(printable(traceback.format_exc(), longest=None, lines=True), end="", file=sys.stderr)
         return refuse(error, running=running)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
 def without_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:

@@ -6,6 +6,7 @@ Impossible ones are refused before anything is computed; existing files are kept
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, field_validator
@@ -46,6 +47,19 @@ def refuse_existing(*files: Path, overwrite: bool) -> None:
         raise ConfigError(f"output={there} exists. Choose another name, or set overwrite=true.")
 
 
+def require_writable(place: Path, *, key: str = "output") -> None:
+    """Raise ConfigError if no file can be made in a folder, or where it would be; leaves nothing there."""
+    folder = next((path for path in (place, *place.parents) if path.is_dir()), Path())
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{key} cannot be written: no file can be made in '{folder.absolute()}' ({error.strerror}). Choose a place "
+            "that can be written."
+        ) from None
+
+
 class OutputFile(Config):
     """The settings of a command that writes one file, and maybe others next to it."""
 
@@ -78,4 +92,5 @@ class OutputFile(Config):
         if file := _file_above(self.output.parent):
             raise ConfigError(f"output={self.output} cannot be written: '{file}' is a file, not a directory.")
         refuse_existing(*self.files, overwrite=self.overwrite)
+        require_writable(self.output.parent, key=f"output={self.output}")
         self.output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from ssl_pipeline.backbones import BackboneOfRun, load_run, save_backbone
 from ssl_pipeline.config import Config, ConfigError, printable, run_command
-from ssl_pipeline.config.output_file import Folder
+from ssl_pipeline.config.output_file import Folder, require_writable
 from ssl_pipeline.eval.exports.model_card import CARD_FILE, model_card, without_classifier
 from ssl_pipeline.eval.exports.onnx_graph import MODEL_FILE, require_onnx, write_graph
 from ssl_pipeline.eval.exports.plain import require_own_features
@@ -72,6 +72,7 @@ def export(config: ExportConfig) -> None:
     there = [name for name in FILES[config.format] if (config.output / name).exists()]
     if there:
         raise ConfigError(f"output={config.output} has a {there[0]} already. Choose another directory, or remove it.")
+    require_writable(config.output, key=f"output={config.output}")
     if config.format == "onnx":
         require_onnx()
     found = load_run(config.run, which=config.which, step=config.step)

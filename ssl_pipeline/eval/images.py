@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from ssl_pipeline.backbones.runs import require_run
 from ssl_pipeline.config import Config, run_command
+from ssl_pipeline.config.output_file import require_writable
 from ssl_pipeline.data.shards.catalogue import user_cache
 from ssl_pipeline.eval.features.models import ModelConfig, open_model
 from ssl_pipeline.eval.labelled import say
@@ -48,8 +49,10 @@ def run_evaluator(
 
 
 def say_what_is_kept(directory: Path | None) -> None:
-    """Say that nothing is kept of a measure without a directory."""
-    if directory is None:
+    """Say that nothing is kept of a measure without a directory; ConfigError for one that cannot be written."""
+    if directory is not None:
+        require_writable(directory, key=f"{directory}/eval")
+    else:
         say(["Without run=DIR or output=DIR nothing is kept, neither features nor a report."])
 
 

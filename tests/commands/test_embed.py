@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +216,18 @@ def test_many_origins_are_those_of_each(photos: Path, tmp_path: Path) -> None:
     assert expected[:3] == [index.origin(sample) for sample in range(3)]
     assert expected[5:] == [None, None, None]
     assert list(origins_of(tmp_path, keys)) == [None] * len(keys)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_of_a_file_that_was_stopped(
+    number: signal.Signals, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(folder: Path, *_: object, **__: object) -> None:
+        folder.mkdir()
+        (folder / "features.tmp").touch()
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("ssl_pipeline.commands.embed.engine_pass", stopped)
+    output = tmp_path / "out" / "a.npz"
+    assert call("backbone=raw_pixels", "size=16", f"source={photos}", f"output={output}") == 128 + number
+    assert not list(output.parent.iterdir())

@@ -13,10 +13,11 @@ from ssl_pipeline.commands.embed import EmbedConfig
 from ssl_pipeline.commands.predict import WRITERS as PREDICT_WRITERS
 from ssl_pipeline.commands.predict import PredictConfig
 from ssl_pipeline.config import Config, ConfigError, load
-from ssl_pipeline.config.output_file import OutputFile
+from ssl_pipeline.config.output_file import OutputFile, require_writable
 from ssl_pipeline.data_tools.pseudo_label import PseudoLabelImages, keep_file
 from ssl_pipeline.eval.dense import DenseConfig
 from ssl_pipeline.eval.export import ExportConfig
+from ssl_pipeline.eval.images import run_evaluator
 from ssl_pipeline.eval.knn import KnnConfig
 from ssl_pipeline.packing.make_shards import MakeShards
 
@@ -75,3 +76,26 @@ def test_a_folder_is_no_file(schema: type[Config], tmp_path: Path) -> None:
     for name in ("new", "resnet18.a1_in1k", "data.zip"):
         assert load(schema, [*FOLDERS[schema], f"output={tmp_path / name}"]).output == tmp_path / name
     assert schema is not KnnConfig or load(schema, FOLDERS[schema]).output is None
+
+
+@pytest.mark.parametrize("place", ["", "deep/er/"])
+def test_a_place_where_no_file_can_be_made_is_refused_by_its_own_name(place: str, tmp_path: Path) -> None:
+    output = f"/proc/{place}a.npz"
+    settings = load(EmbedConfig, [*OWN[EmbedConfig], f"output={output}"])
+    with pytest.raises(ConfigError) as refused:
+        settings.begin_output()
+    assert str(refused.value) == (
+        f"output={output} cannot be written: no file can be made in '/proc' (No such file or directory). Choose a "
+        "place that can be written."
+    )
+    require_writable(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir()), "nothing is left of the attempt"
+
+
+def test_evaluators_refuse_it_before_they_read_anything(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["run=gone", "train=gone", "test=gone", "output=/proc/a"]
+    monkeypatch.setattr("sys.argv", ["eval.knn", *argv])
+    assert run_evaluator(KnnConfig, lambda config: None, command="") == 2
+    assert capsys.readouterr().err.startswith("error: /proc/a/eval cannot be written: no file can be made in '/proc'")
