@@ -124,8 +124,9 @@ def embed(
 ) -> tuple[Tensor, list[str]]:
     """Features (N, D) float32 of all images of a source, as the evaluators see them, and the key of each.
 
-    source: shards, whose keys are those of their samples; or a folder or zip of images, or one, whose keys are the
-    names of their files. The latter are packed into temporary shards first (as large as the images), and files that
+    source: shards, whose keys are those of their samples (column `key` of eval.embed); or a folder or zip of images, or
+    one, whose keys are the names of their files (column `file` of eval.embed, whose `key` is that of the shards that it
+    packs). The latter are packed into temporary shards first (as large as the images), and files that
     cannot be decoded are left out with a warning. Raises ConfigError for a backbone that is not from a run and for a
     source without images.
     """

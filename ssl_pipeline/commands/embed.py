@@ -26,7 +26,11 @@ WRITERS = {".csv": write_csv, ".parquet": write_parquet, ".npz": write_npz}
 
 
 class EmbedConfig(PassChoice, OutputFile):
-    """Features of images by a run's backbone or a timm model, a row for each image, as a file."""
+    """Features of images by a run's backbone or a timm model, a row for each image, as a file.
+
+    `file` is the name of the image's file, `key` the name of its sample in the shards. The function ssl_pipeline.embed
+    gives `file` for a folder or zip, and `key` for shards.
+    """
 
     suffixes = (".csv", ".parquet", ".npz")
 
@@ -59,7 +63,10 @@ def embed(config: EmbedConfig) -> None:
             features_ND = stored.features[config.kind]
             WRITERS[config.output.suffix](config.output, index, features_ND, stored.labels)
             rows = f"{len(index):,} row{'s' * (len(index) != 1)} of {features_ND.shape[1]} features"
-            print(printable(f"{rows} written to {config.output}"))
+            join = "key" if shards == config.source else "file"
+            print(
+                printable(f"{rows} written to {config.output}; ssl_pipeline.embed names its rows by the column {join}")
+            )
 
 
 @contextmanager

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 import ssl_pipeline
+from ssl_pipeline.commands.embed import EmbedConfig
+from ssl_pipeline.commands.embed import embed as embed_command
 from ssl_pipeline.commands.images import expand
 from ssl_pipeline.config import read_yaml
 from ssl_pipeline.data.evaluation import EvaluationSet
@@ -196,6 +198,20 @@ def test_features_of_photographs_come_with_their_files(finished, photos, tmp_pat
     image = finished.backbone.transform()(Image.open(photos / keys[2]))
     with torch.no_grad():
         torch.testing.assert_close(features[2:3], finished.backbone(image[None]))
+
+
+@pytest.mark.parametrize(("given", "column"), [("folder", "file"), ("shards", "key")])
+def test_names_are_those_of_a_column_of_the_command(finished, photos, shards, tmp_path, monkeypatch, given, column):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = photos if given == "folder" else shards
+    features, names = ssl_pipeline.embed(finished.backbone, source, workers=0)
+    output = tmp_path / "a.npz"
+    embed_command(EmbedConfig(run=finished.path, source=str(source), output=output, workers=0))
+    with np.load(output, allow_pickle=False) as arrays:
+        rows = dict(zip(arrays[column].tolist(), arrays["features"], strict=True))
+    assert sorted(rows) == sorted(names)
+    expected = torch.from_numpy(np.stack([rows[name] for name in names]))
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_knn_is_what_the_command_measures(finished, photos, tmp_path):

@@ -41,7 +41,12 @@ def table(path: Path) -> dict[str, list]:
 def test_rows_lead_back_to_the_files(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out" / "photos.parquet"
     assert call("backbone=raw_pixels", "size=2", f"source={photos}", f"output={output}") == 0
-    assert "3 rows of 12 features written" in capsys.readouterr().out
+    written = f"3 rows of 12 features written to {output}; ssl_pipeline.embed names its rows by the column"
+    assert capsys.readouterr().out.endswith(f"{written} file\n")
+    shards = next((tmp_path / "cache/ssl_pipeline/images").rglob("*.tar")).parent
+    again = ["backbone=raw_pixels", "size=2", f"output={output}", "overwrite=true"]
+    assert call(*again, f"source={shards}") == 0
+    assert capsys.readouterr().out.endswith(f"{written} key\n")
     found = table(output)
     assert list(found) == ["key", "sample_id", "file", "label", "name", *(f"feature_{number}" for number in range(12))]
     assert sorted(found["file"]) == sorted(COLOURS)
