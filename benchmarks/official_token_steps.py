@@ -119,6 +119,21 @@ def follow_at_once(student: nn.Module, teacher: nn.Module, momentum: float) -> N
     torch._foreach_add_(old, new, alpha=1 - momentum)
 
 
+def passes_alone(method: IBOT | DINOv2) -> TrainingStep:
+    """Forward and backward of the student's ViT on both sizes and forward of the teacher's, which no code can leave
+    out: no head, no loss, and an optimizer that does next to nothing."""
+    student = MultiCropViT(method.student.backbone, nn.Identity(), method.mask_token)
+    teacher = deepcopy(student).requires_grad_(False)
+
+    def loss(batch: Batch) -> Tensor:
+        large, mask = batch.views["global"].flatten(0, 1), batch.masks["global"].flatten(0, 1)
+        with torch.no_grad():
+            teacher.tokens(large)
+        return student.tokens(large, mask).mean() + student.tokens(batch.views["local"].flatten(0, 1)).mean()
+
+    return TrainingStep(loss, torch.optim.SGD(student.parameters(), lr=0.0))
+
+
 def _step(method: IBOT | DINOv2, *, loss: Loss, follow: Callable[..., None], momentum: float) -> TrainingStep:
     """What both do around the loss: a ViT with mask tokens, and one head for class tokens and patches."""
     student = MultiCropViT(method.student.backbone, method.student.head.classes, method.mask_token)

@@ -31,6 +31,7 @@ SAME_BY = "copies of our weights, one batch, float32"
 REFERENCES = ("official", "plain PyTorch", "lightly", "encode all")
 RESAMPLED = "timm resamples positions with antialiasing, and the example clips no gradients"
 ENCODE_ALL = partial(official.official_mae, encode_all=True)
+PASSES = ("passes alone", official_tokens.passes_alone, "forward and backward of the networks, the least of any code")
 PEERS: Mapping[str, Sequence[tuple[str, Callable[..., TrainingStep], str]]] = {
     "dino": (("official", official.official_dino, ""), ("lightly", lightly.lightly_dino, RESAMPLED)),
     "mae": (
@@ -44,8 +45,8 @@ PEERS: Mapping[str, Sequence[tuple[str, Callable[..., TrainingStep], str]]] = {
     ),
     "moco": (("official", official.official_moco, ""), ("lightly", lightly.lightly_moco, "")),
     "swav": (("official", official_tokens.official_swav, ""),),
-    "ibot": (("official", official_tokens.official_ibot, ""),),
-    "dinov2": (("official", official_tokens.official_dinov2, ""),),
+    "ibot": (("official", official_tokens.official_ibot, ""), PASSES),
+    "dinov2": (("official", official_tokens.official_dinov2, ""), PASSES),
 }
 """The other code for a method, which takes copies of its weights, and why its loss differs, if it does."""
 
