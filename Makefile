@@ -15,6 +15,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv (about 6 GB, most of it torch; a few minutes)"
+	@test "$$(df -Pk .venv | awk 'NR==2 {print int($$4 / 1048576)}')" -ge 7 || df -h .venv >&2
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
