@@ -74,8 +74,8 @@ def plan_search(num_train: int, dim: int, *, k: int, itemsize: int, rescored: in
 class CoarseFeatures:
     """Training features in the dtype of `rows` (M, D), less their mean, which moves all scores of a query alike.
 
-    `rounding` is the largest length of what a row lost, `longest` at least that of a rounded row, `largest` of a row as
-    it was.
+    `rounding` is the largest length of what a row lost; `longest` is at least that of a rounded row, `largest` at least
+    that of a row as it was.
     """
 
     rows: Tensor
@@ -98,9 +98,9 @@ class CoarseFeatures:
             centred = rows - mean_D
             rounded.copy_(centred)
             longest = centred.norm(dim=1).max()
-            lost = centred.sub_(rounded).norm(dim=1).max()
-            lengths.append(torch.stack([lost, longest + lost, rows.norm(dim=1).max()]))
-        return cls(rows_MD, *torch.stack(lengths).amax(dim=0))
+            lengths.append(torch.stack([centred.sub_(rounded).norm(dim=1).max(), longest]))
+        lost, longest = torch.stack(lengths).amax(dim=0)
+        return cls(rows_MD, lost, longest + lost, longest + mean_D.norm())
 
     def round_queries(self, queries_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Queries in the same format, and a bound (N,) on |coarse score - true score| before the score is rounded.
