@@ -8,6 +8,7 @@ https://arxiv.org/abs/1603.09382; section 5 of Oquab et al., 2023, https://arxiv
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -82,4 +83,21 @@ def add_to_some(x_NTD: Tensor, branch: Callable[[Tensor, Tensor | None], Tensor]
     num_kept = max(int(num_images * (1 - rate)), 1)
     kept_K = torch.randperm(num_images, device=x_NTD.device)[:num_kept]
     added_KTD = branch(x_NTD.index_select(0, kept_K), kept_K)
-    return x_NTD.index_add(0, kept_K, added_KTD.to(x_NTD.dtype), alpha=num_images / num_kept)
+    added_NTD: Tensor = _AddToSome.apply(x_NTD, added_KTD, kept_K, num_images / num_kept)
+    return added_NTD
+
+
+class _AddToSome(torch.autograd.Function):
+    """x with `scale` times some rows added; torch's own index_add keeps these rows for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NTD: Tensor, added_KTD: Tensor, kept_K: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept_K)
+        ctx.scale, ctx.dtype = scale, added_KTD.dtype
+        return x_NTD.index_add(0, kept_K, added_KTD.to(x_NTD.dtype), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NTD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (kept_K,) = ctx.saved_tensors
+        of_added_KTD = gradient_NTD.index_select(0, kept_K) * ctx.scale
+        return gradient_NTD, of_added_KTD.to(ctx.dtype), None, None

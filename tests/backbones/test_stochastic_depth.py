@@ -121,6 +121,28 @@ def test_activations_may_be_computed_again() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_a_branch_keeps_nothing_of_what_it_adds() -> None:
+    """Beyond what plain blocks keep of 3 of 5 images: the numbers of these images alone."""
+    kept = {}
+    for rate, count in ((0.0, 3), (0.4, 5)):
+        backbone, sizes = network("layer scale", rate), dict[int, int]()
+        parameters = {parameter.data_ptr() for parameter in backbone.parameters()}
+
+        def keep(tensor: Tensor, sizes=sizes, parameters=parameters) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        blocks = backbone.model.blocks
+        tokens = torch.randn(count, 17, 24, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            alive = blocks(tokens)
+        kept[rate] = sum(sizes.values())
+        del alive
+    copies = 6 * 3 * 17 * 24 * 8  # of the chosen images, which the norm of each branch sees; plain blocks share theirs
+    assert kept[0.4] <= kept[0.0] + copies
+
+
 def test_some_patches_of_an_image_keep_their_own_rotations() -> None:
     backbone = network("dinov3", 0.4)
     tokens = backbone.embed(images())
