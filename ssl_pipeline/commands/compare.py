@@ -6,6 +6,7 @@ It is here because it combines two rooms that do not import each other: pretrain
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,11 +16,13 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from ssl_pipeline.commands.before_packing import check_outline
 from ssl_pipeline.commands.pretrain import PretrainConfig
 from ssl_pipeline.commands.process import key_of, run_pretraining, with_defaults
 from ssl_pipeline.commands.recipe_choice import AUTO
 from ssl_pipeline.config import COMPARISONS, RECIPES, Config, ConfigError, Seed, load, run_command
 from ssl_pipeline.config.output_file import Folder, require_writable
+from ssl_pipeline.data.shards.listing import list_shards
 from ssl_pipeline.data_tools.split_labels import SplitLabels, split_labels_once
 from ssl_pipeline.eval.differences import interval_of, runs_within_interval
 from ssl_pipeline.eval.images import with_shards
@@ -34,6 +37,7 @@ from ssl_pipeline.eval.search.neighbours import require_k
 from ssl_pipeline.eval.table import MODELS, WITH_BASELINES, read_run, titles_of, top1_of
 from ssl_pipeline.files import JSON, write_json, write_text
 
+OF_A_RUN = re.compile(r"\{output\}/([^/]+)-seed")  # by what a run names an earlier one
 COURSES = {"knn_top1": "k-NN", "classifier_top1": "own classifier"}
 CURVE_POINTS = 6
 
@@ -269,19 +273,38 @@ def checked(config: CompareConfig) -> CompareConfig:
     """The same settings on shards, once all that can be checked before a run is: the settings of each, the images to
     measure by and on, and k. Raises ConfigError; what a run before makes or a draw is not looked for.
     """
+    before = list[str]()
     for name, arguments in config.arguments().items():
-        given = set(map(key_of, arguments))
-        if "images" not in given and f"recipe={AUTO}" not in arguments:
-            tokens = {"{output}": str(config.output), "{seed}": str(config.seeds[0])}
-            try:
-                load(PretrainConfig, [_filled(argument, tokens) for argument in arguments], recipes=RECIPES)
-            except ConfigError as error:
-                raise ConfigError(f"{name}: {error}") from None
+        try:
+            _check_run(config, arguments, before)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        before.append(name)
     fixed = tuple(key for key in ("train", "test") if "{" not in getattr(config, key))
     config = with_shards(config, config.output, keys=fixed)
     if "train" in fixed:
         require_k(config.k, len(open_labelled(config.train, config.test, task="k-NN").train))
     return config
+
+
+def _check_run(config: CompareConfig, arguments: Sequence[str], before: Sequence[str]) -> None:
+    """Raise ConfigError for settings that no run can have, a network that cannot be, and images that are not there."""
+    if "images" in map(key_of, arguments) or f"recipe={AUTO}" in arguments:
+        return  # looked at when its turn comes
+    for argument in arguments:
+        unknown = [name for name in OF_A_RUN.findall(argument) if name not in before]
+        if unknown:
+            listed = ", ".join(before) or "none"
+            raise ConfigError(f"{argument} is of no run that is listed before this one ({listed}): '{unknown[0]}'.")
+    tokens = {"{output}": str(config.output), "{seed}": str(config.seeds[0])}
+    settings = load(PretrainConfig, [_filled(argument, tokens) for argument in arguments], recipes=RECIPES)
+    if any("{output}" in argument for argument in arguments):
+        return  # what an earlier run makes is not there yet
+    check_outline(settings)
+    labelled = None if settings.data.labelled is None else settings.data.labelled.shards
+    for shards in (settings.data.shards, labelled):
+        if shards is not None and "{labels}" not in str(shards) and "://" not in str(shards):
+            list_shards(shards)
 
 
 def main(config: CompareConfig) -> None:

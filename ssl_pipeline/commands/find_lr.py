@@ -8,6 +8,7 @@ from ssl_pipeline.files import JSON, write_json, write_text
 from ssl_pipeline.training.range_test import RangeTest, range_test
 from ssl_pipeline.training.run import Run
 
+COARSE = 1.5  # times from one rate to the next: 100 steps take 1.2
 FILE, PLOT = "find_lr.json", "find_lr.svg"
 
 
@@ -55,6 +56,8 @@ def plot(found: RangeTest, own: float) -> str:
 def conclusion(found: RangeTest, own: float) -> str:
     """One or two sentences: what to set, and what it is now."""
     ended = f"The test ended after {len(found.rates)} steps: {found.note}."
+    if len(found.rates) > 1 and (factor := found.rates[1] / found.rates[0]) > COARSE:
+        ended += f" The run has few steps, so each rate is {factor:.2g} times the one before; a longer run is finer."
     if found.suggestion is None:
         return (
             f"{ended} The loss never fell, so nothing is suggested; optim.lr={own:g} stays. Look at the plot, and "

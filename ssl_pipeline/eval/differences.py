@@ -49,12 +49,15 @@ def measures_within_interval(report: Report, names: Mapping[str, str]) -> list[s
 
 
 def runs_within_interval(title: str, found: Mapping[str, tuple[float, Interval | None]]) -> list[str]:
-    """The runs whose figure differs from the best one only by chance: a sentence, or none."""
+    """The runs whose figure is the best one, or differs from it only by chance: a sentence, or none."""
     best = max(found, key=lambda name: found[name][0])
     near = [
         name for name, (_, interval) in found.items() if name != best and intervals_overlap(found[best][1], interval)
     ]
-    return [f"{title}: {best} is ahead; {WITHIN} to {', '.join(near)}."] if near else []
+    equal = [name for name in near if found[name][0] == found[best][0]]
+    others = [name for name in near if name not in equal]
+    first = f"{', '.join([best, *equal])} are equal" if equal else f"{best} is ahead"
+    return [f"{title}: {first}{f'; {WITHIN} to ' if others else ''}{', '.join(others)}."] if near else []
 
 
 def doubts(reports: Mapping[str, Report], titles: Mapping[str, str]) -> list[str]:

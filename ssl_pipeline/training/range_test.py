@@ -31,6 +31,7 @@ SMOOTHING = 0.9  # share of the moving average that a step keeps
 FEWEST_STEPS = 10
 GIVES_UP = 0.5  # of how far the smoothed loss has fallen: once it has risen by so much and more again, it is over
 SIGNS = ("feature_std", "prototypes_used")  # of a collapse, which makes some losses small
+NEARLY = 0.8  # of the steepest slope
 SLOPE_STEPS = 7  # over which a slope is taken: half a power of ten
 
 
@@ -57,14 +58,18 @@ class RangeTest:
 
     @property
     def steepest(self) -> int | None:
-        """The step in the middle of those over which the smoothed loss fell most; None if it never really fell.
+        """The step in the middle of those over which the smoothed loss fell fastest; None if it never really fell.
 
-        Not the rate of the lowest loss, or a tenth of it: with batch norm even rates far too high let a loss fall.
+        Of steps over which it fell nearly as fast the first: where a loss falls alike over a power of ten, chance would
+        choose, and the lower rate is the safer one. Not the rate of the lowest
+        loss, or a tenth of it: with batch norm even rates far too high let a loss fall.
         """
         if len(self.smoothed) < FEWEST_STEPS or self.lowest < SLOPE_STEPS:
             return None
-        starts = range(self.lowest - SLOPE_STEPS + 1)
-        first = min(starts, key=lambda step: self.smoothed[step + SLOPE_STEPS] - self.smoothed[step])
+        falls = [
+            self.smoothed[step] - self.smoothed[step + SLOPE_STEPS] for step in range(self.lowest - SLOPE_STEPS + 1)
+        ]
+        first = next(step for step, fall in enumerate(falls) if fall >= NEARLY * max(falls))
         return first + SLOPE_STEPS // 2
 
     @property
@@ -131,7 +136,7 @@ def range_test(run: Run, *, say: Callable[[str], None]) -> RangeTest:
                 note = f"at {rates[number]:.3g} the loss had risen too far"
                 break
             if fallen := made.collapses_beside(alone[number]):
-                note = f"at {rates[number]:.3g} {fallen} was below half of what it is without learning: a collapse"
+                note = f"at {rates[number]:.3g} {fallen} was below half of what it is without learning"
                 break
     except BrokenStepError:
         note = f"at {rates[len(losses)]:.3g} the loss or the gradient was not finite"

@@ -11,6 +11,7 @@ import pytest
 from ssl_pipeline.commands.compare import CompareConfig, Comparison, checked, compare, summary
 from ssl_pipeline.config import ConfigError, load
 from ssl_pipeline.data.shards.open import DataError, open_shards
+from ssl_pipeline.eval.differences import runs_within_interval
 
 Pretrain = Callable[[Sequence[str]], None]
 
@@ -41,6 +42,18 @@ def config(output: Path, train: str, test: str, *arguments: str) -> CompareConfi
         (["recipes=digits_dino,digits_dimo"], r"^digits_dimo: No recipe 'digits_dimo'\. Did you mean 'digits_dino'"),
         (["recipes=digits_dino", "runs.b=[recipe=digits_dino,optim.lr.valu=3]"], r"^b: Unknown key 'optim\.lr\.valu'"),
         (["recipes=digits_dino", "settings=train.epochs=no"], r"^digits_dino: train\.epochs"),
+        (
+            ["recipes=digits_dino", "runs.b=[recipe=digits_dino,backbone.name=resnet19]"],
+            r"^b: No timm model 'resnet19'",
+        ),
+        (
+            ["recipes=digits_dino", "runs.b=[recipe=digits_dino,data.shards=nothing]"],
+            r"^b: There is no directory or file",
+        ),
+        (
+            ["recipes=digits_dino", "runs.b=[recipe=digits_dino,backbone.weights={output}/c-seed{seed}]"],
+            r"^b: .* is of no run that is listed before this one \(digits_dino\): 'c'",
+        ),
         (["recipes=digits_dino", "k=1000"], r"k-NN needs k between 1 and the number of training images \(\d+\)"),
         (["recipes=digits_dino", "test=nowhere"], r"test=nowhere does not exist"),
         (["recipes=digits_dino", "runs.b=[recipe=digits_dino,images=photos]"], None),  # packed when its turn comes
@@ -48,6 +61,8 @@ def config(output: Path, train: str, test: str, *arguments: str) -> CompareConfi
     ],
 )
 def test_what_is_wrong_with_a_later_run_is_told_before_the_first(tmp_path, train, test, arguments, message) -> None:
+    if not any(argument.startswith("settings=") for argument in arguments):
+        arguments = [*arguments, f"settings=data.shards={train}"]
     given = config(tmp_path / "out", train, test, *arguments)
     if message is None:
         assert checked(given) == given
@@ -115,6 +130,13 @@ def test_runs_that_are_not_told_apart_are_named() -> None:
     assert "\nk-NN top-1: second is ahead; difference within the interval to first.\n" in text + "\n"
     assert "linear probe top-1: " not in text, "without intervals nothing is said"
     assert [line for line in text.splitlines() if line.startswith("third") and "logistic regression top-1" in line]
+
+
+def test_runs_with_the_same_figure_are_equal_and_none_is_ahead() -> None:
+    interval = (70.0, 80.0)
+    found = {"one": (75.0, interval), "two": (75.0, interval), "three": (74.0, interval), "four": (10.0, (9.0, 11.0))}
+    assert runs_within_interval("k-NN", found) == ["k-NN: one, two are equal; difference within the interval to three."]
+    assert runs_within_interval("k-NN", {name: found[name] for name in ("one", "two")}) == ["k-NN: one, two are equal."]
 
 
 def test_protocols_that_differ_are_said() -> None:

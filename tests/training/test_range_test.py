@@ -55,14 +55,20 @@ def found(losses: list[float], per_setting: float = 1.0) -> RangeTest:
 
 def test_the_rate_of_the_fastest_fall_is_suggested_in_the_units_of_the_setting():
     losses = [9.0] * 6 + [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0] + [1.9, 1.8, 1.7, 1.6, 5.0]  # steps 5 to 12 fall by 7
-    assert found(losses).steepest == 8
-    assert found(losses).suggestion == pytest.approx(10**-4)
-    assert found(losses, per_setting=0.5).suggestion == pytest.approx(2 * 10**-4)
+    assert found(losses).steepest == 7  # by 6 from step 4 on: nearly as fast, at a lower rate
+    assert found(losses).suggestion == pytest.approx(10**-4.25)
+    assert found(losses, per_setting=0.5).suggestion == pytest.approx(2 * 10**-4.25)
 
 
 def test_a_fall_after_the_lowest_loss_does_not_count():
     losses = [9.0] * 4 + [8.5, 8.0, 7.5, 7.0, 6.5, 6.0, 1.0, 90.0, 80.0, 60.0, 50.0, 40.0, 30.0, 20.0, 10.0]
     assert found(losses).steepest == 6
+
+
+def test_where_the_loss_falls_alike_over_many_rates_chance_does_not_choose():
+    slope = [5.0 - 0.1 * step + (0.01 if step % 2 else 0.0) for step in range(40)]
+    noisier = [loss - (0.05 if step == 30 else 0.0) for step, loss in enumerate(slope)]
+    assert found(slope).steepest == found(noisier).steepest == 3
 
 
 @pytest.mark.parametrize("losses", [[1.0 + 0.1 * step for step in range(20)], [3.0, 2.0, 1.0], []])
