@@ -17,8 +17,8 @@ from ssl_pipeline.methods.base import Method
 from ssl_pipeline.optim.optimizer import OptimConfig, build_optimizer, prepare_gradients, write_values
 from ssl_pipeline.schedule import Progress
 
-# In the middle of a run: nothing is frozen or warming up.
-PROGRESS = Progress(step=5000, total_steps=10000, steps_per_epoch=100.0)
+# In the middle of a run: nothing is frozen or warming up, and no metrics are read.
+PROGRESS = Progress(step=5000, total_steps=10000, steps_per_epoch=100.0, is_logged=False)
 
 
 @dataclass(frozen=True)

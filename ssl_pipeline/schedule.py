@@ -22,8 +22,8 @@ LONGEST = 10**9  # steps or epochs of a duration
 class Progress:
     """Where a run stands: `step` of `total_steps` optimizer steps are done; `steps_per_epoch` make an epoch.
 
-    is_logged: whether the metrics of this step are read; what processes send each other for these alone can be left out
-    of the others.
+    is_logged: whether the metrics of this step are read; what is computed, or sent, for these alone can be left out of
+    the others.
     """
 
     step: int

@@ -44,6 +44,12 @@ def matmul_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+def in_matmul_dtype(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as their matrix products take them here; what is one tensor is converted once."""
+    converted = first.to(matmul_dtype(first))
+    return converted, converted if second is first else second.to(matmul_dtype(second))
+
+
 def sum_dtype(tensor: Tensor) -> torch.dtype:
     """What sums over this tensor are computed in: float64 stays, everything else is float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -90,21 +90,20 @@ def sinkhorn_targets(
 
 
 @torch.no_grad()
-def prototypes_used(targets: PrototypeTargets, *, over_processes: bool = False) -> Tensor:
+def prototypes_used(targets: PrototypeTargets) -> Tensor:
     """How many different prototypes are the likeliest ones of the first 64 target rows (of the first part), as a share.
 
     1 if each row has a prototype of its own (or all prototypes are in use), near 0 if nearly all prototypes are dead.
-    over_processes: the rows are those of all processes, an equal share of each.
+    The rows are those of all processes, an equal share of each.
     """
-    processes = world_size() if over_processes else 1
-    num_rows = min(len(targets.rows) // len(targets.shifts), math.ceil(ROWS_TO_COUNT / processes))
+    num_rows = min(len(targets.rows) // len(targets.shifts), math.ceil(ROWS_TO_COUNT / world_size()))
     few = replace(targets, rows=targets.rows[:num_rows], shifts=targets.shifts[:1])
     num_prototypes = len(targets.prototypes)
     of_slabs = [few.logits(slab).max(dim=1) for slab in slabs_of(num_prototypes, SLAB)]
     values_SM = torch.stack([best.values for best in of_slabs])
     indices_SM = torch.stack([best.indices + SLAB * number for number, best in enumerate(of_slabs)])
     likeliest_M = indices_SM.gather(0, values_SM.argmax(dim=0, keepdim=True))[0]
-    likeliest_M = (gather(likeliest_M) if over_processes else likeliest_M).sort().values
+    likeliest_M = gather(likeliest_M).sort().values
     different = 1 + (likeliest_M[1:] != likeliest_M[:-1]).sum()
     return different / min(len(likeliest_M), num_prototypes)
 

@@ -1,5 +1,6 @@
-"""Cross-entropy over prototypes whose logits are never whole: computed in slabs of prototypes, used and forgotten,
-forward and backward.
+"""Cross-entropy over prototypes in slabs of them, forward and backward, so that many logits are never whole.
+
+A slab is computed, used and forgotten; where all of them are few, backward finds what forward computed.
 
 It is what DINO (Caron et al., 2021, https://arxiv.org/abs/2104.14294), iBOT (Zhou et al., 2021,
 https://arxiv.org/abs/2111.07832), DINOv2, DINOv3 and SwAV have in common: rows predict target rows. The methods differ
@@ -8,6 +9,9 @@ row counts (`weights_N`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ from ssl_pipeline.losses.prototype_targets import SLAB, PrototypeTargets, slabs_
 # D dimensions, K prototypes, k those of one slab.
 # With many rows a slab is narrower: 2,000 rows on one core take 600 ms in slabs of 2**20 logits, 1,470 in 2**24.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
+KEPT_LOGITS = 2**26  # of rows and targets together, in float32 256 MiB: so many are kept for backward
 
 
 def crop_pairs(
@@ -73,20 +78,32 @@ def prototype_cross_entropy(
     check_positive("prototype_cross_entropy", temperature=temperature)
     num_targets, num_columns = _shape(targets)
     num_student, num_teacher = (1, 1) if mix_ST is None else mix_ST.shape
-    fits = (num_columns, len(weights_N)) == (len(prototypes_KD), len(rows_ND)) and len(rows_ND) % num_student == 0
-    if not fits or num_targets != len(rows_ND) // num_student * num_teacher:
+    alike = (num_columns, len(weights_N)) == (len(prototypes_KD), len(rows_ND)) and len(rows_ND) % num_student == 0
+    if not alike or num_targets != len(rows_ND) // num_student * num_teacher:
         raise ValueError(
             "prototype_cross_entropy needs rows (N, D), prototypes (K, D), targets (M, K) and weights (N,): N rows of "
             f"S crops and M of T crops of the same images. Got N={len(rows_ND)}, K={len(prototypes_KD)}, targets "
             f"{(num_targets, num_columns)}, weights {tuple(weights_N.shape)}, S={num_student}, T={num_teacher}."
         )
     to, wide = matmul_dtype(rows_ND), sum_dtype(rows_ND)
-    passes = _Given(targets.detach().to(wide)) if isinstance(targets, Tensor) else _Computed(targets.detached(to), wide)
+    num_logits = (len(rows_ND) + (0 if isinstance(targets, Tensor) else num_targets)) * num_columns
+    keep = num_logits <= KEPT_LOGITS and torch.is_grad_enabled()
+    passes: _Given | _Computed
+    if isinstance(targets, Tensor):
+        passes = _Given(targets.detach().to(wide))
+    else:
+        passes = _Computed(targets.detached(to), keep=keep)
     if mix_ST is None:
         mix_ST = rows_ND.new_ones(1, 1, dtype=wide)
     with torch.autocast(rows_ND.device.type, enabled=False):
         return _PrototypeCrossEntropy.apply(
-            rows_ND.to(to), prototypes_KD.to(to), weights_N.detach().to(wide), mix_ST.to(wide), passes, temperature
+            rows_ND.to(to),
+            prototypes_KD.to(to),
+            weights_N.detach().to(wide),
+            mix_ST.to(wide),
+            passes,
+            temperature,
+            keep,
         )
 
 
@@ -96,32 +113,69 @@ def total_logits(rows: Tensor, prototypes_KD: Tensor) -> Tensor:
     return prototypes_KD @ rows.flatten(0, -2).sum(dim=0)
 
 
+class _Softmax:
+    """The totals of rows whose logits come slab by slab.
+
+    keep: whether `kept` gets what `add` finds of each slab, for `_probabilities`.
+    """
+
+    def __init__(self, num_rows: int, like: Tensor, *, keep: bool) -> None:
+        self.total_N = like.new_full((num_rows,), -torch.inf)  # logarithm of the sum of all exponentials so far
+        self.keep, self.kept = keep, list[Tensor]()
+
+    def add(self, logits_Nk: Tensor) -> tuple[Tensor, Tensor]:
+        """The softmax (N, k) within this slab, and the logarithm of its total (N,)."""
+        within_Nk = logits_Nk.softmax(dim=1)
+        # the likeliest has the largest logit, and is its exponential over the total
+        slab_total_N = logits_Nk.amax(dim=1) - within_Nk.amax(dim=1).log_()
+        self.total_N = torch.logaddexp(self.total_N, slab_total_N)
+        if self.keep:
+            self.kept += within_Nk, slab_total_N
+        return within_Nk, slab_total_N
+
+    def take_kept(self) -> list[Tensor]:
+        """Two tensors of each slab, or none at all; nothing of it stays here."""
+        kept, self.kept = self.kept, []
+        return kept
+
+
+def _probabilities(
+    logits_of: Callable[[slice], Tensor], slab: slice, total_N: Tensor, kept: Sequence[Tensor]
+) -> Tensor:
+    """Softmax over all prototypes (N, k), a tensor of its own: of what was kept of the slab, or else of its logits."""
+    if kept:
+        within_Nk, slab_total_N = kept
+        return within_Nk * (slab_total_N - total_N).exp_()[:, None]
+    return logits_of(slab).sub_(total_N[:, None]).exp_()
+
+
 class _Computed:
     """The slabs of `PrototypeTargets`: the first pass finds each row's softmax total on the way, the second has it."""
 
-    def __init__(self, targets: PrototypeTargets, wide: torch.dtype) -> None:
+    def __init__(self, targets: PrototypeTargets, *, keep: bool) -> None:
         self.targets = targets
         num_rows = targets.rows.shape[0]
-        self.total_M = targets.shifts.new_full((num_rows,), -torch.inf)
-        self.mean_M = torch.zeros_like(self.total_M)  # of each row's logit under its own probabilities
+        self.softmax = _Softmax(num_rows, targets.shifts, keep=keep)
+        self.mean_M = targets.shifts.new_zeros(num_rows)  # of each row's logit under its own probabilities
 
     def first(self, slab: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities (M, k) within the slab, and what those of the slabs before and of this one count together."""
-        logits_Mk = self.targets.logits(slab)
-        slab_total_M = logits_Mk.logsumexp(dim=1)
-        probabilities_Mk = (logits_Mk - slab_total_M[:, None]).exp_()
-        before_M, self.total_M = self.total_M, torch.logaddexp(self.total_M, slab_total_M)
-        old_M, new_M = (before_M - self.total_M).exp_(), (slab_total_M - self.total_M).exp_()
-        self.mean_M = self.mean_M * old_M + torch.linalg.vecdot(probabilities_Mk, logits_Mk) * new_M
-        return probabilities_Mk, old_M, new_M
+        logits_Mk, before_M = self.targets.logits(slab), self.softmax.total_N
+        within_Mk, slab_total_M = self.softmax.add(logits_Mk)
+        old_M, new_M = (before_M - self.softmax.total_N).exp_(), (slab_total_M - self.softmax.total_N).exp_()
+        self.mean_M = self.mean_M * old_M + torch.linalg.vecdot(within_Mk, logits_Mk) * new_M
+        return within_Mk, old_M, new_M
 
-    def again(self, slab: slice) -> Tensor:
-        """The probabilities (M, k), once `first` has seen every slab."""
-        return self.targets.logits(slab).sub_(self.total_M[:, None]).exp_()
+    def take_kept(self) -> list[Tensor]:
+        return self.softmax.take_kept()
+
+    def again(self, slab: slice, kept: Sequence[Tensor]) -> Tensor:
+        """The probabilities (M, k), once `first` has seen every slab; kept: of this slab."""
+        return _probabilities(self.targets.logits, slab, self.softmax.total_N, kept)
 
     def entropy(self) -> Tensor:
         """The mean over rows."""
-        return (self.total_M - self.mean_M).sum() / max(len(self.total_M), 1)
+        return (self.softmax.total_N - self.mean_M).sum() / max(len(self.mean_M), 1)
 
 
 class _Given:
@@ -134,7 +188,10 @@ class _Given:
     def first(self, slab: slice) -> tuple[Tensor, Tensor, Tensor]:
         return self.targets_MK[:, slab], self.one_M, self.one_M
 
-    def again(self, slab: slice) -> Tensor:
+    def take_kept(self) -> list[Tensor]:
+        return []
+
+    def again(self, slab: slice, kept: Sequence[Tensor]) -> Tensor:
         return self.targets_MK[:, slab]
 
     def entropy(self) -> Tensor:
@@ -144,8 +201,8 @@ class _Given:
 class _PrototypeCrossEntropy(torch.autograd.Function):
     """Rows and targets against one slab of prototypes after the other.
 
-    Forward keeps the logarithm of each row's softmax total; backward computes a slab's logits again and with the totals
-    the probabilities.
+    Forward finds the logarithm of each row's softmax total; backward has a slab's softmax, or its logits once more, and
+    with the totals the probabilities.
     """
 
     @staticmethod
@@ -157,50 +214,64 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         mix_ST: Tensor,
         targets: _Computed | _Given,
         temperature: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         num_student, num_teacher = mix_ST.shape
-        total_N = torch.full_like(weights_N, -torch.inf)
+        softmax = _Softmax(len(rows_ND), weights_N, keep=keep)
         agreement_BST = weights_N.new_zeros(len(rows_ND) // num_student, num_student, num_teacher)
         for slab in slabs_of(len(prototypes_KD), _width(rows_ND)):
             targets_Mk, old_M, new_M = targets.first(slab)
-            logits_Nk = _logits(rows_ND, prototypes_KD, slab, temperature)
-            total_N = torch.logaddexp(total_N, logits_Nk.logsumexp(dim=1))
+            logits_Nk = _logits(rows_ND, prototypes_KD, temperature, slab)
+            softmax.add(logits_Nk)
             # the mean logit of row (s, b) under target (t, b), so far
-            logits_BSk = logits_Nk.unflatten(0, (num_student, -1)).transpose(0, 1)
-            targets_BkT = targets_Mk.unflatten(0, (num_teacher, -1)).permute(1, 2, 0)
             old_BT, new_BT = (share_M.unflatten(0, (num_teacher, -1)).T for share_M in (old_M, new_M))
-            agreement_BST = agreement_BST * old_BT[:, None] + (logits_BSk @ targets_BkT) * new_BT[:, None]
-        ctx.save_for_backward(rows_ND, prototypes_KD, weights_N, mix_ST, total_N)
-        ctx.targets, ctx.temperature = targets, temperature  # type: ignore[attr-defined]
+            within_BST = _mean_logits(logits_Nk, targets_Mk, num_student, num_teacher)
+            agreement_BST = agreement_BST * old_BT[:, None] + within_BST * new_BT[:, None]
+        kept, kept_of_targets = softmax.take_kept(), targets.take_kept()
+        needed = (rows_ND, prototypes_KD, weights_N, mix_ST, softmax.total_N)
+        ctx.save_for_backward(*needed, *kept, *kept_of_targets)
+        ctx.targets, ctx.temperature, ctx.num_kept = targets, temperature, len(kept)  # type: ignore[attr-defined]
         entropy = targets.entropy()
         ctx.mark_non_differentiable(entropy)
         # a row's cross-entropy is its total less its mean logit under its target
         agreement_N = torch.einsum("bst,st->sb", agreement_BST, mix_ST).flatten()
-        return weights_N @ (total_N - agreement_N), entropy
+        return weights_N @ (softmax.total_N - agreement_N), entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor, _: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None]:
-        rows_ND, prototypes_KD, weights_N, mix_ST, total_N = ctx.saved_tensors  # type: ignore[attr-defined]
+    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+        rows_ND, prototypes_KD, weights_N, mix_ST, total_N, *both = ctx.saved_tensors  # type: ignore[attr-defined]
         targets: _Computed | _Given = ctx.targets  # type: ignore[attr-defined]
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
+        num_kept: int = ctx.num_kept  # type: ignore[attr-defined]
+        kept, kept_of_targets = both[:num_kept], both[num_kept:]
+        logits_of = partial(_logits, rows_ND, prototypes_KD, temperature)
         num_student, num_teacher = mix_ST.shape
         scale_N1 = (weights_N * (gradient / -temperature))[:, None]
         scaled_ND = (rows_ND * scale_N1).to(rows_ND.dtype)
-        gradient_ND = torch.zeros_like(rows_ND, dtype=total_N.dtype)
+        gradient_ND = torch.zeros_like(rows_ND, dtype=weights_N.dtype)
         gradient_KD = torch.empty_like(prototypes_KD)
         with torch.autocast(gradient.device.type, enabled=False):
-            for slab in slabs_of(len(prototypes_KD), _width(rows_ND)):
-                targets_Mk = targets.again(slab)
-                probabilities_Nk = _logits(rows_ND, prototypes_KD, slab, temperature).sub_(total_N[:, None]).exp_()
+            for number, slab in enumerate(slabs_of(len(prototypes_KD), _width(rows_ND))):
+                of_slab = slice(2 * number, 2 * number + 2)
+                targets_Mk = targets.again(slab, kept_of_targets[of_slab])
+                probabilities_Nk = _probabilities(logits_of, slab, total_N, kept[of_slab])
                 # -d loss / d logits: the mixed target less the own softmax
                 probabilities_Nk.view(num_student, -1).addmm_(mix_ST, targets_Mk.reshape(num_teacher, -1), beta=-1)
                 slope_Nk = probabilities_Nk.to(rows_ND.dtype)
                 gradient_ND += slope_Nk @ prototypes_KD[slab]
                 torch.mm(slope_Nk.T, scaled_ND, out=gradient_KD[slab])
-        return gradient_ND.mul_(scale_N1).to(rows_ND.dtype), gradient_KD, None, None, None, None
+        return gradient_ND.mul_(scale_N1).to(rows_ND.dtype), gradient_KD, None, None, None, None, None
+
+
+def _mean_logits(logits_Nk: Tensor, targets_Mk: Tensor, num_student: int, num_teacher: int) -> Tensor:
+    """(B, S, T): sums over a slab of the targets times the logits, of each pair of crops of an image."""
+    if num_student == num_teacher == 1:  # twice as fast as products of single rows
+        return torch.linalg.vecdot(logits_Nk, targets_Mk)[:, None, None]
+    logits_BSk = logits_Nk.unflatten(0, (num_student, -1)).transpose(0, 1)
+    return logits_BSk @ targets_Mk.unflatten(0, (num_teacher, -1)).permute(1, 2, 0)
 
 
 def _shape(targets: PrototypeTargets | Tensor) -> tuple[int, int]:
@@ -216,6 +287,6 @@ def _width(rows_ND: Tensor) -> int:
     return max(1, min(SLAB, num_logits // max(len(rows_ND), 1)))
 
 
-def _logits(rows_ND: Tensor, prototypes_KD: Tensor, slab: slice, temperature: float) -> Tensor:
+def _logits(rows_ND: Tensor, prototypes_KD: Tensor, temperature: float, slab: slice) -> Tensor:
     """(N, k), a tensor of its own."""
     return (rows_ND @ prototypes_KD[slab].T).to(sum_dtype(rows_ND)).mul_(1 / temperature)

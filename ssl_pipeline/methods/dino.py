@@ -97,11 +97,9 @@ class DINO(Method):
             temperature=self.config.student_temperature,
             mix_ST=mix_ST,
         )
-        metrics = {
-            "target_entropy": target_entropy,
-            "prototypes_used": prototypes_used(targets, over_processes=progress.is_logged),
-        }
-        metrics["feature_std"] = feature_std(features, progress)
+        metrics = {"target_entropy": target_entropy, "feature_std": feature_std(features, progress)}
+        if progress.is_logged:
+            metrics["prototypes_used"] = prototypes_used(targets)
         total_K = total_logits(teacher_MD, teacher_prototypes)
         return StepOutput(loss, metrics, {"total": total_K, "rows": total_K.new_full((), len(teacher_MD))})
 

@@ -107,11 +107,9 @@ class SwAV(Method):
                 temperature=self.config.temperature,
                 mix_ST=mix_ST,
             )
-        metrics = {
-            "target_entropy": target_entropy,
-            "prototypes_used": prototypes_used(targets, over_processes=progress.is_logged),
-        }
-        metrics["feature_std"] = feature_std(features[:num_images], progress)
+        metrics = {"target_entropy": target_entropy, "feature_std": feature_std(features[:num_images], progress)}
+        if progress.is_logged:
+            metrics["prototypes_used"] = prototypes_used(targets)
         return StepOutput(loss, metrics, {"embeddings": assigned_MD.unflatten(0, (NUM_ASSIGNED, -1))})
 
     def _share_of_queues(self) -> Tensor | None:

@@ -25,7 +25,7 @@ from ssl_pipeline.losses import (
     prototypes_used,
     total_logits,
 )
-from ssl_pipeline.losses.precision import sum_dtype
+from ssl_pipeline.losses.precision import in_matmul_dtype, sum_dtype
 from ssl_pipeline.modules.encoder import Encoder
 from ssl_pipeline.modules.masked_tokens import ClassesAndPatches, MaskedPatches, student_tokens, teacher_tokens
 from ssl_pipeline.modules.memory import Centre
@@ -96,10 +96,10 @@ def compare(
         carry = _carry((rows[0], patches_ME if all_NLE is None else all_NLE), prototypes, how.centres)
         targets = [
             _targets(*given, assign=how.assign)
-            for given in zip(rows, prototypes, how.centres, how.temperatures, strict=True)
+            for given in zip(rows, in_matmul_dtype(*prototypes), how.centres, how.temperatures, strict=True)
         ]
     predicted = student_tokens(student.backbone, batch, masked, mask_token=mask_token)
-    class_prototypes, patch_prototypes = student.head.prototypes()
+    class_prototypes, patch_prototypes = in_matmul_dtype(*student.head.prototypes())
     num_images = batch.views["global"].shape[1]
     class_rows_NE = student.head.class_rows(predicted.classes)
     class_loss, class_entropy = _class_loss(class_rows_NE, class_prototypes, targets[0], how, num_images=num_images)
@@ -109,10 +109,13 @@ def compare(
         patch_rows_ME, patch_prototypes, targets[1], weights_M, temperature=how.student_temperature
     )
     metrics = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
-    if how.is_logged:  # processes have masked patches in different numbers
-        patch_entropy = _mean_over_rows(patch_entropy, len(patch_rows_ME))
-    metrics |= {"target_entropy": class_entropy, "patch_target_entropy": patch_entropy}
-    metrics["prototypes_used"] = prototypes_used(targets[0], over_processes=how.is_logged)
+    if how.is_logged:
+        # processes have masked patches in different numbers
+        metrics |= {
+            "target_entropy": class_entropy,
+            "patch_target_entropy": _mean_over_rows(patch_entropy, len(patch_rows_ME)),
+            "prototypes_used": prototypes_used(targets[0]),
+        }
     return Compared(class_loss, patch_loss, metrics, carry, predicted, seen)
 
 

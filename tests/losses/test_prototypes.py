@@ -56,10 +56,12 @@ def gradients(loss, inputs):
     return torch.autograd.grad(3 * loss, inputs[:2])
 
 
+@pytest.mark.parametrize("kept", [0, 2**26])
 @pytest.mark.parametrize("slab", [1, 7, 23, 8192])
 @pytest.mark.parametrize(("num_student", "num_teacher"), [(2, 1), (2, 2), (3, 3), (10, 2)])
-def test_slabs_change_neither_loss_nor_entropy_nor_gradients(monkeypatch, slab, num_student, num_teacher):
+def test_slabs_change_neither_loss_nor_entropy_nor_gradients(monkeypatch, kept, slab, num_student, num_teacher):
     monkeypatch.setattr(prototypes, "SLAB", slab)
+    monkeypatch.setattr(prototypes, "KEPT_LOGITS", kept)
     inputs = bottlenecks(num_student, num_teacher)
     actual, expected = distillation(*inputs, **TEMPERATURES), whole(*inputs, **TEMPERATURES)
     assert_close(actual, expected, rtol=1e-10, atol=1e-12)
@@ -131,6 +133,21 @@ def test_many_rows_make_slabs_narrower(monkeypatch):
     assert_close(actual, whole(*inputs, **TEMPERATURES))
 
 
+def test_a_loss_of_few_logits_keeps_them_for_backward_and_no_other(monkeypatch):
+    num_logits = (5 + 2) * 3 * 23
+    inputs = bottlenecks(5, 2)
+    for limit, kept in ((num_logits, num_logits), (num_logits - 1, 0)):
+        monkeypatch.setattr(prototypes, "KEPT_LOGITS", limit)
+        loss, _ = distillation(*inputs, **TEMPERATURES)
+        assert sum(tensor.numel() for tensor in loss.grad_fn.saved_tensors if tensor.shape[-1:] == (23,)) == kept
+    monkeypatch.setattr(prototypes, "KEPT_LOGITS", num_logits)
+    loss, _ = distillation(*inputs, **TEMPERATURES)
+    function = loss.grad_fn
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        function.saved_tensors  # noqa: B018
+
+
 def test_large_logits_stay_finite():
     student, weights, teacher, teacher_weights, centre = (value.float() for value in bottlenecks())
     inputs = (student, 1000 * weights, teacher, 1000 * teacher_weights, centre)
@@ -180,7 +197,7 @@ def test_under_autocast_only_the_products_are_in_half_precision(dtype):
     with torch.autocast("cpu", dtype):
         expected = whole(*inputs, **TEMPERATURES)
     exact = whole(*inputs, **TEMPERATURES)
-    assert_close(actual, expected, rtol=1e-6, atol=1e-6)  # the same logits, summed in the same precision
+    assert_close(actual, expected, rtol=5e-6, atol=5e-6)  # the same logits, summed in the same precision
     for ours, theirs in zip(found, gradients(exact[0], inputs), strict=True):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
