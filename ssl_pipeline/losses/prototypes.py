@@ -1,6 +1,6 @@
 """Cross-entropy over prototypes in slabs of them, forward and backward, so that many logits are never whole.
 
-A slab is computed, used and forgotten; where all of them are few, backward finds what forward computed.
+A slab is computed, used and forgotten; on CPUs backward finds what forward computed, where all of it is little.
 
 It is what DINO (Caron et al., 2021, https://arxiv.org/abs/2104.14294), iBOT (Zhou et al., 2021,
 https://arxiv.org/abs/2111.07832), DINOv2, DINOv3 and SwAV have in common: rows predict target rows. The methods differ
@@ -25,7 +25,7 @@ from ssl_pipeline.losses.prototype_targets import SLAB, PrototypeTargets, slabs_
 # D dimensions, K prototypes, k those of one slab.
 # With many rows a slab is narrower: 2,000 rows on one core take 600 ms in slabs of 2**20 logits, 1,470 in 2**24.
 CPU_LOGITS, GPU_LOGITS = 2**21, 2**26
-KEPT_LOGITS = 2**26  # of rows and targets together, in float32 256 MiB: so many are kept for backward
+CPU_KEPT = 2**26  # logits of rows and targets, in float32 256 MiB, that backward finds; GPUs lack memory, not speed
 
 
 def crop_pairs(
@@ -87,7 +87,7 @@ def prototype_cross_entropy(
         )
     to, wide = matmul_dtype(rows_ND), sum_dtype(rows_ND)
     num_logits = (len(rows_ND) + (0 if isinstance(targets, Tensor) else num_targets)) * num_columns
-    keep = num_logits <= KEPT_LOGITS and torch.is_grad_enabled()
+    keep = num_logits <= CPU_KEPT and rows_ND.device.type == "cpu" and torch.is_grad_enabled()
     passes: _Given | _Computed
     if isinstance(targets, Tensor):
         passes = _Given(targets.detach().to(wide))

@@ -61,7 +61,7 @@ def gradients(loss, inputs):
 @pytest.mark.parametrize(("num_student", "num_teacher"), [(2, 1), (2, 2), (3, 3), (10, 2)])
 def test_slabs_change_neither_loss_nor_entropy_nor_gradients(monkeypatch, kept, slab, num_student, num_teacher):
     monkeypatch.setattr(prototypes, "SLAB", slab)
-    monkeypatch.setattr(prototypes, "KEPT_LOGITS", kept)
+    monkeypatch.setattr(prototypes, "CPU_KEPT", kept)
     inputs = bottlenecks(num_student, num_teacher)
     actual, expected = distillation(*inputs, **TEMPERATURES), whole(*inputs, **TEMPERATURES)
     assert_close(actual, expected, rtol=1e-10, atol=1e-12)
@@ -137,10 +137,10 @@ def test_a_loss_of_few_logits_keeps_them_for_backward_and_no_other(monkeypatch):
     num_logits = (5 + 2) * 3 * 23
     inputs = bottlenecks(5, 2)
     for limit, kept in ((num_logits, num_logits), (num_logits - 1, 0)):
-        monkeypatch.setattr(prototypes, "KEPT_LOGITS", limit)
+        monkeypatch.setattr(prototypes, "CPU_KEPT", limit)
         loss, _ = distillation(*inputs, **TEMPERATURES)
         assert sum(tensor.numel() for tensor in loss.grad_fn.saved_tensors if tensor.shape[-1:] == (23,)) == kept
-    monkeypatch.setattr(prototypes, "KEPT_LOGITS", num_logits)
+    monkeypatch.setattr(prototypes, "CPU_KEPT", num_logits)
     loss, _ = distillation(*inputs, **TEMPERATURES)
     function = loss.grad_fn
     loss.backward()
