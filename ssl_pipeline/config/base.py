@@ -37,9 +37,7 @@ class RunError(RuntimeError):
 class Config(BaseModel):
     """Read-only settings of one component; the string under each field is its help text."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     shorthand: ClassVar[str | None] = None
     """The field that a bare value given for the whole section sets (`value` of a schedule)."""

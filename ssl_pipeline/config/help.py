@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from ssl_pipeline.config.arguments import read_arguments
 from ssl_pipeline.config.base import Config, ConfigError, Tree, nearest
+from ssl_pipeline.config.descriptions import described_fields
 from ssl_pipeline.config.ranges import InRange, ranges_of
 from ssl_pipeline.config.recipes import recipe_files
 from ssl_pipeline.config.schema import alternatives, fixed_length, sections_in, tags_of, walk
@@ -51,7 +52,7 @@ def help_page(
     for key in keys:
         name = key.path.partition(".")[0] if "." in key.path or _tags(key.field) else ""
         if name != section:
-            text = schema.model_fields[name].description if name else None
+            text = described_fields(schema)[name].description if name else None
             lines += ["", *([f"{name}: {' '.join(text.split())}"] if text else [])]
             section = name
         lines += [] if key.inner else _entry(key)
@@ -63,7 +64,7 @@ def _keys(schema: type[Config], tree: Tree) -> Iterator[_Key]:
         ranges = ranges_of(field)
         yield _Key(path, field, ranges)
         for section in sections_in(field.annotation) if not _tags(field) else ():
-            for name, inner in section.model_fields.items():
+            for name, inner in described_fields(section).items():
                 inherited = ranges if float in alternatives(inner.annotation) else []
                 yield _Key(f"{path}.{name}", inner, ranges_of(inner) or inherited, inner=True)
 

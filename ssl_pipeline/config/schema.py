@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ssl_pipeline.config.base import Config, Location, Tree, Value
+from ssl_pipeline.config.descriptions import described_fields
 
 
 def alternatives(annotation: object) -> list[object]:
@@ -110,8 +111,8 @@ def state_in_full(annotation: object, data: Value) -> Value:
 
 
 def walk(schema: type[Config], data: Value, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf key of the schema with its field; in a union only the member that `data` names."""
-    for name, field in schema.model_fields.items():
+    """Every leaf key of the schema with its field and text; in a union only the member that `data` names."""
+    for name, field in described_fields(schema).items():
         value = data.get(name) if isinstance(data, dict) else None
         section = section_of(field.annotation, value)
         if section is not None and not section.shorthand:

@@ -8,6 +8,7 @@ from ssl_pipeline.augment.draw import CropUniform, num_draws, num_uniforms
 from ssl_pipeline.augment.operations.jitter import Uniform
 from ssl_pipeline.augment.views import ViewGroup
 from ssl_pipeline.config import Config, ConfigError, dump, load, read_yaml, validate
+from ssl_pipeline.config.descriptions import described_fields
 
 
 class Recipe(Config):
@@ -97,7 +98,7 @@ def test_the_blur_kernel_covers_four_sigmas_unless_the_view_is_too_small():
 
 
 def test_every_setting_has_a_help_text():
-    assert all(field.description for field in ViewGroup.model_fields.values())
+    assert all(field.description for field in described_fields(ViewGroup).values())
 
 
 def test_one_size_or_several_are_read_from_a_recipe_and_from_a_command():

@@ -1,4 +1,4 @@
-"""The list of files that an image goes through (docs/architecture.md), against a trace of a batch."""
+"""The list of files that an image goes through (README.md, docs/architecture.md), against a trace of a batch."""
 
 import io
 import re
@@ -41,6 +41,12 @@ def section() -> str:
 def listed() -> list[str]:
     """The numbered files, in their order."""
     return re.findall(r"^\d+\. `(\S+)`", section(), flags=re.M)
+
+
+def in_the_readme() -> list[str]:
+    """The files that the README names after "From tar to loss", in their order."""
+    sentence = (ROOT / "README.md").read_text(encoding="utf-8").split("[From tar to loss]")[1].split("\n\n")[0]
+    return re.findall(r"`(\w\S+\.py)`", sentence)
 
 
 def beside() -> tuple[str, ...]:
@@ -95,6 +101,7 @@ def test_an_image_goes_through_the_listed_files_in_their_order(images: ShardInde
     entered = list(dict.fromkeys(file for file, _ in trace(images)))
     assert [file for file in entered if file in listed()] == listed()
     assert len(listed()) <= MOST
+    assert in_the_readme() == listed()
 
 
 def test_every_other_file_on_the_way_is_named_beside_the_list(images: ShardIndex) -> None:
