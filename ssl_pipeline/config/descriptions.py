@@ -1,6 +1,6 @@
 """The text under each field of a section, read when somebody asks for it.
 
-pydantic would read the source of each class as it is defined (`use_attribute_docstrings`): all commands would wait for it.
+pydantic could do it as each class is defined (`use_attribute_docstrings`), but all commands would wait for it.
 """
 
 from __future__ import annotations
