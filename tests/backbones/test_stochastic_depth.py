@@ -165,5 +165,5 @@ def test_other_networks_are_refused(name: str) -> None:
 
 
 def test_two_streams_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"takes stochastic depth by image. Set drop_path_kind=per_image"):
+    with pytest.raises(SettingsError, match=r"takes stochastic depth by image. Set backbone.drop_path_kind=per_image"):
         load(BackboneConfig, ["name=vit_tiny_patch16_224", "reversible=true", "drop_path_kind=batch_subset"])
