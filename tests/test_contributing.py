@@ -98,6 +98,11 @@ def test_its_recipe_trains(checkout: Path, tmp_path: Path):
     assert (tmp_path / "run" / "backbone.safetensors").is_file()
 
 
+def test_the_doctor_finds_nothing_in_its_healthy_run(checkout: Path):
+    run(checkout, "-m", "tests.run.doctor.record", "healthy_spectral")
+    assert passed(checkout, "tests/run/doctor/test_recorded.py", "-k", "spectral or most_methods") >= 3
+
+
 def test_its_files_have_the_house_style(checkout: Path):
     run(checkout, "-m", "ruff", "check", LOSS, METHOD, METHODS, CONTROLS)
     run(checkout, "-m", "ruff", "format", "--check", LOSS, METHOD, METHODS, CONTROLS)

@@ -139,7 +139,9 @@ class BackboneConfig(Config):
                 "backbone.reversible and checkpoint_activations both save activation memory. Leave one out."
             )
         if self.reversible and self.drop_path_kind == "batch_subset":
-            raise ValueError("backbone.reversible takes stochastic depth by image. Set backbone.drop_path_kind=per_image.")
+            raise ValueError(
+                "backbone.reversible takes stochastic depth by image. Set backbone.drop_path_kind=per_image."
+            )
         if self.patch_mean and not self.class_tokens:
             raise ValueError("backbone.patch_mean needs class tokens. Set backbone.class_tokens too.")
         if self.frozen_batch_norm and not self.weights:

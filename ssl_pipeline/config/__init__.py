@@ -218,8 +218,7 @@ def _is_argument(word: str) -> bool:
 def refuse(error: Exception, *, running: bool) -> int:
     """Print an error as the user reads it, a line per sentence; returns the exit code of its kind.
 
-    The first process of a machine prints what comes before the run, for it is the same on all of it; later errors each
-    process prints itself.
+    Before the run the first process of each machine prints, as all have the same error; during it each prints its own.
     """
     rank = launched_rank()
     if rank == "0" or running or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -64,8 +64,8 @@ class Config(BaseModel):
 
     @classmethod
     def fit_recipe(cls, tree: Tree, given: Collection[str], recipe: Tree) -> list[str]:
-        """Change in the settings of a recipe what those `given` on the command line make useless; returns what to say
-        about it.
+        """Change those settings of a recipe that the keys `given` on the command line make useless; returns the
+        sentences that say so.
 
         tree: the recipe with what is given over it; recipe: as it is without.
         """

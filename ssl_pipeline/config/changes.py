@@ -43,7 +43,7 @@ class Change:
 
     @property
     def kept(self) -> str:
-        """What is shown in place of the old value, whatever is given now."""
+        """How a key is told where the run keeps its old value, whatever is given now."""
         return f"{self.key}={short(self.before)} (given now: {short(self.now)})"
 
 

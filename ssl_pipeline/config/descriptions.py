@@ -8,9 +8,8 @@ from __future__ import annotations
 import ast
 import sys
 from functools import cache
-from inspect import cleandoc
+from inspect import cleandoc, getsource
 from itertools import pairwise
-from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
@@ -24,19 +23,25 @@ def described_fields(section: type[Config]) -> dict[str, FieldInfo]:
     """`section.model_fields` with the strings under the fields as `description`."""
     fields = section.model_fields
     for owner in reversed(section.__mro__):
-        file = getattr(sys.modules.get(owner.__module__), "__file__", None)
-        if issubclass(owner, Config) and file is not None:
-            texts = _texts_in(Path(file)).get(owner.__qualname__, {})
+        if issubclass(owner, Config):
+            texts = _texts_in(owner.__module__).get(owner.__qualname__, {})
             for name in fields.keys() & texts.keys():  # other names are of the class alone
                 fields[name].description = texts[name]
     return fields
 
 
 @cache
-def _texts_in(file: Path) -> dict[str, Texts]:
-    """What stands under the annotated names of every class of a module, by the class's qualified name."""
+def _texts_in(module: str) -> dict[str, Texts]:
+    """What stands under the annotated names of every class of a module, by the class's qualified name.
+
+    Nothing where the source is missing, as where a program was packed without it.
+    """
     found: dict[str, Texts] = {}
-    _collect(ast.parse(file.read_text(encoding="utf-8")).body, "", found)
+    try:
+        source = getsource(sys.modules[module])
+    except (KeyError, TypeError, OSError):
+        return found
+    _collect(ast.parse(source).body, "", found)
     return found
 
 
@@ -54,6 +59,7 @@ def _texts_of(body: list[ast.stmt]) -> Texts:
     for field, below in pairwise(body):
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
             continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            texts[field.target.id] = cleandoc(str(below.value.value))
+        text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+        if isinstance(text, str):
+            texts[field.target.id] = cleandoc(text)
     return texts

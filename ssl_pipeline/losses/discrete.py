@@ -23,8 +23,8 @@ MARGIN = 1e-4  # of pixels to 0 and 1, where their logit is not finite
 
 @float32
 def gumbel_softmax(logits_NKRC: Tensor, noise_NKRC: Tensor, *, temperature: float) -> Tensor:
-    """(N, K, R, C): softmax over K of (logits + noise) / temperature, for noise that is Gumbel's; never rounded to one
-    code (Jang et al., 2016, https://arxiv.org/abs/1611.01144)."""
+    """(N, K, R, C): softmax over K of (logits + noise) / temperature, for noise drawn from the standard Gumbel
+    distribution; never rounded to one code (Jang et al., 2016, https://arxiv.org/abs/1611.01144)."""
     check_positive("gumbel_softmax", temperature=temperature)
     return ((logits_NKRC + noise_NKRC) / temperature).softmax(dim=1)
 

@@ -35,7 +35,7 @@ class PrototypeTargets:
     temperature: float
 
     def logits(self, slab: slice) -> Tensor:
-        """(M, k), a tensor of its own."""
+        """(M, k), newly allocated: the caller may change it in place."""
         products_AMk = (self.rows @ self.prototypes[slab].T).unflatten(0, (len(self.shifts), -1))
         return torch.add(self.shifts[:, None, slab], products_AMk, alpha=1 / self.temperature).flatten(0, 1)
 

@@ -76,15 +76,14 @@ def prototype_cross_entropy(
     Raises ValueError for shapes that do not fit, or unless temperature > 0.
     """
     check_positive("prototype_cross_entropy", temperature=temperature)
-    num_targets, num_columns = _shape(targets)
-    num_student, num_teacher = (1, 1) if mix_ST is None else mix_ST.shape
-    alike = (num_columns, len(weights_N)) == (len(prototypes_KD), len(rows_ND)) and len(rows_ND) % num_student == 0
-    if not alike or num_targets != len(rows_ND) // num_student * num_teacher:
+    shapes = _shapes(rows_ND, prototypes_KD, targets, weights_N, mix_ST)
+    if not _fit_together(*shapes):
         raise ValueError(
-            "prototype_cross_entropy needs rows (N, D), prototypes (K, D), targets (M, K) and weights (N,): N rows of "
-            f"S crops and M of T crops of the same images. Got N={len(rows_ND)}, K={len(prototypes_KD)}, targets "
-            f"{(num_targets, num_columns)}, weights {tuple(weights_N.shape)}, S={num_student}, T={num_teacher}."
+            "prototype_cross_entropy needs rows (N, D), prototypes (K, D), targets (M, K), weights (N,), mix (S, T): N "
+            "rows of S crops and M of T crops of the same images. Got rows {}, prototypes {}, targets {}, weights {}, "
+            "mix {}.".format(*shapes)
         )
+    num_targets, num_columns = shapes[2]
     to, wide = matmul_dtype(rows_ND), sum_dtype(rows_ND)
     num_logits = (len(rows_ND) + (0 if isinstance(targets, Tensor) else num_targets)) * num_columns
     keep = num_logits <= CPU_KEPT and rows_ND.device.type == "cpu" and torch.is_grad_enabled()
@@ -142,7 +141,7 @@ class _Softmax:
 def _probabilities(
     logits_of: Callable[[slice], Tensor], slab: slice, total_N: Tensor, kept: Sequence[Tensor]
 ) -> Tensor:
-    """Softmax over all prototypes (N, k), a tensor of its own: of what was kept of the slab, or else of its logits."""
+    """Softmax over all prototypes (N, k), newly allocated: of what was kept of the slab, or else of its logits."""
     if kept:
         within_Nk, slab_total_N = kept
         return within_Nk * (slab_total_N - total_N).exp_()[:, None]
@@ -274,11 +273,28 @@ def _mean_logits(logits_Nk: Tensor, targets_Mk: Tensor, num_student: int, num_te
     return logits_BSk @ targets_Mk.unflatten(0, (num_teacher, -1)).permute(1, 2, 0)
 
 
-def _shape(targets: PrototypeTargets | Tensor) -> tuple[int, int]:
-    """(M, K)."""
-    if isinstance(targets, Tensor):
-        return targets.shape[0], targets.shape[1]
-    return targets.rows.shape[0], targets.prototypes.shape[0]
+def _shapes(
+    rows_ND: Tensor, prototypes_KD: Tensor, targets: PrototypeTargets | Tensor, weights_N: Tensor, mix_ST: Tensor | None
+) -> list[tuple[int, ...]]:
+    """Those of the arguments, as the error of `prototype_cross_entropy` names them."""
+    of_targets = targets.shape if isinstance(targets, Tensor) else (len(targets.rows), len(targets.prototypes))
+    of_mix = (1, 1) if mix_ST is None else mix_ST.shape
+    return [tuple(shape) for shape in (rows_ND.shape, prototypes_KD.shape, of_targets, weights_N.shape, of_mix)]
+
+
+def _fit_together(
+    rows: tuple[int, ...],
+    prototypes: tuple[int, ...],
+    targets: tuple[int, ...],
+    weights: tuple[int, ...],
+    mix: tuple[int, ...],
+) -> bool:
+    """Whether these are (N, D), (K, D), (M, K), (N,) and (S, T), with N = S * B and M = T * B."""
+    if not (len(rows) == len(prototypes) == len(targets) == len(mix) == 2) or min(*mix, *prototypes) < 1:
+        return False
+    images, rest = divmod(rows[0], mix[0])
+    wanted = ((rows[0],), (prototypes[0], rows[1]), (images * mix[1], prototypes[0]))
+    return rest == 0 and (weights, prototypes, targets) == wanted
 
 
 def _width(rows_ND: Tensor) -> int:
@@ -288,5 +304,5 @@ def _width(rows_ND: Tensor) -> int:
 
 
 def _logits(rows_ND: Tensor, prototypes_KD: Tensor, temperature: float, slab: slice) -> Tensor:
-    """(N, k), a tensor of its own."""
+    """(N, k), newly allocated."""
     return (rows_ND @ prototypes_KD[slab].T).to(sum_dtype(rows_ND)).mul_(1 / temperature)

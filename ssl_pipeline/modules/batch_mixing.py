@@ -1,7 +1,7 @@
 """mixup and CutMix over the global batch: an image's partner may be any image of any process.
 
-The first process draws the numbers of all, so that two processes mix as one does. Gathered are images, without
-gradient: a step pays for it what its pixels take.
+The first process draws the numbers of all, so that two processes mix as one does. Images are gathered,
+without gradient: what that costs a step is to send their pixels.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def draw_for_all(device: torch.device) -> Tensor:
 
 
 def draw_global(local: Sequence[int], device: torch.device) -> Tensor:
-    """Uniform numbers of the shape `local`, of which this process has its rows of one draw for the global batch."""
+    """This process's rows, of shape `local`, of one draw of uniform numbers for the global batch."""
     rows, *rest = local
     return _of_first_rank(torch.rand(rows * world_size(), *rest, device=device)).chunk(world_size())[rank()]
 

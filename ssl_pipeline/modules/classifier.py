@@ -68,7 +68,7 @@ class ClassifierPair(nn.Module):
         self.teacher = Teacher(self.student, buffers=self.buffer_source)
 
     def forward(self, *parts: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The student's features of all images, and the logits of each part (B, C, H, W).
+        """Parts (B, C, H, W) -> the student's features of all images, and the logits (B, classes) of each part.
 
         In one pass, so that batch norm sees one distribution.
         """

@@ -60,20 +60,27 @@ def teacher_tokens(backbone: Backbone, batch: Batch) -> ClassesAndPatches:
 
 
 def with_class_token(backbone: Backbone, method: str) -> TokenBackbone:
-    """`backbone`, if its class token and its patches are all that it trains; raises ConfigError that says what is not.
+    """`backbone`, if it has patch tokens, a class token, and nothing that is trained after these; else ConfigError.
 
     A Swin has patches of another size at its end than those that are masked, and no class token.
     """
-    with_tokens = require_tokens(backbone, method, no_pooling=True)
-    if getattr(backbone.model, "cls_token", None) is None:
-        raise ConfigError(f"{method} needs a backbone with a class token. '{backbone.name}' has none; try vit_*.")
-    return with_tokens
+    if not isinstance(backbone, TokenBackbone) or getattr(backbone.model, "cls_token", None) is None:
+        raise ConfigError(
+            f"{method} needs a backbone with patch tokens and a class token. '{backbone.name}' does not have both; "
+            "try vit_*."
+        )
+    return require_tokens(backbone, method, no_pooling=True)
 
 
 def stratified_blocks(backbone: TokenBackbone, config: TokenDistillationConfig) -> MaskRule:
     """DINOv2's masks: blocks of at most half of the backbone's grid unless the settings say otherwise, ratios spread
     evenly over the optimizer step's crops."""
     min_block = config.mask_min_block
+    if config.mask_max_block is not None and config.mask_max_block < min_block:
+        raise ConfigError(
+            f"method.mask_min_block={min_block} is larger than method.mask_max_block={config.mask_max_block}, the "
+            "largest area of a block in patches. Lower the one, or raise the other."
+        )
     return MaskRule(
         "blocks",
         backbone.patch_size,

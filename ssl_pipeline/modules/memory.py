@@ -99,7 +99,8 @@ class Centre(nn.Module):
 class MovingDistribution(nn.Module):
     """A moving mean of distributions over classes.
 
-    value: (C,), uniform at first. start: "uniform" lets that count, with "batch" the first update replaces it.
+    value: (C,), uniform at first. start: "uniform": that counts in the mean; "batch": the first update
+    replaces it.
     """
 
     value: Tensor

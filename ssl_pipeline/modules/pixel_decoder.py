@@ -16,7 +16,7 @@ from ssl_pipeline.backbones.positions import Grid, sincos_position_embedding
 class PixelDecoder(nn.Module):
     """MAE's decoder: puts a mask token wherever a patch was removed and predicts the pixels of patches.
 
-    Encoded tokens (N, num_prefix_tokens + K, in_dim) of the K kept patches and restore (N, L) of `random_masking`
+    Encoded tokens (N, num_prefix_tokens + K, in_dim) of the K kept patches and restore (N, L) of `split_by_mask`
     -> (N, L, p * p * channels) in the order of `patchify`; with the indices `wanted` (N, R) of patches, only of these.
     """
 

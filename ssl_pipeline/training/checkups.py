@@ -16,7 +16,7 @@ SAID_BY_OTHERS = {"below_the_start", "waits_for_data", "run_ends_in_warmup"}
 
 
 class Checkups:
-    """Those of a run on its first rank; if one of them fails it costs the run only a line."""
+    """The doctor's checkups of a run, on its first process; one that fails costs a line in the log."""
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._path, self._say = run.output.path, say

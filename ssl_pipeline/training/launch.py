@@ -34,7 +34,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of the processes and devices; raises ConfigError if it differs from the launcher's.
 
     The precision is the config's, also where this process has had an Accelerator before, and whatever the environment
-    says: `ignored_variables` names what it would have changed; call it before.
+    says: such variables are deleted, so call `ignored_variables`, which names them, before.
     """
     launched = _launched(os.environ)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]

@@ -31,7 +31,7 @@ class LoaderWatch:
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
 
     def observe(self, *, steps: int, seconds: float, data_wait: float) -> str | None:
-        """Take in an interval; `data_wait` is the share of its time that went by until images came."""
+        """Take in an interval; `data_wait` is the share of its time that was spent waiting for images."""
         if not self._is_warm:
             self._is_warm = True
             return None

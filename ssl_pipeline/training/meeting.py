@@ -1,4 +1,4 @@
-"""The processes of a run find each other, and are alike: reported in a sentence, before anything is trained."""
+"""Whether all processes of a run reach each other and have the same code, settings and images, before training."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 FEWEST, LEAST_SECONDS = 2, 5.0  # measures, and what they take together, before anything is said
-TIMES = 5  # as long as a measure takes is trained between two, by the setting that is advised
+TIMES = 5  # with the advised setting the training between two measures takes this many times as long as one
 
 
 class MonitorCost:

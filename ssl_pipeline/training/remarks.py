@@ -60,7 +60,7 @@ def about_batch_norm(method: Method, *, shared: bool, num_processes: int, batch_
 
 
 def about_class_token(method: Method) -> str | None:
-    """That the features are a token which the loss does not look at; None where it does, or where they are not."""
+    """A warning if the evaluated features are a class token that the loss never reads; None otherwise."""
     backbone = method.backbone
     if method.reads_class_token or not isinstance(backbone, TokenBackbone) or not backbone.takes_class_token_alone:
         return None

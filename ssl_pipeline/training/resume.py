@@ -98,7 +98,7 @@ def optimizer_identity(method: Method, optimizer: torch.optim.Optimizer) -> dict
 
 
 def begin_or_keep(run: Run, directory: RunDirectory, *, position: int, global_batch: int | None = None) -> None:
-    """Make the directory that of a run which trains from `position` on, or keep the complete one that is there.
+    """Mark the directory as that of a run which trains from `position` on, or keep the complete one that is there.
 
     What a run that goes on changes is said; global_batch: that of the steps before, None without any. A complete run
     keeps all that it has; only an export that is gone is made again. Raises ConfigError if the settings end before the

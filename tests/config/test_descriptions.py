@@ -1,5 +1,9 @@
 """The text under a field, read from the source of its class."""
 
+import importlib
+import py_compile
+import zipfile
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -66,6 +70,32 @@ def test_the_help_page_has_them():
     assert "own (whole number; default: 5)\n      What a derived class adds." in page
 
 
-def test_a_class_without_a_source_has_none(monkeypatch: pytest.MonkeyPatch):
-    made = type("Made", (Config,), {"__annotations__": {"width": int}, "width": 1, "__module__": "nowhere"})
+def test_only_a_string_is_a_text():
+    class Short(Config):
+        left: int = 1
+        ...
+        right: int = 2
+        b"bytes"  # noqa: B018
+
+    assert texts(described_fields(Short)) == {"left": None, "right": None}
+
+
+@pytest.mark.parametrize("module", ["nowhere", "builtins"])
+def test_a_class_without_a_source_has_none(module: str):
+    made = type("Made", (Config,), {"__annotations__": {"width": int}, "width": 1, "__module__": module})
     assert texts(described_fields(made)) == {"width": None}
+
+
+def test_the_texts_of_a_zip_are_found_and_help_needs_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = "from ssl_pipeline.config import Config\nclass Packed(Config):\n    width: int = 1\n    'Of a zip.'\n"
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as packed:
+        packed.writestr("from_a_zip.py", source)
+    (tmp_path / "compiled.py").write_text(source)
+    py_compile.compile(str(tmp_path / "compiled.py"), cfile=str(tmp_path / "compiled.pyc"))
+    (tmp_path / "compiled.py").unlink()
+    monkeypatch.syspath_prepend(tmp_path / "packed.zip")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, text in (("from_a_zip", "Of a zip."), ("compiled", None)):
+        section = importlib.import_module(module).Packed
+        assert texts(described_fields(section)) == {"width": text}
+        assert "width (whole number; default: 1)" in help_page(section, [], [], "command", None)

@@ -188,16 +188,24 @@ def test_a_row_of_weight_zero_counts_for_nothing():
         ({"weights_N": torch.ones(5)}, r"weights \(5,\)"),
         ({"targets": torch.ones(6, K - 1)}, r"targets \(6, 10\)"),
         ({"targets": torch.ones(5, K)}, r"targets \(5, 11\)"),
-        ({"mix_ST": torch.ones(4, 4)}, "N=6.*S=4, T=4"),
-        ({"mix_ST": torch.ones(3, 2)}, "S=3, T=2"),
+        ({"mix_ST": torch.ones(4, 4)}, r"rows \(6, 5\).*mix \(4, 4\)"),
+        ({"mix_ST": torch.ones(3, 2)}, r"mix \(3, 2\)"),
+        ({"mix_ST": torch.ones(0, 1)}, r"mix \(0, 1\)"),
+        ({"mix_ST": torch.ones(1)}, r"mix \(1,\)"),
+        ({"weights_N": torch.ones(6, 1)}, r"weights \(6, 1\)"),
+        ({"targets": torch.ones(6)}, r"targets \(6,\)"),
+        ({"prototypes_KD": torch.ones(K, D + 1)}, r"prototypes \(11, 6\)"),
+        ({"prototypes_KD": torch.ones(0, D), "targets": torch.ones(6, 0)}, r"prototypes \(0, 5\)"),
         ({"temperature": 0.0}, "temperature above 0. Got 0.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, sentence):
     student, weights = student_rows(6)
-    arguments = {"targets": torch.ones(6, K), "weights_N": torch.ones(6), "temperature": STUDENT} | change
+    arguments = {
+        "prototypes_KD": weights, "targets": torch.ones(6, K), "weights_N": torch.ones(6), "temperature": STUDENT
+    } | change  # fmt: skip
     with pytest.raises(ValueError, match=sentence):
-        prototype_cross_entropy(student, weights, **arguments)
+        prototype_cross_entropy(student, **arguments)
 
 
 @pytest.mark.parametrize(

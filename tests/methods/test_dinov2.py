@@ -205,12 +205,15 @@ def test_a_batch_of_one_image_is_refused(settings, sentence):
 @pytest.mark.parametrize(
     ("backbone", "sentence"),
     [
-        (CNN, r"^DINOv2 needs a backbone with patch tokens \(a ViT\)\. 'test_resnet' has none"),
+        (
+            CNN,
+            r"^DINOv2 needs a backbone with patch tokens and a class token\. 'test_resnet' does not have both",
+        ),
         (
             VIT.model_copy(
                 update={"arguments": {**VIT.arguments, "class_token": False, "global_pool": "avg", "fc_norm": False}}
             ),
-            r"^DINOv2 needs a backbone with a class token",
+            r"^DINOv2 needs a backbone with patch tokens and a class token",
         ),
     ],
 )

@@ -228,7 +228,7 @@ def test_too_few_images_and_a_cnn_are_refused():
         dinov3(koleo_weight=0.0).prepare(facts(1))
     dinov3(koleo_neighbours=3).prepare(facts(4))
     with pytest.raises(
-        ConfigError, match=r"^DINOv3 needs a backbone with patch tokens \(a ViT\)\. 'test_resnet' has none"
+        ConfigError, match=r"^DINOv3 needs a backbone with patch tokens and a class token\. 'test_resnet' does not"
     ):
         dinov3(CNN)
 

@@ -184,12 +184,15 @@ def test_a_collapse_shows():
 @pytest.mark.parametrize(
     ("backbone", "sentence"),
     [
-        (CNN, r"^iBOT needs a backbone with patch tokens \(a ViT\)\. 'test_resnet' has none"),
+        (
+            CNN,
+            r"^iBOT needs a backbone with patch tokens and a class token\. 'test_resnet' does not have both",
+        ),
         (
             VIT.model_copy(
                 update={"arguments": {**VIT.arguments, "class_token": False, "global_pool": "avg", "fc_norm": False}}
             ),
-            r"^iBOT needs a backbone with a class token\. 'vit_tiny_patch16_224' has none",
+            r"^iBOT needs a backbone with patch tokens and a class token\. 'vit_tiny_patch16_224' does not",
         ),
         (
             VIT.model_copy(update={"arguments": {**VIT.arguments, "global_pool": "avg"}}),

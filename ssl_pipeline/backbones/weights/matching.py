@@ -27,7 +27,7 @@ class Match:
 
 
 def find_network(tensors: Mapping[str, Tensor], model: nn.Module, *, network: str | None) -> Match:
-    """The network in the file that fills most of `model`; of several, the one asked for ("teacher" or "student").
+    """The network in the file that fills most of `model`; of several, the one that is asked for (teacher or student).
 
     Raises LookupError, which names what there is, if the file has no such network.
     """
@@ -37,8 +37,11 @@ def find_network(tensors: Mapping[str, Tensor], model: nn.Module, *, network: st
     matches = [
         _match(shapes, model, own_shapes, root, layout) for root, layout in _places(tensors, next(iter(own), ""), own)
     ] or [_match(shapes, model, own_shapes, "", LAYOUTS[0])]
-    most = max(match.filled for match in matches)
-    best = [match for match in matches if match.filled == most]
+    # a network that lacks some tensors is still the teacher, or the student, that it is: the caller says what it lacks
+    half = max(match.filled for match in matches) / 2
+    roots = dict.fromkeys(match.root for match in matches)
+    by_root = [max((m for m in matches if m.root == root), key=lambda match: match.filled) for root in roots]
+    best = [match for match in by_root if match.filled >= half]
     if network is not None:
         roles = {role_of(match.root, others=[other.root for other in best]) for match in best}
         best = [match for match in best if role_of(match.root, others=[other.root for other in best]) == network]

@@ -20,7 +20,7 @@ from ssl_pipeline.eval.progress import counted
 SEARCH_MEMORY = 2**30  # bytes of temporary tensors; the coarse copy of the training features comes on top
 MOST_QUERIES = 512  # per block of queries: more make the product no faster, and their scores are fresh memory
 MULTIPLIED_ROWS = 32_768  # training rows of one product: what the library packs of them is not in SEARCH_MEMORY
-MORE = 64  # scores that are taken at once beyond the k best; most often those that could be among these are fewer
+MORE = 64  # scores that are taken beyond the k best at once; most often they hold all that could be among these
 CACHED = 2**22  # bytes of features that a CPU rounds or scores again at once: out of its cache that takes twice as long
 ROUNDED = 2**26  # bytes that other devices round at once
 
@@ -48,9 +48,8 @@ class Plan:
 def plan_search(num_train: int, dim: int, *, k: int, itemsize: int, rescored: int, memory: int) -> Plan:
     """The plan whose temporary tensors take at most `memory` bytes, or those of one query where that is more.
 
-    Both sizes are about the third root of M / k: then as many maxima of the outer blocks are compared as blocks in the
-    kept ones, and as images in those. `rescored` are the bytes of features to score again at once, at least those of
-    one query.
+    Both sizes are about the cube root of M / k, so that each of the three stages compares about as many scores.
+    `rescored` are the bytes of features to score again at once, at least those of one query.
     """
     size = 2 ** round(math.log2(num_train / k) / 3)
     sizes = (size, size) if size * size * k <= num_train else ()
@@ -93,12 +92,10 @@ class CoarseFeatures:
             return cls(train_MD, largest.new_zeros(()), largest, largest)
         mean_D = train_MD.mean(dim=0)
         rows_MD = torch.empty_like(train_MD, dtype=dtype)
-        lengths, buffers = (
-            [],
-            (torch.empty_like(parts[0]), torch.empty_like(parts[0])),
-        )  # fresh memory takes half the time
+        lengths = []
+        buffers_2XD = parts[0].new_empty(2, *parts[0].shape)  # once: new memory for each part took half of the time
         for rows, rounded in zip(parts, rows_MD.split(len(parts[0])), strict=True):
-            centred, lost = (buffer[: len(rows)] for buffer in buffers)
+            centred, lost = buffers_2XD[:, : len(rows)]
             rounded.copy_(torch.sub(rows, mean_D, out=centred))
             torch.sub(centred, lost.copy_(rounded), out=lost)
             lengths.append(torch.stack([part.norm(dim=1).max() for part in (lost, centred)]))

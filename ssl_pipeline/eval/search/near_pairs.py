@@ -46,7 +46,7 @@ def near_pairs(
     """Pairs with a cosine similarity of `threshold` or more, a part at a time; first < second, each once.
 
     `exact` compares every image with every other, in tiles, so that memory does not grow with the set: N^2 D products.
-    `ivf` lets FAISS's inverted file with 8-bit codes name 64 neighbours of each image, in N / 32 of the set, and
+    `ivf` lets FAISS's inverted file with 8-bit codes name 64 neighbours of each image, in 1/32 of the cells, and
     compares those in float32: what it names is as exact, but it misses some pairs. `auto` is `exact` below 1 M images.
     """
     if search == "exact" or (search == "auto" and len(features_ND) < EXACT_BELOW):
@@ -55,7 +55,7 @@ def near_pairs(
 
 
 def unit_rows(features_ND: Tensor, rows: slice | NDArray[np.int64]) -> Tensor:
-    """Some rows as float32 vectors of length 1; ConfigError if one has no direction."""
+    """Some rows as float32 vectors of length 1; ConfigError if one is NaN or infinite."""
     chosen = features_ND[rows] if isinstance(rows, slice) else features_ND[torch.from_numpy(rows)]
     chosen = chosen.float()
     if not chosen.isfinite().all():

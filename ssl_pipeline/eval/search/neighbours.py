@@ -30,7 +30,7 @@ def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int, search: Sea
     """Similarities and training image numbers (N, k), most similar first, found exactly on the device of `test_ND`.
 
     `faiss` is the flat index of FAISS, on the CPU. `blocks` scores in bfloat16 where there are units for it and in
-    float32 elsewhere, then decides in float32 (see `eval.blocks`); of equally similar images the lower number comes
+    float32 elsewhere, then decides in float32 (see `blocks`); of equally similar images the lower number comes
     first. `auto` takes blocks on a GPU, on CPUs with bfloat16 units or with a single thread, and for fewer than 1,000
     queries.
     """

@@ -154,6 +154,24 @@ def test_a_network_that_the_file_does_not_have_is_refused(tmp_path, content, ask
     assert sentence in error_of(file, weights_from=asked)
 
 
+@pytest.mark.parametrize(
+    ("layout", "table", "lost", "wanted", "other"),
+    [
+        (official.dino, "teacher", "backbone.blocks.1.mlp.fc1.bias", "teacher", "student"),
+        (official.ibot, "teacher", "module.backbone.blocks.1.mlp.fc1.bias", "teacher", "student"),
+        (official.moco_v3_vit, "state_dict", "module.base_encoder.blocks.1.mlp.fc1.bias", "student", "teacher"),
+    ],
+)
+def test_a_network_that_lacks_a_tensor_is_not_replaced_by_the_other(tmp_path, layout, table, lost, wanted, other):
+    own, others = (random_network(NAME, seed, **VIT).state_dict() for seed in (0, 1))
+    content = layout(own, others)
+    del content[table][lost]
+    file = write(tmp_path / "file.pth", content)
+    assert "it misses blocks.1.mlp.fc1.bias (1 in all)" in error_of(file)
+    assert "it misses blocks.1.mlp.fc1.bias (1 in all)" in error_of(file, weights_from=wanted)
+    assert start_from(file, weights_from=other).origin.text.startswith(f"{file}, took {len(own)} of")
+
+
 def test_which_network_needs_weights_and_no_tag():
     with pytest.raises(ValueError, match=r"weights_from=teacher chooses a network of backbone.weights"):
         BackboneConfig(name=NAME, weights_from="teacher")
