@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import numpy as np
@@ -25,7 +25,7 @@ from ssl_pipeline.backbones.memory_format import without_values
 from ssl_pipeline.backbones.positions import _cached_matrix
 from ssl_pipeline.batch import Batch
 from ssl_pipeline.commands.pretrain import PretrainConfig
-from ssl_pipeline.config import RECIPES, ConfigError, load
+from ssl_pipeline.config import RECIPES, ConfigError, InRange, run_command
 from ssl_pipeline.eval.measures import format_table
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.methods.base import Method
@@ -163,14 +163,21 @@ def _fused_attention() -> Iterator[None]:
         yield
 
 
-def table(config: PretrainConfig, processes: Sequence[int]) -> str:
+class MemoryConfig(PretrainConfig):
+    """What a step of a recipe needs on each process, in gigabytes: counted, nothing is computed."""
+
+    processes: tuple[Annotated[int, InRange(ge=1)], ...] = (1, 8, 64)
+    """Numbers of processes that share the work."""
+
+
+def table(config: MemoryConfig) -> str:
     """Gigabytes on each process, a line for each number of processes and layout."""
     method = method_without_values(config)
     bf16 = config.train.precision == "bf16"
     activations = kept_for_backward(method, config)
     trained, every = (sum(p.numel() for p in of) / 1e6 for of in (trained_of(method), method.parameters()))
     rows = []
-    for number, sharded in [(1, False)] + [(n, s) for n in processes if n > 1 for s in (False, True)]:
+    for number, sharded in [(1, False)] + [(n, s) for n in config.processes if n > 1 for s in (False, True)]:
         of = astuple(held(method, activations=activations, num_processes=number, sharded=sharded, bf16=bf16))
         layout = "fsdp" if sharded else "ddp" if number > 1 else "-"
         rows.append([str(number), layout, *(f"{size / GB:.2f}" for size in (*of, sum(of)))])
@@ -182,12 +189,15 @@ def table(config: PretrainConfig, processes: Sequence[int]) -> str:
     return f"{about}\n{format_table(titles, rows)}"
 
 
-def main(arguments: Sequence[str]) -> None:
-    asked = [pair.removeprefix("processes=") for pair in arguments if pair.startswith("processes=")]
-    processes = [int(number) for number in (asked or ["1,8,64"])[-1].split(",")]
-    settings = [pair for pair in arguments if not pair.startswith("processes=")]
-    print(table(load(PretrainConfig, settings, recipes=RECIPES), processes))
+def command(argv: Sequence[str] | None = None) -> int:
+    return run_command(
+        MemoryConfig,
+        lambda config: print(table(config)),
+        command="python -m benchmarks.memory",
+        argv=argv,
+        recipes=RECIPES,
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(command())

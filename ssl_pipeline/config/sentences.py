@@ -96,8 +96,6 @@ def _sentence(place: _Place, kind: str, got: object, message: str, context: Mapp
 
 def _join_alternatives(sentences: list[str]) -> str:
     """Several sentences about one key come from the members of a union: one sentence with "or"."""
-    if len(sentences) == 1:
-        return sentences[0]
     sentences = [sentence for sentence in sentences if "must be a valid array" not in sentence] or sentences[:1]
     if len(sentences) == 1:
         return sentences[0]

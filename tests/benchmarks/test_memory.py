@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import batch_of, held, kept_for_backward, main, method_without_values
+from benchmarks.memory import batch_of, command, held, kept_for_backward, method_without_values
 from ssl_pipeline.backbones import create_backbone
 from ssl_pipeline.commands.pretrain import PretrainConfig
-from ssl_pipeline.config import RECIPES, ConfigError, load
+from ssl_pipeline.config import RECIPES, load
 from ssl_pipeline.methods import build_method
 from ssl_pipeline.schedule import Progress
 
@@ -72,12 +72,23 @@ def test_what_is_counted_is_what_a_real_step_keeps():
     assert kept() == pytest.approx(sum(real.values()), rel=0.02)
 
 
-def test_methods_with_labels_are_refused():
-    with pytest.raises(ConfigError, match="FixMatch reads labelled images, which are not counted here"):
-        main(["recipe=cifar10_fixmatch_wrn28_2", "data.labelled.shards=none"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["recipe=cifar10_fixmatch_wrn28_2", "data.labelled.shards=none"],
+            "FixMatch reads labelled images, which are not counted here",
+        ),
+        (["recipe=nope"], "No recipe 'nope'"),
+        ([*TINY, "processes=0"], "processes[0] must be at least 1. Got 0"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_in_a_line(capsys, arguments, sentence):
+    assert command(arguments) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_the_table_has_a_line_for_each_layout(capsys):
-    main([*TINY, "processes=1,2"])
+    assert command([*TINY, "processes=1,2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[3:]] == [["1", "-"], ["2", "ddp"], ["2", "fsdp"]]

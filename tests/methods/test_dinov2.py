@@ -222,6 +222,11 @@ def test_a_backbone_without_what_it_needs_is_refused(backbone, sentence):
         dinov2(backbone)
 
 
+def test_blocks_whose_smallest_is_larger_than_their_largest_are_refused():
+    with pytest.raises(ConfigError, match=r"^method\.mask_min_block=5 is larger than method\.mask_max_block=4"):
+        dinov2(mask_min_block=5, mask_max_block=4)
+
+
 @pytest.mark.parametrize("setting", ["num_patch_prototypes", "patch_head_hidden", "patch_head_layers"])
 def test_settings_of_a_patch_head_that_is_not_there_are_refused(setting):
     with pytest.raises(ValueError, match=rf"{setting} has no effect with patch_head=shared"):
