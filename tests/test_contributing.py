@@ -75,7 +75,7 @@ def test_its_control_is_noticed(checkout: Path):
 
 
 def test_its_recipe_is_one_of_the_recipes(checkout: Path):
-    tests = ("tests/test_recipes.py", "tests/config/test_recipe_headers.py")
+    tests = ("tests/test_recipes.py", "tests/commands/test_recipe_headers.py")
     assert passed(checkout, *tests, "-k", "digits_spectral") >= 6
     told = run(checkout, "-m", "ssl_pipeline", "recipes", "digits_spectral")
     assert "Spectral contrastive loss, a small ResNet on scikit-learn's digits" in told

@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from ssl_pipeline.commands.recipe_headers import UNKNOWN, RecipeHeader, read_header
 from ssl_pipeline.config import RECIPES, Config, ConfigError, nearest, recipe_files, run_command
-from ssl_pipeline.config.recipe_headers import UNKNOWN, RecipeHeader, read_header
 
 COLUMNS = ("recipe", "what it trains", "cost", "theirs", "ours")
 

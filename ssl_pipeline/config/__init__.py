@@ -22,8 +22,10 @@ from pydantic import ValidationError
 
 from ssl_pipeline.config.arguments import origins, read_arguments
 from ssl_pipeline.config.base import (
+    ChangeMark,
     Config,
     ConfigError,
+    MayChange,
     PlaceText,
     RunError,
     SettingsError,
@@ -35,7 +37,6 @@ from ssl_pipeline.config.base import (
     sentences_of,
     some_of,
 )
-from ssl_pipeline.config.changes import Change, MayChange, changes
 from ssl_pipeline.config.failures import failure_sentence, is_out_of_memory, memory_asked_for, without_number
 from ssl_pipeline.config.help import help_page
 from ssl_pipeline.config.printing import bar_interval, launched_processes, launched_rank, printable
@@ -51,7 +52,7 @@ __all__ = [
     "RECIPES",
     "SELF_TRAINING",
     "BatchSize",
-    "Change",
+    "ChangeMark",
     "Config",
     "ConfigError",
     "Depth",
@@ -66,7 +67,6 @@ __all__ = [
     "Width",
     "at_home",
     "bar_interval",
-    "changes",
     "dump",
     "failure_sentence",
     "is_out_of_memory",

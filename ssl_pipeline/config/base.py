@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
 
@@ -16,6 +17,16 @@ Tree = dict[str, "Value"]
 Value = None | bool | int | float | str | list["Value"] | Tree
 Location = tuple[str, ...]
 NAMES_SHOWN = 8  # of a long list in an error
+
+
+@dataclass(frozen=True)
+class ChangeMark:
+    """The mark of a field that a resumed run may change."""
+
+
+T = TypeVar("T")
+MayChange = Annotated[T, ChangeMark()]
+"""It goes around the whole type: `MayChange[int | None]`, not `MayChange[int] | None`."""
 
 
 class ConfigError(ValueError):

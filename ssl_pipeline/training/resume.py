@@ -11,17 +11,14 @@ import torch
 from pydantic import JsonValue
 
 from ssl_pipeline.config import (
-    Change,
     Config,
     ConfigError,
-    changes,
     dump,
     printable,
     read_yaml,
     sentences_of,
     validate,
 )
-from ssl_pipeline.config.changes import short
 from ssl_pipeline.distributed import gather
 from ssl_pipeline.files import sha256_of_json
 from ssl_pipeline.methods.base import Method
@@ -29,6 +26,7 @@ from ssl_pipeline.run.checkpoint_files import Checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
 from ssl_pipeline.run.directory import RunDirectory, read_status
 from ssl_pipeline.run.optimizer_state import load_optimizer_tensors
+from ssl_pipeline.training.changes import Change, changes, short
 from ssl_pipeline.training.run import Output, Run
 from ssl_pipeline.training.saving import export_run
 

@@ -8,9 +8,10 @@ import pytest
 from pydantic import Field
 
 from ssl_pipeline.commands.pretrain import PretrainConfig
-from ssl_pipeline.config import RECIPES, Config, MayChange, changes, load, recipe_files
+from ssl_pipeline.config import RECIPES, ChangeMark, Config, MayChange, load, recipe_files
 from ssl_pipeline.config.schema import walk
 from ssl_pipeline.schedule import Duration
+from ssl_pipeline.training.changes import changes
 
 
 class Inner(Config):
@@ -95,7 +96,7 @@ def marks(config: Config, prefix: str = "") -> dict[str, bool]:
     found = {}
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        marked = any(type(mark).__name__ == "_MayChange" for mark in field.metadata)
+        marked = any(isinstance(mark, ChangeMark) for mark in field.metadata)
         if isinstance(value, Config) and not marked:
             found |= marks(value, f"{prefix}{name}.")
         else:
@@ -119,4 +120,4 @@ def test_marks_stand_around_whole_types():
         argv = [f"recipe={recipe}", "data.labelled.shards=x"] if "fixmatch" in recipe else [f"recipe={recipe}"]
         config = load(PretrainConfig, argv, recipes=RECIPES)
         for key, field in walk(PretrainConfig, config.model_dump()):
-            assert "_MayChange" not in str(field.annotation), key
+            assert "ChangeMark" not in str(field.annotation), key

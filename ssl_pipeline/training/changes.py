@@ -9,21 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
-from typing import Annotated, TypeVar
 
 from pydantic import JsonValue, TypeAdapter
 from pydantic_core import to_jsonable_python
 
-from ssl_pipeline.config.base import Config
-
-
-@dataclass(frozen=True)
-class _MayChange:
-    """The mark of a field; it goes around the whole type: `MayChange[int | None]`, not `MayChange[int] | None`."""
-
-
-T = TypeVar("T")
-MayChange = Annotated[T, _MayChange()]
+from ssl_pipeline.config import ChangeMark, Config
 
 ABSENT = None  # null leaves an entry out
 LONGEST_VALUE = 40
@@ -65,7 +55,7 @@ def _between(before: object, now: object, key: str, *, allowed: bool) -> Iterato
             names = ["name"]  # the other keys mean something else then
         for name in names:
             field = type(now).model_fields.get(name) or type(before).model_fields[name]
-            marked = allowed or any(isinstance(mark, _MayChange) for mark in field.metadata)
+            marked = allowed or any(isinstance(mark, ChangeMark) for mark in field.metadata)
             old, new = (getattr(config, name, ABSENT) for config in (before, now))
             yield from _between(old, new, _below(key, name), allowed=marked)
     elif isinstance(before, dict) and isinstance(now, dict):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ssl_pipeline.commands.recipe_headers import RecipeHeader, read_header
 from ssl_pipeline.config import RECIPES, ConfigError, recipe_files
-from ssl_pipeline.config.recipe_headers import RecipeHeader, read_header
 
 
 def written(tmp_path: Path, text: str) -> RecipeHeader:
