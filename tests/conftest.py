@@ -12,28 +12,40 @@ import pytest
 TYPICAL = {"dino", "simclr", "mae", "fixmatch", "dino_vits16", "simclr_resnet50", "caltech_no_label_to_few"}
 """The methods, recipes and comparisons that stand for all others while one works."""
 MANY = {
+    "test_api",
     "test_create",
+    "test_crop_on",
     "test_deduplicate",
+    "test_dense",
     "test_early_values",
+    "test_export",
     "test_finetune",
     "test_generated",
     "test_image_sizes",
     "test_images",
     "test_layouts",
     "test_library",
+    "test_linear",
     "test_loading",
+    "test_make_shards",
+    "test_masked_views",
     "test_networks",
     "test_notebooks",
     "test_number_ranges",
     "test_on_nan",
     "test_pictures_of_method",
-    "test_self_training",
     "test_refusals",
+    "test_remote",
+    "test_report",
+    "test_runs",
+    "test_self_training",
+    "test_tokens",
     "test_torture",
     "test_trial",
+    "test_view_sizes",
     "test_which_networks",
 }
-"""Modules that go through many networks, settings or whole runs; and the benchmarks."""
+"""Modules that go through many networks, settings, sizes, servers or whole runs; and the benchmarks."""
 
 
 @pytest.hookimpl(tryfirst=True)
