@@ -74,9 +74,9 @@ class VotesConfig(Config):
     """Votes weigh exp(similarity / temperature); several at once as `temperature=0.07,0.1`, the first is the
     headline."""
     search: Search = "auto"
-    """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in bfloat16 where the hardware has
-    units for it, then in float32; `auto` takes blocks on GPUs, on CPUs with such units or a single thread, and for few
-    test images."""
+    """How the neighbours are found, exactly either way: `faiss` on the CPU, `blocks` in int8 or bfloat16 where the
+    hardware has units for them, then in float32; `auto` takes blocks on GPUs, on CPUs with such units or a single
+    thread, and for few test images."""
 
     @property
     def temperatures(self) -> tuple[float, ...]:

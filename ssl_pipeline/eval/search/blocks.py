@@ -1,31 +1,31 @@
 """Exact nearest neighbours from coarse scores: the maxima of blocks say where to look, float32 decides.
 
-All training images are scored in a format that the hardware multiplies fast. What the format leaves off is measured,
-so that each coarse score is known to lie within an error of the true one; whatever could still be among the k best is
-scored again in float32. The result is that of an exhaustive search, whatever the format.
+All training images are scored in a format that the hardware multiplies fast, within a known error (see `coarse`);
+whatever could still be among the k best is scored again in float32. The result is that of an exhaustive search,
+whatever the format.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ssl_pipeline.eval.progress import counted
+from ssl_pipeline.eval.search.coarse import CACHED, SCORES, CoarseFeatures, lowest_scores
 
 SEARCH_MEMORY = 2**30  # bytes of temporary tensors; the coarse copy of the training features comes on top
 MOST_QUERIES = 512  # per block of queries: more make the product no faster, and their scores are fresh memory
-MULTIPLIED_ROWS = 32_768  # training rows of one product: what the library packs of them is not in SEARCH_MEMORY
-MORE = 64  # scores that are taken beyond the k best at once; most often they hold all that could be among these
-CACHED = 2**22  # bytes of features that a CPU rounds or scores again at once: out of its cache that takes twice as long
-ROUNDED = 2**26  # bytes that other devices round at once
+FILLED, WORTH_FILLING = 32, 256  # queries
+WORTH_SCORING = 1 / 200  # of all images, again, beyond the k best: with more, a finer format is faster
 
-# Axes: M training images, N queries, D feature dimensions, B blocks of R scores (block b holds the scores b, b + B,
-# b + 2B, ...: their maxima are then elementwise ones), X scores and C candidates of one query.
+# Axes: M training images, N queries, D feature dimensions, X scores of one query, in blocks of R (of B blocks, block b
+# holds the scores b, b + B, b + 2B, ...: their maxima are then elementwise ones), P pairs of a query and a candidate,
+# C candidates of one query.
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Plan:
     """Scores of a query: the training images, filled up to whole blocks."""
     queries: int
     limit: int
-    """Blocks, and then candidates, that one query may keep; a query that needs more is searched exhaustively."""
+    """Blocks, and then candidates, that one query may keep; where it needs more, it is searched exhaustively."""
     rescored: int
     """Bytes of features that are scored again at once."""
     bytes: int
@@ -56,86 +56,46 @@ def plan_search(num_train: int, dim: int, *, k: int, itemsize: int, rescored: in
     block = math.prod(sizes)
     columns = -(-num_train // block) * block
     limit = 4 * k + 256
-    kept = min(limit, columns // block)
+    maxima = [columns // math.prod(sizes[: n + 1]) for n in range(len(sizes))]
     per_query = (
         columns * itemsize  # scores
-        + sum(columns // math.prod(sizes[: n + 1]) for n in range(len(sizes))) * (itemsize + 5)  # maxima: as float32
-        + len(sizes) * kept * size * (itemsize + 5)  # scores of kept blocks
-        + (kept + limit) * (16 + itemsize)  # what is kept of them
-        + limit * 50  # candidates: numbers, similarities, order
+        + sum(maxima) * (itemsize + 5)  # and a copy of the last ones, and which of them are kept
+        + limit * max(sizes, default=0) * (2 * itemsize + 2)  # scores in kept blocks, and which of them are kept
+        + limit * 150  # pairs, then candidates: numbers, similarities, order
     )
-    rescored = max(4 * limit * dim, min(rescored, memory // 4))
+    rescored = max(8 * dim, min(rescored, memory // 4))
     queries = max(1, min(MOST_QUERIES, (memory - rescored) // per_query))
+    queries = queries if queries < WORTH_FILLING else queries // FILLED * FILLED
     return Plan(sizes, columns, queries, limit, rescored, queries * per_query + rescored)
 
 
-@dataclass(frozen=True)
-class CoarseFeatures:
-    """Training features in the dtype of `rows` (M, D), less their mean, which moves all scores of a query alike.
-
-    `rounding` is the largest length of what a row lost; `longest` is at least that of a rounded row, `largest` at least
-    that of a row as it was.
-    """
-
-    rows: Tensor
-    rounding: Tensor
-    longest: Tensor
-    largest: Tensor
-
-    @classmethod
-    def of(cls, train_MD: Tensor, dtype: torch.dtype) -> CoarseFeatures:
-        """In float32 the features themselves: nothing is lost, nothing is copied."""
-        on_cpu = train_MD.device.type == "cpu"
-        parts = train_MD.split(max(1, (CACHED if on_cpu else ROUNDED) // (4 * train_MD.shape[1])))
-        if dtype == torch.float32:
-            largest = torch.stack([rows.norm(dim=1).max() for rows in parts]).max()
-            return cls(train_MD, largest.new_zeros(()), largest, largest)
-        mean_D = train_MD.mean(dim=0)
-        rows_MD = torch.empty_like(train_MD, dtype=dtype)
-        lengths = []
-        buffers_2XD = parts[0].new_empty(2, *parts[0].shape)  # once: new memory for each part took half of the time
-        for rows, rounded in zip(parts, rows_MD.split(len(parts[0])), strict=True):
-            centred, lost = buffers_2XD[:, : len(rows)]
-            rounded.copy_(torch.sub(rows, mean_D, out=centred))
-            torch.sub(centred, lost.copy_(rounded), out=lost)
-            lengths.append(torch.stack([part.norm(dim=1).max() for part in (lost, centred)]))
-        lost, longest = torch.stack(lengths).amax(dim=0)
-        return cls(rows_MD, lost, longest + lost, longest + mean_D.norm())
-
-    def round_queries(self, queries_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries in the same format, and a bound (N,) on |coarse score - true score| before the score is rounded.
-
-        With q, t a query and a training row and q', t' their rounded versions, |qt - q't'| = |q(t - t') + (q - q')t'|
-        <= |q| |t - t'| + |q - q'| |t'|; the last term is float32's own error over D products, twice over.
-        """
-        rounded_ND = queries_ND.to(self.rows.dtype)
-        lengths_N = queries_ND.norm(dim=1)
-        error_N = lengths_N * self.rounding + (queries_ND - rounded_ND).norm(dim=1) * self.longest
-        products = 2 * (queries_ND.shape[1] + 8) * torch.finfo(torch.float32).eps
-        return rounded_ND, 1.001 * error_N + products * lengths_N * self.largest
-
-
 def block_neighbours(
-    train_MD: Tensor, test_ND: Tensor, *, k: int, dtype: torch.dtype, memory: int = SEARCH_MEMORY
+    train_MD: Tensor, test_ND: Tensor, *, k: int, formats: Sequence[torch.dtype], memory: int = SEARCH_MEMORY
 ) -> tuple[Tensor, Tensor]:
     """Similarities and training image numbers (N, k), most similar first, of equal ones the lower number first.
 
-    `dtype` is the format of the coarse scores and changes nothing but the time.
+    Coarse scores are in the first of `formats`, and in the next from where one leaves too many candidates on. Formats
+    change nothing but the time.
     """
     if not len(test_ND):
         return test_ND.new_empty(0, k, dtype=torch.float32), test_ND.new_empty(0, k, dtype=torch.long)
     train_MD, test_ND = train_MD.float().contiguous(), test_ND.float().contiguous()
-    coarse = CoarseFeatures.of(train_MD, dtype)
+    itemsize = max(SCORES[dtype].itemsize for dtype in formats)
     rescored = CACHED if train_MD.device.type == "cpu" else memory
-    plan = plan_search(*train_MD.shape, k=k, itemsize=dtype.itemsize, rescored=rescored, memory=memory)
-    parts = test_ND.tensor_split(-(-len(test_ND) // plan.queries))  # balanced: no small product at the end
-    scores_NX = train_MD.new_empty(len(parts[0]), plan.columns, dtype=dtype)
-    scores_NX[:, len(train_MD) :] = -torch.inf
+    plan = plan_search(*train_MD.shape, k=k, itemsize=itemsize, rescored=rescored, memory=memory)
+    first, *finer = formats
+    coarse = _CoarseSearch(train_MD, first, plan, k)
+    num_parts = -(-len(test_ND) // plan.queries)
+    parts = test_ND.split(_filled(-(-len(test_ND) // num_parts)))  # about equal: no small product at the end
     found = []
     for queries_ND in counted(parts, "nearest neighbours", unit="block"):
-        candidates_NC, complete_N = _candidates(coarse, queries_ND, scores_NX[: len(queries_ND)], k=k, plan=plan)
-        similarities_NK, neighbours_NK = _score_again(train_MD, queries_ND, candidates_NC, k=k, memory=plan.rescored)
-        hard = (~complete_N).nonzero().flatten()
+        image_P, query_P = coarse.candidates(queries_ND)
+        while finer and _too_many(query_P, len(queries_ND), k=k, num_train=len(train_MD)):
+            del coarse  # its memory is the next one's
+            coarse = _CoarseSearch(train_MD, finer.pop(0), plan, k)
+            image_P, query_P = coarse.candidates(queries_ND)
+        similarities_NK, neighbours_NK = _score_again(train_MD, queries_ND, image_P, query_P, k=k, memory=plan.rescored)
+        hard = similarities_NK[:, -1].isneginf().nonzero().flatten()
         if len(hard):
             similarities_NK[hard], neighbours_NK[hard] = exhaustive_neighbours(
                 train_MD, queries_ND[hard], k=k, memory=memory
@@ -145,69 +105,98 @@ def block_neighbours(
     return torch.cat(similarities), torch.cat(neighbours)
 
 
-def _candidates(
-    coarse: CoarseFeatures, queries_ND: Tensor, scores_NX: Tensor, *, k: int, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """Numbers (N, C) of training images among which the k best are, and whether that is certain (N,)."""
-    rounded_ND, error_N = coarse.round_queries(queries_ND)
-    with _float32_sums():
-        for rows, columns in zip(
-            coarse.rows.split(MULTIPLIED_ROWS),
-            scores_NX[:, : len(coarse.rows)].split(MULTIPLIED_ROWS, dim=1),
-            strict=True,
-        ):
-            torch.mm(rounded_ND, rows.T, out=columns)
-    return _candidates_among(scores_NX, error_N, plan.sizes, k=k, limit=plan.limit)
+class _CoarseSearch:
+    """Finds what could be among the k best, in one format and in memory for the scores that it keeps."""
+
+    def __init__(self, train_MD: Tensor, dtype: torch.dtype, plan: Plan, k: int) -> None:
+        self.coarse = CoarseFeatures.of(train_MD, dtype)
+        self.plan, self.k = plan, k
+        self.unused = train_MD.new_empty(0, dtype=SCORES[dtype])
+        self.lowest, self.highest = _range(SCORES[dtype])
+
+    def candidates(self, queries_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (P,) and queries (P,) of pairs among which each query's k best are; none of a query with too many.
+
+        The k-th best of the maxima of blocks says below which score none of the k best can be: such images are left
+        out, and so is each block whose maximum is below.
+        """
+        scores_XN, error_N = self._scores(queries_ND)
+        levels = [scores_XN]
+        for size in self.plan.sizes:
+            levels.append(levels[-1].unflatten(0, (size, -1)).amax(dim=0))
+        lowest_N = lowest_scores(levels[-1].topk(self.k, dim=0).values[-1], error_N)
+        num_queries = len(lowest_N)
+        place_P, query_P = self._reached(levels.pop(), lowest_N, torch.arange(num_queries, device=lowest_N.device))
+        for size, level_XN in zip(reversed(self.plan.sizes), reversed(levels), strict=True):
+            pair_P = place_P * num_queries + query_P
+            scores_RP = torch.stack([block_scores.take(pair_P) for block_scores in level_XN.view(size, -1)])
+            row_P, column_P = self._reached(scores_RP, lowest_N, query_P)
+            place_P, query_P = row_P * (len(level_XN) // size) + place_P[column_P], query_P[column_P]
+        return place_P, query_P
+
+    def _scores(self, queries_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (X, N) and bounds (N,) on their errors; N is filled up by queries without candidates."""
+        rounded_ND, error_N = self.coarse.round_queries(queries_ND)
+        missing = _filled(len(queries_ND)) - len(queries_ND)
+        size = self.plan.columns * (len(queries_ND) + missing)
+        if len(self.unused) < size:
+            self.unused = self.unused.new_empty(size)
+        scores_XN = self.unused[:size].view(self.plan.columns, -1)
+        num_train = len(self.coarse.rows)
+        self.coarse.scores(pad(rounded_ND, (0, 0, 0, missing)), out=scores_XN[:num_train])
+        scores_XN[num_train:] = self.lowest
+        return scores_XN, pad(error_N, (0, missing), value=-torch.inf)
+
+    def _reached(self, scores_RP: Tensor, lowest_N: Tensor, query_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns of scores that are not too low; of a query that keeps too many, all are from now on."""
+        reached_RP = scores_RP >= lowest_N[query_P]
+        count_N = torch.zeros_like(lowest_N, dtype=torch.long).index_add_(0, query_P, reached_RP.sum(dim=0))
+        lowest_N.masked_fill_(count_N > self.plan.limit, self.highest)
+        row_P, column_P = (reached_RP & (lowest_N[query_P] < self.highest)).nonzero(as_tuple=True)
+        return row_P, column_P
 
 
-def _candidates_among(
-    scores_NX: Tensor, error_N: Tensor, sizes: tuple[int, ...], *, k: int, limit: int
-) -> tuple[Tensor, Tensor]:
-    """Places (N, C) among which the k best are, looked for in the blocks whose maxima could be among the k best."""
-    if not sizes:
-        return _could_be_best(scores_NX, error_N, k=k, limit=limit)
-    scores_NRB = scores_NX.unflatten(1, (sizes[0], -1))
-    kept_NB, enough_N = _candidates_among(scores_NRB.amax(dim=1), error_N, sizes[1:], k=k, limit=limit)
-    kept_scores_NRB = scores_NRB.gather(2, kept_NB[:, None, :].expand(-1, sizes[0], -1))
-    place_NC, complete_N = _could_be_best(kept_scores_NRB.flatten(1), error_N, k=k, limit=limit)
-    num_blocks, num_kept = scores_NRB.shape[2], kept_NB.shape[1]
-    return place_NC // num_kept * num_blocks + kept_NB.gather(1, place_NC % num_kept), enough_N & complete_N
+def _too_many(query_P: Tensor, num_queries: int, *, k: int, num_train: int) -> bool:
+    """Whether more is to be scored again, for hard queries all images, than a finer format would cost."""
+    hard = int((torch.bincount(query_P, minlength=num_queries) < k).sum())
+    again = len(query_P) - k * (num_queries - hard) + num_train * hard
+    return again > WORTH_SCORING * num_queries * num_train
 
 
-def _could_be_best(scores_NX: Tensor, error_N: Tensor, *, k: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Places of all scores that can belong to the k best true ones, and whether `limit` places hold them (N,).
-
-    k scores reach the k-th best one, so the k-th best true score lies at most an error below it; a true score above
-    that has a coarse score at most another error below.
-    """
-    top = scores_NX.topk(min(k + MORE, limit, scores_NX.shape[1]))
-    step = torch.finfo(scores_NX.dtype).eps  # of the scores themselves, whose rounding is half of it at most
-    kth_N1 = top.values[:, k - 1 : k].float()
-    lowest_N1 = kth_N1 - step * kth_N1.abs() - 2 * error_N[:, None]
-    lowest_N1 -= step * lowest_N1.abs()
-    width = max(int((top.values >= lowest_N1).sum(dim=1).max()), k)
-    if width < top.values.shape[1] or width == scores_NX.shape[1]:
-        return top.indices[:, :width], torch.ones_like(error_N, dtype=torch.bool)
-    counts_N = (scores_NX >= lowest_N1).sum(dim=1)
-    width = min(int(counts_N.max()), limit)
-    return scores_NX.topk(width, sorted=False).indices, counts_N <= width
+def _range(dtype: torch.dtype) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    if dtype.is_floating_point:
+        return -torch.inf, torch.inf
+    return torch.iinfo(dtype).min, torch.iinfo(dtype).max
 
 
 def _score_again(
-    train_MD: Tensor, queries_ND: Tensor, candidates_NC: Tensor, *, k: int, memory: int
+    train_MD: Tensor, queries_ND: Tensor, image_P: Tensor, query_P: Tensor, *, k: int, memory: int
 ) -> tuple[Tensor, Tensor]:
-    """The k best candidates by their products in float32; the sums of equal rows are equal wherever they are."""
-    similarities = []
-    rows = max(1, memory // (4 * candidates_NC.shape[1] * train_MD.shape[1]))
-    candidates_NC = candidates_NC.sort(dim=1).values
-    buffer_XD = train_MD.new_empty(min(rows, len(queries_ND)) * candidates_NC.shape[1], train_MD.shape[1])
-    for queries, candidates in zip(queries_ND.split(rows), candidates_NC.split(rows), strict=True):
-        numbers = candidates.clamp(max=len(train_MD) - 1).flatten()
-        features_XD = torch.index_select(train_MD, 0, numbers, out=buffer_XD[: len(numbers)])
-        similarities.append(features_XD.unflatten(0, candidates.shape).mul_(queries[:, None]).sum(dim=2))
-    padding_NC = candidates_NC >= len(train_MD)
-    best = torch.cat(similarities).masked_fill_(padding_NC, -torch.inf).sort(dim=1, descending=True, stable=True)
-    return best.values[:, :k], candidates_NC.gather(1, best.indices[:, :k])
+    """The k best of each query by their products in float32, -inf where it has fewer than k images.
+
+    The sums of equal rows are equal wherever they are.
+    """
+    num_train, dim = train_MD.shape
+    pair_P = (query_P * num_train + image_P).sort().values
+    query_P, image_P = pair_P // num_train, pair_P % num_train
+    rows = memory // (8 * dim)
+    buffer_2XD = train_MD.new_empty(2, min(rows, len(pair_P)), dim)
+    products = []
+    for images, queries in zip(image_P.split(rows), query_P.split(rows), strict=True):
+        left_XD, right_XD = buffer_2XD[:, : len(images)]
+        torch.index_select(train_MD, 0, images, out=left_XD)
+        torch.index_select(queries_ND, 0, queries, out=right_XD)
+        products.append(left_XD.mul_(right_XD).sum(dim=1))
+    count_N = torch.bincount(query_P, minlength=len(queries_ND))
+    slot_P = torch.arange(len(pair_P), device=pair_P.device) - (count_N.cumsum(0) - count_N)[query_P]
+    width = max(k, int(count_N.max()))
+    products_NC = queries_ND.new_full((len(queries_ND), width), -torch.inf)
+    products_NC[query_P, slot_P] = torch.cat(products)
+    images_NC = torch.zeros_like(products_NC, dtype=torch.long)
+    images_NC[query_P, slot_P] = image_P
+    best = products_NC.sort(dim=1, descending=True, stable=True)
+    return best.values[:, :k], images_NC.gather(1, best.indices[:, :k])
 
 
 def exhaustive_neighbours(
@@ -230,13 +219,6 @@ def exhaustive_neighbours(
     return torch.cat(similarities), torch.cat(neighbours)
 
 
-@contextmanager
-def _float32_sums() -> Iterator[None]:
-    """Products of bfloat16 on a GPU sum in float32 throughout, as the error bound assumes."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
+def _filled(queries: int) -> int:
+    """As many, or a few more, so that each row of scores begins where a line of the cache does."""
+    return queries if queries < WORTH_FILLING else -(-queries // FILLED) * FILLED

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by inner product: FAISS, or blocks where the hardware multiplies bfloat16 fast."""
+"""Exact nearest neighbours by inner product: FAISS, or blocks where the hardware multiplies shorter formats fast."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ ENOUGH_QUERIES = 1000  # in a FAISS call; with a few hundred it multiplies vecto
 ONE_THREAD = 1
 CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
+INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
+WORTH_INT8 = 2000  # training images for each of the k neighbours; with fewer, its many candidates cost what it saves
 
 # Axes: M training images, N queries, D feature dimensions, K neighbours.
 
@@ -29,18 +31,18 @@ BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
 def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int, search: Search = "auto") -> tuple[Tensor, Tensor]:
     """Similarities and training image numbers (N, k), most similar first, found exactly on the device of `test_ND`.
 
-    `faiss` is the flat index of FAISS, on the CPU. `blocks` scores in bfloat16 where there are units for it and in
-    float32 elsewhere, then decides in float32 (see `blocks`); of equally similar images the lower number comes
-    first. `auto` takes blocks on a GPU, on CPUs with bfloat16 units or with a single thread, and for fewer than 1,000
+    `faiss` is the flat index of FAISS, on the CPU. `blocks` scores in int8 or bfloat16 where there are units for them
+    and in float32 elsewhere, then decides in float32 (see `blocks`); of equally similar images the lower number comes
+    first. `auto` takes blocks on a GPU, on CPUs with such units or with a single thread, and for fewer than 1,000
     queries.
     """
     require_k(k, len(train_MD))
     require_finite(train_MD, what="training images")
     require_finite(test_ND, what="test images")
-    if choose_search(search, test_ND.device, num_queries=len(test_ND)) == "faiss":
+    formats = coarse_formats(test_ND.device, num_train=len(train_MD), k=k)
+    if choose_search(search, test_ND.device, formats, num_queries=len(test_ND)) == "faiss":
         return faiss_neighbours(train_MD, test_ND, k=k)
-    dtype = torch.bfloat16 if has_bfloat16_units(test_ND.device) else torch.float32
-    return block_neighbours(train_MD.to(test_ND.device), test_ND, k=k, dtype=dtype)
+    return block_neighbours(train_MD.to(test_ND.device), test_ND, k=k, formats=formats)
 
 
 def other_neighbours(
@@ -55,12 +57,21 @@ def other_neighbours(
     return similarities_NK[~dropped_NK].view(-1, k), neighbours_NK[~dropped_NK].view(-1, k)
 
 
-def choose_search(search: Search, device: torch.device, *, num_queries: int) -> ChosenSearch:
-    """What `auto` means on this device; anything else is itself."""
+def coarse_formats(device: torch.device, *, num_train: int, k: int) -> tuple[torch.dtype, ...]:
+    """The formats of coarse scores that pay on this device for so many images, the fastest and coarsest first."""
+    int8 = (torch.int8,) if has_int8_units(device) and num_train >= WORTH_INT8 * k else ()
+    bfloat16 = (torch.bfloat16,) if has_bfloat16_units(device) else ()
+    return *int8, *bfloat16, torch.float32
+
+
+def choose_search(
+    search: Search, device: torch.device, formats: tuple[torch.dtype, ...], *, num_queries: int
+) -> ChosenSearch:
+    """What `auto` means on this device with these formats of coarse scores; anything else is itself."""
     if search != "auto":
         return search
     few = num_queries < ENOUGH_QUERIES or torch.get_num_threads() == ONE_THREAD
-    return "blocks" if device.type != "cpu" or has_bfloat16_units(device) or few else "faiss"
+    return "blocks" if device.type != "cpu" or formats[0] != torch.float32 or few else "faiss"
 
 
 def faiss_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
@@ -77,6 +88,11 @@ def has_bfloat16_units(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and bool(cpu_flags() & BFLOAT16_FLAGS)
+
+
+def has_int8_units(device: torch.device) -> bool:
+    """Whether a CPU multiplies int8 matrices faster than others: by its flags."""
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and bool(cpu_flags() & INT8_FLAGS)
 
 
 @cache

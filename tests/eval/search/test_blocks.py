@@ -9,14 +9,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_pipeline.eval.search.blocks import (
     SEARCH_MEMORY,
-    CoarseFeatures,
     block_neighbours,
     exhaustive_neighbours,
     plan_search,
 )
+from ssl_pipeline.eval.search.coarse import CoarseFeatures
 
-DTYPES = [torch.float32, torch.bfloat16]
-KINDS = ["random", "clustered", "duplicates", "equal", "collapsed", "sorted by cluster", "long and short"]
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+KINDS = [
+    "random",
+    "clustered",
+    "duplicates",
+    "equal",
+    "collapsed",
+    "sorted by cluster",
+    "long and short",
+    "heavy tails",
+]
 
 
 def features_of(kind: str, *, num_train: int = 1501, num_test: int = 60, dim: int = 24) -> tuple[Tensor, Tensor]:
@@ -36,6 +45,9 @@ def features_of(kind: str, *, num_train: int = 1501, num_test: int = 60, dim: in
         train, test = 1 + 1e-2 * train, 1 + 1e-2 * test
     if kind == "long and short":
         return train * torch.rand(num_train, 1, generator=generator) ** 4, 3 * test
+    if kind == "heavy tails":  # a few large values, and a dimension that is larger than all others
+        train, test = train**5, test**5
+        train[:, 3], test[:, 3] = 100 * train[:, 3], 100 * test[:, 3]
     return normalize(train, dim=1), normalize(test, dim=1)
 
 
@@ -58,7 +70,7 @@ def recall(train: Tensor, test: Tensor, neighbours: Tensor, k: int) -> float:
 def test_the_recall_is_one(kind: str, dtype: torch.dtype) -> None:
     train, test = features_of(kind)
     for k in (1, 20, 200):
-        similarities, neighbours = block_neighbours(train, test, k=k, dtype=dtype)
+        similarities, neighbours = block_neighbours(train, test, k=k, formats=[dtype])
         assert recall(train, test, neighbours, k) == 1.0
         assert all(len(set(row)) == k for row in neighbours.tolist())
         torch.testing.assert_close(similarities.double(), brute_force(train, test, k)[0].double(), rtol=1e-6, atol=1e-6)
@@ -67,7 +79,7 @@ def test_the_recall_is_one(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_image_can_be_a_neighbour(dtype: torch.dtype) -> None:
     train, test = features_of("random", num_train=37, num_test=5)
-    _, neighbours = block_neighbours(train, test, k=37, dtype=dtype)
+    _, neighbours = block_neighbours(train, test, k=37, formats=[dtype])
     assert torch.equal(neighbours.sort(dim=1).values, torch.arange(37).expand(5, 37))
 
 
@@ -76,7 +88,7 @@ def test_of_equal_images_the_first_are_taken(dtype: torch.dtype) -> None:
     few = torch.eye(4)
     train = few[torch.arange(2000) % 4]  # 500 of each, more than the candidates of k=3 and fewer than those of k=100
     for k in (3, 100):
-        _, neighbours = block_neighbours(train, few, k=k, dtype=dtype)
+        _, neighbours = block_neighbours(train, few, k=k, formats=[dtype])
         assert torch.equal(neighbours, torch.stack([torch.arange(first, first + 4 * k, 4) for first in range(4)]))
 
 
@@ -88,26 +100,49 @@ def test_the_exhaustive_search_is_the_stable_sort() -> None:
     assert torch.equal(neighbours, numbers)
 
 
+@pytest.mark.parametrize("num_train", [1501, 9001])
+@pytest.mark.parametrize(("dtype", "worst"), [(torch.bfloat16, 0.02), (torch.int8, 0.2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_coarse_scores_lie_within_their_error(kind: str) -> None:
-    train, test = features_of(kind)
-    coarse = CoarseFeatures.of(train, torch.bfloat16)
+def test_coarse_scores_lie_within_their_error(kind: str, dtype: torch.dtype, worst: float, num_train: int) -> None:
+    train, test = features_of(kind, num_train=num_train)
+    coarse = CoarseFeatures.of(train, dtype)
     rounded, error = coarse.round_queries(test)
-    true = test.double() @ (train - train.mean(dim=0)).double().T
-    assert ((rounded.double() @ coarse.rows.double().T - true).abs() <= error[:, None]).all()
-    assert (error <= 0.02 * test.norm(dim=1) * train.norm(dim=1).max()).all()  # and the error is worth knowing
+    scores, error = rounded.double() @ coarse.rows.double().T, error.double()
+    if coarse.steps is not None:
+        assert max(rounded.abs().max(), coarse.rows.abs().max()) == 127  # the whole range
+        step = (test * coarse.steps).abs().amax(dim=1).double() / 127
+        scores, error = scores * step[:, None], error * step
+    mean = train[:: -(-num_train // 4096)].mean(dim=0)
+    true = test.double() @ (train - mean).double().T
+    assert ((scores - true).abs() <= error[:, None]).all()
+    assert (error <= worst * test.norm(dim=1) * train.norm(dim=1).max()).all()  # and the error is worth knowing
+
+
+def test_a_format_that_leaves_too_many_candidates_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    of = CoarseFeatures.of
+    monkeypatch.setattr(CoarseFeatures, "of", lambda train, dtype: [taken.append(dtype), of(train, dtype)][1])
+    formats = [torch.int8, torch.bfloat16, torch.float32]
+    for kind, expected in (("clustered", formats), ("random", formats[:1])):
+        train, test = features_of(kind, num_train=20_000, num_test=600)
+        taken.clear()
+        similarities, neighbours = block_neighbours(train, test, k=5, formats=formats)
+        assert taken == expected
+        exact = block_neighbours(train, test, k=5, formats=[torch.float32])
+        assert torch.equal(neighbours, exact[1])
+        assert torch.equal(similarities, exact[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_cut_into_queries_changes_nothing(dtype: torch.dtype) -> None:
     train, test = features_of("clustered")
-    whole, parts = (block_neighbours(train, test, k=20, dtype=dtype, memory=memory) for memory in (2**30, 2**18))
+    whole, parts = (block_neighbours(train, test, k=20, formats=[dtype], memory=memory) for memory in (2**30, 2**18))
     torch.testing.assert_close(whole[0], parts[0], rtol=0, atol=0)
     assert torch.equal(whole[1], parts[1])
 
 
 def test_no_query_has_no_neighbours() -> None:
-    similarities, neighbours = block_neighbours(torch.eye(3), torch.empty(0, 3), k=2, dtype=torch.float32)
+    similarities, neighbours = block_neighbours(torch.eye(3), torch.empty(0, 3), k=2, formats=[torch.float32])
     assert similarities.shape == neighbours.shape == (0, 2)
 
 
@@ -153,7 +188,7 @@ def test_temporary_tensors_stay_within_the_memory(kind: str, dtype: torch.dtype)
     train, test = features_of(kind, num_train=20_000, num_test=256)
     memory = 2**23
     with PeakBytes() as counted:
-        block_neighbours(train, test, k=20, dtype=dtype, memory=memory)
+        block_neighbours(train, test, k=20, formats=[dtype], memory=memory)
     copies = 2 * train.nbytes if dtype == torch.bfloat16 else train.nbytes  # made before the search, or besides it
     results = 3 * test.shape[0] * 20 * 12
     assert memory // 8 < counted.peak <= memory + copies + results
@@ -164,5 +199,5 @@ def test_temporary_tensors_stay_within_the_memory(kind: str, dtype: torch.dtype)
 def test_a_gpu_finds_the_same(kind: str) -> None:
     train, test = features_of(kind)
     for k in (1, 20, 200):
-        _, neighbours = block_neighbours(train.cuda(), test.cuda(), k=k, dtype=torch.bfloat16)
+        _, neighbours = block_neighbours(train.cuda(), test.cuda(), k=k, formats=[torch.bfloat16])
         assert recall(train, test, neighbours.cpu(), k) == 1.0

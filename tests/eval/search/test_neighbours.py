@@ -7,8 +7,10 @@ from torch.nn.functional import normalize
 from ssl_pipeline.eval.search import neighbours as module
 from ssl_pipeline.eval.search.neighbours import (
     choose_search,
+    coarse_formats,
     cpu_flags,
     has_bfloat16_units,
+    has_int8_units,
     nearest_neighbours,
     search_device,
 )
@@ -28,37 +30,54 @@ def test_all_searches_find_the_same(num_queries: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "units", "threads", "num_queries", "expected"),
+    ("device", "fastest", "threads", "num_queries", "expected"),
     [
-        (CPU, False, 2, 1000, "faiss"),
-        (CPU, False, 1, 1000, "blocks"),
-        (CPU, False, 2, 999, "blocks"),  # FAISS would search vector by vector
-        (CPU, True, 2, 50_000, "blocks"),
-        (GPU, True, 2, 50_000, "blocks"),
-        (GPU, False, 2, 50_000, "blocks"),  # faiss-cpu would copy the features to the host
+        (CPU, torch.float32, 2, 1000, "faiss"),
+        (CPU, torch.float32, 1, 1000, "blocks"),
+        (CPU, torch.float32, 2, 999, "blocks"),  # FAISS would search vector by vector
+        (CPU, torch.bfloat16, 2, 50_000, "blocks"),
+        (CPU, torch.int8, 2, 50_000, "blocks"),
+        (GPU, torch.bfloat16, 2, 50_000, "blocks"),
+        (GPU, torch.float32, 2, 50_000, "blocks"),  # faiss-cpu would copy the features to the host
     ],
 )
 def test_auto_follows_the_hardware_and_the_number_of_queries(
-    device: torch.device, units: bool, threads: int, num_queries: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    device: torch.device,
+    fastest: torch.dtype,
+    threads: int,
+    num_queries: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "has_bfloat16_units", lambda _: units)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert choose_search("auto", device, num_queries=num_queries) == expected
-    assert choose_search("faiss", device, num_queries=num_queries) == "faiss"
-    assert choose_search("blocks", device, num_queries=num_queries) == "blocks"
+    formats = (fastest, torch.float32)
+    assert choose_search("auto", device, formats, num_queries=num_queries) == expected
+    assert choose_search("faiss", device, formats, num_queries=num_queries) == "faiss"
+    assert choose_search("blocks", device, formats, num_queries=num_queries) == "blocks"
 
 
-@pytest.mark.parametrize(("flag", "expected"), [("amx_bf16", True), ("avx512_bf16", True), ("avx512_vnni", False)])
-def test_a_cpu_has_bfloat16_units_if_its_flags_say_so(
-    flag: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("flags", "bfloat16", "int8"),
+    [
+        ("amx_bf16 amx_int8", True, True),
+        ("avx512_bf16", True, False),
+        ("avx512_vnni", False, True),
+        ("avx_vnni", False, True),
+        ("avx2", False, False),
+        (None, False, False),
+    ],
+)
+def test_the_flags_of_a_cpu_say_which_formats_it_multiplies_fast(
+    flags: str | None, bfloat16: bool, int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu sse2 {flag} avx\n\nprocessor\t: 1\n")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu sse2 {flags} avx\n\nprocessor\t: 1\n")
     monkeypatch.setattr(module, "CPU_INFO", tmp_path / "cpuinfo")
     cpu_flags.cache_clear()
-    assert has_bfloat16_units(CPU) is expected
-    monkeypatch.setattr(module, "CPU_INFO", tmp_path / "absent")
-    cpu_flags.cache_clear()
-    assert not has_bfloat16_units(CPU)
+    assert (has_bfloat16_units(CPU), has_int8_units(CPU)) == (bfloat16, int8)
+    finer = (torch.bfloat16, torch.float32) if bfloat16 else (torch.float32,)
+    assert coarse_formats(CPU, num_train=40_000, k=20) == ((torch.int8, *finer) if int8 else finer)
+    assert coarse_formats(CPU, num_train=39_999, k=20) == finer  # too few images for what int8 costs
     cpu_flags.cache_clear()
 
 
