@@ -14,6 +14,7 @@ from PIL import Image
 
 from ssl_pipeline.commands.console import COMMANDS
 from ssl_pipeline.config import Config
+from ssl_pipeline.config.descriptions import described_fields
 from ssl_pipeline.eval import classifier, clustering, few_shot, images, knn, label_free, linear, suite
 from ssl_pipeline.packing.make_shards import MakeShards, make_shards
 
@@ -178,7 +179,7 @@ def test_one_image_is_no_set_of_labelled_images(
 def takes_folders(module: str) -> bool:
     """Whether a command has a setting of images that may be a folder."""
     schemas = [one for one in vars(import_module(module)).values() if isinstance(one, type) and issubclass(one, Config)]
-    fields = [(name, field) for schema in schemas for name, field in schema.model_fields.items()]
+    fields = [(name, field) for schema in schemas for name, field in described_fields(schema).items()]
     return any(name in images.IMAGES and "folder" in (field.description or "") for name, field in fields)
 
 
