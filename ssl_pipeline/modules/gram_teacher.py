@@ -57,13 +57,13 @@ class GramConfig(Config):
         if (self.teacher is None) == (self.first is None):
             got = "neither" if self.teacher is None else "both"
             raise ValueError(
-                "Gram anchoring needs a Gram teacher: set gram.first, after how many steps the teacher is kept as such "
-                f"(0 with backbone.weights), or gram.teacher=FILE. Got {got}."
+                "Gram anchoring needs a Gram teacher: set method.gram.first, after how many steps the teacher is kept "
+                f"as such (0 with backbone.weights), or method.gram.teacher=FILE. Got {got}."
             )
         if self.every is not None and (self.first is None or self.every == 0):
-            raise ValueError("every is how many steps after gram.first the Gram teacher is taken again; at least 1.")
+            raise ValueError("every is how many steps after method.gram.first it is taken again; at least 1.")
         if self.max_updates is not None and self.every is None:
-            raise ValueError("max_updates has no effect without gram.every. Leave it out.")
+            raise ValueError("max_updates has no effect without method.gram.every. Leave it out.")
         if self.tokens == "masked" and self.per_image:
             raise ValueError("tokens=masked needs per_image=false: images have different numbers of masked patches.")
         return self
@@ -82,7 +82,10 @@ class GramTeacher(nn.Module):
         if not file.is_file():
             raise ConfigError(f"method.gram.teacher must be a file of weights. There is no '{file}'.")
         loaded = deepcopy(backbone)
-        load_source(loaded.model, str(file), network=None)
+        try:
+            load_source(loaded.model, str(file), network=None)
+        except ConfigError as error:
+            raise ConfigError(f"method.gram.teacher: {error}") from None
         self.snapshot = Snapshot(loaded, source=file)
 
     def loss(self, student_NLD: Tensor, batch: Batch, masked: MaskedPatches, progress: Progress) -> Tensor:

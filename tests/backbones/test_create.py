@@ -303,6 +303,10 @@ def test_frozen_statistics_need_weights_and_batch_norm(tmp_path):
         ({"name": "resnet81"}, "No timm model 'resnet81'"),
         ({"name": "resnet18", "weights": "in2k"}, "run or pretrained 'resnet18.in2k'"),
         ({"name": "resnet18", "weights": "no.pth"}, "backbone.weights=no.pth does not exist"),
+        (
+            {"name": "resnet18", "weights": "{folder}"},
+            r"^backbone\.weights=.* is a directory without weights: .* no file called backbone\.safetensors, ",
+        ),
         ({"name": "resnet18", "weights": "{file}"}, "does not fit: .* It fits test_resnet"),
         ({"name": "resnet18", "arguments": {"patch_size": 8}}, "timm cannot create 'resnet18'"),
         ({"name": "convnext_atto", "small_images": True}, "small_images needs a ResNet"),
@@ -312,7 +316,7 @@ def test_frozen_statistics_need_weights_and_batch_norm(tmp_path):
 def test_an_outline_tells_what_the_network_itself_would(tmp_path, settings, sentence):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "file.pth")
     if "weights" in settings:
-        settings = settings | {"weights": settings["weights"].format(file=tmp_path / "file.pth")}
+        settings = settings | {"weights": settings["weights"].format(file=tmp_path / "file.pth", folder=tmp_path)}
     config, told = validate(BackboneConfig, settings), []
     for create in (create_backbone, outline_backbone):
         with pytest.raises(ConfigError, match=sentence) as error:

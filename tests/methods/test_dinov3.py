@@ -154,6 +154,12 @@ def test_the_gram_teacher_is_taken_when_it_is_due():
     assert [rule.name for rule in dinov3().needs] == ["global", "local"]
 
 
+def test_a_file_that_does_not_fit_is_told_with_its_key(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match=r"^method\.gram\.teacher: .*other\.safetensors does not fit: "):
+        dinov3(**gram(first=None, teacher=str(tmp_path / "other.safetensors")))
+
+
 def test_a_gram_teacher_from_a_file_stays_and_is_not_saved(tmp_path):
     other = token_method(DINOv3, DINOv3Config(name="dinov3", **SMALL)).student.backbone.model
     with torch.no_grad():
@@ -203,10 +209,10 @@ def test_a_collapse_shows():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({}, r"Gram anchoring needs a Gram teacher: set gram\.first.* or gram\.teacher=FILE\. Got neither"),
+        ({}, r"needs a Gram teacher: set method\.gram\.first.* or method\.gram\.teacher=FILE\. Got neither"),
         ({"first": 1, "teacher": "file"}, r"Got both"),
-        ({"teacher": "file", "every": 5}, r"every is how many steps after gram\.first"),
-        ({"first": 1, "max_updates": 5}, r"max_updates has no effect without gram\.every"),
+        ({"teacher": "file", "every": 5}, r"every is how many steps after method\.gram\.first"),
+        ({"first": 1, "max_updates": 5}, r"max_updates has no effect without method\.gram\.every"),
         ({"first": 1, "tokens": "masked"}, r"tokens=masked needs per_image=false"),
     ],
 )

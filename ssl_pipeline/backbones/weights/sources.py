@@ -70,7 +70,7 @@ def to_be_fetched(name: str) -> str | None:
 
 
 def require_place(weights: str, *, key: str = "backbone.weights") -> Path:
-    """The file or directory that `key` names; ConfigError if there is none."""
+    """The file or directory that `key` names; ConfigError if there is none, or nothing in the directory to read."""
     path = Path(weights).expanduser()
     if not path.exists():
         tagged = without_hub(weights)
@@ -80,7 +80,17 @@ def require_place(weights: str, *, key: str = "backbone.weights") -> Path:
         raise ConfigError(
             f"{key}={weights} does not exist. Needed: a file, the directory of a run, or a tag of timm.{hint}"
         )
+    if path.is_dir() and not holds_checkpoints(path) and not any((path / name).is_file() for name in FILES):
+        raise ConfigError(
+            f"{key}={weights} is a directory without weights: it has no checkpoints of a run, and no file called "
+            f"{', '.join(FILES[:-1])} or {FILES[-1]}. Name a file in it, or another directory."
+        )
     return path
+
+
+def holds_checkpoints(path: Path) -> bool:
+    """Whether a directory is that of a run that has saved something, or one of its checkpoints."""
+    return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
 
 
 def file_of(path: Path, *, network: str | None) -> Path | None:

@@ -290,6 +290,8 @@ def test_a_directory_of_hugging_face_is_a_source_of_weights(tmp_path):
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):
+    assert "is a directory without weights: it has no checkpoints of a run, and no file" in error_of(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
     assert "has no backbone.safetensors, which pretraining writes when it ends" in error_of(str(tmp_path))
 
 
