@@ -199,7 +199,7 @@ def test_a_run_of_another_network_is_refused(tmp_path):
 
 
 def test_a_folder_without_an_export_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no backbone\.safetensors, which pretraining writes"):
+    with pytest.raises(ConfigError, match=r"is a directory without weights: it has no checkpoints of a run"):
         load_teacher(CNN.model_copy(update={"weights": str(tmp_path)}))
 
 
