@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ssl_pipeline.eval.progress import counted
-from ssl_pipeline.eval.search.coarse import CACHED, SCORES, CoarseFeatures, lowest_scores
+from ssl_pipeline.eval.search.coarse import CACHED, SCORES, CoarseFeatures, lowest_scores, scale_of
 
 SEARCH_MEMORY = 2**30  # bytes of temporary tensors; the coarse copy of the training features comes on top
 MOST_QUERIES = 512  # per block of queries: more make the product no faster, and their scores are fresh memory
@@ -52,7 +52,7 @@ def plan_search(num_train: int, dim: int, *, k: int, itemsize: int, rescored: in
     `rescored` are the bytes of features to score again at once, at least those of one query.
     """
     size = 2 ** round(math.log2(num_train / k) / 3)
-    sizes = (size, size) if size * size * k <= num_train else ()
+    sizes = (size, size) if 1 < size * size <= num_train // k else ()
     block = math.prod(sizes)
     columns = -(-num_train // block) * block
     limit = 4 * k + 256
@@ -69,6 +69,7 @@ def plan_search(num_train: int, dim: int, *, k: int, itemsize: int, rescored: in
     return Plan(sizes, columns, queries, limit, rescored, queries * per_query + rescored)
 
 
+@torch.no_grad()
 def block_neighbours(
     train_MD: Tensor, test_ND: Tensor, *, k: int, formats: Sequence[torch.dtype], memory: int = SEARCH_MEMORY
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,9 @@ def block_neighbours(
     """
     if not len(test_ND):
         return test_ND.new_empty(0, k, dtype=torch.float32), test_ND.new_empty(0, k, dtype=torch.long)
-    train_MD, test_ND = train_MD.float().contiguous(), test_ND.float().contiguous()
+    train_MD, test_ND = train_MD.float().contiguous(), test_ND.float()
+    scale_N1 = scale_of(test_ND.abs().amax(dim=1, keepdim=True))
+    test_ND = (test_ND * scale_N1).contiguous()
     itemsize = max(SCORES[dtype].itemsize for dtype in formats)
     rescored = CACHED if train_MD.device.type == "cpu" else memory
     plan = plan_search(*train_MD.shape, k=k, itemsize=itemsize, rescored=rescored, memory=memory)
@@ -95,14 +98,15 @@ def block_neighbours(
             coarse = _CoarseSearch(train_MD, finer.pop(0), plan, k)
             image_P, query_P = coarse.candidates(queries_ND)
         similarities_NK, neighbours_NK = _score_again(train_MD, queries_ND, image_P, query_P, k=k, memory=plan.rescored)
-        hard = similarities_NK[:, -1].isneginf().nonzero().flatten()
+        hard = (~similarities_NK.isfinite().all(dim=1)).nonzero().flatten()
         if len(hard):
+            coarse.free_scores()
             similarities_NK[hard], neighbours_NK[hard] = exhaustive_neighbours(
                 train_MD, queries_ND[hard], k=k, memory=memory
             )
         found.append((similarities_NK, neighbours_NK))
     similarities, neighbours = zip(*found, strict=True)
-    return torch.cat(similarities), torch.cat(neighbours)
+    return torch.cat(similarities) / scale_N1, torch.cat(neighbours)
 
 
 class _CoarseSearch:
@@ -111,8 +115,12 @@ class _CoarseSearch:
     def __init__(self, train_MD: Tensor, dtype: torch.dtype, plan: Plan, k: int) -> None:
         self.coarse = CoarseFeatures.of(train_MD, dtype)
         self.plan, self.k = plan, k
-        self.unused = train_MD.new_empty(0, dtype=SCORES[dtype])
+        self.memory = train_MD.new_empty(0, dtype=SCORES[dtype])
         self.lowest, self.highest = _range(SCORES[dtype])
+
+    def free_scores(self) -> None:
+        """They take new memory the next time."""
+        self.memory = self.memory.new_empty(0)
 
     def candidates(self, queries_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Images (P,) and queries (P,) of pairs among which each query's k best are; none of a query with too many.
@@ -125,6 +133,7 @@ class _CoarseSearch:
         for size in self.plan.sizes:
             levels.append(levels[-1].unflatten(0, (size, -1)).amax(dim=0))
         lowest_N = lowest_scores(levels[-1].topk(self.k, dim=0).values[-1], error_N)
+        lowest_N.masked_fill_(~(lowest_N > self.lowest), self.highest)  # the errors are too large to tell anything
         num_queries = len(lowest_N)
         place_P, query_P = self._reached(levels.pop(), lowest_N, torch.arange(num_queries, device=lowest_N.device))
         for size, level_XN in zip(reversed(self.plan.sizes), reversed(levels), strict=True):
@@ -139,16 +148,16 @@ class _CoarseSearch:
         rounded_ND, error_N = self.coarse.round_queries(queries_ND)
         missing = _filled(len(queries_ND)) - len(queries_ND)
         size = self.plan.columns * (len(queries_ND) + missing)
-        if len(self.unused) < size:
-            self.unused = self.unused.new_empty(size)
-        scores_XN = self.unused[:size].view(self.plan.columns, -1)
+        if len(self.memory) < size:
+            self.memory = self.memory.new_empty(size)
+        scores_XN = self.memory[:size].view(self.plan.columns, -1)
         num_train = len(self.coarse.rows)
         self.coarse.scores(pad(rounded_ND, (0, 0, 0, missing)), out=scores_XN[:num_train])
         scores_XN[num_train:] = self.lowest
         return scores_XN, pad(error_N, (0, missing), value=-torch.inf)
 
     def _reached(self, scores_RP: Tensor, lowest_N: Tensor, query_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns of scores that are not too low; of a query that keeps too many, all are from now on."""
+        """Rows and columns of scores that are not too low; a query that keeps too many is left out from here on."""
         reached_RP = scores_RP >= lowest_N[query_P]
         count_N = torch.zeros_like(lowest_N, dtype=torch.long).index_add_(0, query_P, reached_RP.sum(dim=0))
         lowest_N.masked_fill_(count_N > self.plan.limit, self.highest)
@@ -202,12 +211,15 @@ def _score_again(
 def exhaustive_neighbours(
     train_MD: Tensor, test_ND: Tensor, *, k: int, memory: int = SEARCH_MEMORY
 ) -> tuple[Tensor, Tensor]:
-    """The same from all products in float64: for queries that more than a few images are equally near to."""
-    num_train = len(train_MD)
+    """As `block_neighbours`, from all products in float64: for queries that many images are about as near to."""
+    num_train, dim = train_MD.shape
+    rows_at_once = max(1, min(4096, memory // (64 * dim)))
     descending_M = torch.arange(2 * num_train, num_train, -1, device=train_MD.device)
     found = []
-    for queries_ND in test_ND.split(max(1, memory // (48 * num_train))):
-        scores_NM = torch.cat([(queries_ND.double() @ rows.double().T).float() for rows in train_MD.split(4096)], dim=1)
+    for queries_ND in test_ND.split(max(1, memory // (56 * num_train))):
+        products = [(queries_ND.double() @ rows.double().T).float() for rows in train_MD.split(rows_at_once)]
+        scores_NM = torch.cat(products, dim=1)
+        del products
         kth_N1 = scores_NM.topk(k).values[:, -1:]
         # above the k-th: M+1 to 2M, equal to it: 1 to M, the lower image number first
         rank_NM = descending_M - num_train * (scores_NM <= kth_N1).long()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.eval.search.blocks import SEARCH_MEMORY, block_neighbours
+from ssl_pipeline.eval.search.coarse import INT8_DIMS
 
 Search = Literal["auto", "faiss", "blocks"]
 ChosenSearch = Literal["faiss", "blocks"]
@@ -39,7 +40,7 @@ def nearest_neighbours(train_MD: Tensor, test_ND: Tensor, *, k: int, search: Sea
     require_k(k, len(train_MD))
     require_finite(train_MD, what="training images")
     require_finite(test_ND, what="test images")
-    formats = coarse_formats(test_ND.device, num_train=len(train_MD), k=k)
+    formats = coarse_formats(test_ND.device, *train_MD.shape, k=k)
     if choose_search(search, test_ND.device, formats, num_queries=len(test_ND)) == "faiss":
         return faiss_neighbours(train_MD, test_ND, k=k)
     return block_neighbours(train_MD.to(test_ND.device), test_ND, k=k, formats=formats)
@@ -57,9 +58,10 @@ def other_neighbours(
     return similarities_NK[~dropped_NK].view(-1, k), neighbours_NK[~dropped_NK].view(-1, k)
 
 
-def coarse_formats(device: torch.device, *, num_train: int, k: int) -> tuple[torch.dtype, ...]:
+def coarse_formats(device: torch.device, num_train: int, dim: int, *, k: int) -> tuple[torch.dtype, ...]:
     """The formats of coarse scores that pay on this device for so many images, the fastest and coarsest first."""
-    int8 = (torch.int8,) if has_int8_units(device) and num_train >= WORTH_INT8 * k else ()
+    worth_int8 = num_train >= WORTH_INT8 * k and dim in INT8_DIMS
+    int8 = (torch.int8,) if has_int8_units(device) and worth_int8 else ()
     bfloat16 = (torch.bfloat16,) if has_bfloat16_units(device) else ()
     return *int8, *bfloat16, torch.float32
 

@@ -13,7 +13,7 @@ from ssl_pipeline.eval.search.blocks import (
     exhaustive_neighbours,
     plan_search,
 )
-from ssl_pipeline.eval.search.coarse import CoarseFeatures
+from ssl_pipeline.eval.search.coarse import CoarseFeatures, lowest_scores, scale_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 KINDS = [
@@ -113,9 +113,72 @@ def test_coarse_scores_lie_within_their_error(kind: str, dtype: torch.dtype, wor
         step = (test * coarse.steps).abs().amax(dim=1).double() / 127
         scores, error = scores * step[:, None], error * step
     mean = train[:: -(-num_train // 4096)].mean(dim=0)
-    true = test.double() @ (train - mean).double().T
+    scale = scale_of(train.abs().max())
+    assert 0.5 <= (scale * train.abs().max()) < 1
+    true = test.double() @ ((train - mean) * scale).double().T
     assert ((scores - true).abs() <= error[:, None]).all()
-    assert (error <= worst * test.norm(dim=1) * train.norm(dim=1).max()).all()  # and the error is worth knowing
+    assert (error <= worst * scale * test.norm(dim=1) * train.norm(dim=1).max()).all()  # and is worth knowing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_lowest_score_is_two_errors_and_its_own_rounding_below(dtype: torch.dtype) -> None:
+    kth, half_step = torch.tensor([1.0, -1.0], dtype=dtype), torch.finfo(dtype).eps / 2
+    assert torch.equal(lowest_scores(kth, torch.zeros(2)), torch.tensor([1 - half_step, -1 - half_step]).to(dtype))
+    assert (lowest_scores(kth, torch.tensor([0.25, 0.25])) <= kth - 0.5).all()
+    assert (lowest_scores(kth, torch.tensor([0.25, 0.25])) >= kth - 0.505).all()
+
+
+def test_the_lowest_count_is_two_errors_below() -> None:
+    kth = torch.tensor([100, -100, 5], dtype=torch.int32)
+    lowest = lowest_scores(kth, torch.tensor([10.2, 10.2, 1e20]))
+    assert lowest.tolist() == [80, -120, torch.iinfo(torch.int32).min]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_neighbour_on_a_circle_is_missed(dtype: torch.dtype, seed: int) -> None:
+    """Of two dimensions the errors of coarse scores come close to their bound."""
+    generator = torch.Generator().manual_seed(seed)
+    train, test = (normalize(torch.randn(count, 2, generator=generator), dim=1) for count in (2000, 200))
+    _, neighbours = block_neighbours(train, test, k=3, formats=[dtype])
+    assert recall(train, test, neighbours, 3) == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("train_scale", "test_scale"), [(1.0, 1e-24), (1e-20, 1.0), (1e-17, 1e-17), (1e18, 1e19)])
+def test_lengths_whose_squares_are_no_float32_numbers(
+    dtype: torch.dtype, train_scale: float, test_scale: float
+) -> None:
+    train, test = features_of("random", num_train=3000, dim=64)
+    expected = block_neighbours(train, test, k=2, formats=[torch.float32])[1]
+    test[::2] = test[::2] * test_scale
+    similarities, neighbours = block_neighbours(train * train_scale, test, k=2, formats=[dtype])
+    assert (neighbours == expected).double().mean() > 0.98  # but for equal ones
+    true = (test.double()[:, None] * (train * train_scale).double()[neighbours]).sum(dim=2)
+    torch.testing.assert_close(similarities.double(), true, rtol=1e-5, atol=1e-38)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_train", [2, 40, 100, 257])
+def test_few_images_that_scores_do_not_tell_apart(num_train: int, dtype: torch.dtype) -> None:
+    test = features_of("random", dim=8, num_test=300)[1]
+    large = features_of("random", dim=8, num_train=num_train)[0]
+    large[1] *= 1e20
+    outlier = torch.ones(num_train, 8)
+    outlier[1] = torch.tensor([3e37, -3e37] * 4)
+    for train in (torch.ones(num_train, 8), torch.zeros(num_train, 8), large, outlier):
+        similarities, neighbours = block_neighbours(train, test, k=2, formats=[dtype])
+        found = train.double()[neighbours]
+        digit = 1e-6 * test.double().norm(dim=1)[:, None] * found.norm(dim=2)
+        true = (test.double()[:, None] * found).sum(dim=2)
+        assert ((similarities - true).abs() <= digit).all()
+        assert (true >= brute_force(train, test, 2)[0] - digit).all()
+        assert (neighbours[:, 0] != neighbours[:, 1]).all()
+
+
+def test_int8_of_one_dimension_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^int8 takes 2 to 133143 dimensions\. Got 1\.$"):
+        CoarseFeatures.of(torch.ones(3, 1), torch.int8)
 
 
 def test_a_format_that_leaves_too_many_candidates_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,14 +245,14 @@ class PeakBytes(TorchDispatchMode):
         return outputs
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["random", "duplicates"])
-def test_temporary_tensors_stay_within_the_memory(kind: str, dtype: torch.dtype) -> None:
-    train, test = features_of(kind, num_train=20_000, num_test=256)
+@pytest.mark.parametrize("formats", [*([dtype] for dtype in DTYPES), DTYPES[::-1]], ids=str)
+@pytest.mark.parametrize(("kind", "dim"), [("random", 24), ("clustered", 24), ("duplicates", 24), ("equal", 1000)])
+def test_temporary_tensors_stay_within_the_memory(kind: str, dim: int, formats: list[torch.dtype]) -> None:
+    train, test = features_of(kind, num_train=20_000 * 24 // dim, num_test=256, dim=dim)
     memory = 2**23
     with PeakBytes() as counted:
-        block_neighbours(train, test, k=20, formats=[dtype], memory=memory)
-    copies = 2 * train.nbytes if dtype == torch.bfloat16 else train.nbytes  # made before the search, or besides it
+        block_neighbours(train, test, k=20, formats=formats, memory=memory)
+    copies = train.nbytes if formats == [torch.float32] else 2 * train.nbytes  # made before the search, or besides it
     results = 3 * test.shape[0] * 20 * 12
     assert memory // 8 < counted.peak <= memory + copies + results
 

@@ -76,8 +76,9 @@ def test_the_flags_of_a_cpu_say_which_formats_it_multiplies_fast(
     cpu_flags.cache_clear()
     assert (has_bfloat16_units(CPU), has_int8_units(CPU)) == (bfloat16, int8)
     finer = (torch.bfloat16, torch.float32) if bfloat16 else (torch.float32,)
-    assert coarse_formats(CPU, num_train=40_000, k=20) == ((torch.int8, *finer) if int8 else finer)
-    assert coarse_formats(CPU, num_train=39_999, k=20) == finer  # too few images for what int8 costs
+    assert coarse_formats(CPU, 40_000, 384, k=20) == ((torch.int8, *finer) if int8 else finer)
+    assert coarse_formats(CPU, 39_999, 384, k=20) == finer  # too few images for what int8 costs
+    assert coarse_formats(CPU, 40_000, 1, k=20) == finer  # PyTorch does not multiply these
     cpu_flags.cache_clear()
 
 
