@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ssl_pipeline.eval.progress import counted
-from ssl_pipeline.eval.search.coarse import CACHED, SCORES, CoarseFeatures, lowest_scores, scale_of
+from ssl_pipeline.eval.search.coarse import CACHED, SCORES, CoarseFeatures, lowest_scores
 
 SEARCH_MEMORY = 2**30  # bytes of temporary tensors; the coarse copy of the training features comes on top
 MOST_QUERIES = 512  # per block of queries: more make the product no faster, and their scores are fresh memory
@@ -80,9 +80,7 @@ def block_neighbours(
     """
     if not len(test_ND):
         return test_ND.new_empty(0, k, dtype=torch.float32), test_ND.new_empty(0, k, dtype=torch.long)
-    train_MD, test_ND = train_MD.float().contiguous(), test_ND.float()
-    scale_N1 = scale_of(test_ND.abs().amax(dim=1, keepdim=True))
-    test_ND = (test_ND * scale_N1).contiguous()
+    train_MD, test_ND = train_MD.float().contiguous(), test_ND.float().contiguous()
     itemsize = max(SCORES[dtype].itemsize for dtype in formats)
     rescored = CACHED if train_MD.device.type == "cpu" else memory
     plan = plan_search(*train_MD.shape, k=k, itemsize=itemsize, rescored=rescored, memory=memory)
@@ -106,7 +104,7 @@ def block_neighbours(
             )
         found.append((similarities_NK, neighbours_NK))
     similarities, neighbours = zip(*found, strict=True)
-    return torch.cat(similarities) / scale_N1, torch.cat(neighbours)
+    return torch.cat(similarities), torch.cat(neighbours)
 
 
 class _CoarseSearch:

@@ -70,13 +70,14 @@ class CoarseFeatures:
         return cls(rows_MD, steps_D, rounding, longest, largest)
 
     def round_queries(self, queries_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries, which must be scaled to values of about 1, for products with `rows`; and a bound (N,) on the errors
-        of these products, the coarse scores, before they are rounded themselves.
+        """Queries for products with `rows`, and a bound (N,) on the errors of these products, the coarse scores, before
+        they are rounded themselves. Each query is scaled to a largest value of about 1, and its scores with it.
 
         With q, t a query and a training row and q', t' their rounded versions, |qt - q't'| = |q(t - t') + (q - q')t'|
         <= |q| |t - t'| + |q - q'| |t'|. float32's own error over D products is added, twice over. In int8 the query is
         multiplied by the steps of the rows, then counts steps of its own; scores and their errors count those.
         """
+        queries_ND = queries_ND * scale_of(queries_ND.abs().amax(dim=1, keepdim=True))
         lengths_N = queries_ND.norm(dim=1)
         float32s_own = 2 * (queries_ND.shape[1] + 8) * torch.finfo(torch.float32).eps * self.largest
         error_N = lengths_N * (1.001 * self.rounding + float32s_own)

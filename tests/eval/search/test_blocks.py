@@ -107,6 +107,7 @@ def test_coarse_scores_lie_within_their_error(kind: str, dtype: torch.dtype, wor
     train, test = features_of(kind, num_train=num_train)
     coarse = CoarseFeatures.of(train, dtype)
     rounded, error = coarse.round_queries(test)
+    test = test * scale_of(test.abs().amax(dim=1, keepdim=True))
     scores, error = rounded.double() @ coarse.rows.double().T, error.double()
     if coarse.steps is not None:
         assert max(rounded.abs().max(), coarse.rows.abs().max()) == 127  # the whole range
