@@ -65,6 +65,8 @@ def _headline(protocol: Mapping[str, JSON]) -> dict[str, JSON]:
 
 
 def _word(value: JSON) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_word(of)}" for key, of in value.items()) + "}"
     if isinstance(value, list | tuple):
         return ",".join(map(_word, value))
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

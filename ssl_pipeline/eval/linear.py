@@ -36,6 +36,7 @@ from ssl_pipeline.eval.protocol import (
     open_models,
     write_report,
 )
+from ssl_pipeline.eval.results import CLASSIFIERS
 from ssl_pipeline.files import JSON
 
 LARGEST_LOGISTIC = 4_000_000  # numbers in the training features up to which `solver=auto` takes L-BFGS: a minute or so
@@ -237,10 +238,11 @@ def evaluate_linear(config: LinearConfig) -> dict[str, JSON]:
         ]
         for label, (result, classes) in measured.rows()
     ]
-    print(format_table(["linear probe", "top-1", "top-5", "balanced", "validation top-1", "chosen"], rows))
+    title = CLASSIFIERS[measured.result[0].solver]
+    print(format_table([title, "top-1", "top-5", "balanced", "validation top-1", "chosen"], rows))
     result, classes = measured.result
     print("\n" + sweep_table(result))
-    print_classes(f"linear probe, {measured.label}", classes, names)
+    print_classes(f"{title}, {measured.label}", classes, names)
     settings = linear_settings(config, result.solver, inputs=config.inputs)
     return measured.report(lambda found: linear_json(found[0], num_test, found[1], names), settings)
 

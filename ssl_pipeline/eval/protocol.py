@@ -231,20 +231,26 @@ def write_report_to(
     path = directory / "eval" / f"{'-'.join([name, *picked])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     shaped = in_regular_shape(name, report)
-    _say_what_goes(path, shaped)
+    before = _protocol_in(path)
     write_json(path, shaped)
+    _say_what_went(path, before)
     add_results(path.parent, shaped)
     print(f"written to {path}")
 
 
-def _say_what_goes(path: Path, report: Report) -> None:
-    """Say that a report of other settings is replaced; its rows of results.csv stay."""
+def _protocol_in(path: Path) -> dict[str, JSON] | None:
+    """That of a report, None where there is no whole one."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["protocol"]
-        otherwise = measured_otherwise(before, report["protocol"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
-        return
-    if otherwise:
+        protocol = json.loads(path.read_text(encoding="utf-8"))["protocol"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return protocol if isinstance(protocol, dict) else None
+
+
+def _say_what_went(path: Path, before: dict[str, JSON] | None) -> None:
+    """Say that a report of other settings was replaced; its rows of results.csv stay."""
+    now = _protocol_in(path)  # as it was written: tuples are lists there
+    if before is not None and now is not None and (otherwise := measured_otherwise(before, now)):
         print(printable(f"{path} had figures of other settings (now {otherwise}); they stay in {RESULTS}."))
 
 

@@ -55,6 +55,7 @@ def test_one_pass_gives_what_the_evaluators_give_alone(
             assert found[name]["baselines"][model]["top1"] == alone["baselines"][model]["top1"]
         assert found[name]["top1"] == alone["top1"]
         assert found["suite"][{"knn": "knn", "linear": "logistic"}[name]]["top1"] == alone["top1"]
+    assert "\nlogistic regression, pretrained, by class:\n" in capsys.readouterr().out
     reports = table.read_run(run)
     assert table.top1_of(reports, run)["knn"]["pretrained"] == found["knn"]["top1"]
     assert table.reported_model(reports, run).label == "pretrained"
@@ -203,7 +204,9 @@ def test_features_that_are_not_finite_are_refused() -> None:
 
 
 @pytest.mark.other
-def test_other_evaluators_measure_the_same_features(run: Path, train: str, test: str) -> None:
+def test_other_evaluators_measure_the_same_features(
+    run: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     sets = [f"run={run}", f"train={train}", f"test={test}"]
     assert call(*sets, "k=5", "also=few_shot,retrieval") == 0
     together = {name: report(run, name) for name in ("few_shot", "retrieval")}
@@ -211,6 +214,8 @@ def test_other_evaluators_measure_the_same_features(run: Path, train: str, test:
     assert run_command(few_shot.FewShotConfig, few_shot.main, command="", argv=own) == 0
     assert run_command(retrieval.RetrievalConfig, retrieval.main, command="", argv=own) == 0
     assert {name: report(run, name) for name in together} == together
+    assert call(*sets, "k=5") == 0
+    assert "other settings" not in capsys.readouterr().out  # the same ones again replace nothing
 
 
 def test_what_others_cannot_measure_is_told_before_anything_is_measured(
