@@ -17,9 +17,7 @@ ROUNDED = 2**26  # bytes that other devices round at once
 SAMPLE = 4096  # training rows, evenly spread, whose mean is taken from all
 LARGEST_COUNT = 127  # of int8, whose range is symmetric then
 FINEST_STEP = 2.0**-40  # of int8, where values are up to 1: float32 itself does not tell less
-INT8_DIMS = range(
-    2, (2**31 - 1) // LARGEST_COUNT**2
-)  # PyTorch multiplies none of one dimension; int32 must not overflow
+INT8_DIMS = range(2, 2**31 // LARGEST_COUNT**2)  # PyTorch does not multiply those of 1, and int32 must not overflow
 SCORES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.int32}
 
 # Axes: M training images, N queries, D feature dimensions, X rows that are rounded at once.
