@@ -184,6 +184,12 @@ def holder_of(run: Path) -> str | None:
     return None
 
 
+def require_directory(run: Path) -> None:
+    """Raise ConfigError for what is not a directory."""
+    if not run.is_dir():
+        raise ConfigError(f"run={run} must be the directory of a run. There is no such directory.")
+
+
 def read_status(path: Path) -> Status | None:
     """The status of the run in `path`, None where no run has written one.
 
