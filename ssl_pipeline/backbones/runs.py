@@ -18,6 +18,7 @@ from ssl_pipeline.backbones.weights import Origin, find_in_run, require_floats, 
 from ssl_pipeline.config import ConfigError, validate
 from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoint_files import Checkpoint
+from ssl_pipeline.run.directory import require_directory
 from ssl_pipeline.run.state import SavedBackbone
 
 
@@ -38,8 +39,7 @@ class BackboneOfRun:
 
 def require_run(run: Path) -> None:
     """Raise ConfigError for what is not a directory, and for one without an export and a checkpoint."""
-    if not run.is_dir():
-        raise ConfigError(f"run={run} must be the directory of a run. There is no such directory.")
+    require_directory(run)
     if not any((run / name).exists() for name in ("backbone.safetensors", "checkpoints", "manifest.json")):
         find_in_run(run)  # says what is missing
 

@@ -44,10 +44,13 @@ def put_over(
     recipe = deepcopy(tree)
     asked: list[tuple[str, str | None]] = [*pairs, *((key, None) for key in overrides or {})]
     for key, text in sorted(asked, key=lambda pair: not pair[0].endswith(".name")):  # names say what other keys mean
-        if text is not None and key in given:
-            raise ConfigError(f"{key} is given twice: '{given[key]}' and '{text}'.")
-        given[key] = "" if text is None else text
         location = tuple(key.split("."))
+        if text is not None and key in given:
+            several = (
+                f" It takes several at once as {key}=A,B." if _lists(annotation_at(schema, tree, location)) else ""
+            )
+            raise ConfigError(f"{key} is given twice: '{given[key]}' and '{text}'.{several}")
+        given[key] = "" if text is None else text
         try:
             annotation = annotation_at(schema, tree, location)
             value = (overrides or {})[key] if text is None else _value(annotation, key, text)
@@ -147,8 +150,7 @@ def _pairs(positional: str | None, argv: Sequence[str]) -> list[tuple[str, str]]
 
 def _value(annotation: object, key: str, text: str) -> Value:
     """YAML, but for what only the command line needs: a text key takes the text as it is, `10,20` is a list."""
-    kinds = alternatives(annotation)
-    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    kinds, lists = alternatives(annotation), _lists(annotation)
     if kinds and all(kind in (str, Path) or (kind in lists and get_args(kind)[0] is str) for kind in kinds):
         found = None if text in ("", "~", "null") else _texts(key, text) if lists else text
         return [found] if isinstance(found, str) and len(lists) == len(kinds) else found
@@ -159,6 +161,11 @@ def _value(annotation: object, key: str, text: str) -> Value:
         if isinstance(value, int | float | str) and len(kinds) == 1:
             return [value]
     return value
+
+
+def _lists(annotation: object) -> list[object]:
+    """The forms of a setting that hold several values."""
+    return [kind for kind in alternatives(annotation) if get_origin(kind) is tuple]
 
 
 def _texts(key: str, text: str) -> Value:

@@ -15,6 +15,7 @@ from ssl_pipeline.eval.measures import format_table, percent, read_measures
 from ssl_pipeline.eval.one_figure import protocol_of_figure
 from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, read_reports
 from ssl_pipeline.files import JSON
+from ssl_pipeline.run.directory import require_directory
 
 MODELS = {"raw_pixels": "raw pixels", "random": "random initialisation", "pretrained": "pretrained"}
 EVALUATORS = ("knn", "linear", "classifier")
@@ -34,10 +35,11 @@ class TableConfig(Config):
 
 
 def read_run(run: Path) -> dict[str, Report]:
-    """The reports of a run; ConfigError if there is none."""
+    """The reports of a run; ConfigError if there is no such directory, or none in it."""
     reports = read_reports(run)
     if not reports and "," in str(run) and not run.exists():
         raise ConfigError(f"eval.table shows one run. Got run={run}; python -m eval.report run={run} compares several.")
+    require_directory(run)
     if not reports:
         raise ConfigError(
             f"{run} has no report of an evaluator in eval/. "

@@ -169,6 +169,27 @@ class RunDirectory:
         write_json(self.path / "heartbeat.json", beat, durable=False)
 
 
+def holder_of(run: Path) -> str | None:
+    """Which other process holds a run's directory, as `pid 12 on node3`; None if none does.
+
+    It takes the lock for a moment. A process that holds the directory itself must not ask: it would free it.
+    """
+    with suppress(OSError):  # no run has been here, or there are no locks
+        descriptor = open_no_link(run / ".lock", os.O_RDONLY)
+        try:
+            if not lock(descriptor, shared=True, wait=False, inherited=False):
+                return os.pread(descriptor, 100, 0).decode(errors="replace").strip() or "just starting"
+        finally:
+            os.close(descriptor)
+    return None
+
+
+def require_directory(run: Path) -> None:
+    """Raise ConfigError for what is not a directory."""
+    if not run.is_dir():
+        raise ConfigError(f"run={run} must be the directory of a run. There is no such directory.")
+
+
 def read_status(path: Path) -> Status | None:
     """The status of the run in `path`, None where no run has written one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from ssl_pipeline.eval.knn import KnnConfig
 from ssl_pipeline.run.directory import RunDirectory
 from ssl_pipeline.training.loop import train
 from ssl_pipeline.training.run import Run
+from tests.run.test_directory import trainer
 from tests.runs import Happening, happens, make_run
 from tests.tiny import CNN, VIT, write_shards
 
@@ -142,6 +144,34 @@ def test_an_unknown_name_is_refused_with_the_known_ones(dino):
 def test_a_run_without_checkpoints_is_refused(tmp_path, which, missing):
     with pytest.raises(ConfigError, match=rf"^run=\S* has {missing} checkpoint\. Train it first: accelerate launch"):
         load_from_checkpoint(tmp_path, which=which)
+
+
+@pytest.mark.parametrize(
+    ("save_every", "due"),
+    [
+        ("1ep", "after 1ep (train.save_every=1ep)"),
+        (300, "after 300 steps (train.save_every=300)"),
+        (0, "when the run ends (train.save_every=0)"),
+    ],
+)
+def test_who_asks_for_a_run_that_trains_is_told_to_wait_for_its_first_checkpoint(tmp_path, save_every, due):
+    (tmp_path / "config.yaml").write_text(f"train: {{save_every: {save_every}}}\n")
+    rows = [{"step": step, "epoch": step / 100, "position": 16 * step} for step in (1, 50)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with trainer(tmp_path) as pid, pytest.raises(ConfigError) as error:
+        load_from_checkpoint(tmp_path, which="student")
+    told = re.sub(r" on [^)]*\)", ")", str(error.value))
+    assert told == (
+        f"run={tmp_path} has no checkpoint yet. It is training (pid {pid}), at step 50 by metrics.jsonl. "
+        f"Try again after its first checkpoint, which is written {due}."
+    )
+    with pytest.raises(ConfigError, match=r"no checkpoint\. Train it first"):
+        load_from_checkpoint(tmp_path)
+
+
+def test_a_run_that_has_just_begun_is_said_to_train(tmp_path):
+    with trainer(tmp_path), pytest.raises(ConfigError, match=r"with nothing in metrics\.jsonl yet\. Try again after"):
+        load_from_checkpoint(tmp_path)
 
 
 def test_a_network_that_is_built_otherwise_now_is_refused_in_one_line(dino, monkeypatch):

@@ -173,6 +173,10 @@ def test_an_argument_without_a_key_sets_the_positional_field(capsys):
     }
     assert run(None, "a", "b") == 2
     assert capsys.readouterr().err == "error: directory is given twice: 'a' and 'b'.\n"
+    assert run(None, "x", "names=a", "names=b") == 2
+    assert capsys.readouterr().err == (
+        "error: names is given twice: 'a' and 'b'. It takes several at once as names=A,B.\n"
+    )
     assert run(None) == 2
     assert capsys.readouterr().err.startswith("error: directory is missing: set directory=...\n")
 

@@ -233,6 +233,11 @@ def test_a_report_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(read) == ["knn.json", "linear.json"]
 
 
+def test_a_run_that_is_not_there_is_no_run_without_reports(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none must be the directory of a run\. There is no such directory\.$"):
+        read_run(tmp_path / "none")
+
+
 def test_several_runs_are_sent_to_the_report(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^eval\.table shows one run.*eval\.report run=.*a,b compares several"):
         read_run(tmp_path / "a,b")

@@ -9,7 +9,7 @@ import pytest
 
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.run import directory
-from ssl_pipeline.run.directory import RunDirectory, Status, read_status
+from ssl_pipeline.run.directory import RunDirectory, Status, holder_of, read_status
 
 
 @contextmanager
@@ -42,6 +42,16 @@ def test_a_directory_in_use_is_refused_with_the_pid(tmp_path):
         with pytest.raises(ConfigError, match=sentence):
             RunDirectory(path)
     with RunDirectory(path):
+        pass
+
+
+def test_who_holds_a_directory_is_known_and_asking_does_not_free_it(tmp_path):
+    assert holder_of(tmp_path) is None
+    with trainer(tmp_path) as pid:
+        for _ in range(2):
+            assert holder_of(tmp_path) == f"pid {pid} on {os.uname().nodename}"
+    assert holder_of(tmp_path) is None
+    with RunDirectory(tmp_path):
         pass
 
 

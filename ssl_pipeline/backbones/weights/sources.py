@@ -18,7 +18,10 @@ from ssl_pipeline.config import ConfigError, nearest
 from ssl_pipeline.files import sha256_of
 from ssl_pipeline.run.checkpoint_files import Checkpoint, load_checkpoint
 from ssl_pipeline.run.checkpoints import Checkpoints
+from ssl_pipeline.run.directory import holder_of
+from ssl_pipeline.run.doctor.records import read_rows, settings_of
 from ssl_pipeline.run.state import SavedBackbone
+from ssl_pipeline.schedule import Duration
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 ON_THE_HUB = re.compile(r"^(https://)?(hf[-_]hub:|huggingface\.co/)?timm/")
@@ -149,11 +152,25 @@ def _find_checkpoint(run: Path, *, which: str | None, step: int | None) -> Check
     newest = checkpoints.load_latest(files=["method"])
     if newest is None:
         export = "" if which else "backbone.safetensors, which pretraining writes when it ends, and no "
-        raise ConfigError(
-            f"run={run} has no {export}checkpoint. "
-            f"Train it first: accelerate launch pretrain.py recipe=NAME output={run}"
-        )
+        raise ConfigError(f"run={run} has no {export}checkpoint{_way_to_the_first(run)}")
     return newest
+
+
+def _way_to_the_first(run: Path) -> str:
+    """What to do about a run without a checkpoint: wait for that of a run that trains, or train it."""
+    holder = holder_of(run)
+    if holder is None:
+        return f". Train it first: accelerate launch pretrain.py recipe=NAME output={run}"
+    rows, config = read_rows(run), run / "config.yaml"
+    train = settings_of(config.read_text(encoding="utf-8")).get("train") if config.is_file() else None
+    every = train.get("save_every") if isinstance(train, dict) else None
+    step = f"at step {rows[-1]['step']} by metrics.jsonl" if rows else "with nothing in metrics.jsonl yet"
+    due = ""
+    if isinstance(every, int | str):
+        after = f"after {every} steps" if isinstance(every, int) else f"after {every}"
+        when = "when the run ends" if Duration(every).is_zero else after
+        due = f", which is written {when} (train.save_every={every})"
+    return f" yet. It is training ({holder}), {step}. Try again after its first checkpoint{due}."
 
 
 def tensors_of(checkpoint: Checkpoint, prefix: str) -> dict[str, Tensor]:

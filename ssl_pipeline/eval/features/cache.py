@@ -42,19 +42,22 @@ def place_of(directory: Path, identity: Mapping[str, object]) -> Path:
 
 
 def read_stored(place: Path) -> StoredFeatures | None:
-    """The features in `place`; None if there are none, or damaged ones, which are removed with a warning."""
+    """The features in `place`; None if there are none, or damaged or other ones, which are removed with a warning."""
     if not place.exists():
         return None
     try:
-        sha256 = json.loads((place / ABOUT).read_text(encoding="utf-8"))["sha256"]
-        for name, expected in sha256.items():
+        about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+        for name, expected in about["sha256"].items():
             if sha256_of(place / f"{name}.npy") != expected:
                 raise ValueError(f"the checksum of {name}.npy differs")
-        return map_stored(place)
+        if place_of(place.parent, about["identity"]) == place:
+            return map_stored(place)
+        fault = f"holds features of another network, other images or other settings, as its {ABOUT} says"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is damaged (%s): its features are computed again", place, error)
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
-        return None
+        fault = f"is damaged ({error})"
+    logger.warning("%s %s: its features are computed again", place, fault)
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    return None
 
 
 def map_stored(place: Path) -> StoredFeatures:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ssl_pipeline.config import ConfigError, Tree
 from ssl_pipeline.eval.page.metrics import Series, read_series
 from ssl_pipeline.eval.results import Report, read_reports
-from ssl_pipeline.run.directory import Status, read_status
+from ssl_pipeline.run.directory import Status, read_status, require_directory
 from ssl_pipeline.run.doctor import Finding, Row
 from ssl_pipeline.run.doctor.case import Case, schedule_of
 from ssl_pipeline.run.doctor.records import examine, read_rows, settings_of
@@ -41,8 +41,7 @@ class Record:
 
 def read_record(run: Path) -> Record:
     """All of a run, which may still be training. Raises ConfigError for a directory in which nothing ran."""
-    if not run.is_dir():
-        raise ConfigError(f"run={run} must be the directory of a run. There is no such directory.")
+    require_directory(run)
     series, reports = read_series(run), read_reports(run, picked=True)
     if not series and not reports:
         raise ConfigError(f"run={run} has neither metrics.jsonl nor a report in eval/: nothing ran there.")

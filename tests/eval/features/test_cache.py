@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,27 @@ def test_damaged_features_are_computed_again(
     assert "is damaged" in caplog.text
     np.testing.assert_array_equal(values, expected)
     assert features(tmp_path, test)[2] == 0
+
+
+def test_features_of_another_network_or_of_other_images_are_computed_again(
+    test: str, train: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = features(tmp_path / "asked", test)[0].copy()
+    (asked,) = (tmp_path / "asked").iterdir()
+    for name, shards, factor in (("network", test, 2.0), ("images", train, 1.0)):
+        features(tmp_path / name, shards, factor=factor)
+        (other,) = (tmp_path / name).iterdir()
+        shutil.rmtree(asked)
+        shutil.copytree(other, asked)
+        caplog.clear()
+        values, _, seen = features(tmp_path / "asked", test)
+        assert seen == 31
+        assert [record.getMessage().partition(" holds ")[2] for record in caplog.records] == [
+            "features of another network, other images or other settings, as its pass.json says: "
+            "its features are computed again"
+        ]
+        np.testing.assert_array_equal(values, expected)
+        assert features(tmp_path / "asked", test)[2] == 0
 
 
 def test_an_interrupted_pass_leaves_nothing(test: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
