@@ -419,6 +419,15 @@ def test_one_figure_of_two_names_is_one_row(run: Path, tmp_path: Path) -> None:
         assert "measured differently" not in text
 
 
+def test_top_5_is_a_minor_figure_by_any_temperature(run: Path) -> None:
+    of_run = knn_report({10: 60.0}, 0.1)
+    of_run["measures"].append(of_run["measures"][0] | {"name": "top5_k10_temperature0.1", "title": "top-5, k=10"})
+    (run / "eval").mkdir()
+    (run / "eval" / "knn.json").write_text(json.dumps(of_run))
+    text = page_of(run).text
+    assert text.index("top-1, k=10") < text.index("More figures") < text.index("top-5, k=10")
+
+
 def test_only_the_figures_that_a_setting_decides_are_not_compared(evaluated: Path, tmp_path: Path) -> None:
     other = other_run(evaluated, tmp_path / "other")
     path = other / "eval" / "suite.json"

@@ -88,7 +88,9 @@ def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
     for key in dict.fromkeys(key for measures in found.values() for key in measures):
         of_models = [measures.get(key) for measures in found.values()]
         title = next(measure.title for measure in of_models if measure is not None)
-        (minor if key.rpartition(".")[2].startswith(MINOR) else major).append([title, *map(_cell, of_models)])
+        part, _, of_part = key.partition(".")
+        own = of_part if part in PARTS_OF_SUITE else key
+        (minor if own.startswith(MINOR) else major).append([title, *map(_cell, of_models)])
     header, (subject, *told) = ["", *found], told_protocol(first["protocol"]) or ["-"]
     parts = [heading(_words(name, first)), paragraph(subject), *_doubts(name, reports)]
     parts.append(table_of(header, major or minor))
