@@ -428,6 +428,34 @@ def test_top_5_is_a_minor_figure_by_any_temperature(run: Path) -> None:
     assert text.index("top-1, k=10") < text.index("More figures") < text.index("top-5, k=10")
 
 
+def test_the_last_monitored_figure_is_told_before_the_loss(run: Path) -> None:
+    log(run, [ROWS[1], {"step": 10, "loss": 2.0, "knn_top1": 89.72}])
+    assert "K-NN top-1 (%) was 89.72 at step 10." in page_of(run).text
+
+
+def test_losses_of_two_methods_are_not_told_beside_each_other(run: Path, tmp_path: Path) -> None:
+    rows = [ROWS[1], {"step": 10, "loss": 2.0}]
+
+    def first_sentence() -> str:
+        assert call(f"run={run},{tmp_path / 'other'}", "images=0") == 0
+        page = Page((run / "report" / "with_other.html").read_text(encoding="utf-8"))
+        return page.text.split("Doctor")[0]
+
+    log(run, rows)
+    settings(run)
+    other = other_run(run, tmp_path / "other")
+    log(other, rows)
+    assert "loss went" not in first_sentence()
+    assert "other: nothing that compares with another method was measured" in first_sentence()
+    log(other, [rows[0], {**rows[1], "knn_top1": 91.1}])
+    assert "loss went" not in first_sentence()
+    assert "other: k-NN top-1 (%) was 91.1 at step 10" in first_sentence()
+    log(run, [rows[0], {**rows[1], "rankme": 9.0, "knn_top1": 89.7}])
+    (run / "eval").mkdir()
+    (run / "eval" / "knn.json").write_text(json.dumps(knn_report({20: 88.0})))
+    assert f"{run.name}: k-NN top-1 (%) was 89.7 at step 10; other: k-NN top-1 (%) was 91.1" in first_sentence()
+
+
 def test_only_the_figures_that_a_setting_decides_are_not_compared(evaluated: Path, tmp_path: Path) -> None:
     other = other_run(evaluated, tmp_path / "other")
     path = other / "eval" / "suite.json"
