@@ -19,6 +19,7 @@ from ssl_pipeline.eval.intervals import share_interval
 from ssl_pipeline.eval.labelled import evenly_spread, open_labelled, require_company, some_of_each_class
 from ssl_pipeline.eval.measures import Measure, format_table, measures_json, percent, with_interval
 from ssl_pipeline.eval.monitors import MonitorConfig, readable_images
+from ssl_pipeline.eval.one_figure import USUAL_TEMPERATURE, votes_name
 from ssl_pipeline.eval.protocol import (
     EvaluationConfig,
     LabelledFeatures,
@@ -70,7 +71,7 @@ class VotesConfig(Config):
 
     k: tuple[Annotated[int, Field(gt=0)], ...] = Field((20,), min_length=1)
     """Neighbours that vote; several at once as `k=10,20,100,200`, the first is the headline."""
-    temperature: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 0.07
+    temperature: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = USUAL_TEMPERATURE
     """Votes weigh exp(similarity / temperature); several at once as `temperature=0.07,0.1`, the first is the
     headline."""
     search: Search = "auto"
@@ -173,11 +174,15 @@ def knn_json(config: VotesConfig, found: ByTemperature, num_test: int) -> dict[s
 
 
 def _measures(found: ByTemperature, num_test: int) -> list[Measure]:
-    """Top-1 and top-5 of each k, and of each temperature where there are several."""
+    """Top-1 and top-5 of each k and temperature, in words too where there are several or an unusual one."""
+    told = {
+        temperature: f", temperature {temperature:g}" if len(found) > 1 or temperature != USUAL_TEMPERATURE else ""
+        for temperature in found
+    }
     return [
         Measure(
-            f"{name}_k{k}" + (f"_temperature{temperature:g}" if len(found) > 1 else ""),
-            f"{name.replace('top', 'top-')}, k={k}" + (f", temperature {temperature:g}" if len(found) > 1 else ""),
+            votes_name(name, k=k, temperature=temperature),
+            f"{name.replace('top', 'top-')}, k={k}{told[temperature]}",
             percents[name],
             interval=share_interval(percents[name], num_test),
         )

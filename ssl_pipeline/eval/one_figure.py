@@ -14,6 +14,8 @@ from ssl_pipeline.files import JSON
 
 Protocol: TypeAlias = Mapping[str, JSON]
 
+USUAL_TEMPERATURE = 0.07
+"""Of k-NN as DINO votes. A figure by another temperature has it in its name, whatever else was measured."""
 VOTES = re.compile(r"_k(\d+)(?:_temperature(.+))?$")
 LABELS = re.compile(r"top1_(.+)_(per_class|percent)")
 CLASSIFIERS_OF_SUITE = ("knn", "logistic", "sgd")
@@ -32,6 +34,20 @@ def protocol_of_figure(evaluator: str, protocol: Protocol, figure: str = "") -> 
     return OF_FIGURES[evaluator](protocol, figure) if evaluator in OF_FIGURES else dict(protocol)
 
 
+def votes_name(name: str, *, k: int, temperature: float) -> str:
+    """What a figure of k-NN is called: `top1_k20`, or `top1_k20_temperature0.1`."""
+    return f"{name}_k{k}" + ("" if temperature == USUAL_TEMPERATURE else f"_temperature{temperature:g}")
+
+
+def figure_name(evaluator: str, protocol: Protocol, figure: str) -> str:
+    """The name of a figure; reports of older versions named those of k-NN by what else was measured."""
+    named = VOTES.search(figure) if evaluator == "knn" else None
+    temperature = _of_knn(protocol, figure).get("temperature")
+    if named is None or not isinstance(temperature, int | float):
+        return figure
+    return votes_name(figure[: named.start()], k=int(named[1]), temperature=temperature)
+
+
 def in_list(value: JSON) -> list[JSON]:
     """The values of a setting that takes one or several."""
     return list(value) if isinstance(value, list | tuple) else [value]
@@ -46,7 +62,8 @@ def _of_knn(protocol: Protocol, figure: str) -> dict[str, JSON]:
         kept["k"] = [int(named[1])] if named else in_list(protocol["k"])[:1]
     if "temperature" in protocol:
         several = in_list(protocol["temperature"])
-        kept["temperature"] = next((one for one in several if named and f"{one:g}" == named[2]), several[0])
+        asked = named and (named[2] or f"{USUAL_TEMPERATURE:g}")
+        kept["temperature"] = next((one for one in several if asked and f"{one:g}" == asked), several[0])
     return kept
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ssl_pipeline.config import ConfigError
 from ssl_pipeline.config.arguments import leaves
 from ssl_pipeline.eval.measures import measures_of
-from ssl_pipeline.eval.one_figure import protocol_of_figure
+from ssl_pipeline.eval.one_figure import VOTES, protocol_of_figure
 from ssl_pipeline.files import JSON, locked, sha256_of_json, without_nan, write_text
 
 Report = Mapping[str, Any]
@@ -42,7 +42,7 @@ COLUMNS = (
     "size",
 )
 FIRST_REPORTS = ("suite", "knn", "linear")
-KEY = ("evaluator", "model", "subject", "measure", "protocol")  # of a row: one that has the same takes its place
+KEY = ("evaluator", "model", "subject", "protocol")  # of a row, with the kind of its figure
 
 CLASSIFIERS = {
     "knn": "k-NN",
@@ -167,13 +167,20 @@ def add_results(directory: Path, report: Report) -> None:
     path = directory / RESULTS
     with locked(directory):
         new = rows_of(report)
-        replaced = {tuple(row[name] for name in KEY) for row in new}
-        old = [row for row in read_results(path) if tuple(row[name] for name in KEY) not in replaced]
+        replaced = set(map(_key, new))
+        old = [row for row in read_results(path) if _key(row) not in replaced]
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*old, *new])
         write_text(path, text.getvalue())
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, ...]:
+    """A row that has the same takes the other's place. Of k-NN the protocol tells k and temperature, and the name may
+    be of an older version."""
+    kind = VOTES.sub("", row["measure"]) if row["evaluator"] == "knn" else row["measure"]
+    return (kind, *(row[name] for name in KEY))
 
 
 def read_results(path: Path) -> list[dict[str, str]]:

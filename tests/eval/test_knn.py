@@ -24,6 +24,7 @@ from ssl_pipeline.eval.knn import (
 )
 from ssl_pipeline.eval.labelled import open_labelled, some_of_each_class
 from ssl_pipeline.eval.protocol import LabelledFeatures, model_features
+from ssl_pipeline.eval.results import read_results
 from ssl_pipeline.eval.search.neighbours import nearest_neighbours, other_neighbours
 from ssl_pipeline.eval.votes import votes_accuracy
 from ssl_pipeline.schedule import Progress
@@ -196,6 +197,19 @@ def test_several_temperatures_at_once_are_each_alone(
     for temperature in ("0.07", "1.0"):
         assert together["by_temperature"][temperature] == report_of(run, *sets, f"temperature={temperature}")["by_k"]
     assert together["by_k"] == together["by_temperature"]["0.07"]
+
+
+def test_a_figure_has_one_name_whatever_else_is_measured(run: Path, train: str, test: str) -> None:
+    sets, names = (f"train={train}", f"test={test}"), []
+    for asked in ("0.07", "1", "0.07,1", "1,0.07"):
+        report = report_of(run, *sets, "k=5", f"temperature={asked}")
+        names.append([measure["name"] for measure in report["measures"] if measure["name"].startswith("top1")])
+    assert names[:2] == [["top1_k5"], ["top1_k5_temperature1"]]
+    assert names[2:] == [[*names[0], *names[1]], [*names[1], *names[0]]]
+    rows = read_results(run / "eval" / "results.csv")
+    assert sorted(row["measure"] for row in rows if row["model"] == "pretrained") == [
+        *(f"{top}_k5{by}" for top in ("top1", "top5") for by in ("", "_temperature1")),
+    ]
 
 
 def test_leaving_one_out_is_the_loop_over_all_others(run: Path, train: str, capsys: pytest.CaptureFixture[str]) -> None:

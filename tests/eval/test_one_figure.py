@@ -8,7 +8,7 @@ import pytest
 
 from ssl_pipeline.config import run_command
 from ssl_pipeline.eval import knn, suite
-from ssl_pipeline.eval.one_figure import protocol_of_figure
+from ssl_pipeline.eval.one_figure import figure_name, protocol_of_figure
 from ssl_pipeline.eval.results import protocol_hash, read_results, rows_of
 
 OFF = {"leave_one_out": False, "per_class": None, "seed": 0}
@@ -26,6 +26,8 @@ SUITE = {
         ("knn", KNN, "top5_k20_temperature0.1", {**OFF, "size": 8, "k": [20], "temperature": 0.1}),
         ("knn", KNN, "", {**OFF, "size": 8, "k": [10], "temperature": 0.07}),
         ("knn", {"k": [20, 10], "temperature": 0.07}, "top1_k10", {**OFF, "k": [10], "temperature": 0.07}),
+        ("knn", {"k": [9], "temperature": [0.1, 0.07]}, "top1_k9", {**OFF, "k": [9], "temperature": 0.07}),
+        ("knn", {"k": [9], "temperature": [0.1, 0.07]}, "", {**OFF, "k": [9], "temperature": 0.1}),
         ("knn", {"k": [10], "temperature": 0.07}, "top1", {**OFF, "k": [10], "temperature": 0.07}),
         ("knn", {"seed": 3, "per_class": None}, "top1_k10", OFF),
         ("knn", {"seed": 3, "per_class": 2}, "top1_k10", {**OFF, "seed": 3, "per_class": 2}),
@@ -79,6 +81,22 @@ def test_the_rest_of_a_list_and_its_order_are_no_other_protocol() -> None:
     assert protocol_hash("knn", several, "top1_k10_temperature0.1") != alone
     rates = [protocol_hash("linear", {"learning_rates": rates}, "top1") for rates in ([0.1], [0.1, 0.2])]
     assert rates[0] != rates[1], "a sweep chooses among its list"
+
+
+@pytest.mark.parametrize(
+    ("temperature", "figure", "name"),
+    [
+        (0.07, "top1_k10", "top1_k10"),
+        (0.1, "top1_k10", "top1_k10_temperature0.1"),
+        ([0.07, 0.1], "top5_k10_temperature0.07", "top5_k10"),
+        ([0.07, 0.1], "top1_k10_temperature0.1", "top1_k10_temperature0.1"),
+        ([0.1, 0.07], "top1_k10", "top1_k10"),
+        (0.1, "top1", "top1"),
+    ],
+)
+def test_a_figure_of_an_older_report_has_its_name_of_now(temperature: object, figure: str, name: str) -> None:
+    assert figure_name("knn", {"k": [10, 20], "temperature": temperature}, figure) == name
+    assert figure_name("robustness", {"temperature": temperature}, figure) == figure
 
 
 def test_rows_have_the_hash_of_their_own_figure() -> None:

@@ -369,6 +369,11 @@ def knn_report(top1: dict[int, float], temperature: float = 0.07) -> dict:
             "measured differently",
             "b was measured differently (temperature: a 0.07, b 0.1): its figures must not be compared with the",
         ),
+        (
+            *(({5: 60.0, 10: 65.0}, 0.07), ({20: 70.0, 100: 80.0}, 0.07)),
+            "measured differently",
+            "b was measured differently (k: a [5, 10], b [20, 100]): its figures must not be compared with the",
+        ),
     ],
 )
 def test_runs_are_compared_at_the_k_that_both_have(
@@ -382,6 +387,73 @@ def test_runs_are_compared_at_the_k_that_both_have(
     assert told in text
     assert warning in text
     assert ("must not be compared" in text) == bool(warning)
+
+
+def test_one_figure_of_two_names_is_one_row(run: Path, tmp_path: Path) -> None:
+    several = knn_report({10: 60.0, 20: 65.0})
+    several["protocol"]["temperature"] = [0.07, 0.1]
+    several["measures"] = [
+        {
+            **measure,
+            "name": f"{measure['name']}_temperature{by}",
+            "title": f"{measure['title']}, temperature {by}",
+            "value": measure["value"] + of_temperature,
+        }
+        for by, of_temperature in ((0.07, 0.0), (0.1, 1.0))
+        for measure in several["measures"]
+    ]
+    both = {"a": several, "b": knn_report({20: 70.0}), "c": knn_report({20: 80.0}, 0.1)}
+    for name, of_run in both.items():
+        (tmp_path / name / "eval").mkdir(parents=True)
+        (tmp_path / name / "eval" / "knn.json").write_text(json.dumps(of_run))
+    for name, told, row in (
+        ("b", "b is ahead in k-NN top-1, k=20, with 70.0 %", "top-1, k=20, temperature 0.07 65.00 % 70.00 %"),
+        ("c", "c is ahead in k-NN top-1, k=20, temperature 0.1, with", "top-1, k=20, temperature 0.1 66.00 % 80.00 %"),
+    ):
+        assert call(f"run={tmp_path / 'a'},{tmp_path / name}", "images=0") == 0
+        text = Page((tmp_path / "a" / "report" / f"with_{name}.html").read_text(encoding="utf-8")).text
+        text = " ".join(text.split())
+        assert told in text
+        assert row in text
+        assert "top-1, k=10, temperature 0.1 61.00 % -" in text
+        assert "measured differently" not in text
+
+
+def test_top_5_is_a_minor_figure_by_any_temperature(run: Path) -> None:
+    of_run = knn_report({10: 60.0}, 0.1)
+    of_run["measures"].append(of_run["measures"][0] | {"name": "top5_k10_temperature0.1", "title": "top-5, k=10"})
+    (run / "eval").mkdir()
+    (run / "eval" / "knn.json").write_text(json.dumps(of_run))
+    text = page_of(run).text
+    assert text.index("top-1, k=10") < text.index("More figures") < text.index("top-5, k=10")
+
+
+def test_the_last_monitored_figure_is_told_before_the_loss(run: Path) -> None:
+    log(run, [ROWS[1], {"step": 10, "loss": 2.0, "knn_top1": 89.72}])
+    assert "K-NN top-1 (%) was 89.72 at step 10." in page_of(run).text
+
+
+def test_losses_of_two_methods_are_not_told_beside_each_other(run: Path, tmp_path: Path) -> None:
+    rows = [ROWS[1], {"step": 10, "loss": 2.0}]
+
+    def first_sentence() -> str:
+        assert call(f"run={run},{tmp_path / 'other'}", "images=0") == 0
+        page = Page((run / "report" / "with_other.html").read_text(encoding="utf-8"))
+        return page.text.split("Doctor")[0]
+
+    log(run, rows)
+    settings(run)
+    other = other_run(run, tmp_path / "other")
+    log(other, rows)
+    assert "loss went" not in first_sentence()
+    assert "other: nothing that compares with another method was measured" in first_sentence()
+    log(other, [rows[0], {**rows[1], "knn_top1": 91.1}])
+    assert "loss went" not in first_sentence()
+    assert "other: k-NN top-1 (%) was 91.1 at step 10" in first_sentence()
+    log(run, [rows[0], {**rows[1], "rankme": 9.0, "knn_top1": 89.7}])
+    (run / "eval").mkdir()
+    (run / "eval" / "knn.json").write_text(json.dumps(knn_report({20: 88.0})))
+    assert f"{run.name}: k-NN top-1 (%) was 89.7 at step 10; other: k-NN top-1 (%) was 91.1" in first_sentence()
 
 
 def test_only_the_figures_that_a_setting_decides_are_not_compared(evaluated: Path, tmp_path: Path) -> None:

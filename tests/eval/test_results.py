@@ -143,6 +143,19 @@ def test_the_same_result_is_replaced_and_others_stay(tmp_path: Path) -> None:
     assert len({row["protocol"] for row in rows}) == 2
 
 
+def test_a_figure_of_k_nn_by_its_older_name_is_replaced(tmp_path: Path) -> None:
+    for name, temperature in (("top1_k10_temperature0.07", [0.07, 0.1]), ("top1_k10", 0.1), ("top1_k10", 0.07)):
+        add_results(tmp_path, knn_report(name, temperature))
+    add_results(tmp_path, knn_report("top1_k10_temperature0.1", 0.1))
+    rows = read_results(tmp_path / "results.csv")
+    assert [row["measure"] for row in rows] == ["top1_k10", "top1_k10_temperature0.1"]
+
+
+def knn_report(name: str, temperature: object) -> dict:
+    protocol = {"k": [10], "temperature": temperature}
+    return {"evaluator": "knn", "measures": [measure(name, 50.0)], "baselines": {}, "protocol": protocol}
+
+
 def test_a_file_with_other_columns_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text('evaluator,measure,note\nknn,top1,"mine, by hand"\n')
     add_results(tmp_path, report())

@@ -68,13 +68,16 @@ def _found(record: Record) -> str:
 
 
 def _monitored(record: Record) -> str:
-    by_name = {one.name: one for one in record.series}
-    one = next(
-        (by_name[name] for name in (*MONITORED, "loss") if name in by_name and len(by_name[name].steps) > 1), None
-    )
-    if one is None:
-        return "nothing was measured yet"
+    """The course of the first monitor that measured, or of the loss, which one row says nothing of."""
+    by_name = {one.name: one for one in record.series if one.name != "loss" or len(one.steps) > 1}
+    one = next((by_name[name] for name in (*MONITORED, "loss") if name in by_name), None)
+    return "nothing was measured yet" if one is None else _course(one)
+
+
+def _course(one: Series) -> str:
     first = "at the start" if one.start is not None else f"at step {one.steps[0]:,}"
+    if len(one.steps) == 1:
+        return f"{one.title} was {number(one.values[0])} {first}"
     return (
         f"{one.title} went from {number(one.values[0])} {first} to {number(one.values[-1])} at step {one.steps[-1]:,}"
     )
@@ -96,8 +99,22 @@ def _compared(records: Sequence[Record]) -> str:
         told = f"{order[0]} is ahead in {measured[order[0]].classifier} top-1{at} with {first.top1:.1f} %, before "
         told += f"{order[1]} with {second.top1:.1f} %"
         return f"{told} ({WITHIN})" if intervals_overlap(first.interval, second.interval) else told
-    last = {record.name: _monitored(record) for record in records}
-    return "; ".join(f"{name}: {words}" for name, words in last.items())
+    return "; ".join(f"{record.name}: {words}" for record, words in zip(records, _side_by_side(records), strict=True))
+
+
+def _side_by_side(records: Sequence[Record]) -> list[str]:
+    """The monitor that all runs have; without one what is known of each, but no losses of different methods."""
+    series = [{one.name: one for one in record.series} for record in records]
+    shared = next((name for name in MONITORED if all(name in of_run for of_run in series)), None)
+    if shared is not None:
+        return [_course(of_run[shared]) for of_run in series]
+    one_method = len({record.setting("method", "name") for record in records}) == 1
+    return [
+        _found(record)
+        if one_method or headline(record) is not None or not MONITORED.keys().isdisjoint(of_run)
+        else "nothing that compares with another method was measured"
+        for record, of_run in zip(records, series, strict=True)
+    ]
 
 
 def _with_the_same_votes(measured: Mapping[str, Headline]) -> tuple[Mapping[str, Headline], str]:

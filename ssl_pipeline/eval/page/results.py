@@ -11,15 +11,17 @@ from ssl_pipeline.eval.columns import WITHIN_SUITE
 from ssl_pipeline.eval.intervals import METHOD
 from ssl_pipeline.eval.labelled_sets import UNKNOWN, labelled_sets
 from ssl_pipeline.eval.measures import Measure, read_measures
-from ssl_pipeline.eval.one_figure import protocol_of_figure
+from ssl_pipeline.eval.one_figure import USUAL_TEMPERATURE, figure_name, in_list, protocol_of_figure
 from ssl_pipeline.eval.page.html import Cell, Section, about, folded, heading, paragraph, section, table_of
 from ssl_pipeline.eval.page.places import shortened
 from ssl_pipeline.eval.page.record import Record
 from ssl_pipeline.eval.results import CLASSIFIERS, Report, classifier_of, comparable, differing, own_sizes
 from ssl_pipeline.eval.table import MODELS
+from ssl_pipeline.files import JSON
 
 PARTS_OF_SUITE = ("knn", "logistic", "sgd")
 NAMES = {**CLASSIFIERS, "suite": "classifiers and spectrum"}
+VOTED_BY = ("k", "temperature")
 MINOR = ("top5", "validation")
 """How the names of secondary figures begin."""
 TOLD = {"images", "train", "test", "num_images", "num_train", "num_test", "num_classes", "size", "label", "subject"}
@@ -79,13 +81,16 @@ def _tables(name: str, reports: Mapping[str, Report]) -> list[str]:
     baselines = {
         f"{MODELS.get(key, key)}{whose}": report for key, report in reversed(first.get("baselines", {}).items())
     }
-    found = {title: figures(name, report) for title, report in {**reports, **baselines}.items()}
+    found = {title: figures(name, report, report["protocol"]) for title, report in reports.items()}
+    found |= {title: figures(name, report, first["protocol"]) for title, report in baselines.items()}
     major: list[list[str | Cell]] = []
     minor: list[list[str | Cell]] = []
     for key in dict.fromkeys(key for measures in found.values() for key in measures):
         of_models = [measures.get(key) for measures in found.values()]
         title = next(measure.title for measure in of_models if measure is not None)
-        (minor if key.rpartition(".")[2].startswith(MINOR) else major).append([title, *map(_cell, of_models)])
+        part, _, of_part = key.partition(".")
+        own = of_part if part in PARTS_OF_SUITE else key
+        (minor if own.startswith(MINOR) else major).append([title, *map(_cell, of_models)])
     header, (subject, *told) = ["", *found], told_protocol(first["protocol"]) or ["-"]
     parts = [heading(_words(name, first)), paragraph(subject), *_doubts(name, reports)]
     parts.append(table_of(header, major or minor))
@@ -114,28 +119,63 @@ def _doubts(name: str, reports: Mapping[str, Report]) -> list[str]:
 
 def _measured_otherwise(name: str, reports: Mapping[str, Report]) -> dict[str, list[str]]:
     """The settings in which reports differ, and the titles of the figures that they decide; none where it is all."""
-    evaluator, shown = name.partition("-")[0], [figures(name, report) for report in reports.values()]
+    evaluator = name.partition("-")[0]
+    shown = [figures(name, report, report["protocol"]) for report in reports.values()]
     common = {key: measure.title for key, measure in shown[0].items() if all(key in of for of in shown)}
     found: dict[str, list[str]] = {}
     for key, title in common.items():
         protocols = {of: protocol_of_figure(evaluator, report["protocol"], key) for of, report in reports.items()}
         found.setdefault("; ".join(differing(protocols)), []).append(title)
     if not common:
-        protocols = {of: protocol_of_figure(evaluator, report["protocol"]) for of, report in reports.items()}
-        found["; ".join(differing(protocols))] = []
+        found["; ".join(_without_a_common_figure(evaluator, reports))] = []
     everywhere = len(found) == 1
     return {otherwise: [] if everywhere else titles for otherwise, titles in found.items() if otherwise}
 
 
-def figures(name: str, result: Report) -> dict[str, Measure]:
-    """The measures of one model's part of a report; of the suite those of its classifiers too."""
-    of_parts = {
-        f"{part}.{key}": replace(measure, title=f"{CLASSIFIERS[part]}, {measure.title}")
-        for part in PARTS_OF_SUITE
-        if name == "suite" and part in result
-        for key, measure in read_measures(result[part]).items()
-    }
-    return of_parts or read_measures(result) if "measures" not in result else of_parts | read_measures(result)
+def _without_a_common_figure(evaluator: str, reports: Mapping[str, Report]) -> list[str]:
+    """Why they have none: of k-NN's lists those without a value that all have, as wholes."""
+    protocols = {of: protocol_of_figure(evaluator, report["protocol"]) for of, report in reports.items()}
+    headlines = differing(protocols)
+    for key in VOTED_BY if evaluator == "knn" else ():
+        lists = {of: in_list(report["protocol"].get(key)) for of, report in reports.items()}
+        first, *others = map(set, lists.values())
+        for of, protocol in protocols.items():
+            if first.intersection(*others):
+                protocol.pop(key, None)
+            elif key in protocol:
+                protocol[key] = reports[of]["protocol"][key]
+    return differing(protocols) or headlines
+
+
+def figures(name: str, result: Report, protocol: Mapping[str, JSON]) -> dict[str, Measure]:
+    """The measures of one model's part of a report, by name; of the suite those of its classifiers too.
+
+    protocol: of the whole report.
+    """
+    if name.partition("-")[0] == "knn":
+        return _of_knn(result, protocol)
+    found: dict[str, Measure] = {}
+    for part in PARTS_OF_SUITE:
+        if name == "suite" and part in result:
+            settings = protocol.get(part)  # of k-NN; those of the others are the linear evaluator's
+            own = _of_knn(result[part], settings) if isinstance(settings, Mapping) else read_measures(result[part])
+            found |= {
+                f"{part}.{key}": replace(measure, title=f"{CLASSIFIERS[part]}, {measure.title}")
+                for key, measure in own.items()
+            }
+    return found or read_measures(result) if "measures" not in result else found | read_measures(result)
+
+
+def _of_knn(result: Report, protocol: Mapping[str, JSON]) -> dict[str, Measure]:
+    """By the names and titles that figures have now, with each temperature that is not the usual one."""
+    found: dict[str, Measure] = {}
+    for key, measure in read_measures(result).items():
+        temperature, title = protocol_of_figure("knn", protocol, key).get("temperature"), measure.title
+        if isinstance(temperature, int | float) and temperature != USUAL_TEMPERATURE and ", temperature" not in title:
+            title += f", temperature {temperature:g}"
+        name = figure_name("knn", protocol, key)
+        found[name] = replace(measure, name=name, title=title)
+    return found
 
 
 def _words(name: str, report: Report) -> str:
