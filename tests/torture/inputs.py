@@ -102,7 +102,7 @@ NAMES = [
     pretrain("backbone.name=timm/resnet18", "write backbone.name=resnet18"),
     pretrain("backbone.name=resnet8000", "No timm model"),
     pretrain("backbone.weights={folder}/none.pth", "does not exist"),
-    pretrain("backbone.weights={shards}", "has no backbone.safetensors"),
+    pretrain("backbone.weights={shards}", "is a directory without weights"),
     pretrain("backbone.weights={text}", "cannot read weights"),
     pretrain("method.name=dno", "Did you mean"),
     pretrain("optm.lr=1", "Unknown key 'optm'"),
