@@ -49,7 +49,7 @@ def known_of(weights: str, *, name: str | None, which: str | None = None) -> Kno
     if is_export and (folder / "backbone.json").is_file():
         about = json.loads((folder / "backbone.json").read_bytes())
         return Known(architecture_of(about), about["size"], about["mean"], about["std"], str(place))
-    if place.is_dir() and holds_checkpoints(place):
+    if holds_checkpoints(place):
         _, _, saved = find_in_run(place, which=which)
         return Known(architecture_of(saved.config), saved.size, saved.mean, saved.std, str(place))
     if place.is_dir() or place.name in MODELS:

@@ -65,7 +65,7 @@ class RunDirectory:
             except FileNotFoundError:
                 continue
             if not lock(descriptor, wait=False, inherited=False):
-                holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+                holder = _written_in(descriptor)
                 os.close(descriptor)
                 raise ConfigError(
                     f"{self.path} is in use by another run ({holder or 'it is just starting'}). "
@@ -178,10 +178,15 @@ def holder_of(run: Path) -> str | None:
         descriptor = open_no_link(run / ".lock", os.O_RDONLY)
         try:
             if not lock(descriptor, shared=True, wait=False, inherited=False):
-                return os.pread(descriptor, 100, 0).decode(errors="replace").strip() or "just starting"
+                return _written_in(descriptor) or "just starting"
         finally:
             os.close(descriptor)
     return None
+
+
+def _written_in(lock_file: int) -> str:
+    """What the process that holds a lock has written in it, nothing while it starts."""
+    return os.pread(lock_file, 100, 0).decode(errors="replace").strip()
 
 
 def require_directory(run: Path) -> None:

@@ -89,12 +89,17 @@ def has_bfloat16_units(device: torch.device) -> bool:
     """Whether bfloat16 matrices multiply faster than float32 ones: GPUs since Ampere, CPUs by their flags."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and bool(cpu_flags() & BFLOAT16_FLAGS)
+    return _has_cpu_units(device, BFLOAT16_FLAGS)
 
 
 def has_int8_units(device: torch.device) -> bool:
     """Whether a CPU multiplies int8 matrices faster than others: by its flags."""
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and bool(cpu_flags() & INT8_FLAGS)
+    return _has_cpu_units(device, INT8_FLAGS)
+
+
+def _has_cpu_units(device: torch.device, flags: set[str]) -> bool:
+    """Whether it is a CPU with one of these flags, and PyTorch has the library that uses them."""
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and bool(cpu_flags() & flags)
 
 
 @cache
